@@ -1,0 +1,51 @@
+"""moespan: DeepSeek-MoE on Ascend NPUs, CUDA GPUs and CPUs, under any parallel layout.
+
+The public names are imported when they are first used, so that the command line starts fast.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "ModelConfig",
+    "MoespanError",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from moespan.config import ModelConfig
+    from moespan.engine.request import SamplingParams
+    from moespan.errors import MoespanError
+    from moespan.llm import LLM
+    from moespan.outputs import CompletionOutput, RequestOutput
+
+
+def __getattr__(name: str) -> object:
+    if name == "LLM":
+        from moespan.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from moespan.engine.request import SamplingParams
+
+        return SamplingParams
+    if name == "ModelConfig":
+        from moespan.config import ModelConfig
+
+        return ModelConfig
+    if name == "MoespanError":
+        from moespan.errors import MoespanError
+
+        return MoespanError
+    if name in ("CompletionOutput", "RequestOutput"):
+        import moespan.outputs
+
+        return getattr(moespan.outputs, name)
+    raise AttributeError(f"module 'moespan' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Tests of moespan; the folders mirror those of the package."""

@@ -1,0 +1,20 @@
+"""Settings of all tests: one thread each, and the same random examples every time."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# Before anything imports torch, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+settings.register_profile(
+    "moespan",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("moespan")

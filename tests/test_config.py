@@ -1,0 +1,333 @@
+"""A config is read in full or refused by name: nothing that changes the model is passed over."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moespan.checkpoint.placement import count_parameters
+from moespan.checkpoint.random import PRESETS
+from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.errors import ConfigError, LayoutError
+from tests.support import ORACLES, Oracle, geometry
+
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+)
+POSITIVE_INTEGERS = (*REQUIRED, "num_key_value_heads", "n_routed_experts", "n_shared_experts")
+
+
+def refusal(**changes: Any) -> str:
+    """What the error says about a small config with these changes."""
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict({**geometry(), **changes})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "deepseek_v2"),
+        ("model_type", "llama"),
+        ("model_type", None),
+        ("scoring_func", "sigmoid"),
+        ("hidden_act", "gelu"),
+        ("quantization_config", {"quant_method": "awq"}),
+        ("routed_scaling_factor", 2.5),
+        ("head_dim", 16),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
+    ],
+)
+def test_what_would_change_the_model_and_is_not_implemented_is_refused(key: str, value: object):
+    message = refusal(**{key: value})
+    assert f"{key}={value!r}" in message
+    assert "not implemented" in message
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "llama3", "longrope", "", None])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_rope_scaling_other_than_linear_is_refused(kind: str | None, key: str):
+    message = refusal(rope_scaling={key: kind, "factor": 2.0})
+    assert f"rope_scaling type {kind!r} is not implemented" in message
+
+
+@pytest.mark.parametrize("value", ["linear", "default", [], 4.0])
+def test_rope_scaling_that_is_no_object_is_refused(value: object):
+    assert f"rope_scaling={value!r} must be" in refusal(rope_scaling=value)
+
+
+@pytest.mark.parametrize("factor", [None, 0, -1.0, "2", True, math.inf, math.nan])
+def test_linear_rope_scaling_needs_a_factor(factor: object):
+    assert f"factor={factor!r}" in refusal(rope_scaling={"type": "linear", "factor": factor})
+
+
+def test_neutral_settings_are_accepted():
+    neutral = {
+        "quantization_config": None,
+        "routed_scaling_factor": 1.0,
+        "rope_scaling": {"rope_type": "default"},
+        "head_dim": 8,
+        "aux_loss_alpha": 0.001,
+        "use_cache": True,
+        "pretraining_tp": 1,
+    }
+    plain = ModelConfig.from_dict(geometry())
+    assert ModelConfig.from_dict({**geometry(), **neutral}) == plain
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_missing_key_is_named(key: str):
+    raw = geometry()
+    del raw[key]
+    with pytest.raises(ConfigError, match=f"config.json has no {key}"):
+        ModelConfig.from_dict(raw)
+
+
+def test_a_missing_model_type_is_refused():
+    raw = geometry()
+    del raw["model_type"]
+    with pytest.raises(ConfigError, match="model_type"):
+        ModelConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize("key", POSITIVE_INTEGERS)
+@pytest.mark.parametrize("value", ["32", 32.0, True, 0, -4, [32]])
+def test_an_ill_typed_integer_is_refused_with_its_value(key: str, value: object):
+    assert f"{key}={value!r} must be an integer" in refusal(**{key: value})
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
+@pytest.mark.parametrize("value", ["1e-6", True, 0, -1.0, None, math.inf, math.nan])
+def test_an_ill_typed_number_is_refused_with_its_value(key: str, value: object):
+    assert f"{key}={value!r} must be a number" in refusal(**{key: value})
+
+
+@pytest.mark.parametrize("key", ["norm_topk_prob", "attention_bias", "tie_word_embeddings"])
+@pytest.mark.parametrize("value", ["true", 1, 0, 0.0, []])
+def test_an_ill_typed_boolean_is_refused_with_its_value(key: str, value: object):
+    assert f"{key}={value!r} must be true or false" in refusal(**{key: value})
+
+
+@pytest.mark.parametrize("value", ["1", -1, True, 1.0, [1, "2"], [None]])
+def test_an_ill_typed_eos_token_is_refused_with_its_value(value: object):
+    assert f"eos_token_id={value!r}" in refusal(eos_token_id=value)
+
+
+@pytest.mark.parametrize("value", ["int8", "float64", "auto", 16])
+def test_an_unknown_dtype_is_refused(value: object):
+    assert f"torch_dtype={str(value)!r}" in refusal(torch_dtype=value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": 33}, ["hidden_size=33", "num_attention_heads=4"]),
+        ({"hidden_size": 12}, ["=3 is odd"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
+        ({"num_experts_per_tok": 7}, ["num_experts_per_tok=7", "n_routed_experts=6"]),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_named(changes: dict[str, int], named: list[str]):
+    message = refusal(**changes)
+    assert all(part in message for part in named)
+
+
+def test_optional_keys_have_the_defaults_of_the_hugging_face_config():
+    raw = {
+        key: value
+        for key, value in geometry().items()
+        if key in (*REQUIRED, "model_type", "n_routed_experts")
+    }
+    config = ModelConfig.from_dict(raw)
+    assert config.num_key_value_heads == config.num_attention_heads == 4
+    assert (config.n_shared_experts, config.shared_intermediate_size) == (None, 0)
+    assert (config.first_k_dense_replace, config.moe_layer_freq) == (0, 1)
+    assert (config.rope_theta, config.rms_norm_eps) == (10000.0, 1e-6)
+    assert (config.max_position_embeddings, config.dtype) == (2048, "float32")
+    assert not (config.norm_topk_prob or config.attention_bias or config.tie_word_embeddings)
+    assert config.eos_token_ids == ()
+
+
+def test_null_routed_experts_make_a_dense_model():
+    config = ModelConfig.from_dict(geometry(n_routed_experts=None))
+    assert config.num_moe_layers == 0
+    assert config.shared_intermediate_size == 0
+    total, active = count_parameters(config)
+    assert total == active
+
+
+def test_null_shared_experts_make_none():
+    config = ModelConfig.from_dict(geometry(n_shared_experts=None))
+    assert (config.num_moe_layers, config.shared_intermediate_size) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "every", "expected"),
+    [(0, 1, [0, 1, 2, 3, 4]), (1, 1, [1, 2, 3, 4]), (1, 2, [2, 4]), (3, 3, [3]), (9, 1, [])],
+)
+def test_expert_layers_are_chosen_as_the_hugging_face_model_does(
+    first: int, every: int, expected: list[int]
+):
+    config = ModelConfig.from_dict(
+        geometry(first_k_dense_replace=first, moe_layer_freq=every, num_hidden_layers=5)
+    )
+    assert [layer for layer in range(5) if config.is_moe(layer)] == expected
+    assert config.num_moe_layers == len(expected)
+
+
+def test_grouped_query_heads_are_read_and_shrink_the_cache():
+    config = ModelConfig.from_dict(geometry(num_key_value_heads=1))
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 1)
+    whole = ModelConfig.from_dict(geometry())
+    assert whole.kv_bytes_per_token() == 4 * config.kv_bytes_per_token() == 4 * 2 * 3 * 8 * 4
+
+
+def test_linear_rope_scaling_is_read():
+    raw = geometry(rope_scaling={"type": "linear", "factor": 4})
+    assert ModelConfig.from_dict(raw).rope_linear_factor == 4.0
+
+
+def test_the_16b_model_has_its_published_size():
+    config = ModelConfig.from_dict(PRESETS["16b"])
+    total, active = count_parameters(config)
+    assert total == 16_375_728_128
+    assert active == 2_828_650_496
+    assert total * 2 == pytest.approx(32.75e9, rel=1e-3)
+    assert config.kv_bytes_per_token() == 224 * 1024
+    assert config.num_moe_layers == 27
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_real_config_files_are_read(name: str):
+    config = Oracle(name).config
+    assert (config.dtype, config.eos_token_ids) == ("bfloat16", (1,))
+
+
+def write(folder: Path, name: str, content: object) -> None:
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_eos_tokens_of_the_generation_config_replace_those_of_the_config(tmp_path: Path):
+    write(tmp_path, "config.json", geometry(eos_token_id=5))
+    assert ModelConfig.from_pretrained(tmp_path).eos_token_ids == (5,)
+    write(tmp_path, "generation_config.json", {"eos_token_id": [7, 9]})
+    assert ModelConfig.from_pretrained(tmp_path).eos_token_ids == (7, 9)
+    write(tmp_path, "generation_config.json", {"temperature": 0.7})
+    assert ModelConfig.from_pretrained(str(tmp_path)).eos_token_ids == (5,)
+
+
+def test_remote_code_stays_inert(tmp_path: Path):
+    sprung = tmp_path / "sprung"
+    trap = f"open({str(sprung)!r}, 'w').close()\n"
+    for name in ("configuration_trap", "modeling_trap", "__init__"):
+        (tmp_path / f"{name}.py").write_text(trap)
+    auto_map = {
+        "AutoConfig": "configuration_trap.DeepseekConfig",
+        "AutoModelForCausalLM": "modeling_trap.DeepseekForCausalLM",
+    }
+    write(tmp_path, "config.json", {**geometry(), "auto_map": auto_map})
+    assert ModelConfig.from_pretrained(tmp_path) == ModelConfig.from_dict(geometry())
+    assert not sprung.exists()
+    assert not any("_trap" in module for module in sys.modules)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "does not exist"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff\xfe{}", "cannot be read as JSON"),
+        (b"[1]", "holds a JSON list, not an object"),
+        (b"", "cannot be read as JSON"),
+    ],
+)
+def test_a_config_file_that_is_no_json_object_is_refused(
+    tmp_path: Path, content: bytes | None, said: str
+):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+def test_a_folder_in_place_of_the_config_file_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+def config_of(heads: int, kv_heads: int) -> ModelConfig:
+    return ModelConfig.from_dict(
+        geometry(hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "usable"),
+    [
+        (16, 16, [1, 2, 4, 8, 16]),
+        (16, 2, [1, 2, 4, 8, 16]),
+        (12, 4, [1, 2, 4, 12]),  # 3 and 6 divide the heads but not the KV heads
+        (6, 3, [1, 3, 6]),
+        (1, 1, [1]),
+    ],
+)
+def test_a_layout_fits_exactly_where_heads_divide(heads: int, kv_heads: int, usable: list[int]):
+    config = config_of(heads, kv_heads)
+    for tp in range(1, 2 * heads + 1):
+        if tp in usable:
+            Layout(tp=tp).check(config)
+        else:
+            with pytest.raises(LayoutError) as caught:
+                Layout(tp=tp).check(config)
+            message = str(caught.value)
+            assert message.startswith(f"tp={tp} ")
+            assert message.endswith("use one of " + ", ".join(map(str, usable)))
+
+
+def test_a_layout_error_names_the_rule_that_is_broken():
+    with pytest.raises(LayoutError, match="tp=6 does not divide num_attention_heads=16"):
+        Layout(tp=6).check(config_of(16, 16))
+    with pytest.raises(LayoutError, match="tp=6 and num_key_value_heads=4 do not divide"):
+        Layout(tp=6).check(config_of(12, 4))
+
+
+def test_a_layout_has_at_least_one_rank():
+    assert (Layout().world_size, Layout(tp=4).world_size) == (1, 4)
+    with pytest.raises(LayoutError, match="tp=0 must be at least 1"):
+        Layout(tp=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"device": "tpu"}, "device='tpu' is not one of cpu, cuda, npu"),
+        ({"dtype": "int8"}, "dtype='int8' is not one of"),
+        ({"load_format": "pickle"}, "load_format='pickle' is not one of safetensors, dummy"),
+        ({"max_model_len": 0}, "max_model_len=0 must be at least 1"),
+        ({"block_size": 0}, "block_size=0 must be at least 1"),
+        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_seqs=9 exceeds"),
+        ({"max_model_len": 100, "block_size": 8, "num_blocks": 12}, "use num_blocks >= 13"),
+    ],
+)
+def test_engine_settings_that_cannot_work_are_refused(settings: dict[str, Any], said: str):
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig("model", **settings)
+    assert said in str(caught.value)
+
+
+def test_the_least_engine_settings_that_work_are_accepted():
+    config = EngineConfig("model", max_model_len=100, block_size=8, num_blocks=13)
+    assert config.blocks_per_sequence == 13
+    EngineConfig("model", max_num_seqs=8, max_num_batched_tokens=8)
