@@ -1,0 +1,258 @@
+"""The placement table: which slice of which checkpoint tensor lives in which parameter of a rank.
+
+This is the one place that knows how a weight is cut and fused. The loader, the memory estimate,
+the random checkpoints, `verify` and the tests all read it. It holds no data and imports no torch.
+
+Local shapes, with tp ranks and every split length padded up to a multiple of tp:
+
+| parameter                    | shape                         | from (HF name, one layer)         |
+|------------------------------|-------------------------------|-----------------------------------|
+| embed                        | (V/tp, H)                     | model.embed_tokens                |
+| layers.i.attention.norm      | (H)                           | input_layernorm                   |
+| layers.i.attention.qkv       | ((N + 2·KV)/tp · D, H)        | self_attn.{q,k,v}_proj, stacked   |
+| layers.i.attention.out       | (H, N/tp · D)                 | self_attn.o_proj                  |
+| layers.i.mlp.norm            | (H)                           | post_attention_layernorm          |
+| layers.i.mlp.gate_up         | (2·I/tp, H)                   | mlp.{gate,up}_proj, stacked       |
+| layers.i.mlp.down            | (H, I/tp)                     | mlp.down_proj                     |
+| layers.i.mlp.router          | (E, H), float32               | mlp.gate                          |
+| layers.i.mlp.experts.gate_up | (E, 2·I/tp, H)                | mlp.experts.e.{gate,up}_proj      |
+| layers.i.mlp.experts.down    | (E, H, I/tp)                  | mlp.experts.e.down_proj           |
+| layers.i.mlp.shared.gate_up  | (2·I/tp, H)                   | mlp.shared_experts.{gate,up}_proj |
+| layers.i.mlp.shared.down     | (H, I/tp)                     | mlp.shared_experts.down_proj      |
+| norm                         | (H)                           | model.norm                        |
+| head                         | (V/tp, H)                     | lm_head (absent when tied)        |
+
+KV heads fewer than tp are replicated: then each rank holds the one head that its queries read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from moespan.config import DTYPE_BYTES, Layout, ModelConfig
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of a dimension that is cut into equal, padded parts.
+
+    The rank reads `start:stop` of the source and gives it `length` places; the `length - (stop -
+    start)` places after it stay zero, which changes no result.
+    """
+
+    start: int
+    stop: int
+    length: int
+
+    @classmethod
+    def of(cls, total: int, parts: int, part: int, unit: int = 1) -> Share:
+        """Part number `part` of `total` elements in units of `unit` that are never cut."""
+        length = -(-total // (parts * unit)) * unit
+        return cls(min(part * length, total), min((part + 1) * length, total), length)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor that a rank holds. `dtype` None is the engine's dtype."""
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+
+    def num_bytes(self, dtype: str) -> int:
+        """Bytes that it takes when the engine's dtype is `dtype`."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype or dtype]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`source[source_index]` of the checkpoint goes to `parameter[index]`.
+
+    `index` holds slices, of the same lengths as `source_index`, after an expert's number where the
+    parameter is a bank of experts.
+    """
+
+    source: str
+    source_index: Index
+    parameter: str
+    index: tuple[Any, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are read."""
+        rows = self.source_index[0]
+        return int(rows.stop - rows.start)
+
+    @property
+    def num_elements(self) -> int:
+        """How many elements are read."""
+        return math.prod(part.stop - part.start for part in self.source_index)
+
+
+@dataclass
+class Placement:
+    """All that one rank holds. Build it with `place`."""
+
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def num_elements_read(self) -> int:
+        """Elements that the rank reads from the checkpoint."""
+        return sum(piece.num_elements for piece in self.pieces)
+
+    def num_bytes(self, dtype: str) -> int:
+        """Bytes of all parameters, padding included, when the engine's dtype is `dtype`."""
+        return sum(parameter.num_bytes(dtype) for parameter in self.parameters.values())
+
+    def _add(
+        self,
+        name: str,
+        sources: list[tuple[str, Share]],
+        *,
+        columns: Share,
+        expert: tuple[int, int] | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        """Stack the row shares of `sources` into one matrix; `expert` is (number, how many)."""
+        rows = sum(share.length for _, share in sources)
+        shape = (rows, columns.length)
+        self.parameters[name] = Parameter((expert[1], *shape) if expert else shape, dtype)
+        at = 0
+        for source, share in sources:
+            source_index = (slice(share.start, share.stop), slice(columns.start, columns.stop))
+            index = (
+                slice(at, at + share.stop - share.start),
+                slice(0, columns.stop - columns.start),
+            )
+            self._append(
+                Piece(source, source_index, name, (expert[0], *index) if expert else index)
+            )
+            at += share.length
+
+    def _add_vector(self, name: str, sources: list[tuple[str, Share]]) -> None:
+        self.parameters[name] = Parameter((sum(share.length for _, share in sources),))
+        at = 0
+        for source, share in sources:
+            length = share.stop - share.start
+            self._append(
+                Piece(source, (slice(share.start, share.stop),), name, (slice(at, at + length),))
+            )
+            at += share.length
+
+    def _append(self, piece: Piece) -> None:
+        # A rank whose whole share is padding reads nothing.
+        if piece.num_elements:
+            self.pieces.append(piece)
+
+
+def place(config: ModelConfig, layout: Layout, rank: int) -> Placement:
+    """The placement of `rank` under `layout`, which must fit (`Layout.check`)."""
+    tp, part = layout.tp, rank % layout.tp
+    whole = Share.of(config.hidden_size, 1, 0)
+    vocabulary = Share.of(config.vocab_size, tp, part)
+    queries, keys = head_shares(config, tp, part)
+    placement = Placement()
+
+    def mlp(name: str, source: str, width: int, expert: tuple[int, int] | None = None) -> None:
+        share = Share.of(width, tp, part)
+        gate_up = [(f"{source}.gate_proj.weight", share), (f"{source}.up_proj.weight", share)]
+        placement._add(f"{name}.gate_up", gate_up, columns=whole, expert=expert)
+        placement._add(
+            f"{name}.down", [(f"{source}.down_proj.weight", whole)], columns=share, expert=expert
+        )
+
+    placement._add("embed", [("model.embed_tokens.weight", vocabulary)], columns=whole)
+    for i in range(config.num_hidden_layers):
+        source, layer = f"model.layers.{i}", f"layers.{i}"
+        placement._add_vector(
+            f"{layer}.attention.norm", [(f"{source}.input_layernorm.weight", whole)]
+        )
+        attention = f"{source}.self_attn"
+        shares = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
+        placement._add(
+            f"{layer}.attention.qkv",
+            [(f"{attention}.{name}.weight", share) for name, share in shares],
+            columns=whole,
+        )
+        placement._add(
+            f"{layer}.attention.out", [(f"{attention}.o_proj.weight", whole)], columns=queries
+        )
+        if config.attention_bias:
+            placement._add_vector(
+                f"{layer}.attention.qkv_bias",
+                [(f"{attention}.{name}.bias", share) for name, share in shares],
+            )
+            placement._add_vector(
+                f"{layer}.attention.out_bias", [(f"{attention}.o_proj.bias", whole)]
+            )
+        placement._add_vector(
+            f"{layer}.mlp.norm", [(f"{source}.post_attention_layernorm.weight", whole)]
+        )
+        if not config.is_moe(i):
+            mlp(f"{layer}.mlp", f"{source}.mlp", config.intermediate_size)
+            continue
+        experts = config.n_routed_experts or 0
+        router = Share.of(experts, 1, 0)
+        placement._add(
+            f"{layer}.mlp.router",
+            [(f"{source}.mlp.gate.weight", router)],
+            columns=whole,
+            dtype="float32",
+        )
+        for e in range(experts):
+            mlp(
+                f"{layer}.mlp.experts",
+                f"{source}.mlp.experts.{e}",
+                config.moe_intermediate_size,
+                expert=(e, experts),
+            )
+        if config.shared_intermediate_size:
+            mlp(
+                f"{layer}.mlp.shared",
+                f"{source}.mlp.shared_experts",
+                config.shared_intermediate_size,
+            )
+    placement._add_vector("norm", [("model.norm.weight", whole)])
+    if not config.tie_word_embeddings:
+        placement._add("head", [("lm_head.weight", vocabulary)], columns=whole)
+    return placement
+
+
+def head_shares(config: ModelConfig, tp: int, part: int) -> tuple[Share, Share]:
+    """Rows of the query and of the key (and value) projection that tp rank `part` holds."""
+    size = config.head_dim
+    queries = Share.of(config.num_attention_heads * size, tp, part, unit=size)
+    kv_heads = config.num_key_value_heads
+    if tp <= kv_heads:
+        return queries, Share.of(kv_heads * size, tp, part, unit=size)
+    head = part * kv_heads // tp
+    return queries, Share(head * size, (head + 1) * size, size)
+
+
+def checkpoint_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a checkpoint of this model, in the model's order."""
+    return {
+        piece.source: tuple(part.stop for part in piece.source_index)
+        for piece in place(config, Layout(), 0).pieces
+    }
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Parameters of the model: all of them, and those that one token uses."""
+    total = sum(math.prod(shape) for shape in checkpoint_tensors(config).values())
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    idle = (config.n_routed_experts or 0) - config.num_experts_per_tok
+    return total, total - config.num_moe_layers * idle * expert
+
+
+def tolerated_tensors(config: ModelConfig) -> Iterator[str]:
+    """Names that HF checkpoints may hold beside the model's own, and that nothing reads."""
+    if config.tie_word_embeddings:
+        yield "lm_head.weight"
+    for i in range(config.num_hidden_layers):
+        yield f"model.layers.{i}.self_attn.rotary_emb.inv_freq"

@@ -1,0 +1,241 @@
+"""Where weights come from: safetensors files, or a deterministic random stream.
+
+Both answer the same three questions (which tensors, of which shape, and the values of a slice), so
+that the loader does not care. Pickle checkpoints are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from zlib import crc32
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moespan.checkpoint.placement import Index, Piece, checkpoint_tensors, tolerated_tensors
+from moespan.config import ModelConfig, read_json
+from moespan.errors import CheckpointError, ConfigError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_BATCH_BYTES = 64 << 20
+
+
+class Source(Protocol):
+    """Weights of one model, sliceable."""
+
+    def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
+        """Cut `pieces` into lists that may be read in parallel, each in its best order."""
+
+    def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """Yield each piece with its values, a CPU tensor that is valid until the next one."""
+
+
+class SafetensorsSource:
+    """A checkpoint folder: one `model.safetensors`, or shards with an index.
+
+    Opening it reads the headers only and checks everything that headers can show.
+
+    Raises:
+        CheckpointError: lists all missing, unexpected and ill-shaped tensors and bad files.
+    """
+
+    def __init__(self, path: str | Path, config: ModelConfig) -> None:
+        self.path = Path(path)
+        self._file_of: dict[str, str] = {}
+        self._order: dict[str, int] = {}
+        self._row_bytes: dict[str, int] = {}
+        problems: list[str] = []
+        expected = checkpoint_tensors(config)
+        for file, names in self._files(problems).items():
+            self._read_header(file, names, expected, problems)
+        tolerated = set(tolerated_tensors(config))
+        problems += [
+            f"{self._file_of[name]}: unexpected tensor {name}"
+            for name in self._file_of
+            if name not in expected and name not in tolerated
+        ]
+        problems += [f"missing tensor {name}" for name in expected if name not in self._file_of]
+        if problems:
+            raise CheckpointError(
+                f"{path} is not a whole checkpoint of the model in its config.json "
+                f"({len(problems)} problem{'s' * (len(problems) > 1)}); copy it again, or mend "
+                "config.json",
+                _abridged(problems),
+            )
+
+    def _files(self, problems: list[str]) -> dict[str, set[str] | None]:
+        """File name -> the tensors that the index promises in it (None: no index)."""
+        if (self.path / INDEX_FILE).exists():
+            try:
+                weight_map = read_json(self.path / INDEX_FILE).get("weight_map")
+            except ConfigError as error:
+                raise CheckpointError(str(error)) from None
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{self.path / INDEX_FILE} has no weight_map")
+            files: dict[str, set[str] | None] = defaultdict(set)
+            for name, file in weight_map.items():
+                if not isinstance(file, str) or Path(file).name != file:
+                    problems.append(f"{INDEX_FILE}: {name} is in {file!r}, not a plain file name")
+                else:
+                    files[file].add(name)  # type: ignore[union-attr]
+            return dict(files)
+        if (self.path / SINGLE_FILE).exists():
+            return {SINGLE_FILE: None}
+        pickles = sorted(
+            file.name for file in self.path.glob("*") if file.suffix in (".bin", ".pt", ".pth")
+        )
+        if pickles:
+            raise CheckpointError(
+                f"{self.path} holds only pickle checkpoints ({', '.join(pickles[:3])}), which can "
+                "run code when they are loaded and are never opened here; convert them to "
+                "safetensors (safetensors.torch.save_file) in a place that you trust"
+            )
+        raise CheckpointError(f"{self.path} has neither {INDEX_FILE} nor {SINGLE_FILE}")
+
+    def _read_header(
+        self,
+        file: str,
+        promised: set[str] | None,
+        expected: dict[str, tuple[int, ...]],
+        problems: list[str],
+    ) -> None:
+        try:
+            with self._open(file) as handle:
+                names = handle.offset_keys()
+                for at, name in enumerate(names):
+                    if name in self._file_of:
+                        problems.append(f"{file}: {name} is also in {self._file_of[name]}")
+                    self._file_of[name], self._order[name] = file, at
+                    tensor = handle.get_slice(name)
+                    shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+                    self._row_bytes[name] = 4 * math.prod(shape[1:])
+                    if name in expected and shape != expected[name]:
+                        problems.append(
+                            f"{file}: {name} has shape {list(shape)}, not {list(expected[name])}"
+                        )
+                    if name in expected and dtype not in _DTYPES:
+                        problems.append(
+                            f"{file}: {name} has dtype {dtype}, not one of {', '.join(_DTYPES)}"
+                        )
+        except (OSError, SafetensorError) as error:
+            problems.append(
+                f"{file}: cannot be read ({error}); it is missing, cut short or corrupt"
+            )
+            # Their loss is this one problem, not one for each tensor.
+            for name in expected if promised is None else promised:
+                self._file_of.setdefault(name, file)
+            return
+        problems += [
+            f"{file}: {name} is not in it, though {INDEX_FILE} says so"
+            for name in sorted((promised or set()) - set(names))
+        ]
+
+    def _open(self, file: str) -> Any:
+        return safe_open(str(self.path / file), framework="pt", device="cpu")
+
+    def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
+        """Lists within one file each, in the order of its bytes, so that a disk reads straight on.
+
+        Pages that were read count as ours for as long as the file is mapped; batches bound that.
+        """
+        by_file: dict[str, list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            by_file[self._file_of[piece.source]].append(piece)
+        batches: list[list[Piece]] = []
+        for file in sorted(by_file):
+            left_bytes = 0
+            for piece in sorted(by_file[file], key=lambda piece: self._order[piece.source]):
+                for part in _row_blocks(piece, _BATCH_BYTES // self._row_bytes[piece.source]):
+                    if left_bytes <= 0:
+                        batches.append([])
+                        left_bytes = _BATCH_BYTES
+                    batches[-1].append(part)
+                    left_bytes -= part.num_rows * self._row_bytes[piece.source]
+        return batches
+
+    def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """Yield each piece of one batch as a view of the mapped file."""
+        with self._open(self._file_of[pieces[0].source]) as handle:
+            for piece in pieces:
+                yield piece, handle.get_slice(piece.source)[piece.source_index]
+
+
+class RandomSource:
+    """Random weights that are a pure function of the seed and the tensor's name.
+
+    So `--load-format dummy` gives the values that `make-checkpoint` writes, and every layout gives
+    the same model. Standard deviations keep activations near one: 1/sqrt(fan-in) for matrices, 1
+    for the embedding; norms are 1.
+    """
+
+    # Rows are drawn in blocks with a generator each, so that a rank draws little beyond its share.
+    BLOCK_ROWS = 256
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, seed: int) -> None:
+        self.shapes = checkpoint_tensors(config)
+        self.dtype = dtype
+        self.seed = seed
+
+    def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
+        """One list for each piece: nothing is gained by an order."""
+        return [[piece] for piece in pieces]
+
+    def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """Yield each piece with freshly drawn values."""
+        for piece in pieces:
+            yield piece, self.draw(piece.source, piece.source_index)
+
+    def draw(self, name: str, index: Index | None = None) -> torch.Tensor:
+        """Values of the tensor `name`, or of a slice of it."""
+        shape = self.shapes[name]
+        rows = index[0] if index else slice(0, shape[0])
+        if name.endswith("norm.weight"):
+            return torch.ones(rows.stop - rows.start, dtype=self.dtype)
+        columns = tuple(index[1:]) if index else ()
+        std = 1.0 if name == "model.embed_tokens.weight" else math.prod(shape[1:]) ** -0.5
+        first = rows.start // self.BLOCK_ROWS
+        last = -(-rows.stop // self.BLOCK_ROWS)
+        drawn = []
+        for block in range(first, last):
+            start = block * self.BLOCK_ROWS
+            stop = min(start + self.BLOCK_ROWS, shape[0])
+            key = crc32(f"{self.seed}/{name}/{block}".encode()) + (self.seed << 32)
+            generator = torch.Generator().manual_seed(key % 2**63)
+            values = torch.empty((stop - start, *shape[1:])).normal_(0.0, std, generator=generator)
+            mine = slice(max(rows.start - start, 0), min(rows.stop, stop) - start)
+            here = (mine, *columns)
+            drawn.append(values[here].to(self.dtype))
+        return torch.cat(drawn) if drawn else torch.empty((0, *shape[1:]), dtype=self.dtype)
+
+
+def _row_blocks(piece: Piece, most_rows: int) -> Iterator[Piece]:
+    """Cut `piece` into pieces of at most `most_rows` rows (at least one)."""
+    most_rows = max(most_rows, 1)
+    axis = len(piece.index) - len(piece.source_index)  # an expert's number may come first
+    source_rows, rows = piece.source_index[0], piece.index[axis]
+    for at in range(0, piece.num_rows, most_rows):
+        stop = min(at + most_rows, piece.num_rows)
+        yield dataclasses.replace(
+            piece,
+            source_index=(
+                slice(source_rows.start + at, source_rows.start + stop),
+                *piece.source_index[1:],
+            ),
+            index=(
+                *piece.index[:axis],
+                slice(rows.start + at, rows.start + stop),
+                *piece.index[axis + 1 :],
+            ),
+        )
+
+
+def _abridged(problems: list[str], most: int = 50) -> list[str]:
+    left = len(problems) - most
+    return problems if left <= 0 else [*problems[:most], f"and {left} more"]

@@ -1,0 +1,55 @@
+"""Memory of the host and of devices: how much is free, and fresh zeroed tensors."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Like `torch.zeros`, but on a CPU the pages take no memory before they are written."""
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch writes the zeros itself; NumPy asks the system for pages that read as zero.
+    buffer = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(buffer).view(dtype).view(shape)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on `device`; for CPUs within the container's limit."""
+    if device.type != "cpu":
+        free_bytes, _ = torch.get_device_module(device).mem_get_info(device)
+        return int(free_bytes)
+    available = _meminfo_bytes("MemAvailable")
+    limit = _read_integer("/sys/fs/cgroup/memory.max")
+    used = _read_integer("/sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None:
+        # Page cache counts as used there, though it gives way.
+        reclaimable = _cgroup_statistic("inactive_file")
+        available = min(available, limit - used + reclaimable)
+    return max(available, 0)
+
+
+def _meminfo_bytes(key: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/meminfo has no {key}")
+
+
+def _cgroup_statistic(key: str) -> int:
+    for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
+        if line.startswith(key + " "):
+            return int(line.split()[1])
+    return 0
+
+
+def _read_integer(path: str) -> int | None:
+    try:
+        text = Path(path).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
