@@ -1,0 +1,19 @@
+"""Operations by device. Only this package and `launch` know which device it is."""
+
+from __future__ import annotations
+
+from moespan.errors import ConfigError
+from moespan.ops.base import AttentionBatch, Ops
+from moespan.ops.cpu import CpuOps
+from moespan.ops.reference import ReferenceOps
+
+__all__ = ["AttentionBatch", "CpuOps", "Ops", "ReferenceOps", "ops_for"]
+
+
+def ops_for(device_type: str) -> Ops:
+    """The fastest implementation for a device type."""
+    if device_type == "cpu":
+        return CpuOps()
+    if device_type == "cuda":
+        return ReferenceOps()
+    raise ConfigError(f"device {device_type!r} is not implemented yet; use cpu")

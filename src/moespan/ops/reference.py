@@ -1,0 +1,93 @@
+"""The meaning of every operation, in plain torch, one sequence and one expert at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moespan.ops.base import AttentionBatch
+
+
+class ReferenceOps:
+    """See `moespan.ops.base.Ops` for what each operation promises."""
+
+    block_size = 32
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[T, H] → [T, H]."""
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        return normed.to(x.dtype) * weight
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[T, in], [out, in] → [T, out]."""
+        return F.linear(x, weight, bias)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[T, N, D], float32 [T, D/2] twice → [T, N, D]."""
+        first, second = x.float().chunk(2, -1)
+        cos, sin = cos[:, None], sin[:, None]
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        return rotated.to(x.dtype)
+
+    def write_cache(
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+    ) -> None:
+        """Store [T, KV, D] at `slots`."""
+        k_cache.flatten(0, 1)[slots] = k
+        v_cache.flatten(0, 1)[slots] = v
+
+    def attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        """[T, N, D] over the caches [B, block size, KV, D] → [T, N, D]."""
+        outputs = []
+        groups = q.shape[1] // k_cache.shape[2]
+        for queries, context_len, table in zip(
+            q.split(batch.query_lens), batch.context_lens, batch.block_tables, strict=True
+        ):
+            length = context_len + len(queries)
+            k, v = (
+                cache[table].flatten(0, 1)[:length].float().repeat_interleave(groups, dim=1)
+                for cache in (k_cache, v_cache)
+            )
+            scores = torch.einsum("qnd,knd->nqk", queries.float(), k) * scale
+            hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(context_len + 1)
+            probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            outputs.append(torch.einsum("nqk,knd->qnd", probabilities, v))
+        return torch.cat(outputs).to(q.dtype)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """[T, 2·I] → [T, I]."""
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def route(
+        self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[T, H] → float32 [T, K], int64 [T, K]."""
+        probabilities = F.linear(x.float(), router).softmax(-1)
+        weights, chosen = probabilities.topk(num_chosen, dim=-1)
+        if renormalize and num_chosen > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights, chosen
+
+    def experts(
+        self, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
+        """[T, H] → [T, H]."""
+        out = torch.zeros_like(x, dtype=torch.float32)
+        for expert in range(len(gate_up)):
+            tokens, place = torch.where(chosen == expert)
+            hidden = self.swiglu(F.linear(x[tokens], gate_up[expert]))
+            result = F.linear(hidden, down[expert]).float()
+            out.index_add_(0, tokens, result * weights[tokens, place, None])
+        return out.to(x.dtype)
