@@ -1,0 +1,38 @@
+"""What an engine says of itself. Plain values; imports no torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts about a started engine.
+
+    Attributes:
+        layout: size of each axis.
+        num_blocks, block_size: blocks of the KV cache and tokens in each.
+        load_s: seconds that reading the weights took on the slowest rank.
+        read_bytes, weight_bytes: bytes that the leader read, and that its weights take.
+    """
+
+    model: str
+    layout: dict[str, int]
+    device: str
+    dtype: str
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    load_s: float
+    read_bytes: int
+    weight_bytes: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """How the engine is doing: queues, cache use within 0..1, and counts since the start."""
+
+    num_waiting: int
+    num_running: int
+    kv_usage: float
+    num_preemptions: int
+    num_prefix_queried_tokens: int
+    num_prefix_hit_tokens: int

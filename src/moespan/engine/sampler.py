@@ -1,0 +1,156 @@
+"""From logits to tokens. Every draw is a pure function of its row, its seed and its position.
+
+So a seeded request gets the same tokens whatever shares its batch: one uniform number, made from
+seed and position, picks from the cumulative distribution.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from moespan.engine.plan import Sampled, SampleRow
+from moespan.engine.request import TokenLogprobs
+
+# Logits divided by less could overflow; it is as good as greedy.
+_LEAST_TEMPERATURE = 1e-6
+
+
+def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
+    """Choose one token for each row.
+
+    Args:
+        logits: float32 [R, V].
+        rows: R descriptions of how to sample.
+
+    Returns:
+        One entry for each row; its token is None when its logits are not all finite.
+    """
+    finite = logits.isfinite().all(-1).tolist()
+    adjusted = logits
+    if any(_is_adjusted(row) for row in rows):
+        adjusted = logits.clone()
+        for values, row in zip(adjusted, rows, strict=True):
+            _adjust(values, row)
+    tokens = adjusted.argmax(-1)
+    drawn = [i for i, row in enumerate(rows) if row.temperature > 0 and finite[i]]
+    if drawn:
+        tokens[drawn] = _draw(adjusted[drawn], [rows[i] for i in drawn])
+    chosen = tokens.tolist()
+    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+    reported = [i for i, row in enumerate(rows) if row.logprobs is not None and finite[i]]
+    if reported:
+        scores = token_logprobs(
+            logits[reported],
+            [chosen[i] for i in reported],
+            max(rows[i].logprobs or 0 for i in reported),
+        )
+        for i, score in zip(reported, scores, strict=True):
+            logprobs[i] = TokenLogprobs(
+                score.token_id, score.logprob, score.top[: rows[i].logprobs]
+            )
+    return [
+        Sampled(token if is_finite else None, logprob)
+        for token, is_finite, logprob in zip(chosen, finite, logprobs, strict=True)
+    ]
+
+
+def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
+    """Log probabilities of `token_ids` and of the `num_top` best under float32 logits [R, V]."""
+    logprobs = logits.log_softmax(-1)
+    targets = torch.tensor(token_ids, device=logits.device)
+    own = logprobs.gather(-1, targets[:, None])[:, 0].tolist()
+    best = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
+    values, ids = (part.tolist() for part in best)
+    return [
+        TokenLogprobs(token, logprob, list(zip(top_ids, top_values, strict=True)))
+        for token, logprob, top_ids, top_values in zip(token_ids, own, ids, values, strict=True)
+    ]
+
+
+def _is_adjusted(row: SampleRow) -> bool:
+    return bool(row.logit_bias or row.barred or row.seen_output or row.seen_prompt)
+
+
+def _adjust(logits: Tensor, row: SampleRow) -> None:
+    """Apply bias, bars and penalties to one row [V], in place."""
+
+    def ids(tokens: list[int]) -> Tensor:
+        return torch.tensor(tokens, device=logits.device)
+
+    if row.logit_bias:
+        logits[ids(list(row.logit_bias))] += torch.tensor(
+            list(row.logit_bias.values()), device=logits.device
+        )
+    seen = ids(sorted({*row.seen_prompt, *row.seen_output}))
+    if len(seen) and row.repetition_penalty != 1:
+        values = logits[seen]
+        logits[seen] = torch.where(
+            values > 0, values / row.repetition_penalty, values * row.repetition_penalty
+        )
+    if row.seen_output:
+        counts = torch.tensor(
+            list(row.seen_output.values()), dtype=torch.float32, device=logits.device
+        )
+        penalty = row.frequency_penalty * counts + row.presence_penalty
+        logits[ids(list(row.seen_output))] -= penalty
+    if row.barred:
+        logits[ids(row.barred)] = -torch.inf
+
+
+def _draw(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """Draw one token for each row of [R, V] → int64 [R]."""
+    temperature = [max(row.temperature, _LEAST_TEMPERATURE) for row in rows]
+    probabilities = (logits / _column(temperature, logits)).softmax(-1)
+    uniform = torch.tensor(
+        [_uniform(row.seed, row.position) for row in rows],
+        dtype=torch.float64,
+        device=logits.device,
+    )[:, None]
+    tokens = _invert(probabilities, uniform)
+    # Sorting changes which token a number picks, so no row is sorted for another one's sake.
+    truncated = [i for i, row in enumerate(rows) if row.top_p < 1 or row.min_p > 0 or row.top_k > 0]
+    if truncated:
+        tokens[truncated] = _draw_truncated(
+            probabilities[truncated], uniform[truncated], [rows[i] for i in truncated]
+        )
+    return tokens
+
+
+def _draw_truncated(probabilities: Tensor, uniform: Tensor, rows: list[SampleRow]) -> Tensor:
+    """Draw from what min_p and top_k leave of each row of [R, V], and top_p of that → [R]."""
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    vocab_size = ordered.shape[-1]
+    ranks = torch.arange(vocab_size, device=ordered.device)
+    dropped = ranks >= _column(
+        [row.top_k if row.top_k > 0 else vocab_size for row in rows], ordered
+    )
+    dropped |= ordered < ordered[:, :1] * _column([row.min_p for row in rows], ordered)
+    kept = ordered.masked_fill(dropped, 0)
+    kept /= kept.sum(-1, keepdim=True)
+    # The mass before a token decides, so that the token that crosses top_p is kept.
+    mass_before = kept.cumsum(-1) - kept
+    dropped = mass_before >= _column([row.top_p if row.top_p < 1 else 2.0 for row in rows], ordered)
+    dropped[:, 0] = False
+    return order.gather(-1, _invert(kept.masked_fill(dropped, 0), uniform)[:, None])[:, 0]
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Where the running sum of [R, V] passes its share `uniform` [R, 1] of the whole → [R]."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    # Strictly past the target: a token of weight 0 is never picked.
+    picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    last = (weights > 0).int().cumsum(-1).argmax(-1)
+    return torch.minimum(picked, last)
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) from 53 bits of BLAKE2b(seed, position)."""
+    data = seed.to_bytes(8, "little", signed=False) + position.to_bytes(8, "little")
+    return (int.from_bytes(blake2b(data, digest_size=8).digest(), "little") >> 11) / (1 << 53)

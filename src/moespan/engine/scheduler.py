@@ -1,0 +1,349 @@
+"""Which tokens of which sequences the next step computes, and what its result means for them.
+
+Token ids, counts and blocks only; text is the engine's, tensors are the worker's. The same calls
+in the same order make the same plans.
+
+The rules, all of them first come, first served:
+
+- A step first goes on with the running sequences, then admits waiting ones. Each gets as many of
+  its uncomputed tokens as the step has left, so long prompts are computed in chunks.
+- A sequence gets the blocks of all its tokens when it is admitted, then one at a time.
+- A running sequence that finds no free block takes those of the youngest sequence that came after
+  it and is not in flight; that one waits again, keeps its output, and is computed anew. Where only
+  sequences in flight came after it, it waits for their results; it never gives up its own blocks,
+  because whoever is older takes them when needed. Nothing is admitted in such a step.
+- A sequence is in at most one plan in flight, and holds its blocks until the plan is back.
+- `max_num_seqs` and `max_num_batched_tokens` bound each step; with several plans in flight, more
+  sequences run at a time.
+
+So the oldest sequence is never preempted, and with nothing in flight it can always go on.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from moespan.config import EngineConfig
+from moespan.engine.blocks import BlockAllocator
+from moespan.engine.plan import PromptScores, Sampled, StepPlan, StepResult
+from moespan.engine.request import Request, TokenLogprobs, check_request
+from moespan.engine.sequence import Sequence, Status
+from moespan.errors import ConfigError, MoespanError, RequestError
+
+
+@dataclass(frozen=True)
+class SequenceUpdate:
+    """What one step's result brought to one sequence; the engine makes an `OutputDelta` of it.
+
+    Fields mean what they mean there. The last token of a stopped sequence is among its tokens.
+    """
+
+    sequence: Sequence
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt: PromptScores | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+
+
+class Scheduler:
+    """Makes the plans of steps, any number of them before the first result is back.
+
+    Attributes:
+        waiting: sequences without blocks, in the order of arrival.
+        running: sequences with blocks, in the order of arrival.
+        num_preemptions: how often a sequence lost its blocks.
+        num_prefix_queried_tokens: prompt tokens of the sequences admitted so far.
+        num_prefix_hit_tokens: how many of them the prefix cache held.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_blocks: int,
+        vocab_size: int,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        if num_blocks < config.blocks_per_sequence:
+            raise ConfigError(
+                f"num_blocks={num_blocks} of {config.block_size} tokens cannot hold one sequence "
+                f"of max_model_len={config.max_model_len}; use at least "
+                f"{config.blocks_per_sequence} or a shorter max_model_len"
+            )
+        self.config = config
+        self.vocab_size = vocab_size
+        self.eos_token_ids = frozenset(t for t in eos_token_ids if 0 <= t < vocab_size)
+        self.allocator = BlockAllocator(
+            num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_prefix_queried_tokens = 0
+        self.num_prefix_hit_tokens = 0
+        self._live: dict[str, list[Sequence]] = {}
+        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
+        self._num_arrivals = 0
+        self._num_steps = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no blocks: new ones and preempted ones."""
+        return len(self.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self.running)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans whose results are not back."""
+        return len(self._in_flight)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether there is anything to schedule or a result to wait for."""
+        return bool(self.waiting or self.running or self._in_flight)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the blocks that sequences hold, within 0..1."""
+        return self.allocator.num_used / self.allocator.num_blocks
+
+    def add(self, request: Request, seed: int = 0) -> list[Sequence]:
+        """Queue the `n` continuations of `request`; `seed` is for one that brings none.
+
+        Raises:
+            RequestError: its id is in use, or its prompt or parameters break a limit.
+        """
+        if request.id in self._live:
+            raise RequestError(f"request id {request.id!r} is in use; give every request its own")
+        check_request(request, self.config.max_model_len, self.vocab_size)
+        params = request.params
+        first_seed = seed if params.seed is None else params.seed
+        limit = self.config.max_model_len - len(request.prompt_token_ids)
+        max_output_tokens = limit if params.max_tokens is None else min(limit, params.max_tokens)
+        sequences = [
+            Sequence(
+                request,
+                index,
+                arrival=self._num_arrivals + index,
+                seed=(first_seed + index) % 2**63,
+                max_output_tokens=max_output_tokens,
+                eos_token_ids=self.eos_token_ids,
+            )
+            for index in range(params.n)
+        ]
+        self._num_arrivals += params.n
+        self._live[request.id] = list(sequences)
+        self.waiting.extend(sequences)
+        return sequences
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step; None when nothing can go on before a result or a request comes."""
+        batch: list[Sequence] = []
+        num_tokens_left = self.config.max_num_batched_tokens
+        for sequence in self._ready_sequences():
+            sequence.num_scheduled_tokens = min(sequence.num_tokens_of_next_chunk, num_tokens_left)
+            num_tokens_left -= sequence.num_scheduled_tokens
+            batch.append(sequence)
+            if num_tokens_left == 0 or len(batch) == self.config.max_num_seqs:
+                break
+        return self._plan(batch) if batch else None
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
+        """Take in the result of the oldest plan in flight, and say what it brought to whom.
+
+        Raises:
+            MoespanError: `plan` is not the oldest one in flight.
+        """
+        if not self._in_flight or self._in_flight[0][0] != plan.step:
+            steps = [step for step, _ in self._in_flight]
+            raise MoespanError(f"the result of step {plan.step} is not due; in flight: {steps}")
+        _, batch = self._in_flight.popleft()
+        samples = {r.sequence: s for r, s in zip(plan.samples, result.samples, strict=True)}
+        prompts = {r.sequence: s for r, s in zip(plan.prompts, result.prompts, strict=True)}
+
+        updates = []
+        for row, sequence in enumerate(batch):
+            num_tokens, sequence.num_scheduled_tokens = sequence.num_scheduled_tokens, 0
+            if sequence.is_finished:  # while it was in flight
+                self._release(sequence)
+                continue
+            update = self._advance(sequence, num_tokens, samples.get(row), prompts.get(row))
+            if update is not None:
+                updates.append(update)
+        return updates
+
+    def finish(self, sequence: Sequence) -> None:
+        """End `sequence` now, wherever it is; of a finished one, nothing changes.
+
+        No update comes for it any more. If it is in flight, its blocks are freed on return.
+        """
+        if sequence.is_finished:
+            return
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+        sequence.status = Status.FINISHED
+        self._live[sequence.id].remove(sequence)
+        if not self._live[sequence.id]:
+            del self._live[sequence.id]
+        if not sequence.in_flight:
+            self._release(sequence)
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """End what is left of a request, and return it: nothing, if all of it has finished."""
+        sequences = list(self._live.get(request_id, ()))
+        for sequence in sequences:
+            self.finish(sequence)
+        return sequences
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if a block is leaked or used wrongly. For tests: O(blocks)."""
+        returning = [s for _, batch in self._in_flight for s in batch if s.is_finished]
+        self.allocator.check_integrity(s.block_table for s in (*self.running, *returning))
+        for queue in (self.running, self.waiting):
+            arrivals = [sequence.arrival for sequence in queue]
+            if arrivals != sorted(set(arrivals)):
+                raise AssertionError(f"not in the order of arrival: {list(queue)}")
+        if any(sequence.block_table for sequence in self.waiting):
+            raise AssertionError(f"a waiting sequence holds blocks: {list(self.waiting)}")
+
+    def _ready_sequences(self) -> Iterator[Sequence]:
+        """The sequences that can go on, each with the blocks it needs: running ones, then waiting
+        ones, which are admitted as the caller comes to them."""
+        num_preemptions = self.num_preemptions
+        for sequence in tuple(self.running):
+            if sequence.in_flight or sequence.status is Status.WAITING:  # preempted just now
+                continue
+            if not self._make_room(sequence):
+                return
+            yield sequence
+        while self.waiting and self.num_preemptions == num_preemptions:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                return
+            yield sequence
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Get the blocks of all tokens of a running sequence, at the cost of younger ones."""
+        while len(sequence.block_table) < self.allocator.blocks_for(sequence.num_tokens):
+            block = self.allocator.take(1)
+            if block is not None:
+                sequence.block_table += block
+            elif not self._preempt_younger_than(sequence):
+                return False
+        return True
+
+    def _preempt_younger_than(self, sequence: Sequence) -> bool:
+        """Send the youngest sequence that can be back to wait; False when there is none."""
+        for victim in reversed(self.running):
+            if victim is sequence:
+                return False
+            if not victim.in_flight:
+                break
+        self._release(victim)
+        victim.status = Status.WAITING
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self.running.remove(victim)
+        older = itertools.takewhile(lambda s: s.arrival < victim.arrival, self.waiting)
+        self.waiting.insert(sum(1 for _ in older), victim)
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give the first waiting sequence the blocks of all its tokens, as many as can be shared;
+        False, and nothing changes, when too few are free."""
+        allocator = self.allocator
+        allocator.extend_digests(sequence.block_digests, sequence.token_ids)
+        num_reusable_blocks = sequence.num_reusable_tokens // allocator.block_size
+        shared = allocator.match(sequence.block_digests[:num_reusable_blocks])
+        num_new = allocator.blocks_for(sequence.num_tokens) - len(shared)
+        table = allocator.take(num_new, shared)
+        if table is None:
+            return False
+        self.waiting.popleft()
+        bisect.insort(self.running, sequence, key=lambda s: s.arrival)
+        sequence.status = Status.RUNNING
+        sequence.block_table = table
+        sequence.num_published_blocks = len(shared)
+        sequence.num_computed_tokens = len(shared) * allocator.block_size
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.num_prefix_queried_tokens += sequence.num_prompt_tokens
+            self.num_prefix_hit_tokens += sequence.num_cached_tokens
+        return True
+
+    def _plan(self, batch: list[Sequence]) -> StepPlan:
+        plan = StepPlan(
+            step=self._num_steps,
+            token_ids=[],
+            query_lens=[sequence.num_scheduled_tokens for sequence in batch],
+            context_lens=[sequence.num_computed_tokens for sequence in batch],
+            block_tables=[],
+            samples=[],
+            prompts=[],
+        )
+        for row, sequence in enumerate(batch):
+            start = sequence.num_computed_tokens
+            end = start + sequence.num_scheduled_tokens
+            plan.token_ids.extend(sequence.token_ids[start:end])
+            plan.block_tables.append(sequence.block_table[: self.allocator.blocks_for(end)])
+            if (sample := sequence.sample_row(row)) is not None:
+                plan.samples.append(sample)
+            if (prompt := sequence.prompt_row(row)) is not None:
+                plan.prompts.append(prompt)
+        self._num_steps += 1
+        self._in_flight.append((plan.step, batch))
+        return plan
+
+    def _advance(
+        self,
+        sequence: Sequence,
+        num_tokens: int,
+        sampled: Sampled | None,
+        prompt: PromptScores | None,
+    ) -> SequenceUpdate | None:
+        """Take in that `num_tokens` more are computed, and what came of them."""
+        sequence.num_computed_tokens += num_tokens
+        if prompt is not None:
+            sequence.num_reported_tokens += num_tokens
+        if sampled is not None and sampled.token_id is None:
+            # Where the bad numbers began is unknown, so nobody shall go on from these blocks.
+            self.allocator.retract(sequence.block_table)
+            self.finish(sequence)
+            error = f"the logits at position {sequence.num_tokens - 1} are not finite"
+            return SequenceUpdate(sequence, prompt=prompt, finish_reason="error", error=error)
+
+        self._publish(sequence)
+        if sampled is None or sampled.token_id is None:
+            return None if prompt is None else SequenceUpdate(sequence, prompt=prompt)
+        sequence.append(sampled.token_id)
+        reason, stop_reason = sequence.finish_reason()
+        if reason is not None:
+            self.finish(sequence)
+        logprobs = [] if sampled.logprobs is None else [sampled.logprobs]
+        return SequenceUpdate(sequence, [sampled.token_id], logprobs, prompt, reason, stop_reason)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Let others use the full blocks that are computed."""
+        self.allocator.extend_digests(sequence.block_digests, sequence.token_ids)
+        start = sequence.num_published_blocks
+        end = sequence.num_computed_tokens // self.allocator.block_size
+        new = zip(sequence.block_table[start:end], sequence.block_digests[start:end], strict=False)
+        for block, digest in new:
+            self.allocator.publish(block, digest)
+        sequence.num_published_blocks = end
+
+    def _release(self, sequence: Sequence) -> None:
+        self.allocator.free(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_published_blocks = sequence.num_computed_tokens = 0

@@ -1,0 +1,1104 @@
+"""Tests of the scheduler, by examples and by random schedules on a model that reads a real cache.
+
+The model here is a hash. What it writes for a token depends on all that it reads before it, and
+what it samples depends on all that it reads, so a block that is shared wrongly, stale, or not
+computed again changes the output. Every output is compared with the one computed without cache,
+batch and scheduler.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from moespan.config import EngineConfig
+from moespan.engine.plan import PromptScores, Sampled, SampleRow, StepPlan, StepResult
+from moespan.engine.request import Request, SamplingParams, TokenLogprobs
+from moespan.engine.scheduler import Scheduler, SequenceUpdate
+from moespan.engine.sequence import Sequence, Status
+from moespan.errors import ConfigError, MoespanError, RequestError
+
+VOCAB = 11
+EOS = 0
+START = 1  # what the model has read before the first token
+
+
+def write(state: int, token_id: int) -> int:
+    """The keys and values of a token, given what was read before it."""
+    return hash((state, token_id))
+
+
+def read(state: int, value: int) -> int:
+    return hash((state, value, 2))
+
+
+def sample(state: int, row: SampleRow) -> Sampled:
+    seen = (tuple(row.seen_prompt), tuple(sorted(row.seen_output.items())))
+    draw = hash((state, row.seed, row.position, seen))
+    allowed = [token_id for token_id in range(VOCAB) if token_id not in row.barred]
+    token_id = allowed[draw % len(allowed)]
+    logprobs = None if row.logprobs is None else TokenLogprobs(token_id, float(state), [])
+    return Sampled(token_id, logprobs)
+
+
+def expected_states(token_ids: list[int]) -> list[int]:
+    """What the model knows after each token."""
+    states, state = [], START
+    for token_id in token_ids:
+        state = read(state, write(state, token_id))
+        states.append(state)
+    return states
+
+
+def expected_output(request: Request, index: int, max_model_len: int, seed: int = 0) -> list[int]:
+    """Continue a request alone, without cache and scheduler."""
+    params, output = request.params, []
+    first_seed = seed if params.seed is None else params.seed
+    eos = [] if params.ignore_eos else [EOS]
+    room = max_model_len - len(request.prompt_token_ids)
+    while len(output) < min(room, params.max_tokens or room):
+        repeats = params.repetition_penalty != 1
+        row = SampleRow(
+            sequence=0,
+            temperature=1,
+            top_p=1,
+            top_k=0,
+            min_p=0,
+            seed=first_seed + index,
+            position=len(output),
+            seen_prompt=sorted(set(request.prompt_token_ids)) if repeats else [],
+            seen_output=Counter(output) if params.penalizes else {},
+            barred=eos + params.stop_token_ids if len(output) < params.min_tokens else [],
+        )
+        state = expected_states(request.prompt_token_ids + output)[-1]
+        output.append(sample(state, row).token_id)
+        if output[-1] in eos + params.stop_token_ids:
+            break
+    return output
+
+
+class PagedModel:
+    """Executes plans on a cache of slots."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots: dict[tuple[int, int], int] = {}
+
+    def context(self, plan: StepPlan) -> list[list[int | None]]:
+        """What the cache holds of each sequence before the step."""
+        return [
+            [self.slots.get(self.slot(table, position)) for position in range(context_len)]
+            for table, context_len in zip(plan.block_tables, plan.context_lens, strict=True)
+        ]
+
+    def slot(self, table: list[int], position: int) -> tuple[int, int]:
+        return table[position // self.block_size], position % self.block_size
+
+    def execute(self, plan: StepPlan, corrupt: set[int] = frozenset()) -> StepResult:
+        """Compute a step; the sequences in `corrupt` that sample get garbage instead."""
+        states, start = [], 0  # states[sequence][query token]
+        rows = zip(plan.query_lens, plan.context_lens, plan.block_tables, strict=True)
+        for sequence, (query_len, context_len, table) in enumerate(rows):
+            state, mine = START, []
+            for position in range(context_len):
+                state = read(state, self.slots[self.slot(table, position)])
+            for i in range(query_len):
+                value = write(state, plan.token_ids[start + i])
+                if sequence in corrupt:
+                    value = -1
+                self.slots[self.slot(table, context_len + i)] = value
+                state = read(state, value)
+                mine.append(state)
+            states.append(mine)
+            start += query_len
+        assert start == len(plan.token_ids)
+        return StepResult(
+            samples=[
+                Sampled(None) if row.sequence in corrupt else sample(states[row.sequence][-1], row)
+                for row in plan.samples
+            ],
+            prompts=[
+                PromptScores(
+                    [
+                        TokenLogprobs(target, float(state), [])
+                        for target, state in zip(row.targets, states[row.sequence], strict=False)
+                    ]
+                    if row.logprobs is not None
+                    else [],
+                    b"".join(
+                        state.to_bytes(8, "big", signed=True) for state in states[row.sequence]
+                    )
+                    if row.logits
+                    else b"",
+                )
+                for row in plan.prompts
+            ],
+        )
+
+
+@dataclass
+class Heard:
+    """All that came back for one sequence."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logits: bytes = b""
+    end: str | None = None
+    stop_reason: int | None = None
+
+
+class Bench:
+    """A scheduler with its model, a pipeline of plans, and eyes on every call."""
+
+    def __init__(
+        self,
+        *,
+        block_size: int = 4,
+        num_blocks: int = 64,
+        max_model_len: int = 32,
+        max_num_seqs: int = 8,
+        budget: int = 16,
+        caching: bool = True,
+    ) -> None:
+        self.config = EngineConfig(
+            model="",
+            block_size=block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=min(max_num_seqs, budget),
+            max_num_batched_tokens=budget,
+            enable_prefix_caching=caching,
+        )
+        self.scheduler = Scheduler(self.config, num_blocks, VOCAB, eos_token_ids=[EOS])
+        self.model = PagedModel(block_size)
+        self.flights: deque[tuple[StepPlan, list[list[int | None]]]] = deque()
+        self.heard: dict[Sequence, Heard] = {}
+        self.first_scheduled: list[int] = []
+        self.num_steps = 0
+        self.num_aborted_in_flight = 0
+
+    def add(self, prompt: list[int], id: str | None = None, **options) -> list[Sequence]:
+        logits = options.pop("prompt_logits", False)
+        request = Request(
+            id=id or f"r{len(self.heard)}",
+            prompt_token_ids=prompt,
+            params=SamplingParams(**{"max_tokens": 8, **options}),
+            prompt_logits=logits,
+        )
+        sequences = self.scheduler.add(request)
+        self.heard.update((sequence, Heard(request)) for sequence in sequences)
+        return sequences
+
+    def schedule(self) -> StepPlan | None:
+        scheduler, config = self.scheduler, self.config
+        waiting = set(scheduler.waiting)
+        oldest = min((*scheduler.running, *waiting), key=lambda s: s.arrival, default=None)
+        losses, num_preemptions = oldest and oldest.num_preemptions, scheduler.num_preemptions
+        plan = scheduler.schedule()
+        scheduler.check_integrity()
+        assert oldest is None or oldest.num_preemptions == losses
+        if plan is None:
+            # Whatever is unfinished can go on, at the latest when all results are back.
+            assert self.flights or not scheduler.has_unfinished
+            return None
+        assert plan.step == self.num_steps
+        assert 0 < len(plan.token_ids) == sum(plan.query_lens) <= config.max_num_batched_tokens
+        assert 0 < len(plan.query_lens) <= config.max_num_seqs
+        assert min(plan.query_lens) > 0
+        for query, context, table in zip(
+            plan.query_lens, plan.context_lens, plan.block_tables, strict=True
+        ):
+            assert len(table) == scheduler.allocator.blocks_for(context + query)
+        self._check_writes(plan)
+        # First come, first served: whoever was admitted is older than all who still wait.
+        admitted = waiting - set(scheduler.waiting)
+        assert not admitted or num_preemptions == scheduler.num_preemptions
+        assert max((s.arrival for s in admitted), default=-1) < min(
+            (s.arrival for s in scheduler.waiting), default=1 << 60
+        )
+        new = [s.arrival for s in admitted if s.num_preemptions == 0]
+        self.first_scheduled += sorted(new)
+        self.flights.append((plan, self.model.context(plan)))
+        self.num_steps += 1
+        return plan
+
+    def _check_writes(self, plan: StepPlan) -> None:
+        """No block is written that anyone else in flight uses."""
+        used = Counter(b for flight, _ in self.flights for t in flight.block_tables for b in set(t))
+        used.update(block for table in plan.block_tables for block in table)
+        for context, table in zip(plan.context_lens, plan.block_tables, strict=True):
+            for block in table[context // self.config.block_size :]:
+                assert used[block] == 1, f"block {block} is written while others use it"
+
+    def deliver(self, corrupt: set[int] = frozenset()) -> list[SequenceUpdate]:
+        """Execute the oldest plan in flight and hand back its result."""
+        plan, context = self.flights.popleft()
+        assert None not in [value for values in context for value in values]
+        assert context == self.model.context(plan), "the context was not computed when planned"
+        corrupt = corrupt & {row.sequence for row in plan.samples}
+        updates = self.scheduler.update(plan, self.model.execute(plan, corrupt))
+        self.scheduler.check_integrity()
+        assert len({id(update.sequence) for update in updates}) == len(updates)
+        for update in updates:
+            heard = self.heard[update.sequence]
+            assert heard.end is None, "an update after the end"
+            heard.token_ids += update.token_ids
+            heard.end, heard.stop_reason = update.finish_reason, update.stop_reason
+            if update.prompt is not None:
+                heard.prompt_logprobs += update.prompt.logprobs
+                heard.prompt_logits += update.prompt.logits
+            assert heard.token_ids == update.sequence.output_token_ids
+        return updates
+
+    def step(self) -> StepPlan | None:
+        plan = self.schedule()
+        if plan is not None:
+            self.deliver()
+        return plan
+
+    def finish(self, sequence: Sequence) -> None:
+        self.num_aborted_in_flight += sequence.in_flight
+        if self.heard[sequence].end is None:
+            self.heard[sequence].end = "abort"
+        self.scheduler.finish(sequence)
+        self.scheduler.check_integrity()
+
+    def abort(self, id: str) -> list[Sequence]:
+        sequences = self.scheduler.abort(id)
+        for sequence in sequences:
+            self.num_aborted_in_flight += sequence.in_flight
+            self.heard[sequence].end = "abort"
+        self.scheduler.check_integrity()
+        return sequences
+
+    def drain(self, depth: int = 1) -> None:
+        """Run until all is finished, `depth` plans in flight; check that it is in bounded time."""
+        live = (*self.scheduler.running, *self.scheduler.waiting)
+        # Each time all results came back the oldest sequence got on by a token at least, or began
+        # again; and it begins again only while it is not the oldest.
+        num_tokens = sum(s.num_prompt_tokens + s.max_output_tokens + 1 for s in live)
+        bound = self.num_steps + len(self.flights) + 2 * depth * (num_tokens + len(live))
+        while self.scheduler.has_unfinished:
+            while len(self.flights) < depth and self.schedule() is not None:
+                pass
+            self.deliver()
+            assert self.num_steps <= bound, "no progress"
+        assert not self.flights
+
+    def check_outputs(self) -> None:
+        """All is finished, nothing is leaked, and every output is what the request alone gets."""
+        scheduler = self.scheduler
+        assert not scheduler.has_unfinished and scheduler.schedule() is None
+        scheduler.check_integrity()
+        assert scheduler.kv_usage == 0
+        assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_in_flight) == (0, 0, 0)
+        assert self.first_scheduled == sorted(self.first_scheduled)
+        for sequence, heard in self.heard.items():
+            request = heard.request
+            expected = expected_output(request, sequence.index, self.config.max_model_len)
+            assert heard.end in ("stop", "length", "abort", "error")
+            assert sequence.status is Status.FINISHED and not sequence.block_table
+            if heard.end in ("abort", "error"):
+                assert heard.token_ids == expected[: len(heard.token_ids)], sequence
+                continue
+            assert heard.token_ids == expected, sequence
+            assert sequence.output_token_ids == expected
+            assert sequence.prompt_token_ids == request.prompt_token_ids
+            prompt = request.prompt_token_ids
+            states = expected_states(prompt) if sequence.index == 0 else []
+            wanted = states if request.params.prompt_logprobs is not None else []
+            assert heard.prompt_logprobs == [
+                TokenLogprobs(target, float(state), [])
+                for target, state in zip(prompt[1:], wanted, strict=False)
+            ]
+            wanted = states if request.prompt_logits else []
+            assert heard.prompt_logits == b"".join(
+                s.to_bytes(8, "big", signed=True) for s in wanted
+            )
+
+
+def prompt_of(n: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1, VOCAB) for _ in range(n)]
+
+
+# What a plan holds
+
+
+def test_nothing_to_do_gives_no_plan():
+    bench = Bench()
+    assert bench.schedule() is None
+    assert not bench.scheduler.has_unfinished
+
+
+def test_a_prompt_and_its_output_go_through_the_cache_in_order():
+    bench = Bench(budget=16)
+    bench.add([5, 6, 7, 8, 9], max_tokens=3, ignore_eos=True)
+    first = bench.step()
+    assert (first.token_ids, first.query_lens, first.context_lens) == ([5, 6, 7, 8, 9], [5], [0])
+    assert len(first.block_tables[0]) == 2 and len(first.samples) == 1
+    second = bench.step()
+    assert (second.query_lens, second.context_lens) == ([1], [5])
+    assert second.block_tables == first.block_tables
+    assert second.token_ids == bench.heard[next(iter(bench.heard))].token_ids[:1]
+    bench.drain()
+    bench.check_outputs()
+    assert bench.num_steps == 3
+
+
+def test_long_prompts_are_computed_in_chunks_and_only_the_last_chunk_samples():
+    bench = Bench(budget=5)
+    bench.add(prompt_of(12), max_tokens=1)
+    plans = [bench.step() for _ in range(3)]
+    assert [plan.query_lens for plan in plans] == [[5], [5], [2]]
+    assert [plan.context_lens for plan in plans] == [[0], [5], [10]]
+    assert [len(plan.block_tables[0]) for plan in plans] == [2, 3, 3]
+    assert [len(plan.samples) for plan in plans] == [0, 0, 1]
+    bench.check_outputs()
+
+
+def test_prefill_chunks_and_decodes_share_a_step_and_the_running_ones_come_first():
+    bench = Bench(budget=6)
+    bench.add([1, 2], ignore_eos=True)
+    bench.step()
+    bench.add(prompt_of(9))
+    plan = bench.step()
+    assert (plan.query_lens, plan.context_lens) == ([1, 5], [2, 0])
+    assert [row.sequence for row in plan.samples] == [0]
+    assert bench.step().query_lens == [1, 4]
+
+
+def test_a_step_holds_at_most_max_num_seqs_sequences():
+    bench = Bench(max_num_seqs=2)
+    for seed in range(3):
+        bench.add(prompt_of(2, seed), ignore_eos=True, max_tokens=2)
+    assert [len(bench.step().query_lens) for _ in range(3)] == [2, 2, 1]
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_sequences_are_first_scheduled_in_the_order_of_arrival():
+    bench = Bench(budget=4, max_num_seqs=2)
+    for n in (9, 1, 7, 2, 3, 12):
+        bench.add(prompt_of(n, seed=n))
+    bench.drain(depth=3)
+    assert bench.first_scheduled == list(range(6))
+    bench.check_outputs()
+
+
+def test_a_sample_row_carries_the_sampling_parameters():
+    bench = Bench()
+    options = {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 7, "logprobs": 2,
+        "logit_bias": {4: 1.5},
+    }  # fmt: skip
+    bench.add([1, 2], **options)
+    row = bench.schedule().samples[0]
+    assert {name: getattr(row, name) for name in options} == options
+    assert (row.position, row.barred, row.seen_prompt, row.seen_output) == (0, [], [], {})
+
+
+def test_the_position_of_a_sample_counts_the_output():
+    bench = Bench()
+    bench.add([1, 2], ignore_eos=True, max_tokens=3)
+    assert [bench.step().samples[0].position for _ in range(3)] == [0, 1, 2]
+
+
+def test_seen_tokens_are_sent_only_to_penalties_that_need_them():
+    bench = Bench()
+    bench.add([3, 1, 3], ignore_eos=True, repetition_penalty=1.5)
+    bench.add([3, 1, 3], ignore_eos=True, frequency_penalty=1.5)
+    bench.add([3, 1, 3], ignore_eos=True)
+    bench.step()
+    bench.step()
+    outputs = [dict(Counter(heard.token_ids)) for heard in bench.heard.values()]
+    rows = bench.schedule().samples
+    assert [row.seen_prompt for row in rows] == [[1, 3], [], []]
+    assert [row.seen_output for row in rows] == [outputs[0], outputs[1], {}]
+
+
+def test_a_plan_does_not_change_after_it_was_made():
+    bench = Bench()
+    bench.add([1, 2, 3], ignore_eos=True, presence_penalty=1.0, max_tokens=6)
+    plan = bench.schedule()
+    before = repr(plan)
+    bench.deliver()
+    bench.drain()
+    assert repr(plan) == before
+
+
+def test_log_probabilities_come_with_their_token():
+    bench = Bench()
+    bench.add([1, 2], logprobs=0)
+    bench.schedule()
+    (update,) = bench.deliver()
+    assert [entry.token_id for entry in update.logprobs] == update.token_ids
+
+
+# Seeds and continuations
+
+
+def test_continuation_i_of_n_has_seed_plus_i_and_comes_back_under_its_index():
+    bench = Bench()
+    bench.add(prompt_of(5), n=3, seed=40)
+    assert [row.seed for row in bench.schedule().samples] == [40, 41, 42]
+    assert [sequence.index for sequence in bench.heard] == [0, 1, 2]
+    bench.deliver()
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_a_request_without_seed_gets_the_given_one_and_seeds_stay_within_63_bits():
+    bench = Bench()
+    params = SamplingParams(n=2)
+    request = Request(id="a", prompt_token_ids=[1], params=params)
+    assert [s.seed for s in bench.scheduler.add(request, seed=2**63 - 1)] == [2**63 - 1, 0]
+    params = SamplingParams(seed=5)
+    request = Request(id="b", prompt_token_ids=[1], params=params)
+    assert [s.seed for s in bench.scheduler.add(request, seed=9)] == [5]
+
+
+# How sequences end
+
+
+def run_alone(prompt: list[int], **options) -> Heard:
+    bench = Bench()
+    bench.add(prompt, **options)
+    bench.drain()
+    bench.check_outputs()
+    return next(iter(bench.heard.values()))
+
+
+def prompt_that_outputs(token_id: int, at: int) -> list[int]:
+    """A prompt whose free continuation has `token_id` first at place `at`."""
+    for seed in range(10_000):
+        output = run_free(prompt_of(4, seed))
+        if token_id in output and output.index(token_id) == at:
+            return prompt_of(4, seed)
+    raise LookupError
+
+
+def run_free(prompt: list[int]) -> list[int]:
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    return expected_output(Request(id="", prompt_token_ids=prompt, params=params), 0, 32)
+
+
+def test_eos_ends_with_stop_and_is_part_of_the_output():
+    heard = run_alone(prompt_that_outputs(EOS, at=3))
+    assert (heard.end, heard.stop_reason) == ("stop", None)
+    assert len(heard.token_ids) == 4 and heard.token_ids[-1] == EOS
+
+
+def test_eos_can_be_ignored():
+    heard = run_alone(prompt_that_outputs(EOS, at=3), ignore_eos=True)
+    assert (heard.end, len(heard.token_ids)) == ("length", 8)
+
+
+def test_a_stop_token_ends_with_stop_and_is_the_reason():
+    heard = run_alone(prompt_that_outputs(7, at=2), ignore_eos=True, stop_token_ids=[7])
+    assert (heard.end, heard.stop_reason, heard.token_ids[-1]) == ("stop", 7, 7)
+
+
+def test_eos_that_is_ignored_but_a_stop_token_ends_as_stop_token():
+    heard = run_alone(prompt_that_outputs(EOS, at=1), ignore_eos=True, stop_token_ids=[EOS])
+    assert (heard.end, heard.stop_reason) == ("stop", EOS)
+
+
+def test_max_tokens_ends_with_length():
+    heard = run_alone(prompt_of(4), ignore_eos=True, max_tokens=5)
+    assert (heard.end, len(heard.token_ids)) == ("length", 5)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 30])
+def test_the_models_length_ends_with_length(max_tokens):
+    heard = run_alone(prompt_of(20), ignore_eos=True, max_tokens=max_tokens)
+    assert (heard.end, len(heard.token_ids)) == ("length", 12)
+
+
+def test_eos_and_stop_tokens_are_barred_before_min_tokens():
+    bench = Bench()
+    bench.add(prompt_that_outputs(EOS, at=0), min_tokens=2, stop_token_ids=[7, 3])
+    assert [bench.step().samples[0].barred for _ in range(2)] == [[EOS, 3, 7]] * 2
+    plan = bench.step()
+    assert plan is None or plan.samples[0].barred == []
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_ignored_eos_is_not_barred():
+    bench = Bench()
+    bench.add([1, 2], min_tokens=2, stop_token_ids=[7], ignore_eos=True)
+    assert bench.schedule().samples[0].barred == [7]
+
+
+def test_logits_that_are_not_finite_end_only_their_sequence_with_an_error():
+    bench = Bench()
+    bad, good = bench.add(prompt_of(5), "bad") + bench.add(prompt_of(6), "good")
+    bench.schedule()
+    update = bench.deliver(corrupt={0})[0]
+    assert update.sequence is bad and update.finish_reason == "error" and update.token_ids == []
+    assert update.error == "the logits at position 4 are not finite"
+    assert update.stop_reason is None and not good.is_finished
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_blocks_behind_logits_that_are_not_finite_are_not_used_again():
+    bench = Bench(budget=8)
+    bench.add(prompt_of(12), "bad")
+    bench.step()
+    bench.schedule()
+    bench.deliver(corrupt={0})
+    (again,) = bench.add(prompt_of(12), "again")
+    bench.drain()
+    assert again.num_cached_tokens == 0
+    bench.check_outputs()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": []}, "the prompt is empty"),
+        ({"prompt": [1] * 32}, "the prompt has 32 tokens; max_model_len=32 leaves room for 31"),
+        ({"prompt": [1, -1]}, "prompt_token_ids: token id -1 is not within 0..10"),
+        ({"prompt": [1, 11]}, "prompt_token_ids: token id 11 is not within 0..10"),
+        ({"prompt": [1], "stop_token_ids": [3, 12]}, "stop_token_ids: token id 12"),
+        ({"prompt": [1], "logit_bias": {11: 1.0}}, "logit_bias: token id 11"),
+        ({"prompt": [1], "id": "live"}, "request id 'live' is in use"),
+    ],
+)
+def test_a_request_that_breaks_a_limit_is_refused_and_leaves_no_trace(options, message):
+    bench = Bench()
+    bench.add([1], "live")
+    with pytest.raises(RequestError, match=message):
+        bench.add(**options)
+    assert bench.scheduler.num_waiting == 1
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_the_longest_prompt_and_the_outermost_token_ids_are_accepted():
+    bench = Bench()
+    bench.add([0] + [VOCAB - 1] * 30, logit_bias={0: 1, VOCAB - 1: 1}, stop_token_ids=[VOCAB - 1])
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_an_id_can_be_used_again_once_its_request_is_finished_or_aborted():
+    bench = Bench()
+    bench.add([1, 2], "a", max_tokens=1)
+    bench.step()
+    bench.add([1, 3], "a")
+    bench.schedule()
+    bench.abort("a")  # in flight
+    bench.add([1, 4], "a")
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
+def test_an_id_is_in_use_until_the_last_continuation_is_finished():
+    bench = Bench()
+    first, second = bench.add([1, 2], "a", n=2)
+    bench.finish(first)
+    with pytest.raises(RequestError):
+        bench.add([1, 2], "a")
+    bench.finish(second)
+    bench.add([1, 2], "a")
+
+
+def test_too_few_blocks_for_one_sequence_are_refused():
+    with pytest.raises(ConfigError, match=r"num_blocks=7 of 4 tokens .* use at least 8"):
+        Bench(num_blocks=7)
+    Bench(num_blocks=8)
+
+
+def test_results_out_of_order_are_refused():
+    bench = Bench(budget=2, max_num_seqs=1)
+    bench.add([1, 2])
+    bench.add([1, 3])
+    first, second = bench.schedule(), bench.schedule()
+    result = bench.model.execute(second)
+    with pytest.raises(MoespanError, match=r"the result of step 1 is not due; in flight: \[0, 1\]"):
+        bench.scheduler.update(second, result)
+    bench.deliver()
+    with pytest.raises(MoespanError, match=r"step 0 is not due; in flight: \[1\]"):
+        bench.scheduler.update(first, result)
+    bench.drain()
+    bench.check_outputs()
+
+
+# The prefix cache
+
+
+def test_a_prompt_goes_on_from_the_blocks_of_an_equal_prefix():
+    bench = Bench()
+    bench.add(prompt_of(9), max_tokens=1)
+    bench.step()
+    (second,) = bench.add([*prompt_of(9), 5, 5])
+    plan = bench.step()
+    assert (plan.context_lens, plan.query_lens) == ([8], [3])
+    assert second.num_cached_tokens == 8
+    scheduler = bench.scheduler
+    assert (scheduler.num_prefix_queried_tokens, scheduler.num_prefix_hit_tokens) == (20, 8)
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_blocks_of_running_sequences_and_of_outputs_are_shared_too():
+    bench = Bench()
+    (first,) = bench.add(prompt_of(6), ignore_eos=True, max_tokens=20)
+    for _ in range(8):
+        bench.step()
+    (second,) = bench.add(list(first.token_ids))
+    assert bench.schedule().context_lens == [13, 12]
+    assert second.block_table[:3] == first.block_table[:3]
+    bench.deliver()
+    bench.drain()
+    bench.check_outputs()
+
+
+@pytest.mark.parametrize("num_tokens", [8, 9])
+def test_at_least_one_token_is_computed_where_the_cache_holds_the_whole_prompt(num_tokens):
+    bench = Bench()
+    bench.add(prompt_of(12), max_tokens=1)
+    bench.step()
+    bench.add(prompt_of(12)[:num_tokens])
+    plan = bench.step()
+    assert (plan.context_lens, plan.query_lens) == (([4], [4]) if num_tokens == 8 else ([8], [1]))
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_blocks_are_shared_only_after_their_result_is_back():
+    bench = Bench()
+    bench.add(prompt_of(8), "a")
+    bench.schedule()
+    (too_early,) = bench.add(prompt_of(9), "b")
+    bench.schedule()
+    bench.deliver()
+    (late,) = bench.add(prompt_of(9), "c")
+    bench.schedule()
+    assert (too_early.num_cached_tokens, late.num_cached_tokens) == (0, 8)
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
+def test_blocks_of_a_sequence_aborted_in_flight_are_not_shared():
+    bench = Bench()
+    bench.add(prompt_of(8), "a")
+    bench.schedule()
+    bench.abort("a")
+    bench.deliver()
+    (again,) = bench.add(prompt_of(8), "a")
+    bench.step()
+    assert again.num_cached_tokens == 0
+
+
+def test_without_prefix_caching_everything_is_computed():
+    bench = Bench(caching=False)
+    for _ in range(2):
+        bench.add(prompt_of(9))
+        bench.drain()
+    bench.check_outputs()
+    assert bench.scheduler.num_prefix_hit_tokens == 0
+
+
+# Reports on the prompt
+
+
+@pytest.mark.parametrize("budget", [3, 4, 16])
+def test_every_prompt_position_is_reported_once_whatever_the_chunks_and_the_cache(budget):
+    bench = Bench(budget=budget)
+    for _ in range(2):
+        (sequence,) = bench.add(prompt_of(11), prompt_logprobs=1, prompt_logits=True)
+        bench.drain()
+        assert sequence.num_cached_tokens == 0
+    bench.check_outputs()
+
+
+def test_a_prompt_row_names_the_token_after_each_query_token():
+    bench = Bench(budget=4)
+    bench.add([1, 2, 3, 4, 5, 6], prompt_logprobs=2)
+    rows = [row for _ in range(3) for row in bench.step().prompts]
+    assert [(row.targets, row.logprobs, row.logits) for row in rows] == [
+        ([2, 3, 4, 5], 2, False),
+        ([6], 2, False),
+    ]
+
+
+def test_only_the_first_continuation_reports_on_the_prompt():
+    bench = Bench()
+    bench.add(prompt_of(5), n=3, prompt_logprobs=0)
+    assert [row.sequence for row in bench.schedule().prompts] == [0]
+    bench.deliver()
+    bench.drain()
+    bench.check_outputs()
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_no_prompt_position_is_reported_twice_after_a_preemption(caching):
+    """The older sequence takes the blocks of a prompt that is reported on by half."""
+    bench = Bench(num_blocks=8, budget=4, caching=caching)
+    bench.add(prompt_of(8, seed=1), ignore_eos=True, max_tokens=None)
+    (reporter,) = bench.add(prompt_of(20), prompt_logprobs=1, prompt_logits=True, max_tokens=2)
+    while not reporter.num_preemptions:
+        bench.step()
+    assert 0 < reporter.num_reported_tokens < 20 and reporter.num_computed_tokens == 0
+    bench.drain()
+    bench.check_outputs()
+
+
+# Preemption
+
+
+def test_the_youngest_sequence_gives_its_blocks_to_an_older_one_and_is_computed_again():
+    bench = Bench(num_blocks=8, max_num_seqs=3)
+    old, middle, young = [bench.add(prompt_of(7, seed), ignore_eos=True)[0] for seed in range(3)]
+    late = None
+    while not bench.scheduler.num_preemptions:
+        bench.step()
+        late = late or bench.add(prompt_of(3, seed=9), ignore_eos=True)[0]
+    assert young.status is Status.WAITING and young.num_output_tokens > 0
+    assert list(bench.scheduler.waiting) == [young, late]
+    assert (old.num_preemptions, middle.num_preemptions, young.num_preemptions) == (0, 0, 1)
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_nothing_is_admitted_in_a_step_that_preempted():
+    """One that waits would fit into what a longer, younger one just lost; it comes a step later."""
+    bench = Bench(num_blocks=8, budget=17)
+    old, short, long = [
+        (bench.add(prompt_of(n, seed=n), max_tokens=None, ignore_eos=True), bench.schedule())[0][0]
+        for n in (4, 5, 17)
+    ]
+    bench.deliver()
+    bench.deliver()
+    bench.schedule()  # `old` needs a block, and only `short` is not in flight
+    assert (short.num_preemptions, long.num_preemptions) == (1, 0)
+    bench.deliver()
+    bench.deliver()
+    while not long.num_preemptions:
+        plan = bench.step()
+    assert len(plan.query_lens) == 1 and bench.scheduler.allocator.num_free == 4
+    assert list(bench.scheduler.waiting) == [short, long]
+    bench.step()
+    assert bench.scheduler.running == [old, short] and list(bench.scheduler.waiting) == [long]
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_again():
+    bench = Bench(num_blocks=8)
+    bench.add(prompt_of(8, seed=1), ignore_eos=True, max_tokens=9)
+    (young,) = bench.add(prompt_of(14, seed=2), ignore_eos=True, max_tokens=16)
+    contexts = []
+    while young.status is not Status.FINISHED:
+        admitted = young.num_preemptions and young.status is Status.WAITING
+        plan = bench.step()
+        if admitted and young.status is Status.RUNNING:
+            contexts.append(plan.context_lens[-1])
+    assert young.num_preemptions > 0 and min(contexts) >= 4
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_an_older_sequence_waits_for_younger_ones_in_flight_and_then_takes_their_blocks():
+    bench = Bench(num_blocks=8, max_num_seqs=1)
+    (old,) = bench.add(prompt_of(15, seed=1), ignore_eos=True, max_tokens=None)
+    (young,) = bench.add(prompt_of(15, seed=2), ignore_eos=True, max_tokens=None)
+    bench.schedule()
+    bench.schedule()
+    while old.num_tokens < 17:  # now it needs a fifth block
+        bench.deliver()
+        bench.schedule()
+        if old.num_tokens == 17 and not old.in_flight:
+            break
+    assert young.in_flight and not old.in_flight
+    assert bench.schedule() is None
+    assert old.num_preemptions == young.num_preemptions == 0
+    bench.deliver()
+    bench.schedule()
+    assert old.in_flight and young.num_preemptions == 1
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
+def test_the_youngest_sequence_keeps_its_blocks_while_it_waits_for_one_more():
+    bench = Bench(num_blocks=8)
+    (old,) = bench.add(prompt_of(18, seed=1), ignore_eos=True, max_tokens=3)
+    (young,) = bench.add(prompt_of(11, seed=2), ignore_eos=True, max_tokens=6)
+    while not old.is_finished:
+        bench.step()
+    assert young.num_preemptions == 0 and young.num_tokens == young.num_computed_tokens + 1
+    bench.drain()
+    bench.check_outputs()
+    assert bench.scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_half_computed_prompts_that_hold_all_blocks_do_not_block_each_other(depth):
+    bench = Bench(num_blocks=8, budget=3, max_num_seqs=3)
+    for seed in range(6):
+        bench.add(prompt_of(28, seed), max_tokens=None, ignore_eos=True)
+        bench.add(prompt_of(5, seed), max_tokens=None, ignore_eos=True)
+    bench.drain(depth)
+    bench.check_outputs()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_nobody_starves_under_an_endless_stream_of_newcomers(depth):
+    bench = Bench(num_blocks=8, budget=8, max_num_seqs=4)
+    old = bench.add(prompt_of(25), max_tokens=None, ignore_eos=True)[0]
+    rng = random.Random(1)
+    newcomers = []
+    for step in range(600):
+        if bench.scheduler.num_waiting < 8:
+            newcomers += bench.add(prompt_of(rng.randint(1, 20), step), max_tokens=10)
+        while len(bench.flights) < depth and bench.schedule() is not None:
+            pass
+        bench.deliver()
+        if step == 60:
+            assert old.is_finished
+    assert bench.scheduler.num_preemptions > 10
+    assert all(sequence.is_finished for sequence in newcomers[:-40]) and len(newcomers) > 80
+    bench.drain(depth)
+    bench.check_outputs()
+
+
+# Abort
+
+
+def test_aborting_a_waiting_or_running_request_frees_it_at_once():
+    bench = Bench(max_num_seqs=1)
+    running, waiting = bench.add([1, 2], "a") + bench.add([1, 3], "b")
+    bench.step()
+    assert (bench.scheduler.num_running, bench.scheduler.num_waiting) == (1, 1)
+    assert bench.abort("a") == [running] and bench.abort("b") == [waiting]
+    assert not bench.scheduler.has_unfinished
+    bench.check_outputs()
+
+
+def test_blocks_of_a_sequence_aborted_in_flight_are_freed_when_its_plan_is_back():
+    bench = Bench()
+    bench.add(prompt_of(9), "a")
+    bench.schedule()
+    bench.abort("a")
+    assert bench.scheduler.allocator.num_used == 3 and bench.scheduler.has_unfinished
+    assert bench.schedule() is None
+    assert bench.deliver() == []
+    assert bench.scheduler.allocator.num_used == 0 and not bench.scheduler.has_unfinished
+
+
+def test_aborting_what_is_not_there_or_was_aborted_does_nothing():
+    bench = Bench()
+    bench.add([1, 2], "a", n=2)
+    assert bench.abort("b") == []
+    assert len(bench.abort("a")) == 2
+    assert bench.abort("a") == []
+    bench.check_outputs()
+
+
+def test_one_continuation_can_be_finished_and_the_others_go_on():
+    bench = Bench()
+    first, second = bench.add(prompt_of(5), "a", n=2, ignore_eos=True)
+    bench.step()
+    bench.finish(first)
+    bench.finish(first)
+    assert bench.schedule().query_lens == [1]
+    assert bench.abort("a") == [second]
+    assert bench.deliver() == []
+    bench.check_outputs()
+
+
+# Several plans in flight
+
+
+def test_plans_in_flight_hold_different_sequences():
+    bench = Bench(max_num_seqs=2, budget=16)
+    for seed in range(4):
+        bench.add(prompt_of(3, seed), ignore_eos=True)
+    first, second = bench.schedule(), bench.schedule()
+    assert (len(first.query_lens), len(second.query_lens)) == (2, 2)
+    assert bench.schedule() is None
+    bench.deliver()
+    assert bench.schedule().token_ids == [
+        sequence.token_ids[-1] for sequence in list(bench.heard)[:2]
+    ]
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
+def test_metrics_follow_the_sequences():
+    bench = Bench(num_blocks=10, max_num_seqs=1)
+    bench.add(prompt_of(9), ignore_eos=True)
+    bench.add(prompt_of(9))
+    scheduler = bench.scheduler
+    assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_in_flight) == (2, 0, 0)
+    bench.schedule()
+    assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_in_flight) == (1, 1, 1)
+    assert scheduler.kv_usage == 0.3
+    bench.deliver()
+    assert scheduler.num_in_flight == 0
+
+
+def test_the_same_calls_make_the_same_plans():
+    def plans() -> list[StepPlan]:
+        bench = Bench(num_blocks=9, budget=7)
+        for seed in range(8):
+            bench.add(prompt_of(4 + seed, seed % 2), n=2)
+        made = []
+        while bench.scheduler.has_unfinished:
+            plan = bench.schedule()
+            if plan is None or len(bench.flights) == 2:
+                bench.deliver()
+            made.append(plan)
+        assert bench.scheduler.num_preemptions and bench.scheduler.num_prefix_hit_tokens
+        return made
+
+    assert plans() == plans()
+
+
+# Random schedules
+
+PREFIXES = [prompt_of(n, seed=100 + n % 3) for n in (4, 8, 9, 12)]
+
+
+def random_request(rng: random.Random, max_model_len: int) -> tuple[list[int], dict]:
+    prefix = rng.choice([[], *PREFIXES])
+    prompt = prefix + [rng.randrange(VOCAB) for _ in range(rng.choice([0, 1, 2, 5, 12]))]
+    prompt = (prompt or [3])[: max_model_len - 1]
+    options = {
+        "n": rng.choice([1, 1, 1, 2, 3]),
+        "max_tokens": rng.choice([None, 1, 4, 10]),
+        "ignore_eos": rng.random() < 0.7,
+        "stop_token_ids": rng.choice([[], [], [2], [3, 4]]),
+        "prompt_logprobs": rng.choice([None, None, None, 2]),
+        "prompt_logits": rng.random() < 0.1,
+        "repetition_penalty": rng.choice([1.0, 1.0, 2.0]),
+        "frequency_penalty": rng.choice([0.0, 0.0, 1.0]),
+        "seed": rng.choice([None, 5]),
+    }
+    options["min_tokens"] = rng.choice([0, 0, min(3, options["max_tokens"] or 3)])
+    return prompt, options
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_schedules_give_every_request_the_output_it_gets_alone(seed):
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 4, 4, 8])
+    depth = 1 + seed % 4
+    bench = Bench(
+        block_size=block_size,
+        num_blocks=-(-32 // block_size) + rng.randrange(0, 16 // block_size),
+        max_num_seqs=rng.choice([4, 8]),
+        budget=rng.choice([4, 7, 16, 40]),
+        caching=seed % 8 != 7,
+    )
+    for _ in range(4000):
+        action = rng.random()
+        live = (*bench.scheduler.running, *bench.scheduler.waiting)
+        if action < 0.2 and len(live) < 12:
+            prompt, options = random_request(rng, 32)
+            bench.add(prompt, **options)
+        elif action < 0.205 and live:
+            bench.abort(rng.choice(live).id)
+        elif action < 0.215 and live:
+            bench.finish(rng.choice(live))
+        elif action < 0.65 and len(bench.flights) < depth:
+            bench.schedule()
+        elif bench.flights:
+            bench.deliver(corrupt={rng.randrange(4)} if rng.random() < 0.01 else frozenset())
+    bench.drain(depth)
+    bench.check_outputs()
+
+    # It was not an idle walk.
+    ends = Counter(heard.end for heard in bench.heard.values())
+    assert min(ends[end] for end in ("stop", "length", "abort")) > 3
+    assert bench.num_aborted_in_flight > 3
+    assert bench.scheduler.num_preemptions > 10
+    assert bench.config.enable_prefix_caching == (bench.scheduler.num_prefix_hit_tokens > 100)
+
+
+class RandomSchedules(RuleBasedStateMachine):
+    """The same walk, steered by Hypothesis, so that a failure shrinks to a short story."""
+
+    @initialize(
+        block_size=st.sampled_from([1, 2, 4]),
+        spare_blocks=st.integers(0, 8),
+        budget=st.integers(1, 20),
+        max_num_seqs=st.integers(1, 4),
+        depth=st.integers(1, 4),
+        caching=st.booleans(),
+    )
+    def start(self, block_size, spare_blocks, budget, max_num_seqs, depth, caching):
+        self.depth = depth
+        self.bench = Bench(
+            block_size=block_size,
+            num_blocks=16 // block_size + spare_blocks,
+            max_model_len=16,
+            max_num_seqs=max_num_seqs,
+            budget=budget,
+            caching=caching,
+        )
+
+    @rule(
+        prefix=st.sampled_from([4, 8, 12]),
+        tail=st.lists(st.integers(0, 2), max_size=3),
+        n=st.sampled_from([1, 1, 2]),
+        max_tokens=st.sampled_from([None, 1, 3]),
+        report=st.booleans(),
+        penalty=st.booleans(),
+    )
+    def add(self, prefix, tail, n, max_tokens, report, penalty):
+        self.bench.add(
+            [*prompt_of(12)[:prefix], *tail],
+            n=n,
+            max_tokens=max_tokens,
+            prompt_logprobs=1 if report else None,
+            presence_penalty=1.0 if penalty else 0.0,
+        )
+
+    @precondition(lambda self: len(self.bench.flights) < self.depth)
+    @rule()
+    def schedule(self):
+        self.bench.schedule()
+
+    @precondition(lambda self: self.bench.flights)
+    @rule(bad=st.sampled_from([None, None, None, None, 0]))
+    def deliver(self, bad):
+        self.bench.deliver(corrupt=frozenset() if bad is None else {bad})
+
+    @precondition(lambda self: self.bench.scheduler.has_unfinished)
+    @rule(pick=st.integers(0, 100), whole_request=st.booleans())
+    def abort(self, pick, whole_request):
+        live = (*self.bench.scheduler.running, *self.bench.scheduler.waiting)
+        if live and whole_request:
+            self.bench.abort(live[pick % len(live)].id)
+        elif live:
+            self.bench.finish(live[pick % len(live)])
+
+    @invariant()
+    def nothing_is_leaked(self):
+        if hasattr(self, "bench"):
+            self.bench.scheduler.check_integrity()
+
+    def teardown(self):
+        if hasattr(self, "bench"):
+            self.bench.drain(self.depth)
+            self.bench.check_outputs()
+
+
+RandomSchedules.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=60, deadline=None, derandomize=True
+)
+TestRandomSchedules = RandomSchedules.TestCase
