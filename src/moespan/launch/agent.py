@@ -1,0 +1,216 @@
+"""The agent: starts the ranks of one node through torch's elastic launcher and ends them together.
+
+Started by the front as `python -m moespan.launch.agent JOB_DIRECTORY RANKS FRONT_PID PROGRAM...`,
+PROGRAM being what Python runs in each rank. Exit code 0: all ranks ended well.
+
+Bounds: a dead rank is seen within `_MONITOR_S`; `_SETTLE_S` later all others get SIGTERM, and
+`_GRACE_S` after that SIGKILL. When the front has gone, the ranks have `_ORPHAN_S` to end by
+themselves, then the same follows. When the agent itself is killed, the kernel kills the ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch.distributed import HashStore
+from torch.distributed.elastic.agent.server import WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
+
+from moespan.launch.cores import usable_cores
+from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
+
+_MONITOR_S = 0.1
+_SETTLE_S = 0.3
+_GRACE_S = 3.0
+_ORPHAN_S = 3.0
+
+
+def main(argv: list[str]) -> int:
+    """Run the job to its end; leave word of what ended it, if that was a failure."""
+    directory, ranks, front_pid, *program = argv
+    job = Job(directory)
+    threading.Thread(target=_end_with_front, args=(int(front_pid),), daemon=True).start()
+    _set_environment(int(ranks))
+    if not debugging():
+        _silence("torch.distributed.elastic")
+    agent = _Agent(job, int(ranks), program)
+    try:
+        agent.run()
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    finally:
+        if os.getppid() != int(front_pid):
+            shutil.rmtree(job.directory, ignore_errors=True)
+    if agent.failure is None:
+        return 0
+    job.write_failure(agent.failure)
+    return 1
+
+
+class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
+    """Torch's agent, with a short grace for survivors, that finds out which rank failed first."""
+
+    def __init__(self, job: Job, ranks: int, program: list[str]) -> None:
+        spec = WorkerSpec(
+            role="moespan",
+            local_world_size=ranks,
+            rdzv_handler=_OneNode(),
+            entrypoint=sys.executable,
+            args=(*program, str(job.directory), str(os.getpid())),
+            max_restarts=0,
+            monitor_interval=_MONITOR_S,
+        )
+        super().__init__(spec, DefaultLogsSpecs(log_dir=str(job.directory / "elastic")))
+        self._job = job
+        self.failure: Failure | None = None
+
+    def _monitor_workers(self, worker_group: Any) -> Any:
+        ends = self._ends()
+        if any(ends.values()):
+            time.sleep(_SETTLE_S)  # whoever caused it may leave the process table a little later
+            self.failure = self._first_failure()
+            self._shutdown()
+        elif None in ends.values():
+            return RunResult(state=WorkerState.HEALTHY)
+        return super()._monitor_workers(worker_group)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *_: Any, **__: Any) -> None:
+        if self._pcontext:
+            self._pcontext.close(death_sig, _GRACE_S)
+
+    def _first_failure(self) -> Failure:
+        """What ended the job, rather than what followed from it.
+
+        An error of a rank's own comes first, then a rank that is held or died without a word,
+        then one that missed its peers; of several, the earliest.
+        """
+        words = {rank: self._job.read_failure(rank) for rank in self._pids()}
+        told = sorted((word for word in words.values() if word), key=lambda word: word.time_ns)
+        own = [word for word in told if not word.lost_peer]
+        if own:  # ranks that find the same fault speak with the voice of the lowest
+            return min((f for f in own if f.message == own[0].message), key=lambda f: f.rank)
+        held = dict.fromkeys(self._stopped(), "is stopped (SIGSTOP or a debugger)")
+        silent = {rank: end for rank, end in self._ends().items() if end and not words[rank]}
+        for rank, message in (held or silent).items():
+            return Failure(rank=rank, kind="", message=message, traceback=self._stack(rank))
+        missed = told[0]
+        return msgspec.structs.replace(missed, traceback=missed.traceback + self._meanwhile())
+
+    def _meanwhile(self) -> str:
+        """Where the ranks are that are still running, one of which the others waited for."""
+        running = [rank for rank, end in self._ends().items() if end is None]
+        for rank in running:
+            os.kill(self._pids()[rank], STACK_SIGNAL)
+        time.sleep(_SETTLE_S)
+        return "".join(f"\nrank {rank} meanwhile:\n{self._stack(rank)}" for rank in running)
+
+    def _ends(self) -> dict[int, str | None]:
+        """How each rank ended: None while it runs, empty if well. It stays to be waited for."""
+        ends: dict[int, str | None] = {}
+        for rank, pid in self._pids().items():
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
+                ends[rank] = None
+            elif ended.si_code != os.CLD_EXITED:
+                ends[rank] = f"was killed by {_name(ended.si_status)}"
+            else:
+                code = ended.si_status
+                ends[rank] = f"ended with exit code {code}" if code else ""
+        return ends
+
+    def _stopped(self) -> list[int]:
+        """Ranks that a signal or a debugger holds, so that the others wait for them in vain."""
+        states = {
+            rank: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            for rank, pid in self._pids().items()
+        }
+        return [rank for rank, state in states.items() if state in "Tt"]
+
+    def _stack(self, rank: int) -> str:
+        path = self._job.stack_path(rank)
+        return path.read_text() if path.exists() else ""
+
+    def _pids(self) -> dict[int, int]:
+        pids: dict[int, int] = self._pcontext.pids()
+        return pids
+
+
+class _OneNode(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
+    """The meeting of a single agent with itself: opens no port, waits for nobody."""
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("localhost", 0))
+
+    def get_backend(self) -> str:
+        return "one-node"
+
+    def get_run_id(self) -> str:
+        return "moespan"
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None: ...
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def shutdown(self) -> bool:
+        return True
+
+
+def _set_environment(ranks: int) -> None:
+    """What the ranks inherit, unless the user has set it.
+
+    One node talks to itself only: the sockets of gloo and NCCL bind to the loopback interface.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+
+
+def _silence(name: str) -> None:
+    """Drop what loggers below `name` say."""
+    logger = logging.getLogger(name)
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+
+
+def _end_with_front(front_pid: int) -> None:
+    """Wait until the front has gone, then end this process and with it the ranks.
+
+    The kernel's parent-death signal would not do: it follows the thread that started the agent.
+    """
+    while os.getppid() == front_pid:
+        time.sleep(0.2)
+    time.sleep(_ORPHAN_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2 * _GRACE_S)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _name(signal_number: int) -> str:
+    try:
+        return signal.Signals(signal_number).name
+    except ValueError:
+        return f"signal {signal_number}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,35 @@
+"""Which device to run on, found without importing torch where there is nothing to find."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moespan.errors import ConfigError
+
+_DEVICE_FILES = {"npu": "davinci[0-9]*", "cuda": "nvidia[0-9]*"}
+
+
+def choose_device(wanted: str) -> str:
+    """`wanted`, or the best that this machine and this torch can use for `auto`.
+
+    Raises:
+        ConfigError: the wanted device is not there, or torch cannot use it.
+    """
+    if wanted == "cpu":
+        return wanted
+    if wanted == "auto":
+        present = [d for d, files in _DEVICE_FILES.items() if any(Path("/dev").glob(files))]
+        return next((device for device in present if _is_usable(device)), "cpu")
+    if not _is_usable(wanted):
+        raise ConfigError(
+            f"device {wanted!r} is not usable: torch finds none; check its driver and that torch "
+            "was built for it, or use --device cpu"
+        )
+    return wanted
+
+
+def _is_usable(device: str) -> bool:
+    import torch
+
+    module = getattr(torch, device, None)
+    return module is not None and bool(module.is_available())

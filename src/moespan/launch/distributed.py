@@ -1,0 +1,64 @@
+"""The process group of this rank, on the device that is its own."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moespan.errors import ConfigError
+
+# No rank waits longer than this for another one inside a collective.
+COLLECTIVE_TIMEOUT_S = 600.0
+
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+
+
+def init_distributed(
+    device: str, store_path: Path | None = None, timeout_s: float = COLLECTIVE_TIMEOUT_S
+) -> torch.device:
+    """Join the ranks of this job and return this rank's device.
+
+    RANK, WORLD_SIZE and LOCAL_RANK come from the environment, as every torch launcher sets them.
+
+    Args:
+        device: `cpu`, `cuda` or `npu`.
+        store_path: file through which the ranks find each other; None takes the store that
+            MASTER_ADDR and MASTER_PORT name, as plain torchrun sets them.
+        timeout_s: bound on joining, and on every collective after it, which then raises.
+
+    Raises:
+        ConfigError: this rank's device does not exist.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    own_device = _take_device(device, int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=timeout_s)
+    store = None
+    if store_path is not None:
+        store = dist.FileStore(str(store_path), world_size)
+        store.set_timeout(timeout)
+    dist.init_process_group(
+        _BACKENDS[device], store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+    return own_device
+
+
+def _take_device(device: str, local_rank: int) -> torch.device:
+    if device == "cpu":
+        return torch.device("cpu")
+    if device == "npu":
+        try:
+            import torch_npu  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"device='npu' needs the package torch-npu: {error}") from None
+    module = getattr(torch, device)
+    if local_rank >= module.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no device: {module.device_count()} {device} devices are "
+            "visible on this node; use a smaller layout or make more of them visible"
+        )
+    module.set_device(local_rank)
+    return torch.device(device, local_rank)

@@ -1,0 +1,124 @@
+"""The private directory that front, agent and ranks of one job share, and the word for its end.
+
+It holds no running code: who starts and watches whom is in `agent`, `client` and `rank`.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from moespan import errors
+from moespan.config import EngineConfig
+from moespan.errors import EngineDeadError, MoespanError
+
+STACK_SIGNAL = signal.SIGUSR1
+"""Makes a rank write its Python stack to `Job.stack_path`, whatever it is in."""
+
+_LONGEST_DIRECTORY = 80  # characters; the path of a local socket ends at 107
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """What ended a rank: the rank writes it, the agent picks the first one, the front raises it.
+
+    Attributes:
+        kind: name of the error's class; empty for a rank that died without a word.
+        message: the error's own message, or what became of the rank ("was killed by SIGKILL").
+        traceback: where; empty for errors that are raised on purpose.
+        lost_peer: the rank only noticed that another one had gone, or did not answer.
+        time_ns: when, by the clock that all ranks of one node share.
+    """
+
+    rank: int
+    kind: str
+    message: str
+    traceback: str = ""
+    lost_peer: bool = False
+    time_ns: int = 0
+
+    def to_error(self, starting: bool) -> MoespanError:
+        """The error for the front's caller: while starting, of the very class the rank raised."""
+        own_class = getattr(errors, self.kind, None)
+        if not (isinstance(own_class, type) and issubclass(own_class, MoespanError)):
+            return EngineDeadError(f"rank {self.rank} {self.message}\n{self.traceback}".rstrip())
+        message = self.message if self.rank == 0 else f"rank {self.rank}: {self.message}"
+        return (own_class if starting else EngineDeadError)(message)
+
+
+class Job:
+    """Names and files inside the directory of one job, which only its owner may enter (0700)."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+
+    @classmethod
+    def create(cls, config: EngineConfig) -> Job:
+        """Make the directory and leave the config in it for the ranks."""
+        parent = tempfile.gettempdir()
+        job = cls(
+            tempfile.mkdtemp(
+                prefix="moespan-", dir=parent if len(parent) <= _LONGEST_DIRECTORY else "/tmp"
+            )
+        )
+        (job.directory / "config.json").write_bytes(msgspec.json.encode(config))
+        return job
+
+    def read_config(self) -> EngineConfig:
+        """The config that the front left."""
+        data = (self.directory / "config.json").read_bytes()
+        return msgspec.json.decode(data, type=EngineConfig)
+
+    @property
+    def store_path(self) -> Path:
+        """File through which the ranks find each other."""
+        return self.directory / "store"
+
+    def stack_path(self, rank: int) -> Path:
+        """File for the Python stack of a rank that crashes or hangs inside foreign code."""
+        return self.directory / f"stack-{rank}.txt"
+
+    def listen(self) -> socket.socket:
+        """The front's end: a local socket in the directory, for one peer."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(self.directory / "front"))
+        listener.listen(1)
+        return listener
+
+    def connect(self) -> socket.socket:
+        """The leader's end of the front's socket."""
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connected.connect(str(self.directory / "front"))
+        return connected
+
+    def write_failure(self, failure: Failure, rank: int | None = None) -> None:
+        """Leave word of what ended `rank`, or (None) the whole job. Readers see all or nothing."""
+        path = self._failure_path(rank)
+        draft = path.with_suffix(".draft")
+        draft.write_bytes(msgspec.json.encode(failure))
+        draft.rename(path)
+
+    def read_failure(self, rank: int | None = None) -> Failure | None:
+        """What ended `rank`, or (None) the whole job, if it left word."""
+        try:
+            return msgspec.json.decode(self._failure_path(rank).read_bytes(), type=Failure)
+        except FileNotFoundError:
+            return None
+
+    def _failure_path(self, rank: int | None) -> Path:
+        return self.directory / ("failure.json" if rank is None else f"failure-{rank}.json")
+
+
+def debugging() -> bool:
+    """Whether the user asked for everything that is known: `MOESPAN_LOG=debug`."""
+    return os.environ.get("MOESPAN_LOG", "").lower() == "debug"
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several that a torch launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ

@@ -1,0 +1,169 @@
+"""The words between front and leader, and the framing that carries them over a local socket.
+
+A frame is four bytes of length (big-endian) and one message in msgpack. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from moespan.engine.info import EngineInfo
+from moespan.engine.request import OutputDelta, Request
+from moespan.errors import EngineDeadError, RequestError
+
+# The largest message is one step's prompt logits: 5,000 rows of 102,400 float32 are just below.
+MAX_FRAME_BYTES = 2**31
+
+_HEADER_BYTES = 4
+_READ_BYTES = 2**20
+_LONGEST_POLL_S = 0.1  # a message of another thread that did not fit the socket waits no longer
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    """Front to leader: take up this request."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Front to leader: nobody waits for this request any more."""
+
+    request_id: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Leader to front, once: the model is loaded, and these are the facts."""
+
+    info: EngineInfo
+
+
+class Deltas(msgspec.Struct, frozen=True, tag=True):
+    """Leader to front: what a step added."""
+
+    deltas: list[OutputDelta]
+
+
+FromFront = Add | Abort
+FromLeader = Ready | Deltas
+
+Received = TypeVar("Received")
+
+
+class PeerGoneError(Exception):
+    """The other end has closed or died, and all that it had sent has been read."""
+
+
+class Connection(Generic[Received]):
+    """One end of the socket. Nothing here blocks, except `receive` for as long as it is told.
+
+    Any thread may send; one thread at a time may receive. What does not fit into the socket is
+    kept and sent by later calls of `send` or `receive`.
+    """
+
+    def __init__(
+        self, sock: socket.socket, received: Any, max_frame_bytes: int = MAX_FRAME_BYTES
+    ) -> None:
+        """Talk over `sock`; `received` is the union of the messages that the other end sends."""
+        sock.setblocking(False)
+        self._socket = sock
+        self._max_frame_bytes = max_frame_bytes
+        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(received)
+        self._incoming = bytearray()
+        self._outgoing = bytearray()
+        self._outgoing_lock = threading.Lock()
+        self._peer_reads = True
+        self._peer_writes = True
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Send without waiting.
+
+        Raises:
+            RequestError: the message is larger than a frame may be; nothing was sent.
+            PeerGoneError: the other end has gone.
+        """
+        frame = bytearray(_HEADER_BYTES)
+        msgspec.msgpack.Encoder().encode_into(message, frame, _HEADER_BYTES)
+        size_bytes = len(frame) - _HEADER_BYTES
+        if size_bytes > self._max_frame_bytes:
+            raise RequestError(
+                f"a message of {size_bytes} bytes exceeds the limit of {self._max_frame_bytes}"
+            )
+        frame[:_HEADER_BYTES] = size_bytes.to_bytes(_HEADER_BYTES, "big")
+        with self._outgoing_lock:
+            self._outgoing += frame
+        self._flush()
+        if not self._peer_reads:
+            raise PeerGoneError
+
+    def receive(self, timeout_s: float | None) -> list[Received]:
+        """All messages that have come; waits for the first one at most `timeout_s`, then [].
+
+        Raises:
+            PeerGoneError: the other end has gone.
+            EngineDeadError: what comes is not a frame of this protocol.
+        """
+        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            remaining_s = max(0.0, deadline - time.monotonic())
+            self._flush()
+            self._read(wait_s=min(remaining_s, _LONGEST_POLL_S))
+            messages = self._take_messages()
+            if messages or (remaining_s == 0 and self._peer_writes):
+                return messages
+            if not self._peer_writes:
+                raise PeerGoneError
+
+    def close(self) -> None:
+        """Tell the other end, and any thread that waits in `receive`, that it is over."""
+        with contextlib.suppress(OSError):  # the other end was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _flush(self) -> None:
+        with self._outgoing_lock:
+            while self._outgoing and self._peer_reads:
+                try:
+                    sent_bytes = self._socket.send(self._outgoing)
+                except BlockingIOError:
+                    return
+                except OSError:
+                    self._peer_reads = False
+                else:
+                    del self._outgoing[:sent_bytes]
+
+    def _read(self, wait_s: float) -> None:
+        try:
+            poll = select.poll()
+            writing = self._outgoing and self._peer_reads
+            poll.register(self._socket, select.POLLIN | (select.POLLOUT if writing else 0))
+            poll.poll(wait_s * 1000)
+            while data := self._socket.recv(_READ_BYTES):
+                self._incoming += data
+        except BlockingIOError:
+            return
+        except (OSError, ValueError):  # ValueError: closed by another thread of this process
+            pass
+        self._peer_writes = False
+
+    def _take_messages(self) -> list[Received]:
+        messages = []
+        while len(self._incoming) >= _HEADER_BYTES:
+            size_bytes = int.from_bytes(self._incoming[:_HEADER_BYTES], "big")
+            if size_bytes > self._max_frame_bytes:
+                raise EngineDeadError(
+                    f"a frame of {size_bytes} bytes exceeds the limit of {self._max_frame_bytes}"
+                )
+            end = _HEADER_BYTES + size_bytes
+            if len(self._incoming) < end:
+                break
+            with memoryview(self._incoming) as view:
+                messages.append(self._decoder.decode(view[_HEADER_BYTES:end]))
+            del self._incoming[:end]
+        return messages

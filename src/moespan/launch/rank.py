@@ -1,0 +1,218 @@
+"""What one rank runs: the leader (rank 0) serves the front, the others follow it.
+
+Started by the agent as `python -m moespan.launch.rank JOB_DIRECTORY AGENT_PID`. A rank never
+outlives the agent: the kernel kills it with its parent.
+
+Bounds: a collective waits `COLLECTIVE_TIMEOUT_S` for its peers. A step of the leader, whatever it
+hangs in, ends after 1.25 times that, with its Python stack as the error. Idle followers hear from
+the leader every `HEARTBEAT_S`, so that they too end once it is silent for `COLLECTIVE_TIMEOUT_S`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from moespan.config import EngineConfig
+from moespan.engine.info import EngineInfo
+from moespan.engine.request import OutputDelta, Request, refusal
+from moespan.errors import MoespanError, RequestError
+from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
+from moespan.launch.protocol import Abort, Connection, Deltas, FromFront, PeerGoneError, Ready
+
+if TYPE_CHECKING:
+    import torch
+
+HEARTBEAT_S = 5.0
+
+_PR_SET_PDEATHSIG = 1
+
+
+class LeaderEngine(Protocol):
+    """What the front's requests are served with."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+    @property
+    def has_unfinished(self) -> bool: ...
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> list[OutputDelta]: ...
+    def heartbeat(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def main() -> None:
+    """The program of one rank of the real engine."""
+    run_rank(_build_leader, _follow)
+
+
+def _build_leader(config: EngineConfig, device: torch.device) -> LeaderEngine:
+    from moespan.engine.engine import build_leader
+    from moespan.parallel.mesh import Mesh
+
+    return build_leader(config, Mesh.create(config.layout, device))
+
+
+def _follow(config: EngineConfig, device: torch.device) -> None:
+    from moespan.engine.engine import follow
+    from moespan.parallel.mesh import Mesh
+
+    follow(config, Mesh.create(config.layout, device))
+
+
+def run_rank(
+    build_leader: Callable[[EngineConfig, torch.device], LeaderEngine],
+    follow: Callable[[EngineConfig, torch.device], None],
+    timeout_s: float | None = None,
+) -> None:
+    """Play this process's part in the job named on the command line, until the front has gone.
+
+    `timeout_s` replaces `COLLECTIVE_TIMEOUT_S`. An error is left as word for the agent, and this
+    process ends at once with exit code 1, without teardown that could hang.
+    """
+    directory, agent_pid = sys.argv[1:3]
+    _die_with_parent(int(agent_pid))
+    job, rank = Job(directory), int(os.environ["RANK"])
+    stack_file = job.stack_path(rank).open("w")
+    faulthandler.enable(stack_file)
+    faulthandler.register(STACK_SIGNAL, stack_file)
+    try:
+        _play(job, rank, build_leader, follow, timeout_s, stack_file)
+    except Exception as error:
+        job.write_failure(_failure(rank, error), rank)
+        if debugging():
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _play(
+    job: Job,
+    rank: int,
+    build_leader: Callable[[EngineConfig, torch.device], LeaderEngine],
+    follow: Callable[[EngineConfig, torch.device], None],
+    timeout_s: float | None,
+    stack_file: TextIO,
+) -> None:
+    import torch.distributed as dist
+
+    from moespan.launch.distributed import COLLECTIVE_TIMEOUT_S, init_distributed
+
+    timeout_s = timeout_s or COLLECTIVE_TIMEOUT_S
+    config = job.read_config()
+    device = init_distributed(config.device, job.store_path, timeout_s)
+    if rank == 0:
+        engine = build_leader(config, device)
+        front: Connection[FromFront] = Connection(job.connect(), FromFront)
+        watchdog = _Watchdog(1.25 * timeout_s, stack_file)
+        serve_front(engine, front, min(HEARTBEAT_S, timeout_s / 4), watchdog)
+        engine.close()
+    else:
+        follow(config, device)
+    dist.destroy_process_group()
+
+
+def serve_front(
+    engine: LeaderEngine,
+    front: Connection[FromFront],
+    heartbeat_s: float = HEARTBEAT_S,
+    watchdog: _Watchdog | None = None,
+) -> None:
+    """Serve the front's requests until it has gone; idle followers hear of it in between."""
+    try:
+        front.send(Ready(engine.info))
+        followers_heard_at = time.monotonic()
+        while True:
+            if watchdog is not None:
+                watchdog.feed()
+            for message in front.receive(0 if engine.has_unfinished else heartbeat_s):
+                refused = _take(engine, message)
+                if refused:
+                    front.send(Deltas(refused))
+            if engine.has_unfinished:
+                deltas = engine.step()
+                if deltas:
+                    front.send(Deltas(deltas))
+            elif time.monotonic() - followers_heard_at >= heartbeat_s:
+                engine.heartbeat()
+            else:
+                continue
+            followers_heard_at = time.monotonic()
+    except PeerGoneError:
+        return
+    finally:
+        if watchdog is not None:
+            watchdog.stop()
+
+
+def _take(engine: LeaderEngine, message: FromFront) -> list[OutputDelta]:
+    """Hand `message` to the engine; what it refuses comes back as deltas."""
+    if isinstance(message, Abort):
+        engine.abort(message.request_id)
+        return []
+    try:
+        engine.add(message.request)
+    except RequestError as error:
+        return refusal(message.request, error)
+    return []
+
+
+class _Watchdog:
+    """Ends this process, with its Python stack in a file, when it is not fed in time.
+
+    It works while foreign code holds the interpreter's lock, since its thread is not Python's.
+    """
+
+    def __init__(self, timeout_s: float, stack_file: TextIO) -> None:
+        self._timeout_s = timeout_s
+        self._stack_file = stack_file
+        self._fed_at = -timeout_s
+
+    def feed(self) -> None:
+        """All is well. Cheap: the timer starts anew only once in a hundredth of its time."""
+        if time.monotonic() - self._fed_at > self._timeout_s / 100:
+            self._fed_at = time.monotonic()
+            faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=self._stack_file)
+
+    def stop(self) -> None:
+        """Nothing is to be watched any more."""
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _failure(rank: int, error: Exception) -> Failure:
+    on_purpose = isinstance(error, MoespanError)
+    kind = type(error).__name__
+    return Failure(
+        rank=rank,
+        kind=kind,
+        message=str(error) if on_purpose else f"failed with {kind}: {error}",
+        traceback="" if on_purpose else traceback.format_exc(),
+        lost_peer=_is_lost_peer(error),
+        time_ns=time.time_ns(),
+    )
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because of another rank. Gloo says so in its message only."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the kernel knew
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The program of a rank with a fake engine: it echoes, and does what a request's id tells it to.
+
+A request `sigkill@1` makes rank 1 kill itself in the next step, and so on (`DEEDS`). The model
+`load-error@1` makes rank 1 fail while loading. All other ranks wait in a collective meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from moespan.config import EngineConfig
+from moespan.engine.info import EngineInfo
+from moespan.engine.request import OutputDelta, Request
+from moespan.errors import CheckpointError, RequestError
+from moespan.launch.rank import run_rank
+
+
+def fail() -> None:
+    raise ValueError("the fake engine was told to fail")
+
+
+DEEDS = {
+    "nothing": lambda: None,
+    "raise": fail,
+    "sigkill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "sigstop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "crash": lambda: ctypes.string_at(0),
+    "exit": lambda: os._exit(7),
+    "sleep": lambda: time.sleep(60),
+}
+HEARTBEAT, CLOSE = -1, -2
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        dist.barrier()
+        self.info = EngineInfo(
+            model="fake",
+            layout={"tp": dist.get_world_size()},
+            device="cpu",
+            dtype="float32",
+            max_model_len=64,
+            num_blocks=int(os.environ["OMP_NUM_THREADS"]),
+            block_size=16,
+            load_s=0.0,
+            read_bytes=0,
+            weight_bytes=0,
+        )
+        self.waiting: list[Request] = []
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting)
+
+    def add(self, request: Request) -> None:
+        if request.id == "bad":
+            raise RequestError("this prompt is refused")
+        self.waiting.append(request)
+
+    def abort(self, request_id: str) -> None:
+        self.waiting = [request for request in self.waiting if request.id != request_id]
+
+    def step(self) -> list[OutputDelta]:
+        request = self.waiting.pop(0)
+        token_ids = step(request.id, request.prompt_token_ids)
+        return [OutputDelta(id=request.id, token_ids=token_ids, finish_reason="stop")]
+
+    def heartbeat(self) -> None:
+        announce(HEARTBEAT, 0, 0)
+
+    def close(self) -> None:
+        announce(CLOSE, 0, 0)
+
+
+def announce(deed: int, rank: int, tokens: int) -> tuple[int, int, int]:
+    header = torch.tensor([deed, rank, tokens])
+    dist.broadcast(header, 0)
+    deed, rank, tokens = header.tolist()
+    return deed, rank, tokens
+
+
+def step(request_id: str, token_ids: list[int]) -> list[int]:
+    name, _, rank = request_id.partition("@")
+    deed = list(DEEDS).index(name) if name in DEEDS else 0
+    announce(deed, int(rank or 0), len(token_ids))
+    return take_part(deed, int(rank or 0), torch.tensor(token_ids))
+
+
+def take_part(deed: int, rank: int, tokens: torch.Tensor) -> list[int]:
+    if dist.get_rank() == rank:
+        list(DEEDS.values())[deed]()
+    dist.all_reduce(tokens)  # the leader's tokens, the others' zeros
+    return tokens.tolist()
+
+
+def build_leader(config: EngineConfig, device: torch.device) -> FakeEngine:
+    load(config)
+    return FakeEngine()
+
+
+def follow(config: EngineConfig, device: torch.device) -> None:
+    load(config)
+    dist.barrier()
+    while True:
+        deed, rank, tokens = announce(0, 0, 0)
+        if deed == CLOSE:
+            return
+        if deed != HEARTBEAT:
+            take_part(deed, rank, torch.zeros(tokens, dtype=torch.long))
+
+
+def load(config: EngineConfig) -> None:
+    name, _, rank = config.model.partition("@")
+    if name == "load-error" and dist.get_rank() == int(rank):
+        raise CheckpointError("the fake checkpoint is broken", ["a.safetensors is truncated"])
+
+
+if __name__ == "__main__":
+    timeout_s = float(sys.argv.pop(1)) if sys.argv[1].isdigit() else None
+    run_rank(build_leader, follow, timeout_s)

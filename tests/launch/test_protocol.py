@@ -1,0 +1,120 @@
+"""Frames on the local socket between front and leader."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from moespan.engine.info import EngineInfo
+from moespan.engine.request import OutputDelta, Request, SamplingParams, TokenLogprobs
+from moespan.errors import EngineDeadError, RequestError
+from moespan.launch.protocol import (
+    Abort,
+    Add,
+    Connection,
+    Deltas,
+    FromFront,
+    FromLeader,
+    PeerGoneError,
+    Ready,
+)
+
+INFO = EngineInfo(
+    model="fake",
+    layout={"tp": 2},
+    device="cpu",
+    dtype="float32",
+    max_model_len=64,
+    num_blocks=4,
+    block_size=16,
+    load_s=0.5,
+    read_bytes=1,
+    weight_bytes=2,
+)
+Ends = tuple[Connection[FromLeader], Connection[FromFront]]
+
+
+@pytest.fixture
+def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
+    front, leader = socket.socketpair()
+    yield front, leader
+    front.close()
+    leader.close()
+
+
+@pytest.fixture
+def ends(sockets: tuple[socket.socket, socket.socket]) -> Ends:
+    return Connection(sockets[0], FromLeader), Connection(sockets[1], FromFront)
+
+
+def test_every_message_arrives_as_it_was(ends: Ends) -> None:
+    front, leader = ends
+    params = SamplingParams(stop=["\n\n"], logit_bias={3: -1.5}, seed=7, max_tokens=None)
+    asked = [Add(Request(id="a", prompt_token_ids=[1, 102399], params=params)), Abort("b")]
+    for message in asked:
+        front.send(message)
+    assert leader.receive(1) == asked
+
+    logprobs = [TokenLogprobs(5, -0.25, [(5, -0.25), (6, -2.0)])]
+    delta = OutputDelta(
+        id="a", text="幻", token_ids=[5], logprobs=logprobs, prompt_logits=b"\0" * 8
+    )
+    told = [Ready(INFO), Deltas([delta, OutputDelta(id="b", stop_reason=5)])]
+    for message in told:
+        leader.send(message)
+    assert front.receive(1) == told
+
+
+def test_receive_returns_nothing_when_nothing_comes_in_time(ends: Ends) -> None:
+    started = time.monotonic()
+    assert ends[0].receive(0) == []
+    assert ends[0].receive(0.25) == []
+    assert 0.2 < time.monotonic() - started < 2
+
+
+def test_a_message_larger_than_the_socket_does_not_block_its_sender(ends: Ends) -> None:
+    front, leader = ends
+    params = SamplingParams()
+    large = Add(Request(id="large", prompt_token_ids=[70000] * 2_000_000, params=params))
+    front.send(large)
+    front.send(Abort("large"))
+    received: list[Add | Abort] = []
+    while len(received) < 2:
+        front.receive(0)
+        received += leader.receive(0)
+    assert received == [large, Abort("large")]
+
+
+def test_frames_beyond_the_limit_are_refused_by_both_ends(
+    sockets: tuple[socket.socket, socket.socket],
+) -> None:
+    small: Connection[FromLeader] = Connection(sockets[0], FromLeader, max_frame_bytes=64)
+    with pytest.raises(RequestError, match="exceeds the limit of 64"):
+        small.send(Abort("x" * 100))
+    Connection[FromFront](sockets[1], FromFront).send(Abort("x" * 100))
+    with pytest.raises(EngineDeadError, match="exceeds the limit of 64"):
+        small.receive(1)
+
+
+def test_a_frame_that_announces_too_much_is_refused_before_it_comes(
+    sockets: tuple[socket.socket, socket.socket],
+) -> None:
+    sockets[1].sendall(struct.pack(">I", 2**32 - 1))
+    with pytest.raises(EngineDeadError, match="exceeds the limit"):
+        Connection[FromLeader](sockets[0], FromLeader).receive(1)
+
+
+def test_what_was_sent_before_the_end_is_received_before_the_end(ends: Ends) -> None:
+    front, leader = ends
+    front.send(Abort("never read"))
+    leader.send(Deltas([OutputDelta(id="a", finish_reason="stop")]))
+    leader.close()
+    assert front.receive(None) == [Deltas([OutputDelta(id="a", finish_reason="stop")])]
+    with pytest.raises(PeerGoneError):
+        front.receive(None)
+    with pytest.raises(PeerGoneError):
+        front.send(Abort("a"))

@@ -1,0 +1,296 @@
+"""Real ranks with a fake engine: started, talked to, killed, and gone without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moespan.config import EngineConfig, Layout
+from moespan.engine.request import OutputDelta, Request, SamplingParams
+from moespan.errors import CheckpointError, EngineDeadError
+from moespan.launch.client import RanksClient
+from moespan.launch.job import Failure
+
+FAKE_RANK = str(Path(__file__).with_name("fake_rank.py"))
+DEATH_S = 10.0
+
+
+def start(
+    model: str = "fake", *, ranks: int = 2, collective_timeout_s: int | None = None
+) -> RanksClient:
+    program = [FAKE_RANK, *([] if collective_timeout_s is None else [str(collective_timeout_s)])]
+    config = EngineConfig(model, Layout(tp=ranks))
+    return RanksClient(config, start_timeout_s=60, program=program)
+
+
+def request(request_id: str, n: int = 1) -> Request:
+    params = SamplingParams(n=n)
+    return Request(id=request_id, prompt_token_ids=[3, 1, 4], params=params)
+
+
+def echo(request_id: str) -> OutputDelta:
+    return OutputDelta(id=request_id, token_ids=[3, 1, 4], finish_reason="stop")
+
+
+def descendants(pid: int) -> set[int]:
+    """`pid` and all processes below it."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(entry.parent.name)] = int(fields[1])
+    found = {pid}
+    while below := {child for child, parent in parents.items() if parent in found} - found:
+        found |= below
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    """Those of `pids` that run, and zombies that this process has not waited for."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+            if state != "Z" or int(parent) == os.getpid():
+                found.add(pid)
+    return found
+
+
+def wait_until_gone(pids: set[int], limit_s: float) -> set[int]:
+    deadline = time.monotonic() + limit_s
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return alive(pids)
+
+
+def death_of(client: RanksClient, request_id: str, hangs_s: float = 0) -> str:
+    """What the client says after a rank did as told; it must say so in time and leave nothing."""
+    processes = descendants(client._agent.pid)
+    asked_at = time.monotonic()
+    with client:
+        client.add(request(request_id))
+        with pytest.raises(EngineDeadError) as caught:
+            client.receive(60)
+        assert time.monotonic() - asked_at < DEATH_S + hangs_s
+        with pytest.raises(EngineDeadError):
+            client.add(request("late"))
+    assert wait_until_gone(processes, 1) == set()
+    assert not client._job.directory.exists()
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[RanksClient]:
+    """Two ranks, started by a thread that has ended since."""
+    clients: list[RanksClient] = []
+    thread = threading.Thread(target=lambda: clients.append(start()))
+    thread.start()
+    thread.join()
+    with clients[0] as client:
+        yield client
+
+
+def test_requests_are_answered_by_both_ranks(client: RanksClient) -> None:
+    assert client.info.layout == {"tp": 2}
+    for number in range(20):
+        client.add(request(str(number)))
+    deltas: list[OutputDelta] = []
+    while len(deltas) < 20:
+        deltas += client.receive(10)
+    assert deltas == [echo(str(number)) for number in range(20)]
+    assert client.receive(0.1) == []
+
+
+def test_threads_add_while_another_receives(client: RanksClient) -> None:
+    ids = [str(number) for number in range(12)]
+    threads = [threading.Thread(target=client.add, args=[request(name)]) for name in ids]
+    timer = threading.Timer(0.3, lambda: [thread.start() for thread in threads])
+    timer.start()
+    deltas = client.receive()  # waits before anything is asked
+    while len(deltas) < 12:
+        deltas += client.receive(10)
+    assert sorted(delta.id for delta in deltas) == sorted(ids)
+
+
+def test_a_refused_request_comes_back_as_error_and_the_engine_goes_on(client: RanksClient) -> None:
+    client.add(request("bad", n=2))
+    client.add(request("good"))
+    refused = [
+        OutputDelta(id="bad", index=index, finish_reason="error", error="this prompt is refused")
+        for index in range(2)
+    ]
+    deltas: list[OutputDelta] = []
+    while len(deltas) < 3:
+        deltas += client.receive(10)
+    assert deltas == [*refused, echo("good")]
+
+
+def test_an_aborted_request_brings_nothing(client: RanksClient) -> None:
+    client.abort("unknown")
+    client.add(request("kept"))
+    assert client.receive(10) == [echo("kept")]
+
+
+def test_the_ranks_share_the_cores(client: RanksClient) -> None:
+    threads_per_rank = client.info.num_blocks  # where the fake engine reports OMP_NUM_THREADS
+    assert threads_per_rank == int(
+        os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // 2))
+    )
+
+
+def test_only_the_owner_may_enter_the_jobs_directory(client: RanksClient) -> None:
+    assert stat.S_IMODE(client._job.directory.stat().st_mode) == 0o700
+
+
+def test_no_socket_listens_on_all_interfaces(client: RanksClient) -> None:
+    sockets = {
+        str(entry.readlink())
+        for pid in descendants(client._agent.pid)
+        for entry in Path(f"/proc/{pid}/fd").iterdir()
+    }
+    listening = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                listening.add(local.partition(":")[0])
+    assert listening <= {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1 and ::1
+
+
+def test_closing_leaves_no_process_and_no_directory(client: RanksClient) -> None:
+    processes = descendants(client._agent.pid)
+
+    def receive_until_closed() -> None:
+        with pytest.raises(EngineDeadError, match="closed"):
+            client.receive()
+
+    waiting = threading.Thread(target=receive_until_closed)
+    waiting.start()
+    client.close()
+    client.close()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    assert client._agent.returncode == 0
+    assert alive(processes) == set()
+    assert not client._job.directory.exists()
+    with pytest.raises(EngineDeadError, match="closed"):
+        client.receive()
+
+
+@pytest.mark.parametrize(
+    ("deed", "says"),
+    [
+        ("sigkill@1", "rank 1 was killed by SIGKILL"),
+        ("raise@1", "rank 1 failed with ValueError: the fake engine was told to fail"),
+        ("crash@0", "rank 0 was killed by SIGSEGV"),
+    ],
+)
+def test_a_dead_rank_ends_the_job_and_is_named(
+    deed: str, says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    message = death_of(start(), deed)
+    assert message.startswith(says)
+    if deed in ("raise@1", "crash@0"):
+        assert "in take_part" in message
+        assert message.count("fake_rank.py") >= 2
+    assert capfd.readouterr() == ("", "")  # the error is told once, by whoever catches it
+
+
+def test_a_stopped_rank_ends_the_job_after_the_collective_timeout() -> None:
+    message = death_of(start(collective_timeout_s=3), "sigstop@1", hangs_s=3)
+    assert message == "rank 1 is stopped (SIGSTOP or a debugger)"
+
+
+def test_a_rank_that_hangs_ends_the_job_after_the_collective_timeout_and_shows_where() -> None:
+    message = death_of(start(collective_timeout_s=3), "sleep@0", hangs_s=3)
+    assert message.startswith("rank 1 failed with RuntimeError")
+    assert "Timed out waiting 3000ms" in message
+    _, meanwhile = message.split("rank 0 meanwhile:")
+    assert "in <lambda>" in meanwhile
+    assert "in serve_front" in meanwhile
+
+
+def test_a_lone_leader_that_hangs_ends_the_job_and_shows_where() -> None:
+    client = start(collective_timeout_s=1, ranks=1)
+    assert client.receive(2) == []  # being idle is not hanging
+    message = death_of(client, "sleep@0", hangs_s=1.25)
+    assert message.startswith("rank 0 ended with exit code 1\nTimeout (0:00:01.25")
+    assert "in <lambda>" in message
+
+
+def test_an_error_while_loading_arrives_as_the_same_class() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        start("load-error@0")
+    assert str(caught.value) == "the fake checkpoint is broken\n  - a.safetensors is truncated"
+
+
+def test_an_error_names_its_rank_unless_it_is_the_leaders() -> None:
+    follower = Failure(rank=1, kind="CheckpointError", message="broken")
+    error = follower.to_error(starting=True)
+    assert (type(error), str(error)) == (CheckpointError, "rank 1: broken")
+    error = follower.to_error(starting=False)
+    assert (type(error), str(error)) == (EngineDeadError, "rank 1: broken")
+    foreign = Failure(rank=0, kind="KeyError", message="failed with KeyError: 1", traceback="at x")
+    error = foreign.to_error(starting=True)
+    assert (type(error), str(error)) == (EngineDeadError, "rank 0 failed with KeyError: 1\nat x")
+
+
+def test_ranks_die_with_a_killed_front_and_its_directory_is_removed(tmp_path: Path) -> None:
+    front = subprocess.Popen(
+        [sys.executable, "-c", FRONT, FAKE_RANK, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert front.stdout is not None
+    assert front.stdout.readline() == "ready\n"
+    processes = descendants(front.pid) - {front.pid}
+    assert len(processes) == 3
+    front.send_signal(signal.SIGKILL)
+    front.wait()
+    front.stdout.close()
+    assert wait_until_gone(processes, DEATH_S) == set()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_die_with_a_killed_agent() -> None:
+    with start() as client:
+        ranks = descendants(client._agent.pid) - {client._agent.pid}
+        client._agent.kill()
+        with pytest.raises(EngineDeadError, match="the agent that watches the ranks"):
+            client.receive(60)
+        assert wait_until_gone(ranks, DEATH_S) == set()
+
+
+def test_time_is_up_for_a_start_that_hangs() -> None:
+    started_at = time.monotonic()
+    with pytest.raises(EngineDeadError, match="start_timeout_s"):
+        RanksClient(
+            EngineConfig("fake", Layout(tp=2)), 1.0, program=["-c", "import time; time.sleep(60)"]
+        )
+    assert time.monotonic() - started_at < 15
+
+
+def test_the_client_imports_no_torch() -> None:
+    code = "import sys, moespan.launch.client; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+FRONT = """
+import sys, tempfile, time
+from moespan.config import EngineConfig, Layout
+from moespan.launch.client import RanksClient
+tempfile.tempdir = sys.argv[2]
+client = RanksClient(EngineConfig("fake", Layout(tp=2)), program=[sys.argv[1]])
+print("ready", flush=True)
+time.sleep(60)
+"""
