@@ -1,0 +1,52 @@
+"""From a model's name to a folder on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from moespan.errors import ConfigError
+
+# Weights, configs and tokenizer; never code.
+_FILES = ["*.safetensors", "*.json", "*.jinja"]
+
+
+def resolve(model: str) -> Path:
+    """The folder of `model`: itself if it is one, else what a hub client has or downloads.
+
+    `huggingface_hub` is asked first, `modelscope` if only that is installed or if
+    `MOESPAN_USE_MODELSCOPE=1` is set.
+
+    Raises:
+        ConfigError: no such folder and no such model, or no client to ask.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ConfigError(f"{model} is a file; give the checkpoint's folder")
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_like_path:
+        raise ConfigError(f"{model} does not exist; give a checkpoint folder")
+    clients = [name for name in ("huggingface_hub", "modelscope") if importlib.util.find_spec(name)]
+    if not clients:
+        raise ConfigError(
+            f"{model} is no folder here, and no hub client is installed to download it; give a "
+            'checkpoint folder, or pip install "moespan[hub]"'
+        )
+    if os.environ.get("MOESPAN_USE_MODELSCOPE") == "1" and "modelscope" in clients:
+        clients = ["modelscope"]
+    try:
+        if clients[0] == "huggingface_hub":
+            from huggingface_hub import snapshot_download
+
+            return Path(snapshot_download(model, allow_patterns=_FILES))
+        from modelscope import snapshot_download as modelscope_download
+
+        return Path(modelscope_download(model, allow_patterns=_FILES))
+    except Exception as error:  # the clients raise whatever their transports do
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{model} is no folder here, and {clients[0]} could not fetch it: {reason}"
+        ) from error

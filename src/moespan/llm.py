@@ -1,0 +1,289 @@
+"""`LLM`: the engine from Python, with vLLM's names where the meaning is the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, cast
+
+from tqdm import tqdm
+
+from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.engine.request import Request, SamplingParams, check_request
+from moespan.errors import ConfigError, RequestError
+from moespan.hub import resolve
+from moespan.launch.device import choose_device
+from moespan.outputs import CompletionOutput, RequestOutput
+from moespan.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from moespan.engine.client import EngineClient
+    from moespan.engine.info import EngineInfo
+
+Prompt = str | list[int] | Mapping[str, object]
+"""Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+
+Message = Mapping[str, str]
+
+Encoded = tuple[str | None, list[int]]
+"""A prompt's text, if it was given as text, and its token ids."""
+
+# Requests handed to the engine ahead of need, as a multiple of what one step takes.
+_WINDOW = 2
+
+
+class LLM:
+    """A running engine: loads the model on construction, use it as a context manager or `close` it.
+
+    With more than one rank it starts them as processes of their own, unless the program itself was
+    started by `torchrun`: then its processes are the ranks, the leader goes on, and the others
+    serve it inside this constructor and exit when it closes.
+
+    Args:
+        model: checkpoint folder, or a name for the hub clients.
+        tensor_parallel_size: ranks over which heads, widths and the vocabulary are split.
+        device: `auto`, `npu`, `cuda` or `cpu`.
+        dtype: `auto` is the checkpoint's.
+        max_model_len: most tokens of one sequence; None is the model's own limit.
+        max_num_seqs: most sequences in one step.
+        max_num_batched_tokens: most tokens in one step.
+        block_size: tokens in one block of the KV cache; None suits the device.
+        num_blocks: blocks of the KV cache; None sizes it from the free memory.
+        load_format: `auto`, `safetensors`, or `dummy` for random weights without a file (the
+            folder then needs only a config.json).
+        seed: of dummy weights and of requests that bring no seed of their own.
+        enable_prefix_caching: share the cache of equal prefixes.
+        check_finite: look for NaN and Inf in every weight while loading.
+        trust_remote_code: refused: no code from a checkpoint is ever run.
+
+    Raises:
+        ConfigError, LayoutError, CheckpointError, TokenizerError: it cannot start, and why.
+        EngineDeadError: a rank died while starting.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tensor_parallel_size: int = 1,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = EngineConfig.max_num_seqs,
+        max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens,
+        block_size: int | None = None,
+        num_blocks: int | None = None,
+        load_format: str = "auto",
+        seed: int = 0,
+        enable_prefix_caching: bool = True,
+        check_finite: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if trust_remote_code:
+            raise ConfigError(
+                "trust_remote_code is refused: the model is built in, and code that comes with a "
+                "checkpoint is never run"
+            )
+        folder = resolve(model)
+        self.model_config = ModelConfig.from_pretrained(folder)
+        device = choose_device(device)
+        self.config = EngineConfig(
+            model=str(folder.resolve()),
+            layout=Layout(tp=tensor_parallel_size),
+            device=device,
+            dtype=self.model_config.dtype if dtype == "auto" else dtype,
+            load_format="safetensors" if load_format == "auto" else load_format,
+            seed=seed,
+            max_model_len=max_model_len or self.model_config.max_position_embeddings,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size or (128 if device == "npu" else EngineConfig.block_size),
+            num_blocks=num_blocks,
+            enable_prefix_caching=enable_prefix_caching,
+            check_finite=check_finite,
+        )
+        self.config.layout.check(self.model_config)
+        self.tokenizer = Tokenizer.from_pretrained(folder)
+        self._client = _connect(self.config)
+        self._numbers = itertools.count()
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the running engine: layout, device, load time, blocks of the KV cache, ..."""
+        return self._client.info
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Continue every prompt; the outputs come in the order of the prompts.
+
+        Raises:
+            RequestError: a prompt or its parameters break a limit; nothing was run.
+            EngineDeadError: the ranks are gone.
+        """
+        many = [prompts] if _is_one_prompt(prompts) else prompts
+        return self._run_all([self._encode(prompt) for prompt in many], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, through the checkpoint's chat template.
+
+        Raises:
+            RequestError: the messages are malformed, or the checkpoint has no chat template.
+            TokenizerError: the chat template is faulty.
+            EngineDeadError: the ranks are gone.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts: list[Encoded] = [
+            self.chat_prompt(cast("Sequence[Message]", conversation))
+            for conversation in conversations
+        ]
+        return self._run_all(prompts, sampling_params, use_tqdm)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        """A conversation as the text and the token ids that the model is given."""
+        if self.tokenizer is None:
+            raise RequestError("chat needs a tokenizer, and this checkpoint has none")
+        text = self.tokenizer.apply_chat_template(messages)
+        # The template writes the special tokens itself.
+        return text, self.tokenizer.encode(text, add_special_tokens=False)
+
+    def request(
+        self,
+        prompt: Prompt | Encoded,
+        params: SamplingParams | None = None,
+        *,
+        prompt_logits: bool = False,
+    ) -> tuple[str | None, Request]:
+        """A checked request for `stream`, with the prompt's text where it has one.
+
+        Raises:
+            RequestError: the prompt or its parameters break a limit.
+        """
+        text, token_ids = prompt if isinstance(prompt, tuple) else self._encode(prompt)
+        request = Request(
+            id=str(next(self._numbers)),
+            prompt_token_ids=token_ids,
+            params=params or SamplingParams(),
+            prompt_logits=prompt_logits,
+        )
+        check_request(request, self.config.max_model_len, self.model_config.vocab_size)
+        return text, request
+
+    def stream(self, requests: Iterable[tuple[str | None, Request]]) -> Iterator[RequestOutput]:
+        """Run any number of requests; yield each as it finishes.
+
+        Only as many are taken from `requests` as keep the engine busy, so memory stays bounded.
+        A request that fails is yielded with its `error`; the others go on.
+
+        Raises:
+            EngineDeadError: the ranks are gone; what was yielded before was finished.
+        """
+        source = iter(requests)
+        live: dict[str, RequestOutput] = {}
+        try:
+            while True:
+                room = _WINDOW * self.config.max_num_seqs - len(live)
+                for text, request in itertools.islice(source, max(room, 0)):
+                    live[request.id] = RequestOutput(
+                        request.id,
+                        text,
+                        request.prompt_token_ids,
+                        [CompletionOutput(index) for index in range(request.params.n)],
+                    )
+                    self._client.add(request)
+                if not live:
+                    return
+                for delta in self._client.receive():
+                    output = live.get(delta.id)
+                    if output is None:
+                        continue
+                    output.add(delta)
+                    if output.finished:
+                        yield live.pop(delta.id)
+        finally:
+            for request_id in live:
+                self._client.abort(request_id)
+
+    def close(self) -> None:
+        """End the engine and its ranks. Idempotent."""
+        self._client.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _encode(self, prompt: object) -> Encoded:
+        if isinstance(prompt, Mapping):
+            prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError(
+                    "the prompt is text, and this checkpoint has no tokenizer.json; give token "
+                    'ids: a list in Python, {"prompt": [1, 2]} in a line of --input'
+                )
+            return prompt, self.tokenizer.encode(prompt)
+        if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
+            raise RequestError(f"prompt {prompt!r:.80} is neither text nor a list of token ids")
+        return None, prompt
+
+    def _run_all(
+        self,
+        prompts: list[Encoded],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(
+                f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for all, "
+                "or one for each"
+            )
+        requests = []
+        for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                requests.append(self.request(prompt, one))
+            except RequestError as error:
+                raise RequestError(f"prompt {number}: {error}") from None
+        outputs = tqdm(
+            self.stream(requests), total=len(requests), unit="prompt", disable=not use_tqdm
+        )
+        by_id = {output.request_id: output for output in outputs}
+        return [by_id[request.id] for _, request in requests]
+
+
+def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt; a list that begins with a number is one prompt's token ids."""
+    return isinstance(prompts, str | Mapping) or bool(prompts and isinstance(prompts[0], int))
+
+
+def _connect(config: EngineConfig) -> EngineClient:
+    """Start the ranks that are missing and connect to the leader.
+
+    Torch is imported only where this process computes.
+    """
+    from moespan.launch.job import started_by_torchrun
+
+    if config.layout.world_size > 1 and not started_by_torchrun():
+        from moespan.launch.client import RanksClient
+
+        return RanksClient(config)
+    from moespan.launch.local import join
+
+    return join(config)
