@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import place
 from moespan.checkpoint.source import RandomSource, SafetensorsSource, Source
 from moespan.config import EngineConfig, Layout, ModelConfig
-from moespan.engine.plan import PromptRow, SampleRow, StepPlan, StepResult
+from moespan.engine.plan import PromptRow, SampleRow, StepPlan, StepPlans, StepResult
 from moespan.engine.worker import Worker
 from moespan.ops import CpuOps, Ops
 from moespan.parallel.mesh import Mesh
@@ -107,6 +106,13 @@ def make_worker(
     return worker
 
 
+def execute(worker: Worker, plan: StepPlan) -> StepResult:
+    """What the only rank of its world makes of a plan."""
+    result = worker.execute(StepPlans.of([plan]))
+    assert result is not None
+    return result
+
+
 def greedy_row(sequence: int, **settings: Any) -> SampleRow:
     """Sample greedily unless `settings` say otherwise."""
     neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0, "position": 0}
@@ -134,7 +140,7 @@ class Run:
 
 
 def run_prompts(
-    execute: Callable[[StepPlan], StepResult],
+    worker: Worker,
     prompts: list[list[int]],
     *,
     block_size: int = 4,
@@ -178,7 +184,7 @@ def run_prompts(
             samples=samples,
             prompts=prompt_rows,
         )
-        result = execute(plan)
+        result = execute(worker, plan)
         step += 1
         for row, scores in zip(prompt_rows, result.prompts, strict=True):
             logits = np.frombuffer(scores.logits, np.float32)

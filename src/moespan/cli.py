@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moespan import __version__
-from moespan.config import DTYPE_BYTES, EngineConfig, Layout, ModelConfig
+from moespan.config import DISPATCHES, DTYPE_BYTES, EngineConfig, Layout, ModelConfig
 from moespan.errors import ConfigError, MoespanError
 
 if TYPE_CHECKING:
@@ -148,15 +148,21 @@ def verify(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """Describe a model in one page; reads no weights."""
-    from moespan.checkpoint.placement import count_parameters, place
+    from moespan.checkpoint.experts import ExpertPlacement, expert_rule
+    from moespan.checkpoint.placement import cache_bytes_per_token, count_parameters, place
     from moespan.hub import resolve
 
     config = ModelConfig.from_pretrained(resolve(args.model))
-    layout = Layout(args.tensor_parallel_size)
-    layout.check(config)
+    layout = Layout.make(config, **{name: getattr(args, name) for name in _LAYOUT})
+    placement = ExpertPlacement.make(expert_rule(args.expert_placement), config, layout)
     total, active = count_parameters(config)
     dtype = config.dtype if args.dtype == "auto" else args.dtype
-    ranks = [place(config, layout, rank).num_bytes(dtype) for rank in range(layout.world_size)]
+    ranks = [
+        place(config, layout, rank, placement).num_bytes(dtype) for rank in range(layout.world_size)
+    ]
+    cache = [
+        cache_bytes_per_token(config, layout, rank, dtype) for rank in range(layout.world_size)
+    ]
     facts: dict[str, Any] = {
         "model": args.model,
         "parameters": total,
@@ -164,8 +170,10 @@ def info(args: argparse.Namespace) -> int:
         "bytes": {name: total * size for name, size in DTYPE_BYTES.items()},
         "kv_bytes_per_token": {name: config.kv_bytes_per_token(name) for name in DTYPE_BYTES},
         "dtype": dtype,
-        "layout": {"tp": layout.tp},
+        "layout": layout.sizes,
+        "pipeline_layers": [len(stage) for stage in layout.stages(config)],
         "weight_bytes_per_rank": ranks,
+        "kv_bytes_per_token_per_rank": cache,
         "config": {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__},
     }
     if args.json:
@@ -204,7 +212,7 @@ def info(args: argparse.Namespace) -> int:
         (
             f"per rank, {layout}",
             f"{max(ranks) / 1e9:.3f} GB of {dtype} weights, "
-            f"{_kv_bytes_per_rank(config, layout, dtype) / 1024:g} KiB KV cache per token",
+            f"{max(cache) / 1024:g} KiB KV cache per token",
         ),
     ]
     width = max(len(name) for name, _ in lines)
@@ -344,21 +352,65 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-tp",
-        "--tensor-parallel-size",
-        "--tp-size",
-        "--tp",
-        type=int,
-        default=1,
-        metavar="N",
-        help="ranks of tensor parallelism (1)",
+    group = parser.add_argument_group("layout (degree of parallelism on each axis)")
+    for axis, name, meaning in (
+        ("tp", "tensor", "heads, widths and the vocabulary are split"),
+        ("ep", "expert", "whole routed experts are spread"),
+        ("pp", "pipeline", "layers are split into stages"),
+        ("sp", "sequence", "the tokens of a step are split"),
+        ("dp", "data", "requests are spread over replicas"),
+    ):
+        group.add_argument(
+            f"-{axis}",
+            f"--{name}-parallel-size",
+            f"--{axis}-size",
+            f"--{axis}",
+            type=int,
+            default=1,
+            metavar="N",
+            help=f"{meaning} (1)",
+        )
+    group.add_argument(
+        "--enable-expert-parallel", action="store_true", help="the largest -ep that fits"
     )
+    group.add_argument(
+        "--pipeline-layers",
+        type=_integers,
+        metavar="N,N,...",
+        help="layers of each stage (default: cut by cost)",
+    )
+    group.add_argument(
+        "--expert-placement",
+        default="contiguous",
+        metavar="contiguous|round_robin|FILE.json",
+        help="which ep rank holds which experts (contiguous)",
+    )
+
+
+_LAYOUT = (
+    "tensor_parallel_size",
+    "expert_parallel_size",
+    "pipeline_parallel_size",
+    "sequence_parallel_size",
+    "data_parallel_size",
+    "enable_expert_parallel",
+    "pipeline_layers",
+)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or a hub name")
     _add_layout_flags(parser)
+    parser.add_argument(
+        "--moe-dispatch",
+        choices=DISPATCHES,
+        default="auto",
+        help="how tokens meet experts on other ranks (auto)",
+    )
     parser.add_argument("--device", choices=["auto", "npu", "cuda", "cpu"], default="auto")
     parser.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
     parser.add_argument(
@@ -478,7 +530,9 @@ def _llm(args: argparse.Namespace) -> LLM:
 
     return LLM(
         args.model,
-        tensor_parallel_size=args.tensor_parallel_size,
+        **{name: getattr(args, name) for name in _LAYOUT},
+        moe_dispatch=args.moe_dispatch,
+        expert_placement=args.expert_placement,
         device=args.device,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
@@ -577,13 +631,6 @@ def _print_verification(report: Any) -> None:
         print(f"FAILED: {failure}")
     if not report.failures:
         print("passed")
-
-
-def _kv_bytes_per_rank(config: ModelConfig, layout: Layout, dtype: str) -> int:
-    from moespan.checkpoint.placement import head_shares
-
-    _, keys = head_shares(config, layout.tp, 0)
-    return 2 * config.num_hidden_layers * keys.length * DTYPE_BYTES[dtype]
 
 
 if __name__ == "__main__":

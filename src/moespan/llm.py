@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 from tqdm import tqdm
 
+from moespan.checkpoint.experts import ExpertPlacement, expert_rule
 from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.engine.request import Request, SamplingParams, check_request
-from moespan.errors import ConfigError, RequestError
+from moespan.errors import ConfigError, LayoutError, RequestError
 from moespan.hub import resolve
 from moespan.launch.device import choose_device
 from moespan.outputs import CompletionOutput, RequestOutput
@@ -20,6 +22,7 @@ from moespan.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from moespan.engine.client import EngineClient
     from moespan.engine.info import EngineInfo
+    from moespan.parallel.traffic import TrafficRows
 
 Prompt = str | list[int] | Mapping[str, object]
 """Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
@@ -43,6 +46,14 @@ class LLM:
     Args:
         model: checkpoint folder, or a name for the hub clients.
         tensor_parallel_size: ranks over which heads, widths and the vocabulary are split.
+        expert_parallel_size: ranks over which whole routed experts are spread.
+        pipeline_parallel_size: stages into which the layers are split.
+        sequence_parallel_size: ranks over which the tokens of a step are split.
+        data_parallel_size: replicas over which requests are spread.
+        enable_expert_parallel: the largest expert_parallel_size that the other sizes allow.
+        pipeline_layers: layers of each stage; None cuts by cost.
+        moe_dispatch: `auto`, `replicated`, `all_gather` or `all_to_all`.
+        expert_placement: `contiguous`, `round_robin`, or a JSON file.
         device: `auto`, `npu`, `cuda` or `cpu`.
         dtype: `auto` is the checkpoint's.
         max_model_len: most tokens of one sequence; None is the model's own limit.
@@ -67,6 +78,14 @@ class LLM:
         model: str,
         *,
         tensor_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        sequence_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        enable_expert_parallel: bool = False,
+        pipeline_layers: Sequence[int] | None = None,
+        moe_dispatch: str = "auto",
+        expert_placement: str = "contiguous",
         device: str = "auto",
         dtype: str = "auto",
         max_model_len: int | None = None,
@@ -88,9 +107,19 @@ class LLM:
         folder = resolve(model)
         self.model_config = ModelConfig.from_pretrained(folder)
         device = choose_device(device)
+        layout = Layout.make(
+            self.model_config,
+            tensor_parallel_size=tensor_parallel_size,
+            expert_parallel_size=expert_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            sequence_parallel_size=sequence_parallel_size,
+            data_parallel_size=data_parallel_size,
+            enable_expert_parallel=enable_expert_parallel,
+            pipeline_layers=pipeline_layers,
+        )
         self.config = EngineConfig(
             model=str(folder.resolve()),
-            layout=Layout(tp=tensor_parallel_size),
+            layout=layout,
             device=device,
             dtype=self.model_config.dtype if dtype == "auto" else dtype,
             load_format="safetensors" if load_format == "auto" else load_format,
@@ -102,8 +131,10 @@ class LLM:
             num_blocks=num_blocks,
             enable_prefix_caching=enable_prefix_caching,
             check_finite=check_finite,
+            moe_dispatch=moe_dispatch,
+            expert_placement=expert_rule(expert_placement),
         )
-        self.config.layout.check(self.model_config)
+        self._check_experts()
         self.tokenizer = Tokenizer.from_pretrained(folder)
         self._client = _connect(self.config)
         self._numbers = itertools.count()
@@ -213,6 +244,27 @@ class LLM:
             for request_id in live:
                 self._client.abort(request_id)
 
+    def relayout(self, layout: Layout, moe_dispatch: str = "auto") -> None:
+        """Cut the model anew over the same ranks, which is faster than to start them again.
+
+        Raises:
+            LayoutError: it does not fit the model, or has another number of ranks.
+        """
+        if layout.world_size != self.config.layout.world_size:
+            raise LayoutError(
+                f"layout {layout} has {layout.world_size} ranks, but "
+                f"{self.config.layout.world_size} are running"
+            )
+        layout.check(self.model_config)
+        self.config = replace(self.config, layout=layout, moe_dispatch=moe_dispatch)
+        self._check_experts()
+        self._client.reload(self.config)
+
+    def traffic(self) -> list[TrafficRows]:
+        """What each rank has sent to others since the start or `relayout`: rows of axis,
+        collective, module, calls and bytes. Call it when no request is under way."""
+        return self._client.traffic()
+
     def close(self) -> None:
         """End the engine and its ranks. Idempotent."""
         self._client.close()
@@ -227,6 +279,11 @@ class LLM:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _check_experts(self) -> None:
+        """Refuse what cannot work before any rank is started."""
+        self.config.layout.check_dispatch(self.config.moe_dispatch)
+        ExpertPlacement.make(self.config.expert_placement, self.model_config, self.config.layout)
 
     def _encode(self, prompt: object) -> Encoded:
         if isinstance(prompt, Mapping):

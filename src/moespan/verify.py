@@ -229,7 +229,7 @@ def verify(llm: LLM, reference: Reference) -> VerifyReport:
     logit_std = float(np.mean([reference.logits(name).std(-1).mean() for name in prompts]))
     return VerifyReport(
         llm.config.dtype,
-        asdict(llm.config.layout),
+        llm.config.layout.sizes,
         tolerance(llm.config.dtype, llm.model_config, logit_std),
         [reports[name] for name in prompts],
     )

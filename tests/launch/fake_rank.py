@@ -20,6 +20,7 @@ from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import CheckpointError, RequestError
 from moespan.launch.rank import run_rank
+from moespan.parallel.traffic import TrafficRows
 
 
 def fail() -> None:
@@ -75,7 +76,10 @@ class FakeEngine:
     def heartbeat(self) -> None:
         announce(HEARTBEAT, 0, 0)
 
-    def close(self) -> None:
+    def traffic(self) -> list[TrafficRows]:
+        return [[("fake", "send", "nothing", 0, 0)]]
+
+    def close(self, successor: EngineConfig | None = None) -> None:
         announce(CLOSE, 0, 0)
 
 

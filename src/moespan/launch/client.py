@@ -24,12 +24,17 @@ from moespan.launch.job import Job
 from moespan.launch.protocol import (
     Abort,
     Add,
+    AskTraffic,
     Connection,
     Deltas,
+    FromFront,
     FromLeader,
     PeerGoneError,
     Ready,
+    Reload,
+    TrafficReport,
 )
+from moespan.parallel.traffic import TrafficRows
 
 START_TIMEOUT_S = 3600.0
 
@@ -109,15 +114,34 @@ class RanksClient:
             EngineDeadError: the ranks died, with the traceback of the one that failed first; all
                 they had sent before has been received.
         """
-        self._check_alive()
-        try:
-            messages = self._connection.receive(timeout_s)
-        except PeerGoneError:
-            self._death = self._learn_death(starting=False)
-            raise self._death from None
         return [
-            delta for message in messages if isinstance(message, Deltas) for delta in message.deltas
+            delta
+            for message in self._receive(timeout_s)
+            if isinstance(message, Deltas)
+            for delta in message.deltas
         ]
+
+    def reload(self, config: EngineConfig, timeout_s: float | None = None) -> None:
+        """End the engine and build one of `config` from the same ranks, which is faster than to
+        start them anew. The layout must have as many ranks; what is unfinished is lost.
+
+        Raises:
+            MoespanError, EngineDeadError: as from the constructor; the ranks are gone then.
+        """
+        self._send(Reload(config))
+        self.info = self._wait_until_ready(time.monotonic() + (timeout_s or START_TIMEOUT_S))
+
+    def traffic(self) -> list[TrafficRows]:
+        """What each rank of this engine has sent to others; deltas that come meanwhile are lost.
+
+        Raises:
+            EngineDeadError: the ranks died.
+        """
+        self._send(AskTraffic())
+        while True:
+            for message in self._receive(None):
+                if isinstance(message, TrafficReport):
+                    return message.ranks
 
     def close(self) -> None:
         """End all ranks and remove what they left. Calling it again does nothing."""
@@ -135,7 +159,15 @@ class RanksClient:
     ) -> None:
         self.close()
 
-    def _send(self, message: Add | Abort) -> None:
+    def _receive(self, timeout_s: float | None) -> list[FromLeader]:
+        self._check_alive()
+        try:
+            return self._connection.receive(timeout_s)
+        except PeerGoneError:
+            self._death = self._learn_death(starting=False)
+            raise self._death from None
+
+    def _send(self, message: FromFront) -> None:
         self._check_alive()
         with contextlib.suppress(PeerGoneError):  # `receive` finds out why
             self._connection.send(message)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moespan.config import EngineConfig
 from moespan.engine.client import LocalClient
-from moespan.engine.engine import build_leader, follow
+from moespan.engine.engine import Engine, build_leader, follow
 from moespan.launch.distributed import init_distributed
 from moespan.launch.job import started_by_torchrun
 from moespan.parallel.mesh import Mesh
@@ -26,15 +26,22 @@ def join(config: EngineConfig) -> LocalClient:
     They serve the leader until it closes, and then exit with code 0.
     """
     if not started_by_torchrun():
-        device = torch.device(config.device)
-        return LocalClient(build_leader(config, Mesh.create(config.layout, device)))
+        return LocalClient(config, lambda config: _build(config, torch.device(config.device)))
     device = init_distributed(config.device, timeout_s=_IDLE_S)
-    mesh = Mesh.create(config.layout, device)
-    if not mesh.is_leader:
-        follow(config, mesh)
+    if dist.get_rank() > 0:
+        successor: EngineConfig | None = config
+        while successor is not None:
+            mesh = Mesh.create(successor.layout, device, successor.moe_dispatch)
+            successor = follow(successor, mesh)
         dist.destroy_process_group()
         sys.exit(0)
-    client = LocalClient(build_leader(config, mesh), on_close=dist.destroy_process_group)
+    client = LocalClient(
+        config, lambda config: _build(config, device), on_close=dist.destroy_process_group
+    )
     # A program that ends without closing must not leave the followers waiting.
     atexit.register(client.close)
     return client
+
+
+def _build(config: EngineConfig, device: torch.device) -> Engine:
+    return build_leader(config, Mesh.create(config.layout, device, config.moe_dispatch))
