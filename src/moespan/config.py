@@ -217,6 +217,7 @@ class EngineConfig:
         num_blocks: blocks of the KV cache; None sizes it from the free memory.
         enable_prefix_caching: whether finished blocks are kept and shared by equal prefixes.
         check_finite: look for NaN and Inf in every weight while loading.
+        bind: ranks to cores and NUMA nodes: `auto`, `off`, or `local rank:node,...`.
     """
 
     model: str
@@ -232,6 +233,7 @@ class EngineConfig:
     num_blocks: int | None = None
     enable_prefix_caching: bool = True
     check_finite: bool = False
+    bind: str = "auto"
 
     def __post_init__(self) -> None:
         choices = {

@@ -55,6 +55,8 @@ class LLM:
         seed: of dummy weights and of requests that bring no seed of their own.
         enable_prefix_caching: share the cache of equal prefixes.
         check_finite: look for NaN and Inf in every weight while loading.
+        bind: which cores and NUMA node each rank gets: `auto`, `off`, or a map of local rank to
+            node as in `0:0,1:1`. Without ranks of their own `auto` leaves this process alone.
         trust_remote_code: refused: no code from a checkpoint is ever run.
 
     Raises:
@@ -78,6 +80,7 @@ class LLM:
         seed: int = 0,
         enable_prefix_caching: bool = True,
         check_finite: bool = False,
+        bind: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
         if trust_remote_code:
@@ -102,6 +105,7 @@ class LLM:
             num_blocks=num_blocks,
             enable_prefix_caching=enable_prefix_caching,
             check_finite=check_finite,
+            bind=bind,
         )
         self.config.layout.check(self.model_config)
         self.tokenizer = Tokenizer.from_pretrained(folder)

@@ -16,6 +16,8 @@ import weakref
 from collections.abc import Sequence
 from types import TracebackType
 
+import msgspec
+
 from moespan.config import EngineConfig
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request
@@ -80,7 +82,9 @@ class RanksClient:
                 sock = self._accept_leader(listener, deadline)
             self._connection: Connection[FromLeader] = Connection(sock, FromLeader)
             cleanup.callback(self._connection.close)
-            self.info = self._wait_until_ready(deadline)
+            self.info = msgspec.structs.replace(
+                self._wait_until_ready(deadline), binding=self._job.read_binding().summary()
+            )
         except BaseException:
             self.close()
             raise

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 
+import msgspec
 import torch
 import torch.distributed as dist
 
 from moespan.config import EngineConfig
 from moespan.engine.client import LocalClient
 from moespan.engine.engine import build_leader, follow
+from moespan.launch.binding import bind, plan_binding
 from moespan.launch.distributed import init_distributed
 from moespan.launch.job import started_by_torchrun
 from moespan.parallel.mesh import Mesh
@@ -25,9 +28,12 @@ def join(config: EngineConfig) -> LocalClient:
 
     They serve the leader until it closes, and then exit with code 0.
     """
+    lines = _bind(config)
     if not started_by_torchrun():
         device = torch.device(config.device)
-        return LocalClient(build_leader(config, Mesh.create(config.layout, device)))
+        client = LocalClient(build_leader(config, Mesh.create(config.layout, device)))
+        client.info = msgspec.structs.replace(client.info, binding=lines)
+        return client
     device = init_distributed(config.device, timeout_s=_IDLE_S)
     mesh = Mesh.create(config.layout, device)
     if not mesh.is_leader:
@@ -35,6 +41,27 @@ def join(config: EngineConfig) -> LocalClient:
         dist.destroy_process_group()
         sys.exit(0)
     client = LocalClient(build_leader(config, mesh), on_close=dist.destroy_process_group)
+    client.info = msgspec.structs.replace(client.info, binding=lines)
     # A program that ends without closing must not leave the followers waiting.
     atexit.register(client.close)
     return client
+
+
+def _bind(config: EngineConfig) -> list[str]:
+    """Bind this process as one of the ranks of this machine, and say how.
+
+    `auto` leaves a process alone that is the user's own, or that its launcher has bound already:
+    its cores then differ from its parent's. Threads that run by now keep their memory policy.
+    """
+    if alone := not started_by_torchrun():
+        local_rank, ranks = 0, 1
+    else:
+        local_rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    is_bound = os.sched_getaffinity(0) != os.sched_getaffinity(os.getppid())
+    if config.bind == "off" or (config.bind == "auto" and (alone or is_bound)):
+        return []
+    plan = plan_binding(config.bind, config.device, ranks)
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
+        torch.set_num_threads(plan.ranks[local_rank].threads)
+    bind(plan.ranks[local_rank])
+    return plan.summary()
