@@ -430,7 +430,7 @@ def test_parts_are_allowed_disjoint_and_non_empty_or_the_plan_says_why_not(
     assert all(rank.threads >= 1 for rank in plan.ranks)
     if ranks > len(cores):
         assert not any(rank.cpus for rank in plan.ranks)
-        assert plan.notes == [f"{ranks} ranks on {len(cores)} cores: not bound"]
+        assert [note[-11:] for note in plan.notes] == [": not bound"]
         return
     dealt = [cpu for rank in plan.ranks for cpu in rank.cpus]
     assert len(dealt) == len(set(dealt))

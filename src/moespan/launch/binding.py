@@ -120,7 +120,8 @@ def make_plan(
         wanted = known + [[]] * (ranks - len(known))
     num_cores = sum(len(cores) for cores in topology.cores.values())
     if bind == "off" or ranks > num_cores:
-        notes = [] if bind == "off" else [f"{ranks} ranks on {num_cores} cores: not bound"]
+        only = f"{num_cores} core{'s' if num_cores > 1 else ''}"
+        notes = [] if bind == "off" else [f"{ranks} ranks on {only}: not bound"]
         threads = _threads(environ, num_cores // ranks, topology, ranks)
         parts = [RankBinding(local_rank=rank, threads=threads) for rank in range(ranks)]
         return BindingPlan(ranks=parts, notes=notes)
