@@ -468,6 +468,15 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="look for NaN and Inf in every weight while loading",
     )
     parser.add_argument(
+        "--bind",
+        default=EngineConfig.bind,
+        metavar="{auto,off,MAP}",
+        help="cores and NUMA node of each rank (auto); MAP as in 0:0,1:0,2:1,3:1 (rank:node)",
+    )
+    parser.add_argument(
+        "--numa-bind", dest="bind", action="store_const", const="auto", help=argparse.SUPPRESS
+    )
+    parser.add_argument(
         "--trust-remote-code", nargs=0, action=_RefuseRemoteCode, help=argparse.SUPPRESS
     )
 
@@ -544,6 +553,7 @@ def _llm(args: argparse.Namespace) -> LLM:
         seed=getattr(args, "seed", None) or 0,
         enable_prefix_caching=args.enable_prefix_caching,
         check_finite=args.check_finite,
+        bind=args.bind,
     )
 
 
@@ -587,6 +597,8 @@ def _say_start(args: argparse.Namespace, llm: LLM) -> None:
         f"KV cache {info.num_blocks * info.block_size} tokens in blocks of {info.block_size}",
         file=sys.stderr,
     )
+    if info.binding:
+        print("cores   ", "\n         ".join(info.binding), file=sys.stderr)
 
 
 def _say_speed(

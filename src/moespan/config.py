@@ -445,6 +445,7 @@ class EngineConfig:
         moe_dispatch: how tokens meet experts (`moespan.parallel.dispatch`).
         expert_placement: `contiguous`, `round_robin`, or a table
             (`moespan.checkpoint.experts`).
+        bind: ranks to cores and NUMA nodes: `auto`, `off`, or `local rank:node,...`.
     """
 
     model: str
@@ -462,6 +463,7 @@ class EngineConfig:
     check_finite: bool = False
     moe_dispatch: str = "auto"
     expert_placement: str | ExpertTable = "contiguous"
+    bind: str = "auto"
 
     def __post_init__(self) -> None:
         choices = {

@@ -66,6 +66,8 @@ class LLM:
         seed: of dummy weights and of requests that bring no seed of their own.
         enable_prefix_caching: share the cache of equal prefixes.
         check_finite: look for NaN and Inf in every weight while loading.
+        bind: which cores and NUMA node each rank gets: `auto`, `off`, or a map of local rank to
+            node as in `0:0,1:1`. Without ranks of their own `auto` leaves this process alone.
         trust_remote_code: refused: no code from a checkpoint is ever run.
 
     Raises:
@@ -97,6 +99,7 @@ class LLM:
         seed: int = 0,
         enable_prefix_caching: bool = True,
         check_finite: bool = False,
+        bind: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
         if trust_remote_code:
@@ -133,6 +136,7 @@ class LLM:
             check_finite=check_finite,
             moe_dispatch=moe_dispatch,
             expert_placement=expert_rule(expert_placement),
+            bind=bind,
         )
         self._check_experts()
         self.tokenizer = Tokenizer.from_pretrained(folder)

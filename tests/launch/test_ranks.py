@@ -143,13 +143,6 @@ def test_an_aborted_request_brings_nothing(client: RanksClient) -> None:
     assert client.receive(10) == [echo("kept")]
 
 
-def test_the_ranks_share_the_cores(client: RanksClient) -> None:
-    threads_per_rank = client.info.num_blocks  # where the fake engine reports OMP_NUM_THREADS
-    assert threads_per_rank == int(
-        os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // 2))
-    )
-
-
 def test_only_the_owner_may_enter_the_jobs_directory(client: RanksClient) -> None:
     assert stat.S_IMODE(client._job.directory.stat().st_mode) == 0o700
 

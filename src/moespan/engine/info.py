@@ -13,6 +13,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         num_blocks, block_size: blocks of the KV cache and tokens in each.
         load_s: seconds that reading the weights took on the slowest rank.
         read_bytes, weight_bytes: bytes that the leader read, and that its weights take.
+        binding: cores and memory of the ranks in words; empty where they are left alone.
     """
 
     model: str
@@ -25,6 +26,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_s: float
     read_bytes: int
     weight_bytes: int
+    binding: list[str] = []
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,7 +32,8 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-from moespan.launch.cores import usable_cores
+from moespan.errors import ConfigError
+from moespan.launch.binding import plan_binding
 from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
 
 _MONITOR_S = 0.1
@@ -46,7 +47,13 @@ def main(argv: list[str]) -> int:
     directory, ranks, front_pid, *program = argv
     job = Job(directory)
     threading.Thread(target=_end_with_front, args=(int(front_pid),), daemon=True).start()
-    _set_environment(int(ranks))
+    _set_environment()
+    config = job.read_config()
+    try:
+        job.write_binding(plan_binding(config.bind, config.device, int(ranks)))
+    except ConfigError as error:
+        job.write_failure(Failure(rank=0, kind="ConfigError", message=str(error)))
+        return 1
     if not debugging():
         _silence("torch.distributed.elastic")
     agent = _Agent(job, int(ranks), program)
@@ -175,12 +182,11 @@ class _OneNode(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
         return True
 
 
-def _set_environment(ranks: int) -> None:
+def _set_environment() -> None:
     """What the ranks inherit, unless the user has set it.
 
     One node talks to itself only: the sockets of gloo and NCCL bind to the loopback interface.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 

@@ -16,6 +16,8 @@ import weakref
 from collections.abc import Sequence
 from types import TracebackType
 
+import msgspec
+
 from moespan.config import EngineConfig
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request
@@ -201,7 +203,8 @@ class RanksClient:
             try:
                 for message in self._connection.receive(1):
                     if isinstance(message, Ready):
-                        return message.info
+                        binding = self._job.read_binding().summary()
+                        return msgspec.structs.replace(message.info, binding=binding)
             except PeerGoneError:
                 raise self._learn_death(starting=True) from None
 

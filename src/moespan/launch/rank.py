@@ -24,6 +24,7 @@ from moespan.config import EngineConfig
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request, refusal
 from moespan.errors import MoespanError, RequestError
+from moespan.launch.binding import bind
 from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
 from moespan.launch.protocol import (
     Abort,
@@ -98,6 +99,7 @@ def run_rank(
     directory, agent_pid = sys.argv[1:3]
     _die_with_parent(int(agent_pid))
     job, rank = Job(directory), int(os.environ["RANK"])
+    bind(job.read_binding().ranks[int(os.environ["LOCAL_RANK"])])
     stack_file = job.stack_path(rank).open("w")
     faulthandler.enable(stack_file)
     faulthandler.register(STACK_SIGNAL, stack_file)
