@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moespan import __version__
-from moespan.config import DISPATCHES, DTYPE_BYTES, EngineConfig, Layout, ModelConfig
+from moespan.config import DISPATCHES, DTYPE_BYTES, EngineConfig, Layout, ModelConfig, all_layouts
 from moespan.errors import ConfigError, MoespanError
 
 if TYPE_CHECKING:
     from moespan.llm import LLM
+    from moespan.verify import Reference
+    from moespan.verify_layouts import LayoutReport
 
 EXIT_FAILED = 1
 """Something was asked that could not be done, or a check did not pass."""
@@ -137,13 +139,78 @@ def verify(args: argparse.Namespace) -> int:
         print(f"wrote {args.reference}: {len(prompts)} prompts, float32, one rank")
         return 0
     reference = verification.Reference(args.reference)
+    if args.all_layouts is not None:
+        return _verify_layouts(args, reference)
     with _llm(args) as llm:
         report = verification.verify(llm, reference)
+        differences = {}
+        if args.trace:
+            from moespan.verify_layouts import trace_against_reference
+
+            differences = trace_against_reference(llm, reference, report.tolerance.relative)
     if args.json:
-        print(json.dumps(report.to_dict()))
+        print(json.dumps({**report.to_dict(), "first_differences": differences}))
     else:
         _print_verification(report)
-    return EXIT_FAILED if report.failures else 0
+        for name, difference in differences.items():
+            print(f"{name}: first difference inside: {difference}")
+        if args.trace and not differences:
+            print("nothing inside differs from what the reference holds")
+    return EXIT_FAILED if report.failures or differences else 0
+
+
+def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
+    from moespan.hub import resolve
+    from moespan.verify_layouts import verify_layouts
+
+    config = ModelConfig.from_pretrained(resolve(args.model))
+    layouts = all_layouts(args.all_layouts, config)
+    if not layouts:
+        raise ConfigError(f"--all-layouts {args.all_layouts}: no layout of so many ranks fits")
+
+    def start(layout: Layout) -> LLM:
+        args.pipeline_layers = None
+        for name, size in zip(_LAYOUT, layout.sizes.values(), strict=False):
+            setattr(args, name, size)
+        return _llm(args)
+
+    reports: list[LayoutReport] = []
+    if not args.json:
+        print(_LAYOUT_ROW.format("layout", "dispatch", "max |Δ|", "greedy", "", "bytes sent/token"))
+    with start(layouts[0]) as llm:
+        for one in verify_layouts(llm, layouts, reference, lambda: start(Layout())):
+            reports.append(one)
+            if not args.json:
+                _print_layout(one)
+    failed = sum(bool(one.report.failures) for one in reports)
+    if args.json:
+        print(json.dumps([one.to_dict() for one in reports]))
+    else:
+        seconds = sum(one.seconds for one in reports)
+        verdict = f"{failed} FAILED" if failed else "all passed"
+        print(f"{len(layouts)} layouts, {len(reports)} runs in {seconds:.0f} s: {verdict}")
+    return EXIT_FAILED if failed else 0
+
+
+_LAYOUT_ROW = "{:<28}{:<12}{:>10}  {:<8}{:<8}{}"
+
+
+def _print_layout(one: LayoutReport) -> None:
+    greedy = all(prompt.greedy_equal is not False for prompt in one.report.prompts)
+    sent = ", ".join(f"{axis} {count:,.0f}" for axis, count in one.sent_bytes_per_token.items())
+    print(
+        _LAYOUT_ROW.format(
+            str(one.layout),
+            one.dispatch,
+            f"{one.report.max_relative_diff:.1e}",
+            "equal" if greedy else "differs",
+            "FAILED" if one.report.failures else "passed",
+            sent or "-",
+        ),
+        flush=True,
+    )
+    if one.first_difference:
+        print(f"    first difference from one rank: {one.first_difference}")
 
 
 def info(args: argparse.Namespace) -> int:
@@ -304,6 +371,17 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="FILE.safetensors",
         help="p<i>.ids [T], p<i>.logits [T, V], p<i>.greedy [N]",
+    )
+    verb.add_argument(
+        "--all-layouts",
+        type=int,
+        metavar="WORLD",
+        help="run every layout of WORLD ranks and print a table",
+    )
+    verb.add_argument(
+        "--trace",
+        action="store_true",
+        help="also compare hidden states and router choices, where the reference has them",
     )
     verb.add_argument(
         "--write-reference",

@@ -22,6 +22,7 @@ from moespan.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from moespan.engine.client import EngineClient
     from moespan.engine.info import EngineInfo
+    from moespan.engine.trace import Observation
     from moespan.parallel.traffic import TrafficRows
 
 Prompt = str | list[int] | Mapping[str, object]
@@ -268,6 +269,14 @@ class LLM:
         """What each rank has sent to others since the start or `relayout`: rows of axis,
         collective, module, calls and bytes. Call it when no request is under way."""
         return self._client.traffic()
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        """What the network computes inside for one prompt, layer after layer.
+
+        Raises:
+            RequestError: the engine is not idle, or the prompt does not fit into one step.
+        """
+        return self._client.trace(token_ids)
 
     def close(self) -> None:
         """End the engine and its ranks. Idempotent."""

@@ -207,6 +207,13 @@ class Reference:
         logits: Floats = self._file.get_tensor(f"{name}.logits").astype(np.float32)
         return logits
 
+    def get(self, key: str) -> Floats | None:
+        """Any tensor of the file in float32; None if it has none of that name."""
+        if key not in self._keys:
+            return None
+        values: Floats = self._file.get_tensor(key).astype(np.float32)
+        return values
+
     def greedy(self, name: str) -> list[int] | None:
         """Its greedy continuation, if the file has one."""
         key = f"{name}.greedy"

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from moespan.config import EngineConfig
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request
+from moespan.engine.trace import Observation
 from moespan.errors import CheckpointError, RequestError
 from moespan.launch.rank import run_rank
 from moespan.parallel.traffic import TrafficRows
@@ -78,6 +79,9 @@ class FakeEngine:
 
     def traffic(self) -> list[TrafficRows]:
         return [[("fake", "send", "nothing", 0, 0)]]
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        return []
 
     def close(self, successor: EngineConfig | None = None) -> None:
         announce(CLOSE, 0, 0)

@@ -12,6 +12,7 @@ from moespan.config import EngineConfig
 from moespan.engine.engine import Engine
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request, refusal
+from moespan.engine.trace import Observation
 from moespan.errors import RequestError
 from moespan.parallel.traffic import TrafficRows
 
@@ -38,6 +39,13 @@ class EngineClient(Protocol):
 
     def traffic(self) -> list[TrafficRows]:
         """What each rank of this engine has sent to others; call it when nothing is under way."""
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        """What the network computes inside for one prompt.
+
+        Raises:
+            RequestError: the engine is not idle, or the prompt does not fit into one step.
+        """
 
     def reload(self, config: EngineConfig) -> None:
         """End the engine and build one of `config` on the same ranks; what is unfinished is lost.
@@ -95,6 +103,10 @@ class LocalClient:
     def traffic(self) -> list[TrafficRows]:
         """What each rank of this engine has sent to others."""
         return self._engine.traffic()
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        """What the network computes inside for one prompt."""
+        return self._engine.trace(token_ids)
 
     def reload(self, config: EngineConfig) -> None:
         """Replace the engine by one of `config`."""

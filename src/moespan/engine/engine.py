@@ -19,14 +19,15 @@ from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.loader import LoadReport, load_weights
 from moespan.checkpoint.placement import cache_bytes_per_token, place
 from moespan.checkpoint.source import RandomSource, SafetensorsSource, Source
-from moespan.config import EngineConfig, ModelConfig
+from moespan.config import Coordinates, EngineConfig, ModelConfig
 from moespan.engine.info import EngineInfo, EngineStats
-from moespan.engine.plan import StepPlans, StepResult
+from moespan.engine.plan import StepPlan, StepPlans, StepResult
 from moespan.engine.replicas import Replicas
-from moespan.engine.request import OutputDelta, Request
+from moespan.engine.request import OutputDelta, Request, SamplingParams, check_request
 from moespan.engine.scheduler import SequenceUpdate
 from moespan.engine.sequence import Sequence
 from moespan.engine.text import TextStream
+from moespan.engine.trace import Observation, join_rows
 from moespan.engine.worker import Worker
 from moespan.errors import ConfigError, RequestError
 from moespan.memory import available_bytes
@@ -149,6 +150,50 @@ class Engine:
         others = range(1, self._mesh.layout.world_size)
         return [own, *(_decode_traffic(self._mesh.control.receive(rank)) for rank in others)]
 
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        """Compute one prompt in one step and return what the network computes inside, in its order;
+        call it between requests.
+
+        Raises:
+            RequestError: the prompt does not fit into one step.
+        """
+        scheduler = self._replicas.schedulers[0]
+        request = Request(id="trace", prompt_token_ids=token_ids, params=SamplingParams())
+        check_request(request, self.info.max_model_len, scheduler.vocab_size)
+        most = scheduler.config.max_num_batched_tokens
+        if len(token_ids) > most or self.has_unfinished:
+            raise RequestError(
+                f"a trace takes an idle engine, and {len(token_ids)} tokens in one step of at most "
+                f"max_num_batched_tokens={most}"
+            )
+        table = scheduler.allocator.take(scheduler.allocator.blocks_for(len(token_ids)))
+        assert table is not None  # an idle engine has room for one sequence
+        plan = StepPlan(
+            step=-1,
+            token_ids=token_ids,
+            query_lens=[len(token_ids)],
+            context_lens=[0],
+            block_tables=[table],
+            samples=[],
+        )
+        others = [None] * (self._mesh.layout.dp - 1)
+        message = StepPlans.of([plan, *others], trace=True)
+        self._broadcast(message)
+        self._worker.execute(message)
+        observations = []
+        for stage in range(self._mesh.layout.pp):
+            places = [Coordinates(stage, 0, sp, 0) for sp in range(self._mesh.layout.sp)]
+            ranks = [self._mesh.layout.rank(place) for place in places]
+            parts = [
+                _decode_trace(self._mesh.control.receive(rank)) if rank else self._worker.trace
+                for rank in ranks
+            ]
+            observations += join_rows(parts)
+        if (speaker := self._mesh.speakers[0]) != self._mesh.rank:
+            self._mesh.control.receive(speaker)  # its empty result
+        scheduler.allocator.free(table)
+        return observations
+
     def heartbeat(self) -> None:
         """Let idle followers know that the leader is alive; call it within the group's timeout."""
         self._broadcast(Heartbeat())
@@ -210,6 +255,7 @@ class Engine:
 
 
 _decode_result = msgspec.msgpack.Decoder(StepResult).decode
+_decode_trace = msgspec.msgpack.Decoder(list[Observation]).decode
 _decode_traffic = msgspec.msgpack.Decoder(TrafficRows).decode
 
 
@@ -255,6 +301,8 @@ def follow(config: EngineConfig, mesh: Mesh) -> EngineConfig | None:
         message = decoder.decode(mesh.control.receive_broadcast())
         if isinstance(message, StepPlans):
             result = worker.execute(message)
+            if message.trace and mesh.at.dp == 0 and mesh.at.tp == 0:
+                mesh.control.send(msgspec.msgpack.encode(worker.trace))
             if result is not None:
                 mesh.control.send(msgspec.msgpack.encode(result))
         elif isinstance(message, Report):

@@ -10,8 +10,9 @@ from moespan.checkpoint.placement import cache_heads
 from moespan.config import EngineConfig, ModelConfig
 from moespan.engine.plan import PromptRow, PromptScores, StepPlan, StepPlans, StepResult
 from moespan.engine.sampler import sample, token_logprobs
+from moespan.engine.trace import Observation
 from moespan.memory import zeros
-from moespan.model.network import Model, Observer, Weights
+from moespan.model.network import Model, Weights
 from moespan.ops import AttentionBatch, Ops
 from moespan.parallel.dispatch import Dispatch, split_evenly
 from moespan.parallel.mesh import Mesh
@@ -25,6 +26,9 @@ _EMPTY_PLAN = StepPlan(
 class Worker:
     """One rank's part of the model, its cache, and its way through a step. It keeps no state of
     requests.
+
+    Attributes:
+        trace: what the network computed inside in the last step, if its plan asked for it.
 
     Args:
         num_blocks: blocks of the KV cache, the same on every rank.
@@ -40,6 +44,7 @@ class Worker:
         num_blocks: int,
     ) -> None:
         self.mesh = mesh
+        self.trace: list[Observation] = []
         self.block_size = config.block_size
         dtype = getattr(torch, config.dtype)
         self._dispatch = Dispatch(model_config, mesh, config.moe_dispatch, dtype.itemsize)
@@ -56,8 +61,9 @@ class Worker:
         ]
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def execute(self, plans: StepPlans, observe: Observer | None = None) -> StepResult | None:
+    def execute(self, plans: StepPlans) -> StepResult | None:
         """Run one step. The speaker of each replica with a plan gets the result, others None."""
+        self.trace.clear()
         at, layout = self.mesh.at, self.mesh.layout
         if not plans.num_tokens[at.dp] and layout.ep_blocks == 1:
             return None  # and nobody shares experts with this replica
@@ -73,12 +79,19 @@ class Worker:
             else self._link.receive(self._tokens_here(len(plan.token_ids)))
         )
         rows = torch.tensor(_logit_rows(plan), dtype=torch.int64, device=device)
+        observe = self._record if plans.trace else None
         out = self.model(inputs, self.caches, batch, rows, observe)
         if not self.mesh.is_last_stage:
             self._link.send(out)
         if not self.mesh.is_speaker or plan is _EMPTY_PLAN:
             return None
         return _result(out, plan)
+
+    def _record(self, layer: int, module: str, values: Tensor) -> None:
+        if module == "router.experts":
+            values = values.sort(-1).values  # the order of equally good ones means nothing
+        data = values.float().cpu().numpy()
+        self.trace.append(Observation(layer, module, data.shape[1], data.tobytes()))
 
     def _tokens_here(self, num_tokens: int) -> int:
         return split_evenly(num_tokens, self.mesh.sp.size)[self.mesh.sp.rank]

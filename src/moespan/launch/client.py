@@ -15,17 +15,20 @@ import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
+from typing import TypeVar
 
 import msgspec
 
 from moespan.config import EngineConfig
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request
-from moespan.errors import EngineDeadError, MoespanError
+from moespan.engine.trace import Observation
+from moespan.errors import EngineDeadError, MoespanError, RequestError
 from moespan.launch.job import Job
 from moespan.launch.protocol import (
     Abort,
     Add,
+    AskTrace,
     AskTraffic,
     Connection,
     Deltas,
@@ -34,9 +37,12 @@ from moespan.launch.protocol import (
     PeerGoneError,
     Ready,
     Reload,
+    TraceReport,
     TrafficReport,
 )
 from moespan.parallel.traffic import TrafficRows
+
+Answer = TypeVar("Answer", TrafficReport, TraceReport)
 
 START_TIMEOUT_S = 3600.0
 
@@ -139,11 +145,19 @@ class RanksClient:
         Raises:
             EngineDeadError: the ranks died.
         """
-        self._send(AskTraffic())
-        while True:
-            for message in self._receive(None):
-                if isinstance(message, TrafficReport):
-                    return message.ranks
+        return self._ask(AskTraffic(), TrafficReport).ranks
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        """What the network computes inside for one prompt; deltas that come meanwhile are lost.
+
+        Raises:
+            RequestError: the engine is not idle, or the prompt does not fit into one step.
+            EngineDeadError: the ranks died.
+        """
+        report = self._ask(AskTrace(token_ids), TraceReport)
+        if report.refusal is not None:
+            raise RequestError(report.refusal)
+        return report.observations
 
     def close(self) -> None:
         """End all ranks and remove what they left. Calling it again does nothing."""
@@ -168,6 +182,13 @@ class RanksClient:
         except PeerGoneError:
             self._death = self._learn_death(starting=False)
             raise self._death from None
+
+    def _ask(self, question: FromFront, answer: type[Answer]) -> Answer:
+        self._send(question)
+        while True:
+            for message in self._receive(None):
+                if isinstance(message, answer):
+                    return message
 
     def _send(self, message: FromFront) -> None:
         self._check_alive()

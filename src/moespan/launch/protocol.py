@@ -17,6 +17,7 @@ import msgspec
 from moespan.config import EngineConfig
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request
+from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, RequestError
 from moespan.parallel.traffic import TrafficRows
 
@@ -50,6 +51,12 @@ class AskTraffic(msgspec.Struct, frozen=True, tag=True):
     """Front to leader: tell me what the ranks have sent one another."""
 
 
+class AskTrace(msgspec.Struct, frozen=True, tag=True):
+    """Front to leader: tell me what the network computes inside for this prompt."""
+
+    token_ids: list[int]
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """Leader to front, once for each engine: the model is loaded, and these are the facts."""
 
@@ -68,8 +75,15 @@ class TrafficReport(msgspec.Struct, frozen=True, tag=True):
     ranks: list[TrafficRows]
 
 
-FromFront = Add | Abort | Reload | AskTraffic
-FromLeader = Ready | Deltas | TrafficReport
+class TraceReport(msgspec.Struct, frozen=True, tag=True):
+    """Leader to front: what the network computes inside, or why it did not."""
+
+    observations: list[Observation]
+    refusal: str | None = None
+
+
+FromFront = Add | Abort | Reload | AskTraffic | AskTrace
+FromLeader = Ready | Deltas | TrafficReport | TraceReport
 
 Received = TypeVar("Received")
 

@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from moespan.config import EngineConfig
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request, refusal
+from moespan.engine.trace import Observation
 from moespan.errors import MoespanError, RequestError
 from moespan.launch.binding import bind
 from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
 from moespan.launch.protocol import (
     Abort,
     Add,
+    AskTrace,
     AskTraffic,
     Connection,
     Deltas,
@@ -36,6 +38,7 @@ from moespan.launch.protocol import (
     PeerGoneError,
     Ready,
     Reload,
+    TraceReport,
     TrafficReport,
 )
 from moespan.parallel.traffic import TrafficRows
@@ -60,6 +63,7 @@ class LeaderEngine(Protocol):
     def step(self) -> list[OutputDelta]: ...
     def heartbeat(self) -> None: ...
     def traffic(self) -> list[TrafficRows]: ...
+    def trace(self, token_ids: list[int]) -> list[Observation]: ...
     def close(self, successor: EngineConfig | None = None) -> None: ...
 
 
@@ -181,13 +185,18 @@ def serve_front(
 
 
 def _take(
-    engine: LeaderEngine, message: Add | Abort | AskTraffic, front: Connection[FromFront]
+    engine: LeaderEngine, message: Add | Abort | AskTraffic | AskTrace, front: Connection[FromFront]
 ) -> None:
     """Do what `message` asks for; what the engine refuses goes back as deltas."""
     if isinstance(message, Abort):
         engine.abort(message.request_id)
     elif isinstance(message, AskTraffic):
         front.send(TrafficReport(engine.traffic()))
+    elif isinstance(message, AskTrace):
+        try:
+            front.send(TraceReport(engine.trace(message.token_ids)))
+        except RequestError as error:
+            front.send(TraceReport([], str(error)))
     else:
         try:
             engine.add(message.request)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from moespan.parallel.dispatch import Dispatch, Slots, split_evenly
 from moespan.parallel.mesh import Mesh
 
 Weights = Mapping[str, Tensor]
-# Called with (layer, module, value) as the network computes; for looking inside, not for changing.
+# Called with (layer, module, value [L, ...]) as the network computes, the same on all tp ranks: for
+# looking inside, not for changing. Layer -1 is before the first.
 Observer = Callable[[int, str, Tensor], None]
 
 
@@ -169,9 +171,12 @@ class MoE:
         has_shared = config.shared_intermediate_size > 0
         self.shared = MLP(ops, weights, f"{name}.shared") if has_shared else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, observe: Callable[[str, Tensor], None] | None = None) -> Tensor:
         """[L, H] replicated over tp → [L, H] partial over tp: one sum carries both kinds."""
         weights, chosen = self.ops.route(x, self.router, self.num_chosen, self.renormalize)
+        if observe:
+            observe("router.experts", chosen)
+            observe("router.weights", weights)
         out = self.dispatch(x, weights, chosen, self.slots, self._experts)
         return out if self.shared is None else out + self.shared(x)
 
@@ -193,6 +198,7 @@ class Layer:
         experts: ExpertPlacement,
     ) -> None:
         name = f"layers.{index}"
+        self.index = index
         self.ops, self.tp, self.eps = ops, mesh.tp, config.rms_norm_eps
         self.attention_norm = weights[f"{name}.attention.norm"]
         self.attention = Attention(config, ops, mesh, weights, f"{name}.attention")
@@ -205,16 +211,30 @@ class Layer:
             self.mlp = MLP(ops, weights, f"{name}.mlp")
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, k_cache: Tensor, v_cache: Tensor, step: Step
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        step: Step,
+        observe: Observer | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the layer before added, and the stream before it: [L, H] each → the same."""
+        see = partial(observe, self.index) if observe else None
         if residual is None:
             x, residual = self.ops.rms_norm(x, self.attention_norm, self.eps), x
         else:
             x, residual = self.ops.add_rms_norm(x, residual, self.attention_norm, self.eps)
         x = self.attention(x, k_cache, v_cache, step)
+        if see:
+            see("attention", x)
         x, residual = self.ops.add_rms_norm(x, residual, self.mlp_norm, self.eps)
-        x = self.tp.all_reduce(self.mlp(x), "moe" if isinstance(self.mlp, MoE) else "mlp")
+        if isinstance(self.mlp, MoE):
+            x = self.tp.all_reduce(self.mlp(x, see), "moe")
+        else:
+            x = self.tp.all_reduce(self.mlp(x), "mlp")
+        if see:
+            see("hidden", x + residual)
         return x, residual
 
 
@@ -244,9 +264,9 @@ class Model:
         self.is_first_stage, self.is_last_stage = mesh.is_first_stage, mesh.is_last_stage
         self.embed = weights.get("embed")
         self.rope = Rope(config, max_model_len, mesh.device)
-        self.layer_numbers = mesh.layout.stages(config)[mesh.at.pp]
         self.layers = [
-            Layer(config, ops, mesh, weights, i, dispatch, experts) for i in self.layer_numbers
+            Layer(config, ops, mesh, weights, index, dispatch, experts)
+            for index in mesh.layout.stages(config)[mesh.at.pp]
         ]
         self.norm = weights.get("norm")
         self.head = weights.get("embed" if config.tie_word_embeddings else "head")
@@ -264,7 +284,8 @@ class Model:
         Args:
             inputs: on the first stage token ids int64 [T], on others the hidden state [L, H].
             rows: int64 [R], the tokens whose logits are wanted.
-            observe: shown `embed` and, after every layer, `hidden` [L, H].
+            observe: shown `embed`, and of every layer `attention`, `router.experts`,
+                `router.weights` and `hidden`, what the layer passes on.
 
         Returns:
             On the last stage logits float32 [R, vocabulary], replicated over tp (none on sp ranks
@@ -278,10 +299,8 @@ class Model:
         residual: Tensor | None = None
         if observe and self.is_first_stage:
             observe(-1, "embed", x)
-        for index, layer, (k, v) in zip(self.layer_numbers, self.layers, caches, strict=True):
-            x, residual = layer(x, residual, k, v, step)
-            if observe:
-                observe(index, "hidden", x + residual)
+        for layer, (k, v) in zip(self.layers, caches, strict=True):
+            x, residual = layer(x, residual, k, v, step, observe)
         assert residual is not None
         if not self.is_last_stage:
             return x + residual
