@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import place
@@ -22,6 +26,7 @@ from moespan.parallel.mesh import Mesh
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parent / "data"
+QUICKSTART = Path(__file__).parents[1] / "models" / "quickstart"
 ORACLES = ("tiny", "tiny_gqa", "sixteen")
 
 _GEOMETRY: dict[str, Any] = {
@@ -76,6 +81,27 @@ class Oracle:
 
     def source(self) -> SafetensorsSource:
         return SafetensorsSource(self.folder, self.config)
+
+
+def write_config(folder: Path, **overrides: Any) -> Path:
+    """Make `folder` a checkpoint for dummy weights: a config.json of the small geometry."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(geometry(**overrides)))
+    return folder
+
+
+def altered_checkpoint(
+    source: Path, target: Path, name: str, change: Callable[[torch.Tensor], object]
+) -> Path:
+    """Copy a checkpoint to `target`, with `change` applied to the tensor `name`."""
+    shutil.copytree(source, target)
+    for file in target.glob("model*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            change(tensors[name])
+            save_file(tensors, file, metadata={"format": "pt"})
+            return target
+    raise AssertionError(f"{source} has no {name}")
 
 
 def make_worker(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,56 +32,54 @@ EXIT_USAGE = 2
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 if all went well, 1 if something failed, 2 for a wrong command."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
         code = args.run(args)
-    except MoespanError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone. Python flushes once more at the end: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    except (MoespanError, OSError) as error:
         print(f"moespan: {error}", file=sys.stderr)
         code = EXIT_FAILED
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
-        code = EXIT_FAILED
     sys.exit(code)
 
 
 def generate(args: argparse.Namespace) -> int:
     """Continue prompts from the command line or from a JSONL file."""
     from moespan.batch import answer
+    from moespan.engine.request import SamplingParams
 
-    params = _sampling_defaults(args)
+    params = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
+    sampling = SamplingParams.from_dict(params)
     if args.input is not None:
         return _generate_batch(args, params)
     if args.output is not None or args.resume:
         raise ConfigError("--output and --resume go with --input FILE.jsonl")
-    from moespan.engine.request import SamplingParams
-
     with _llm(args) as llm:
-        sampling = SamplingParams.from_dict(params)
-        requests = []
-        for prompt in args.prompt:
-            messages = [{"role": "user", "content": prompt}]
-            requests.append(
-                llm.request(llm.chat_prompt(messages) if args.chat else prompt, sampling)
-            )
         _say_start(args, llm)
         started = time.perf_counter()
-        finished = {output.request_id: output for output in llm.stream(requests)}
+        if args.chat:
+            said = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+            outputs = llm.chat(said, sampling)
+        else:
+            outputs = llm.generate(args.prompt, sampling)
         seconds = time.perf_counter() - started
-        failed = 0
-        for number, (_, request) in enumerate(requests):
-            output = finished[request.id]
-            if output.error is not None:
-                failed += 1
-                print(f"moespan: prompt {number}: {output.error}", file=sys.stderr)
-            elif args.json:
-                print(json.dumps(answer(number, output), ensure_ascii=False))
-            else:
-                _print_text(args.prompt[number], output)
-        num_tokens = sum(len(one.token_ids) for out in finished.values() for one in out.outputs)
-        _say_speed(args, len(finished), num_tokens, seconds)
-    return EXIT_FAILED if failed else 0
+    num_failed = 0
+    for number, output in enumerate(outputs):
+        if output.error is not None:
+            num_failed += 1
+            print(f"moespan: prompt {number}: {output.error}", file=sys.stderr)
+        elif args.json:
+            print(json.dumps(answer(number, output), ensure_ascii=False))
+        else:
+            _print_text(args.prompt[number], output)
+    num_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+    _say_speed(args, len(outputs) - num_failed, num_tokens, seconds)
+    return EXIT_FAILED if num_failed else 0
 
 
 def _generate_batch(args: argparse.Namespace, params: dict[str, Any]) -> int:
@@ -90,7 +89,11 @@ def _generate_batch(args: argparse.Namespace, params: dict[str, Any]) -> int:
 
     if not args.input.is_file():
         raise ConfigError(f"--input {args.input} is not a file")
+    if args.resume and args.output is None:
+        raise ConfigError("--resume needs --output FILE.jsonl, where the answers so far are")
     done: set[str] = set()
+    if args.output is not None:
+        _check_writable(args.output, "--output")
     if args.output is not None and args.output.exists():
         if not args.resume:
             raise ConfigError(
@@ -129,15 +132,9 @@ def verify(args: argparse.Namespace) -> int:
     from moespan import verify as verification
 
     if args.write_reference:
-        if Path(args.reference).exists():
-            raise ConfigError(f"--reference {args.reference} exists; give a new file to write")
-        args.dtype = "float32"
-        args.tensor_parallel_size = 1
-        with _llm(args) as llm:
-            prompts = _reference_prompts(args, llm)
-            verification.write_reference(llm, Path(args.reference), prompts, args.max_tokens or 24)
-        print(f"wrote {args.reference}: {len(prompts)} prompts, float32, one rank")
-        return 0
+        return _write_reference(args)
+    if args.prompt is not None or args.max_tokens is not None:
+        raise ConfigError("--prompt and --max-tokens go with --write-reference")
     reference = verification.Reference(args.reference)
     if args.all_layouts is not None:
         return _verify_layouts(args, reference)
@@ -213,6 +210,28 @@ def _print_layout(one: LayoutReport) -> None:
         print(f"    first difference from one rank: {one.first_difference}")
 
 
+def _write_reference(args: argparse.Namespace) -> int:
+    from moespan.verify import write_reference
+
+    if args.reference.exists():
+        raise ConfigError(f"--reference {args.reference} exists; give a new file to write")
+    _check_writable(args.reference, "--reference")
+    is_cut = any(getattr(args, name) not in (1, False, None) for name in _LAYOUT)
+    if args.dtype not in ("auto", "float32") or is_cut:
+        raise ConfigError(
+            "--write-reference computes in float32 on one rank; leave --dtype and -tp out"
+        )
+    args.dtype = "float32"
+    num_tokens = 24 if args.max_tokens is None else args.max_tokens
+    if num_tokens < 1:
+        raise ConfigError(f"--max-tokens {num_tokens} must be at least 1")
+    with _llm(args) as llm:
+        prompts = _reference_prompts(args.prompt, llm, num_tokens)
+        write_reference(llm, args.reference, prompts, num_tokens)
+    print(f"wrote {args.reference}: {len(prompts)} prompts, float32, one rank")
+    return 0
+
+
 def info(args: argparse.Namespace) -> int:
     """Describe a model in one page; reads no weights."""
     from moespan.checkpoint.experts import ExpertPlacement, expert_rule
@@ -255,7 +274,10 @@ def info(args: argparse.Namespace) -> int:
     )
     lines = [
         ("model", args.model),
-        ("parameters", f"{total / 1e9:.3f} B total, {active / 1e9:.2f} B active for one token"),
+        (
+            "parameters",
+            f"{_scaled(total, _COUNTS, 3)} total, {_scaled(active, _COUNTS)} active for one token",
+        ),
         ("layers", f"{config.num_hidden_layers}, hidden size {config.hidden_size}"),
         (
             "attention",
@@ -268,7 +290,9 @@ def info(args: argparse.Namespace) -> int:
         ("longest sequence", f"{config.max_position_embeddings} tokens"),
         (
             "weights",
-            ", ".join(f"{total * size / 1e9:.2f} GB {name}" for name, size in DTYPE_BYTES.items()),
+            ", ".join(
+                f"{_scaled(total * size, _BYTES)} {name}" for name, size in DTYPE_BYTES.items()
+            ),
         ),
         (
             "KV cache per token",
@@ -278,7 +302,7 @@ def info(args: argparse.Namespace) -> int:
         ),
         (
             f"per rank, {layout}",
-            f"{max(ranks) / 1e9:.3f} GB of {dtype} weights, "
+            f"{_scaled(max(ranks), _BYTES)} of {dtype} weights, "
             f"{max(cache) / 1024:g} KiB KV cache per token",
         ),
     ]
@@ -299,7 +323,7 @@ def make_checkpoint(args: argparse.Namespace) -> int:
             raise ConfigError(f"--set {item!r} is not key=value")
         try:
             overrides[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             overrides[key] = value
     started = time.perf_counter()
     written = 0
@@ -307,11 +331,11 @@ def make_checkpoint(args: argparse.Namespace) -> int:
     def advance(num_bytes: int) -> None:
         nonlocal written
         written += num_bytes
-        print(f"\r{written / 1e9:.2f} GB", end="", file=sys.stderr, flush=True)
+        print(f"\r{_scaled(written, _BYTES)}", end="", file=sys.stderr, flush=True)
 
     make_checkpoint(args.folder, preset(args.preset, overrides), args.seed, advance)
     seconds = time.perf_counter() - started
-    print(f"\rwrote {args.folder}: {written / 1e9:.2f} GB in {seconds:.1f} s", file=sys.stderr)
+    print(f"\rwrote {args.folder}: {_scaled(written, _BYTES)} in {seconds:.1f} s", file=sys.stderr)
     return 0
 
 
@@ -335,7 +359,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model_flags(verb)
     what = verb.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
+    what.add_argument(
+        "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts"
+    )
     what.add_argument(
         "--input",
         type=Path,
@@ -368,6 +394,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_flags(verb)
     verb.add_argument(
         "--reference",
+        type=Path,
         required=True,
         metavar="FILE.safetensors",
         help="p<i>.ids [T], p<i>.logits [T, V], p<i>.greedy [N]",
@@ -391,6 +418,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--prompt",
         nargs="+",
+        action="extend",
         metavar="TEXT",
         help="prompts of the file to make (default: random token ids)",
     )
@@ -403,9 +431,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "info", help="describe a model", description=info.__doc__, allow_abbrev=False
     )
-    verb.add_argument("model", metavar="MODEL", help="checkpoint folder, or a hub name")
-    _add_layout_flags(verb)
-    verb.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
+    _add_common_flags(verb)
     verb.add_argument("--json", action="store_true", help="print as JSON")
     verb.set_defaults(run=info)
 
@@ -480,9 +506,17 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or a hub name")
     _add_layout_flags(parser)
+    parser.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
+    parser.add_argument(
+        "--trust-remote-code", nargs=0, action=_RefuseRemoteCode, help=argparse.SUPPRESS
+    )
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    _add_common_flags(parser)
     parser.add_argument(
         "--moe-dispatch",
         choices=DISPATCHES,
@@ -490,7 +524,6 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="how tokens meet experts on other ranks (auto)",
     )
     parser.add_argument("--device", choices=["auto", "npu", "cuda", "cpu"], default="auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
     parser.add_argument(
         "--max-model-len",
         "--context-length",
@@ -503,7 +536,6 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--max-running-requests",
         type=int,
         metavar="N",
-        default=EngineConfig.max_num_seqs,
         help="most sequences in one step (64)",
     )
     parser.add_argument(
@@ -512,7 +544,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=EngineConfig.max_num_batched_tokens,
-        help="most tokens in one step (2048)",
+        help="most tokens in one step (2048; verify: 256)",
     )
     parser.add_argument(
         "--block-size",
@@ -554,9 +586,6 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--numa-bind", dest="bind", action="store_const", const="auto", help=argparse.SUPPRESS
     )
-    parser.add_argument(
-        "--trust-remote-code", nargs=0, action=_RefuseRemoteCode, help=argparse.SUPPRESS
-    )
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -569,14 +598,14 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, metavar="F")
     group.add_argument("--top-k", type=int, metavar="N")
     group.add_argument("--min-p", type=float, metavar="F")
-    group.add_argument(
-        "--seed", type=int, metavar="N", help="of sampling, and of --load-format dummy"
-    )
+    group.add_argument("--seed", type=int, metavar="N", help="makes what is drawn repeatable")
     group.add_argument("--repetition-penalty", type=float, metavar="F")
     group.add_argument("--presence-penalty", type=float, metavar="F")
     group.add_argument("--frequency-penalty", type=float, metavar="F")
-    group.add_argument("--stop", nargs="+", metavar="TEXT", help="strings that end the output")
-    group.add_argument("--stop-token-ids", nargs="+", type=int, metavar="ID")
+    group.add_argument(
+        "--stop", nargs="+", action="extend", metavar="TEXT", help="strings that end the output"
+    )
+    group.add_argument("--stop-token-ids", nargs="+", action="extend", type=int, metavar="ID")
     group.add_argument("--ignore-eos", action="store_true", default=None)
     group.add_argument("--logprobs", type=int, metavar="N", help="with --json or --input")
     group.add_argument("--prompt-logprobs", type=int, metavar="N", help="with --json or --input")
@@ -603,18 +632,12 @@ _SAMPLING = (
 )
 
 
-def _sampling_defaults(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags that were given, checked."""
-    from moespan.engine.request import SamplingParams
-
-    params = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
-    SamplingParams.from_dict(params)
-    return params
-
-
 def _llm(args: argparse.Namespace) -> LLM:
     from moespan.llm import LLM
 
+    max_num_seqs = args.max_num_seqs
+    if max_num_seqs is None:  # a step must have room for a token of each
+        max_num_seqs = max(min(EngineConfig.max_num_seqs, args.max_num_batched_tokens), 1)
     return LLM(
         args.model,
         **{name: getattr(args, name) for name in _LAYOUT},
@@ -623,12 +646,11 @@ def _llm(args: argparse.Namespace) -> LLM:
         device=args.device,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
-        max_num_seqs=min(args.max_num_seqs, args.max_num_batched_tokens),
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,
         num_blocks=args.num_blocks,
         load_format=args.load_format,
-        seed=getattr(args, "seed", None) or 0,
         enable_prefix_caching=args.enable_prefix_caching,
         check_finite=args.check_finite,
         bind=args.bind,
@@ -644,15 +666,29 @@ def _output(path: Path | None) -> Iterator[Any]:
         yield file
 
 
-def _reference_prompts(args: argparse.Namespace, llm: LLM) -> list[list[int]]:
+def _check_writable(path: Path, flag: str) -> None:
+    """Refuse now what could not be written after a long run."""
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+
+
+def _reference_prompts(texts: list[str] | None, llm: LLM, num_tokens: int) -> list[list[int]]:
+    """`texts`, or random prompts that leave room for `num_tokens` more."""
     import random
 
-    if args.prompt:
+    if texts is not None:
         if llm.tokenizer is None:
             raise ConfigError("--prompt needs a tokenizer, and this checkpoint has none")
-        return [llm.tokenizer.encode(prompt) for prompt in args.prompt]
+        return [llm.tokenizer.encode(text) for text in texts]
     draw = random.Random(0)
-    longest = llm.config.max_model_len - (args.max_tokens or 24)
+    longest = llm.config.max_model_len - num_tokens
+    if longest < 1:
+        raise ConfigError(
+            f"--max-tokens {num_tokens} leaves no room for a prompt within "
+            f"max_model_len={llm.config.max_model_len}"
+        )
     return [
         [draw.randrange(llm.model_config.vocab_size) for _ in range(length)]
         for length in (1, 7, 32, 100)
@@ -660,18 +696,31 @@ def _reference_prompts(args: argparse.Namespace, llm: LLM) -> list[list[int]]:
     ]
 
 
+_COUNTS = ("", " K", " M", " B")
+_BYTES = (" B", " kB", " MB", " GB", " TB")
+
+
+def _scaled(number: float, units: Sequence[str], digits: int = 2) -> str:
+    """`number` in the largest of `units`, each a thousand of the one before, that it fills."""
+    power = 0
+    while number >= 1000 and power + 1 < len(units):
+        number /= 1000
+        power += 1
+    return f"{number:.{digits if power else 0}f}{units[power]}"
+
+
 def _say_start(args: argparse.Namespace, llm: LLM) -> None:
     """Where it runs and how, on stderr."""
     if args.quiet:
         return
     info = llm.info
-    rate = info.read_bytes / max(info.load_s, 1e-9) / 1e9
+    rate = _scaled(info.read_bytes / max(info.load_s, 1e-9), _BYTES)
     layout = ", ".join(f"{axis}={size}" for axis, size in info.layout.items())
     print(
         f"model    {args.model}\n"
         f"runs on  {info.device}, {info.dtype}, {layout}\n"
-        f"weights  {info.weight_bytes / 1e9:.3f} GB per rank, loaded in {info.load_s:.2f} s "
-        f"({rate:.2f} GB/s)\n"
+        f"weights  {_scaled(info.weight_bytes, _BYTES)} per rank, loaded in {info.load_s:.2f} s "
+        f"({rate}/s)\n"
         f"KV cache {info.num_blocks * info.block_size} tokens in blocks of {info.block_size}",
         file=sys.stderr,
     )

@@ -297,7 +297,7 @@ class Layout:
             advice = [
                 f"{axis}={', '.join(map(str, usable))}"
                 for axis in axes
-                if (usable := self._usable(axis, config)[:_MOST_ADVICE])
+                if (usable := sorted(self._usable(axis, config)[:_MOST_ADVICE]))
             ]
             raise LayoutError(problem + (f"; use {' or '.join(advice)}" if advice else ""))
 
@@ -507,7 +507,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; is {path.parent} a checkpoint folder?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")

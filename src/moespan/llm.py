@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from moespan.checkpoint.experts import ExpertPlacement, expert_rule
 from moespan.config import EngineConfig, Layout, ModelConfig
-from moespan.engine.request import Request, SamplingParams, check_request
-from moespan.errors import ConfigError, LayoutError, RequestError
+from moespan.engine.request import (
+    OutputDelta,
+    Request,
+    SamplingParams,
+    check_request,
+    refusal,
+)
+from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
 from moespan.hub import resolve
 from moespan.launch.device import choose_device
-from moespan.outputs import CompletionOutput, RequestOutput
+from moespan.outputs import RequestOutput
 from moespan.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -121,6 +128,10 @@ class LLM:
             enable_expert_parallel=enable_expert_parallel,
             pipeline_layers=pipeline_layers,
         )
+        if max_model_len is None:
+            max_model_len = self.model_config.max_position_embeddings
+        if block_size is None:
+            block_size = 128 if device == "npu" else EngineConfig.block_size
         self.config = EngineConfig(
             model=str(folder.resolve()),
             layout=layout,
@@ -128,10 +139,10 @@ class LLM:
             dtype=self.model_config.dtype if dtype == "auto" else dtype,
             load_format="safetensors" if load_format == "auto" else load_format,
             seed=seed,
-            max_model_len=max_model_len or self.model_config.max_position_embeddings,
+            max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            block_size=block_size or (128 if device == "npu" else EngineConfig.block_size),
+            block_size=block_size,
             num_blocks=num_blocks,
             enable_prefix_caching=enable_prefix_caching,
             check_finite=check_finite,
@@ -143,6 +154,7 @@ class LLM:
         self.tokenizer = Tokenizer.from_pretrained(folder)
         self._client = _connect(self.config)
         self._numbers = itertools.count()
+        self._live: dict[str, RequestOutput] = {}
 
     @property
     def info(self) -> EngineInfo:
@@ -161,8 +173,10 @@ class LLM:
             RequestError: a prompt or its parameters break a limit; nothing was run.
             EngineDeadError: the ranks are gone.
         """
-        many = [prompts] if _is_one_prompt(prompts) else prompts
-        return self._run_all([self._encode(prompt) for prompt in many], sampling_params, use_tqdm)
+        # A list that begins with a number is one prompt's token ids.
+        is_one = isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int))
+        many: Sequence[Any] = [prompts] if is_one else prompts  # type: ignore[assignment]
+        return self._run_all(many, self._encode, sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -177,12 +191,8 @@ class LLM:
             TokenizerError: the chat template is faulty.
             EngineDeadError: the ranks are gone.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts: list[Encoded] = [
-            self.chat_prompt(cast("Sequence[Message]", conversation))
-            for conversation in conversations
-        ]
-        return self._run_all(prompts, sampling_params, use_tqdm)
+        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self._run_all(many, self.chat_prompt, sampling_params, use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         """A conversation as the text and the token ids that the model is given."""
@@ -218,36 +228,36 @@ class LLM:
         """Run any number of requests; yield each as it finishes.
 
         Only as many are taken from `requests` as keep the engine busy, so memory stays bounded.
-        A request that fails is yielded with its `error`; the others go on.
+        A request that fails is yielded with its `error`; the others go on. Within one thread,
+        streams may be mixed, and each yields its own. Closing one aborts what it has not yielded.
 
         Raises:
             EngineDeadError: the ranks are gone; what was yielded before was finished.
         """
         source = iter(requests)
-        live: dict[str, RequestOutput] = {}
+        mine: dict[str, RequestOutput] = {}
         try:
             while True:
-                room = _WINDOW * self.config.max_num_seqs - len(live)
-                for text, request in itertools.islice(source, max(room, 0)):
-                    live[request.id] = RequestOutput(
-                        request.id,
-                        text,
-                        request.prompt_token_ids,
-                        [CompletionOutput(index) for index in range(request.params.n)],
-                    )
-                    self._client.add(request)
-                if not live:
+                room = self._num_wanted - len(mine)
+                for text, request in itertools.islice(source, room):
+                    mine[request.id] = self._live[request.id] = RequestOutput.begin(request, text)
+                    try:
+                        self._client.add(request)
+                    except RequestError as error:
+                        self._take_in(refusal(request, error))
+                if not mine:
                     return
-                for delta in self._client.receive():
-                    output = live.get(delta.id)
-                    if output is None:
-                        continue
-                    output.add(delta)
-                    if output.finished:
-                        yield live.pop(delta.id)
+                finished = [output for output in mine.values() if output.finished]
+                for output in finished:
+                    del mine[output.request_id], self._live[output.request_id]
+                    yield output
+                if not finished:
+                    self._take_in(self._client.receive())
         finally:
-            for request_id in live:
-                self._client.abort(request_id)
+            for request_id in mine:
+                del self._live[request_id]
+                with contextlib.suppress(EngineDeadError):
+                    self._client.abort(request_id)
 
     def relayout(self, layout: Layout, moe_dispatch: str = "auto") -> None:
         """Cut the model anew over the same ranks, which is faster than to start them again.
@@ -298,7 +308,14 @@ class LLM:
         self.config.layout.check_dispatch(self.config.moe_dispatch)
         ExpertPlacement.make(self.config.expert_placement, self.model_config, self.config.layout)
 
+    @property
+    def _num_wanted(self) -> int:
+        """Requests that keep every replica and every pipeline stage busy."""
+        layout = self.config.layout
+        return _WINDOW * self.config.max_num_seqs * layout.dp * layout.pp
+
     def _encode(self, prompt: object) -> Encoded:
+        given = prompt
         if isinstance(prompt, Mapping):
             prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if isinstance(prompt, str):
@@ -309,12 +326,18 @@ class LLM:
                 )
             return prompt, self.tokenizer.encode(prompt)
         if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
-            raise RequestError(f"prompt {prompt!r:.80} is neither text nor a list of token ids")
+            raise RequestError(f"{given!r:.80} is neither text nor a list of token ids")
         return None, prompt
+
+    def _take_in(self, deltas: list[OutputDelta]) -> None:
+        for delta in deltas:
+            if (output := self._live.get(delta.id)) is not None:  # None: aborted meanwhile
+                output.add(delta)
 
     def _run_all(
         self,
-        prompts: list[Encoded],
+        prompts: Sequence[Any],
+        encode: Callable[[Any], Encoded],
         params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
@@ -328,7 +351,7 @@ class LLM:
         requests = []
         for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             try:
-                requests.append(self.request(prompt, one))
+                requests.append(self.request(encode(prompt), one))
             except RequestError as error:
                 raise RequestError(f"prompt {number}: {error}") from None
         outputs = tqdm(
@@ -336,11 +359,6 @@ class LLM:
         )
         by_id = {output.request_id: output for output in outputs}
         return [by_id[request.id] for _, request in requests]
-
-
-def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt; a list that begins with a number is one prompt's token ids."""
-    return isinstance(prompts, str | Mapping) or bool(prompts and isinstance(prompts[0], int))
 
 
 def _connect(config: EngineConfig) -> EngineClient:
