@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-ROOT = Path(__file__).parents[1]
-TOOLS = ROOT / "tools" / "quickstart"
+from tests.quickstart import MODEL, train
 
 
-@pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch):
-    """tools/quickstart/train.py as a module, without its evaluations."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    spec = importlib.util.spec_from_file_location("quickstart_train", TOOLS / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "report", lambda *_, **__: None)
-    yield module
-    sys.modules.pop("tasks", None)
+@pytest.fixture(autouse=True)
+def no_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "report", lambda *_, **__: None)
 
 
-def train(training, work_dir: Path) -> dict[str, torch.Tensor]:
-    """Trains a network of a few thousand weights for six steps; its weights."""
+def run(work_dir: Path) -> dict[str, torch.Tensor]:
+    """Trains a tiny network for six steps; its weights."""
     work_dir.mkdir(exist_ok=True)
     arguments = argparse.Namespace(
         work_dir=work_dir,
@@ -46,25 +35,25 @@ def train(training, work_dir: Path) -> dict[str, torch.Tensor]:
     )
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16}
-    network = training.Network({**training.CONFIG, **small, "num_hidden_layers": 2})
-    tokenizer = Tokenizer.from_file(str(ROOT / "models" / "quickstart" / "tokenizer.json"))
-    training.train(network, tokenizer, arguments)
+    network = train.Network({**train.CONFIG, **small, "num_hidden_layers": 2})
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    train.train(network, tokenizer, arguments)
     return network.state_dict()
 
 
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
-    training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    expected = train(training, tmp_path / "whole")
+    expected = run(tmp_path / "whole")
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "report", interrupt)
+        patch.setattr(train, "report", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train(training, tmp_path / "cut")
-    weights = train(training, tmp_path / "cut")
+            run(tmp_path / "cut")
+    weights = run(tmp_path / "cut")
 
     assert "going on from step 3" in capsys.readouterr().out
     assert weights.keys() == expected.keys()
