@@ -3,7 +3,7 @@
 #
 #   bash run.sh                                       the quickstart model, on what is here
 #   MODEL=/data/deepseek_16B/ TP=8 bash run.sh        a real checkpoint on 8 ranks
-#   bash run.sh --prompt "sort: 4 1 3 =" --json       any flag of `moespan generate`
+#   bash run.sh --prompt "sort 40 7 93:" --json       any flag of `moespan generate`
 #
 # MODEL   checkpoint folder (models/quickstart)
 # TP      ranks of tensor parallelism (2)
@@ -16,7 +16,9 @@ setup ""
 MODEL="${MODEL:-models/quickstart}"
 if [ $# -eq 0 ]; then
     if [ "$MODEL" = models/quickstart ]; then
-        set -- --prompt "QS1" "QS2" "QS3"
+        # What it was trained to do, with items that were kept out of its training.
+        set -- --prompt "681+734=" "sort 30 70 7 89 97:" "sort c y r a f w:" \
+            "Story: Mia, mouse, forest." "故事：小雨，鸟，花园。"
     else
         set -- --prompt "An attention function can be described as mapping a query" \
             "人工智能的发展" --max-tokens 64
