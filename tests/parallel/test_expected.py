@@ -205,7 +205,7 @@ def test_all_to_all_never_sends_more_than_all_gather(
                     calls += count if module == "counts" else 0
             for axis, _, _, _, num_bytes in results[rank][theirs][step]["traffic"]:
                 sent["all_gather"] += num_bytes if axis == "ep_blocks" else 0
-        assert 0 < sent["moe"] + sent["router"] < sent["all_gather"]
+        assert 0 < sent["moe"] + sent["router"] <= sent["all_gather"]
         assert sent["counts"] == calls * 8 * (layout.ep - 1)
 
 
