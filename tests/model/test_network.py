@@ -156,7 +156,10 @@ def test_observers_see_the_embedding_and_the_stream_after_every_layer():
         torch.tensor([0, 2]),
         lambda layer, module, value: seen.append((layer, module, value.clone())),
     )
-    dense, moe = ["attention", "hidden"], ["attention", "router.experts", "router.weights", "hidden"]
+    dense, moe = (
+        ["attention", "hidden"],
+        ["attention", "router.experts", "router.weights", "hidden"],
+    )
     assert [(layer, module) for layer, module, _ in seen] == [
         (-1, "embed"),
         *((0, module) for module in dense),
