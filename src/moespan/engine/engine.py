@@ -273,7 +273,7 @@ def build_leader(config: EngineConfig, mesh: Mesh) -> Engine:
     worker, num_blocks, report = _build_worker(config, model_config, mesh)
     info = EngineInfo(
         model=config.model,
-        layout=config.layout.sizes,
+        layout=config.layout,
         device=config.device,
         dtype=config.dtype,
         max_model_len=config.max_model_len,

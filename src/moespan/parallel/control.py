@@ -7,6 +7,7 @@ never waits for, or mixes with, the model's collectives.
 from __future__ import annotations
 
 from collections import deque
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -35,9 +36,10 @@ class Control:
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     @classmethod
-    def create(cls, traffic: Traffic) -> Control:
-        """Make the group; all ranks call it together."""
-        return cls(dist.new_group(backend="gloo", group_desc="control"), traffic)
+    def create(cls, traffic: Traffic, timeout_s: float) -> Control:
+        """Make the group; all ranks call it together. Nobody waits longer than `timeout_s`."""
+        timeout = timedelta(seconds=timeout_s)
+        return cls(dist.new_group(timeout=timeout, backend="gloo", group_desc="control"), traffic)
 
     def broadcast(self, message: bytes, kind: str) -> None:
         """On the leader: start sending `message` to all ranks; they may be behind by some."""
