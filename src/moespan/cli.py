@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moespan import __version__
-from moespan.config import DTYPE_BYTES, EngineConfig, Layout, ModelConfig
+from moespan.config import DTYPE_BYTES, EngineConfig, Layout, ModelConfig, Nodes
 from moespan.errors import ConfigError, MoespanError
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
+        if getattr(args, "node_rank", 0) > 0:  # whatever the verb, node 0 does it
+            _llm(args)
         code = args.run(args)
     except MoespanError as error:
         print(f"moespan: {error}", file=sys.stderr)
@@ -248,6 +250,17 @@ class _RefuseRemoteCode(argparse.Action):
         )
 
 
+class _MasterAddress(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
+    ) -> None:
+        host, separator, port = value.rpartition(":")
+        if not separator or not port.isdigit():
+            parser.error(f"--dist-init-addr {value!r} is not HOST:PORT")
+        namespace.master_addr = host.removeprefix("[").removesuffix("]")
+        namespace.master_port = int(port)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moespan", description="Runs DeepSeek-MoE under any layout. See VERB --help."
@@ -418,6 +431,47 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", nargs=0, action=_RefuseRemoteCode, help=argparse.SUPPRESS
     )
+    _add_node_flags(parser)
+
+
+def _add_node_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many nodes (the same command on each, but for --node-rank)")
+    group.add_argument(
+        "--nnodes", type=int, metavar="N", default=Nodes.nnodes, help="machines of the job (1)"
+    )
+    group.add_argument(
+        "--node-rank",
+        type=int,
+        metavar="N",
+        default=Nodes.node_rank,
+        help="this machine's number, from 0 (0); node 0 reads and writes all files",
+    )
+    group.add_argument(
+        "--master-addr",
+        metavar="HOST",
+        default=Nodes.master_addr,
+        help=f"address of node 0 that the others reach ({Nodes.master_addr})",
+    )
+    group.add_argument(
+        "--master-port",
+        type=int,
+        metavar="PORT",
+        default=Nodes.master_port,
+        help=f"port of node 0 where they meet ({Nodes.master_port})",
+    )
+    group.add_argument(
+        "--dist-init-addr",
+        action=_MasterAddress,
+        metavar="HOST:PORT",
+        help="--master-addr and --master-port in one",
+    )
+    group.add_argument(
+        "--join-timeout",
+        type=float,
+        metavar="SECONDS",
+        default=Nodes.join_timeout_s,
+        help=f"most seconds to wait for the other nodes ({Nodes.join_timeout_s:g})",
+    )
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -490,6 +544,11 @@ def _llm(args: argparse.Namespace) -> LLM:
         seed=getattr(args, "seed", None) or 0,
         enable_prefix_caching=args.enable_prefix_caching,
         check_finite=args.check_finite,
+        nnodes=args.nnodes,
+        node_rank=args.node_rank,
+        master_addr=args.master_addr,
+        master_port=args.master_port,
+        join_timeout_s=args.join_timeout,
     )
 
 

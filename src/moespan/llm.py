@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 from tqdm import tqdm
 
-from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
 from moespan.engine.request import Request, SamplingParams, check_request
 from moespan.errors import ConfigError, RequestError
 from moespan.hub import resolve
@@ -38,7 +39,8 @@ class LLM:
 
     With more than one rank it starts them as processes of their own, unless the program itself was
     started by `torchrun`: then its processes are the ranks, the leader goes on, and the others
-    serve it inside this constructor and exit when it closes.
+    serve it inside this constructor and exit when it closes. So do the nodes other than node 0 of
+    a job that runs on many: the same program runs on all, with another `node_rank` on each.
 
     Args:
         model: checkpoint folder, or a name for the hub clients.
@@ -56,10 +58,16 @@ class LLM:
         enable_prefix_caching: share the cache of equal prefixes.
         check_finite: look for NaN and Inf in every weight while loading.
         trust_remote_code: refused: no code from a checkpoint is ever run.
+        nnodes: machines that run the job, each as many ranks as any other.
+        node_rank: this one's number, from 0.
+        master_addr: address of node 0 that the others reach.
+        master_port: port of node 0 where they meet.
+        join_timeout_s: most seconds that a node waits for the others to come.
 
     Raises:
         ConfigError, LayoutError, CheckpointError, TokenizerError: it cannot start, and why.
-        EngineDeadError: a rank died while starting.
+        MeetingError: the nodes did not come together.
+        EngineDeadError: a rank died while starting; on a node other than node 0: or at any time.
     """
 
     def __init__(
@@ -79,12 +87,18 @@ class LLM:
         enable_prefix_caching: bool = True,
         check_finite: bool = False,
         trust_remote_code: bool = False,
+        nnodes: int = Nodes.nnodes,
+        node_rank: int = Nodes.node_rank,
+        master_addr: str = Nodes.master_addr,
+        master_port: int = Nodes.master_port,
+        join_timeout_s: float = Nodes.join_timeout_s,
     ) -> None:
         if trust_remote_code:
             raise ConfigError(
                 "trust_remote_code is refused: the model is built in, and code that comes with a "
                 "checkpoint is never run"
             )
+        nodes = Nodes(nnodes, node_rank, master_addr, master_port, join_timeout_s)
         folder = resolve(model)
         self.model_config = ModelConfig.from_pretrained(folder)
         device = choose_device(device)
@@ -105,7 +119,7 @@ class LLM:
         )
         self.config.layout.check(self.model_config)
         self.tokenizer = Tokenizer.from_pretrained(folder)
-        self._client = _connect(self.config)
+        self._client = _connect(self.config, nodes)
         self._numbers = itertools.count()
 
     @property
@@ -273,17 +287,39 @@ def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str | Mapping) or bool(prompts and isinstance(prompts[0], int))
 
 
-def _connect(config: EngineConfig) -> EngineClient:
-    """Start the ranks that are missing and connect to the leader.
+def _connect(config: EngineConfig, nodes: Nodes) -> EngineClient:
+    """Start the ranks that are missing and connect to the leader; return on node 0 only.
 
     Torch is imported only where this process computes.
     """
     from moespan.launch.job import started_by_torchrun
 
+    if nodes.nnodes > 1:
+        if started_by_torchrun():
+            raise ConfigError(
+                f"nnodes={nodes.nnodes} is for torchrun to know, which started this program; give "
+                "it to torchrun alone"
+            )
+        _warn_if_tp_crosses(config.layout, nodes)
+    if nodes.node_rank > 0:
+        from moespan.launch.client import serve_node
+
+        serve_node(config, nodes)
     if config.layout.world_size > 1 and not started_by_torchrun():
         from moespan.launch.client import RanksClient
 
-        return RanksClient(config)
+        return RanksClient(config, nodes=nodes)
     from moespan.launch.local import join
 
     return join(config)
+
+
+def _warn_if_tp_crosses(layout: Layout, nodes: Nodes) -> None:
+    ranks = nodes.ranks_per_node(layout)
+    if ranks % layout.tp and nodes.node_rank == 0:
+        print(
+            f"moespan: tp={layout.tp} crosses nodes, which have {ranks} of the "
+            f"{layout.world_size} ranks each: every layer waits for the network; it would not if "
+            "each node had a multiple of tp ranks",
+            file=sys.stderr,
+        )

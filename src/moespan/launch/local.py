@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 
 import torch
@@ -13,6 +14,7 @@ from moespan.engine.client import LocalClient
 from moespan.engine.engine import build_leader, follow
 from moespan.launch.distributed import init_distributed
 from moespan.launch.job import started_by_torchrun
+from moespan.launch.network import bind_collectives, interface_towards
 from moespan.parallel.mesh import Mesh
 
 # Followers wait in a broadcast while the program does other things between two calls; torchrun
@@ -28,6 +30,11 @@ def join(config: EngineConfig) -> LocalClient:
     if not started_by_torchrun():
         device = torch.device(config.device)
         return LocalClient(build_leader(config, Mesh.create(config.layout, device)))
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        # Gloo would take the interface that the machine's name leads to: often the loopback.
+        interface = interface_towards(os.environ["MASTER_ADDR"])
+        if interface not in (None, "lo"):
+            bind_collectives(interface)
     device = init_distributed(config.device, timeout_s=_IDLE_S)
     mesh = Mesh.create(config.layout, device)
     if not mesh.is_leader:

@@ -109,7 +109,9 @@ def _play(
 
     timeout_s = timeout_s or COLLECTIVE_TIMEOUT_S
     config = job.read_config()
-    device = init_distributed(config.device, job.store_path, timeout_s)
+    # Ranks on many nodes find each other through the agents' store, which the environment names.
+    store_path = job.store_path if job.read_nodes().nnodes == 1 else None
+    device = init_distributed(config.device, store_path, timeout_s)
     if rank == 0:
         engine = build_leader(config, device)
         front: Connection[FromFront] = Connection(job.connect(), FromFront)
