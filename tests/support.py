@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,18 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import place
 from moespan.checkpoint.source import RandomSource, SafetensorsSource, Source
 from moespan.config import EngineConfig, Layout, ModelConfig
-from moespan.engine.plan import PromptRow, SampleRow, StepPlan, StepResult
+from moespan.engine.plan import PromptRow, SampleRow, StepPlan, StepPlans, StepResult
 from moespan.engine.worker import Worker
 from moespan.ops import CpuOps, Ops
 from moespan.parallel.mesh import Mesh
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parent / "data"
+QUICKSTART = Path(__file__).parents[1] / "models" / "quickstart"
 ORACLES = ("tiny", "tiny_gqa", "sixteen")
 
 _GEOMETRY: dict[str, Any] = {
@@ -79,6 +83,27 @@ class Oracle:
         return SafetensorsSource(self.folder, self.config)
 
 
+def write_config(folder: Path, **overrides: Any) -> Path:
+    """Make `folder` a checkpoint for dummy weights: a config.json of the small geometry."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(geometry(**overrides)))
+    return folder
+
+
+def altered_checkpoint(
+    source: Path, target: Path, name: str, change: Callable[[torch.Tensor], object]
+) -> Path:
+    """Copy a checkpoint to `target`, with `change` applied to the tensor `name`."""
+    shutil.copytree(source, target)
+    for file in target.glob("model*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            change(tensors[name])
+            save_file(tensors, file, metadata={"format": "pt"})
+            return target
+    raise AssertionError(f"{source} has no {name}")
+
+
 def make_worker(
     config: ModelConfig,
     source: Source | None = None,
@@ -105,6 +130,13 @@ def make_worker(
         for cache in caches:
             cache.fill_(torch.nan)
     return worker
+
+
+def execute(worker: Worker, plan: StepPlan) -> StepResult:
+    """What the only rank of its world makes of a plan."""
+    result = worker.execute(StepPlans.of([plan]))
+    assert result is not None
+    return result
 
 
 def greedy_row(sequence: int, **settings: Any) -> SampleRow:
@@ -134,7 +166,7 @@ class Run:
 
 
 def run_prompts(
-    execute: Callable[[StepPlan], StepResult],
+    worker: Worker,
     prompts: list[list[int]],
     *,
     block_size: int = 4,
@@ -178,7 +210,7 @@ def run_prompts(
             samples=samples,
             prompts=prompt_rows,
         )
-        result = execute(plan)
+        result = execute(worker, plan)
         step += 1
         for row, scores in zip(prompt_rows, result.prompts, strict=True):
             logits = np.frombuffer(scores.logits, np.float32)

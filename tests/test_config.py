@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from moespan.checkpoint.placement import count_parameters
 from moespan.checkpoint.random import PRESETS
-from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.config import EngineConfig, Layout, ModelConfig, _layer_cost, all_layouts
 from moespan.errors import ConfigError, LayoutError
 from tests.support import ORACLES, Oracle, geometry
 
@@ -291,22 +293,135 @@ def test_a_layout_fits_exactly_where_heads_divide(heads: int, kv_heads: int, usa
         else:
             with pytest.raises(LayoutError) as caught:
                 Layout(tp=tp).check(config)
-            message = str(caught.value)
-            assert message.startswith(f"tp={tp} ")
-            assert message.endswith("use one of " + ", ".join(map(str, usable)))
+            nearest = sorted(sorted(usable, key=lambda size: abs(size - tp))[:6])
+            assert str(caught.value).startswith(f"tp={tp} ")
+            assert str(caught.value).endswith("; use tp=" + ", ".join(map(str, nearest)))
 
 
-def test_a_layout_error_names_the_rule_that_is_broken():
-    with pytest.raises(LayoutError, match="tp=6 does not divide num_attention_heads=16"):
-        Layout(tp=6).check(config_of(16, 16))
-    with pytest.raises(LayoutError, match="tp=6 and num_key_value_heads=4 do not divide"):
-        Layout(tp=6).check(config_of(12, 4))
+def moe_config(experts: int = 8, layers: int = 4) -> ModelConfig:
+    return ModelConfig.from_dict(
+        geometry(
+            num_hidden_layers=layers,
+            n_routed_experts=experts,
+            num_experts_per_tok=2,
+            hidden_size=64,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+        )
+    )
 
 
-def test_a_layout_has_at_least_one_rank():
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (Layout(tp=6), "tp=6 does not divide num_attention_heads=8; use tp=1, 2, 4, 8"),
+        (
+            Layout(tp=4, sp=4),
+            "tp·sp=16 does not divide num_attention_heads=8; use tp=1, 2 or sp=1, 2",
+        ),
+        (Layout(tp=8, ep=3), "ep=3 neither divides tp=8 nor is tp times a divisor of sp·dp=1; use"),
+        (Layout(tp=2, dp=3, ep=4), "nor is tp times a divisor of sp·dp=3; use ep=1, 2, 6"),
+        (Layout(dp=16, ep=16), "ep=16 exceeds n_routed_experts=8; use ep=1, 2, 4, 8"),
+        (
+            Layout(pp=5),
+            "pp=5 exceeds num_hidden_layers=4: a stage would be empty; use pp=1, 2, 3, 4",
+        ),
+        (Layout(pp=2, pipeline_layers=(4,)), "pipeline_layers=4 has 1 stages, not pp=2"),
+        (Layout(pp=2, pipeline_layers=(4, 0)), "pipeline_layers=4,0 must be positive and sum to"),
+        (Layout(pp=2, pipeline_layers=(2, 1)), "pipeline_layers=2,1 must be positive and sum to"),
+    ],
+    ids=str,
+)
+def test_a_layout_error_names_the_broken_rule_and_the_nearest_ways_out(layout: Layout, said: str):
+    with pytest.raises(LayoutError, match=re.escape(said)):
+        layout.check(moe_config())
+
+
+def test_a_model_without_experts_has_no_expert_parallelism():
+    config = ModelConfig.from_dict(geometry(n_routed_experts=None))
+    with pytest.raises(LayoutError, match="ep=2, but the model has no routed experts; use ep=1"):
+        Layout(tp=2, ep=2).check(config)
+
+
+def test_a_layout_has_at_least_one_rank_on_every_axis():
     assert (Layout().world_size, Layout(tp=4).world_size) == (1, 4)
-    with pytest.raises(LayoutError, match="tp=0 must be at least 1"):
-        Layout(tp=0)
+    for axis in Layout.AXES:
+        with pytest.raises(LayoutError, match=f"{axis}=0 must be at least 1"):
+            Layout(**{axis: 0})
+
+
+def test_every_listed_layout_fits_and_no_other_of_that_size_does():
+    config = moe_config()
+    listed = all_layouts(8, config)
+    assert len(set(listed)) == len(listed) > 30
+    for sizes in itertools.product((1, 2, 3, 4, 8), repeat=5):
+        layout = Layout(*sizes)
+        if layout.world_size != 8:
+            continue
+        try:
+            layout.check(config)
+        except LayoutError:
+            assert layout not in listed
+        else:
+            assert layout in listed
+
+
+@pytest.mark.parametrize("layout", all_layouts(8, moe_config()), ids=str)
+def test_ranks_have_a_place_each_with_tp_fastest_and_pp_slowest(layout: Layout):
+    ranks = range(layout.world_size)
+    places = [layout.coordinates(rank) for rank in ranks]
+    assert [(at.pp, at.dp, at.sp, at.tp) for at in places] == list(
+        itertools.product(*(range(layout.sizes[axis]) for axis in ("pp", "dp", "sp", "tp")))
+    )
+    assert [layout.rank(at) for at in places] == list(ranks)
+    # Every set of experts is whole within one stage, on as many ranks as each expert has slices.
+    for start in range(0, layout.world_size, max(layout.ep, layout.tp)):
+        held = [layout.ep_rank(rank) for rank in ranks[start : start + max(layout.ep, layout.tp)]]
+        assert held == sorted(list(range(layout.ep)) * layout.expert_slices)
+
+
+def test_the_largest_expert_parallelism_of_a_stage_is_taken_on_demand():
+    def largest(experts: int = 8, **sizes: int) -> int:
+        return Layout.make(moe_config(experts), enable_expert_parallel=True, **sizes).ep
+
+    assert largest(tensor_parallel_size=4) == 4
+    assert largest(tensor_parallel_size=2, data_parallel_size=4) == 8
+    assert largest(tensor_parallel_size=2, data_parallel_size=8) == 8  # as many as experts
+    assert largest(data_parallel_size=3) == 3
+    assert largest(experts=5, sequence_parallel_size=2, data_parallel_size=2) == 4
+
+
+@pytest.mark.parametrize("pp", range(1, 13))
+def test_stages_are_cut_where_the_costliest_one_costs_the_least(pp: int):
+    config = moe_config(layers=12)
+    stages = Layout(pp=pp).stages(config)
+    assert [layer for stage in stages for layer in stage] == list(range(12))
+    assert len(stages) == pp and all(stages)
+
+    def worst(lengths: tuple[int, ...]) -> float:
+        costs = [_layer_cost(config, layer) for layer in range(12)]
+        costs[-1] += config.vocab_size * config.hidden_size
+        left = iter(costs)
+        return max(sum(itertools.islice(left, length)) for length in lengths)
+
+    cuts = itertools.combinations(range(1, 12), pp - 1)
+    everyone = (tuple(b - a for a, b in itertools.pairwise((0, *cut, 12))) for cut in cuts)
+    assert worst(tuple(map(len, stages))) == pytest.approx(min(map(worst, everyone)))
+
+
+def test_stages_of_the_16b_model_weigh_the_dense_layer_and_the_head():
+    config = ModelConfig.from_dict(PRESETS["16b"])
+    assert [len(stage) for stage in Layout(pp=4).stages(config)] == [8, 7, 7, 6]
+    by_hand = Layout(pp=4, pipeline_layers=(7, 7, 7, 7))
+    assert by_hand.stages(config)[1] == range(7, 14)
+
+
+def test_tokens_can_meet_experts_where_they_are_or_be_sent_to_them():
+    assert Layout(tp=4, ep=2).dispatches == ("replicated",)
+    assert Layout(tp=4, ep=4, dp=2).dispatches == ("replicated",)
+    assert Layout(tp=2, ep=4, dp=2).dispatches == ("all_gather", "all_to_all")
+    with pytest.raises(LayoutError, match="moe_dispatch=all_to_all does not apply to layout tp=4"):
+        Layout(tp=4, ep=4).check_dispatch("all_to_all")
 
 
 @pytest.mark.parametrize(

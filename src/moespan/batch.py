@@ -45,6 +45,7 @@ class _Lines:
     done: set[str]
     report: BatchReport
     complain: Callable[[str], object]
+    advance: Callable[[int], object]
     ids: dict[str, Any] = field(default_factory=dict)
     line_numbers: dict[str, int] = field(default_factory=dict)
 
@@ -63,6 +64,7 @@ class _Lines:
                     seen.add(key)
                     if key in self.done:
                         self.report.num_skipped += 1
+                        self.advance(1)
                         continue
                     text, request = self._request(item)
                 except RequestError as error:
@@ -75,20 +77,28 @@ class _Lines:
     def fail(self, number: int, message: str) -> None:
         self.report.num_failed += 1
         self.complain(f"{self.path}:{number}: {message}")
+        self.advance(1)
 
     def _request(self, item: dict[str, Any]) -> tuple[str | None, Request]:
-        raw = item.get("params") or {}
+        raw = {} if item.get("params") is None else item["params"]
         if not isinstance(raw, dict):
-            raise RequestError(f"params is a {type(raw).__name__}, not an object")
+            raise RequestError(f"params is {raw!r:.80}, not an object")
+        misplaced = sorted(item.keys() & {*SamplingParams.__struct_fields__})
+        if misplaced:
+            raise RequestError(f'{misplaced[0]} belongs in params: {{"params": {{...}}}}')
         params = SamplingParams.from_dict({**self.defaults, **raw})
-        prompt, messages = item.get("prompt"), item.get("messages")
-        if self.chat and (messages is not None or isinstance(prompt, str)):
-            conversation = messages or [{"role": "user", "content": prompt}]
-            return self.llm.request(self.llm.chat_prompt(conversation), params)
-        if messages is not None:
+        prompt: Any = item.get("prompt")
+        messages: Any = item.get("messages")
+        if messages is not None and not self.chat:
             raise RequestError("messages are for chat; add --chat, or give a prompt")
-        if prompt is None:
+        if messages is None and prompt is None:
             raise RequestError("the line has no prompt")
+        if messages is not None and prompt is not None:
+            raise RequestError("the line has both a prompt and messages; give one of them")
+        if self.chat and isinstance(prompt, str):
+            messages = [{"role": "user", "content": prompt}]
+        if messages is not None:
+            return self.llm.request(self.llm.chat_prompt(messages), params)
         return self.llm.request(prompt, params)
 
 
@@ -116,7 +126,7 @@ def run_batch(
     """
     started = time.perf_counter()
     report = BatchReport()
-    lines = _Lines(llm, input_path, defaults, chat, done, report, complain)
+    lines = _Lines(llm, input_path, defaults, chat, done, report, complain, advance)
     for result in llm.stream(lines):
         given_id = lines.ids.pop(result.request_id)
         number = lines.line_numbers.pop(result.request_id)
@@ -127,7 +137,7 @@ def run_batch(
             report.num_answered += 1
             output.write(json.dumps(answer(given_id, result), ensure_ascii=False) + "\n")
             output.flush()
-        advance(1)
+            advance(1)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -162,29 +172,41 @@ def answered_ids(path: Path) -> set[str]:
     """Keys of the ids that an earlier run answered into `path`; a line cut short is removed.
 
     Raises:
-        ConfigError: a line that is whole is not an answer.
+        ConfigError: a line is not an answer; then nothing has changed.
     """
     keys: set[str] = set()
     whole_bytes = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
             try:
-                keys.add(_key(_parse(line)["id"]))
-            except (RequestError, KeyError):
+                if line.endswith(b"\n"):
+                    keys.add(_key_of_answer(line))
+                    whole_bytes += len(line)
+                elif line[: len(_BEGIN)] != _BEGIN[: len(line)]:
+                    raise RequestError("not cut from an answer")
+            except RequestError:
                 raise ConfigError(
                     f"{path}:{number} is not an answer of an earlier run; give another --output"
                 ) from None
-            whole_bytes += len(line)
     os.truncate(path, whole_bytes)
     return keys
+
+
+# How every answer begins.
+_BEGIN = b'{"id": '
+
+
+def _key_of_answer(line: bytes) -> str:
+    record = _parse(line)
+    if not {"id", "token_ids", "finish_reason"} <= record.keys():
+        raise RequestError("not an answer")
+    return _key(record["id"])
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         item = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"not JSON: {error}") from None
     if not isinstance(item, dict):
         raise RequestError(f"a JSON {type(item).__name__}, not an object")
@@ -192,4 +214,9 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _key(given_id: Any) -> str:
+    """`given_id` as text: equal for equal ids, and only for these."""
+    try:
+        json.dumps(given_id, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:  # it could not be written into an answer
+        raise RequestError(f"id {given_id!r:.80} cannot be written as JSON: {error}") from None
     return json.dumps(given_id, sort_keys=True)

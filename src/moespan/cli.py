@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moespan import __version__
-from moespan.config import DTYPE_BYTES, EngineConfig, Layout, ModelConfig, Nodes
+from moespan.config import (
+    DISPATCHES,
+    DTYPE_BYTES,
+    EngineConfig,
+    Layout,
+    ModelConfig,
+    Nodes,
+    all_layouts,
+)
 from moespan.errors import ConfigError, MoespanError
 
 if TYPE_CHECKING:
     from moespan.llm import LLM
+    from moespan.verify import Reference
+    from moespan.verify_layouts import LayoutReport
 
 EXIT_FAILED = 1
 """Something was asked that could not be done, or a check did not pass."""
@@ -29,58 +40,56 @@ EXIT_USAGE = 2
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 if all went well, 1 if something failed, 2 for a wrong command."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
-        if getattr(args, "node_rank", 0) > 0:  # whatever the verb, node 0 does it
-            _llm(args)
+        if getattr(args, "node_rank", 0) > 0:
+            _serve_node(args)
         code = args.run(args)
-    except MoespanError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone. Python flushes once more at the end: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    except (MoespanError, OSError) as error:
         print(f"moespan: {error}", file=sys.stderr)
         code = EXIT_FAILED
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
-        code = EXIT_FAILED
     sys.exit(code)
 
 
 def generate(args: argparse.Namespace) -> int:
     """Continue prompts from the command line or from a JSONL file."""
     from moespan.batch import answer
+    from moespan.engine.request import SamplingParams
 
-    params = _sampling_defaults(args)
+    params = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
+    sampling = SamplingParams.from_dict(params)
     if args.input is not None:
         return _generate_batch(args, params)
     if args.output is not None or args.resume:
         raise ConfigError("--output and --resume go with --input FILE.jsonl")
-    from moespan.engine.request import SamplingParams
-
     with _llm(args) as llm:
-        sampling = SamplingParams.from_dict(params)
-        requests = []
-        for prompt in args.prompt:
-            messages = [{"role": "user", "content": prompt}]
-            requests.append(
-                llm.request(llm.chat_prompt(messages) if args.chat else prompt, sampling)
-            )
         _say_start(args, llm)
         started = time.perf_counter()
-        finished = {output.request_id: output for output in llm.stream(requests)}
+        if args.chat:
+            said = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+            outputs = llm.chat(said, sampling)
+        else:
+            outputs = llm.generate(args.prompt, sampling)
         seconds = time.perf_counter() - started
-        failed = 0
-        for number, (_, request) in enumerate(requests):
-            output = finished[request.id]
-            if output.error is not None:
-                failed += 1
-                print(f"moespan: prompt {number}: {output.error}", file=sys.stderr)
-            elif args.json:
-                print(json.dumps(answer(number, output), ensure_ascii=False))
-            else:
-                _print_text(args.prompt[number], output)
-        num_tokens = sum(len(one.token_ids) for out in finished.values() for one in out.outputs)
-        _say_speed(args, len(finished), num_tokens, seconds)
-    return EXIT_FAILED if failed else 0
+    num_failed = 0
+    for number, output in enumerate(outputs):
+        if output.error is not None:
+            num_failed += 1
+            print(f"moespan: prompt {number}: {output.error}", file=sys.stderr)
+        elif args.json:
+            print(json.dumps(answer(number, output), ensure_ascii=False))
+        else:
+            _print_text(args.prompt[number], output)
+    num_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+    _say_speed(args, len(outputs) - num_failed, num_tokens, seconds)
+    return EXIT_FAILED if num_failed else 0
 
 
 def _generate_batch(args: argparse.Namespace, params: dict[str, Any]) -> int:
@@ -90,7 +99,11 @@ def _generate_batch(args: argparse.Namespace, params: dict[str, Any]) -> int:
 
     if not args.input.is_file():
         raise ConfigError(f"--input {args.input} is not a file")
+    if args.resume and args.output is None:
+        raise ConfigError("--resume needs --output FILE.jsonl, where the answers so far are")
     done: set[str] = set()
+    if args.output is not None:
+        _check_writable(args.output, "--output")
     if args.output is not None and args.output.exists():
         if not args.resume:
             raise ConfigError(
@@ -129,36 +142,129 @@ def verify(args: argparse.Namespace) -> int:
     from moespan import verify as verification
 
     if args.write_reference:
-        if Path(args.reference).exists():
-            raise ConfigError(f"--reference {args.reference} exists; give a new file to write")
-        args.dtype = "float32"
-        args.tensor_parallel_size = 1
-        with _llm(args) as llm:
-            prompts = _reference_prompts(args, llm)
-            verification.write_reference(llm, Path(args.reference), prompts, args.max_tokens or 24)
-        print(f"wrote {args.reference}: {len(prompts)} prompts, float32, one rank")
-        return 0
+        return _write_reference(args)
+    if args.prompt is not None or args.max_tokens is not None:
+        raise ConfigError("--prompt and --max-tokens go with --write-reference")
     reference = verification.Reference(args.reference)
+    if args.all_layouts is not None:
+        return _verify_layouts(args, reference)
     with _llm(args) as llm:
         report = verification.verify(llm, reference)
+        differences = {}
+        if args.trace:
+            from moespan.verify_layouts import trace_against_reference
+
+            differences = trace_against_reference(llm, reference, report.tolerance.relative)
     if args.json:
-        print(json.dumps(report.to_dict()))
+        print(json.dumps({**report.to_dict(), "first_differences": differences}))
     else:
         _print_verification(report)
-    return EXIT_FAILED if report.failures else 0
+        for name, difference in differences.items():
+            print(f"{name}: first difference inside: {difference}")
+        if args.trace and not differences:
+            print("nothing inside differs from what the reference holds")
+    return EXIT_FAILED if report.failures or differences else 0
+
+
+def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
+    from moespan.hub import resolve
+    from moespan.verify_layouts import verify_layouts
+
+    config = ModelConfig.from_pretrained(resolve(args.model))
+    layouts = all_layouts(args.all_layouts, config)
+    if not layouts:
+        raise ConfigError(f"--all-layouts {args.all_layouts}: no layout of so many ranks fits")
+
+    def start(layout: Layout) -> LLM:
+        _set_layout(args, layout)
+        if layout.world_size == 1:  # for what differs inside: node 0 does it alone
+            args.nnodes = 1
+        return _llm(args)
+
+    reports: list[LayoutReport] = []
+    if not args.json:
+        print(_LAYOUT_ROW.format("layout", "dispatch", "max |Δ|", "greedy", "", "bytes sent/token"))
+    with start(layouts[0]) as llm:
+        for one in verify_layouts(llm, layouts, reference, lambda: start(Layout())):
+            reports.append(one)
+            if not args.json:
+                _print_layout(one)
+    failed = sum(bool(one.report.failures) for one in reports)
+    if args.json:
+        print(json.dumps([one.to_dict() for one in reports]))
+    else:
+        seconds = sum(one.seconds for one in reports)
+        verdict = f"{failed} FAILED" if failed else "all passed"
+        print(f"{len(layouts)} layouts, {len(reports)} runs in {seconds:.0f} s: {verdict}")
+    return EXIT_FAILED if failed else 0
+
+
+def _set_layout(args: argparse.Namespace, layout: Layout) -> None:
+    args.pipeline_layers = None
+    for name, size in zip(_LAYOUT, layout.sizes.values(), strict=False):
+        setattr(args, name, size)
+
+
+_LAYOUT_ROW = "{:<28}{:<12}{:>10}  {:<8}{:<8}{}"
+
+
+def _print_layout(one: LayoutReport) -> None:
+    greedy = all(prompt.greedy_equal is not False for prompt in one.report.prompts)
+    sent = ", ".join(f"{axis} {count:,.0f}" for axis, count in one.sent_bytes_per_token.items())
+    print(
+        _LAYOUT_ROW.format(
+            str(one.layout),
+            one.dispatch,
+            f"{one.report.max_relative_diff:.1e}",
+            "equal" if greedy else "differs",
+            "FAILED" if one.report.failures else "passed",
+            sent or "-",
+        ),
+        flush=True,
+    )
+    if one.first_difference:
+        print(f"    first difference from one rank: {one.first_difference}")
+
+
+def _write_reference(args: argparse.Namespace) -> int:
+    from moespan.verify import write_reference
+
+    if args.reference.exists():
+        raise ConfigError(f"--reference {args.reference} exists; give a new file to write")
+    _check_writable(args.reference, "--reference")
+    is_cut = any(getattr(args, name) not in (1, False, None) for name in _LAYOUT)
+    if args.dtype not in ("auto", "float32") or is_cut:
+        raise ConfigError(
+            "--write-reference computes in float32 on one rank; leave --dtype and -tp out"
+        )
+    args.dtype = "float32"
+    num_tokens = 24 if args.max_tokens is None else args.max_tokens
+    if num_tokens < 1:
+        raise ConfigError(f"--max-tokens {num_tokens} must be at least 1")
+    with _llm(args) as llm:
+        prompts = _reference_prompts(args.prompt, llm, num_tokens)
+        write_reference(llm, args.reference, prompts, num_tokens)
+    print(f"wrote {args.reference}: {len(prompts)} prompts, float32, one rank")
+    return 0
 
 
 def info(args: argparse.Namespace) -> int:
     """Describe a model in one page; reads no weights."""
-    from moespan.checkpoint.placement import count_parameters, place
+    from moespan.checkpoint.experts import ExpertPlacement, expert_rule
+    from moespan.checkpoint.placement import cache_bytes_per_token, count_parameters, place
     from moespan.hub import resolve
 
     config = ModelConfig.from_pretrained(resolve(args.model))
-    layout = Layout(args.tensor_parallel_size)
-    layout.check(config)
+    layout = Layout.make(config, **{name: getattr(args, name) for name in _LAYOUT})
+    placement = ExpertPlacement.make(expert_rule(args.expert_placement), config, layout)
     total, active = count_parameters(config)
     dtype = config.dtype if args.dtype == "auto" else args.dtype
-    ranks = [place(config, layout, rank).num_bytes(dtype) for rank in range(layout.world_size)]
+    ranks = [
+        place(config, layout, rank, placement).num_bytes(dtype) for rank in range(layout.world_size)
+    ]
+    cache = [
+        cache_bytes_per_token(config, layout, rank, dtype) for rank in range(layout.world_size)
+    ]
     facts: dict[str, Any] = {
         "model": args.model,
         "parameters": total,
@@ -166,8 +272,10 @@ def info(args: argparse.Namespace) -> int:
         "bytes": {name: total * size for name, size in DTYPE_BYTES.items()},
         "kv_bytes_per_token": {name: config.kv_bytes_per_token(name) for name in DTYPE_BYTES},
         "dtype": dtype,
-        "layout": {"tp": layout.tp},
+        "layout": layout.sizes,
+        "pipeline_layers": [len(stage) for stage in layout.stages(config)],
         "weight_bytes_per_rank": ranks,
+        "kv_bytes_per_token_per_rank": cache,
         "config": {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__},
     }
     if args.json:
@@ -182,7 +290,10 @@ def info(args: argparse.Namespace) -> int:
     )
     lines = [
         ("model", args.model),
-        ("parameters", f"{total / 1e9:.3f} B total, {active / 1e9:.2f} B active for one token"),
+        (
+            "parameters",
+            f"{_scaled(total, _COUNTS, 3)} total, {_scaled(active, _COUNTS)} active for one token",
+        ),
         ("layers", f"{config.num_hidden_layers}, hidden size {config.hidden_size}"),
         (
             "attention",
@@ -195,7 +306,9 @@ def info(args: argparse.Namespace) -> int:
         ("longest sequence", f"{config.max_position_embeddings} tokens"),
         (
             "weights",
-            ", ".join(f"{total * size / 1e9:.2f} GB {name}" for name, size in DTYPE_BYTES.items()),
+            ", ".join(
+                f"{_scaled(total * size, _BYTES)} {name}" for name, size in DTYPE_BYTES.items()
+            ),
         ),
         (
             "KV cache per token",
@@ -205,8 +318,8 @@ def info(args: argparse.Namespace) -> int:
         ),
         (
             f"per rank, {layout}",
-            f"{max(ranks) / 1e9:.3f} GB of {dtype} weights, "
-            f"{_kv_bytes_per_rank(config, layout, dtype) / 1024:g} KiB KV cache per token",
+            f"{_scaled(max(ranks), _BYTES)} of {dtype} weights, "
+            f"{max(cache) / 1024:g} KiB KV cache per token",
         ),
     ]
     width = max(len(name) for name, _ in lines)
@@ -217,6 +330,9 @@ def info(args: argparse.Namespace) -> int:
 
 def make_checkpoint(args: argparse.Namespace) -> int:
     """Write a random checkpoint in Hugging Face form."""
+    from tqdm import tqdm
+
+    from moespan.checkpoint.placement import count_parameters
     from moespan.checkpoint.random import make_checkpoint, preset
 
     overrides: dict[str, Any] = {}
@@ -226,19 +342,18 @@ def make_checkpoint(args: argparse.Namespace) -> int:
             raise ConfigError(f"--set {item!r} is not key=value")
         try:
             overrides[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             overrides[key] = value
+    raw = preset(args.preset, overrides)
+    config = ModelConfig.from_dict(raw)
+    total_bytes = count_parameters(config)[0] * DTYPE_BYTES[config.dtype]
     started = time.perf_counter()
-    written = 0
-
-    def advance(num_bytes: int) -> None:
-        nonlocal written
-        written += num_bytes
-        print(f"\r{written / 1e9:.2f} GB", end="", file=sys.stderr, flush=True)
-
-    make_checkpoint(args.folder, preset(args.preset, overrides), args.seed, advance)
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        make_checkpoint(args.folder, raw, args.seed, bar.update)
     seconds = time.perf_counter() - started
-    print(f"\rwrote {args.folder}: {written / 1e9:.2f} GB in {seconds:.1f} s", file=sys.stderr)
+    print(
+        f"wrote {args.folder}: {_scaled(total_bytes, _BYTES)} in {seconds:.1f} s", file=sys.stderr
+    )
     return 0
 
 
@@ -273,7 +388,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model_flags(verb)
     what = verb.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
+    what.add_argument(
+        "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts"
+    )
     what.add_argument(
         "--input",
         type=Path,
@@ -306,9 +423,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_flags(verb)
     verb.add_argument(
         "--reference",
+        type=Path,
         required=True,
         metavar="FILE.safetensors",
         help="p<i>.ids [T], p<i>.logits [T, V], p<i>.greedy [N]",
+    )
+    verb.add_argument(
+        "--all-layouts",
+        type=int,
+        metavar="WORLD",
+        help="run every layout of WORLD ranks and print a table",
+    )
+    verb.add_argument(
+        "--trace",
+        action="store_true",
+        help="also compare hidden states and router choices, where the reference has them",
     )
     verb.add_argument(
         "--write-reference",
@@ -318,6 +447,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--prompt",
         nargs="+",
+        action="extend",
         metavar="TEXT",
         help="prompts of the file to make (default: random token ids)",
     )
@@ -330,9 +460,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "info", help="describe a model", description=info.__doc__, allow_abbrev=False
     )
-    verb.add_argument("model", metavar="MODEL", help="checkpoint folder, or a hub name")
-    _add_layout_flags(verb)
-    verb.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
+    _add_common_flags(verb)
     verb.add_argument("--json", action="store_true", help="print as JSON")
     verb.set_defaults(run=info)
 
@@ -357,23 +485,74 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("layout (degree of parallelism on each axis)")
+    for axis, name, meaning in (
+        ("tp", "tensor", "heads, widths and the vocabulary are split"),
+        ("ep", "expert", "whole routed experts are spread"),
+        ("pp", "pipeline", "layers are split into stages"),
+        ("sp", "sequence", "the tokens of a step are split"),
+        ("dp", "data", "requests are spread over replicas"),
+    ):
+        group.add_argument(
+            f"-{axis}",
+            f"--{name}-parallel-size",
+            f"--{axis}-size",
+            f"--{axis}",
+            type=int,
+            default=1,
+            metavar="N",
+            help=f"{meaning} (1)",
+        )
+    group.add_argument(
+        "--enable-expert-parallel", action="store_true", help="the largest -ep that fits"
+    )
+    group.add_argument(
+        "--pipeline-layers",
+        type=_integers,
+        metavar="N,N,...",
+        help="layers of each stage (default: cut by cost)",
+    )
+    group.add_argument(
+        "--expert-placement",
+        default="contiguous",
+        metavar="contiguous|round_robin|FILE.json",
+        help="which ep rank holds which experts (contiguous)",
+    )
+
+
+_LAYOUT = (
+    "tensor_parallel_size",
+    "expert_parallel_size",
+    "pipeline_parallel_size",
+    "sequence_parallel_size",
+    "data_parallel_size",
+    "enable_expert_parallel",
+    "pipeline_layers",
+)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or a hub name")
+    _add_layout_flags(parser)
+    parser.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
     parser.add_argument(
-        "-tp",
-        "--tensor-parallel-size",
-        "--tp-size",
-        "--tp",
-        type=int,
-        default=1,
-        metavar="N",
-        help="ranks of tensor parallelism (1)",
+        "--trust-remote-code", nargs=0, action=_RefuseRemoteCode, help=argparse.SUPPRESS
     )
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or a hub name")
-    _add_layout_flags(parser)
+    _add_common_flags(parser)
+    parser.add_argument(
+        "--moe-dispatch",
+        choices=DISPATCHES,
+        default="auto",
+        help="how tokens meet experts on other ranks (auto)",
+    )
     parser.add_argument("--device", choices=["auto", "npu", "cuda", "cpu"], default="auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
     parser.add_argument(
         "--max-model-len",
         "--context-length",
@@ -386,7 +565,6 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--max-running-requests",
         type=int,
         metavar="N",
-        default=EngineConfig.max_num_seqs,
         help="most sequences in one step (64)",
     )
     parser.add_argument(
@@ -395,7 +573,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=EngineConfig.max_num_batched_tokens,
-        help="most tokens in one step (2048)",
+        help="most tokens in one step (2048; verify: 256)",
     )
     parser.add_argument(
         "--block-size",
@@ -429,7 +607,13 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="look for NaN and Inf in every weight while loading",
     )
     parser.add_argument(
-        "--trust-remote-code", nargs=0, action=_RefuseRemoteCode, help=argparse.SUPPRESS
+        "--bind",
+        default=EngineConfig.bind,
+        metavar="{auto,off,MAP}",
+        help="cores and NUMA node of each rank (auto); MAP as in 0:0,1:0,2:1,3:1 (rank:node)",
+    )
+    parser.add_argument(
+        "--numa-bind", dest="bind", action="store_const", const="auto", help=argparse.SUPPRESS
     )
     _add_node_flags(parser)
 
@@ -484,14 +668,14 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, metavar="F")
     group.add_argument("--top-k", type=int, metavar="N")
     group.add_argument("--min-p", type=float, metavar="F")
-    group.add_argument(
-        "--seed", type=int, metavar="N", help="of sampling, and of --load-format dummy"
-    )
+    group.add_argument("--seed", type=int, metavar="N", help="makes what is drawn repeatable")
     group.add_argument("--repetition-penalty", type=float, metavar="F")
     group.add_argument("--presence-penalty", type=float, metavar="F")
     group.add_argument("--frequency-penalty", type=float, metavar="F")
-    group.add_argument("--stop", nargs="+", metavar="TEXT", help="strings that end the output")
-    group.add_argument("--stop-token-ids", nargs="+", type=int, metavar="ID")
+    group.add_argument(
+        "--stop", nargs="+", action="extend", metavar="TEXT", help="strings that end the output"
+    )
+    group.add_argument("--stop-token-ids", nargs="+", action="extend", type=int, metavar="ID")
     group.add_argument("--ignore-eos", action="store_true", default=None)
     group.add_argument("--logprobs", type=int, metavar="N", help="with --json or --input")
     group.add_argument("--prompt-logprobs", type=int, metavar="N", help="with --json or --input")
@@ -518,38 +702,45 @@ _SAMPLING = (
 )
 
 
-def _sampling_defaults(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags that were given, checked."""
-    from moespan.engine.request import SamplingParams
-
-    params = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
-    SamplingParams.from_dict(params)
-    return params
-
-
 def _llm(args: argparse.Namespace) -> LLM:
     from moespan.llm import LLM
 
+    max_num_seqs = args.max_num_seqs
+    if max_num_seqs is None:  # a step must have room for a token of each
+        max_num_seqs = max(min(EngineConfig.max_num_seqs, args.max_num_batched_tokens), 1)
     return LLM(
         args.model,
-        tensor_parallel_size=args.tensor_parallel_size,
+        **{name: getattr(args, name) for name in _LAYOUT},
+        moe_dispatch=args.moe_dispatch,
+        expert_placement=args.expert_placement,
         device=args.device,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
-        max_num_seqs=min(args.max_num_seqs, args.max_num_batched_tokens),
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,
         num_blocks=args.num_blocks,
         load_format=args.load_format,
-        seed=getattr(args, "seed", None) or 0,
         enable_prefix_caching=args.enable_prefix_caching,
         check_finite=args.check_finite,
+        bind=args.bind,
         nnodes=args.nnodes,
         node_rank=args.node_rank,
         master_addr=args.master_addr,
         master_port=args.master_port,
         join_timeout_s=args.join_timeout,
     )
+
+
+def _serve_node(args: argparse.Namespace) -> None:
+    """Serve node 0, which does what the verb says and reads and writes all files. Never returns."""
+    if getattr(args, "all_layouts", None) is not None:
+        from moespan.hub import resolve
+
+        config = ModelConfig.from_pretrained(resolve(args.model))
+        for layout in all_layouts(args.all_layouts, config)[:1]:  # the first; others follow it
+            _set_layout(args, layout)
+    _llm(args)
 
 
 @contextlib.contextmanager
@@ -561,15 +752,29 @@ def _output(path: Path | None) -> Iterator[Any]:
         yield file
 
 
-def _reference_prompts(args: argparse.Namespace, llm: LLM) -> list[list[int]]:
+def _check_writable(path: Path, flag: str) -> None:
+    """Refuse now what could not be written after a long run."""
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+
+
+def _reference_prompts(texts: list[str] | None, llm: LLM, num_tokens: int) -> list[list[int]]:
+    """`texts`, or random prompts that leave room for `num_tokens` more."""
     import random
 
-    if args.prompt:
+    if texts is not None:
         if llm.tokenizer is None:
             raise ConfigError("--prompt needs a tokenizer, and this checkpoint has none")
-        return [llm.tokenizer.encode(prompt) for prompt in args.prompt]
+        return [llm.tokenizer.encode(text) for text in texts]
     draw = random.Random(0)
-    longest = llm.config.max_model_len - (args.max_tokens or 24)
+    longest = llm.config.max_model_len - num_tokens
+    if longest < 1:
+        raise ConfigError(
+            f"--max-tokens {num_tokens} leaves no room for a prompt within "
+            f"max_model_len={llm.config.max_model_len}"
+        )
     return [
         [draw.randrange(llm.model_config.vocab_size) for _ in range(length)]
         for length in (1, 7, 32, 100)
@@ -577,21 +782,35 @@ def _reference_prompts(args: argparse.Namespace, llm: LLM) -> list[list[int]]:
     ]
 
 
+_COUNTS = ("", " K", " M", " B")
+_BYTES = (" B", " kB", " MB", " GB", " TB")
+
+
+def _scaled(number: float, units: Sequence[str], digits: int = 2) -> str:
+    """`number` in the largest of `units`, each a thousand of the one before, that it fills."""
+    power = 0
+    while number >= 1000 and power + 1 < len(units):
+        number /= 1000
+        power += 1
+    return f"{number:.{digits if power else 0}f}{units[power]}"
+
+
 def _say_start(args: argparse.Namespace, llm: LLM) -> None:
     """Where it runs and how, on stderr."""
     if args.quiet:
         return
     info = llm.info
-    rate = info.read_bytes / max(info.load_s, 1e-9) / 1e9
-    layout = ", ".join(f"{axis}={size}" for axis, size in info.layout.items())
+    rate = _scaled(info.read_bytes / max(info.load_s, 1e-9), _BYTES)
     print(
         f"model    {args.model}\n"
-        f"runs on  {info.device}, {info.dtype}, {layout}\n"
-        f"weights  {info.weight_bytes / 1e9:.3f} GB per rank, loaded in {info.load_s:.2f} s "
-        f"({rate:.2f} GB/s)\n"
+        f"runs on  {info.device}, {info.dtype}, {info.layout}\n"
+        f"weights  {_scaled(info.weight_bytes, _BYTES)} per rank, loaded in {info.load_s:.2f} s "
+        f"({rate}/s)\n"
         f"KV cache {info.num_blocks * info.block_size} tokens in blocks of {info.block_size}",
         file=sys.stderr,
     )
+    if info.binding:
+        print("cores   ", "\n         ".join(info.binding), file=sys.stderr)
 
 
 def _say_speed(
@@ -624,25 +843,17 @@ def _print_verification(report: Any) -> None:
             f"{one.top1:>9.2%}  {first:<12}{greedy[one.greedy_equal]}"
         )
     limit = report.tolerance
-    layout = ", ".join(f"{axis}={size}" for axis, size in report.layout.items())
     kl_limit = "" if limit.kl is None else f" (limit {limit.kl:.1e})"
     top1_limit = "" if limit.top1 is None else f" (limit {limit.top1:.1%})"
     print(
-        f"\n{report.dtype}, {layout}: max |Δ| {report.max_relative_diff:.2e} of the largest logit "
-        f"(limit {limit.relative:.1e}), mean KL {report.mean_kl:.2e}{kl_limit}, "
+        f"\n{report.dtype}, {report.layout}: max |Δ| {report.max_relative_diff:.2e} of the largest "
+        f"logit (limit {limit.relative:.1e}), mean KL {report.mean_kl:.2e}{kl_limit}, "
         f"top-1 {report.top1:.2%}{top1_limit}"
     )
     for failure in report.failures:
         print(f"FAILED: {failure}")
     if not report.failures:
         print("passed")
-
-
-def _kv_bytes_per_rank(config: ModelConfig, layout: Layout, dtype: str) -> int:
-    from moespan.checkpoint.placement import head_shares
-
-    _, keys = head_shares(config, layout.tp, 0)
-    return 2 * config.num_hidden_layers * keys.length * DTYPE_BYTES[dtype]
 
 
 if __name__ == "__main__":

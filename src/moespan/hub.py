@@ -21,7 +21,10 @@ def resolve(model: str) -> Path:
     Raises:
         ConfigError: no such folder and no such model, or no client to ask.
     """
-    folder = Path(model).expanduser()
+    try:
+        folder = Path(model).expanduser()
+    except RuntimeError as error:  # ~user, and there is no such user
+        raise ConfigError(f"{model} does not exist: {error}") from None
     if folder.is_dir():
         return folder
     if folder.exists():

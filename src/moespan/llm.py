@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from moespan.checkpoint.experts import ExpertPlacement, expert_rule
 from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
-from moespan.engine.request import Request, SamplingParams, check_request
-from moespan.errors import ConfigError, RequestError
+from moespan.engine.request import (
+    OutputDelta,
+    Request,
+    SamplingParams,
+    check_request,
+    refusal,
+)
+from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
 from moespan.hub import resolve
 from moespan.launch.device import choose_device
-from moespan.outputs import CompletionOutput, RequestOutput
+from moespan.outputs import RequestOutput
 from moespan.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from moespan.engine.client import EngineClient
     from moespan.engine.info import EngineInfo
+    from moespan.engine.trace import Observation
+    from moespan.parallel.traffic import TrafficRows
 
 Prompt = str | list[int] | Mapping[str, object]
 """Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
@@ -45,6 +56,14 @@ class LLM:
     Args:
         model: checkpoint folder, or a name for the hub clients.
         tensor_parallel_size: ranks over which heads, widths and the vocabulary are split.
+        expert_parallel_size: ranks over which whole routed experts are spread.
+        pipeline_parallel_size: stages into which the layers are split.
+        sequence_parallel_size: ranks over which the tokens of a step are split.
+        data_parallel_size: replicas over which requests are spread.
+        enable_expert_parallel: the largest expert_parallel_size that the other sizes allow.
+        pipeline_layers: layers of each stage; None cuts by cost.
+        moe_dispatch: `auto`, `replicated`, `all_gather` or `all_to_all`.
+        expert_placement: `contiguous`, `round_robin`, or a JSON file.
         device: `auto`, `npu`, `cuda` or `cpu`.
         dtype: `auto` is the checkpoint's.
         max_model_len: most tokens of one sequence; None is the model's own limit.
@@ -57,6 +76,8 @@ class LLM:
         seed: of dummy weights and of requests that bring no seed of their own.
         enable_prefix_caching: share the cache of equal prefixes.
         check_finite: look for NaN and Inf in every weight while loading.
+        bind: which cores and NUMA node each rank gets: `auto`, `off`, or a map of local rank to
+            node as in `0:0,1:1`. Without ranks of their own `auto` leaves this process alone.
         trust_remote_code: refused: no code from a checkpoint is ever run.
         nnodes: machines that run the job, each as many ranks as any other.
         node_rank: this one's number, from 0.
@@ -75,6 +96,14 @@ class LLM:
         model: str,
         *,
         tensor_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        sequence_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        enable_expert_parallel: bool = False,
+        pipeline_layers: Sequence[int] | None = None,
+        moe_dispatch: str = "auto",
+        expert_placement: str = "contiguous",
         device: str = "auto",
         dtype: str = "auto",
         max_model_len: int | None = None,
@@ -86,6 +115,7 @@ class LLM:
         seed: int = 0,
         enable_prefix_caching: bool = True,
         check_finite: bool = False,
+        bind: str = "auto",
         trust_remote_code: bool = False,
         nnodes: int = Nodes.nnodes,
         node_rank: int = Nodes.node_rank,
@@ -102,25 +132,43 @@ class LLM:
         folder = resolve(model)
         self.model_config = ModelConfig.from_pretrained(folder)
         device = choose_device(device)
+        layout = Layout.make(
+            self.model_config,
+            tensor_parallel_size=tensor_parallel_size,
+            expert_parallel_size=expert_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            sequence_parallel_size=sequence_parallel_size,
+            data_parallel_size=data_parallel_size,
+            enable_expert_parallel=enable_expert_parallel,
+            pipeline_layers=pipeline_layers,
+        )
+        if max_model_len is None:
+            max_model_len = self.model_config.max_position_embeddings
+        if block_size is None:
+            block_size = 128 if device == "npu" else EngineConfig.block_size
         self.config = EngineConfig(
             model=str(folder.resolve()),
-            layout=Layout(tp=tensor_parallel_size),
+            layout=layout,
             device=device,
             dtype=self.model_config.dtype if dtype == "auto" else dtype,
             load_format="safetensors" if load_format == "auto" else load_format,
             seed=seed,
-            max_model_len=max_model_len or self.model_config.max_position_embeddings,
+            max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            block_size=block_size or (128 if device == "npu" else EngineConfig.block_size),
+            block_size=block_size,
             num_blocks=num_blocks,
             enable_prefix_caching=enable_prefix_caching,
             check_finite=check_finite,
+            moe_dispatch=moe_dispatch,
+            expert_placement=expert_rule(expert_placement),
+            bind=bind,
         )
-        self.config.layout.check(self.model_config)
+        self._check_experts()
         self.tokenizer = Tokenizer.from_pretrained(folder)
         self._client = _connect(self.config, nodes)
         self._numbers = itertools.count()
+        self._live: dict[str, RequestOutput] = {}
 
     @property
     def info(self) -> EngineInfo:
@@ -139,8 +187,10 @@ class LLM:
             RequestError: a prompt or its parameters break a limit; nothing was run.
             EngineDeadError: the ranks are gone.
         """
-        many = [prompts] if _is_one_prompt(prompts) else prompts
-        return self._run_all([self._encode(prompt) for prompt in many], sampling_params, use_tqdm)
+        # A list that begins with a number is one prompt's token ids.
+        is_one = isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int))
+        many: Sequence[Any] = [prompts] if is_one else prompts  # type: ignore[assignment]
+        return self._run_all(many, self._encode, sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -155,12 +205,8 @@ class LLM:
             TokenizerError: the chat template is faulty.
             EngineDeadError: the ranks are gone.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts: list[Encoded] = [
-            self.chat_prompt(cast("Sequence[Message]", conversation))
-            for conversation in conversations
-        ]
-        return self._run_all(prompts, sampling_params, use_tqdm)
+        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self._run_all(many, self.chat_prompt, sampling_params, use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         """A conversation as the text and the token ids that the model is given."""
@@ -196,36 +242,65 @@ class LLM:
         """Run any number of requests; yield each as it finishes.
 
         Only as many are taken from `requests` as keep the engine busy, so memory stays bounded.
-        A request that fails is yielded with its `error`; the others go on.
+        A request that fails is yielded with its `error`; the others go on. Within one thread,
+        streams may be mixed, and each yields its own. Closing one aborts what it has not yielded.
 
         Raises:
             EngineDeadError: the ranks are gone; what was yielded before was finished.
         """
         source = iter(requests)
-        live: dict[str, RequestOutput] = {}
+        mine: dict[str, RequestOutput] = {}
         try:
             while True:
-                room = _WINDOW * self.config.max_num_seqs - len(live)
-                for text, request in itertools.islice(source, max(room, 0)):
-                    live[request.id] = RequestOutput(
-                        request.id,
-                        text,
-                        request.prompt_token_ids,
-                        [CompletionOutput(index) for index in range(request.params.n)],
-                    )
-                    self._client.add(request)
-                if not live:
+                room = self._num_wanted - len(mine)
+                for text, request in itertools.islice(source, room):
+                    mine[request.id] = self._live[request.id] = RequestOutput.begin(request, text)
+                    try:
+                        self._client.add(request)
+                    except RequestError as error:
+                        self._take_in(refusal(request, error))
+                if not mine:
                     return
-                for delta in self._client.receive():
-                    output = live.get(delta.id)
-                    if output is None:
-                        continue
-                    output.add(delta)
-                    if output.finished:
-                        yield live.pop(delta.id)
+                finished = [output for output in mine.values() if output.finished]
+                for output in finished:
+                    del mine[output.request_id], self._live[output.request_id]
+                    yield output
+                if not finished:
+                    self._take_in(self._client.receive())
         finally:
-            for request_id in live:
-                self._client.abort(request_id)
+            for request_id in mine:
+                del self._live[request_id]
+                with contextlib.suppress(EngineDeadError):
+                    self._client.abort(request_id)
+
+    def relayout(self, layout: Layout, moe_dispatch: str = "auto") -> None:
+        """Cut the model anew over the same ranks, which is faster than to start them again.
+
+        Raises:
+            LayoutError: it does not fit the model, or has another number of ranks.
+        """
+        if layout.world_size != self.config.layout.world_size:
+            raise LayoutError(
+                f"layout {layout} has {layout.world_size} ranks, but "
+                f"{self.config.layout.world_size} are running"
+            )
+        layout.check(self.model_config)
+        self.config = replace(self.config, layout=layout, moe_dispatch=moe_dispatch)
+        self._check_experts()
+        self._client.reload(self.config)
+
+    def traffic(self) -> list[TrafficRows]:
+        """What each rank has sent to others since the start or `relayout`: rows of axis,
+        collective, module, calls and bytes. Call it when no request is under way."""
+        return self._client.traffic()
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        """What the network computes inside for one prompt, layer after layer.
+
+        Raises:
+            RequestError: the engine is not idle, or the prompt does not fit into one step.
+        """
+        return self._client.trace(token_ids)
 
     def close(self) -> None:
         """End the engine and its ranks. Idempotent."""
@@ -242,7 +317,19 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _check_experts(self) -> None:
+        """Refuse what cannot work before any rank is started."""
+        self.config.layout.check_dispatch(self.config.moe_dispatch)
+        ExpertPlacement.make(self.config.expert_placement, self.model_config, self.config.layout)
+
+    @property
+    def _num_wanted(self) -> int:
+        """Requests that keep every replica and every pipeline stage busy."""
+        layout = self.config.layout
+        return _WINDOW * self.config.max_num_seqs * layout.dp * layout.pp
+
     def _encode(self, prompt: object) -> Encoded:
+        given = prompt
         if isinstance(prompt, Mapping):
             prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if isinstance(prompt, str):
@@ -253,12 +340,18 @@ class LLM:
                 )
             return prompt, self.tokenizer.encode(prompt)
         if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
-            raise RequestError(f"prompt {prompt!r:.80} is neither text nor a list of token ids")
+            raise RequestError(f"{given!r:.80} is neither text nor a list of token ids")
         return None, prompt
+
+    def _take_in(self, deltas: list[OutputDelta]) -> None:
+        for delta in deltas:
+            if (output := self._live.get(delta.id)) is not None:  # None: aborted meanwhile
+                output.add(delta)
 
     def _run_all(
         self,
-        prompts: list[Encoded],
+        prompts: Sequence[Any],
+        encode: Callable[[Any], Encoded],
         params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
@@ -272,7 +365,7 @@ class LLM:
         requests = []
         for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             try:
-                requests.append(self.request(prompt, one))
+                requests.append(self.request(encode(prompt), one))
             except RequestError as error:
                 raise RequestError(f"prompt {number}: {error}") from None
         outputs = tqdm(
@@ -280,11 +373,6 @@ class LLM:
         )
         by_id = {output.request_id: output for output in outputs}
         return [by_id[request.id] for _, request in requests]
-
-
-def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt; a list that begins with a number is one prompt's token ids."""
-    return isinstance(prompts, str | Mapping) or bool(prompts and isinstance(prompts[0], int))
 
 
 def _connect(config: EngineConfig, nodes: Nodes) -> EngineClient:

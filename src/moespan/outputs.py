@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moespan.engine.request import OutputDelta, TokenLogprobs
+from moespan.engine.request import OutputDelta, Request, TokenLogprobs
 
 
 @dataclass
@@ -39,8 +39,8 @@ class CompletionOutput:
         """Append what one step brought."""
         self.text += delta.text
         self.token_ids += delta.token_ids
-        if delta.logprobs:
-            self.logprobs = [*(self.logprobs or []), *delta.logprobs]
+        if self.logprobs is not None:
+            self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
         self.error = delta.error
@@ -65,6 +65,21 @@ class RequestOutput:
     prompt_logits: bytearray = field(default_factory=bytearray)
     num_cached_tokens: int = 0
 
+    @classmethod
+    def begin(cls, request: Request, prompt: str | None) -> RequestOutput:
+        """The output of a request before its first delta."""
+        params = request.params
+        return cls(
+            request.id,
+            prompt,
+            request.prompt_token_ids,
+            [
+                CompletionOutput(index, logprobs=None if params.logprobs is None else [])
+                for index in range(params.n)
+            ],
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        )
+
     @property
     def finished(self) -> bool:
         """Whether every continuation has ended."""
@@ -78,7 +93,7 @@ class RequestOutput:
     def add(self, delta: OutputDelta) -> None:
         """Take in what one step brought."""
         self.outputs[delta.index].add(delta)
-        if delta.prompt_logprobs:
-            self.prompt_logprobs = [*(self.prompt_logprobs or [None]), *delta.prompt_logprobs]
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs += delta.prompt_logprobs
         self.prompt_logits += delta.prompt_logits
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)

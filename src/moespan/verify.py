@@ -8,6 +8,7 @@ Reading one needs no trust: safetensors holds nothing that runs.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from moespan.config import ModelConfig
+from moespan.config import Layout, ModelConfig
 from moespan.engine.request import Request, SamplingParams
 from moespan.errors import ConfigError, RequestError
 from moespan.llm import LLM
@@ -106,15 +107,20 @@ class VerifyReport:
     """How all prompts compare, and whether that is within the tolerance of the dtype."""
 
     dtype: str
-    layout: dict[str, int]
+    layout: Layout
     tolerance: Tolerance
     prompts: list[PromptReport]
+
+    @property
+    def max_abs_diff(self) -> float:
+        """Largest |Δlogit|; NaN if there is one anywhere (Python's own `max` may pass over it)."""
+        return float(np.max([prompt.max_abs_diff for prompt in self.prompts]))
 
     @property
     def max_relative_diff(self) -> float:
         """Largest |Δlogit| as a share of the largest |logit| of the whole reference."""
         scale = max(prompt.max_abs_logit for prompt in self.prompts)
-        return max(prompt.max_abs_diff for prompt in self.prompts) / scale
+        return self.max_abs_diff / scale if scale else self.max_abs_diff
 
     @property
     def mean_kl(self) -> float:
@@ -150,30 +156,40 @@ class VerifyReport:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values for JSON."""
-        return {
+        """Everything as plain values for JSON, which has no NaN: None stands for it."""
+        report = {
             "passed": not self.failures,
             "failures": self.failures,
             "dtype": self.dtype,
-            "layout": self.layout,
-            "max_abs_diff": max(prompt.max_abs_diff for prompt in self.prompts),
+            "layout": self.layout.sizes,
+            "max_abs_diff": self.max_abs_diff,
             "max_relative_diff": self.max_relative_diff,
             "mean_kl": self.mean_kl,
             "top1": self.top1,
             "tolerance": asdict(self.tolerance),
             "prompts": [asdict(prompt) for prompt in self.prompts],
         }
+        plain: dict[str, Any] = json.loads(json.dumps(report), parse_constant=lambda _: None)
+        return plain
 
     def _mean(self, name: str) -> float:
         weights = [prompt.num_tokens for prompt in self.prompts]
         return float(np.average([getattr(p, name) for p in self.prompts], weights=weights))
 
 
+# Number of dimensions and dtypes of what a reference file holds.
+_FORM = {
+    "ids": (1, ("I64", "I32")),
+    "logits": (2, ("F64", "F32", "F16")),
+    "greedy": (1, ("I64", "I32")),
+}
+
+
 class Reference:
     """A reference file, opened; `prompts` are the names p0, p1, ... that it holds.
 
     Raises:
-        ConfigError: it cannot be read, or holds no prompt.
+        ConfigError: it cannot be read, is malformed, or holds no prompt.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -190,12 +206,25 @@ class Reference:
             ),
             key=lambda name: int(name[1:]),
         )
+        for key in sorted(self._keys):
+            self._check(path, key)
         missing = [name for name in self.prompts if f"{name}.logits" not in self._keys]
         if not self.prompts or missing:
             raise ConfigError(
                 f"reference {path} has "
                 + (f"no {missing[0]}.logits" if missing else "no prompt p0.ids")
                 + "; write one with --write-reference"
+            )
+
+    def _check(self, path: str | Path, key: str) -> None:
+        """Refuse what `ids`, `logits` and `greedy` could not read."""
+        num_dims, dtypes = _FORM.get(key.rpartition(".")[2], (None, ()))
+        part = self._file.get_slice(key)
+        shape, dtype = part.get_shape(), part.get_dtype()
+        if num_dims is not None and (len(shape) != num_dims or dtype not in dtypes):
+            raise ConfigError(
+                f"reference {path}: {key} is {dtype} of shape {shape}; it must have {num_dims} "
+                f"dimension{'s' * (num_dims > 1)} of {' or '.join(dtypes)}"
             )
 
     def ids(self, name: str) -> list[int]:
@@ -207,12 +236,21 @@ class Reference:
         logits: Floats = self._file.get_tensor(f"{name}.logits").astype(np.float32)
         return logits
 
+    def get(self, key: str) -> Floats | None:
+        """Any tensor of the file in float32; None if it has none of that name."""
+        if key not in self._keys:
+            return None
+        values: Floats = self._file.get_tensor(key).astype(np.float32)
+        return values
+
     def greedy(self, name: str) -> list[int] | None:
         """Its greedy continuation, if the file has one."""
         key = f"{name}.greedy"
         return [int(t) for t in self._file.get_tensor(key)] if key in self._keys else None
 
 
+# Infinities make NaN, which breaks every rule of the tolerance and needs no warning.
+@np.errstate(invalid="ignore")
 def verify(llm: LLM, reference: Reference) -> VerifyReport:
     """Compare `llm` with `reference` at every position.
 
@@ -229,7 +267,7 @@ def verify(llm: LLM, reference: Reference) -> VerifyReport:
     logit_std = float(np.mean([reference.logits(name).std(-1).mean() for name in prompts]))
     return VerifyReport(
         llm.config.dtype,
-        asdict(llm.config.layout),
+        llm.config.layout,
         tolerance(llm.config.dtype, llm.model_config, logit_std),
         [reports[name] for name in prompts],
     )
@@ -263,7 +301,10 @@ def _compute(
             params = SamplingParams(
                 temperature=0, max_tokens=max(num_greedy_tokens[name], 1), ignore_eos=True
             )
-            _, request = llm.request(ids, params, prompt_logits=True)
+            try:
+                _, request = llm.request(ids, params, prompt_logits=True)
+            except RequestError as error:
+                raise RequestError(f"{name}: {error}") from None
             names[request.id] = name
             yield None, request
 

@@ -13,7 +13,7 @@ from moespan.checkpoint.source import RandomSource
 from moespan.config import ModelConfig
 from moespan.engine.plan import PromptRow, PromptScores, StepPlan, StepResult
 from moespan.engine.worker import Worker
-from tests.support import geometry, greedy_row, make_worker
+from tests.support import execute, geometry, greedy_row, make_worker
 
 CONFIG = ModelConfig.from_dict(geometry())
 TOKENS = [(5 * i + 2) % CONFIG.vocab_size for i in range(14)]
@@ -34,12 +34,6 @@ def plan(token_ids: list[list[int]], context_lens: list[int], **rest: Any) -> St
         context_lens=context_lens,
         **{"block_tables": tables, "samples": [], "prompts": [], **rest},
     )
-
-
-def execute(worker: Worker, step: StepPlan) -> StepResult:
-    result = worker.execute(step)
-    assert result is not None
-    return result
 
 
 def report(sequence: int = 0, **settings: Any) -> PromptRow:

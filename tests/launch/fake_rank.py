@@ -15,11 +15,13 @@ import time
 import torch
 import torch.distributed as dist
 
-from moespan.config import EngineConfig
+from moespan.config import EngineConfig, Layout
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request
+from moespan.engine.trace import Observation
 from moespan.errors import CheckpointError, RequestError
 from moespan.launch.rank import run_rank
+from moespan.parallel.traffic import TrafficRows
 
 
 def fail() -> None:
@@ -43,7 +45,7 @@ class FakeEngine:
         dist.barrier()
         self.info = EngineInfo(
             model="fake",
-            layout={"tp": dist.get_world_size()},
+            layout=Layout(tp=dist.get_world_size()),
             device="cpu",
             dtype="float32",
             max_model_len=64,
@@ -75,7 +77,13 @@ class FakeEngine:
     def heartbeat(self) -> None:
         announce(HEARTBEAT, 0, 0)
 
-    def close(self) -> None:
+    def traffic(self) -> list[TrafficRows]:
+        return [[("fake", "send", "nothing", 0, 0)]]
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        return []
+
+    def close(self, successor: EngineConfig | None = None) -> None:
         announce(CLOSE, 0, 0)
 
 

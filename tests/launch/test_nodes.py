@@ -125,7 +125,7 @@ def test_facts_name_what_differs_but_not_where_the_checkpoint_lies(tmp_path: Pat
     ours = facts(config, Nodes(2))
     for name in ("config.json", "model.safetensors.index.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    moved = dataclasses.replace(config, model=str(tmp_path))
+    moved = dataclasses.replace(config, model=str(tmp_path), bind="off")
     assert facts(moved, Nodes(2, 1)) == ours
     assert {"nnodes", "torch", "Python", "moespan", "moespan's source", "tp", "seed"} <= set(ours)
 
@@ -134,6 +134,7 @@ def test_facts_name_what_differs_but_not_where_the_checkpoint_lies(tmp_path: Pat
         return [name for name in ours if ours[name] != theirs[name]]
 
     assert differing(layout=Layout(4), max_num_seqs=3) == ["tp", "max_num_seqs"]
+    assert differing(expert_placement=[[list(range(64))]]) == ["expert_placement"]
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").unlink()
     assert differing() == ["config.json", "list of tensors"]

@@ -27,7 +27,7 @@ def oracle(request: pytest.FixtureRequest) -> Oracle:
 def test_logits_of_whole_prompts_are_those_of_the_hugging_face_model(oracle: Oracle, ops: Ops):
     worker = make_worker(oracle.config, oracle.source(), ops=ops)
     for prompt, expected in zip(oracle.prompts, oracle.logits, strict=True):
-        (run,) = run_prompts(worker.execute, [prompt])
+        (run,) = run_prompts(worker, [prompt])
         assert_close(run.logits, expected, FLOAT32)
 
 
@@ -41,7 +41,7 @@ def test_logits_are_the_same_in_any_chunks_of_sequences_that_share_steps_and_cac
     )
     prompts = oracle.prompts if most_chunk > 1 else oracle.prompts[:3]
     runs = run_prompts(
-        worker.execute,
+        worker,
         prompts,
         block_size=block_size,
         num_blocks=num_blocks,
@@ -54,7 +54,7 @@ def test_logits_are_the_same_in_any_chunks_of_sequences_that_share_steps_and_cac
 
 def test_greedy_continuations_are_those_of_the_hugging_face_model(oracle: Oracle):
     worker = make_worker(oracle.config, oracle.source())
-    runs = run_prompts(worker.execute, oracle.prompts, most_chunk=64, num_generated=24)
+    runs = run_prompts(worker, oracle.prompts, most_chunk=64, num_generated=24)
     assert [run.generated for run in runs] == oracle.greedy
 
 
@@ -77,7 +77,7 @@ def test_router_chooses_the_experts_and_weights_of_the_hugging_face_model(oracle
     layers = [i for i in range(oracle.config.num_hidden_layers) if oracle.config.is_moe(i)]
     for name, prompt in zip(oracle.names, oracle.prompts, strict=True):
         ops.routed.clear()
-        run_prompts(worker.execute, [prompt], most_chunk=256, seed=len(prompt))
+        run_prompts(worker, [prompt], most_chunk=256, seed=len(prompt))
         per_layer = [ops.routed[at :: len(layers)] for at in range(len(layers))]
         for layer, steps in zip(layers, per_layer, strict=True):
             weights, chosen = (torch.cat(parts) for parts in zip(*steps, strict=True))
@@ -127,7 +127,7 @@ def test_every_geometry_computes_what_the_plain_model_computes(overrides: dict[s
     raw = geometry(**overrides)
     worker, source = random_model(raw)
     prompts = [[(7 * i + start) % 61 for i in range(length)] for start, length in ((0, 29), (5, 8))]
-    runs = run_prompts(worker.execute, prompts, most_chunk=10, seed=1)
+    runs = run_prompts(worker, prompts, most_chunk=10, seed=1)
     for run, prompt in zip(runs, prompts, strict=True):
         expected = plain_logits(raw, source.draw, prompt)
         assert_close(run.logits, expected.numpy(), FLOAT32)
@@ -138,8 +138,8 @@ def test_bfloat16_stays_near_float32():
     config = ModelConfig.from_dict(raw)
     exact, rounded = (make_worker(config, dtype=dtype) for dtype in ("float32", "bfloat16"))
     prompt = list(range(40))
-    (expected,) = run_prompts(exact.execute, [prompt])
-    (run,) = run_prompts(rounded.execute, [prompt], most_chunk=9)
+    (expected,) = run_prompts(exact, [prompt])
+    (run,) = run_prompts(rounded, [prompt], most_chunk=9)
     assert_close(run.logits, expected.logits, 0.1)
 
 
@@ -156,9 +156,14 @@ def test_observers_see_the_embedding_and_the_stream_after_every_layer():
         torch.tensor([0, 2]),
         lambda layer, module, value: seen.append((layer, module, value.clone())),
     )
+    dense, moe = (
+        ["attention", "hidden"],
+        ["attention", "router.experts", "router.weights", "hidden"],
+    )
     assert [(layer, module) for layer, module, _ in seen] == [
         (-1, "embed"),
-        *((layer, "hidden") for layer in range(raw["num_hidden_layers"])),
+        *((0, module) for module in dense),
+        *((layer, module) for layer in (1, 2) for module in moe),
     ]
     assert torch.equal(seen[0][2], source.draw("model.embed_tokens.weight")[prompt])
     last = torch.nn.functional.rms_norm(seen[-1][2], (raw["hidden_size"],), eps=1e-6)

@@ -3,7 +3,9 @@
 This is the one place that knows how a weight is cut and fused. The loader, the memory estimate,
 the random checkpoints, `verify` and the tests all read it. It holds no data and imports no torch.
 
-Local shapes, with tp ranks and every split length padded up to a multiple of tp:
+Local shapes, with tp ranks and every split length padded up to a multiple of tp. E' is how many
+experts the rank holds (`experts.py`), e = tp/ep over how many ranks each is cut where ep < tp, else
+1. A rank holds the layers of its stage; the first stage has the embedding, the last norm and head.
 
 | parameter                    | shape                         | from (HF name, one layer)         |
 |------------------------------|-------------------------------|-----------------------------------|
@@ -15,14 +17,15 @@ Local shapes, with tp ranks and every split length padded up to a multiple of tp
 | layers.i.mlp.gate_up         | (2·I/tp, H)                   | mlp.{gate,up}_proj, stacked       |
 | layers.i.mlp.down            | (H, I/tp)                     | mlp.down_proj                     |
 | layers.i.mlp.router          | (E, H), float32               | mlp.gate                          |
-| layers.i.mlp.experts.gate_up | (E, 2·I/tp, H)                | mlp.experts.e.{gate,up}_proj      |
-| layers.i.mlp.experts.down    | (E, H, I/tp)                  | mlp.experts.e.down_proj           |
+| layers.i.mlp.experts.gate_up | (E', 2·I/e, H)                | mlp.experts.e.{gate,up}_proj      |
+| layers.i.mlp.experts.down    | (E', H, I/e)                  | mlp.experts.e.down_proj           |
 | layers.i.mlp.shared.gate_up  | (2·I/tp, H)                   | mlp.shared_experts.{gate,up}_proj |
 | layers.i.mlp.shared.down     | (H, I/tp)                     | mlp.shared_experts.down_proj      |
 | norm                         | (H)                           | model.norm                        |
-| head                         | (V/tp, H)                     | lm_head (absent when tied)        |
+| head                         | (V/tp, H)                     | lm_head (embed when tied)         |
 
-KV heads fewer than tp are replicated: then each rank holds the one head that its queries read.
+KV heads fewer than tp are replicated: then each rank holds the one head that its queries read. sp
+and dp cut no weights, but the KV cache is split by heads over tp·sp.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from moespan.checkpoint.experts import ExpertPlacement
 from moespan.config import DTYPE_BYTES, Layout, ModelConfig
 
 Index = tuple[slice, ...]
@@ -150,24 +154,34 @@ class Placement:
             self.pieces.append(piece)
 
 
-def place(config: ModelConfig, layout: Layout, rank: int) -> Placement:
-    """The placement of `rank` under `layout`, which must fit (`Layout.check`)."""
-    tp, part = layout.tp, rank % layout.tp
+def place(
+    config: ModelConfig, layout: Layout, rank: int, experts: ExpertPlacement | None = None
+) -> Placement:
+    """The placement of `rank` under `layout`, which must fit (`Layout.check`).
+
+    Args:
+        experts: which ep rank holds which experts; None is contiguous.
+    """
+    at = layout.coordinates(rank)
+    tp, part = layout.tp, at.tp
+    layers = layout.stages(config)[at.pp]
+    is_last = layers.stop == config.num_hidden_layers
+    experts = experts or ExpertPlacement.make("contiguous", config, layout)
     whole = Share.of(config.hidden_size, 1, 0)
     vocabulary = Share.of(config.vocab_size, tp, part)
     queries, keys = head_shares(config, tp, part)
     placement = Placement()
 
-    def mlp(name: str, source: str, width: int, expert: tuple[int, int] | None = None) -> None:
-        share = Share.of(width, tp, part)
+    def mlp(name: str, source: str, share: Share, expert: tuple[int, int] | None = None) -> None:
         gate_up = [(f"{source}.gate_proj.weight", share), (f"{source}.up_proj.weight", share)]
         placement._add(f"{name}.gate_up", gate_up, columns=whole, expert=expert)
         placement._add(
             f"{name}.down", [(f"{source}.down_proj.weight", whole)], columns=share, expert=expert
         )
 
-    placement._add("embed", [("model.embed_tokens.weight", vocabulary)], columns=whole)
-    for i in range(config.num_hidden_layers):
+    if layers.start == 0 or (is_last and config.tie_word_embeddings):
+        placement._add("embed", [("model.embed_tokens.weight", vocabulary)], columns=whole)
+    for i in layers:
         source, layer = f"model.layers.{i}", f"layers.{i}"
         placement._add_vector(
             f"{layer}.attention.norm", [(f"{source}.input_layernorm.weight", whole)]
@@ -194,31 +208,37 @@ def place(config: ModelConfig, layout: Layout, rank: int) -> Placement:
             f"{layer}.mlp.norm", [(f"{source}.post_attention_layernorm.weight", whole)]
         )
         if not config.is_moe(i):
-            mlp(f"{layer}.mlp", f"{source}.mlp", config.intermediate_size)
+            mlp(
+                f"{layer}.mlp",
+                f"{source}.mlp",
+                Share.of(config.intermediate_size, tp, part),
+            )
             continue
-        experts = config.n_routed_experts or 0
-        router = Share.of(experts, 1, 0)
+        router = Share.of(config.n_routed_experts or 0, 1, 0)
         placement._add(
             f"{layer}.mlp.router",
             [(f"{source}.mlp.gate.weight", router)],
             columns=whole,
             dtype="float32",
         )
-        for e in range(experts):
+        held = experts.of(i)[layout.ep_rank(rank)]
+        slices = layout.expert_slices
+        for slot, e in enumerate(held):
             mlp(
                 f"{layer}.mlp.experts",
                 f"{source}.mlp.experts.{e}",
-                config.moe_intermediate_size,
-                expert=(e, experts),
+                Share.of(config.moe_intermediate_size, slices, part % slices),
+                expert=(slot, len(held)),
             )
         if config.shared_intermediate_size:
             mlp(
                 f"{layer}.mlp.shared",
                 f"{source}.mlp.shared_experts",
-                config.shared_intermediate_size,
+                Share.of(config.shared_intermediate_size, tp, part),
             )
-    placement._add_vector("norm", [("model.norm.weight", whole)])
-    if not config.tie_word_embeddings:
+    if is_last:
+        placement._add_vector("norm", [("model.norm.weight", whole)])
+    if is_last and not config.tie_word_embeddings:
         placement._add("head", [("lm_head.weight", vocabulary)], columns=whole)
     return placement
 
@@ -232,6 +252,20 @@ def head_shares(config: ModelConfig, tp: int, part: int) -> tuple[Share, Share]:
         return queries, Share.of(kv_heads * size, tp, part, unit=size)
     head = part * kv_heads // tp
     return queries, Share(head * size, (head + 1) * size, size)
+
+
+def cache_heads(config: ModelConfig, layout: Layout, rank: int) -> int:
+    """KV heads of each of its layers whose keys and values `rank` keeps."""
+    at = layout.coordinates(rank)
+    _, keys = head_shares(config, layout.tp * layout.sp, at.tp * layout.sp + at.sp)
+    return keys.length // config.head_dim
+
+
+def cache_bytes_per_token(config: ModelConfig, layout: Layout, rank: int, dtype: str) -> int:
+    """Bytes of KV cache on `rank` for one token of its replica."""
+    num_layers = len(layout.stages(config)[layout.coordinates(rank).pp])
+    heads = cache_heads(config, layout, rank)
+    return 2 * num_layers * heads * config.head_dim * DTYPE_BYTES[dtype]
 
 
 def checkpoint_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

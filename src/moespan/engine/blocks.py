@@ -27,15 +27,21 @@ class BlockAllocator:
 
     A full block is known by the digest of its tokens and of all tokens before it, under a random
     key of this process: nobody outside can make two prefixes that are mistaken for one another.
+    Allocators with the same `key` have the same digests.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        key: bytes | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._key = secrets.token_bytes(32)
+        self._key = key or secrets.token_bytes(32)
         self._references = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}

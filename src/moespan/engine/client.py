@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from moespan.config import EngineConfig
 from moespan.engine.engine import Engine
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request, refusal
+from moespan.engine.trace import Observation
 from moespan.errors import RequestError
+from moespan.parallel.traffic import TrafficRows
 
 
 class EngineClient(Protocol):
     """Requests in, deltas out. What the engine refuses comes back as a delta with an error."""
 
-    info: EngineInfo
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the engine."""
 
     def add(self, request: Request) -> None:
         """Hand over a request; does not wait."""
@@ -32,6 +37,23 @@ class EngineClient(Protocol):
             EngineDeadError: the ranks are gone.
         """
 
+    def traffic(self) -> list[TrafficRows]:
+        """What each rank of this engine has sent to others; call it when nothing is under way."""
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        """What the network computes inside for one prompt.
+
+        Raises:
+            RequestError: the engine is not idle, or the prompt does not fit into one step.
+        """
+
+    def reload(self, config: EngineConfig) -> None:
+        """End the engine and build one of `config` on the same ranks; what is unfinished is lost.
+
+        Raises:
+            MoespanError: it cannot start, and why; the ranks are gone then.
+        """
+
     def close(self) -> None:
         """End the ranks. Idempotent."""
 
@@ -40,12 +62,18 @@ class LocalClient:
     """An engine in this process: it computes while `receive` waits.
 
     Args:
+        build: makes an engine of a config; the followers build theirs meanwhile.
         on_close: called once, after the followers are released.
     """
 
-    def __init__(self, engine: Engine, on_close: Callable[[], object] = lambda: None) -> None:
-        self.info = engine.info
-        self._engine = engine
+    def __init__(
+        self,
+        config: EngineConfig,
+        build: Callable[[EngineConfig], Engine],
+        on_close: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._build = build
+        self._engine = build(config)
         self._on_close = on_close
         self._refused: list[OutputDelta] = []
 
@@ -66,6 +94,24 @@ class LocalClient:
         while not deltas and self._engine.has_unfinished:
             deltas = self._engine.step()
         return deltas
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the engine."""
+        return self._engine.info
+
+    def traffic(self) -> list[TrafficRows]:
+        """What each rank of this engine has sent to others."""
+        return self._engine.traffic()
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        """What the network computes inside for one prompt."""
+        return self._engine.trace(token_ids)
+
+    def reload(self, config: EngineConfig) -> None:
+        """Replace the engine by one of `config`."""
+        self._engine.close(config)
+        self._engine = self._build(config)
 
     def close(self) -> None:
         """Release the followers. Idempotent."""

@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import asdict, dataclass
+from collections import deque
+from dataclasses import dataclass
 
 import msgspec
 import torch
 from tqdm import tqdm
 
+from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.loader import LoadReport, load_weights
-from moespan.checkpoint.placement import head_shares, place
+from moespan.checkpoint.placement import cache_bytes_per_token, place
 from moespan.checkpoint.source import RandomSource, SafetensorsSource, Source
-from moespan.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from moespan.config import Coordinates, EngineConfig, ModelConfig
 from moespan.engine.info import EngineInfo, EngineStats
-from moespan.engine.plan import StepPlan
-from moespan.engine.request import OutputDelta, Request
-from moespan.engine.scheduler import Scheduler, SequenceUpdate
+from moespan.engine.plan import StepPlan, StepPlans, StepResult
+from moespan.engine.replicas import Replicas
+from moespan.engine.request import OutputDelta, Request, SamplingParams, check_request
+from moespan.engine.scheduler import SequenceUpdate
 from moespan.engine.sequence import Sequence
 from moespan.engine.text import TextStream
+from moespan.engine.trace import Observation, join_rows
 from moespan.engine.worker import Worker
 from moespan.errors import ConfigError, RequestError
 from moespan.memory import available_bytes
 from moespan.ops import ops_for
-from moespan.parallel import control
 from moespan.parallel.mesh import Mesh
+from moespan.parallel.traffic import TrafficRows
 from moespan.tokenizer import Tokenizer
 
 # Share of the free memory that the KV cache may take; the rest is for activations.
@@ -42,6 +46,23 @@ class _Continuation:
 
     sequence: Sequence
     text: TextStream | None
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """Leader to followers: I am alive."""
+
+
+class Report(msgspec.Struct, frozen=True, tag="report"):
+    """Leader to followers: send me what you have counted."""
+
+
+class Close(msgspec.Struct, frozen=True, tag="close"):
+    """Leader to followers: this engine ends; `config` is that of the next one, if any."""
+
+    config: EngineConfig | None
+
+
+FromLeader = StepPlans | Heartbeat | Report | Close
 
 
 class Engine:
@@ -57,30 +78,32 @@ class Engine:
     ) -> None:
         self.info = info
         self._worker = worker
+        self._mesh = worker.mesh
         self._tokenizer = tokenizer
         eos = {*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
-        self._scheduler = Scheduler(config, info.num_blocks, model_config.vocab_size, eos)
+        self._replicas = Replicas(config, info.num_blocks, model_config.vocab_size, eos)
         self._seeds = random.Random(config.seed)
         self._live: dict[tuple[str, int], _Continuation] = {}
-        self._has_followers = config.layout.world_size > 1
+        # Results of steps in flight that this rank itself computed, if it speaks for its replica.
+        self._own_results: deque[StepResult | None] = deque()
         self._is_closed = False
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._scheduler.has_unfinished
+        return self._replicas.has_unfinished
 
     @property
     def stats(self) -> EngineStats:
-        """A snapshot of queues and counters."""
-        scheduler = self._scheduler
+        """A snapshot of queues and counters, of all replicas together."""
+        schedulers = self._replicas.schedulers
         return EngineStats(
-            num_waiting=scheduler.num_waiting,
-            num_running=scheduler.num_running,
-            kv_usage=scheduler.kv_usage,
-            num_preemptions=scheduler.num_preemptions,
-            num_prefix_queried_tokens=scheduler.num_prefix_queried_tokens,
-            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            num_waiting=sum(s.num_waiting for s in schedulers),
+            num_running=sum(s.num_running for s in schedulers),
+            kv_usage=sum(s.kv_usage for s in schedulers) / len(schedulers),
+            num_preemptions=sum(s.num_preemptions for s in schedulers),
+            num_prefix_queried_tokens=sum(s.num_prefix_queried_tokens for s in schedulers),
+            num_prefix_hit_tokens=sum(s.num_prefix_hit_tokens for s in schedulers),
         )
 
     def add(self, request: Request) -> None:
@@ -93,7 +116,7 @@ class Engine:
             raise RequestError(
                 "stop strings need a tokenizer, and this checkpoint has none; use stop_token_ids"
             )
-        for sequence in self._scheduler.add(request, self._seeds.getrandbits(62)):
+        for sequence in self._replicas.add(request, self._seeds.getrandbits(62)):
             text = (
                 TextStream(self._tokenizer, request.params, request.prompt_token_ids)
                 if self._tokenizer is not None
@@ -103,43 +126,117 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Drop what is left of a request; nothing more comes of it. Unknown ids are ignored."""
-        for sequence in self._scheduler.abort(request_id):
+        for sequence in self._replicas.abort(request_id):
             del self._live[sequence.id, sequence.index]
 
     def step(self) -> list[OutputDelta]:
-        """Run one step on all ranks and return what it brought; nothing if there is no work."""
-        plan = self._scheduler.schedule()
-        if plan is None:
+        """Keep a plan in flight for every pipeline stage, and return what the oldest one brought;
+        nothing if there is no work."""
+        while self._replicas.num_in_flight < self._mesh.layout.pp:
+            plans = self._replicas.schedule()
+            if plans is None:
+                break
+            message = StepPlans.of(plans)
+            self._broadcast(message)
+            self._own_results.append(self._worker.execute(message))
+        if not self._replicas.num_in_flight:
             return []
-        if self._has_followers:
-            control.broadcast(msgspec.msgpack.encode(plan))
-        result = self._worker.execute(plan)
-        assert result is not None
-        return [self._delta(update) for update in self._scheduler.update(plan, result)]
+        return [self._delta(update) for update in self._replicas.update(self._collect())]
+
+    def traffic(self) -> list[TrafficRows]:
+        """What each rank has sent since the start, in the order of ranks; call it between steps."""
+        self._broadcast(Report())
+        own = self._mesh.traffic.rows()
+        others = range(1, self._mesh.layout.world_size)
+        return [own, *(_decode_traffic(self._mesh.control.receive(rank)) for rank in others)]
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        """Compute one prompt in one step and return what the network computes inside, in its order;
+        call it between requests.
+
+        Raises:
+            RequestError: the prompt does not fit into one step.
+        """
+        scheduler = self._replicas.schedulers[0]
+        request = Request(id="trace", prompt_token_ids=token_ids, params=SamplingParams())
+        check_request(request, self.info.max_model_len, scheduler.vocab_size)
+        most = scheduler.config.max_num_batched_tokens
+        if len(token_ids) > most or self.has_unfinished:
+            raise RequestError(
+                f"a trace takes an idle engine, and {len(token_ids)} tokens in one step of at most "
+                f"max_num_batched_tokens={most}"
+            )
+        table = scheduler.allocator.take(scheduler.allocator.blocks_for(len(token_ids)))
+        assert table is not None  # an idle engine has room for one sequence
+        plan = StepPlan(
+            step=-1,
+            token_ids=token_ids,
+            query_lens=[len(token_ids)],
+            context_lens=[0],
+            block_tables=[table],
+            samples=[],
+        )
+        others = [None] * (self._mesh.layout.dp - 1)
+        message = StepPlans.of([plan, *others], trace=True)
+        self._broadcast(message)
+        self._worker.execute(message)
+        observations = []
+        for stage in range(self._mesh.layout.pp):
+            places = [Coordinates(stage, 0, sp, 0) for sp in range(self._mesh.layout.sp)]
+            ranks = [self._mesh.layout.rank(place) for place in places]
+            parts = [
+                _decode_trace(self._mesh.control.receive(rank)) if rank else self._worker.trace
+                for rank in ranks
+            ]
+            observations += join_rows(parts)
+        if (speaker := self._mesh.speakers[0]) != self._mesh.rank:
+            self._mesh.control.receive(speaker)  # its empty result
+        scheduler.allocator.free(table)
+        return observations
 
     def heartbeat(self) -> None:
         """Let idle followers know that the leader is alive; call it within the group's timeout."""
-        if self._has_followers:
-            control.broadcast(_HEARTBEAT)
+        self._broadcast(Heartbeat())
 
-    def close(self) -> None:
-        """Release the followers. Idempotent."""
-        if self._has_followers and not self._is_closed:
-            control.broadcast(_CLOSE)
+    def close(self, successor: EngineConfig | None = None) -> None:
+        """Release the followers, which then build `successor` if there is one. Idempotent."""
+        if self._is_closed:
+            return
         self._is_closed = True
+        while self._replicas.num_in_flight:
+            self._replicas.update(self._collect())
+        self._broadcast(Close(successor))
+        self._mesh.close()
+
+    def _broadcast(self, message: FromLeader) -> None:
+        self._mesh.control.broadcast(msgspec.msgpack.encode(message))
+
+    def _collect(self) -> list[StepResult | None]:
+        """The results of the oldest step in flight, one for each replica that had a plan."""
+        own = self._own_results.popleft()
+        results: list[StepResult | None] = []
+        for plan, speaker in zip(self._replicas.oldest_in_flight, self._mesh.speakers, strict=True):
+            if plan is None:
+                results.append(None)
+            elif speaker == self._mesh.rank:
+                results.append(own)
+            else:
+                results.append(_decode_result(self._mesh.control.receive(speaker)))
+        return results
 
     def _delta(self, update: SequenceUpdate) -> OutputDelta:
         sequence = update.sequence
         key = sequence.id, sequence.index
         live = self._live[key]
-        finish_reason, stop_reason = update.finish_reason, update.stop_reason
+        finish_reason = update.finish_reason
+        stop_reason: str | int | None = update.stop_reason
         text = ""
         if live.text is not None:
             may_stop = sequence.num_output_tokens >= sequence.params.min_tokens
             text = live.text.push(update.token_ids, may_stop, is_last=finish_reason is not None)
             if live.text.stopped_by is not None:
-                finish_reason, stop_reason = "stop", live.text.stopped_by  # type: ignore[assignment]
-                self._scheduler.finish(sequence)
+                finish_reason, stop_reason = "stop", live.text.stopped_by
+                self._replicas.finish(sequence)
         if finish_reason is not None:
             del self._live[key]
         return OutputDelta(
@@ -157,9 +254,9 @@ class Engine:
         )
 
 
-# What the leader broadcasts: a plan, or one of these.
-_HEARTBEAT = msgspec.msgpack.encode(True)
-_CLOSE = msgspec.msgpack.encode(None)
+_decode_result = msgspec.msgpack.Decoder(StepResult).decode
+_decode_trace = msgspec.msgpack.Decoder(list[Observation]).decode
+_decode_traffic = msgspec.msgpack.Decoder(TrafficRows).decode
 
 
 def build_leader(config: EngineConfig, mesh: Mesh) -> Engine:
@@ -175,7 +272,7 @@ def build_leader(config: EngineConfig, mesh: Mesh) -> Engine:
     worker, num_blocks, report = _build_worker(config, model_config, mesh)
     info = EngineInfo(
         model=config.model,
-        layout=asdict(config.layout),
+        layout=config.layout,
         device=config.device,
         dtype=config.dtype,
         max_model_len=config.max_model_len,
@@ -188,18 +285,31 @@ def build_leader(config: EngineConfig, mesh: Mesh) -> Engine:
     return Engine(config, model_config, worker, tokenizer, info)
 
 
-def follow(config: EngineConfig, mesh: Mesh) -> None:
+def follow(config: EngineConfig, mesh: Mesh) -> EngineConfig | None:
     """Load this rank's share and execute the leader's plans until it closes.
+
+    Returns:
+        What to build next; None when the job is over.
 
     Raises:
         ConfigError, LayoutError, CheckpointError: it cannot start, and why.
     """
     model_config = ModelConfig.from_pretrained(config.model)
     worker, _, _ = _build_worker(config, model_config, mesh)
-    decoder = msgspec.msgpack.Decoder(StepPlan | bool | None)
-    while (message := decoder.decode(control.broadcast(None))) is not None:
-        if isinstance(message, StepPlan):
-            worker.execute(message)
+    decoder = msgspec.msgpack.Decoder(FromLeader)
+    while True:
+        message = decoder.decode(mesh.control.receive_broadcast())
+        if isinstance(message, StepPlans):
+            result = worker.execute(message)
+            if message.trace and mesh.at.dp == 0 and mesh.at.tp == 0:
+                mesh.control.send(msgspec.msgpack.encode(worker.trace))
+            if result is not None:
+                mesh.control.send(msgspec.msgpack.encode(result))
+        elif isinstance(message, Report):
+            mesh.control.send(msgspec.msgpack.encode(mesh.traffic.rows()))
+        elif isinstance(message, Close):
+            mesh.close()
+            return message.config
 
 
 def _build_worker(
@@ -217,7 +327,8 @@ def _build_worker(
         if config.load_format == "dummy"
         else SafetensorsSource(config.model, model_config)
     )
-    placement = place(model_config, config.layout, mesh.rank)
+    experts = ExpertPlacement.make(config.expert_placement, model_config, config.layout)
+    placement = place(model_config, config.layout, mesh.rank, experts)
     # tqdm's own rule for `disable=None`: only a terminal gets a bar.
     with tqdm(
         desc="loading",
@@ -237,8 +348,7 @@ def _build_worker(
         )
     started = time.perf_counter()
     num_blocks = config.num_blocks or _fitting_blocks(config, model_config, mesh)
-    if config.layout.world_size > 1:
-        num_blocks = control.smallest(num_blocks)
+    num_blocks = mesh.control.smallest(num_blocks)
     # Waiting for the slowest rank is part of loading.
     waited = time.perf_counter() - started
     report = LoadReport(report.read_bytes, report.held_bytes, report.seconds + waited)
@@ -254,9 +364,8 @@ def _build_worker(
 
 def _fitting_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh) -> int:
     """Blocks that this rank has room for, and not more than all sequences can use."""
-    _, keys = head_shares(model_config, mesh.tp.size, mesh.tp.rank)
-    token_bytes = 2 * model_config.num_hidden_layers * keys.length * DTYPE_BYTES[config.dtype]
+    token_bytes = cache_bytes_per_token(model_config, config.layout, mesh.rank, config.dtype)
     ranks_that_share = config.layout.world_size if config.device == "cpu" else 1
     room = available_bytes(mesh.device) * _CACHE_SHARE[config.device] / ranks_that_share
-    wanted = config.max_num_seqs * config.blocks_per_sequence
+    wanted = config.max_num_seqs * config.layout.pp * config.blocks_per_sequence
     return min(wanted, int(room // (token_bytes * config.block_size)))

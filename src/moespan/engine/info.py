@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import msgspec
 
+from moespan.config import Layout
+
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about a started engine.
 
     Attributes:
-        layout: size of each axis.
         num_blocks, block_size: blocks of the KV cache and tokens in each.
         load_s: seconds that reading the weights took on the slowest rank.
         read_bytes, weight_bytes: bytes that the leader read, and that its weights take.
+        binding: cores and memory of the ranks in words; empty where they are left alone.
     """
 
     model: str
-    layout: dict[str, int]
+    layout: Layout
     device: str
     dtype: str
     max_model_len: int
@@ -25,6 +27,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_s: float
     read_bytes: int
     weight_bytes: int
+    binding: list[str] = []
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -83,6 +83,33 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     prompts: list[PromptRow] = []
 
 
+class StepPlans(msgspec.Struct, frozen=True, tag="step"):
+    """One step of all replicas, in the order of dp.
+
+    Attributes:
+        num_tokens: T of each replica; 0 where it has nothing to do.
+        plans: the `StepPlan` of each, or None, encoded: a rank decodes only its own.
+        trace: whether ranks also record what the network computes inside (`moespan.engine.trace`).
+    """
+
+    num_tokens: list[int]
+    plans: list[msgspec.Raw]
+    trace: bool = False
+
+    @classmethod
+    def of(cls, plans: list[StepPlan | None], trace: bool = False) -> StepPlans:
+        """Put the replicas' plans together."""
+        return cls(
+            [0 if plan is None else len(plan.token_ids) for plan in plans],
+            [msgspec.Raw(msgspec.msgpack.encode(plan)) for plan in plans],
+            trace,
+        )
+
+    def plan(self, replica: int) -> StepPlan | None:
+        """The plan of one replica."""
+        return msgspec.msgpack.decode(self.plans[replica], type=StepPlan | None)
+
+
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
     """What came of one `SampleRow`: `token_id` is None when its logits were not all finite."""
 

@@ -87,6 +87,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         require("frequency_penalty", "within -2..2", -2 <= self.frequency_penalty <= 2)
         require("max_tokens", "at least 1", self.max_tokens is None or self.max_tokens >= 1)
         require("min_tokens", "at least 0", self.min_tokens >= 0)
+        for name in ("max_tokens", "min_tokens", "top_k"):
+            require(name, "below 2**31", (getattr(self, name) or 0) < 2**31)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
         for name in ("logprobs", "prompt_logprobs"):
@@ -99,6 +101,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             len(self.stop) <= MAX_STOP
             and all(1 <= len(text) <= MAX_STOP_CHARACTERS for text in self.stop),
         )
+        require("stop", "whole characters, not half a surrogate pair", _is_unicode(self.stop))
         require(
             "stop_token_ids",
             f"at most {MAX_STOP} token ids",
@@ -138,6 +141,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
         )
+
+
+def _is_unicode(texts: list[str]) -> bool:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

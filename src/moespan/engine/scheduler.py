@@ -14,7 +14,8 @@ The rules, all of them first come, first served:
   because whoever is older takes them when needed. Nothing is admitted in such a step.
 - A sequence is in at most one plan in flight, and holds its blocks until the plan is back.
 - `max_num_seqs` and `max_num_batched_tokens` bound each step; with several plans in flight, more
-  sequences run at a time.
+  sequences run at a time. With pp stages, a plan takes at most 1/pp of the sequences, so that there
+  is one for every stage.
 
 So the oldest sequence is never preempted, and with nothing in flight it can always go on.
 """
@@ -68,6 +69,8 @@ class Scheduler:
         num_blocks: int,
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
+        *,
+        digest_key: bytes | None = None,
     ) -> None:
         if num_blocks < config.blocks_per_sequence:
             raise ConfigError(
@@ -79,7 +82,10 @@ class Scheduler:
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(t for t in eos_token_ids if 0 <= t < vocab_size)
         self.allocator = BlockAllocator(
-            num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+            num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            key=digest_key,
         )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -149,11 +155,12 @@ class Scheduler:
         """Plan the next step; None when nothing can go on before a result or a request comes."""
         batch: list[Sequence] = []
         num_tokens_left = self.config.max_num_batched_tokens
+        most_sequences = min(self.config.max_num_seqs, self._fair_share)
         for sequence in self._ready_sequences():
             sequence.num_scheduled_tokens = min(sequence.num_tokens_of_next_chunk, num_tokens_left)
             num_tokens_left -= sequence.num_scheduled_tokens
             batch.append(sequence)
-            if num_tokens_left == 0 or len(batch) == self.config.max_num_seqs:
+            if num_tokens_left == 0 or len(batch) == most_sequences:
                 break
         return self._plan(batch) if batch else None
 
@@ -206,6 +213,10 @@ class Scheduler:
             self.finish(sequence)
         return sequences
 
+    def knows(self, request_id: str) -> bool:
+        """Whether any continuation of the request is unfinished."""
+        return request_id in self._live
+
     def check_integrity(self) -> None:
         """Raise `AssertionError` if a block is leaked or used wrongly. For tests: O(blocks)."""
         returning = [s for _, batch in self._in_flight for s in batch if s.is_finished]
@@ -216,6 +227,11 @@ class Scheduler:
                 raise AssertionError(f"not in the order of arrival: {list(queue)}")
         if any(sequence.block_table for sequence in self.waiting):
             raise AssertionError(f"a waiting sequence holds blocks: {list(self.waiting)}")
+
+    @property
+    def _fair_share(self) -> int:
+        """Sequences for one of as many plans as there are pipeline stages to keep busy."""
+        return -(-(len(self.running) + len(self.waiting)) // self.config.layout.pp)
 
     def _ready_sequences(self) -> Iterator[Sequence]:
         """The sequences that can go on, each with the blocks it needs: running ones, then waiting

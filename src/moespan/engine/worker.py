@@ -5,18 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.placement import head_shares
+from moespan.checkpoint.experts import ExpertPlacement
+from moespan.checkpoint.placement import cache_heads
 from moespan.config import EngineConfig, ModelConfig
-from moespan.engine.plan import PromptRow, PromptScores, StepPlan, StepResult
+from moespan.engine.plan import PromptRow, PromptScores, StepPlan, StepPlans, StepResult
 from moespan.engine.sampler import sample, token_logprobs
+from moespan.engine.trace import Observation
 from moespan.memory import zeros
 from moespan.model.network import Model, Weights
 from moespan.ops import AttentionBatch, Ops
+from moespan.parallel.dispatch import Dispatch, split_evenly
 from moespan.parallel.mesh import Mesh
+from moespan.parallel.pipeline import StageLink
+
+_EMPTY_PLAN = StepPlan(
+    step=0, token_ids=[], query_lens=[], context_lens=[], block_tables=[], samples=[]
+)
 
 
 class Worker:
-    """One rank's model, cache and way through a plan. It keeps no state of requests.
+    """One rank's part of the model, its cache, and its way through a step. It keeps no state of
+    requests.
+
+    Attributes:
+        trace: what the network computed inside in the last step, if its plan asked for it.
 
     Args:
         num_blocks: blocks of the KV cache, the same on every rank.
@@ -32,39 +44,77 @@ class Worker:
         num_blocks: int,
     ) -> None:
         self.mesh = mesh
+        self.trace: list[Observation] = []
         self.block_size = config.block_size
-        self.model = Model(model_config, ops, mesh, weights, config.max_model_len)
-        _, keys = head_shares(model_config, mesh.tp.size, mesh.tp.rank)
-        head_dim = model_config.head_dim
-        shape = (num_blocks, config.block_size, keys.length // head_dim, head_dim)
         dtype = getattr(torch, config.dtype)
+        self._dispatch = Dispatch(model_config, mesh, config.moe_dispatch, dtype.itemsize)
+        experts = ExpertPlacement.make(config.expert_placement, model_config, config.layout)
+        self.model = Model(
+            model_config, ops, mesh, weights, config.max_model_len, self._dispatch, experts
+        )
+        self._link = StageLink(mesh, model_config.hidden_size, dtype)
+        heads = cache_heads(model_config, config.layout, mesh.rank)
+        shape = (num_blocks, config.block_size, heads, model_config.head_dim)
         self.caches = [
             (zeros(shape, dtype, mesh.device), zeros(shape, dtype, mesh.device))
-            for _ in range(model_config.num_hidden_layers)
+            for _ in self.model.layers
         ]
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """Run one step. The leader gets the result, the other ranks None."""
+    def execute(self, plans: StepPlans) -> StepResult | None:
+        """Run one step. The speaker of each replica with a plan gets the result, others None."""
+        self.trace.clear()
+        at, layout = self.mesh.at, self.mesh.layout
+        if not plans.num_tokens[at.dp] and layout.ep_blocks == 1:
+            return None  # and nobody shares experts with this replica
+        plan = plans.plan(at.dp) or _EMPTY_PLAN
+        self._dispatch.begin_step(self._block_tokens(plans.num_tokens))
         device = self.mesh.device
         batch = AttentionBatch.build(
             plan.query_lens, plan.context_lens, plan.block_tables, self.block_size, device
         )
-        token_ids = torch.tensor(plan.token_ids, device=device)
-        # There may be none; an empty list alone would make an index of floats.
+        inputs = (
+            torch.tensor(plan.token_ids, dtype=torch.int64, device=device)
+            if self.mesh.is_first_stage
+            else self._link.receive(self._tokens_here(len(plan.token_ids)))
+        )
         rows = torch.tensor(_logit_rows(plan), dtype=torch.int64, device=device)
-        logits = self.model(token_ids, self.caches, batch, rows)
-        if not self.mesh.is_leader:
+        observe = self._record if plans.trace else None
+        out = self.model(inputs, self.caches, batch, rows, observe)
+        if not self.mesh.is_last_stage:
+            self._link.send(out)
+        if not self.mesh.is_speaker or plan is _EMPTY_PLAN:
             return None
-        first_prompt_row = len(plan.samples)
-        samples = sample(logits[:first_prompt_row], plan.samples)
-        prompts = []
-        at = first_prompt_row
-        for prompt in plan.prompts:
-            count = plan.query_lens[prompt.sequence]
-            prompts.append(_score(logits[at : at + count], prompt))
-            at += count
-        return StepResult(samples, prompts)
+        return _result(out, plan)
+
+    def _record(self, layer: int, module: str, values: Tensor) -> None:
+        if module == "router.experts":
+            values = values.sort(-1).values  # the order of equally good ones means nothing
+        data = values.float().cpu().numpy()
+        self.trace.append(Observation(layer, module, data.shape[1], data.tobytes()))
+
+    def _tokens_here(self, num_tokens: int) -> int:
+        return split_evenly(num_tokens, self.mesh.sp.size)[self.mesh.sp.rank]
+
+    def _block_tokens(self, num_tokens: list[int]) -> list[int]:
+        """Tokens of each block of this rank's ep group, from those of all replicas."""
+        layout, at = self.mesh.layout, self.mesh.at
+        blocks = [part for total in num_tokens for part in split_evenly(total, layout.sp)]
+        own = at.dp * layout.sp + at.sp
+        first = own - own % layout.ep_blocks
+        return blocks[first : first + layout.ep_blocks]
+
+
+def _result(logits: Tensor, plan: StepPlan) -> StepResult:
+    """Sample and score from the logits of `_logit_rows`."""
+    at = len(plan.samples)
+    samples = sample(logits[:at], plan.samples)
+    prompts = []
+    for prompt in plan.prompts:
+        count = plan.query_lens[prompt.sequence]
+        prompts.append(_score(logits[at : at + count], prompt))
+        at += count
+    return StepResult(samples, prompts)
 
 
 def _logit_rows(plan: StepPlan) -> list[int]:

@@ -36,9 +36,9 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-from moespan.config import Nodes
-from moespan.errors import MeetingError
-from moespan.launch.cores import usable_cores
+from moespan.config import EngineConfig, Nodes
+from moespan.errors import ConfigError, MeetingError
+from moespan.launch.binding import plan_binding
 from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
 from moespan.launch.network import bind_collectives, interface_of
 from moespan.launch.watch import NoPeers, Peers
@@ -69,10 +69,11 @@ def main(argv: list[str]) -> int:
 
 
 def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
-    nodes = job.read_nodes()
+    nodes, config = job.read_nodes(), job.read_config()
     try:
-        peers, master = _meet(job, nodes, ranks)
-    except MeetingError as error:
+        job.write_binding(plan_binding(config.bind, config.device, ranks))
+        peers, master = _meet(config, nodes, ranks)
+    except (ConfigError, MeetingError) as error:
         job.write_failure(Failure(rank=None, kind=type(error).__name__, message=str(error)))
         return 1
     with _told_on_leaving(peers, front_pid):
@@ -84,16 +85,16 @@ def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
         return 1
 
 
-def _meet(job: Job, nodes: Nodes, ranks: int) -> tuple[Peers, RendezvousStoreInfo]:
+def _meet(config: EngineConfig, nodes: Nodes, ranks: int) -> tuple[Peers, RendezvousStoreInfo]:
     """The other nodes, and where the ranks find each other."""
     if nodes.nnodes == 1:
-        _set_environment(ranks, "lo")
+        _set_environment("lo")
         return NoPeers(), RendezvousStoreInfo("localhost", 0)
     from moespan.launch import meeting
 
-    met = meeting.meet(nodes, meeting.facts(job.read_config(), nodes), _say)
+    met = meeting.meet(nodes, meeting.facts(config, nodes), _say)
     interface = interface_of(met.address)
-    _set_environment(ranks, interface)
+    _set_environment(interface)
     if nodes.node_rank > 0:
         first = nodes.node_rank * ranks
         ours = f"rank {first}" if ranks == 1 else f"ranks {first} to {first + ranks - 1}"
@@ -263,13 +264,12 @@ class _Met(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
         return True
 
 
-def _set_environment(ranks: int, interface: str | None) -> None:
+def _set_environment(interface: str | None) -> None:
     """What the ranks inherit, unless the user has set it.
 
     The sockets of collectives bind to the interface on which the nodes reach each other. One node
     talks to itself only, on the loopback interface.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
     if interface is not None:
         bind_collectives(interface)
 

@@ -15,22 +15,34 @@ import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+import msgspec
 
 from moespan.config import EngineConfig, Nodes
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request
-from moespan.errors import EngineDeadError, MoespanError
+from moespan.engine.trace import Observation
+from moespan.errors import EngineDeadError, MoespanError, RequestError
 from moespan.launch.job import Job, debugging
 from moespan.launch.protocol import (
     Abort,
     Add,
+    AskTrace,
+    AskTraffic,
     Connection,
     Deltas,
+    FromFront,
     FromLeader,
     PeerGoneError,
     Ready,
+    Reload,
+    TraceReport,
+    TrafficReport,
 )
+from moespan.parallel.traffic import TrafficRows
+
+Answer = TypeVar("Answer", TrafficReport, TraceReport)
 
 START_TIMEOUT_S = 3600.0
 
@@ -119,15 +131,42 @@ class RanksClient:
             EngineDeadError: the ranks died, with the traceback of the one that failed first; all
                 they had sent before has been received.
         """
-        self._check_alive()
-        try:
-            messages = self._connection.receive(timeout_s)
-        except PeerGoneError:
-            self._death = self._learn_death(starting=False)
-            raise self._death from None
         return [
-            delta for message in messages if isinstance(message, Deltas) for delta in message.deltas
+            delta
+            for message in self._receive(timeout_s)
+            if isinstance(message, Deltas)
+            for delta in message.deltas
         ]
+
+    def reload(self, config: EngineConfig, timeout_s: float | None = None) -> None:
+        """End the engine and build one of `config` from the same ranks, which is faster than to
+        start them anew. The layout must have as many ranks; what is unfinished is lost.
+
+        Raises:
+            MoespanError, EngineDeadError: as from the constructor; the ranks are gone then.
+        """
+        self._send(Reload(config))
+        self.info = self._wait_until_ready(time.monotonic() + (timeout_s or START_TIMEOUT_S))
+
+    def traffic(self) -> list[TrafficRows]:
+        """What each rank of this engine has sent to others; deltas that come meanwhile are lost.
+
+        Raises:
+            EngineDeadError: the ranks died.
+        """
+        return self._ask(AskTraffic(), TrafficReport).ranks
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        """What the network computes inside for one prompt; deltas that come meanwhile are lost.
+
+        Raises:
+            RequestError: the engine is not idle, or the prompt does not fit into one step.
+            EngineDeadError: the ranks died.
+        """
+        report = self._ask(AskTrace(token_ids), TraceReport)
+        if report.refusal is not None:
+            raise RequestError(report.refusal)
+        return report.observations
 
     def close(self) -> None:
         """End all ranks and remove what they left. Calling it again does nothing."""
@@ -145,7 +184,22 @@ class RanksClient:
     ) -> None:
         self.close()
 
-    def _send(self, message: Add | Abort) -> None:
+    def _receive(self, timeout_s: float | None) -> list[FromLeader]:
+        self._check_alive()
+        try:
+            return self._connection.receive(timeout_s)
+        except PeerGoneError:
+            self._death = self._learn_death(starting=False)
+            raise self._death from None
+
+    def _ask(self, question: FromFront, answer: type[Answer]) -> Answer:
+        self._send(question)
+        while True:
+            for message in self._receive(None):
+                if isinstance(message, answer):
+                    return message
+
+    def _send(self, message: FromFront) -> None:
         self._check_alive()
         with contextlib.suppress(PeerGoneError):  # `receive` finds out why
             self._connection.send(message)
@@ -179,7 +233,8 @@ class RanksClient:
             try:
                 for message in self._connection.receive(1):
                     if isinstance(message, Ready):
-                        return message.info
+                        binding = self._job.read_binding().summary()
+                        return msgspec.structs.replace(message.info, binding=binding)
             except PeerGoneError:
                 raise self._learn_death(starting=True) from None
 

@@ -17,6 +17,7 @@ import msgspec
 from moespan import errors
 from moespan.config import EngineConfig, Nodes
 from moespan.errors import EngineDeadError, MoespanError
+from moespan.launch.binding import BindingPlan
 
 STACK_SIGNAL = signal.SIGUSR1
 """Makes a rank write its Python stack to `Job.stack_path`, whatever it is in."""
@@ -87,6 +88,15 @@ class Job:
     def read_nodes(self) -> Nodes:
         """The nodes of the job, as the front left them."""
         return msgspec.json.decode((self.directory / "nodes.json").read_bytes(), type=Nodes)
+
+    def write_binding(self, plan: BindingPlan) -> None:
+        """Leave the plan of cores and memory for the ranks, before they start."""
+        (self.directory / "binding.json").write_bytes(msgspec.json.encode(plan))
+
+    def read_binding(self) -> BindingPlan:
+        """The plan that the agent left."""
+        data = (self.directory / "binding.json").read_bytes()
+        return msgspec.json.decode(data, type=BindingPlan)
 
     @property
     def store_path(self) -> Path:

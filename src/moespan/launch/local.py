@@ -6,12 +6,14 @@ import atexit
 import os
 import sys
 
+import msgspec
 import torch
 import torch.distributed as dist
 
 from moespan.config import EngineConfig
 from moespan.engine.client import LocalClient
-from moespan.engine.engine import build_leader, follow
+from moespan.engine.engine import Engine, build_leader, follow
+from moespan.launch.binding import bind, plan_binding
 from moespan.launch.distributed import init_distributed
 from moespan.launch.job import started_by_torchrun
 from moespan.launch.network import bind_collectives, interface_towards
@@ -27,21 +29,55 @@ def join(config: EngineConfig) -> LocalClient:
 
     They serve the leader until it closes, and then exit with code 0.
     """
+    lines = _bind(config)
     if not started_by_torchrun():
         device = torch.device(config.device)
-        return LocalClient(build_leader(config, Mesh.create(config.layout, device)))
+        return LocalClient(config, lambda config: _build(config, device, lines))
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
         # Gloo would take the interface that the machine's name leads to: often the loopback.
         interface = interface_towards(os.environ["MASTER_ADDR"])
         if interface not in (None, "lo"):
             bind_collectives(interface)
-    device = init_distributed(config.device, timeout_s=_IDLE_S)
-    mesh = Mesh.create(config.layout, device)
-    if not mesh.is_leader:
-        follow(config, mesh)
+    device = init_distributed(config.device)
+    if dist.get_rank() > 0:
+        successor: EngineConfig | None = config
+        while successor is not None:
+            mesh = Mesh.create(successor.layout, device, successor.moe_dispatch, _IDLE_S)
+            successor = follow(successor, mesh)
         dist.destroy_process_group()
         sys.exit(0)
-    client = LocalClient(build_leader(config, mesh), on_close=dist.destroy_process_group)
+    client = LocalClient(
+        config, lambda config: _build(config, device, lines), on_close=dist.destroy_process_group
+    )
     # A program that ends without closing must not leave the followers waiting.
     atexit.register(client.close)
     return client
+
+
+def _build(config: EngineConfig, device: torch.device, binding: list[str]) -> Engine:
+    engine = build_leader(config, Mesh.create(config.layout, device, config.moe_dispatch, _IDLE_S))
+    engine.info = msgspec.structs.replace(engine.info, binding=binding)
+    return engine
+
+
+def _bind(config: EngineConfig) -> list[str]:
+    """Bind this process as one of the ranks of this machine, and say how.
+
+    `auto` leaves a process alone that is the user's own, or that its launcher has bound already:
+    its cores then differ from its parent's. Threads that run by now keep their memory policy.
+    """
+    if alone := not started_by_torchrun():
+        local_rank, ranks = 0, 1
+    else:
+        local_rank, ranks = (
+            int(os.environ["LOCAL_RANK"]),
+            int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+        )
+    is_bound = os.sched_getaffinity(0) != os.sched_getaffinity(os.getppid())
+    if config.bind == "off" or (config.bind == "auto" and (alone or is_bound)):
+        return []
+    plan = plan_binding(config.bind, config.device, ranks)
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
+        torch.set_num_threads(plan.ranks[local_rank].threads)
+    bind(plan.ranks[local_rank])
+    return plan.summary()

@@ -48,6 +48,7 @@ _VERDICT_READ_S = 2.0
 _PATIENCE_S = 3.0
 
 _DIGEST_CHARACTERS = 12
+_LONGEST_VALUE = 60
 
 Facts = dict[str, str]
 """What all nodes must have in common: name -> value, both for people to read."""
@@ -91,11 +92,11 @@ class Met:
 
 
 def facts(config: EngineConfig, nodes: Nodes) -> Facts:
-    """What has to be equal on all nodes. Of the checkpoint, its folder's name may differ."""
+    """What has to be equal on all nodes. Where the checkpoint lies need not, nor which cores."""
     folder = Path(config.model)
     settings = dataclasses.asdict(config)
     layout = settings.pop("layout")
-    del settings["model"]
+    del settings["model"], settings["bind"]
     return {
         "nnodes": str(nodes.nnodes),
         "moespan": moespan.__version__,
@@ -103,7 +104,7 @@ def facts(config: EngineConfig, nodes: Nodes) -> Facts:
         "torch": str(torch.__version__),
         "torch_npu": _version("torch-npu"),
         "Python": ".".join(platform.python_version_tuple()[:2]),
-        **{name: str(value) for name, value in {**layout, **settings}.items()},
+        **{name: _short(str(value)) for name, value in {**layout, **settings}.items()},
         "config.json": _digest(folder / "config.json"),
         "list of tensors": _tensors_digest(folder),
     }
@@ -355,6 +356,13 @@ def _loopback_hint(address: str) -> str:
     except ValueError:
         return ""
     return f"; no other machine reaches {address}, which is a loopback address" * is_loopback
+
+
+def _short(text: str) -> str:
+    """A table of experts is too long for a message; then by its hash."""
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]}"
 
 
 def _version(package: str) -> str:

@@ -14,9 +14,12 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from moespan.config import EngineConfig
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request
+from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, RequestError
+from moespan.parallel.traffic import TrafficRows
 
 # The largest message is one step's prompt logits: 5,000 rows of 102,400 float32 are just below.
 MAX_FRAME_BYTES = 2**31
@@ -38,8 +41,24 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Reload(msgspec.Struct, frozen=True, tag=True):
+    """Front to leader: end this engine and build one of this config from the same ranks."""
+
+    config: EngineConfig
+
+
+class AskTraffic(msgspec.Struct, frozen=True, tag=True):
+    """Front to leader: tell me what the ranks have sent one another."""
+
+
+class AskTrace(msgspec.Struct, frozen=True, tag=True):
+    """Front to leader: tell me what the network computes inside for this prompt."""
+
+    token_ids: list[int]
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Leader to front, once: the model is loaded, and these are the facts."""
+    """Leader to front, once for each engine: the model is loaded, and these are the facts."""
 
     info: EngineInfo
 
@@ -50,8 +69,21 @@ class Deltas(msgspec.Struct, frozen=True, tag=True):
     deltas: list[OutputDelta]
 
 
-FromFront = Add | Abort
-FromLeader = Ready | Deltas
+class TrafficReport(msgspec.Struct, frozen=True, tag=True):
+    """Leader to front: what each rank has sent, in the order of ranks."""
+
+    ranks: list[TrafficRows]
+
+
+class TraceReport(msgspec.Struct, frozen=True, tag=True):
+    """Leader to front: what the network computes inside, or why it did not."""
+
+    observations: list[Observation]
+    refusal: str | None = None
+
+
+FromFront = Add | Abort | Reload | AskTraffic | AskTrace
+FromLeader = Ready | Deltas | TrafficReport | TraceReport
 
 Received = TypeVar("Received")
 

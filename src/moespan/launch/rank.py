@@ -23,9 +23,25 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from moespan.config import EngineConfig
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request, refusal
+from moespan.engine.trace import Observation
 from moespan.errors import MoespanError, RequestError
+from moespan.launch.binding import bind
 from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
-from moespan.launch.protocol import Abort, Connection, Deltas, FromFront, PeerGoneError, Ready
+from moespan.launch.protocol import (
+    Abort,
+    Add,
+    AskTrace,
+    AskTraffic,
+    Connection,
+    Deltas,
+    FromFront,
+    PeerGoneError,
+    Ready,
+    Reload,
+    TraceReport,
+    TrafficReport,
+)
+from moespan.parallel.traffic import TrafficRows
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +62,13 @@ class LeaderEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[OutputDelta]: ...
     def heartbeat(self) -> None: ...
-    def close(self) -> None: ...
+    def traffic(self) -> list[TrafficRows]: ...
+    def trace(self, token_ids: list[int]) -> list[Observation]: ...
+    def close(self, successor: EngineConfig | None = None) -> None: ...
+
+
+Follow = Callable[["EngineConfig", "torch.device"], "EngineConfig | None"]
+"""A rank's part until its engine ends; returns the config of the next engine, if any."""
 
 
 def main() -> None:
@@ -58,19 +80,19 @@ def _build_leader(config: EngineConfig, device: torch.device) -> LeaderEngine:
     from moespan.engine.engine import build_leader
     from moespan.parallel.mesh import Mesh
 
-    return build_leader(config, Mesh.create(config.layout, device))
+    return build_leader(config, Mesh.create(config.layout, device, config.moe_dispatch))
 
 
-def _follow(config: EngineConfig, device: torch.device) -> None:
+def _follow(config: EngineConfig, device: torch.device) -> EngineConfig | None:
     from moespan.engine.engine import follow
     from moespan.parallel.mesh import Mesh
 
-    follow(config, Mesh.create(config.layout, device))
+    return follow(config, Mesh.create(config.layout, device, config.moe_dispatch))
 
 
 def run_rank(
     build_leader: Callable[[EngineConfig, torch.device], LeaderEngine],
-    follow: Callable[[EngineConfig, torch.device], None],
+    follow: Follow,
     timeout_s: float | None = None,
 ) -> None:
     """Play this process's part in the job named on the command line, until the front has gone.
@@ -81,6 +103,7 @@ def run_rank(
     directory, agent_pid = sys.argv[1:3]
     _die_with_parent(int(agent_pid))
     job, rank = Job(directory), int(os.environ["RANK"])
+    bind(job.read_binding().ranks[int(os.environ["LOCAL_RANK"])])
     stack_file = job.stack_path(rank).open("w")
     faulthandler.enable(stack_file)
     faulthandler.register(STACK_SIGNAL, stack_file)
@@ -99,27 +122,31 @@ def _play(
     job: Job,
     rank: int,
     build_leader: Callable[[EngineConfig, torch.device], LeaderEngine],
-    follow: Callable[[EngineConfig, torch.device], None],
+    follow: Follow,
     timeout_s: float | None,
     stack_file: TextIO,
 ) -> None:
     import torch.distributed as dist
 
-    from moespan.launch.distributed import COLLECTIVE_TIMEOUT_S, init_distributed
+    from moespan.launch.distributed import init_distributed
+    from moespan.parallel.mesh import COLLECTIVE_TIMEOUT_S
 
     timeout_s = timeout_s or COLLECTIVE_TIMEOUT_S
-    config = job.read_config()
+    config: EngineConfig | None = job.read_config()
+    assert config is not None
     # Ranks on many nodes find each other through the agents' store, which the environment names.
     store_path = job.store_path if job.read_nodes().nnodes == 1 else None
     device = init_distributed(config.device, store_path, timeout_s)
-    if rank == 0:
+    front: Connection[FromFront] | None = None
+    while config is not None:
+        if rank > 0:
+            config = follow(config, device)
+            continue
         engine = build_leader(config, device)
-        front: Connection[FromFront] = Connection(job.connect(), FromFront)
+        front = front or Connection(job.connect(), FromFront)
         watchdog = _Watchdog(1.25 * timeout_s, stack_file)
-        serve_front(engine, front, min(HEARTBEAT_S, timeout_s / 4), watchdog)
-        engine.close()
-    else:
-        follow(config, device)
+        config = serve_front(engine, front, min(HEARTBEAT_S, timeout_s / 4), watchdog)
+        engine.close(config)
     dist.destroy_process_group()
 
 
@@ -128,8 +155,12 @@ def serve_front(
     front: Connection[FromFront],
     heartbeat_s: float = HEARTBEAT_S,
     watchdog: _Watchdog | None = None,
-) -> None:
-    """Serve the front's requests until it has gone; idle followers hear of it in between."""
+) -> EngineConfig | None:
+    """Serve the front's requests; idle followers hear of it in between.
+
+    Returns:
+        The config that the front wants next; None when the front has gone.
+    """
     try:
         front.send(Ready(engine.info))
         followers_heard_at = time.monotonic()
@@ -137,9 +168,9 @@ def serve_front(
             if watchdog is not None:
                 watchdog.feed()
             for message in front.receive(0 if engine.has_unfinished else heartbeat_s):
-                refused = _take(engine, message)
-                if refused:
-                    front.send(Deltas(refused))
+                if isinstance(message, Reload):
+                    return message.config
+                _take(engine, message, front)
             if engine.has_unfinished:
                 deltas = engine.step()
                 if deltas:
@@ -150,22 +181,30 @@ def serve_front(
                 continue
             followers_heard_at = time.monotonic()
     except PeerGoneError:
-        return
+        return None
     finally:
         if watchdog is not None:
             watchdog.stop()
 
 
-def _take(engine: LeaderEngine, message: FromFront) -> list[OutputDelta]:
-    """Hand `message` to the engine; what it refuses comes back as deltas."""
+def _take(
+    engine: LeaderEngine, message: Add | Abort | AskTraffic | AskTrace, front: Connection[FromFront]
+) -> None:
+    """Do what `message` asks for; what the engine refuses goes back as deltas."""
     if isinstance(message, Abort):
         engine.abort(message.request_id)
-        return []
-    try:
-        engine.add(message.request)
-    except RequestError as error:
-        return refusal(message.request, error)
-    return []
+    elif isinstance(message, AskTraffic):
+        front.send(TrafficReport(engine.traffic()))
+    elif isinstance(message, AskTrace):
+        try:
+            front.send(TraceReport(engine.trace(message.token_ids)))
+        except RequestError as error:
+            front.send(TraceReport([], str(error)))
+    else:
+        try:
+            engine.add(message.request)
+        except RequestError as error:
+            front.send(Deltas(refusal(message.request, error)))
 
 
 class _Watchdog:

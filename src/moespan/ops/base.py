@@ -43,13 +43,15 @@ class AttentionBatch:
         device: torch.device,
     ) -> AttentionBatch:
         """Derive positions and slots; the tables may be ragged."""
-        width = max(map(len, block_tables))
-        tables = torch.tensor([row + [0] * (width - len(row)) for row in block_tables])
-        lengths = torch.tensor(query_lens)
+        width = max(map(len, block_tables), default=0)
+        tables = torch.tensor(
+            [row + [0] * (width - len(row)) for row in block_tables], dtype=torch.int64
+        ).view(len(block_tables), width)
+        lengths = torch.tensor(query_lens, dtype=torch.int64)
         sequence = torch.repeat_interleave(torch.arange(len(query_lens)), lengths)
         starts = lengths.cumsum(0) - lengths
         offsets = torch.arange(len(sequence)) - starts[sequence]
-        positions = offsets + torch.tensor(context_lens)[sequence]
+        positions = offsets + torch.tensor(context_lens, dtype=torch.int64)[sequence]
         slots = tables[sequence, positions // block_size] * block_size + positions % block_size
         return cls(
             query_lens,
@@ -111,5 +113,6 @@ class Ops(Protocol):
         """Σ weightₖ · downₑ(swiglu(gate_upₑ(x))) over each token's chosen experts e.
 
         x [T, H], weights float32 and chosen int64 [T, K], gate_up [E, 2·I, H], down [E, H, I]
-        → [T, H] in x's dtype, summed in float32.
+        → [T, H] in x's dtype, summed in float32. Numbers that are not 0..E-1 are other ranks'
+        experts and add nothing.
         """

@@ -58,23 +58,23 @@ class CpuOps(ReferenceOps):
         self, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
     ) -> Tensor:
         """[T, H] → [T, H]; touches the weights of chosen experts only, each once."""
-        num_tokens, num_chosen = chosen.shape
-        flat = chosen.flatten()
-        order = flat.argsort(stable=True)
-        counts = flat.bincount(minlength=len(gate_up)).tolist()
-        rows = x[order // num_chosen]
+        num_chosen = chosen.shape[1]
+        pairs = ((chosen >= 0) & (chosen < len(gate_up))).flatten().nonzero()[:, 0]
+        expert_of = chosen.flatten()[pairs]
+        pairs = pairs[expert_of.argsort(stable=True)]
+        tokens = pairs // num_chosen
+        rows = x[tokens]
         results = torch.empty_like(rows)
         start = 0
-        for expert, count in enumerate(counts):
+        for expert, count in enumerate(expert_of.bincount(minlength=len(gate_up)).tolist()):
             if count:
                 mine = slice(start, start + count)
                 hidden = self.swiglu(F.linear(rows[mine], gate_up[expert]))
                 torch.mm(hidden, down[expert].t(), out=results[mine])
                 start += count
-        by_token = torch.empty_like(results)
-        by_token[order] = results
-        by_token = by_token.view(num_tokens, num_chosen, -1)
-        return torch.einsum("tk,tkh->th", weights, by_token.float()).to(x.dtype)
+        weighted = results.float() * weights.flatten()[pairs, None]
+        out = torch.zeros_like(x, dtype=torch.float32)
+        return out.index_add_(0, tokens, weighted).to(x.dtype)
 
 
 def _prefill(

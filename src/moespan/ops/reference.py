@@ -49,7 +49,7 @@ class ReferenceOps:
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
     ) -> Tensor:
         """[T, N, D] over the caches [B, block size, KV, D] → [T, N, D]."""
-        outputs = []
+        outputs = [torch.empty_like(q, dtype=torch.float32)[:0]]  # there may be no sequence
         groups = q.shape[1] // k_cache.shape[2]
         for queries, context_len, table in zip(
             q.split(batch.query_lens), batch.context_lens, batch.block_tables, strict=True

@@ -1,42 +1,120 @@
-"""The control channel: the leader's messages to all ranks. Bytes in, bytes out; never pickled."""
+"""The control channel: the leader's messages to all ranks, and theirs to it.
+
+Bytes in, bytes out; never pickled. It has a group of its own on the CPU, so that what it carries
+never waits for, or mixes with, the model's collectives.
+"""
 
 from __future__ import annotations
+
+from collections import deque
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from moespan.parallel.traffic import Traffic
+
 # Most plans fit into one broadcast of this size; a longer one takes a second.
 _FRAME_BYTES = 16 << 10
 _LENGTH_BYTES = 8
+# Beyond these the oldest must have arrived: far fewer plans are in flight.
+_MOST_UNDER_WAY = 256
 
 
-def broadcast(message: bytes | None) -> bytes:
-    """Send `message` from rank 0 to all ranks; the others pass None. Returns the message.
+class Control:
+    """One rank's end of the channel; without a group, that of a world of one rank."""
 
-    It blocks until rank 0 sends, at most the timeout with which torch.distributed was started.
-    """
-    frame = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
-    if message is not None:
-        payload = len(message).to_bytes(_LENGTH_BYTES, "little") + message[: _FRAME_BYTES - 8]
-        frame[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    dist.broadcast(frame, 0)
-    head: bytes = frame.numpy().tobytes()
-    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    rest = length - (_FRAME_BYTES - _LENGTH_BYTES)
-    if rest <= 0:
-        return head[_LENGTH_BYTES : _LENGTH_BYTES + length]
-    tail = (
-        torch.empty(rest, dtype=torch.uint8)
-        if message is None
-        else torch.frombuffer(bytearray(message[-rest:]), dtype=torch.uint8)
-    )
-    dist.broadcast(tail, 0)
-    rest_of_message: bytes = tail.numpy().tobytes()
-    return head[_LENGTH_BYTES:] + rest_of_message
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None
+    ) -> None:
+        self._group = group
+        self._traffic = traffic or Traffic()
+        self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    @classmethod
+    def create(cls, traffic: Traffic, timeout_s: float) -> Control:
+        """Make the group; all ranks call it together. Nobody waits longer than `timeout_s`."""
+        timeout = timedelta(seconds=timeout_s)
+        return cls(dist.new_group(timeout=timeout, backend="gloo", group_desc="control"), traffic)
+
+    def broadcast(self, message: bytes) -> None:
+        """On the leader: start sending `message` to all ranks; they may be behind by some."""
+        if self._group is None:
+            return
+        frame = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
+        payload = _with_length(message)
+        head = payload[:_FRAME_BYTES]
+        frame[: len(head)] = head
+        self._broadcast(frame)
+        if len(payload) > _FRAME_BYTES:
+            self._broadcast(payload[_FRAME_BYTES:])
+
+    def receive_broadcast(self) -> bytes:
+        """On every other rank: wait for the leader's next message."""
+        frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
+        dist.broadcast(frame, 0, group=self._group)
+        length = _length(frame)
+        rest = length + _LENGTH_BYTES - _FRAME_BYTES
+        if rest <= 0:
+            return _to_bytes(frame[_LENGTH_BYTES : _LENGTH_BYTES + length])
+        tail = torch.empty(rest, dtype=torch.uint8)
+        dist.broadcast(tail, 0, group=self._group)
+        return _to_bytes(frame[_LENGTH_BYTES:]) + _to_bytes(tail)
+
+    def send(self, message: bytes) -> None:
+        """On any other rank: start sending `message` to the leader."""
+        payload = _with_length(message)
+        self._traffic.count("control", "send", "result", len(payload))
+        for part in (payload[:_LENGTH_BYTES], payload[_LENGTH_BYTES:]):
+            if len(part):
+                self._keep(dist.isend(part, 0, group=self._group), payload)
+
+    def receive(self, rank: int) -> bytes:
+        """On the leader: wait for the next message of `rank`."""
+        head = torch.empty(_LENGTH_BYTES, dtype=torch.uint8)
+        dist.recv(head, rank, group=self._group)
+        body = torch.empty(_length(head), dtype=torch.uint8)
+        if len(body):
+            dist.recv(body, rank, group=self._group)
+        return _to_bytes(body)
+
+    def smallest(self, value: int) -> int:
+        """The least of all ranks' `value`s."""
+        if self._group is None:
+            return value
+        least = torch.tensor(value)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self._group)
+        return int(least)
+
+    def close(self) -> None:
+        """Wait for what is under way and give the group back."""
+        while self._sending:
+            self._sending.popleft()[0].wait()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _broadcast(self, data: torch.Tensor) -> None:
+        self._traffic.count("control", "broadcast", "plan", len(data))
+        self._keep(dist.broadcast(data, 0, group=self._group, async_op=True), data)
+
+    def _keep(self, work: dist.Work | None, data: torch.Tensor) -> None:
+        """Hold `data` until it is sent; raise what went wrong with much earlier messages."""
+        assert work is not None
+        self._sending.append((work, data))
+        if len(self._sending) > _MOST_UNDER_WAY:
+            self._sending.popleft()[0].wait()
 
 
-def smallest(value: int) -> int:
-    """The least of all ranks' `value`s."""
-    least = torch.tensor(value)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least)
+def _with_length(message: bytes) -> torch.Tensor:
+    framed = bytearray(len(message).to_bytes(_LENGTH_BYTES, "little") + message)
+    return torch.frombuffer(framed, dtype=torch.uint8)
+
+
+def _length(frame: torch.Tensor) -> int:
+    return int.from_bytes(_to_bytes(frame[:_LENGTH_BYTES]), "little")
+
+
+def _to_bytes(data: torch.Tensor) -> bytes:
+    content: bytes = data.numpy().tobytes()
+    return content

@@ -6,83 +6,171 @@ costs nothing, and no group exists that no axis uses.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from moespan.config import Layout
+from moespan.config import Coordinates, Layout
 from moespan.errors import LayoutError
+from moespan.parallel.control import Control
+from moespan.parallel.traffic import Traffic
 
-# torch 2.13 renamed it.
+# No rank waits longer than this for another one inside a collective of the model.
+COLLECTIVE_TIMEOUT_S = 600.0
+
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+
+# torch 2.13 renamed these.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-@dataclass
-class Traffic:
-    """Collective calls and payload bytes by (collective, module)."""
-
-    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    payload_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def count(self, collective: str, module: str, payload: torch.Tensor) -> None:
-        """Add one call that contributes `payload` on this rank."""
-        self.calls[collective, module] += 1
-        self.payload_bytes[collective, module] += payload.numel() * payload.element_size()
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Axis:
     """One dimension of the mesh as one rank sees it, with its collectives, counted.
 
+    Every method is called by all ranks of the axis together. Nothing is sent for an empty tensor,
+    which is empty on all of them.
+
     Attributes:
+        name: of the axis, for the counters.
         size: ranks along it.
         rank: this rank's place along it.
-        traffic: what went over it since the start.
     """
 
-    def __init__(self, size: int = 1, rank: int = 0, group: dist.ProcessGroup | None = None):
-        self.size = size
+    def __init__(
+        self,
+        name: str = "",
+        ranks: Sequence[int] = (0,),
+        rank: int = 0,
+        group: dist.ProcessGroup | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
+        self.name = name
+        self.size = len(ranks)
         self.rank = rank
-        self.traffic = Traffic()
+        self._ranks = ranks
         self._group = group
+        self._traffic = traffic or Traffic()
+        self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def all_reduce(self, x: torch.Tensor, module: str) -> torch.Tensor:
         """Sum `x` over the axis, in place. in: partial → out: replicated."""
-        if self.size > 1:
-            self.traffic.count("all_reduce", module, x)
+        if self.size > 1 and x.numel():
+            self._count("all_reduce", module, 2 * (self.size - 1) * _bytes(x) // self.size)
             dist.all_reduce(x, group=self._group)
         return x
 
     def all_gather(self, x: torch.Tensor, module: str) -> torch.Tensor:
-        """Concatenate the ranks' `x` along the last dim. in: split → out: replicated."""
+        """Stack the ranks' `x`, all of one shape, along dim 0. in: split → out: replicated."""
         if self.size == 1:
             return x
-        self.traffic.count("all_gather", module, x)
         gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
-        _all_gather(gathered, x.contiguous(), group=self._group)
-        return torch.cat(gathered.chunk(self.size), dim=-1)
+        if x.numel():
+            self._count("all_gather", module, (self.size - 1) * _bytes(x))
+            _all_gather(gathered, x.contiguous(), group=self._group)
+        return gathered
+
+    def reduce_scatter(self, x: torch.Tensor, module: str) -> torch.Tensor:
+        """Sum `x` over the axis and keep this rank's equal part of dim 0. partial → split."""
+        if self.size == 1:
+            return x
+        part = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
+        if x.numel():
+            self._count("reduce_scatter", module, (self.size - 1) * _bytes(x) // self.size)
+            _reduce_scatter(part, x.contiguous(), group=self._group)
+        return part
+
+    def all_to_all(
+        self, x: torch.Tensor, send_rows: list[int], receive_rows: list[int], module: str
+    ) -> torch.Tensor:
+        """Send the next `send_rows[i]` rows of `x` to rank i, for all i; return what they sent.
+
+        Returns:
+            `receive_rows[i]` rows from rank i, in the order of the ranks.
+        """
+        if self.size == 1:
+            return x
+        row_bytes = _bytes(x) // max(len(x), 1)
+        elsewhere = sum(send_rows) - send_rows[self.rank]
+        self._count("all_to_all", module, elsewhere * row_bytes)
+        received = x.new_empty((sum(receive_rows), *x.shape[1:]))
+        dist.all_to_all_single(received, x.contiguous(), receive_rows, send_rows, group=self._group)
+        return received
+
+    def send(self, x: torch.Tensor, to: int, module: str) -> None:
+        """Start sending `x` to the rank at place `to`.
+
+        It does not wait for `x` to be received, but for what was sent as many calls ago as the axis
+        has ranks: no more plans than that are in flight.
+        """
+        if not x.numel():
+            return
+        self._count("send", module, _bytes(x))
+        x = x.contiguous()
+        work = dist.isend(x, self._ranks[to], group=self._group)
+        assert work is not None
+        self._sending.append((work, x))
+        if len(self._sending) > self.size:
+            self._sending.popleft()[0].wait()
+
+    def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
+        """Fill `x` with what the rank at place `source` sends, and return it."""
+        if x.numel():
+            dist.recv(x, self._ranks[source], group=self._group)
+        return x
+
+    def finish(self) -> None:
+        """Wait until all that was sent has been received."""
+        while self._sending:
+            self._sending.popleft()[0].wait()
+
+    def _count(self, collective: str, module: str, sent_bytes: int) -> None:
+        self._traffic.count(self.name, collective, module, sent_bytes)
 
 
 class Mesh:
-    """The place of one rank in a layout.
+    """The place of one rank in a layout, and the axes through it.
 
     Attributes:
         layout: degree of parallelism on each axis.
         rank: this rank in the world; rank 0 is the leader.
+        at: its place along each axis.
         device: where its tensors live.
-        tp: the tensor-parallel axis.
+        traffic: what it has sent over all axes.
+        tp, sp, pp: the axes of the same names.
+        ep: the ranks over which one set of experts is spread (dispatch `all_to_all`).
+        ep_blocks: those of them with this rank's place in tp (dispatch `all_gather`).
+        control: the leader's channel to all ranks.
     """
 
-    def __init__(self, layout: Layout, rank: int, device: torch.device, tp: Axis) -> None:
+    def __init__(self, layout: Layout, rank: int, device: torch.device) -> None:
         self.layout = layout
         self.rank = rank
+        self.at = layout.coordinates(rank)
         self.device = device
-        self.tp = tp
+        self.traffic = Traffic()
+        self.control = Control()
+        self._groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+        alone = range(rank, rank + 1)
+        self.tp = self.sp = self.pp = self.ep = self.ep_blocks = Axis(ranks=alone)
 
     @classmethod
-    def create(cls, layout: Layout, device: torch.device) -> Mesh:
+    def create(
+        cls,
+        layout: Layout,
+        device: torch.device,
+        moe_dispatch: str = "auto",
+        idle_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+    ) -> Mesh:
         """Build the mesh of `layout`; with more than one rank, torch.distributed must be up.
+
+        Args:
+            moe_dispatch: the way for which axes are made (`moespan.parallel.dispatch`).
+            idle_timeout_s: how long a rank waits for the leader's next message.
 
         Raises:
             LayoutError: the world has another number of ranks than the layout.
@@ -92,13 +180,84 @@ class Mesh:
             raise LayoutError(
                 f"layout {layout} needs {layout.world_size} ranks, but {world_size} were started"
             )
-        if world_size == 1:
-            return cls(layout, 0, device, Axis())
-        mesh = dist.init_device_mesh(device.type, (layout.tp,), mesh_dim_names=("tp",))
-        tp = Axis(layout.tp, mesh.get_local_rank("tp"), mesh.get_group("tp"))
-        return cls(layout, dist.get_rank(), device, tp)
+        mesh = cls(layout, dist.get_rank() if world_size > 1 else 0, device)
+        if world_size > 1:
+            mesh.control = Control.create(mesh.traffic, idle_timeout_s)
+            for name, lines in _axes(layout, moe_dispatch).items():
+                setattr(mesh, name, mesh._axis(name, lines))
+        return mesh
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank schedules and samples."""
+        """Whether this rank schedules."""
         return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens."""
+        return self.at.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the head."""
+        return self.at.pp == self.layout.pp - 1
+
+    @property
+    def is_speaker(self) -> bool:
+        """Whether this rank samples for its replica and tells the leader."""
+        return self.is_last_stage and self.at.sp == 0 and self.at.tp == 0
+
+    @property
+    def speakers(self) -> list[int]:
+        """The speaking rank of each replica."""
+        last = self.layout.pp - 1
+        return [self.layout.rank(Coordinates(last, dp, 0, 0)) for dp in range(self.layout.dp)]
+
+    def close(self) -> None:
+        """Wait for what is under way and give the groups back."""
+        self.pp.finish()
+        self.control.close()
+        for group in self._groups.values():
+            dist.destroy_process_group(group)
+        self._groups.clear()
+
+    def _axis(self, name: str, lines: list[tuple[int, ...]]) -> Axis:
+        """The line through this rank; all ranks make all lines, as torch demands."""
+        key = tuple(lines)  # axes with the same lines share their groups
+        if len(lines[0]) > 1 and key not in self._groups:
+            # What a DeviceMesh does inside. It would also make groups for axes that nothing is sent
+            # along, and takes no timeout.
+            self._groups[key], _ = dist.new_subgroups_by_enumeration(
+                lines,
+                timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+                backend=_BACKENDS[self.device.type],
+                group_desc=name,
+            )
+        mine = next(line for line in lines if self.rank in line)
+        return Axis(name, mine, mine.index(self.rank), self._groups.get(key), self.traffic)
+
+
+def _axes(layout: Layout, moe_dispatch: str) -> dict[str, list[tuple[int, ...]]]:
+    """Axis → the lines of ranks along it. dp has none: nothing is sent along it."""
+    places = [layout.coordinates(rank) for rank in range(layout.world_size)]
+
+    def lines(name: str) -> list[tuple[int, ...]]:
+        return [
+            tuple(layout.rank(replace(at, **{name: i})) for i in range(layout.sizes[name]))
+            for at in places
+            if getattr(at, name) == 0
+        ]
+
+    axes = {name: lines(name) for name in ("tp", "sp", "pp")}
+    if layout.ep_blocks > 1:
+        starts = range(0, layout.world_size, layout.ep)
+        sets = [tuple(range(start, start + layout.ep)) for start in starts]
+        if moe_dispatch != "all_gather":
+            axes["ep"] = sets
+        if moe_dispatch != "all_to_all":
+            axes["ep_blocks"] = [line[i :: layout.tp] for line in sets for i in range(layout.tp)]
+    return axes
+
+
+def _bytes(x: torch.Tensor) -> int:
+    return int(x.numel() * x.element_size())

@@ -1,0 +1,131 @@
+"""The replicas of data parallelism under one leader: who takes a request, and the next step.
+
+Each replica has a scheduler and blocks of its own; they make their plans for a step together, so
+that ranks that share experts stay in lockstep without asking one another.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Iterable
+
+from moespan.config import EngineConfig
+from moespan.engine.plan import StepPlan, StepResult
+from moespan.engine.request import Request
+from moespan.engine.scheduler import Scheduler, SequenceUpdate
+from moespan.engine.sequence import Sequence
+from moespan.errors import RequestError
+
+
+class Replicas:
+    """All replicas of an engine; with dp=1 there is one.
+
+    Attributes:
+        schedulers: one for each replica.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_blocks: int,
+        vocab_size: int,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        key = secrets.token_bytes(32)
+        eos_token_ids = tuple(eos_token_ids)
+        self.schedulers = [
+            Scheduler(config, num_blocks, vocab_size, eos_token_ids, digest_key=key)
+            for _ in range(config.layout.dp)
+        ]
+        self._most_ahead = config.max_num_seqs
+        self._home: dict[str, Scheduler] = {}
+        self._in_flight: deque[list[StepPlan | None]] = deque()
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether there is anything to schedule or a result to wait for."""
+        return any(scheduler.has_unfinished for scheduler in self.schedulers)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps whose results are not back."""
+        return len(self._in_flight)
+
+    def add(self, request: Request, seed: int = 0) -> list[Sequence]:
+        """Queue a request with the replica that has the longest prefix of its prompt in its cache,
+        of several with the one that has the fewest sequences.
+
+        A replica that is a whole batch of sequences ahead of the least loaded one gets no more.
+
+        Raises:
+            RequestError: its id is in use, or its prompt or parameters break a limit.
+        """
+        if request.id in self._home:
+            raise RequestError(f"request id {request.id!r} is in use; give every request its own")
+        scheduler = self._choose(request.prompt_token_ids)
+        sequences = scheduler.add(request, seed)
+        self._home[request.id] = scheduler
+        return sequences
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """End what is left of a request, and return it: nothing, if all of it has finished."""
+        scheduler = self._home.pop(request_id, None)
+        return [] if scheduler is None else scheduler.abort(request_id)
+
+    def finish(self, sequence: Sequence) -> None:
+        """End `sequence` now, wherever it is."""
+        scheduler = self._home.get(sequence.id)
+        if scheduler is not None:
+            scheduler.finish(sequence)
+            self._forget_if_done(sequence.id)
+
+    def schedule(self) -> list[StepPlan | None] | None:
+        """Plan the next step of every replica (None for an idle one); None if all are idle."""
+        plans = [scheduler.schedule() for scheduler in self.schedulers]
+        if not any(plans):
+            return None
+        self._in_flight.append(plans)
+        return plans
+
+    def update(self, results: list[StepResult | None]) -> list[SequenceUpdate]:
+        """Take in the results of the oldest step in flight, and say what they brought to whom."""
+        updates = []
+        for scheduler, plan, result in zip(
+            self.schedulers, self._in_flight.popleft(), results, strict=True
+        ):
+            if plan is not None and result is not None:
+                updates += scheduler.update(plan, result)
+        for update in updates:
+            self._forget_if_done(update.sequence.id)
+        return updates
+
+    @property
+    def oldest_in_flight(self) -> list[StepPlan | None]:
+        """The plans whose results are due next."""
+        return self._in_flight[0]
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if a block is leaked or used wrongly. For tests."""
+        for scheduler in self.schedulers:
+            scheduler.check_integrity()
+
+    def _choose(self, prompt_token_ids: list[int]) -> Scheduler:
+        if len(self.schedulers) == 1:
+            return self.schedulers[0]
+        loads = [scheduler.num_waiting + scheduler.num_running for scheduler in self.schedulers]
+        most = min(loads) + self._most_ahead
+        digests: list[bytes] = []
+        self.schedulers[0].allocator.extend_digests(digests, prompt_token_ids)
+
+        def merit(replica: int) -> tuple[int, int]:
+            cached = self.schedulers[replica].allocator.match(digests)
+            return (len(cached), -loads[replica])
+
+        candidates = [replica for replica, load in enumerate(loads) if load < most]
+        return self.schedulers[max(candidates, key=merit)]
+
+    def _forget_if_done(self, request_id: str) -> None:
+        scheduler = self._home.get(request_id)
+        if scheduler is not None and not scheduler.knows(request_id):
+            del self._home[request_id]

@@ -1,0 +1,61 @@
+"""What the network computes inside, for one prompt: recorded on every rank, put together by the
+leader, compared with another recording."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+
+class Observation(msgspec.Struct, frozen=True, array_like=True):
+    """One value of one layer (-1 before the first): float32 [rows, width] as bytes.
+
+    Modules are those of `moespan.model.network.Model`: `embed`, `attention`, `router.experts`
+    (sorted by number), `router.weights` (in their order) and `hidden`.
+    """
+
+    layer: int
+    module: str
+    width: int
+    data: bytes
+
+    @property
+    def values(self) -> npt.NDArray[np.float32]:
+        """[rows, width]."""
+        return np.frombuffer(self.data, np.float32).reshape(-1, self.width)
+
+    def __str__(self) -> str:
+        return self.module if self.layer < 0 else f"layer {self.layer}, {self.module}"
+
+
+def join_rows(parts: Sequence[list[Observation]]) -> list[Observation]:
+    """Put the recordings of ranks together that hold consecutive rows of the same values."""
+    return [
+        Observation(same[0].layer, same[0].module, same[0].width, b"".join(o.data for o in same))
+        for same in zip(*parts, strict=True)
+    ]
+
+
+def first_difference(
+    ours: Sequence[Observation], theirs: Sequence[Observation], relative: float
+) -> str | None:
+    """Where two recordings of the same prompt first differ by more than `relative` of the largest
+    value, in words; None if they nowhere do. Only values that both have are compared."""
+    others = {(one.layer, one.module): one for one in theirs}
+    for one in ours:
+        other = others.get((one.layer, one.module))
+        if other is None:
+            continue
+        difference = np.abs(one.values - other.values)
+        scale = float(np.abs(other.values).max(initial=0)) or 1.0
+        # Written so that a NaN differs.
+        if difference.size and not difference.max() <= relative * scale:
+            wrong = ~(difference.max(-1) <= relative * scale)
+            return (
+                f"{one}: first at token {int(wrong.argmax())}, by {difference.max() / scale:.1e} "
+                "of the largest value"
+            )
+    return None

@@ -1,0 +1,188 @@
+"""How tokens meet the experts that their router chose, when these are spread over ranks.
+
+The ranks that share one set of experts are k blocks of tp ranks. Tokens are the same on all ranks
+of a block, and differ between blocks.
+
+| way          | what is sent                                                                   |
+|--------------|--------------------------------------------------------------------------------|
+| `replicated` | nothing (k = 1): every rank computes its own experts' part                     |
+| `all_gather` | all tokens to all blocks, and partial sums of outputs back                     |
+| `all_to_all` | each token once to every rank of another block that holds one of its experts,  |
+|              | and one weighted sum back; each rank does that for 1/tp of its block's tokens  |
+
+Whatever the way, the result is partial over tp, so that it shares one all-reduce with the shared
+experts. Shapes: T tokens of this rank's block, H hidden, K experts per token. A slot is the place
+of an expert on a rank; slots are numbered through (`moespan.checkpoint.experts`).
+
+The rule of `auto`: with one block `replicated`; else `all_to_all` as soon as it saves a rank
+`LEAST_SAVED_BYTES` against `all_gather`, which needs fewer calls, and no word from the device on
+how much goes where.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moespan.config import Layout, ModelConfig
+from moespan.parallel.mesh import Mesh
+
+LEAST_SAVED_BYTES = 1 << 20
+
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""x [T, H], weights float32 [T, K], local slots int64 [T, K] → Σ weight · expert(x), [T, H]. Slots
+that are not 0 .. experts of this rank - 1 count nothing."""
+
+
+def split_evenly(total: int, parts: int) -> list[int]:
+    """Lengths of `parts` consecutive parts of `total`, the first ones one longer if need be."""
+    size, extra = divmod(total, parts)
+    return [size + (part < extra) for part in range(parts)]
+
+
+class Slots:
+    """Where the experts of one layer are.
+
+    Args:
+        experts: for each ep rank, the experts that it holds, in the order of its slots.
+        num_experts: experts of the layer.
+    """
+
+    def __init__(
+        self, experts: Sequence[Sequence[int]], num_experts: int, device: torch.device
+    ) -> None:
+        places: list[list[int]] = [[] for _ in range(num_experts)]
+        self.starts: list[int] = []
+        rank_of: list[int] = []
+        for rank, held in enumerate(experts):
+            self.starts.append(len(rank_of))
+            for expert in held:
+                places[expert].append(len(rank_of))
+                rank_of.append(rank)
+        self.rank_of = torch.tensor(rank_of, device=device)
+        most = max(map(len, places), default=1)
+        self._is_identity = places == [[slot] for slot in range(num_experts)]
+        self._replicas = torch.tensor(list(map(len, places)), device=device)
+        self._table = torch.tensor(
+            [row + [-1] * (most - len(row)) for row in places], device=device
+        )
+
+    def of(self, chosen: Tensor) -> Tensor:
+        """Experts int64 [T, K] → slots int64 [T, K]; tokens take turns on replicas."""
+        if self._is_identity:
+            return chosen
+        rows = torch.arange(len(chosen), device=chosen.device)[:, None]
+        return self._table[chosen, rows % self._replicas[chosen]]
+
+
+class Dispatch:
+    """One rank's way of sending tokens to experts, the same for all layers.
+
+    Args:
+        way: `auto` or one of the layout's `dispatches`.
+        element_bytes: bytes of one element of the hidden state.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, way: str, element_bytes: int) -> None:
+        layout = mesh.layout
+        layout.check_dispatch(way)
+        self._tp, self._ep, self._blocks = mesh.tp, mesh.ep, mesh.ep_blocks
+        self._ep_rank = layout.ep_rank(mesh.rank)
+        self._ways = layout.dispatches if way == "auto" else (way,)
+        self._block_tokens: list[int] = []
+        self.way = self._ways[0]
+        # What all_to_all saves for each token of the largest block, both directions.
+        met = mean_remote_ranks(config, layout) / layout.tp if layout.ep_blocks > 1 else 0.0
+        token_bytes = config.hidden_size * element_bytes
+        self._saved_bytes_per_token = 2 * token_bytes * (layout.ep_blocks - 1 - met)
+
+    def begin_step(self, block_tokens: list[int]) -> None:
+        """Choose the way for a step in which block i of the ep group has `block_tokens[i]`."""
+        self._block_tokens = block_tokens
+        saved_bytes = self._saved_bytes_per_token * max(block_tokens)
+        self.way = self._ways[-1 if saved_bytes >= LEAST_SAVED_BYTES else 0]
+
+    def __call__(
+        self, x: Tensor, weights: Tensor, chosen: Tensor, slots: Slots, compute: Compute
+    ) -> Tensor:
+        """[T, H] replicated over tp → [T, H] partial over tp.
+
+        Args:
+            weights, chosen: float32 and int64 [T, K], from the router.
+            compute: this rank's experts.
+        """
+        placed = slots.of(chosen)
+        first_slot = slots.starts[self._ep_rank]
+        if self.way == "replicated":
+            return compute(x, weights, placed - first_slot)
+        if self.way == "all_gather":
+            return self._by_all_gather(x, weights, placed, first_slot, compute)
+        return self._by_all_to_all(x, weights, placed, slots, compute)
+
+    def _by_all_gather(
+        self, x: Tensor, weights: Tensor, placed: Tensor, first_slot: int, compute: Compute
+    ) -> Tensor:
+        num_tokens = len(x)
+        padding = (0, 0, 0, max(self._block_tokens) - num_tokens)
+        # Routers on different ranks may disagree by a rounding: decisions are sent, not remade.
+        routed = _pack(F.pad(weights, padding), F.pad(placed, padding, value=-1))
+        x = self._blocks.all_gather(F.pad(x, padding), "moe")
+        weights, placed = _unpack(self._blocks.all_gather(routed, "router"))
+        # Padding has slot -1, which stays below every rank's first one.
+        out = compute(x, weights, placed - first_slot)
+        return self._blocks.reduce_scatter(out, "moe")[:num_tokens]
+
+    def _by_all_to_all(
+        self, x: Tensor, weights: Tensor, placed: Tensor, slots: Slots, compute: Compute
+    ) -> Tensor:
+        num_tokens = len(x)
+        first_slot = slots.starts[self._ep_rank]
+        lengths = split_evenly(num_tokens, self._tp.size)
+        start = sum(lengths[: self._tp.rank])
+        mine = slice(start, start + lengths[self._tp.rank])
+        # Which of my tokens go to which rank: those of my own block have them already.
+        holder = slots.rank_of[placed[mine]]
+        goes = torch.zeros(len(holder), self._ep.size, dtype=torch.bool, device=x.device)
+        goes.scatter_(1, holder, True)
+        own_block = self._ep_rank - self._tp.rank
+        goes[:, own_block : own_block + self._tp.size] = False
+        token = goes.t().nonzero()[:, 1]  # ordered by destination
+        counts, one_each = goes.sum(0), [1] * self._ep.size
+        arriving = self._ep.all_to_all(counts, one_each, one_each, "counts")
+        send, receive = counts.tolist(), arriving.tolist()
+
+        row = token + start
+        routed = self._ep.all_to_all(_pack(weights[row], placed[row]), send, receive, "router")
+        arrived = self._ep.all_to_all(x[row], send, receive, "moe")
+        arrived_weights, arrived_placed = _unpack(routed)
+        # One computation for my block's tokens and those of others; slots elsewhere count nothing.
+        out = compute(
+            torch.cat([x, arrived]),
+            torch.cat([weights, arrived_weights]),
+            torch.cat([placed, arrived_placed]) - first_slot,
+        )
+        returned = self._ep.all_to_all(out[num_tokens:], receive, send, "moe")
+        total = out[:num_tokens].float().index_add_(0, row, returned.float())
+        return total.to(x.dtype)
+
+
+def mean_remote_ranks(config: ModelConfig, layout: Layout) -> float:
+    """On how many ranks of other blocks a token finds one of its experts, if all are equally likely
+    and spread evenly: each of R ranks is missed with probability C(E - E/R, K) / C(E, K)."""
+    experts, chosen = config.n_routed_experts or 0, config.num_experts_per_tok
+    missed = math.comb(experts - experts // layout.ep, chosen) / math.comb(experts, chosen)
+    return (layout.ep - layout.tp) * (1 - missed)
+
+
+def _pack(weights: Tensor, placed: Tensor) -> Tensor:
+    """float32 [T, K] and int64 [T, K] → int32 [T, 2·K], to be sent at once."""
+    return torch.cat([weights.view(torch.int32), placed.int()], -1)
+
+
+def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    weights, placed = packed.chunk(2, -1)
+    return weights.contiguous().view(torch.float32), placed.long()

@@ -1,0 +1,624 @@
+"""`LLM` gives every prompt its own answer, the same one however it is batched, and goes on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moespan import LLM, MoespanError, RequestOutput, SamplingParams
+from moespan.engine.engine import Engine
+from moespan.engine.request import Request
+from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
+from tests.support import QUICKSTART, Oracle, altered_checkpoint, write_config
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+BEGIN, END = 0, 1
+
+
+def greedy(**settings: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 24, **settings})
+
+
+def engine(llm: LLM) -> Engine:
+    return llm._client._engine  # type: ignore[attr-defined,no-any-return]
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nothing is left of any request: no sequence, no text, no block that somebody holds."""
+    scheduler = engine(llm)._replicas.schedulers[0]
+    scheduler.check_integrity()
+    assert not scheduler.has_unfinished
+    assert scheduler.allocator.num_used == 0
+    assert not engine(llm)._live
+    assert not llm._live
+
+
+def text_of(outputs: list[RequestOutput]) -> list[str]:
+    return [output.outputs[0].text for output in outputs]
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def logits_of(llm: LLM, token_ids: list[int]) -> np.ndarray:
+    """The model's logits [T, V] at every position, by the way that `verify` takes."""
+    request = llm.request(token_ids, greedy(max_tokens=1), prompt_logits=True)
+    (output,) = llm.stream([request])
+    return np.frombuffer(output.prompt_logits, np.float32).reshape(len(token_ids), -1)
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> Iterator[LLM]:
+    """The quickstart model in float32, idle again after every test."""
+    with LLM(str(QUICKSTART), device="cpu", dtype="float32", tensor_parallel_size=1) as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(quickstart: LLM) -> Iterator[LLM]:
+    yield quickstart
+    assert_idle(quickstart)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Callable[..., LLM]:
+    """Makes engines with random weights, without tokenizer, so small that they run in no time."""
+
+    def make(**settings: Any) -> LLM:
+        folder = write_config(tmp_path / "small")
+        return LLM(str(folder), device="cpu", load_format="dummy", **settings)
+
+    return make
+
+
+# Prompts
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm: LLM):
+    prompts = [f"{a}+{b}=" for a in range(2, 10) for b in range(2, 10)]
+    limits = itertools.cycle([1, 9, 2, 24, 5])
+    params = [greedy(max_tokens=limit) for limit, _ in zip(limits, prompts, strict=False)]
+    outputs = llm.generate(prompts, params)
+    assert [output.prompt for output in outputs] == prompts
+    for output, one in zip(outputs, params, strict=True):
+        a, b = map(int, output.prompt.rstrip("=").split("+"))
+        answer = str(a + b)
+        assert output.outputs[0].text == answer[: one.max_tokens]
+        done = one.max_tokens > len(answer)
+        assert output.outputs[0].finish_reason == ("stop" if done else "length")
+
+
+def test_text_token_ids_and_dicts_are_the_same_prompt(llm: LLM):
+    ids = llm.tokenizer.encode("347+85=")
+    ways: list[Any] = [
+        "347+85=",
+        ids,
+        {"prompt": "347+85="},
+        {"prompt_token_ids": ids},
+        {"prompt_token_ids": ids, "prompt": "what it is called"},
+    ]
+    outputs = llm.generate(ways, GREEDY)
+    assert text_of(outputs) == ["432"] * len(ways)
+    assert [output.prompt_token_ids for output in outputs] == [ids] * len(ways)
+    assert [output.prompt for output in outputs] == ["347+85=", None, "347+85=", None, None]
+    for way in ways:
+        (alone,) = llm.generate(way, GREEDY)
+        assert alone.outputs[0].text == "432"
+
+
+def test_no_prompts_have_no_outputs(llm: LLM):
+    assert llm.generate([]) == []
+    assert llm.chat([]) == []
+    assert list(llm.stream([])) == []
+
+
+def test_one_conversation_or_several_are_answered_through_the_template(llm: LLM):
+    sums = [[{"role": "user", "content": f"{a}+30="}] for a in (12, 20, 31)]
+    outputs = llm.chat(sums, GREEDY)
+    assert [output.outputs[0].text.strip() for output in outputs] == ["42", "50", "61"]
+    assert outputs[0].prompt == "<|begin|>User: 12+30=\n\nAssistant:"
+    # The template has written the begin token; it is there once.
+    assert outputs[0].prompt_token_ids.count(BEGIN) == 1
+    (alone,) = llm.chat(sums[0], GREEDY)
+    assert alone.outputs == outputs[0].outputs
+
+
+def test_sampling_parameters_are_one_for_all_one_for_each_or_the_default(llm: LLM):
+    prompts = ["1+1=", "2+2="]
+    same = llm.generate(prompts, greedy(max_tokens=1))
+    assert tokens_of(same) == [
+        ids[:1] for ids in tokens_of(llm.generate(prompts, [GREEDY, GREEDY]))
+    ]
+    each = llm.generate(prompts, [greedy(max_tokens=5, ignore_eos=True), greedy(max_tokens=1)])
+    assert [len(ids) for ids in tokens_of(each)] == [5, 1]
+    assert [len(output.outputs) for output in llm.generate(prompts)] == [1, 1]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_wrong_number_of_sampling_parameters_is_refused(llm: LLM, count: int):
+    with pytest.raises(RequestError, match=f"^{count} sampling parameters for 2 prompts"):
+        llm.generate(["1+1=", "2+2="], [GREEDY] * count)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (5, "5 is neither text nor a list of token ids"),
+        (None, "None is neither"),
+        ([0, "1"], r"\[0, '1'\] is neither"),
+        ([0, True], "is neither"),
+        ({"text": "1+1="}, r"\{'text': '1\+1='\} is neither"),
+        ([], "the prompt is empty"),
+        ([0, 512], r"prompt_token_ids: token id 512 is not within 0\.\.511"),
+        ([0, -1], "token id -1"),
+        ([0] * 512, "the prompt has 512 tokens; max_model_len=512"),
+        ("half \ud83d", "half of a surrogate pair"),
+    ],
+)
+def test_an_error_names_the_prompt_and_nothing_is_run(llm: LLM, bad: Any, says: str):
+    with pytest.raises(RequestError, match=f"^prompt 1: .*{says}"):
+        llm.generate(["1+1=", bad, "2+2="])
+    assert_idle(llm)
+
+
+def test_an_error_names_the_parameters_that_do_not_fit_the_model(llm: LLM):
+    params = [GREEDY, greedy(stop_token_ids=[600])]
+    with pytest.raises(RequestError, match=r"^prompt 1: stop_token_ids: token id 600"):
+        llm.generate(["1+1=", "2+2="], params)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ([], "messages is empty"),
+        ([{"role": "user"}], r"messages\[0\] has no 'content'"),
+        ([{"role": "user", "content": None}], "must be a string"),
+        ("hello", "messages is str"),
+    ],
+)
+def test_an_error_names_the_conversation(llm: LLM, bad: Any, says: str):
+    good = [{"role": "user", "content": "1+1="}]
+    with pytest.raises(RequestError, match=f"^prompt 1: .*{says}"):
+        llm.chat([good, bad])
+
+
+def test_without_a_tokenizer_token_ids_work_and_text_is_refused_with_the_way_out(
+    small: Callable[..., LLM],
+):
+    with small() as llm:
+        assert llm.tokenizer is None
+        (output,) = llm.generate([3, 1, 4], greedy(max_tokens=4, ignore_eos=True))
+        assert len(output.outputs[0].token_ids) == 4
+        assert output.outputs[0].text == ""
+        with pytest.raises(RequestError, match=r"no tokenizer\.json; give token ids"):
+            llm.generate("text")
+        with pytest.raises(RequestError, match=r"^prompt 0: chat needs a tokenizer"):
+            llm.chat([{"role": "user", "content": "hello"}])
+        # The engine sees this one; the request alone fails.
+        (output,) = llm.generate([3, 1, 4], greedy(stop=["."]))
+        assert output.error is not None
+        assert "use stop_token_ids" in output.error
+        assert_idle(llm)
+
+
+def test_a_progress_bar_is_shown_when_asked_for(llm: LLM, capsys: pytest.CaptureFixture[str]):
+    llm.generate(["1+1=", "2+2="], GREEDY)
+    assert capsys.readouterr() == ("", "")
+    llm.generate(["1+1=", "2+2="], GREEDY, use_tqdm=True)
+    assert "2/2" in capsys.readouterr().err
+
+
+# Ends
+
+
+def test_a_stop_string_ends_the_text_before_it(llm: LLM):
+    (output,) = llm.generate("sort 42 7 93:", greedy(stop=["42", "93"]))
+    one = output.outputs[0]
+    assert (one.text, one.finish_reason, one.stop_reason) == (" 7 ", "stop", "42")
+    (output,) = llm.generate("sort 42 7 93:", greedy(stop=["42"], include_stop_str_in_output=True))
+    assert output.outputs[0].text == " 7 42"
+
+
+def test_a_stop_token_ends_the_output(llm: LLM):
+    whole = llm.generate("sort 42 7 93:", GREEDY)[0].outputs[0]
+    assert (whole.text, whole.finish_reason, whole.stop_reason) == (" 7 42 93", "stop", None)
+    stop = whole.token_ids[3]
+    cut = llm.generate("sort 42 7 93:", greedy(stop_token_ids=[stop]))[0].outputs[0]
+    assert cut.token_ids == whole.token_ids[:4]
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
+
+
+def test_min_tokens_bars_every_end(llm: LLM):
+    settings = {"min_tokens": 12, "stop": ["432"], "stop_token_ids": [21]}
+    one = llm.generate("347+85=", greedy(**settings))[0].outputs[0]
+    assert len(one.token_ids) >= 12
+    assert not {21, END} & set(one.token_ids[:11])
+
+
+def test_ignore_eos_makes_eos_a_token_like_any_other(llm: LLM):
+    plain = llm.generate("347+85=", greedy(ignore_eos=True, max_tokens=9))[0].outputs[0]
+    assert plain.token_ids[:4] == [21, 20, 19, END]
+    assert (len(plain.token_ids), plain.finish_reason) == (9, "length")
+    assert "<|end|>" not in plain.text
+    shown = greedy(ignore_eos=True, max_tokens=9, skip_special_tokens=False)
+    assert llm.generate("347+85=", shown)[0].outputs[0].text.startswith("432<|end|>")
+
+
+def test_logit_bias_makes_and_breaks_tokens(llm: LLM):
+    forced = llm.generate("347+85=", greedy(logit_bias={END: 100.0}))[0].outputs[0]
+    assert (forced.token_ids, forced.text, forced.finish_reason) == ([END], "", "stop")
+    banned = llm.generate("347+85=", greedy(logit_bias={21: -100.0}))[0].outputs[0]
+    assert 21 not in banned.token_ids
+
+
+def test_an_output_ends_at_the_models_length(small: Callable[..., LLM]):
+    with small(max_model_len=20) as llm:
+        (output,) = llm.generate([5] * 17, greedy(max_tokens=None, ignore_eos=True))
+        assert len(output.outputs[0].token_ids) == 3
+        assert output.outputs[0].finish_reason == "length"
+
+
+# Samples and scores
+
+
+def test_n_continuations_are_those_of_n_requests_with_following_seeds(llm: LLM):
+    story = "Story: Mia, fox, lake."
+    settings = {"max_tokens": 20, "temperature": 1.5}
+    (together,) = llm.generate(story, SamplingParams(n=3, seed=7, **settings))
+    alone = llm.generate([story] * 3, [SamplingParams(seed=7 + i, **settings) for i in range(3)])
+    assert [one.index for one in together.outputs] == [0, 1, 2]
+    assert [one.token_ids for one in together.outputs] == tokens_of(alone)
+    assert [one.text for one in together.outputs] == text_of(alone)
+    assert len(set(text_of(alone))) == 3
+
+
+def test_requests_without_a_seed_are_drawn_from_the_engines(small: Callable[..., LLM]):
+    def draws(seed: int) -> list[list[int]]:
+        with small(seed=seed) as llm:
+            return tokens_of(llm.generate([[3, 1]] * 4, SamplingParams(ignore_eos=True)))
+
+    first = draws(0)
+    assert len({tuple(ids) for ids in first}) == 4
+    assert draws(0) == first
+
+
+def test_logprobs_are_those_of_the_models_own_distribution(llm: LLM):
+    prompt = llm.tokenizer.encode("Story: Mia, fox, lake.")
+    params = SamplingParams(
+        max_tokens=12, temperature=2.0, top_k=40, seed=3, logprobs=4, ignore_eos=True
+    )
+    one = llm.generate(prompt, params)[0].outputs[0]
+    expected = log_softmax(logits_of(llm, prompt + one.token_ids))[len(prompt) - 1 : -1]
+    assert [entry.token_id for entry in one.logprobs] == one.token_ids
+    for entry, row in zip(one.logprobs, expected, strict=True):
+        assert entry.logprob == pytest.approx(row[entry.token_id], abs=1e-4)
+        best = np.argsort(-row, kind="stable")[:4]
+        assert [token for token, _ in entry.top] == best.tolist()
+        assert [score for _, score in entry.top] == pytest.approx(row[best].tolist(), abs=1e-4)
+    total = sum(row[token] for row, token in zip(expected, one.token_ids, strict=True))
+    assert one.cumulative_logprob == pytest.approx(total, abs=1e-3)
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [3, 2048])
+def test_prompt_logprobs_are_one_for_each_token_but_the_first(
+    small: Callable[..., LLM], max_num_batched_tokens: int
+):
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    with small(max_num_seqs=1, max_num_batched_tokens=max_num_batched_tokens) as llm:
+        (output,) = llm.generate(prompt, greedy(max_tokens=1, prompt_logprobs=2))
+        expected = log_softmax(logits_of(llm, prompt))
+        first, *others = output.prompt_logprobs
+        assert first is None
+        assert [entry.token_id for entry in others] == prompt[1:]
+        for entry, row in zip(others, expected, strict=False):
+            assert entry.logprob == pytest.approx(row[entry.token_id], abs=1e-5)
+            assert [token for token, _ in entry.top] == np.argsort(-row)[:2].tolist()
+
+
+def test_scores_that_were_asked_for_are_lists_and_others_none(small: Callable[..., LLM]):
+    with small() as llm:
+        (asked,) = llm.generate([3], greedy(max_tokens=2, logprobs=0, prompt_logprobs=0))
+        assert asked.prompt_logprobs == [None]
+        assert [entry.top for entry in asked.outputs[0].logprobs] == [[], []]
+        (plain,) = llm.generate([3], greedy(max_tokens=2))
+        assert plain.prompt_logprobs is None
+        assert plain.outputs[0].logprobs is None
+        assert plain.outputs[0].cumulative_logprob is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 3, "max_num_batched_tokens": 5},
+        {"max_num_seqs": 16, "max_num_batched_tokens": 16},
+        {"enable_prefix_caching": False, "block_size": 3},
+    ],
+)
+def test_a_seeded_request_gets_the_same_tokens_whatever_shares_its_batch(
+    small: Callable[..., LLM], settings: dict[str, Any]
+):
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6], [5] * 12, [3, 1, 4, 1, 5]]
+    params = [
+        SamplingParams(seed=11, max_tokens=16, ignore_eos=True),
+        SamplingParams(seed=12, max_tokens=16, ignore_eos=True, top_p=0.8),
+        SamplingParams(seed=13, max_tokens=16, ignore_eos=True, top_k=20, presence_penalty=0.5),
+        SamplingParams(seed=14, max_tokens=16, ignore_eos=True, temperature=0.7),
+    ]
+    strangers = [[number % 60, 7] for number in range(9)]
+    with small() as llm:
+        alone = [
+            llm.generate(prompt, one)[0].outputs[0].token_ids
+            for prompt, one in zip(prompts, params, strict=True)
+        ]
+    with small(**settings) as llm:
+        noise = [SamplingParams(max_tokens=3 + number) for number in range(9)]
+        outputs = llm.generate(
+            [*strangers[:4], *prompts, *strangers[4:]], [*noise[:4], *params, *noise[4:]]
+        )
+        assert tokens_of(outputs[4:8]) == alone
+        assert_idle(llm)
+
+
+# However it is batched
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Oracle:
+    return Oracle("tiny_gqa")
+
+
+@pytest.fixture(scope="module")
+def alone(oracle: Oracle) -> list[list[int]]:
+    """What each prompt gives when nothing else runs; it is what the Hugging Face model gives."""
+    params = greedy(ignore_eos=True)
+    with LLM(str(oracle.folder), device="cpu", dtype="float32") as llm:
+        found = [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in oracle.prompts]
+    assert found == oracle.greedy
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="all at once"),
+        pytest.param({"max_num_seqs": 2}, id="two at a time"),
+        pytest.param({"max_num_seqs": 3, "max_num_batched_tokens": 7}, id="chunks of 7 tokens"),
+        pytest.param({"max_num_batched_tokens": 64, "block_size": 1}, id="blocks of one token"),
+        pytest.param({"enable_prefix_caching": False}, id="without prefix cache"),
+    ],
+)
+def test_batching_changes_no_greedy_token(
+    oracle: Oracle, alone: list[list[int]], settings: dict[str, Any]
+):
+    with LLM(str(oracle.folder), device="cpu", dtype="float32", **settings) as llm:
+        outputs = llm.generate(oracle.prompts, greedy(ignore_eos=True))
+        assert tokens_of(outputs) == alone
+        assert_idle(llm)
+
+
+def test_preemption_changes_no_greedy_token(oracle: Oracle, alone: list[list[int]]):
+    settings: dict[str, Any] = {"block_size": 4, "num_blocks": 64}
+    with LLM(str(oracle.folder), device="cpu", dtype="float32", **settings) as llm:
+        twice = oracle.prompts * 2
+        outputs = llm.generate(twice, greedy(ignore_eos=True))
+        assert engine(llm).stats.num_preemptions > 0
+        assert tokens_of(outputs) == alone * 2
+        assert_idle(llm)
+
+
+def test_prefix_hits_change_no_greedy_token(oracle: Oracle, alone: list[list[int]]):
+    with LLM(str(oracle.folder), device="cpu", dtype="float32", block_size=8) as llm:
+        params = greedy(ignore_eos=True)
+        assert tokens_of(llm.generate(oracle.prompts, params)) == alone
+        again = llm.generate(oracle.prompts, params)
+        assert tokens_of(again) == alone
+        # All full blocks but that of the last token, which is always computed.
+        cached = [(len(prompt) - 1) // 8 * 8 for prompt in oracle.prompts]
+        assert [output.num_cached_tokens for output in again] == cached
+        assert engine(llm).stats.num_prefix_hit_tokens == sum(cached)
+        # Prompt and output of an earlier request are a prefix, too.
+        longer = oracle.prompts[3] + alone[3][:16]
+        (output,) = llm.generate(longer, greedy(ignore_eos=True, max_tokens=8))
+        assert output.outputs[0].token_ids == alone[3][16:]
+        assert output.num_cached_tokens == (len(longer) - 1) // 8 * 8
+
+
+# Streams
+
+
+def numbered(
+    llm: LLM, count: int, taken: list[int], max_tokens: int, longer_by: int = 0
+) -> Iterable[Any]:
+    """`count` requests, each `longer_by` than the last; tells `taken` as each is asked for."""
+    for number in range(count):
+        taken.append(number)
+        params = greedy(ignore_eos=True, max_tokens=max_tokens + number * longer_by)
+        yield llm.request([number % 60, 7], params)
+
+
+def test_a_stream_never_takes_requests_ahead_of_need(small: Callable[..., LLM]):
+    taken: list[int] = []
+    furthest = finished = 0
+    with small(max_num_seqs=32, max_model_len=8) as llm:
+        for output in llm.stream(numbered(llm, 10_000, taken, max_tokens=1)):
+            furthest = max(furthest, len(taken) - finished)
+            finished += 1
+            assert output.finished
+            assert len(llm._live) <= 64
+        assert_idle(llm)
+    assert finished == len(taken) == 10_000
+    assert furthest <= 64
+
+
+def test_a_stream_yields_what_is_finished_first(small: Callable[..., LLM]):
+    with small() as llm:
+        long = llm.request([1], greedy(max_tokens=40, ignore_eos=True))
+        short = llm.request([2], greedy(max_tokens=3, ignore_eos=True))
+        yielded = [output.request_id for output in llm.stream([long, short])]
+        assert yielded == [short[1].id, long[1].id]
+
+
+def test_an_abandoned_stream_frees_its_blocks_and_the_engine_goes_on(small: Callable[..., LLM]):
+    taken: list[int] = []
+    with small(max_num_seqs=4) as llm:
+        (before,) = llm.generate([3, 1, 4], greedy(ignore_eos=True))
+        stream = llm.stream(numbered(llm, 100, taken, max_tokens=10, longer_by=1))
+        next(stream)
+        assert engine(llm).stats.num_running > 0
+        stream.close()  # type: ignore[attr-defined]
+        assert len(taken) <= 12
+        assert_idle(llm)
+        (after,) = llm.generate([3, 1, 4], greedy(ignore_eos=True))
+        assert after.outputs == before.outputs
+
+
+def test_an_error_in_the_source_of_a_stream_leaves_nothing_behind(small: Callable[..., LLM]):
+    def source(llm: LLM) -> Iterable[Any]:
+        yield llm.request([1], GREEDY)
+        yield llm.request([2], GREEDY)
+        raise KeyError("gone")
+
+    with small() as llm:
+        with pytest.raises(KeyError):
+            list(llm.stream(source(llm)))
+        assert_idle(llm)
+
+
+def test_streams_may_be_mixed(small: Callable[..., LLM]):
+    with small(max_num_seqs=4) as llm:
+        expected = llm.generate([[3, 1, 4]], greedy(ignore_eos=True))[0].outputs
+        outer = 0
+        for _ in llm.stream(numbered(llm, 20, [], max_tokens=6)):
+            outer += 1
+            assert llm.generate([[3, 1, 4]], greedy(ignore_eos=True))[0].outputs == expected
+        assert outer == 20
+        one = llm.stream(numbered(llm, 9, [], max_tokens=3))
+        other = llm.stream(numbered(llm, 9, [], max_tokens=3))
+        pairs = [(a.request_id, b.request_id) for a, b in zip(one, other, strict=True)]
+        assert len({name for pair in pairs for name in pair}) == 18
+        assert_idle(llm)
+
+
+def test_a_request_that_cannot_be_sent_fails_alone(
+    small: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+):
+    with small() as llm:
+        add = llm._client.add
+
+        def refuse_large(request: Request) -> None:
+            if len(request.prompt_token_ids) > 9:
+                raise RequestError("the request is too large to be sent")
+            add(request)
+
+        monkeypatch.setattr(llm._client, "add", refuse_large)
+        params = greedy(max_tokens=2, ignore_eos=True, n=2)
+        outputs = llm.generate([[1], [2] * 10, [3]], params)
+        assert [output.error for output in outputs] == [
+            None,
+            "the request is too large to be sent",
+            None,
+        ]
+        assert [one.finish_reason for one in outputs[1].outputs] == ["error", "error"]
+
+
+def test_a_dead_engine_is_told_once_and_as_itself(
+    small: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+):
+    def die(*_: object) -> None:
+        raise EngineDeadError("rank 1 was killed by SIGKILL")
+
+    with small() as llm:
+        monkeypatch.setattr(llm._client, "receive", die)
+        monkeypatch.setattr(llm._client, "abort", die)
+        with pytest.raises(EngineDeadError, match="SIGKILL") as caught:
+            llm.generate([[1], [2]])
+        assert caught.value.__context__ is None
+
+
+# Numbers that are none
+
+
+def test_logits_that_are_not_finite_end_one_request_and_the_others_go_on(tmp_path: Path):
+    oracle = Oracle("tiny")
+    bad_token = 77
+    used = {*itertools.chain(*oracle.prompts[:3], *oracle.greedy[:3])}
+    assert bad_token not in used
+
+    def spoil(embedding: torch.Tensor) -> None:
+        embedding[bad_token] = torch.nan
+
+    folder = altered_checkpoint(oracle.folder, tmp_path / "bad", "model.embed_tokens.weight", spoil)
+    poisoned = [*oracle.prompts[1], bad_token]
+    prompts = [oracle.prompts[0], poisoned, oracle.prompts[1], poisoned * 3, oracle.prompts[2]]
+    with LLM(str(folder), device="cpu", dtype="float32", block_size=2) as llm:
+        for _ in range(2):  # the second time with what the prefix cache has kept
+            outputs = llm.generate(prompts, greedy(ignore_eos=True))
+            for bad in (outputs[1], outputs[3]):
+                assert bad.outputs[0].finish_reason == "error"
+                assert bad.outputs[0].token_ids == []
+                assert "not finite" in (bad.error or "")
+            good = [outputs[0], outputs[2], outputs[4]]
+            assert tokens_of(good) == oracle.greedy[:3]
+            assert_idle(llm)
+    with pytest.raises(MoespanError, match=r"model\.embed_tokens\.weight holds NaN or Inf"):
+        LLM(str(folder), device="cpu", check_finite=True)
+
+
+# Settings
+
+
+def test_remote_code_is_refused():
+    with pytest.raises(ConfigError, match="trust_remote_code is refused"):
+        LLM(str(QUICKSTART), trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_model_len": 0}, "max_model_len=0 must be at least 1"),
+        ({"max_model_len": 513}, "max_model_len=513 exceeds .* max_position_embeddings=512"),
+        ({"block_size": 0}, "block_size=0 must be at least 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be at least 1"),
+        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_seqs=9 exceeds"),
+        ({"num_blocks": 0}, "num_blocks=0 of 32 tokens cannot hold one sequence"),
+        ({"dtype": "int8"}, "dtype='int8' is not one of"),
+        ({"device": "tpu"}, "device 'tpu' is not usable"),
+        ({"load_format": "pickle"}, "load_format='pickle' is not one of"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(settings: dict[str, Any], says: str):
+    with pytest.raises(ConfigError, match=says):
+        LLM(str(QUICKSTART), **{"device": "cpu", **settings})
+
+
+def test_a_layout_that_does_not_fit_names_those_that_do():
+    with pytest.raises(LayoutError, match=r"tp=3 .* use tp=1, 2, 4, 8"):
+        LLM(str(QUICKSTART), device="cpu", tensor_parallel_size=3)
+
+
+def test_the_engine_says_what_it_is(quickstart: LLM):
+    info = quickstart.info
+    assert (info.device, info.dtype, info.layout.tp) == ("cpu", "float32", 1)
+    assert (info.max_model_len, info.block_size) == (512, 32)
+    assert info.num_blocks >= 16
+    assert info.weight_bytes > info.read_bytes > 3_700_000  # bfloat16 in the file
+
+
+def test_closing_twice_is_closing_once(small: Callable[..., LLM]):
+    llm = small()
+    with llm:
+        pass
+    llm.close()

@@ -1,0 +1,87 @@
+"""Zeros cost nothing before they are written, and no more is counted as free than is."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from moespan import memory
+from moespan.memory import available_bytes, zeros
+
+CPU = torch.device("cpu")
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 5), (7, 0)])
+def test_zeros_have_the_shape_and_dtype_asked_for(shape: tuple[int, ...], dtype: torch.dtype):
+    made = zeros(shape, dtype, CPU)
+    assert made.shape == shape
+    assert made.dtype is dtype
+    assert not made.any()
+    made.fill_(1)
+    assert made.float().sum() == made.numel()
+
+
+def test_zeros_take_no_memory_before_they_are_written():
+    before = resident_bytes()
+    made = zeros((1 << 30,), torch.float32, CPU)  # 4 GiB
+    assert resident_bytes() - before < 64 << 20
+    made[-1] = 1
+    assert made[-1] == 1
+
+
+def limits(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    machine: int,
+    limit: int | None = None,
+    used: int = 0,
+    page_cache: int = 0,
+) -> None:
+    """Make the machine and the container look like this."""
+    files = {"/sys/fs/cgroup/memory.max": limit, "/sys/fs/cgroup/memory.current": used}
+    monkeypatch.setattr(memory, "_meminfo_bytes", lambda key: machine)
+    monkeypatch.setattr(memory, "_read_integer", files.get)
+    monkeypatch.setattr(memory, "_cgroup_statistic", lambda key: page_cache)
+
+
+def test_without_a_container_the_machines_memory_counts(monkeypatch: pytest.MonkeyPatch):
+    limits(monkeypatch, machine=1000)
+    assert available_bytes(CPU) == 1000
+
+
+def test_the_containers_limit_counts_where_it_is_tighter(monkeypatch: pytest.MonkeyPatch):
+    limits(monkeypatch, machine=1000, limit=500, used=200)
+    assert available_bytes(CPU) == 300
+    limits(monkeypatch, machine=100, limit=500, used=200)
+    assert available_bytes(CPU) == 100
+
+
+def test_the_page_cache_of_a_container_gives_way(monkeypatch: pytest.MonkeyPatch):
+    limits(monkeypatch, machine=1000, limit=500, used=400, page_cache=250)
+    assert available_bytes(CPU) == 350
+
+
+def test_free_memory_is_never_negative(monkeypatch: pytest.MonkeyPatch):
+    limits(monkeypatch, machine=1000, limit=500, used=600)
+    assert available_bytes(CPU) == 0
+
+
+def test_this_machine_has_memory():
+    assert available_bytes(CPU) > 1 << 20
+
+
+def test_a_limit_is_a_number_or_none(tmp_path: Path):
+    file = tmp_path / "memory.max"
+    assert memory._read_integer(str(file)) is None
+    file.write_text("max\n")
+    assert memory._read_integer(str(file)) is None
+    file.write_text("1073741824\n")
+    assert memory._read_integer(str(file)) == 1 << 30
