@@ -21,6 +21,7 @@ import msgspec
 import pytest
 from torch.distributed import TCPStore
 
+from moespan import LLM, cli
 from moespan.config import EngineConfig, Layout, Nodes
 from moespan.errors import ConfigError, LayoutError, MeetingError
 from moespan.launch import meeting, watch
@@ -28,6 +29,7 @@ from moespan.launch.job import Failure
 from moespan.launch.meeting import Met, facts, meet
 from moespan.launch.network import interface_of, interface_towards, interfaces
 from moespan.launch.watch import NoPeers, Watch, write_first_words
+from moespan.llm import _warn_if_tp_crosses
 from tests.support import DATA
 
 FAKE_NODE = str(Path(__file__).with_name("fake_node.py"))
@@ -105,6 +107,33 @@ def test_every_node_runs_equally_many_ranks() -> None:
 def test_the_meeting_point_is_written_as_in_a_url() -> None:
     assert Nodes(master_addr="10.0.0.1").meeting_point == "10.0.0.1:29500"
     assert Nodes(master_addr="fd00::1").meeting_point == "[fd00::1]:29500"
+
+
+def test_tp_that_crosses_nodes_is_said_aloud_by_node_0(capsys: pytest.CaptureFixture[str]) -> None:
+    _warn_if_tp_crosses(Layout(tp=4, dp=2), Nodes(2))
+    _warn_if_tp_crosses(Layout(tp=4), Nodes(2, 1))
+    assert capsys.readouterr().err == ""
+    _warn_if_tp_crosses(Layout(tp=4), Nodes(2))
+    assert capsys.readouterr().err.startswith("moespan: tp=4 crosses nodes, which have 2 of the 4")
+
+
+def test_the_command_line_takes_the_names_of_vllm_and_sglang() -> None:
+    words = ["generate", "M", "--prompt", "x", "--nnodes", "2", "--node-rank", "1"]
+    for address in (["--master-addr", "fd00::1", "--master-port", "7"], None):
+        args = cli._parser().parse_args([*words, *(address or ["--dist-init-addr", "[fd00::1]:7"])])
+        assert (args.nnodes, args.node_rank) == (2, 1)
+        assert (args.master_addr, args.master_port) == ("fd00::1", 7)
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args([*words, "--dist-init-addr", "fd00"])
+
+
+def test_nodes_are_for_torchrun_to_know_where_it_started_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="torchrun"):
+        LLM(str(DATA / "oracle" / "tiny"), tensor_parallel_size=2, nnodes=2, device="cpu")
 
 
 def test_interfaces_are_found_by_address() -> None:
