@@ -23,7 +23,7 @@ def init_distributed(
     Args:
         device: `cpu`, `cuda` or `npu`.
         store_path: file through which the ranks find each other; None takes the store that
-            MASTER_ADDR and MASTER_PORT name, as plain torchrun sets them.
+            MASTER_ADDR and MASTER_PORT name, as torchrun and our agents on many nodes set them.
         timeout_s: bound on joining.
 
     Raises:

@@ -134,7 +134,9 @@ def _play(
     timeout_s = timeout_s or COLLECTIVE_TIMEOUT_S
     config: EngineConfig | None = job.read_config()
     assert config is not None
-    device = init_distributed(config.device, job.store_path, timeout_s)
+    # Ranks on many nodes find each other through the agents' store, which the environment names.
+    store_path = job.store_path if job.read_nodes().nnodes == 1 else None
+    device = init_distributed(config.device, store_path, timeout_s)
     front: Connection[FromFront] | None = None
     while config is not None:
         if rank > 0:
