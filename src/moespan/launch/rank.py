@@ -78,16 +78,16 @@ def main() -> None:
 
 def _build_leader(config: EngineConfig, device: torch.device) -> LeaderEngine:
     from moespan.engine.engine import build_leader
-    from moespan.parallel.mesh import Mesh
+    from moespan.launch.distributed import make_mesh
 
-    return build_leader(config, Mesh.create(config.layout, device, config.moe_dispatch))
+    return build_leader(config, make_mesh(config, device))
 
 
 def _follow(config: EngineConfig, device: torch.device) -> EngineConfig | None:
     from moespan.engine.engine import follow
-    from moespan.parallel.mesh import Mesh
+    from moespan.launch.distributed import make_mesh
 
-    return follow(config, Mesh.create(config.layout, device, config.moe_dispatch))
+    return follow(config, make_mesh(config, device))
 
 
 def run_rank(
