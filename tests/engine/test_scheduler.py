@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moespan.config import EngineConfig
+from moespan.config import EngineConfig, Layout
 from moespan.engine.plan import StepPlan
 from moespan.engine.request import Request, SamplingParams, TokenLogprobs
 from moespan.engine.scheduler import Scheduler, SequenceUpdate
@@ -817,6 +817,32 @@ def test_plans_in_flight_hold_different_sequences():
     ]
     bench.drain(depth=2)
     bench.check_outputs()
+
+
+@pytest.mark.parametrize(
+    ("pp", "count", "sizes"),
+    [
+        (1, 5, [5]),
+        (2, 5, [3, 2]),
+        (4, 5, [2, 1, 1, 1]),
+        (4, 4, [1, 1, 1, 1]),
+        (4, 3, [1, 1, 1]),
+        (4, 24, [6, 6, 6, 6]),
+        (4, 40, [8, 8, 8, 8]),  # max_num_seqs
+    ],
+)
+def test_a_plan_takes_at_most_its_share_of_the_sequences_so_that_every_stage_has_one(
+    pp: int, count: int, sizes: list[int]
+):
+    config = EngineConfig(
+        "", Layout(pp=pp), max_num_seqs=8, max_num_batched_tokens=64, max_model_len=32
+    )
+    scheduler = Scheduler(config, 64, VOCAB)
+    for number in range(count):
+        params = SamplingParams(max_tokens=4)
+        scheduler.add(Request(id=str(number), prompt_token_ids=[number % VOCAB], params=params))
+    plans = [scheduler.schedule() for _ in range(pp)]
+    assert [len(plan.query_lens) for plan in plans if plan is not None] == sizes
 
 
 def test_metrics_follow_the_sequences():
