@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,8 +45,8 @@ class Ranks:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for client in self._clients.values():
-            client.close()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(RanksClient.close, self._clients.values()))
 
     def llm(
         self, model: Path, layout: Layout = ONE_RANK, moe_dispatch: str = "auto", **settings: Any

@@ -101,14 +101,9 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "every other layer dense": {"num_hidden_layers": 4, "moe_layer_freq": 2},
     "linear rope scaling": {"rope_scaling": {"type": "linear", "factor": 4.0}},
 }
-FOR_GEOMETRIES = [
-    Layout(tp=4, ep=4),
-    Layout(tp=4, ep=2),
-    Layout(tp=2, sp=2, ep=4),
-    Layout(tp=2, pp=2),
-    Layout(sp=2, dp=2, ep=4),
-]
+FOR_GEOMETRIES = [Layout(tp=4, ep=2), Layout(tp=2, sp=2, ep=4), Layout(tp=2, pp=2)]
 LAYOUTS_OF: dict[str, list[Layout]] = {
+    "plain": [*FOR_GEOMETRIES, Layout(tp=4, ep=4), Layout(sp=2, dp=2, ep=4)],
     "dense": [Layout(tp=4), Layout(tp=2, sp=2), Layout(pp=2, dp=2)],
     "tied, one layer a stage": [Layout(pp=4)],
     "one KV head": [Layout(tp=4), Layout(tp=2, sp=2), Layout(sp=4, ep=2)],

@@ -21,11 +21,9 @@ _spec.loader.exec_module(tasks)
 
 EXERCISES = [(task, prompt) for task in tasks.TASKS for prompt, _ in tasks.heldout(task, 16)]
 LAYOUTS = [
-    Layout(tp=4),
     Layout(tp=4, ep=4),
     Layout(tp=2, ep=4, sp=2),
     Layout(pp=4),
-    Layout(sp=4),
     Layout(ep=4, dp=4),
     Layout(tp=2, pp=2),
     Layout(ep=4, sp=2, dp=2),
