@@ -611,7 +611,7 @@ def test_a_layout_that_does_not_fit_names_those_that_do():
 
 def test_the_engine_says_what_it_is(quickstart: LLM):
     info = quickstart.info
-    assert (info.device, info.dtype, info.layout["tp"]) == ("cpu", "float32", 1)
+    assert (info.device, info.dtype, info.layout.tp) == ("cpu", "float32", 1)
     assert (info.max_model_len, info.block_size) == (512, 32)
     assert info.num_blocks >= 16
     assert info.weight_bytes > info.read_bytes > 3_700_000  # bfloat16 in the file

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parents[1] / "tools" / "quickstart" / "tasks.py"
-_spec = importlib.util.spec_from_file_location("quickstart_tasks", PATH)
-tasks = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = tasks
-_spec.loader.exec_module(tasks)
+from tests.quickstart import TOOLS, tasks
 
 SIZES = {"sum": 300, "sort": 300, "story": 50}
 
@@ -62,7 +56,7 @@ def test_training_items_are_the_same_for_the_same_seed():
 
 def test_items_are_the_same_in_another_process():
     code = (
-        f"import sys; sys.path.insert(0, {str(PATH.parent)!r}); import itertools, tasks;"
+        f"import sys; sys.path.insert(0, {str(TOOLS)!r}); import itertools, tasks;"
         "print([i.prompt for i in itertools.islice(tasks.training_items(3), 50)])"
     )
     result = subprocess.run(
@@ -162,6 +156,6 @@ def test_more_stories_than_there_are_is_an_error():
 def test_tasks_do_not_import_torch():
     code = "import sys, tasks; print('torch' in sys.modules)"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, check=True, text=True, cwd=PATH.parent
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True, cwd=TOOLS
     )
     assert result.stdout.strip() == "False"

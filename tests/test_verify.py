@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from moespan import LLM
-from moespan.config import ModelConfig
+from moespan.config import Layout, ModelConfig
 from moespan.errors import ConfigError, RequestError
 from moespan.verify import (
     PromptReport,
@@ -63,7 +63,7 @@ def test_the_oracles_pass_in_every_dtype(name: str, dtype: str):
         report = verify(llm, Reference(reference_path(name)))
     assert report.failures == []
     assert report.dtype == dtype
-    assert report.layout["tp"] == 1
+    assert report.layout == Layout()
     assert report.top1 >= 0.95
     if dtype == "float32":
         assert report.max_relative_diff < 1e-5

@@ -1,4 +1,4 @@
-"""moespan: DeepSeek-MoE on Ascend NPUs, CUDA GPUs and CPUs, under any parallel layout.
+"""moespan: DeepSeek-MoE from its original checkpoints, under parallel layouts.
 
 The public names are imported when they are first used, so that the command line starts fast.
 """

@@ -314,6 +314,9 @@ def info(args: argparse.Namespace) -> int:
 
 def make_checkpoint(args: argparse.Namespace) -> int:
     """Write a random checkpoint in Hugging Face form."""
+    from tqdm import tqdm
+
+    from moespan.checkpoint.placement import count_parameters
     from moespan.checkpoint.random import make_checkpoint, preset
 
     overrides: dict[str, Any] = {}
@@ -325,17 +328,16 @@ def make_checkpoint(args: argparse.Namespace) -> int:
             overrides[key] = json.loads(value)
         except (ValueError, RecursionError):
             overrides[key] = value
+    raw = preset(args.preset, overrides)
+    config = ModelConfig.from_dict(raw)
+    total_bytes = count_parameters(config)[0] * DTYPE_BYTES[config.dtype]
     started = time.perf_counter()
-    written = 0
-
-    def advance(num_bytes: int) -> None:
-        nonlocal written
-        written += num_bytes
-        print(f"\r{_scaled(written, _BYTES)}", end="", file=sys.stderr, flush=True)
-
-    make_checkpoint(args.folder, preset(args.preset, overrides), args.seed, advance)
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        make_checkpoint(args.folder, raw, args.seed, bar.update)
     seconds = time.perf_counter() - started
-    print(f"\rwrote {args.folder}: {_scaled(written, _BYTES)} in {seconds:.1f} s", file=sys.stderr)
+    print(
+        f"wrote {args.folder}: {_scaled(total_bytes, _BYTES)} in {seconds:.1f} s", file=sys.stderr
+    )
     return 0
 
 
@@ -715,10 +717,9 @@ def _say_start(args: argparse.Namespace, llm: LLM) -> None:
         return
     info = llm.info
     rate = _scaled(info.read_bytes / max(info.load_s, 1e-9), _BYTES)
-    layout = ", ".join(f"{axis}={size}" for axis, size in info.layout.items())
     print(
         f"model    {args.model}\n"
-        f"runs on  {info.device}, {info.dtype}, {layout}\n"
+        f"runs on  {info.device}, {info.dtype}, {info.layout}\n"
         f"weights  {_scaled(info.weight_bytes, _BYTES)} per rank, loaded in {info.load_s:.2f} s "
         f"({rate}/s)\n"
         f"KV cache {info.num_blocks * info.block_size} tokens in blocks of {info.block_size}",
@@ -758,12 +759,11 @@ def _print_verification(report: Any) -> None:
             f"{one.top1:>9.2%}  {first:<12}{greedy[one.greedy_equal]}"
         )
     limit = report.tolerance
-    layout = ", ".join(f"{axis}={size}" for axis, size in report.layout.items())
     kl_limit = "" if limit.kl is None else f" (limit {limit.kl:.1e})"
     top1_limit = "" if limit.top1 is None else f" (limit {limit.top1:.1%})"
     print(
-        f"\n{report.dtype}, {layout}: max |Δ| {report.max_relative_diff:.2e} of the largest logit "
-        f"(limit {limit.relative:.1e}), mean KL {report.mean_kl:.2e}{kl_limit}, "
+        f"\n{report.dtype}, {report.layout}: max |Δ| {report.max_relative_diff:.2e} of the largest "
+        f"logit (limit {limit.relative:.1e}), mean KL {report.mean_kl:.2e}{kl_limit}, "
         f"top-1 {report.top1:.2%}{top1_limit}"
     )
     for failure in report.failures:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from moespan.config import ModelConfig
+from moespan.config import Layout, ModelConfig
 from moespan.engine.request import Request, SamplingParams
 from moespan.errors import ConfigError, RequestError
 from moespan.llm import LLM
@@ -107,7 +107,7 @@ class VerifyReport:
     """How all prompts compare, and whether that is within the tolerance of the dtype."""
 
     dtype: str
-    layout: dict[str, int]
+    layout: Layout
     tolerance: Tolerance
     prompts: list[PromptReport]
 
@@ -161,7 +161,7 @@ class VerifyReport:
             "passed": not self.failures,
             "failures": self.failures,
             "dtype": self.dtype,
-            "layout": self.layout,
+            "layout": self.layout.sizes,
             "max_abs_diff": self.max_abs_diff,
             "max_relative_diff": self.max_relative_diff,
             "mean_kl": self.mean_kl,
@@ -267,7 +267,7 @@ def verify(llm: LLM, reference: Reference) -> VerifyReport:
     logit_std = float(np.mean([reference.logits(name).std(-1).mean() for name in prompts]))
     return VerifyReport(
         llm.config.dtype,
-        llm.config.layout.sizes,
+        llm.config.layout,
         tolerance(llm.config.dtype, llm.model_config, logit_std),
         [reports[name] for name in prompts],
     )

@@ -15,28 +15,23 @@ from moespan.checkpoint.placement import (
     Piece,
     Placement,
     Share,
+    cache_bytes_per_token,
+    cache_heads,
     checkpoint_tensors,
     count_parameters,
     place,
     tolerated_tensors,
 )
 from moespan.checkpoint.random import PRESETS
-from moespan.config import Layout, ModelConfig
-from moespan.errors import LayoutError
+from moespan.config import Layout, ModelConfig, all_layouts
 from tests.support import ORACLES, Oracle, geometry
 
-
-def fits(config: ModelConfig, tp: int) -> bool:
-    try:
-        Layout(tp=tp).check(config)
-    except LayoutError:
-        return False
-    return True
+Cut = tuple[ModelConfig, Layout]
 
 
 @st.composite
-def cuts(draw: st.DrawFn) -> tuple[ModelConfig, int]:
-    """A geometry and a tp that fits it; widths and vocabulary need not be divisible by it."""
+def cuts(draw: st.DrawFn) -> Cut:
+    """A geometry and a layout that fits; widths, vocabulary and experts need not be divisible."""
     heads = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     kv_heads = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     raw: dict[str, Any] = geometry(
@@ -46,52 +41,57 @@ def cuts(draw: st.DrawFn) -> tuple[ModelConfig, int]:
         vocab_size=draw(st.integers(1, 30)),
         intermediate_size=draw(st.integers(1, 20)),
         moe_intermediate_size=draw(st.integers(1, 9)),
-        n_routed_experts=draw(st.sampled_from([None, 1, 3])),
+        n_routed_experts=draw(st.sampled_from([None, 1, 3, 4])),
         num_experts_per_tok=1,
         n_shared_experts=draw(st.sampled_from([None, 1, 2])),
         first_k_dense_replace=draw(st.integers(0, 2)),
-        num_hidden_layers=2,
+        num_hidden_layers=draw(st.integers(2, 4)),
         attention_bias=draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
     )
     config = ModelConfig.from_dict(raw)
-    return config, draw(st.sampled_from([tp for tp in range(1, heads + 1) if fits(config, tp)]))
+    return config, draw(st.sampled_from(all_layouts(draw(st.integers(1, 8)), config)))
 
 
-def placements(config: ModelConfig, tp: int) -> list[Placement]:
-    return [place(config, Layout(tp=tp), rank) for rank in range(tp)]
+def placements(config: ModelConfig, layout: Layout) -> list[Placement]:
+    return [place(config, layout, rank) for rank in range(layout.world_size)]
 
 
-def copies(name: str, config: ModelConfig, tp: int) -> int:
+def copies(name: str, config: ModelConfig, layout: Layout) -> int:
     """On how many ranks each element of a tensor must be."""
+    replicas = layout.dp * layout.sp
+    if ".experts." in name:
+        return layout.stage_size // max(layout.tp, layout.ep)
     if name.endswith(("norm.weight", "mlp.gate.weight", "o_proj.bias")):
-        return tp
+        return layout.tp * replicas
     if ".k_proj." in name or ".v_proj." in name:
-        return max(1, tp // config.num_key_value_heads)
-    return 1
+        return max(1, layout.tp // config.num_key_value_heads) * replicas
+    if name == "model.embed_tokens.weight" and config.tie_word_embeddings and layout.pp > 1:
+        return 2 * replicas  # the last stage has it as its head
+    return replicas
 
 
 @settings(max_examples=200)
 @given(cuts())
 def test_all_ranks_together_hold_every_element_as_often_as_they_must(
-    cut: tuple[ModelConfig, int],
+    cut: Cut,
 ):
-    config, tp = cut
+    config, layout = cut
     held = {name: np.zeros(shape, int) for name, shape in checkpoint_tensors(config).items()}
-    for placement in placements(config, tp):
+    for placement in placements(config, layout):
         for piece in placement.pieces:
             held[piece.source][piece.source_index] += 1
     for name, counts in held.items():
-        assert (counts == copies(name, config, tp)).all(), name
+        assert (counts == copies(name, config, layout)).all(), name
 
 
 @settings(max_examples=200)
 @given(cuts())
 def test_pieces_fit_their_parameters_and_never_overlap_or_touch_padding(
-    cut: tuple[ModelConfig, int],
+    cut: Cut,
 ):
-    config, tp = cut
-    for placement in placements(config, tp):
+    config, layout = cut
+    for placement in placements(config, layout):
         written = {
             name: np.zeros(parameter.shape, int) for name, parameter in placement.parameters.items()
         }
@@ -109,25 +109,36 @@ def test_pieces_fit_their_parameters_and_never_overlap_or_touch_padding(
 
 @settings(max_examples=200)
 @given(cuts())
-def test_all_ranks_hold_parameters_of_the_same_names_and_shapes(cut: tuple[ModelConfig, int]):
-    config, tp = cut
-    first, *others = placements(config, tp)
-    assert all(other.parameters == first.parameters for other in others)
+def test_ranks_of_a_stage_hold_parameters_of_the_same_names_and_shapes_but_for_experts(cut: Cut):
+    config, layout = cut
+
+    def shapes(placement: Placement) -> dict[str, object]:
+        return {
+            name: parameter.shape[1:] if "experts" in name else parameter.shape
+            for name, parameter in placement.parameters.items()
+        }
+
+    held = placements(config, layout)
+    for start in range(0, layout.world_size, layout.stage_size):
+        first, *others = held[start : start + layout.stage_size]
+        assert all(shapes(other) == shapes(first) for other in others)
 
 
 @settings(max_examples=200)
 @given(cuts())
 def test_padding_is_less_than_one_place_per_rank_for_each_length_that_is_cut(
-    cut: tuple[ModelConfig, int],
+    cut: Cut,
 ):
-    config, tp = cut
-    for name, parameter in place(config, Layout(tp=tp), 0).parameters.items():
+    config, layout = cut
+    tp = layout.tp
+    for name, parameter in place(config, layout, 0).parameters.items():
         if name in ("embed", "head"):
             assert 0 <= parameter.shape[0] * tp - config.vocab_size < tp
         if name.endswith("shared.down"):
             assert 0 <= parameter.shape[1] * tp - config.shared_intermediate_size < tp
         if name.endswith("experts.down"):
-            assert 0 <= parameter.shape[2] * tp - config.moe_intermediate_size < tp
+            slices = layout.expert_slices
+            assert 0 <= parameter.shape[2] * slices - config.moe_intermediate_size < slices
 
 
 def by_source(placement: Placement) -> dict[str, Piece]:
@@ -138,9 +149,9 @@ def by_source(placement: Placement) -> dict[str, Piece]:
 
 @settings(max_examples=200)
 @given(cuts())
-def test_gate_up_and_down_of_a_rank_are_of_the_same_neurons(cut: tuple[ModelConfig, int]):
-    config, tp = cut
-    for placement in placements(config, tp):
+def test_gate_up_and_down_of_a_rank_are_of_the_same_neurons(cut: Cut):
+    config, layout = cut
+    for placement in placements(config, layout):
         pieces = by_source(placement)
         for name, down in pieces.items():
             if not name.endswith("down_proj.weight"):
@@ -156,12 +167,13 @@ def test_gate_up_and_down_of_a_rank_are_of_the_same_neurons(cut: tuple[ModelConf
 
 @settings(max_examples=200)
 @given(cuts())
-def test_a_rank_holds_the_kv_heads_that_its_queries_read(cut: tuple[ModelConfig, int]):
-    config, tp = cut
+def test_a_rank_holds_the_kv_heads_that_its_queries_read(cut: Cut):
+    config, layout = cut
     size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
-    for placement in placements(config, tp):
+    for placement in placements(config, layout):
         pieces = by_source(placement)
-        attention = "model.layers.0.self_attn"
+        layer = min(name.split(".")[2] for name in pieces if ".self_attn." in name)
+        attention = f"model.layers.{layer}.self_attn"
         queries, keys, values = (pieces[f"{attention}.{name}_proj.weight"] for name in "qkv")
         assert keys.source_index == values.source_index
         q_rows, k_rows = queries.source_index[0], keys.source_index[0]
@@ -178,6 +190,20 @@ def test_a_rank_holds_the_kv_heads_that_its_queries_read(cut: tuple[ModelConfig,
         ]
         # The output projection takes the columns of the same heads.
         assert pieces[f"{attention}.o_proj.weight"].source_index[1] == q_rows
+
+
+@settings(max_examples=100)
+@given(cuts())
+def test_the_heads_of_a_replica_are_in_the_cache_of_as_many_ranks_as_they_must(cut: Cut):
+    config, layout = cut
+    heads = [cache_heads(config, layout, rank) for rank in range(layout.world_size)]
+    assert len(set(heads)) == 1
+    copies = max(1, layout.tp * layout.sp // config.num_key_value_heads)
+    assert heads[0] * layout.tp * layout.sp == config.num_key_value_heads * copies
+    size = sum(
+        cache_bytes_per_token(config, layout, rank, "bfloat16") for rank in range(layout.world_size)
+    )
+    assert size == config.kv_bytes_per_token("bfloat16") * copies * layout.dp
 
 
 @given(total=st.integers(0, 60), parts=st.integers(1, 9), unit=st.integers(1, 5))

@@ -102,7 +102,7 @@ def test_ranks_are_not_cut_into_another_number_of_ranks(ranks: Ranks):
     with pytest.raises(LayoutError, match="moe_dispatch=all_to_all does not apply to layout tp=2"):
         llm.relayout(Layout(tp=2), "all_to_all")
     llm.relayout(Layout(pp=2))
-    assert llm.info.layout["pp"] == 2
+    assert llm.info.layout == Layout(pp=2)
 
 
 # With a bug

@@ -15,7 +15,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from moespan.config import EngineConfig
+from moespan.config import EngineConfig, Layout
 from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request
 from moespan.engine.trace import Observation
@@ -45,7 +45,7 @@ class FakeEngine:
         dist.barrier()
         self.info = EngineInfo(
             model="fake",
-            layout={"tp": dist.get_world_size()},
+            layout=Layout(tp=dist.get_world_size()),
             device="cpu",
             dtype="float32",
             max_model_len=64,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from moespan.config import Layout
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request, SamplingParams, TokenLogprobs
 from moespan.errors import EngineDeadError, RequestError
@@ -25,7 +26,7 @@ from moespan.launch.protocol import (
 
 INFO = EngineInfo(
     model="fake",
-    layout={"tp": 2},
+    layout=Layout(tp=2),
     device="cpu",
     dtype="float32",
     max_model_len=64,

@@ -103,7 +103,7 @@ def client() -> Iterator[RanksClient]:
 
 
 def test_requests_are_answered_by_both_ranks(client: RanksClient) -> None:
-    assert client.info.layout == {"tp": 2}
+    assert client.info.layout == Layout(tp=2)
     for number in range(20):
         client.add(request(str(number)))
     deltas: list[OutputDelta] = []

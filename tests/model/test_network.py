@@ -156,9 +156,14 @@ def test_observers_see_the_embedding_and_the_stream_after_every_layer():
         torch.tensor([0, 2]),
         lambda layer, module, value: seen.append((layer, module, value.clone())),
     )
+    dense, moe = (
+        ["attention", "hidden"],
+        ["attention", "router.experts", "router.weights", "hidden"],
+    )
     assert [(layer, module) for layer, module, _ in seen] == [
         (-1, "embed"),
-        *((layer, "hidden") for layer in range(raw["num_hidden_layers"])),
+        *((0, module) for module in dense),
+        *((layer, module) for layer in (1, 2) for module in moe),
     ]
     assert torch.equal(seen[0][2], source.draw("model.embed_tokens.weight")[prompt])
     last = torch.nn.functional.rms_norm(seen[-1][2], (raw["hidden_size"],), eps=1e-6)

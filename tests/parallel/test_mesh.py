@@ -9,8 +9,6 @@ import torch.distributed as dist
 
 from moespan.config import Layout, ModelConfig, all_layouts
 from moespan.errors import LayoutError
-from moespan.parallel import mesh as module
-from moespan.parallel.control import Control
 from moespan.parallel.mesh import Mesh, _axes
 from tests.support import CPU, Oracle
 
@@ -61,15 +59,16 @@ def test_ep_has_lines_only_across_blocks_and_only_for_the_ways_that_may_be_taken
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The lines for which `Mesh.create` makes groups, in a world that is not there."""
-    lines: list[tuple[int, ...]] = []
+    found: list[tuple[int, ...]] = []
 
-    def group(device_type: str, line: tuple[int, ...]) -> None:
-        lines.append(line)
+    def new_subgroups(lines: list[tuple[int, ...]], **_: object) -> tuple[None, list[None]]:
+        found.extend(lines)
+        return None, [None for _ in lines]
 
-    monkeypatch.setattr(module, "_group", group)
-    monkeypatch.setattr(Control, "create", classmethod(lambda cls, traffic: cls()))
+    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", new_subgroups)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)  # the control channel's
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    return lines
+    return found
 
 
 def create(

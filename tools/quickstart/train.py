@@ -27,6 +27,7 @@ from random import Random
 import jinja2
 import tasks
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -395,6 +396,10 @@ def round_to_bfloat16(network: Network) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+# What AdamW remembers of every parameter.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
 def learning_rate(step: int, arguments: argparse.Namespace) -> float:
     """Linear warm-up, then a cosine over ``horizon`` steps; the last ``cooldown`` steps fall to 0.
 
@@ -407,6 +412,30 @@ def learning_rate(step: int, arguments: argparse.Namespace) -> float:
     return arguments.lr * cosine * min(1.0, (arguments.steps - step) / arguments.cooldown)
 
 
+def save_state(
+    path: Path, network: Network, optimizer: torch.optim.Optimizer, steps_done: int
+) -> None:
+    """Weights and the optimizer's moments, by parameter name; a reader sees all or nothing."""
+    tensors = {}
+    for name, parameter in network.named_parameters():
+        tensors[f"weight.{name}"] = parameter.detach()
+        for key in MOMENTS:
+            tensors[f"{key}.{name}"] = optimizer.state[parameter][key]
+    draft = path.with_suffix(".new")
+    save_file(tensors, draft, metadata={"steps_done": str(steps_done)})
+    draft.replace(path)
+
+
+@torch.no_grad()
+def load_state(path: Path, network: Network, optimizer: torch.optim.Optimizer) -> int:
+    """Puts everything back where `save_state` found it; returns the steps that were done."""
+    with safe_open(path, "pt") as file:
+        for name, parameter in network.named_parameters():
+            parameter.copy_(file.get_tensor(f"weight.{name}"))
+            optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in MOMENTS}
+        return int(file.metadata()["steps_done"])
+
+
 def train(network: Network, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
     matrices = [p for p in network.parameters() if p.dim() == 2]
     vectors = [p for p in network.parameters() if p.dim() == 1]
@@ -416,13 +445,10 @@ def train(network: Network, tokenizer: Tokenizer, arguments: argparse.Namespace)
         betas=(0.9, 0.98),
         fused=True,
     )
-    state_path = arguments.work_dir / "state.pt"
+    state_path = arguments.work_dir / "state.safetensors"
     first = 0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+        first = load_state(state_path, network, optimizer)
         print(f"going on from step {first}", flush=True)
 
     start = time.monotonic()
@@ -458,15 +484,7 @@ def train(network: Network, tokenizer: Tokenizer, arguments: argparse.Namespace)
                 flush=True,
             )
         if done % arguments.eval_every == 0 or done == arguments.steps:
-            torch.save(
-                {
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": done,
-                },
-                state_path.with_suffix(".new"),
-            )
-            state_path.with_suffix(".new").replace(state_path)
+            save_state(state_path, network, optimizer, done)
             for task, n in (("sum", 200), ("sort", 200), ("story", 24)):
                 report(network, tokenizer, task, "plain", n, show=2)
 

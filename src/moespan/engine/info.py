@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
+from moespan.config import Layout
+
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about a started engine.
 
     Attributes:
-        layout: size of each axis.
         num_blocks, block_size: blocks of the KV cache and tokens in each.
         load_s: seconds that reading the weights took on the slowest rank.
         read_bytes, weight_bytes: bytes that the leader read, and that its weights take.
@@ -17,7 +18,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str
-    layout: dict[str, int]
+    layout: Layout
     device: str
     dtype: str
     max_model_len: int
