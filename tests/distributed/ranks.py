@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moespan import LLM
-from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
 from moespan.engine.client import EngineClient
 from moespan.errors import MoespanError
 from moespan.launch.client import RanksClient
@@ -71,7 +71,8 @@ class Ranks:
                 },
             )
 
-    def _connect(self, config: EngineConfig) -> EngineClient:
+    def _connect(self, config: EngineConfig, nodes: Nodes) -> EngineClient:
+        assert nodes == Nodes(), "the pools are on this machine"
         world_size = config.layout.world_size
         if world_size == 1:
             return join(config)
