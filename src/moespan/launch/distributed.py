@@ -10,11 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moespan.errors import ConfigError
-
-# No rank waits longer than this for another one inside a collective.
-COLLECTIVE_TIMEOUT_S = 600.0
-
-_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
+from moespan.parallel.mesh import COLLECTIVE_TIMEOUT_S
 
 
 def init_distributed(
@@ -28,7 +24,7 @@ def init_distributed(
         device: `cpu`, `cuda` or `npu`.
         store_path: file through which the ranks find each other; None takes the store that
             MASTER_ADDR and MASTER_PORT name, as plain torchrun sets them.
-        timeout_s: bound on joining, and on every collective after it, which then raises.
+        timeout_s: bound on joining.
 
     Raises:
         ConfigError: this rank's device does not exist.
@@ -40,9 +36,8 @@ def init_distributed(
     if store_path is not None:
         store = dist.FileStore(str(store_path), world_size)
         store.set_timeout(timeout)
-    dist.init_process_group(
-        _BACKENDS[device], store=store, rank=rank, world_size=world_size, timeout=timeout
-    )
+    # Between devices there are only the groups that the mesh makes.
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     return own_device
 
 

@@ -32,11 +32,11 @@ def join(config: EngineConfig) -> LocalClient:
     if not started_by_torchrun():
         device = torch.device(config.device)
         return LocalClient(config, lambda config: _build(config, device, lines))
-    device = init_distributed(config.device, timeout_s=_IDLE_S)
+    device = init_distributed(config.device)
     if dist.get_rank() > 0:
         successor: EngineConfig | None = config
         while successor is not None:
-            mesh = Mesh.create(successor.layout, device, successor.moe_dispatch)
+            mesh = Mesh.create(successor.layout, device, successor.moe_dispatch, _IDLE_S)
             successor = follow(successor, mesh)
         dist.destroy_process_group()
         sys.exit(0)
@@ -49,7 +49,7 @@ def join(config: EngineConfig) -> LocalClient:
 
 
 def _build(config: EngineConfig, device: torch.device, binding: list[str]) -> Engine:
-    engine = build_leader(config, Mesh.create(config.layout, device, config.moe_dispatch))
+    engine = build_leader(config, Mesh.create(config.layout, device, config.moe_dispatch, _IDLE_S))
     engine.info = msgspec.structs.replace(engine.info, binding=binding)
     return engine
 

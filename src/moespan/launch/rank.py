@@ -128,7 +128,8 @@ def _play(
 ) -> None:
     import torch.distributed as dist
 
-    from moespan.launch.distributed import COLLECTIVE_TIMEOUT_S, init_distributed
+    from moespan.launch.distributed import init_distributed
+    from moespan.parallel.mesh import COLLECTIVE_TIMEOUT_S
 
     timeout_s = timeout_s or COLLECTIVE_TIMEOUT_S
     config: EngineConfig | None = job.read_config()

@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from moespan.config import Coordinates, Layout
 from moespan.errors import LayoutError
 from moespan.parallel.control import Control
-from moespan.parallel.traffic import Traffic
+from moespan.parallel.traffic import Traffic, sent_bytes
+
+# No rank waits longer than this for another one inside a collective of the model.
+COLLECTIVE_TIMEOUT_S = 600.0
+
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 # torch 2.13 renamed these.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -55,7 +60,7 @@ class Axis:
     def all_reduce(self, x: torch.Tensor, module: str) -> torch.Tensor:
         """Sum `x` over the axis, in place. in: partial → out: replicated."""
         if self.size > 1 and x.numel():
-            self._count("all_reduce", module, 2 * (self.size - 1) * _bytes(x) // self.size)
+            self._count("all_reduce", module, _bytes(x))
             dist.all_reduce(x, group=self._group)
         return x
 
@@ -65,7 +70,7 @@ class Axis:
             return x
         gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
         if x.numel():
-            self._count("all_gather", module, (self.size - 1) * _bytes(x))
+            self._count("all_gather", module, _bytes(x))
             _all_gather(gathered, x.contiguous(), group=self._group)
         return gathered
 
@@ -75,7 +80,7 @@ class Axis:
             return x
         part = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
         if x.numel():
-            self._count("reduce_scatter", module, (self.size - 1) * _bytes(x) // self.size)
+            self._count("reduce_scatter", module, _bytes(x))
             _reduce_scatter(part, x.contiguous(), group=self._group)
         return part
 
@@ -123,8 +128,9 @@ class Axis:
         while self._sending:
             self._sending.popleft()[0].wait()
 
-    def _count(self, collective: str, module: str, sent_bytes: int) -> None:
-        self._traffic.count(self.name, collective, module, sent_bytes)
+    def _count(self, collective: str, module: str, num_bytes: int) -> None:
+        sent = sent_bytes(collective, self.size, num_bytes)
+        self._traffic.count(self.name, collective, module, sent)
 
 
 class Mesh:
@@ -149,17 +155,23 @@ class Mesh:
         self.device = device
         self.traffic = Traffic()
         self.control = Control()
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._made: set[tuple[tuple[int, ...], ...]] = set()
+        self._groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
         alone = range(rank, rank + 1)
         self.tp = self.sp = self.pp = self.ep = self.ep_blocks = Axis(ranks=alone)
 
     @classmethod
-    def create(cls, layout: Layout, device: torch.device, moe_dispatch: str = "auto") -> Mesh:
+    def create(
+        cls,
+        layout: Layout,
+        device: torch.device,
+        moe_dispatch: str = "auto",
+        idle_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+    ) -> Mesh:
         """Build the mesh of `layout`; with more than one rank, torch.distributed must be up.
 
         Args:
             moe_dispatch: the way for which axes are made (`moespan.parallel.dispatch`).
+            idle_timeout_s: how long a rank waits for the leader's next message.
 
         Raises:
             LayoutError: the world has another number of ranks than the layout.
@@ -171,7 +183,7 @@ class Mesh:
             )
         mesh = cls(layout, dist.get_rank() if world_size > 1 else 0, device)
         if world_size > 1:
-            mesh.control = Control.create(mesh.traffic)
+            mesh.control = Control.create(mesh.traffic, idle_timeout_s)
             for name, lines in _axes(layout, moe_dispatch).items():
                 setattr(mesh, name, mesh._axis(name, lines))
         return mesh
@@ -207,20 +219,23 @@ class Mesh:
         self.pp.finish()
         self.control.close()
         for group in self._groups.values():
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
+            dist.destroy_process_group(group)
         self._groups.clear()
 
     def _axis(self, name: str, lines: list[tuple[int, ...]]) -> Axis:
         """The line through this rank; all ranks make all lines, as torch demands."""
-        if len(lines[0]) > 1 and tuple(lines) not in self._made:
-            self._made.add(tuple(lines))
-            for line in lines:
-                group = _group(self.device.type, line)
-                if group is not None:
-                    self._groups[line] = group
+        key = tuple(lines)  # axes with the same lines share their groups
+        if len(lines[0]) > 1 and key not in self._groups:
+            # What a DeviceMesh does inside. It would also make groups for axes that nothing is sent
+            # along, and takes no timeout.
+            self._groups[key], _ = dist.new_subgroups_by_enumeration(
+                lines,
+                timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+                backend=_BACKENDS[self.device.type],
+                group_desc=name,
+            )
         mine = next(line for line in lines if self.rank in line)
-        return Axis(name, mine, mine.index(self.rank), self._groups.get(mine), self.traffic)
+        return Axis(name, mine, mine.index(self.rank), self._groups.get(key), self.traffic)
 
 
 def _axes(layout: Layout, moe_dispatch: str) -> dict[str, list[tuple[int, ...]]]:
@@ -243,16 +258,6 @@ def _axes(layout: Layout, moe_dispatch: str) -> dict[str, list[tuple[int, ...]]]
         if moe_dispatch != "all_to_all":
             axes["ep_blocks"] = [line[i :: layout.tp] for line in sets for i in range(layout.tp)]
     return axes
-
-
-def _group(device_type: str, line: tuple[int, ...]) -> dist.ProcessGroup | None:
-    """The group of the ranks in `line`; None on other ranks.
-
-    A mesh of one dimension for each line, because one of all dimensions would also make groups for
-    those that nothing is sent along.
-    """
-    mesh = DeviceMesh(device_type, line)
-    return None if mesh.get_coordinate() is None else mesh.get_group()
 
 
 def _bytes(x: torch.Tensor) -> int:
