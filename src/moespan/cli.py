@@ -41,6 +41,8 @@ EXIT_USAGE = 2
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 if all went well, 1 if something failed, 2 for a wrong command."""
     args = _parser().parse_args(argv)
+    # An installed torch_npu without CANN would make `import torch` fail, for other devices too.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
         if getattr(args, "node_rank", 0) > 0:
             _serve_node(args)

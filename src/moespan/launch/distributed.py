@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from moespan.config import EngineConfig
 from moespan.errors import ConfigError
+from moespan.launch.device import load_torch_npu
 from moespan.parallel.mesh import COLLECTIVE_TIMEOUT_S, Mesh
 
 
@@ -60,10 +61,7 @@ def _take_device(device: str, local_rank: int) -> torch.device:
     if device == "cpu":
         return torch.device("cpu")
     if device == "npu":
-        try:
-            import torch_npu  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(f"device='npu' needs the package torch-npu: {error}") from None
+        load_torch_npu()
     module = getattr(torch, device)
     if local_rank >= module.device_count():
         raise ConfigError(

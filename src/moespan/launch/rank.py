@@ -251,10 +251,12 @@ def _failure(rank: int, error: Exception) -> Failure:
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because of another rank. Gloo says so in its message only."""
+    """Whether a collective failed because of another rank. Some say so in their message only."""
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        library in str(error).lower() for library in ("gloo", "hccl")
+    )
 
 
 def _die_with_parent(parent_pid: int) -> None:
