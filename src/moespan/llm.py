@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -372,6 +373,13 @@ def _connect(config: EngineConfig) -> EngineClient:
         from moespan.launch.client import RanksClient
 
         return RanksClient(config)
+    # Here this process is a rank, and what torch is to heed has to be set before it is imported.
+    # The network is the launcher's choice.
+    from moespan.launch import environment
+
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    nnodes = int(world_size) // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    environment.apply(environment.environment_here(config, nnodes=nnodes, interface=""))
     from moespan.launch.local import join
 
     return join(config)

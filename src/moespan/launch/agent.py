@@ -33,6 +33,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from moespan.errors import ConfigError
+from moespan.launch import environment
 from moespan.launch.binding import plan_binding
 from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
 
@@ -47,10 +48,13 @@ def main(argv: list[str]) -> int:
     directory, ranks, front_pid, *program = argv
     job = Job(directory)
     threading.Thread(target=_end_with_front, args=(int(front_pid),), daemon=True).start()
-    _set_environment()
     config = job.read_config()
     try:
-        job.write_binding(plan_binding(config.bind, config.device, int(ranks)))
+        plan = plan_binding(config.bind, config.device, int(ranks))
+        job.write_binding(plan)
+        environment.apply(
+            environment.environment_here(config, [part.threads for part in plan.ranks])
+        )
     except ConfigError as error:
         job.write_failure(Failure(rank=0, kind="ConfigError", message=str(error)))
         return 1
@@ -180,15 +184,6 @@ class _OneNode(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
 
     def shutdown(self) -> bool:
         return True
-
-
-def _set_environment() -> None:
-    """What the ranks inherit, unless the user has set it.
-
-    One node talks to itself only: the sockets of gloo and NCCL bind to the loopback interface.
-    """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
 def _silence(name: str) -> None:

@@ -24,6 +24,7 @@ from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request
 from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, MoespanError, RequestError
+from moespan.launch.environment import BACKEND_AUTOLOAD
 from moespan.launch.job import Job
 from moespan.launch.protocol import (
     Abort,
@@ -88,7 +89,7 @@ class RanksClient:
             self._job = Job.create(config)
             cleanup.callback(shutil.rmtree, self._job.directory, ignore_errors=True)
             with self._job.listen() as listener:
-                self._agent = _start_agent(self._job, config.layout.world_size, program)
+                self._agent = start_agent(self._job, config.layout.world_size, program)
                 cleanup.callback(_end, self._agent)
                 sock = self._accept_leader(listener, deadline)
             self._connection: Connection[FromLeader] = Connection(sock, FromLeader)
@@ -244,15 +245,23 @@ class RanksClient:
         return EngineDeadError(f"the agent that watches the ranks ended with exit code {code}")
 
 
-def _start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Popen[bytes]:
+def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start the agent, and through it `ranks` ranks that run `program` in Python."""
     arguments = [str(job.directory), str(ranks), str(os.getpid()), *program]
     return subprocess.Popen(
         [sys.executable, "-m", "moespan.launch.agent", *arguments],
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in the terminal is for the front alone
-        # No module is imported from whatever directory the user happens to stand in.
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        env=_environment(job.read_config()),
     )
+
+
+def _environment(config: EngineConfig) -> dict[str, str]:
+    # No module is imported from whatever directory the user happens to stand in.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if config.device != "npu":  # the agent itself imports torch
+        environment.setdefault(BACKEND_AUTOLOAD, "0")
+    return environment
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:

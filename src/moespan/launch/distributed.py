@@ -1,4 +1,4 @@
-"""The process group of this rank, on the device that is its own."""
+"""The process groups of this rank, on the device that is its own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, ModelConfig
 from moespan.errors import ConfigError
-from moespan.parallel.mesh import COLLECTIVE_TIMEOUT_S
+from moespan.parallel.buffers import group_buffers_mb
+from moespan.parallel.mesh import Mesh
 
 
 def init_distributed(
@@ -39,6 +41,19 @@ def init_distributed(
     # Between devices there are only the groups that the mesh makes.
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     return own_device
+
+
+def build_mesh(
+    config: EngineConfig, device: torch.device, idle_timeout_s: float = COLLECTIVE_TIMEOUT_S
+) -> Mesh:
+    """The mesh of `config`, with HCCL's buffers cut to what its layout sends.
+
+    HCCL_BUFFSIZE, if the user has set it, holds for all groups instead.
+    """
+    buffers_mb: dict[str, int] = {}
+    if config.device == "npu" and config.model and "HCCL_BUFFSIZE" not in os.environ:
+        buffers_mb = group_buffers_mb(config, ModelConfig.from_pretrained(config.model))
+    return Mesh.create(config.layout, device, config.moe_dispatch, idle_timeout_s, buffers_mb)
 
 
 def _take_device(device: str, local_rank: int) -> torch.device:
