@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 if all went well, 1 if something failed, 2 for a wrong command."""
     args = _parser().parse_args(argv)
     try:
-        run = print_environment if getattr(args, "print_env", False) else args.run
-        code = run(args)
+        if getattr(args, "print_env", False):
+            args.run = print_environment
+        code = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output has gone. Python flushes once more at the end: into nothing.
@@ -791,7 +792,7 @@ def _max_num_seqs(args: argparse.Namespace) -> int:
     """As said, or so many that a step has room for a token of each."""
     if args.max_num_seqs is not None:
         return int(args.max_num_seqs)
-    return max(min(EngineConfig.max_num_seqs, args.max_num_batched_tokens), 1)
+    return max(min(EngineConfig.max_num_seqs, int(args.max_num_batched_tokens)), 1)
 
 
 @contextlib.contextmanager

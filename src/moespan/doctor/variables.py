@@ -6,7 +6,7 @@ import ipaddress
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-from moespan.config import Layout
+from moespan.config import COLLECTIVE_TIMEOUT_S, Layout
 from moespan.doctor.report import Finding, problem, warning
 from moespan.launch.topology import format_list, parse_list
 
@@ -81,6 +81,12 @@ def _timeouts(environ: Mapping[str, str]) -> Iterator[Finding]:
         yield problem(
             f"HCCL_EVENT_TIMEOUT={event} is not longer than HCCL_EXEC_TIMEOUT={execute}",
             "unset both: moespan sets them to fit",
+        )
+    if "HCCL_EXEC_TIMEOUT" in environ and (not execute or execute >= COLLECTIVE_TIMEOUT_S):
+        yield warning(
+            f"HCCL_EXEC_TIMEOUT={execute} is not shorter than torch's watchdog, "
+            f"{COLLECTIVE_TIMEOUT_S:g} s, so HCCL leaves no log of what it waited for",
+            "unset it: moespan sets it to fit",
         )
     connect = environ.get("HCCL_CONNECT_TIMEOUT")
     if connect is not None and not (connect.isdigit() and int(connect) in _CONNECT_S):

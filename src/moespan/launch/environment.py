@@ -284,11 +284,11 @@ def _hccl(
         (
             "HCCL_EXEC_TIMEOUT",
             execute_s,
-            f"after the {timeout_s} s that torch waits, since torch names the rank",
+            f"before torch's watchdog at {timeout_s} s, else HCCL logs nothing of its wait",
         ),
         ("HCCL_EVENT_TIMEOUT", event_s, "must be longer than HCCL_EXEC_TIMEOUT"),
     ):
-        source = f"{'CANN' if 'EXEC' in name else 'torch_npu'}: {name}"
+        source = f"torch_npu: {'ProcessGroupHCCL' if 'EXEC' in name else name}"
         yield Setting(name=name, value=str(value), set_by=US, why=why, source=source), ()
     if machine.nnodes > 1 and machine.address:
         yield (
@@ -331,7 +331,7 @@ def _expansion_mode(layout: Layout, machine: Machine, user: Mapping[str, str]) -
 
 def _timeouts(collective_s: int, user: Mapping[str, str]) -> tuple[int, int]:
     """HCCL_EXEC_TIMEOUT and HCCL_EVENT_TIMEOUT, so that they fit to one that the user has set."""
-    execute_s = -(-(collective_s + _HCCL_TICK_S) // _HCCL_TICK_S) * _HCCL_TICK_S
+    execute_s = (collective_s - 1) // _HCCL_TICK_S * _HCCL_TICK_S
     users_event_s, users_execute_s = (
         int(text) if (text := user.get(name, "")).isdigit() else None
         for name in ("HCCL_EVENT_TIMEOUT", "HCCL_EXEC_TIMEOUT")
