@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moespan import __version__
-from moespan.config import DISPATCHES, DTYPE_BYTES, EngineConfig, Layout, ModelConfig, all_layouts
+from moespan.config import (
+    DISPATCHES,
+    DTYPE_BYTES,
+    EngineConfig,
+    Layout,
+    ModelConfig,
+    Nodes,
+    all_layouts,
+)
 from moespan.errors import ConfigError, MoespanError
 
 if TYPE_CHECKING:
@@ -36,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         if getattr(args, "print_env", False):
             args.run = print_environment
+        elif getattr(args, "node_rank", 0) > 0 and args.run is not doctor:
+            _serve_node(args)
         code = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -172,9 +182,9 @@ def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
         raise ConfigError(f"--all-layouts {args.all_layouts}: no layout of so many ranks fits")
 
     def start(layout: Layout) -> LLM:
-        args.pipeline_layers = None
-        for name, size in zip(_LAYOUT, layout.sizes.values(), strict=False):
-            setattr(args, name, size)
+        _set_layout(args, layout)
+        if layout.world_size == 1:  # for what differs inside: node 0 does it alone
+            args.nnodes = 1
         return _llm(args)
 
     reports: list[LayoutReport] = []
@@ -193,6 +203,12 @@ def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
         verdict = f"{failed} FAILED" if failed else "all passed"
         print(f"{len(layouts)} layouts, {len(reports)} runs in {seconds:.0f} s: {verdict}")
     return EXIT_FAILED if failed else 0
+
+
+def _set_layout(args: argparse.Namespace, layout: Layout) -> None:
+    args.pipeline_layers = None
+    for name, size in zip(_LAYOUT, layout.sizes.values(), strict=False):
+        setattr(args, name, size)
 
 
 _LAYOUT_ROW = "{:<28}{:<12}{:>10}  {:<8}{:<8}{}"
@@ -366,10 +382,7 @@ def doctor(args: argparse.Namespace) -> int:
         config=config if model else None,
         model=model,
         bind=args.bind,
-        nnodes=args.nnodes,
-        node_rank=args.node_rank,
-        master_addr=args.master_addr,
-        master_port=args.master_port,
+        nodes=_nodes(args),
     )
     findings = examine(host, job)
     if args.collectives:
@@ -385,17 +398,17 @@ def doctor(args: argparse.Namespace) -> int:
 
 def print_environment(args: argparse.Namespace) -> int:
     """Show the environment variables that the ranks would get."""
-    from moespan.doctor.network import address_towards, interfaces
     from moespan.launch.binding import plan_binding
     from moespan.launch.environment import describe, environment_here
+    from moespan.launch.network import address_towards, interface_of
 
     if args.device == "auto":
         from moespan.launch.device import choose_device
 
         args.device = choose_device(args.device)
     _, config = _planned(args)
-    nnodes = getattr(args, "nnodes", 1)
-    ranks = max(config.layout.world_size // nnodes, 1)
+    nnodes = args.nnodes
+    ranks = _nodes(args).ranks_per_node(config.layout)
     threads = (
         [part.threads for part in plan_binding(config.bind, config.device, ranks).ranks]
         if config.layout.world_size > 1
@@ -404,9 +417,13 @@ def print_environment(args: argparse.Namespace) -> int:
     address, interface = "", "lo"
     if nnodes > 1:
         address = address_towards(args.master_addr) or ""
-        interface = next((name for name, own in interfaces() if own == address), "")
+        interface = (interface_of(address) if address else None) or ""
     print(*describe(environment_here(config, threads, nnodes, address, interface)), sep="\n")
     return 0
+
+
+def _nodes(args: argparse.Namespace) -> Nodes:
+    return Nodes(args.nnodes, args.node_rank, args.master_addr, args.master_port, args.join_timeout)
 
 
 def _planned(args: argparse.Namespace) -> tuple[ModelConfig | None, EngineConfig]:
@@ -444,6 +461,17 @@ class _RefuseRemoteCode(argparse.Action):
             "--trust-remote-code is refused: the model is built in, and code that comes with a "
             "checkpoint is never run; leave the flag out"
         )
+
+
+class _MasterAddress(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
+    ) -> None:
+        host, separator, port = value.rpartition(":")
+        if not separator or not port.isdigit():
+            parser.error(f"--dist-init-addr {value!r} is not HOST:PORT")
+        namespace.master_addr = host.removeprefix("[").removesuffix("]")
+        namespace.master_port = int(port)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -558,17 +586,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_model_flags(verb, model_is_required=False)
-    group = verb.add_argument_group("many nodes (run it on each)")
-    group.add_argument("--nnodes", type=int, default=1, metavar="N", help="machines of the job (1)")
-    group.add_argument(
-        "--node-rank", type=int, default=0, metavar="N", help="this machine's number, from 0 (0)"
-    )
-    group.add_argument(
-        "--master-addr", default="127.0.0.1", metavar="HOST", help="address of node 0"
-    )
-    group.add_argument(
-        "--master-port", type=int, default=29500, metavar="PORT", help="port of node 0 (29500)"
-    )
     verb.add_argument(
         "--collectives",
         action="store_true",
@@ -720,6 +737,47 @@ def _add_model_flags(parser: argparse.ArgumentParser, model_is_required: bool = 
     parser.add_argument(
         "--numa-bind", dest="bind", action="store_const", const="auto", help=argparse.SUPPRESS
     )
+    _add_node_flags(parser)
+
+
+def _add_node_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many nodes (the same command on each, but for --node-rank)")
+    group.add_argument(
+        "--nnodes", type=int, metavar="N", default=Nodes.nnodes, help="machines of the job (1)"
+    )
+    group.add_argument(
+        "--node-rank",
+        type=int,
+        metavar="N",
+        default=Nodes.node_rank,
+        help="this machine's number, from 0 (0); node 0 reads and writes all files",
+    )
+    group.add_argument(
+        "--master-addr",
+        metavar="HOST",
+        default=Nodes.master_addr,
+        help=f"address of node 0 that the others reach ({Nodes.master_addr})",
+    )
+    group.add_argument(
+        "--master-port",
+        type=int,
+        metavar="PORT",
+        default=Nodes.master_port,
+        help=f"port of node 0 where they meet ({Nodes.master_port})",
+    )
+    group.add_argument(
+        "--dist-init-addr",
+        action=_MasterAddress,
+        metavar="HOST:PORT",
+        help="--master-addr and --master-port in one",
+    )
+    group.add_argument(
+        "--join-timeout",
+        type=float,
+        metavar="SECONDS",
+        default=Nodes.join_timeout_s,
+        help=f"most seconds to wait for the other nodes ({Nodes.join_timeout_s:g})",
+    )
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -785,6 +843,11 @@ def _llm(args: argparse.Namespace) -> LLM:
         enable_prefix_caching=args.enable_prefix_caching,
         check_finite=args.check_finite,
         bind=args.bind,
+        nnodes=args.nnodes,
+        node_rank=args.node_rank,
+        master_addr=args.master_addr,
+        master_port=args.master_port,
+        join_timeout_s=args.join_timeout,
     )
 
 
@@ -793,6 +856,17 @@ def _max_num_seqs(args: argparse.Namespace) -> int:
     if args.max_num_seqs is not None:
         return int(args.max_num_seqs)
     return max(min(EngineConfig.max_num_seqs, int(args.max_num_batched_tokens)), 1)
+
+
+def _serve_node(args: argparse.Namespace) -> None:
+    """Serve node 0, which does what the verb says and reads and writes all files. Never returns."""
+    if getattr(args, "all_layouts", None) is not None:
+        from moespan.hub import resolve
+
+        config = ModelConfig.from_pretrained(resolve(args.model))
+        for layout in all_layouts(args.all_layouts, config)[:1]:  # the first; others follow it
+            _set_layout(args, layout)
+    _llm(args)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moespan.checkpoint.random import preset
-from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, Layout, ModelConfig
+from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, Layout, ModelConfig, Nodes
 from moespan.launch import environment
 from moespan.launch.environment import Machine, Setting, rank_environment
 from moespan.launch.topology import npu_chip
@@ -325,7 +325,7 @@ def test_ranks_get_the_environment_that_is_printed(tmp_path: Path) -> None:
     from moespan.launch.client import start_agent
     from moespan.launch.job import Job
 
-    job = Job.create(EngineConfig(str(QUICKSTART), Layout(tp=2), dtype="float32"))
+    job = Job.create(EngineConfig(str(QUICKSTART), Layout(tp=2), dtype="float32"), Nodes())
     assert start_agent(job, 2, [str(program)]).wait(120) == 0
     printed = subprocess.run(
         [

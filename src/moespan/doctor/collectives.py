@@ -18,7 +18,7 @@ from typing import TextIO
 
 import msgspec
 
-from moespan.config import EngineConfig
+from moespan.config import EngineConfig, Nodes
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.errors import EngineDeadError, MoespanError
 from moespan.launch.client import start_agent
@@ -58,7 +58,7 @@ def measure(config: EngineConfig, timeout_s: float = 300.0) -> list[Timing]:
     Raises:
         MoespanError: what a rank failed with, or that time is up.
     """
-    job = Job.create(config)
+    job = Job.create(config, Nodes())
     agent = start_agent(job, config.layout.world_size, ["-m", "moespan.doctor.collectives"])
     try:
         code = agent.wait(timeout_s)
@@ -130,11 +130,11 @@ def _play(job: Job, rank: int, _: TextIO) -> None:
     import torch
     import torch.distributed as dist
 
-    from moespan.launch.distributed import build_mesh, init_distributed
+    from moespan.launch.distributed import init_distributed, make_mesh
 
     config = job.read_config()
     device = init_distributed(config.device, job.store_path)
-    mesh = build_mesh(config, device)
+    mesh = make_mesh(config, device)
     synchronize: Callable[[], object] = (
         (lambda: None) if device.type == "cpu" else torch.get_device_module(device).synchronize
     )

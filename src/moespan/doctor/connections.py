@@ -8,10 +8,10 @@ import socket
 import time
 from collections.abc import Iterator
 
-from moespan.doctor import network
 from moespan.doctor.host import Host
 from moespan.doctor.job_plan import JobPlan
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
+from moespan.launch.network import address_towards
 from moespan.launch.topology import format_list, parse_list
 
 _BASE_PORT, _NUM_PORTS = 60000, 32
@@ -21,33 +21,38 @@ _CONNECT_S = 3.0
 def ports(host: Host, job: JobPlan) -> Iterator[Finding]:
     if job.device == "npu":
         yield from _hccl_ports(host)
-    if job.nnodes > 1:
+    if job.nodes.nnodes > 1:
         yield _master_port(job)
     elif job.device != "npu":
         yield ok("one node, no NPUs: ranks meet through a file and the loopback interface")
 
 
 def interfaces(host: Host, job: JobPlan) -> Iterator[Finding]:
-    outward = [(name, address) for name, address in host.interfaces if name != "lo"]
+    outward = [
+        (name, address)
+        for name, address in host.interfaces
+        if name != "lo" and not address.startswith("fe80")  # every card has one of those
+    ]
     words = ", ".join(f"{name} {address}" for name, address in outward) or "none but lo"
-    if job.nnodes == 1:
+    if job.nodes.nnodes == 1:
         yield ok(f"one node; addresses here: {words}")
         return
-    own = job.master_addr if job.node_rank == 0 else network.address_towards(job.master_addr)
+    master = job.nodes.master_addr
+    own = master if job.nodes.node_rank == 0 else address_towards(master)
     if own is None:
         yield problem(
-            f"no way from here to --master-addr {job.master_addr}; addresses here: {words}",
+            f"no way from here to --master-addr {master}; addresses here: {words}",
             "give an address of node 0 on a network that both have",
         )
         return
     name = next((name for name, address in host.interfaces if address == own), None)
     if name == "lo" or _is_loopback(own):
         yield problem(
-            f"--master-addr {job.master_addr} leads to this machine itself",
+            f"--master-addr {master} leads to this machine itself",
             "give the address of node 0 that the other nodes reach",
         )
     elif name is None:
-        yield skipped(f"{own} leads to {job.master_addr}; which interface has it is not known")
+        yield skipped(f"{own} leads to {master}; which interface has it is not known")
     else:
         first = sorted(name for name, _ in outward if not name.startswith("docker"))[0]
         note = "" if name == first else f"; left to itself HCCL would take {first}"
@@ -84,9 +89,9 @@ def _hccl_ports(host: Host) -> Iterator[Finding]:
 
 
 def _master_port(job: JobPlan) -> Finding:
-    point = f"{job.master_addr}:{job.master_port}"
-    if job.node_rank == 0:
-        reason = _why_not_bound(job.master_addr, job.master_port)
+    point = job.nodes.meeting_point
+    if job.nodes.node_rank == 0:
+        reason = _why_not_bound(job.nodes.master_addr, job.nodes.master_port)
         if reason is None:
             return ok(f"{point} is free for the nodes to meet")
         if reason == errno.EADDRINUSE:
@@ -97,7 +102,7 @@ def _master_port(job: JobPlan) -> Finding:
         )
     started = time.monotonic()
     try:
-        socket.create_connection((job.master_addr, job.master_port), _CONNECT_S).close()
+        socket.create_connection((job.nodes.master_addr, job.nodes.master_port), _CONNECT_S).close()
         return ok(f"node 0 answers at {point} within {(time.monotonic() - started) * 1e3:.1f} ms")
     except ConnectionRefusedError:
         return ok(f"node 0's machine answers at {point}; nothing is started there yet")

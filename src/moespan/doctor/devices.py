@@ -46,8 +46,8 @@ def links(host: Host, job: JobPlan) -> Iterator[Finding]:
     if job.device != "npu":
         yield skipped("the job has no NPUs")
         return
-    must = problem if job.nnodes > 1 else warning
-    only = "" if job.nnodes > 1 else " (needed between servers only)"
+    must = problem if job.nodes.nnodes > 1 else warning
+    only = "" if job.nodes.nnodes > 1 else " (needed between servers only)"
     configured = outputs.parse_key_values(host.read("/etc/hccn.conf"))
     addresses = {key: value for key, value in configured.items() if key.startswith("address_")}
     doubled = {value for value in addresses.values() if list(addresses.values()).count(value) > 1}
@@ -113,7 +113,7 @@ def links(host: Host, job: JobPlan) -> Iterator[Finding]:
             f"{count} RoCE links up, TLS {tls}, addresses {values['address'][0]} to "
             f"{values['address'][-1]}"
         )
-        if job.nnodes > 1:
+        if job.nodes.nnodes > 1:
             yield skipped(
                 "whether they reach the other server's NPUs: hccn_tool -i N -ping -g address A, A "
                 "being an address of the other server's list; and TLS must be the same there"

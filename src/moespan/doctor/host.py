@@ -19,10 +19,13 @@ from pathlib import Path
 
 import msgspec
 
-from moespan.doctor import network, outputs
+from moespan.doctor import outputs
+from moespan.launch.network import interfaces as own_interfaces
 
 COMMAND_S = 10.0
 """What a program of the driver may take to answer; a healthy one needs less than two seconds."""
+
+_REAP_S = 1.0
 
 _DRIVER_TOOLS = "usr/local/Ascend/driver/tools"
 _PACKAGES = ("torch", "torch-npu")
@@ -65,7 +68,7 @@ class Host:
         self.environ = os.environ if environ is None else environ
         self.allowed = sorted(os.sched_getaffinity(0) if allowed is None else allowed)
         self.packages = _installed() if packages is None else packages
-        self.interfaces = network.interfaces() if interfaces is None else interfaces
+        self.interfaces = own_interfaces() if interfaces is None else interfaces
         self.python = python
         self.architecture = architecture or platform.machine()
         self.command_s = command_s
@@ -123,9 +126,10 @@ class Host:
             return Output(code=process.returncode, text=text)
         except subprocess.TimeoutExpired:
             # It and what it has started. One that hangs in the driver survives even this, so
-            # nobody waits for its end.
-            with contextlib.suppress(ProcessLookupError):
+            # nobody waits long for its end.
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGKILL)
+                process.communicate(timeout=_REAP_S)
             return Output(code=None, text="")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class JobPlan:
         layout: of the job; a single rank if none was named.
         config, model: with a MODEL; else None.
         bind: as `--bind` says it.
-        nnodes, node_rank, master_addr, master_port: of a job on many nodes.
+        nodes: this one's place among those of the job.
     """
 
     device: str
@@ -24,12 +24,9 @@ class JobPlan:
     config: EngineConfig | None = None
     model: ModelConfig | None = None
     bind: str = "auto"
-    nnodes: int = 1
-    node_rank: int = 0
-    master_addr: str = "127.0.0.1"
-    master_port: int = 29500
+    nodes: Nodes = field(default_factory=Nodes)
 
     @property
     def ranks(self) -> int:
         """Ranks of one node."""
-        return max(self.layout.world_size // self.nnodes, 1)
+        return max(self.layout.world_size // self.nodes.nnodes, 1)

@@ -129,7 +129,9 @@ def driver(host: Host, job: JobPlan) -> Iterator[Finding]:
 
 def environment(host: Host, job: JobPlan) -> Iterator[Finding]:
     addresses = [address for _, address in host.interfaces]
-    found = list(contradictions(host.environ, job.layout, job.nnodes, host.allowed, addresses))
+    found = list(
+        contradictions(host.environ, job.layout, job.nodes.nnodes, host.allowed, addresses)
+    )
     table = host.environ.get("RANK_TABLE_FILE")
     if table is not None and not host.exists(table):
         found.append(problem(f"RANK_TABLE_FILE={table} does not exist", "unset it: none is needed"))

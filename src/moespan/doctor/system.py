@@ -66,10 +66,7 @@ def cores(host: Host, job: JobPlan) -> Iterator[Finding]:
         answer = host.ask("npu-smi", "info", "-t", "topo")
         topology_says = answer.text if answer is not None else ""
     topology = read_topology(host.root, job.device, host.allowed, host.environ, topology_says)
-    quota = min(
-        usable_cores(host.root / "sys/fs/cgroup", host.root / "proc/self/cgroup"),
-        len(host.allowed),
-    )
+    quota = usable_cores(host.root / "sys/fs/cgroup", host.root / "proc/self/cgroup", host.allowed)
     topology = msgspec.structs.replace(topology, usable_cores=quota)
     try:
         plan = make_plan(topology, job.ranks, job.bind, host.environ)

@@ -108,7 +108,7 @@ def _addresses(environ: Mapping[str, str], addresses: Collection[str]) -> Iterat
         is_here = ipaddress.ip_address(own) in {ipaddress.ip_address(one) for one in addresses}
     except ValueError:
         is_here = False
-    if not is_here and ":" not in own:  # only IPv4 addresses are listed
+    if not is_here:
         yield problem(
             f"HCCL_IF_IP={own} is not an address of this machine, which has "
             f"{', '.join(addresses) or 'none'}",

@@ -206,7 +206,8 @@ class Engine:
         self._mesh.close()
 
     def _broadcast(self, message: FromLeader) -> None:
-        self._mesh.control.broadcast(msgspec.msgpack.encode(message))
+        kind = str(message.__struct_config__.tag)
+        self._mesh.control.broadcast(msgspec.msgpack.encode(message), kind)
 
     def _collect(self) -> list[StepResult | None]:
         """The results of the oldest step in flight, one for each replica that had a plan."""
@@ -299,11 +300,11 @@ def follow(config: EngineConfig, mesh: Mesh) -> EngineConfig | None:
         if isinstance(message, StepPlans):
             result = worker.execute(message)
             if message.trace and mesh.at.dp == 0 and mesh.at.tp == 0:
-                mesh.control.send(msgspec.msgpack.encode(worker.trace))
+                mesh.control.send(msgspec.msgpack.encode(worker.trace), "trace")
             if result is not None:
-                mesh.control.send(msgspec.msgpack.encode(result))
+                mesh.control.send(msgspec.msgpack.encode(result), "result")
         elif isinstance(message, Report):
-            mesh.control.send(msgspec.msgpack.encode(mesh.traffic.rows()))
+            mesh.control.send(msgspec.msgpack.encode(mesh.traffic.rows()), "report")
         elif isinstance(message, Close):
             mesh.close()
             return message.config
@@ -362,7 +363,7 @@ def _build_worker(
 def _fitting_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh) -> int:
     """Blocks that this rank has room for, and not more than all sequences can use."""
     token_bytes = cache_bytes_per_token(model_config, config.layout, mesh.rank, config.dtype)
-    ranks_that_share = config.layout.world_size if config.device == "cpu" else 1
+    ranks_that_share = mesh.ranks_here if config.device == "cpu" else 1
     room = available_bytes(mesh.device) * CACHE_SHARE[config.device] / ranks_that_share
     wanted = config.max_num_seqs * config.layout.pp * config.blocks_per_sequence
     return min(wanted, int(room // (token_bytes * config.block_size)))

@@ -25,7 +25,7 @@ def init_distributed(
     Args:
         device: `cpu`, `cuda` or `npu`.
         store_path: file through which the ranks find each other; None takes the store that
-            MASTER_ADDR and MASTER_PORT name, as plain torchrun sets them.
+            MASTER_ADDR and MASTER_PORT name, as torchrun and our agents on many nodes set them.
         timeout_s: bound on joining.
 
     Raises:
@@ -43,17 +43,26 @@ def init_distributed(
     return own_device
 
 
-def build_mesh(
+def make_mesh(
     config: EngineConfig, device: torch.device, idle_timeout_s: float = COLLECTIVE_TIMEOUT_S
 ) -> Mesh:
-    """The mesh of `config`, with HCCL's buffers cut to what its layout sends.
+    """This rank's mesh for an engine of `config`; all ranks make theirs together.
 
-    HCCL_BUFFSIZE, if the user has set it, holds for all groups instead.
+    HCCL's buffers are cut to what the layout sends. HCCL_BUFFSIZE, if the user has set it, holds
+    for all groups instead.
     """
     buffers_mb: dict[str, int] = {}
     if config.device == "npu" and config.model and "HCCL_BUFFSIZE" not in os.environ:
         buffers_mb = group_buffers_mb(config, ModelConfig.from_pretrained(config.model))
-    return Mesh.create(config.layout, device, config.moe_dispatch, idle_timeout_s, buffers_mb)
+    ranks_here = os.environ.get("LOCAL_WORLD_SIZE")
+    return Mesh.create(
+        config.layout,
+        device,
+        config.moe_dispatch,
+        idle_timeout_s,
+        None if ranks_here is None else int(ranks_here),
+        buffers_mb,
+    )
 
 
 def _take_device(device: str, local_rank: int) -> torch.device:

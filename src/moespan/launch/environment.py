@@ -17,6 +17,8 @@ from pathlib import Path
 import msgspec
 
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, Layout, ModelConfig
+from moespan.launch.job import started_by_torchrun
+from moespan.launch.network import address_towards, interface_of
 from moespan.launch.topology import npu_chip
 from moespan.parallel.buffers import group_buffers_mb, p2p_buffer_mb
 
@@ -158,6 +160,19 @@ def environment_here(
     has_model = config.device == "npu" and config.model
     model = ModelConfig.from_pretrained(config.model) if has_model else None
     return rank_environment(config, model, machine, os.environ)
+
+
+def environment_of_this_process(config: EngineConfig) -> list[Setting]:
+    """The same for a rank that we do not start: it is alone, or torchrun has started it."""
+    nnodes, address, interface = 1, "", ""
+    if started_by_torchrun() and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        nnodes = int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # Gloo would take the interface that the machine's name leads to: often the loopback.
+        address = address_towards(os.environ["MASTER_ADDR"]) or ""
+        interface = (interface_of(address) if address else None) or ""
+        if interface == "lo":
+            address = interface = ""
+    return environment_here(config, nnodes=nnodes, address=address, interface=interface)
 
 
 def this_machine(

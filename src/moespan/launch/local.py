@@ -14,7 +14,7 @@ from moespan.config import EngineConfig
 from moespan.engine.client import LocalClient
 from moespan.engine.engine import Engine, build_leader, follow
 from moespan.launch.binding import bind, plan_binding
-from moespan.launch.distributed import build_mesh, init_distributed
+from moespan.launch.distributed import init_distributed, make_mesh
 from moespan.launch.job import started_by_torchrun
 
 # Followers wait in a broadcast while the program does other things between two calls; torchrun
@@ -35,7 +35,7 @@ def join(config: EngineConfig) -> LocalClient:
     if dist.get_rank() > 0:
         successor: EngineConfig | None = config
         while successor is not None:
-            successor = follow(successor, build_mesh(successor, device, _IDLE_S))
+            successor = follow(successor, make_mesh(successor, device, _IDLE_S))
         dist.destroy_process_group()
         sys.exit(0)
     client = LocalClient(
@@ -47,7 +47,7 @@ def join(config: EngineConfig) -> LocalClient:
 
 
 def _build(config: EngineConfig, device: torch.device, binding: list[str]) -> Engine:
-    engine = build_leader(config, build_mesh(config, device, _IDLE_S))
+    engine = build_leader(config, make_mesh(config, device, _IDLE_S))
     engine.info = msgspec.structs.replace(engine.info, binding=binding)
     return engine
 

@@ -78,16 +78,16 @@ def main() -> None:
 
 def _build_leader(config: EngineConfig, device: torch.device) -> LeaderEngine:
     from moespan.engine.engine import build_leader
-    from moespan.launch.distributed import build_mesh
+    from moespan.launch.distributed import make_mesh
 
-    return build_leader(config, build_mesh(config, device))
+    return build_leader(config, make_mesh(config, device))
 
 
 def _follow(config: EngineConfig, device: torch.device) -> EngineConfig | None:
     from moespan.engine.engine import follow
-    from moespan.launch.distributed import build_mesh
+    from moespan.launch.distributed import make_mesh
 
-    return follow(config, build_mesh(config, device))
+    return follow(config, make_mesh(config, device))
 
 
 def run_rank(
@@ -141,7 +141,9 @@ def _play(
     timeout_s = timeout_s or COLLECTIVE_TIMEOUT_S
     config: EngineConfig | None = job.read_config()
     assert config is not None
-    device = init_distributed(config.device, job.store_path, timeout_s)
+    # Ranks on many nodes find each other through the agents' store, which the environment names.
+    store_path = job.store_path if job.read_nodes().nnodes == 1 else None
+    device = init_distributed(config.device, store_path, timeout_s)
     front: Connection[FromFront] | None = None
     while config is not None:
         if rank > 0:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from moespan.config import COLLECTIVE_TIMEOUT_S, Coordinates, Layout
 from moespan.errors import LayoutError
 from moespan.parallel.control import Control
-from moespan.parallel.traffic import Traffic
+from moespan.parallel.traffic import Traffic, sent_bytes
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _NO_BUFFERS: Mapping[str, int] = MappingProxyType({})
@@ -60,7 +60,7 @@ class Axis:
     def all_reduce(self, x: torch.Tensor, module: str) -> torch.Tensor:
         """Sum `x` over the axis, in place. in: partial → out: replicated."""
         if self.size > 1 and x.numel():
-            self._count("all_reduce", module, 2 * (self.size - 1) * _bytes(x) // self.size)
+            self._count("all_reduce", module, _bytes(x))
             dist.all_reduce(x, group=self._group)
         return x
 
@@ -70,7 +70,7 @@ class Axis:
             return x
         gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
         if x.numel():
-            self._count("all_gather", module, (self.size - 1) * _bytes(x))
+            self._count("all_gather", module, _bytes(x))
             _all_gather(gathered, x.contiguous(), group=self._group)
         return gathered
 
@@ -80,7 +80,7 @@ class Axis:
             return x
         part = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
         if x.numel():
-            self._count("reduce_scatter", module, (self.size - 1) * _bytes(x) // self.size)
+            self._count("reduce_scatter", module, _bytes(x))
             _reduce_scatter(part, x.contiguous(), group=self._group)
         return part
 
@@ -128,8 +128,9 @@ class Axis:
         while self._sending:
             self._sending.popleft()[0].wait()
 
-    def _count(self, collective: str, module: str, sent_bytes: int) -> None:
-        self._traffic.count(self.name, collective, module, sent_bytes)
+    def _count(self, collective: str, module: str, num_bytes: int) -> None:
+        sent = sent_bytes(collective, self.size, num_bytes)
+        self._traffic.count(self.name, collective, module, sent)
 
 
 class Mesh:
@@ -140,6 +141,7 @@ class Mesh:
         rank: this rank in the world; rank 0 is the leader.
         at: its place along each axis.
         device: where its tensors live.
+        ranks_here: how many ranks share this node and the memory of its CPUs.
         traffic: what it has sent over all axes.
         tp, sp, pp: the axes of the same names.
         ep: the ranks over which one set of experts is spread (dispatch `all_to_all`).
@@ -159,6 +161,7 @@ class Mesh:
         self.rank = rank
         self.at = layout.coordinates(rank)
         self.device = device
+        self.ranks_here = 1
         self.traffic = Traffic()
         self.control = Control()
         self._groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
@@ -172,6 +175,7 @@ class Mesh:
         device: torch.device,
         moe_dispatch: str = "auto",
         idle_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+        ranks_here: int | None = None,
         buffers_mb: Mapping[str, int] = _NO_BUFFERS,
     ) -> Mesh:
         """Build the mesh of `layout`; with more than one rank, torch.distributed must be up.
@@ -179,6 +183,7 @@ class Mesh:
         Args:
             moe_dispatch: the way for which axes are made (`moespan.parallel.dispatch`).
             idle_timeout_s: how long a rank waits for the leader's next message.
+            ranks_here: ranks on this node; None is all of them.
             buffers_mb: buffer of each axis's groups, on devices that have such
                 (`moespan.parallel.buffers`); axes that are not in it keep the default.
 
@@ -191,6 +196,7 @@ class Mesh:
                 f"layout {layout} needs {layout.world_size} ranks, but {world_size} were started"
             )
         mesh = cls(layout, dist.get_rank() if world_size > 1 else 0, device, buffers_mb)
+        mesh.ranks_here = ranks_here or world_size
         if world_size > 1:
             mesh.control = Control.create(mesh.traffic, idle_timeout_s)
             for name, lines in _axes(layout, moe_dispatch).items():
