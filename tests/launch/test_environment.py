@@ -6,16 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moespan.checkpoint.random import preset
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, Layout, ModelConfig, Nodes
 from moespan.launch import environment
+from moespan.launch.distributed import make_mesh
 from moespan.launch.environment import Machine, Setting, rank_environment
 from moespan.launch.topology import npu_chip
 from moespan.parallel.buffers import (
@@ -26,6 +31,7 @@ from moespan.parallel.buffers import (
     largest_messages,
     p2p_buffer_mb,
 )
+from moespan.parallel.mesh import Mesh
 from tests.support import QUICKSTART
 
 MODEL = ModelConfig.from_dict(preset("16b", {}))
@@ -292,6 +298,38 @@ def test_buffers_are_for_each_group_and_hccl_buffsize_is_the_users() -> None:
     found = settings(Layout(tp=2, dp=4, ep=8))["HCCL_BUFFSIZE"]
     assert found.value is None and "tp 25 MB, ep 24 MB, ep_blocks 32 MB" in found.why
     assert values(Layout(tp=4, pp=2))["P2P_HCCL_BUFFSIZE"] == "2"
+
+
+class FakeOptions:
+    """What torch_npu's options of a group are to us."""
+
+    hccl_config: dict[str, int]
+
+
+def test_each_npu_group_is_told_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("torch_npu._C._distributed_c10d")
+    backend = type("ProcessGroupHCCL", (), {"Options": FakeOptions})
+    monkeypatch.setattr(module, "ProcessGroupHCCL", backend, raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    npu: Any = SimpleNamespace(type="npu")  # torch knows no such device here
+    mesh = Mesh(Layout(tp=2, pp=2), 0, npu, {"tp": 25})
+    assert mesh._options("tp").hccl_config == {"hccl_buffer_size": 25}
+    assert mesh._options("pp") is None
+    assert Mesh(Layout(tp=2), 0, torch.device("cpu"), {"tp": 25})._options("tp") is None
+
+
+@pytest.mark.parametrize("users", [None, "120"])
+def test_a_buffer_of_the_users_holds_for_all_groups(
+    monkeypatch: pytest.MonkeyPatch, users: str | None
+) -> None:
+    told: list[Mapping[str, int]] = []
+    monkeypatch.setattr(Mesh, "create", lambda *arguments: told.append(arguments[-1]))
+    if users is None:
+        monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
+    else:
+        monkeypatch.setenv("HCCL_BUFFSIZE", users)
+    make_mesh(EngineConfig(str(QUICKSTART), Layout(tp=2), "npu"), torch.device("cpu"))
+    assert told == [{"tp": 16} if users is None else {}]
 
 
 # This machine
