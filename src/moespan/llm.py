@@ -29,7 +29,7 @@ from moespan.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from moespan.engine.client import EngineClient
-    from moespan.engine.info import EngineInfo
+    from moespan.engine.info import EngineInfo, EngineStats
     from moespan.engine.trace import Observation
     from moespan.parallel.traffic import TrafficRows
 
@@ -288,6 +288,11 @@ class LLM:
         self.config = replace(self.config, layout=layout, moe_dispatch=moe_dispatch)
         self._check_experts()
         self._client.reload(self.config)
+
+    def stats(self) -> EngineStats:
+        """Queues, cache use and counts since the start or `relayout`. Call it when no request is
+        under way."""
+        return self._client.stats()
 
     def traffic(self) -> list[TrafficRows]:
         """What each rank has sent to others since the start or `relayout`: rows of axis,

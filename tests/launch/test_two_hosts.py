@@ -1,4 +1,4 @@
-"""The command itself on two hosts: network namespaces with a cable between them."""
+"""Jobs on two hosts: network namespaces with a cable between them."""
 
 from __future__ import annotations
 
@@ -75,6 +75,42 @@ def test_every_layout_of_two_hosts_computes_what_one_rank_does(hosts: tuple[Host
         f"moespan: node 1 of 2 ({hosts[1].address}, eth0) joined {hosts[0].address}:{PORT} "
         "with rank 1\n"
     )
+
+
+# The host that is not the leader's ends inside LLM(...).
+FOUR_RANKS_EACH = """
+import sys
+from moespan import LLM
+from moespan.config import Layout
+from moespan.verify import Reference, verify
+
+folder, address, node_rank = sys.argv[1:]
+reference = Reference(folder + "/ref/ref_logits.safetensors")
+nodes = {"nnodes": 2, "node_rank": int(node_rank), "master_addr": address}
+layouts = [Layout(tp=4, pp=2), Layout(tp=2, pp=2, dp=2, ep=4), Layout(tp=4, dp=2, ep=8)]
+with LLM(folder, tensor_parallel_size=8, device="cpu", dtype="float32", **nodes) as llm:
+    for layout in layouts:
+        for dispatch in layout.dispatches:
+            llm.relayout(layout, dispatch)
+            report = verify(llm, reference)
+            print(layout, dispatch, *(report.failures or ["passed"]))
+"""
+
+
+def test_four_ranks_on_each_of_two_hosts_compute_what_one_rank_does(
+    hosts: tuple[Host, Host],
+) -> None:
+    arguments = ["-c", FOUR_RANKS_EACH, str(DATA / "oracle" / "sixteen"), hosts[0].address]
+    fronts = [host.start(*arguments, str(rank)) for rank, host in enumerate(hosts)]
+    outputs = [front.communicate(timeout=240) for front in fronts]
+    assert [front.returncode for front in fronts] == [0, 0], outputs
+    assert outputs[0][0].splitlines() == [
+        "tp=4×pp=2 replicated passed",
+        "tp=2×ep=4×pp=2×dp=2 all_gather passed",
+        "tp=2×ep=4×pp=2×dp=2 all_to_all passed",
+        "tp=4×ep=8×dp=2 all_gather passed",
+        "tp=4×ep=8×dp=2 all_to_all passed",
+    ]
 
 
 def test_a_killed_rank_is_named_on_both_hosts(hosts: tuple[Host, Host], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import NoReturn, TypeVar
 import msgspec
 
 from moespan.config import EngineConfig, Nodes
-from moespan.engine.info import EngineInfo
+from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request
 from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, MoespanError, RequestError
@@ -29,6 +29,7 @@ from moespan.launch.job import Job, debugging
 from moespan.launch.protocol import (
     Abort,
     Add,
+    AskStats,
     AskTrace,
     AskTraffic,
     Connection,
@@ -38,12 +39,13 @@ from moespan.launch.protocol import (
     PeerGoneError,
     Ready,
     Reload,
+    StatsReport,
     TraceReport,
     TrafficReport,
 )
 from moespan.parallel.traffic import TrafficRows
 
-Answer = TypeVar("Answer", TrafficReport, TraceReport)
+Answer = TypeVar("Answer", StatsReport, TrafficReport, TraceReport)
 
 START_TIMEOUT_S = 3600.0
 
@@ -148,6 +150,14 @@ class RanksClient:
         """
         self._send(Reload(config))
         self.info = self._wait_until_ready(time.monotonic() + (timeout_s or START_TIMEOUT_S))
+
+    def stats(self) -> EngineStats:
+        """How the engine is doing; deltas that come meanwhile are lost.
+
+        Raises:
+            EngineDeadError: the ranks died.
+        """
+        return self._ask(AskStats(), StatsReport).stats
 
     def traffic(self) -> list[TrafficRows]:
         """What each rank of this engine has sent to others; deltas that come meanwhile are lost.

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig
-from moespan.engine.info import EngineInfo
+from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request, refusal
 from moespan.engine.trace import Observation
 from moespan.errors import MoespanError, RequestError
@@ -30,6 +30,7 @@ from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
 from moespan.launch.protocol import (
     Abort,
     Add,
+    AskStats,
     AskTrace,
     AskTraffic,
     Connection,
@@ -38,6 +39,7 @@ from moespan.launch.protocol import (
     PeerGoneError,
     Ready,
     Reload,
+    StatsReport,
     TraceReport,
     TrafficReport,
 )
@@ -58,6 +60,8 @@ class LeaderEngine(Protocol):
     def info(self) -> EngineInfo: ...
     @property
     def has_unfinished(self) -> bool: ...
+    @property
+    def stats(self) -> EngineStats: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[OutputDelta]: ...
@@ -195,11 +199,15 @@ def serve_front(
 
 
 def _take(
-    engine: LeaderEngine, message: Add | Abort | AskTraffic | AskTrace, front: Connection[FromFront]
+    engine: LeaderEngine,
+    message: Add | Abort | AskStats | AskTraffic | AskTrace,
+    front: Connection[FromFront],
 ) -> None:
     """Do what `message` asks for; what the engine refuses goes back as deltas."""
     if isinstance(message, Abort):
         engine.abort(message.request_id)
+    elif isinstance(message, AskStats):
+        front.send(StatsReport(engine.stats))
     elif isinstance(message, AskTraffic):
         front.send(TrafficReport(engine.traffic()))
     elif isinstance(message, AskTrace):
