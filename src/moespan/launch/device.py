@@ -6,8 +6,8 @@ from pathlib import Path
 
 from moespan.errors import ConfigError
 
-# Devices that `auto` looks for; no operations for NPUs are there yet.
-_DEVICE_FILES = {"cuda": "nvidia[0-9]*"}
+# Devices that `auto` looks for, the one it prefers first.
+_DEVICE_FILES = {"npu": "davinci[0-9]*", "cuda": "nvidia[0-9]*"}
 
 
 def choose_device(wanted: str) -> str:
@@ -32,5 +32,10 @@ def choose_device(wanted: str) -> str:
 def _is_usable(device: str) -> bool:
     import torch
 
+    if device == "npu":
+        try:
+            import torch_npu  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+        except (ImportError, OSError):  # not installed, or without the libraries of CANN
+            return False
     module = getattr(torch, device, None)
     return module is not None and bool(module.is_available())

@@ -34,8 +34,8 @@ from moespan.parallel.mesh import Mesh
 LEAST_SAVED_BYTES = 1 << 20
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""x [T, H], weights float32 [T, K], local slots int64 [T, K] → Σ weight · expert(x), [T, H]. Slots
-that are not 0 .. experts of this rank - 1 count nothing."""
+"""x [T, H], weights float32 [T, K], slots [T, K] → Σ weight · expert(x), [T, H], over the experts of
+this rank; the slots of others count nothing, nor does the number of slots, which is nobody's."""
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
@@ -63,6 +63,7 @@ class Slots:
             for expert in held:
                 places[expert].append(len(rank_of))
                 rank_of.append(rank)
+        self.count = len(rank_of)
         self.rank_of = torch.tensor(rank_of, device=device)
         most = max(map(len, places), default=1)
         self._is_identity = places == [[slot] for slot in range(num_experts)]
@@ -72,7 +73,7 @@ class Slots:
         )
 
     def of(self, chosen: Tensor) -> Tensor:
-        """Experts int64 [T, K] → slots int64 [T, K]; tokens take turns on replicas."""
+        """Experts [T, K] → slots [T, K]; tokens take turns on replicas."""
         if self._is_identity:
             return chosen
         rows = torch.arange(len(chosen), device=chosen.device)[:, None]
@@ -106,41 +107,42 @@ class Dispatch:
         saved_bytes = self._saved_bytes_per_token * max(block_tokens)
         self.way = self._ways[-1 if saved_bytes >= LEAST_SAVED_BYTES else 0]
 
+    def first_slot(self, slots: Slots) -> int:
+        """The first of this rank's slots."""
+        return slots.starts[self._ep_rank]
+
     def __call__(
         self, x: Tensor, weights: Tensor, chosen: Tensor, slots: Slots, compute: Compute
     ) -> Tensor:
         """[T, H] replicated over tp → [T, H] partial over tp.
 
         Args:
-            weights, chosen: float32 and int64 [T, K], from the router.
+            weights, chosen: float32 and integers [T, K], from the router.
             compute: this rank's experts.
         """
         placed = slots.of(chosen)
-        first_slot = slots.starts[self._ep_rank]
         if self.way == "replicated":
-            return compute(x, weights, placed - first_slot)
+            return compute(x, weights, placed)
         if self.way == "all_gather":
-            return self._by_all_gather(x, weights, placed, first_slot, compute)
+            return self._by_all_gather(x, weights, placed, slots, compute)
         return self._by_all_to_all(x, weights, placed, slots, compute)
 
     def _by_all_gather(
-        self, x: Tensor, weights: Tensor, placed: Tensor, first_slot: int, compute: Compute
+        self, x: Tensor, weights: Tensor, placed: Tensor, slots: Slots, compute: Compute
     ) -> Tensor:
         num_tokens = len(x)
         padding = (0, 0, 0, max(self._block_tokens) - num_tokens)
         # Routers on different ranks may disagree by a rounding: decisions are sent, not remade.
-        routed = _pack(F.pad(weights, padding), F.pad(placed, padding, value=-1))
+        routed = _pack(F.pad(weights, padding), F.pad(placed, padding, value=slots.count))
         x = self._blocks.all_gather(F.pad(x, padding), "moe")
         weights, placed = _unpack(self._blocks.all_gather(routed, "router"))
-        # Padding has slot -1, which stays below every rank's first one.
-        out = compute(x, weights, placed - first_slot)
+        out = compute(x, weights, placed)
         return self._blocks.reduce_scatter(out, "moe")[:num_tokens]
 
     def _by_all_to_all(
         self, x: Tensor, weights: Tensor, placed: Tensor, slots: Slots, compute: Compute
     ) -> Tensor:
         num_tokens = len(x)
-        first_slot = slots.starts[self._ep_rank]
         lengths = split_evenly(num_tokens, self._tp.size)
         start = sum(lengths[: self._tp.rank])
         mine = slice(start, start + lengths[self._tp.rank])
@@ -163,7 +165,7 @@ class Dispatch:
         out = compute(
             torch.cat([x, arrived]),
             torch.cat([weights, arrived_weights]),
-            torch.cat([placed, arrived_placed]) - first_slot,
+            torch.cat([placed, arrived_placed]),
         )
         returned = self._ep.all_to_all(out[num_tokens:], receive, send, "moe")
         total = out[:num_tokens].float().index_add_(0, row, returned.float())
@@ -179,10 +181,10 @@ def mean_remote_ranks(config: ModelConfig, layout: Layout) -> float:
 
 
 def _pack(weights: Tensor, placed: Tensor) -> Tensor:
-    """float32 [T, K] and int64 [T, K] → int32 [T, 2·K], to be sent at once."""
+    """float32 [T, K] and integers [T, K] → int32 [T, 2·K], to be sent at once."""
     return torch.cat([weights.view(torch.int32), placed.int()], -1)
 
 
 def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     weights, placed = packed.chunk(2, -1)
-    return weights.contiguous().view(torch.float32), placed.long()
+    return weights.contiguous().view(torch.float32), placed
