@@ -209,7 +209,8 @@ class Engine:
         self._mesh.close()
 
     def _broadcast(self, message: FromLeader) -> None:
-        self._mesh.control.broadcast(msgspec.msgpack.encode(message))
+        kind = str(message.__struct_config__.tag)
+        self._mesh.control.broadcast(msgspec.msgpack.encode(message), kind)
 
     def _collect(self) -> list[StepResult | None]:
         """The results of the oldest step in flight, one for each replica that had a plan."""
@@ -302,11 +303,11 @@ def follow(config: EngineConfig, mesh: Mesh) -> EngineConfig | None:
         if isinstance(message, StepPlans):
             result = worker.execute(message)
             if message.trace and mesh.at.dp == 0 and mesh.at.tp == 0:
-                mesh.control.send(msgspec.msgpack.encode(worker.trace))
+                mesh.control.send(msgspec.msgpack.encode(worker.trace), "trace")
             if result is not None:
-                mesh.control.send(msgspec.msgpack.encode(result))
+                mesh.control.send(msgspec.msgpack.encode(result), "result")
         elif isinstance(message, Report):
-            mesh.control.send(msgspec.msgpack.encode(mesh.traffic.rows()))
+            mesh.control.send(msgspec.msgpack.encode(mesh.traffic.rows()), "report")
         elif isinstance(message, Close):
             mesh.close()
             return message.config

@@ -14,9 +14,10 @@ from moespan.engine.trace import Observation
 from moespan.memory import zeros
 from moespan.model.network import Model, Weights
 from moespan.ops import AttentionBatch, Ops
-from moespan.parallel.dispatch import Dispatch, split_evenly
+from moespan.parallel.dispatch import Dispatch
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.pipeline import StageLink
+from moespan.parallel.tokens import block_tokens, split_evenly
 
 _EMPTY_PLAN = StepPlan(
     step=0, token_ids=[], query_lens=[], context_lens=[], block_tables=[], samples=[]
@@ -68,7 +69,7 @@ class Worker:
         if not plans.num_tokens[at.dp] and layout.ep_blocks == 1:
             return None  # and nobody shares experts with this replica
         plan = plans.plan(at.dp) or _EMPTY_PLAN
-        self._dispatch.begin_step(self._block_tokens(plans.num_tokens))
+        self._dispatch.begin_step(block_tokens(layout, self.mesh.rank, plans.num_tokens))
         device = self.mesh.device
         batch = AttentionBatch.build(
             plan.query_lens, plan.context_lens, plan.block_tables, self.block_size, device
@@ -95,14 +96,6 @@ class Worker:
 
     def _tokens_here(self, num_tokens: int) -> int:
         return split_evenly(num_tokens, self.mesh.sp.size)[self.mesh.sp.rank]
-
-    def _block_tokens(self, num_tokens: list[int]) -> list[int]:
-        """Tokens of each block of this rank's ep group, from those of all replicas."""
-        layout, at = self.mesh.layout, self.mesh.at
-        blocks = [part for total in num_tokens for part in split_evenly(total, layout.sp)]
-        own = at.dp * layout.sp + at.sp
-        first = own - own % layout.ep_blocks
-        return blocks[first : first + layout.ep_blocks]
 
 
 def _result(logits: Tensor, plan: StepPlan) -> StepResult:

@@ -22,8 +22,9 @@ from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.placement import Share, head_shares
 from moespan.config import ModelConfig
 from moespan.ops import AttentionBatch, Ops
-from moespan.parallel.dispatch import Dispatch, Slots, split_evenly
+from moespan.parallel.dispatch import Dispatch, Slots
 from moespan.parallel.mesh import Mesh
+from moespan.parallel.tokens import split_evenly
 
 Weights = Mapping[str, Tensor]
 # Called with (layer, module, value [L, ...]) as the network computes, the same on all tp ranks: for

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from moespan.parallel.traffic import Traffic
+from moespan.parallel.traffic import Traffic, sent_bytes
 
 # Most plans fit into one broadcast of this size; a longer one takes a second.
 _FRAME_BYTES = 16 << 10
@@ -22,12 +22,16 @@ _MOST_UNDER_WAY = 256
 
 
 class Control:
-    """One rank's end of the channel; without a group, that of a world of one rank."""
+    """One rank's end of the channel; without a group, that of a world of one rank.
+
+    Messages are counted by their kind, which travels no further.
+    """
 
     def __init__(
         self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None
     ) -> None:
         self._group = group
+        self._size = 1 if group is None else group.size()
         self._traffic = traffic or Traffic()
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
@@ -37,7 +41,7 @@ class Control:
         timeout = timedelta(seconds=timeout_s)
         return cls(dist.new_group(timeout=timeout, backend="gloo", group_desc="control"), traffic)
 
-    def broadcast(self, message: bytes) -> None:
+    def broadcast(self, message: bytes, kind: str) -> None:
         """On the leader: start sending `message` to all ranks; they may be behind by some."""
         if self._group is None:
             return
@@ -45,9 +49,9 @@ class Control:
         payload = _with_length(message)
         head = payload[:_FRAME_BYTES]
         frame[: len(head)] = head
-        self._broadcast(frame)
+        self._broadcast(frame, kind)
         if len(payload) > _FRAME_BYTES:
-            self._broadcast(payload[_FRAME_BYTES:])
+            self._broadcast(payload[_FRAME_BYTES:], kind)
 
     def receive_broadcast(self) -> bytes:
         """On every other rank: wait for the leader's next message."""
@@ -61,10 +65,10 @@ class Control:
         dist.broadcast(tail, 0, group=self._group)
         return _to_bytes(frame[_LENGTH_BYTES:]) + _to_bytes(tail)
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: bytes, kind: str) -> None:
         """On any other rank: start sending `message` to the leader."""
         payload = _with_length(message)
-        self._traffic.count("control", "send", "result", len(payload))
+        self._count("send", kind, len(payload))
         for part in (payload[:_LENGTH_BYTES], payload[_LENGTH_BYTES:]):
             if len(part):
                 self._keep(dist.isend(part, 0, group=self._group), payload)
@@ -83,6 +87,7 @@ class Control:
         if self._group is None:
             return value
         least = torch.tensor(value)
+        self._count("all_reduce", "smallest", least.element_size())
         dist.all_reduce(least, dist.ReduceOp.MIN, group=self._group)
         return int(least)
 
@@ -94,9 +99,13 @@ class Control:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def _broadcast(self, data: torch.Tensor) -> None:
-        self._traffic.count("control", "broadcast", "plan", len(data))
+    def _broadcast(self, data: torch.Tensor, kind: str) -> None:
+        self._count("broadcast", kind, len(data))
         self._keep(dist.broadcast(data, 0, group=self._group, async_op=True), data)
+
+    def _count(self, collective: str, kind: str, num_bytes: int) -> None:
+        sent = sent_bytes(collective, self._size, num_bytes)
+        self._traffic.count("control", collective, kind, sent)
 
     def _keep(self, work: dist.Work | None, data: torch.Tensor) -> None:
         """Hold `data` until it is sent; raise what went wrong with much earlier messages."""

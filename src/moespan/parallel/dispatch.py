@@ -14,34 +14,25 @@ Whatever the way, the result is partial over tp, so that it shares one all-reduc
 experts. Shapes: T tokens of this rank's block, H hidden, K experts per token. A slot is the place
 of an expert on a rank; slots are numbered through (`moespan.checkpoint.experts`).
 
-The rule of `auto`: with one block `replicated`; else `all_to_all` as soon as it saves a rank
-`LEAST_SAVED_BYTES` against `all_gather`, which needs fewer calls, and no word from the device on
-how much goes where.
+`moespan.parallel.tokens` has the rule by which `auto` chooses.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moespan.config import Layout, ModelConfig
+from moespan.config import ModelConfig
 from moespan.parallel.mesh import Mesh
-
-LEAST_SAVED_BYTES = 1 << 20
+from moespan.parallel.tokens import choose_dispatch, split_evenly
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """x [T, H], weights float32 [T, K], slots [T, K] → Σ weight · expert(x), [T, H], over the experts of
 this rank; the slots of others count nothing, nor does the number of slots, which is nobody's."""
-
-
-def split_evenly(total: int, parts: int) -> list[int]:
-    """Lengths of `parts` consecutive parts of `total`, the first ones one longer if need be."""
-    size, extra = divmod(total, parts)
-    return [size + (part < extra) for part in range(parts)]
 
 
 class Slots:
@@ -93,19 +84,16 @@ class Dispatch:
         layout.check_dispatch(way)
         self._tp, self._ep, self._blocks = mesh.tp, mesh.ep, mesh.ep_blocks
         self._ep_rank = layout.ep_rank(mesh.rank)
-        self._ways = layout.dispatches if way == "auto" else (way,)
+        self._is_auto = way == "auto"
+        self._choose = partial(choose_dispatch, config, layout, element_bytes)
         self._block_tokens: list[int] = []
-        self.way = self._ways[0]
-        # What all_to_all saves for each token of the largest block, both directions.
-        met = mean_remote_ranks(config, layout) / layout.tp if layout.ep_blocks > 1 else 0.0
-        token_bytes = config.hidden_size * element_bytes
-        self._saved_bytes_per_token = 2 * token_bytes * (layout.ep_blocks - 1 - met)
+        self.way = layout.dispatches[0] if self._is_auto else way
 
     def begin_step(self, block_tokens: list[int]) -> None:
         """Choose the way for a step in which block i of the ep group has `block_tokens[i]`."""
         self._block_tokens = block_tokens
-        saved_bytes = self._saved_bytes_per_token * max(block_tokens)
-        self.way = self._ways[-1 if saved_bytes >= LEAST_SAVED_BYTES else 0]
+        if self._is_auto:
+            self.way = self._choose(block_tokens)
 
     def first_slot(self, slots: Slots) -> int:
         """The first of this rank's slots."""
@@ -170,14 +158,6 @@ class Dispatch:
         returned = self._ep.all_to_all(out[num_tokens:], receive, send, "moe")
         total = out[:num_tokens].float().index_add_(0, row, returned.float())
         return total.to(x.dtype)
-
-
-def mean_remote_ranks(config: ModelConfig, layout: Layout) -> float:
-    """On how many ranks of other blocks a token finds one of its experts, if all are equally likely
-    and spread evenly: each of R ranks is missed with probability C(E - E/R, K) / C(E, K)."""
-    experts, chosen = config.n_routed_experts or 0, config.num_experts_per_tok
-    missed = math.comb(experts - experts // layout.ep, chosen) / math.comb(experts, chosen)
-    return (layout.ep - layout.tp) * (1 - missed)
 
 
 def _pack(weights: Tensor, placed: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from moespan.config import Coordinates, Layout
 from moespan.errors import LayoutError
 from moespan.parallel.control import Control
-from moespan.parallel.traffic import Traffic
+from moespan.parallel.traffic import Traffic, sent_bytes
 
 # No rank waits longer than this for another one inside a collective of the model.
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -60,7 +60,7 @@ class Axis:
     def all_reduce(self, x: torch.Tensor, module: str) -> torch.Tensor:
         """Sum `x` over the axis, in place. in: partial → out: replicated."""
         if self.size > 1 and x.numel():
-            self._count("all_reduce", module, 2 * (self.size - 1) * _bytes(x) // self.size)
+            self._count("all_reduce", module, _bytes(x))
             dist.all_reduce(x, group=self._group)
         return x
 
@@ -70,7 +70,7 @@ class Axis:
             return x
         gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
         if x.numel():
-            self._count("all_gather", module, (self.size - 1) * _bytes(x))
+            self._count("all_gather", module, _bytes(x))
             _all_gather(gathered, x.contiguous(), group=self._group)
         return gathered
 
@@ -80,7 +80,7 @@ class Axis:
             return x
         part = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
         if x.numel():
-            self._count("reduce_scatter", module, (self.size - 1) * _bytes(x) // self.size)
+            self._count("reduce_scatter", module, _bytes(x))
             _reduce_scatter(part, x.contiguous(), group=self._group)
         return part
 
@@ -128,8 +128,9 @@ class Axis:
         while self._sending:
             self._sending.popleft()[0].wait()
 
-    def _count(self, collective: str, module: str, sent_bytes: int) -> None:
-        self._traffic.count(self.name, collective, module, sent_bytes)
+    def _count(self, collective: str, module: str, num_bytes: int) -> None:
+        sent = sent_bytes(collective, self.size, num_bytes)
+        self._traffic.count(self.name, collective, module, sent)
 
 
 class Mesh:

@@ -9,21 +9,36 @@ TrafficRows = list[tuple[str, str, str, int, int]]
 """(axis, collective, module, calls, sent bytes), plain values to send to the leader."""
 
 
+def sent_bytes(collective: str, ranks: int, num_bytes: int) -> int:
+    """What one of `ranks` ranks sends in the bandwidth-optimal algorithm.
+
+    | collective       | `num_bytes`, b             | a rank sends    |
+    |------------------|----------------------------|-----------------|
+    | `all_reduce`     | its tensor                 | 2·(n-1) · ⌈b/n⌉ |
+    | `all_gather`     | its part                   | (n-1) · b       |
+    | `reduce_scatter` | its tensor                 | (n-1) · ⌈b/n⌉   |
+    | `all_to_all`     | what is for other ranks    | b               |
+    | `send`           | its tensor                 | b               |
+    | `broadcast`      | the message, at its source | (n-1) · b       |
+
+    So over all ranks of an axis as much is sent as is received. The model never rounds up: tp and
+    sp divide the heads and with them the hidden size, and ranks that reduce-scatter rows have
+    equally many.
+    """
+    others, part = ranks - 1, -(-num_bytes // ranks)
+    return {
+        "all_reduce": 2 * others * part,
+        "all_gather": others * num_bytes,
+        "reduce_scatter": others * part,
+        "all_to_all": num_bytes,
+        "send": num_bytes,
+        "broadcast": others * num_bytes,
+    }[collective]
+
+
 @dataclass
 class Traffic:
-    """Calls and sent bytes of one rank by (axis, collective, module).
-
-    Sent bytes are those of the bandwidth-optimal algorithm, with n ranks on the axis and a tensor
-    of b bytes on each rank before the call:
-
-    | collective     | a rank sends          |
-    |----------------|-----------------------|
-    | all_reduce     | 2·(n-1)/n · b         |
-    | all_gather     | (n-1) · b             |
-    | reduce_scatter | (n-1)/n · b           |
-    | all_to_all     | what is not its own   |
-    | send           | b                     |
-    """
+    """Calls and sent bytes of one rank by (axis, collective, module)."""
 
     calls: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     sent_bytes: Counter[tuple[str, str, str]] = field(default_factory=Counter)

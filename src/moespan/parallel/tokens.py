@@ -1,0 +1,55 @@
+"""Where the tokens of a step are, and by which way they meet their experts. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from moespan.config import Layout, ModelConfig
+
+LEAST_SAVED_BYTES = 1 << 20
+
+
+def split_evenly(total: int, parts: int) -> list[int]:
+    """Lengths of `parts` consecutive parts of `total`, the first ones one longer if need be."""
+    size, extra = divmod(total, parts)
+    return [size + (part < extra) for part in range(parts)]
+
+
+def blocks_of(layout: Layout, rank: int) -> list[tuple[int, int]]:
+    """(dp, sp) of each block, that is of tp ranks with the same tokens, that shares one set of
+    experts with `rank`."""
+    at = layout.coordinates(rank)
+    own = at.dp * layout.sp + at.sp
+    first = own - own % layout.ep_blocks
+    return [divmod(block, layout.sp) for block in range(first, first + layout.ep_blocks)]
+
+
+def block_tokens(layout: Layout, rank: int, num_tokens: Sequence[int]) -> list[int]:
+    """Tokens of each of `blocks_of`, from those of every replica."""
+    return [split_evenly(num_tokens[dp], layout.sp)[sp] for dp, sp in blocks_of(layout, rank)]
+
+
+def mean_ranks_met(config: ModelConfig, layout: Layout) -> float:
+    """On how many ranks of the ep group a token finds one of its experts, if all are equally likely
+    and spread evenly: a rank with n of E experts is missed with probability
+    C(E - n, K) / C(E, K)."""
+    experts, chosen = config.n_routed_experts or 0, config.num_experts_per_tok
+    held = split_evenly(experts, layout.ep)
+    return sum(1 - math.comb(experts - n, chosen) / math.comb(experts, chosen) for n in held)
+
+
+def choose_dispatch(
+    config: ModelConfig, layout: Layout, element_bytes: int, tokens_of_blocks: Sequence[int]
+) -> str:
+    """The rule of `auto` for one step: `replicated` where all ranks of the ep group have the same
+    tokens; else `all_to_all` as soon as it saves a rank `LEAST_SAVED_BYTES` in every layer against
+    `all_gather`, which needs fewer calls, and no word from the device on how much goes where."""
+    if layout.ep_blocks == 1:
+        return "replicated"
+    # What one tp rank sends of each token of its block, to and fro, on average.
+    all_gather = layout.ep_blocks - 1
+    all_to_all = all_gather * mean_ranks_met(config, layout) / layout.ep
+    saved_per_token = 2 * (all_gather - all_to_all) * config.hidden_size * element_bytes
+    saved_bytes = saved_per_token * max(tokens_of_blocks)
+    return "all_to_all" if saved_bytes >= LEAST_SAVED_BYTES else "all_gather"
