@@ -1,0 +1,33 @@
+"""A pretend Ascend NPU: numbers, checks and graphs for torch_npu over a stand-in for CANN."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+
+
+def start_with_torch_npu():
+    """Make the import of torch_npu, whoever does it and when, start the simulator.
+
+    Not before: most processes of a program never import torch, and should not wait for it.
+    """
+    sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "torch_npu":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def load_and_start(module):
+            load(module)
+            from ascend_sim.device import start
+
+            start()
+
+        spec.loader.exec_module = load_and_start
+        return spec
