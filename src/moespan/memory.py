@@ -32,9 +32,7 @@ def to_device(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch
     for part, room in zip(parts, packed.split(lengths), strict=True):
         room[: part.numel()] = part.flatten()
     moved = packed.to(device, non_blocking=True).split(lengths)
-    return [
-        room[: part.numel()].view(part.shape) for part, room in zip(parts, moved, strict=True)
-    ]
+    return [room[: part.numel()].view(part.shape) for part, room in zip(parts, moved, strict=True)]
 
 
 def available_bytes(device: torch.device) -> int:
@@ -50,6 +48,13 @@ def available_bytes(device: torch.device) -> int:
         reclaimable = _cgroup_statistic("inactive_file")
         available = min(available, limit - used + reclaimable)
     return max(available, 0)
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Memory of `device` that this process's allocator holds; 0 for CPUs, where none is kept."""
+    if device.type == "cpu":
+        return 0
+    return int(torch.get_device_module(device).memory_reserved(device))
 
 
 def _meminfo_bytes(key: str) -> int:

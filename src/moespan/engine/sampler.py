@@ -110,9 +110,7 @@ def _draw(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     truncated = [i for i, row in enumerate(rows) if row.top_p < 1 or row.min_p > 0 or row.top_k > 0]
     if truncated:
         at = _tensor(truncated, torch.int64, logits)
-        tokens[at] = _draw_truncated(
-            probabilities[at], uniform[at], [rows[i] for i in truncated]
-        )
+        tokens[at] = _draw_truncated(probabilities[at], uniform[at], [rows[i] for i in truncated])
     return tokens
 
 

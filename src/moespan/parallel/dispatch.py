@@ -31,7 +31,7 @@ from moespan.parallel.mesh import Mesh
 from moespan.parallel.tokens import choose_dispatch, split_evenly
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""x [T, H], weights float32 [T, K], slots [T, K] → Σ weight · expert(x), [T, H], over the experts of
+"""x [T, H], weights float32 [T, K], slots [T, K] → Σ weight · expert(x), [T, H], over experts of
 this rank; the slots of others count nothing, nor does the number of slots, which is nobody's."""
 
 
@@ -92,8 +92,11 @@ class Dispatch:
     def begin_step(self, block_tokens: list[int]) -> None:
         """Choose the way for a step in which block i of the ep group has `block_tokens[i]`."""
         self._block_tokens = block_tokens
-        if self._is_auto:
-            self.way = self._choose(block_tokens)
+        self.way = self.way_of(block_tokens)
+
+    def way_of(self, block_tokens: list[int]) -> str:
+        """What `begin_step` would choose."""
+        return self._choose(block_tokens) if self._is_auto else self.way
 
     def first_slot(self, slots: Slots) -> int:
         """The first of this rank's slots."""
@@ -119,10 +122,13 @@ class Dispatch:
         self, x: Tensor, weights: Tensor, placed: Tensor, slots: Slots, compute: Compute
     ) -> Tensor:
         num_tokens = len(x)
-        padding = (0, 0, 0, max(self._block_tokens) - num_tokens)
+        added = max(self._block_tokens) - num_tokens
+        if added:
+            x, weights = (F.pad(part, (0, 0, 0, added)) for part in (x, weights))
+            placed = F.pad(placed, (0, 0, 0, added), value=slots.count)
         # Routers on different ranks may disagree by a rounding: decisions are sent, not remade.
-        routed = _pack(F.pad(weights, padding), F.pad(placed, padding, value=slots.count))
-        x = self._blocks.all_gather(F.pad(x, padding), "moe")
+        routed = _pack(weights, placed)
+        x = self._blocks.all_gather(x, "moe")
         weights, placed = _unpack(self._blocks.all_gather(routed, "router"))
         out = compute(x, weights, placed)
         return self._blocks.reduce_scatter(out, "moe")[:num_tokens]
