@@ -10,7 +10,6 @@ a rank that cannot record runs the padded step as it is.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,9 +20,8 @@ from torch import Tensor
 from moespan.config import EngineConfig
 from moespan.engine.plan import StepPlan
 from moespan.memory import reserved_bytes
+from moespan.notice import notice
 from moespan.ops import AttentionBatch, Ops, Replay
-
-_logger = logging.getLogger(__name__)
 
 # Each graph holds streams for each communicator of the device, which has not many.
 _MOST_SIZES = 40
@@ -93,7 +91,6 @@ class DecodeGraphs:
         self._hidden = hidden
         self._recorded: dict[int, _Recorded] = {}
         self._gave_up = False
-        self._said: set[str] = set()
         if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
             self._gave_up = True
             self.say("ASCEND_LAUNCH_BLOCKING=1 does not go with recording")
@@ -103,10 +100,8 @@ class DecodeGraphs:
         return next((size for size in self._sizes if size >= num_tokens), None)
 
     def say(self, why: str) -> None:
-        """Warn, once, that steps run without graphs."""
-        if why not in self._said:
-            self._said.add(why)
-            _logger.warning("decode steps are not recorded as graphs: %s", why)
+        """Tell, once, that steps run without graphs."""
+        notice(f"decode steps are not recorded as graphs: {why}")
 
     def __call__(self, plan: StepPlan, size: int, hidden: Tensor | None) -> Tensor:
         """Run the decode step `plan`, padded to `size` sequences.

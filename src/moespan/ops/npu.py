@@ -18,7 +18,6 @@ router, so that it takes the plain ones.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +25,9 @@ import torch
 from torch import Tensor
 
 from moespan.errors import ConfigError
+from moespan.notice import notice
 from moespan.ops.base import AttentionBatch, Replay
 from moespan.ops.reference import ReferenceOps
-
-_logger = logging.getLogger(__name__)
 
 _ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
 _ATTENTION_HEAD_SIZE = 128
@@ -59,7 +57,6 @@ class NpuOps(ReferenceOps):
         self._row_numbers: list[Tensor] = []
         # All graphs share their memory: they never run at the same time.
         self._graph_pool: Any = None
-        self._said: set[str] = set()
 
     def prepare(self, name: str, weight: Tensor) -> Tensor:
         """Experts' matrices lie as [E, in, out], which grouped matmuls read; others as they are."""
@@ -219,14 +216,11 @@ class NpuOps(ReferenceOps):
             and not self._is_310p
         ):
             return True
-        reason = (
+        notice(
             f"attention goes through plain torch, and is slow: the kernel takes float16 and "
             f"bfloat16, heads of 128 and blocks of 16 to 1024 tokens on A2 and A3, not {dtype}, "
             f"heads of {head_size} and blocks of {block_size} on {self._soc}"
         )
-        if reason not in self._said:
-            self._said.add(reason)
-            _logger.warning(reason)
         return False
 
     def _grouped_matmul(self, x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
