@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import os
 import sys
 
 
-def start_with_torch_npu():
+def start_with_torch_npu() -> None:
     """Make the import of torch_npu, whoever does it and when, start the simulator.
 
     Not before: most processes of a program never import torch, and should not wait for it.
@@ -22,6 +23,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         load = spec.loader.exec_module
+        # Kernels run in the calling thread then, in order, and not in one of torch_npu's own.
+        os.environ["TASK_QUEUE_ENABLE"] = "0"
 
         def load_and_start(module):
             load(module)

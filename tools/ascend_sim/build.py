@@ -86,6 +86,11 @@ def install(folder: Path, version: str) -> None:
 
 def build(folder: Path) -> str:
     """Compile the stand-in and put it in the place of the libraries that are missing."""
+    target = folder / "torch_npu.libs"
+    target.mkdir(exist_ok=True)
+    for link in target.iterdir():
+        if link.is_symlink():  # of an earlier build
+            link.unlink()
     libraries, asked = missing(folder)
     source = HERE / "fake_cann.c"
     written = set(re.findall(r"^[a-z]\w*(?: \w+)* \**(\w+)\(", source.read_text(), re.MULTILINE))
@@ -93,15 +98,11 @@ def build(folder: Path) -> str:
     text = "long ascend_sim_called(const char *);\n"
     text += "int ascend_sim_atb_create(const void *, void **);\n"
     text += "int ascend_sim_atb_context(void **);\n" + "\n".join(map(stub, names)) + "\n"
-    target = folder / "torch_npu.libs"
-    target.mkdir(exist_ok=True)
     generated, library = target / "generated.c", target / "libfakecann.so"
     generated.write_text(text)
     run("gcc", "-shared", "-fPIC", "-O2", "-w", source, generated, "-o", library)
     for name in libraries:
-        link = target / name
-        link.unlink(missing_ok=True)
-        link.symlink_to(library.name)
+        (target / name).symlink_to(library.name)
     return (
         f"stand-in for {', '.join(sorted(libraries))}: "
         f"{len(written)} written and {len(names)} generated functions"
@@ -114,16 +115,14 @@ def missing(folder: Path) -> tuple[set[str], set[str]]:
     own = [*sorted(folder.glob("torch_npu/lib/*.so")), *sorted(folder.glob("torch_npu/_C.*.so"))]
     search = [str(torch), sysconfig.get_config_var("LIBDIR") or ""]
     environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(search)}
-    stand_in = str(folder / "torch_npu.libs")
     libraries, present = set(OPENED_BY_NAME), set(map(str, own))
     for shared_object in own:
         for line in run("ldd", shared_object, env=environment).splitlines():
             name, _, found = line.strip().partition(" => ")
-            path = os.path.normpath(found.split(" (")[0])
-            if "not found" in found or path.startswith(stand_in):
+            if "not found" in found:
                 libraries.add(name)
             elif found.startswith("/"):
-                present.add(path)
+                present.add(found.split(" (")[0])
     asked = {
         name
         for shared_object in own
@@ -147,7 +146,9 @@ def kernels(folder: Path) -> set[str]:
 
 def stub(symbol: str) -> str:
     if symbol.startswith("_ZN3atb15CreateOperation"):
-        return f"int {symbol}(const void *p, void **out) {{ return ascend_sim_atb_create(p, out); }}"
+        return (
+            f"int {symbol}(const void *p, void **out) {{ return ascend_sim_atb_create(p, out); }}"
+        )
     if symbol.startswith("_ZN3atb13CreateContext"):
         return f"int {symbol}(void **out) {{ return ascend_sim_atb_context(out); }}"
     return f'long {symbol}(void) {{ return ascend_sim_called("{symbol}"); }}'

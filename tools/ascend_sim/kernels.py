@@ -1,0 +1,556 @@
+"""CPU numbers behind the fused operators of torch_npu that an inference engine needs.
+
+Importing this module registers them, so that `torch_npu.npu_rms_norm(x, g)` works on CPU tensors.
+The schemas, their defaults and the checks of arguments stay torch_npu's own. What CANN's kernels
+refuse, or compute undefined, as their documents say for an Atlas A2, is a `RefusedError`; what this
+module does not know is a `NotImplementedError`. What an NPU leaves uninitialised is NaN or -2**31,
+so that a program which reads it fails. A real NPU has the last word.
+
+Shapes: T tokens, H hidden, N query heads, KV key heads, D head size, E experts, K experts per
+token, S sequences, B blocks of the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (*HALVES, torch.float32)
+MASK_SIZE = 2048
+
+_libraries = {space: torch.library.Library(space, "IMPL") for space in ("npu", "atb")}
+
+
+class RefusedError(RuntimeError):
+    """An NPU would refuse this call, or its result would be undefined."""
+
+
+def kernel(name):
+    """Register a function as the CPU kernel of `namespace::operator[.overload]`."""
+    space, operator = name.split("::")
+
+    def register(function):
+        _libraries[space].impl(operator, function, "CPU")
+        return function
+
+    return register
+
+
+def demand(holds, rule):
+    """Refuse unless `rule` holds."""
+    if not holds:
+        raise RefusedError(rule)
+
+
+def one_dtype(name, allowed, *tensors):
+    dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
+    demand(
+        dtypes[0] in allowed and len(set(dtypes)) == 1,
+        f"{name} takes {', '.join(map(str, allowed))}, one for all of its tensors, not {dtypes}",
+    )
+
+
+def plain(name, *tensors):
+    """Refuse empty and non-contiguous tensors."""
+    for tensor in tensors:
+        demand(tensor.numel(), f"{name} takes no empty tensor: {tuple(tensor.shape)}")
+        demand(tensor.is_contiguous(), f"{name} takes contiguous tensors only: {tensor.stride()}")
+
+
+def unknown(**arguments):
+    """Refuse what is not simulated, unless it has a value that means nothing."""
+    for name, value in arguments.items():
+        if value not in (None, 0, False, "", []):
+            raise NotImplementedError(f"the simulator does not know {name}={value}")
+
+
+def poison_of(dtype):
+    """What stands in memory that nobody has written: it must not be read."""
+    if dtype.is_floating_point:
+        return float("nan")
+    return max(-(2**31), torch.iinfo(dtype).min) if dtype != torch.bool else False
+
+
+def uninitialised(shape, dtype):
+    return torch.full(shape, poison_of(dtype), dtype=dtype)
+
+
+# ------------------------------------------------------------------ norm, activation, rotation
+
+
+@kernel("npu::npu_rms_norm")
+def rms_norm(x, gamma, epsilon=1e-6):
+    demand(
+        x.dtype in FLOATS and gamma.dtype in (x.dtype, torch.float32),
+        f"npu_rms_norm: gamma is {gamma.dtype} for {x.dtype}; it is of x's dtype or float32",
+    )
+    demand(
+        x.shape[x.dim() - gamma.dim() :] == gamma.shape,
+        f"npu_rms_norm: gamma {tuple(gamma.shape)} is not the end of x's {tuple(x.shape)}",
+    )
+    demand(x.numel(), "npu_rms_norm takes no empty tensor")
+    axes = tuple(range(-gamma.dim(), 0))
+    rstd = torch.rsqrt(x.float().square().mean(axes, keepdim=True) + epsilon)
+    return (x.float() * rstd * gamma.float()).to(x.dtype), rstd
+
+
+@kernel("npu::npu_add_rms_norm")
+def add_rms_norm(x1, x2, gamma, epsilon=1e-6):
+    one_dtype("npu_add_rms_norm", FLOATS, x1, x2, gamma)
+    demand(x1.shape == x2.shape, f"npu_add_rms_norm: {tuple(x1.shape)} + {tuple(x2.shape)}")
+    total = x1 + x2
+    return *rms_norm(total, gamma, epsilon), total
+
+
+@kernel("npu::npu_swiglu")
+def swiglu(x, dim=-1):
+    one_dtype("npu_swiglu", FLOATS, x)
+    plain("npu_swiglu", x)
+    demand(x.size(dim) % 2 == 0, f"npu_swiglu: {x.size(dim)} has no half")
+    gate, up = x.float().chunk(2, dim)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def rotate(x, cos, sin, mode):
+    x32 = x.float()
+    if mode == "half":
+        first, second = x32.chunk(2, -1)
+        turned = torch.cat((-second, first), -1)
+    else:
+        turned = torch.stack((-x32[..., 1::2], x32[..., ::2]), -1).flatten(-2)
+    return (x32 * cos.float() + turned * sin.float()).to(x.dtype)
+
+
+@kernel("npu::npu_rotary_mul")
+def rotary_mul(x, cos, sin, rotary_mode="half", rotate_by=None):
+    unknown(rotate=rotate_by)
+    demand(rotary_mode in ("half", "interleave"), f"npu_rotary_mul: mode {rotary_mode!r}")
+    demand(x.size(-1) % 2 == 0 and x.size(-1) < 896, f"npu_rotary_mul: head size {x.size(-1)}")
+    return rotate(x, cos, sin, rotary_mode)
+
+
+@kernel("npu::npu_apply_rotary_pos_emb")
+def apply_rotary_pos_emb(query, key, cos, sin, layout="BSND", rotary_mode="half"):
+    """In place, although the schema does not say so."""
+    name, dims = "npu_apply_rotary_pos_emb", {"BSND": 4, "TND": 3}
+    demand(layout in dims and rotary_mode == "half", f"{name}: {layout!r}, {rotary_mode!r}")
+    one_dtype(name, FLOATS, query, key, cos, sin)
+    plain(name, query, key, cos, sin)
+    rows = query.shape[: dims[layout] - 2]
+    for tensor in (query, key, cos, sin):
+        demand(
+            tensor.dim() == dims[layout]
+            and tensor.shape[: len(rows)] == rows
+            and tensor.size(-1) == query.size(-1) in (64, 128),
+            f"{name}: {tuple(tensor.shape)} beside a query {tuple(query.shape)} in {layout}",
+        )
+    demand(cos.size(-2) == sin.size(-2) == 1, f"{name}: cos and sin are for one head")
+    query.copy_(rotate(query, cos, sin, rotary_mode))
+    key.copy_(rotate(key, cos, sin, rotary_mode))
+    return query, key
+
+
+# ------------------------------------------------------------------ mixture of experts
+
+
+@kernel("npu::npu_moe_gating_top_k_softmax")
+def gating_top_k_softmax(x, finished=None, k=1):
+    one_dtype("npu_moe_gating_top_k_softmax", FLOATS, x)
+    demand(0 < k <= min(1024, x.size(-1)), f"npu_moe_gating_top_k_softmax: k={k} of {x.size(-1)}")
+    weights = x.float().softmax(-1)
+    ids = weights.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    rows = torch.arange(ids.numel(), dtype=torch.int32).reshape(k, -1).T.reshape(ids.shape)
+    weights = weights.gather(-1, ids).to(x.dtype)
+    if finished is not None:
+        ids = torch.where(finished.unsqueeze(-1), x.size(-1), ids)
+    return weights, ids.int(), rows.contiguous()
+
+
+@kernel("npu::npu_moe_init_routing_v2")
+def init_routing(
+    x,
+    expert_idx,
+    *,
+    scale=None,
+    offset=None,
+    active_num=-1,
+    expert_capacity=-1,
+    expert_num=-1,
+    drop_pad_mode=0,
+    expert_tokens_num_type=0,
+    expert_tokens_num_flag=False,
+    quant_mode=-1,
+    active_expert_range=(),
+    row_idx_type=0,
+    x_dtype=None,
+):
+    unknown(scale=scale, offset=offset, drop_pad_mode=drop_pad_mode, x_dtype=x_dtype)
+    unknown(quant_mode=quant_mode + 1)
+    one_dtype("npu_moe_init_routing_v2", FLOATS, x)
+    demand(expert_idx.dtype == torch.int32, "npu_moe_init_routing_v2: expert_idx is int32")
+    k, flat = expert_idx.size(1), expert_idx.flatten().long()
+    start, end = active_expert_range or (0, expert_num)
+    demand(0 <= start < end <= expert_num, f"experts {start}..{end} of {expert_num}")
+    active = (flat >= start) & (flat < end)
+    order = torch.where(active, flat, end).argsort(stable=True)[: int(active.sum())].int()
+    rows = min(active_num, flat.numel()) if active_num > 0 else flat.numel()
+
+    expanded = uninitialised((rows, x.size(1)), x.dtype)
+    kept = order[:rows]
+    expanded[: kept.numel()] = x[kept // k]
+    if row_idx_type == 0:  # gather: where each (token, choice) went, -1 for the experts of others
+        row_idx = torch.full((flat.numel(),), -1, dtype=torch.int32)
+        row_idx[order.long()] = torch.arange(order.numel(), dtype=torch.int32)
+    else:  # scatter: which (token, choice) each row came from
+        row_idx = uninitialised((flat.numel(),), torch.int32)
+        row_idx[: order.numel()] = order
+    counts = torch.bincount(flat[active] - start, minlength=end - start)
+    if not expert_tokens_num_flag:
+        tokens = uninitialised((0,), torch.int64)
+    elif expert_tokens_num_type == 2:
+        tokens = uninitialised((expert_num, 2), torch.int64)
+        used = counts.nonzero().flatten()
+        tokens[: used.numel()] = torch.stack((used + start, counts[used]), 1)
+        tokens[used.numel() : used.numel() + 1] = 0
+    else:
+        tokens = counts if expert_tokens_num_type == 1 else counts.cumsum(0)
+    return expanded, row_idx, tokens, uninitialised((flat.numel(),), torch.float32)
+
+
+@kernel("npu::npu_moe_token_permute")
+def token_permute(tokens, indices, num_out_tokens=None, padded_mode=False):
+    unknown(padded_mode=padded_mode)
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    k = flat.numel() // tokens.size(0)
+    return tokens[order[: num_out_tokens or None] // k], order.argsort().int()
+
+
+@kernel("npu::npu_moe_token_unpermute")
+def token_unpermute(
+    permuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None
+):
+    unknown(padded_mode=padded_mode)
+    name, num_rows = "npu_moe_token_unpermute", len(permuted_tokens)
+    if probs is not None:
+        one_dtype(f"{name} (tokens, probs)", FLOATS, permuted_tokens, probs)
+    index = sorted_indices.long()
+    outside = index[(index < 0) | (index >= num_rows)]
+    demand(not len(outside), f"{name} reads rows {outside[:4].tolist()} of {num_rows}")
+    k = 1 if probs is None else probs.size(1)
+    rows = permuted_tokens[index].float().unflatten(0, (-1, k))
+    if probs is not None:
+        rows = rows * probs.float().unsqueeze(-1)
+    return rows.sum(1).to(permuted_tokens.dtype)
+
+
+@kernel("npu::npu_moe_finalize_routing")
+def finalize_routing(
+    expanded, skip1, skip2, bias, scales, src_to_dst, expert_for_source, drop_pad_mode=0, k=1
+):
+    demand(skip1 is not None or skip2 is None, "npu_moe_finalize_routing: skip2 without skip1")
+    k = scales.size(1) if scales is not None else k
+    index = src_to_dst.long()
+    index = index.reshape(-1, k) if drop_pad_mode >= 2 else index.reshape(k, -1).T
+    dropped = index < 0
+    demand(drop_pad_mode in (1, 3) or not dropped.any(), "index -1 goes with drop_pad_mode 1 or 3")
+    rows = expanded.flatten(0, -2)[index.clamp(min=0)].float()
+    rows = rows.masked_fill(dropped.unsqueeze(-1), 0)
+    if bias is not None:
+        rows = rows + bias[expert_for_source.long()].float()
+    out = (rows if scales is None else rows * scales.float().unsqueeze(-1)).sum(1)
+    for skip in (skip1, skip2):
+        out = out if skip is None else out + skip.float()
+    return out.to(expanded.dtype)
+
+
+@kernel("npu::npu_grouped_matmul")
+def grouped_matmul(
+    x,
+    weight,
+    *,
+    bias=None,
+    group_list=None,
+    split_item=0,
+    group_type=None,
+    group_list_type=0,
+    **others,
+):
+    """Without quantisation; rows that no group covers stay unwritten."""
+    others.pop("tuning_config", None)
+    unknown(**others)
+    name = "npu_grouped_matmul"
+    one_dtype(name, FLOATS, *x, *weight)
+    demand(max(len(x), len(weight)) <= 128, f"{name} takes lists of 128 at most")
+    weights = [w for one in weight for w in (one.unbind() if one.dim() == 3 else [one])]
+    biases = [None] * len(weights)
+    if bias:
+        wanted = torch.float32 if x[0].dtype == torch.bfloat16 else x[0].dtype
+        one_dtype(f"{name} (bias for {x[0].dtype})", (wanted,), *bias)
+        biases = [b for one in bias for b in (one.unbind() if one.dim() == 2 else [one])]
+
+    def product(rows, i):
+        y = rows.float() @ weights[i].float()
+        return (y if biases[i] is None else y + biases[i]).to(rows.dtype)
+
+    if group_type == -1:
+        return [product(rows, i) for i, rows in enumerate(x)]
+    if group_type != 0 or split_item not in (2, 3) or len(x) != 1 or group_list_type not in (0, 1):
+        raise NotImplementedError("the simulator knows group_type 0 with one x and one y, and -1")
+    (rows,) = x
+    demand(group_list.dtype == torch.int64, f"{name}: group_list is int64")
+    demand(max(rows.size(-1), weights[0].size(-1)) < 65536, f"{name}: last dim above 65535")
+    counts = group_list
+    if group_list_type == 0:
+        counts = torch.diff(group_list, prepend=group_list.new_zeros(1))
+    demand(
+        (counts >= 0).all() and counts.sum() <= len(rows) and len(counts) == len(weights),
+        f"{name}: groups {counts.tolist()} for {len(rows)} rows and {len(weights)} weights",
+    )
+    y = uninitialised((len(rows), weights[0].size(1)), rows.dtype)
+    ends = [0, *counts.cumsum(0).tolist()]
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
+        if end > start:
+            y[start:end] = product(rows[start:end], i)
+    return [y]
+
+
+# ------------------------------------------------------------------ attention and its cache
+
+
+def split_sequences(tensor, layout, heads, lengths):
+    """Queries, keys or values as one [S, N, D] per sequence."""
+    if layout == "TND":
+        demand(
+            lengths
+            and all(a <= b for a, b in itertools.pairwise([0, *lengths]))
+            and lengths[-1] == len(tensor),
+            f"error 561002: TND has {len(tensor)} rows, and lengths {lengths}, which are the "
+            "cumulative ends of its sequences",
+        )
+        return list(tensor.split(torch.diff(torch.tensor([0, *lengths])).tolist()))
+    if layout == "BSH":
+        tensor = tensor.unflatten(-1, (heads, -1))
+    rows = tensor.transpose(1, 2) if layout == "BNSD" else tensor
+    lengths = lengths or [rows.size(1)]
+    lengths = lengths * len(rows) if len(lengths) == 1 else lengths
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+
+def paged_rows(cache, table, heads, lengths, block_size):
+    """The cached rows of each sequence; the cache is [B, size, KV·D] or [B, KV, size, D]."""
+    demand(cache.dim() in (3, 4), f"a paged cache has 3 or 4 dims: {tuple(cache.shape)}")
+    if cache.dim() == 4:
+        cache = cache.transpose(1, 2)
+    else:
+        demand(cache.size(2) <= 65535, f"a cache of KV·D = {cache.size(2)} is above 65535")
+    demand(cache.size(1) == block_size, f"block_size={block_size}, blocks are of {cache.size(1)}")
+    rows = cache.reshape(len(cache), block_size, heads, -1)
+    out = []
+    for i, (blocks, length) in enumerate(zip(table.long(), lengths, strict=True)):
+        used = blocks[: -(-length // block_size)]
+        demand(
+            length <= len(blocks) * block_size and bool(((used >= 0) & (used < len(cache))).all()),
+            f"sequence {i} has {length} keys in blocks {blocks.tolist()} of {len(cache)}: lengths "
+            "of cached sequences are per sequence, not cumulative, for TND too",
+        )
+        out.append(rows[used].flatten(0, 1)[:length])
+    return out
+
+
+def visible(num_queries, num_keys, mode, mask, pre_tokens, next_tokens, sequence):
+    """True where a query may look."""
+    back = torch.arange(num_queries).unsqueeze(1) - torch.arange(num_keys)
+    if mode in (0, 1):
+        if mask is None:
+            return torch.ones_like(back, dtype=torch.bool)
+        hidden = mask.bool()
+        if hidden.dim() > 2:
+            hidden = hidden[min(sequence, len(hidden) - 1)].flatten(0, -3)[0]
+        return ~hidden[:num_queries, :num_keys]
+    demand(
+        mask is not None and tuple(mask.shape[-2:]) == (MASK_SIZE, MASK_SIZE),
+        f"sparse_mode={mode} takes an atten_mask of {MASK_SIZE} × {MASK_SIZE}",
+    )
+    causal = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool).triu(1)
+    demand(
+        torch.equal(mask.bool().reshape(MASK_SIZE, MASK_SIZE), causal),
+        "the compressed atten_mask is 1 above the diagonal, which hides, and 0 elsewhere",
+    )
+    if mode != 2:
+        back += num_keys - num_queries  # the last query sees the last key
+    return (back >= -next_tokens) & (back <= pre_tokens) if mode == 4 else back >= 0
+
+
+@kernel("npu::npu_fused_infer_attention_score")
+def fused_infer_attention_score(
+    query,
+    key,
+    value,
+    *,
+    atten_mask=None,
+    actual_seq_lengths=None,
+    actual_seq_lengths_kv=None,
+    block_table=None,
+    num_heads=1,
+    scale=1.0,
+    pre_tokens=2147483647,
+    next_tokens=2147483647,
+    input_layout="BSH",
+    num_key_value_heads=0,
+    sparse_mode=0,
+    inner_precise=0,
+    block_size=0,
+    softmax_lse_flag=False,
+    **others,
+):
+    unknown(**others)
+    if input_layout not in ("TND", "BSH", "BSND", "BNSD"):
+        raise NotImplementedError(f"the simulator does not know input_layout={input_layout}")
+    one_dtype("npu_fused_infer_attention_score", HALVES, query, key, value)
+    plain("npu_fused_infer_attention_score", query)
+    if atten_mask is not None:
+        one_dtype("atten_mask", (torch.bool, torch.int8, torch.uint8), atten_mask)
+    kv_heads = num_key_value_heads or num_heads
+    demand(num_heads % kv_heads == 0, f"{num_heads} query heads over {kv_heads} key heads")
+    if input_layout == "TND":
+        demand(query.size(1) == num_heads, f"num_heads={num_heads}, query {tuple(query.shape)}")
+        demand(query.size(2) in (128, 192), f"TND takes heads of 128, not {query.size(2)}")
+        demand(len(actual_seq_lengths or []) <= 4096, "TND takes 4096 sequences at most")
+    queries = split_sequences(query, input_layout, num_heads, actual_seq_lengths)
+    if block_table is None:
+        keys = split_sequences(key, input_layout, kv_heads, actual_seq_lengths_kv)
+        values = split_sequences(value, input_layout, kv_heads, actual_seq_lengths_kv)
+    else:
+        lengths = actual_seq_lengths_kv
+        demand(lengths is not None, "a paged cache goes with actual_seq_lengths_kv")
+        demand(block_table.dtype == torch.int32, "block_table is int32")
+        demand(
+            len(block_table) == len(lengths) == len(queries),
+            f"error 561002: {len(queries)} sequences have {len(lengths)} lengths and "
+            f"{len(block_table)} rows of the block table",
+        )
+        multiple, most = (16, 1024) if input_layout == "TND" else (128, 512)
+        demand(
+            block_size % multiple == 0 and 0 < block_size <= most,
+            f"block_size={block_size} is not a multiple of {multiple} up to {most}",
+        )
+        keys = paged_rows(key, block_table, kv_heads, lengths, block_size)
+        values = paged_rows(value, block_table, kv_heads, lengths, block_size)
+
+    outs, lses = [], []
+    for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        k, v = (rows.repeat_interleave(num_heads // kv_heads, 1).float() for rows in (k, v))
+        score = torch.einsum("snd,tnd->nst", q.float(), k) * scale
+        mode = 0 if len(q) == 1 and input_layout != "TND" else sparse_mode
+        seen = visible(len(q), len(k), mode, atten_mask, pre_tokens, next_tokens, i)
+        score = score.masked_fill(~seen, float("-inf"))
+        outs.append(torch.einsum("nst,tnd->snd", score.softmax(-1), v).to(query.dtype))
+        lses.append(score.logsumexp(-1).T.unsqueeze(-1))
+    if input_layout == "TND":
+        return torch.cat(outs), torch.cat(lses) if softmax_lse_flag else torch.empty(0)
+    size = query.size(2 if input_layout == "BNSD" else 1)
+    padded = [F.pad(rows, (0, 0, 0, 0, 0, size - len(rows))) for rows in (*outs, *lses)]
+    out = torch.stack(padded[: len(outs)])
+    lse = torch.stack(padded[len(outs) :]).transpose(1, 2)
+    if input_layout != "BSND":
+        out = out.flatten(2) if input_layout == "BSH" else out.transpose(1, 2)
+    return out.contiguous(), lse.contiguous() if softmax_lse_flag else torch.empty(0)
+
+
+@kernel("npu::npu_fused_infer_attention_score_v2")
+def fused_infer_attention_score_v2(
+    query,
+    key,
+    value,
+    *,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    num_query_heads=1,
+    softmax_scale=1.0,
+    return_softmax_lse=False,
+    **same,
+):
+    return fused_infer_attention_score(
+        query,
+        key,
+        value,
+        actual_seq_lengths=actual_seq_qlen,
+        actual_seq_lengths_kv=actual_seq_kvlen,
+        num_heads=num_query_heads,
+        scale=softmax_scale,
+        softmax_lse_flag=return_softmax_lse,
+        **same,
+    )
+
+
+def fill(out, values):
+    for place, value in zip(out, values, strict=True):
+        if value.numel():
+            place.copy_(value)
+    return tuple(out)
+
+
+@kernel("npu::npu_fused_infer_attention_score.out")
+def fused_infer_attention_score_out(*args, out, workspace=None, **same):
+    return fill(out, fused_infer_attention_score(*args, **same))
+
+
+@kernel("npu::npu_fused_infer_attention_score_v2.out")
+def fused_infer_attention_score_v2_out(*args, out, workspace=None, **same):
+    return fill(out, fused_infer_attention_score_v2(*args, **same))
+
+
+@kernel("atb::_npu_reshape_and_cache")
+def reshape_and_cache(key, value, key_cache, value_cache, slot_indices):
+    """A negative slot is padding. Two rows for one slot race, so that neither can be read."""
+    plain("the write into the cache", key, value, key_cache, value_cache, slot_indices)
+    one_dtype("the write into the cache", (*FLOATS, torch.int8), key, value, key_cache, value_cache)
+    demand(len(slot_indices) == len(key), f"{len(slot_indices)} slots for {len(key)} rows")
+    kept = (slot_indices >= 0).nonzero().flatten()
+    slots = slot_indices[kept].long()
+    unique, times = slots.unique(return_counts=True)
+    for rows, cache in ((key, key_cache), (value, value_cache)):
+        places = cache.view(-1, *cache.shape[2:])
+        demand(
+            rows.shape[1:] == places.shape[1:] and (slots < len(places)).all(),
+            f"rows {tuple(rows.shape)} for slots up to {int(slots.max())} of a cache "
+            f"{tuple(cache.shape)}",
+        )
+        places[slots] = rows[kept]
+        places[unique[times > 1]] = poison_of(cache.dtype)
+
+
+@kernel("npu::npu_scatter_pa_kv_cache")
+def scatter_pa_kv_cache(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    *,
+    compress_lens=None,
+    compress_seq_offsets=None,
+    seq_lens=None,
+    cache_mode="PA_NZ",
+):
+    unknown(compress_lens=compress_lens, seq_lens=seq_lens)
+    unknown(compress_seq_offsets=compress_seq_offsets)
+    if cache_mode not in (None, "Norm"):
+        raise NotImplementedError(f"the simulator does not know {cache_mode=}, which is default")
+    reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
+
+
+@kernel("npu::npu_scatter_nd_update_")
+def scatter_nd_update(tensor, indices, updates):
+    tensor[tuple(indices.long().unbind(-1))] = updates
+    return tensor
+
+
+@kernel("npu::npu_format_cast")
+def format_cast(tensor, acl_format, *, customize_dtype=None, input_dtype=None):
+    """A copy: how the hardware lays numbers out in memory is its own business."""
+    return tensor.clone()
