@@ -6,6 +6,7 @@ A test module makes a subclass whose name begins with `Test`. Inputs are made on
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -53,6 +54,11 @@ class OpsContract:
     @pytest.fixture
     def ops(self) -> Ops:
         raise NotImplementedError
+
+    @pytest.fixture(autouse=True)
+    def inference(self) -> Iterator[None]:
+        with torch.inference_mode():
+            yield
 
     def random(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed + sum(shape))

@@ -93,7 +93,7 @@ class NpuOps(ReferenceOps):
         self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[T, N + 2·KV, D], rows of the table → [T, N, D], [T, KV, D] twice, all contiguous."""
-        if not qkv.numel() or qkv.shape[-1] not in _ROTARY_HEAD_SIZES:
+        if qkv.shape[-1] not in _ROTARY_HEAD_SIZES:
             q, k, v = super().rope(qkv, num_heads, num_kv_heads, cos, sin)
             return q.contiguous(), k.contiguous(), v.contiguous()
         # The kernel writes into q and k, whatever its schema says.
@@ -102,6 +102,8 @@ class NpuOps(ReferenceOps):
         else:
             parts = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
             q, k, v = (part.contiguous() for part in parts)
+        if not qkv.numel():
+            return q, k, v
         q, k = self._npu.npu_apply_rotary_pos_emb(q, k, cos, sin, layout="TND", rotary_mode="half")
         return q, k, v
 
