@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moespan import __version__
-from moespan.config import DISPATCHES, DTYPE_BYTES, EngineConfig, Layout, ModelConfig, all_layouts
+from moespan.config import (
+    DISPATCHES,
+    DTYPE_BYTES,
+    EngineConfig,
+    Layout,
+    ModelConfig,
+    Nodes,
+    all_layouts,
+)
 from moespan.errors import ConfigError, MoespanError
 
 if TYPE_CHECKING:
@@ -34,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 if all went well, 1 if something failed, 2 for a wrong command."""
     args = _parser().parse_args(argv)
     try:
+        if getattr(args, "node_rank", 0) > 0:
+            _serve_node(args)
         code = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -166,9 +176,9 @@ def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
         raise ConfigError(f"--all-layouts {args.all_layouts}: no layout of so many ranks fits")
 
     def start(layout: Layout) -> LLM:
-        args.pipeline_layers = None
-        for name, size in zip(_LAYOUT, layout.sizes.values(), strict=False):
-            setattr(args, name, size)
+        _set_layout(args, layout)
+        if layout.world_size == 1:  # for what differs inside: node 0 does it alone
+            args.nnodes = 1
         return _llm(args)
 
     reports: list[LayoutReport] = []
@@ -187,6 +197,12 @@ def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
         verdict = f"{failed} FAILED" if failed else "all passed"
         print(f"{len(layouts)} layouts, {len(reports)} runs in {seconds:.0f} s: {verdict}")
     return EXIT_FAILED if failed else 0
+
+
+def _set_layout(args: argparse.Namespace, layout: Layout) -> None:
+    args.pipeline_layers = None
+    for name, size in zip(_LAYOUT, layout.sizes.values(), strict=False):
+        setattr(args, name, size)
 
 
 _LAYOUT_ROW = "{:<28}{:<12}{:>10}  {:<8}{:<8}{}"
@@ -347,6 +363,17 @@ class _RefuseRemoteCode(argparse.Action):
             "--trust-remote-code is refused: the model is built in, and code that comes with a "
             "checkpoint is never run; leave the flag out"
         )
+
+
+class _MasterAddress(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
+    ) -> None:
+        host, separator, port = value.rpartition(":")
+        if not separator or not port.isdigit():
+            parser.error(f"--dist-init-addr {value!r} is not HOST:PORT")
+        namespace.master_addr = host.removeprefix("[").removesuffix("]")
+        namespace.master_port = int(port)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -594,6 +621,47 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--numa-bind", dest="bind", action="store_const", const="auto", help=argparse.SUPPRESS
     )
+    _add_node_flags(parser)
+
+
+def _add_node_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many nodes (the same command on each, but for --node-rank)")
+    group.add_argument(
+        "--nnodes", type=int, metavar="N", default=Nodes.nnodes, help="machines of the job (1)"
+    )
+    group.add_argument(
+        "--node-rank",
+        type=int,
+        metavar="N",
+        default=Nodes.node_rank,
+        help="this machine's number, from 0 (0); node 0 reads and writes all files",
+    )
+    group.add_argument(
+        "--master-addr",
+        metavar="HOST",
+        default=Nodes.master_addr,
+        help=f"address of node 0 that the others reach ({Nodes.master_addr})",
+    )
+    group.add_argument(
+        "--master-port",
+        type=int,
+        metavar="PORT",
+        default=Nodes.master_port,
+        help=f"port of node 0 where they meet ({Nodes.master_port})",
+    )
+    group.add_argument(
+        "--dist-init-addr",
+        action=_MasterAddress,
+        metavar="HOST:PORT",
+        help="--master-addr and --master-port in one",
+    )
+    group.add_argument(
+        "--join-timeout",
+        type=float,
+        metavar="SECONDS",
+        default=Nodes.join_timeout_s,
+        help=f"most seconds to wait for the other nodes ({Nodes.join_timeout_s:g})",
+    )
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -663,7 +731,23 @@ def _llm(args: argparse.Namespace) -> LLM:
         check_finite=args.check_finite,
         bind=args.bind,
         enforce_eager=args.enforce_eager,
+        nnodes=args.nnodes,
+        node_rank=args.node_rank,
+        master_addr=args.master_addr,
+        master_port=args.master_port,
+        join_timeout_s=args.join_timeout,
     )
+
+
+def _serve_node(args: argparse.Namespace) -> None:
+    """Serve node 0, which does what the verb says and reads and writes all files. Never returns."""
+    if getattr(args, "all_layouts", None) is not None:
+        from moespan.hub import resolve
+
+        config = ModelConfig.from_pretrained(resolve(args.model))
+        for layout in all_layouts(args.all_layouts, config)[:1]:  # the first; others follow it
+            _set_layout(args, layout)
+    _llm(args)
 
 
 @contextlib.contextmanager

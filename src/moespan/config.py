@@ -5,6 +5,7 @@ Typed, validated, and free of torch, so that everything which only plans or prin
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import json
 import math
@@ -497,6 +498,75 @@ class EngineConfig:
     def blocks_per_sequence(self) -> int:
         """Blocks that one sequence of `max_model_len` tokens takes."""
         return -(-self.max_model_len // self.block_size)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Which of the machines that run one job together this one is, and where they meet.
+
+    Every node is started with the same settings but for its `node_rank`. It runs as many
+    consecutive ranks as any other; node 0 has rank 0, the front, and the meeting point.
+
+    Attributes:
+        nnodes: machines that run the job.
+        node_rank: this one's number, from 0.
+        master_addr: address of node 0 that the others reach: the only one it listens on.
+        master_port: port of the meeting point.
+        join_timeout_s: most seconds that a node waits for the others to come.
+        silence_s: after how many seconds without a word a node counts as lost.
+    """
+
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    join_timeout_s: float = 300.0
+    silence_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.nnodes < 1:
+            raise ConfigError(f"nnodes={self.nnodes} must be at least 1")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ConfigError(
+                f"node_rank={self.node_rank} must be from 0 to {self.nnodes - 1}: one of "
+                f"nnodes={self.nnodes}"
+            )
+        if not 1 <= self.master_port <= 65535:
+            raise ConfigError(f"master_port={self.master_port} must be from 1 to 65535")
+        if not self.master_addr or is_wildcard(self.master_addr):
+            raise ConfigError(
+                f"master_addr={self.master_addr!r} is refused: it means every network of the "
+                "machine, and whoever reaches the meeting point could take part; give the one "
+                "address of node 0 that the other nodes reach"
+            )
+        for name in ("join_timeout_s", "silence_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be a number above 0")
+
+    @property
+    def meeting_point(self) -> str:
+        """Host and port as they are written together."""
+        host = f"[{self.master_addr}]" if ":" in self.master_addr else self.master_addr
+        return f"{host}:{self.master_port}"
+
+    def ranks_per_node(self, layout: Layout) -> int:
+        """Ranks that each node runs; raises `LayoutError` if they cannot be spread evenly."""
+        ranks, left_over = divmod(layout.world_size, self.nnodes)
+        if left_over:
+            raise LayoutError(
+                f"nnodes={self.nnodes} does not divide the {layout.world_size} ranks of {layout}; "
+                "every node runs equally many, so use a layout with a multiple of "
+                f"{self.nnodes} ranks, or another nnodes"
+            )
+        return ranks
+
+
+def is_wildcard(address: str) -> bool:
+    """Whether `address` is 0.0.0.0 or ::, in whatever spelling; a name is not."""
+    try:
+        return ipaddress.ip_address(address).is_unspecified
+    except ValueError:
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:

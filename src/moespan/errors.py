@@ -36,5 +36,9 @@ class RequestError(MoespanError, ValueError):
     """A request that cannot be served as asked; the engine goes on with the others."""
 
 
+class MeetingError(MoespanError, RuntimeError):
+    """The nodes of one job did not come together: one is missing, or they differ."""
+
+
 class EngineDeadError(MoespanError, RuntimeError):
     """The ranks are gone; nothing that was not finished will be."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from moespan.checkpoint.experts import ExpertPlacement, expert_rule
-from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
 from moespan.engine.request import (
     OutputDelta,
     Request,
@@ -28,7 +29,7 @@ from moespan.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from moespan.engine.client import EngineClient
-    from moespan.engine.info import EngineInfo
+    from moespan.engine.info import EngineInfo, EngineStats
     from moespan.engine.trace import Observation
     from moespan.parallel.traffic import TrafficRows
 
@@ -49,7 +50,8 @@ class LLM:
 
     With more than one rank it starts them as processes of their own, unless the program itself was
     started by `torchrun`: then its processes are the ranks, the leader goes on, and the others
-    serve it inside this constructor and exit when it closes.
+    serve it inside this constructor and exit when it closes. So do the nodes other than node 0 of
+    a job that runs on many: the same program runs on all, with another `node_rank` on each.
 
     Args:
         model: checkpoint folder, or a name for the hub clients.
@@ -78,10 +80,16 @@ class LLM:
             node as in `0:0,1:1`. Without ranks of their own `auto` leaves this process alone.
         enforce_eager: never run decode steps as recorded graphs, where the device has them.
         trust_remote_code: refused: no code from a checkpoint is ever run.
+        nnodes: machines that run the job, each as many ranks as any other.
+        node_rank: this one's number, from 0.
+        master_addr: address of node 0 that the others reach.
+        master_port: port of node 0 where they meet.
+        join_timeout_s: most seconds that a node waits for the others to come.
 
     Raises:
         ConfigError, LayoutError, CheckpointError, TokenizerError: it cannot start, and why.
-        EngineDeadError: a rank died while starting.
+        MeetingError: the nodes did not come together.
+        EngineDeadError: a rank died while starting; on a node other than node 0: or at any time.
     """
 
     def __init__(
@@ -111,12 +119,18 @@ class LLM:
         bind: str = "auto",
         enforce_eager: bool = False,
         trust_remote_code: bool = False,
+        nnodes: int = Nodes.nnodes,
+        node_rank: int = Nodes.node_rank,
+        master_addr: str = Nodes.master_addr,
+        master_port: int = Nodes.master_port,
+        join_timeout_s: float = Nodes.join_timeout_s,
     ) -> None:
         if trust_remote_code:
             raise ConfigError(
                 "trust_remote_code is refused: the model is built in, and code that comes with a "
                 "checkpoint is never run"
             )
+        nodes = Nodes(nnodes, node_rank, master_addr, master_port, join_timeout_s)
         folder = resolve(model)
         self.model_config = ModelConfig.from_pretrained(folder)
         device = choose_device(device)
@@ -155,7 +169,7 @@ class LLM:
         )
         self._check_experts()
         self.tokenizer = Tokenizer.from_pretrained(folder)
-        self._client = _connect(self.config)
+        self._client = _connect(self.config, nodes)
         self._numbers = itertools.count()
         self._live: dict[str, RequestOutput] = {}
 
@@ -278,6 +292,11 @@ class LLM:
         self._check_experts()
         self._client.reload(self.config)
 
+    def stats(self) -> EngineStats:
+        """Queues, cache use and counts since the start or `relayout`. Call it when no request is
+        under way."""
+        return self._client.stats()
+
     def traffic(self) -> list[TrafficRows]:
         """What each rank has sent to others since the start or `relayout`: rows of axis,
         collective, module, calls and bytes. Call it when no request is under way."""
@@ -364,17 +383,39 @@ class LLM:
         return [by_id[request.id] for _, request in requests]
 
 
-def _connect(config: EngineConfig) -> EngineClient:
-    """Start the ranks that are missing and connect to the leader.
+def _connect(config: EngineConfig, nodes: Nodes) -> EngineClient:
+    """Start the ranks that are missing and connect to the leader; return on node 0 only.
 
     Torch is imported only where this process computes.
     """
     from moespan.launch.job import started_by_torchrun
 
+    if nodes.nnodes > 1:
+        if started_by_torchrun():
+            raise ConfigError(
+                f"nnodes={nodes.nnodes} is for torchrun to know, which started this program; give "
+                "it to torchrun alone"
+            )
+        _warn_if_tp_crosses(config.layout, nodes)
+    if nodes.node_rank > 0:
+        from moespan.launch.client import serve_node
+
+        serve_node(config, nodes)
     if config.layout.world_size > 1 and not started_by_torchrun():
         from moespan.launch.client import RanksClient
 
-        return RanksClient(config)
+        return RanksClient(config, nodes=nodes)
     from moespan.launch.local import join
 
     return join(config)
+
+
+def _warn_if_tp_crosses(layout: Layout, nodes: Nodes) -> None:
+    ranks = nodes.ranks_per_node(layout)
+    if ranks % layout.tp and nodes.node_rank == 0:
+        print(
+            f"moespan: tp={layout.tp} crosses nodes, which have {ranks} of the "
+            f"{layout.world_size} ranks each: every layer waits for the network; it would not if "
+            "each node had a multiple of tp ranks",
+            file=sys.stderr,
+        )

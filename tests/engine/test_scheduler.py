@@ -1,9 +1,6 @@
 """Tests of the scheduler, by examples and by random schedules on a model that reads a real cache.
 
-The model here is a hash. What it writes for a token depends on all that it reads before it, and
-what it samples depends on all that it reads, so a block that is shared wrongly, stale, or not
-computed again changes the output. Every output is compared with the one computed without cache,
-batch and scheduler.
+Every output is compared with the one computed without cache, batch and scheduler.
 """
 
 from __future__ import annotations
@@ -17,129 +14,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moespan.config import EngineConfig
-from moespan.engine.plan import PromptScores, Sampled, SampleRow, StepPlan, StepResult
+from moespan.config import EngineConfig, Layout
+from moespan.engine.plan import StepPlan
 from moespan.engine.request import Request, SamplingParams, TokenLogprobs
 from moespan.engine.scheduler import Scheduler, SequenceUpdate
 from moespan.engine.sequence import Sequence, Status
 from moespan.errors import ConfigError, MoespanError, RequestError
-
-VOCAB = 11
-EOS = 0
-START = 1  # what the model has read before the first token
-
-
-def write(state: int, token_id: int) -> int:
-    """The keys and values of a token, given what was read before it."""
-    return hash((state, token_id))
-
-
-def read(state: int, value: int) -> int:
-    return hash((state, value, 2))
-
-
-def sample(state: int, row: SampleRow) -> Sampled:
-    seen = (tuple(row.seen_prompt), tuple(sorted(row.seen_output.items())))
-    draw = hash((state, row.seed, row.position, seen))
-    allowed = [token_id for token_id in range(VOCAB) if token_id not in row.barred]
-    token_id = allowed[draw % len(allowed)]
-    logprobs = None if row.logprobs is None else TokenLogprobs(token_id, float(state), [])
-    return Sampled(token_id, logprobs)
-
-
-def expected_states(token_ids: list[int]) -> list[int]:
-    """What the model knows after each token."""
-    states, state = [], START
-    for token_id in token_ids:
-        state = read(state, write(state, token_id))
-        states.append(state)
-    return states
-
-
-def expected_output(request: Request, index: int, max_model_len: int, seed: int = 0) -> list[int]:
-    """Continue a request alone, without cache and scheduler."""
-    params, output = request.params, []
-    first_seed = seed if params.seed is None else params.seed
-    eos = [] if params.ignore_eos else [EOS]
-    room = max_model_len - len(request.prompt_token_ids)
-    while len(output) < min(room, params.max_tokens or room):
-        repeats = params.repetition_penalty != 1
-        row = SampleRow(
-            sequence=0,
-            temperature=1,
-            top_p=1,
-            top_k=0,
-            min_p=0,
-            seed=first_seed + index,
-            position=len(output),
-            seen_prompt=sorted(set(request.prompt_token_ids)) if repeats else [],
-            seen_output=Counter(output) if params.penalizes else {},
-            barred=eos + params.stop_token_ids if len(output) < params.min_tokens else [],
-        )
-        state = expected_states(request.prompt_token_ids + output)[-1]
-        output.append(sample(state, row).token_id)
-        if output[-1] in eos + params.stop_token_ids:
-            break
-    return output
-
-
-class PagedModel:
-    """Executes plans on a cache of slots."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.slots: dict[tuple[int, int], int] = {}
-
-    def context(self, plan: StepPlan) -> list[list[int | None]]:
-        """What the cache holds of each sequence before the step."""
-        return [
-            [self.slots.get(self.slot(table, position)) for position in range(context_len)]
-            for table, context_len in zip(plan.block_tables, plan.context_lens, strict=True)
-        ]
-
-    def slot(self, table: list[int], position: int) -> tuple[int, int]:
-        return table[position // self.block_size], position % self.block_size
-
-    def execute(self, plan: StepPlan, corrupt: set[int] = frozenset()) -> StepResult:
-        """Compute a step; the sequences in `corrupt` that sample get garbage instead."""
-        states, start = [], 0  # states[sequence][query token]
-        rows = zip(plan.query_lens, plan.context_lens, plan.block_tables, strict=True)
-        for sequence, (query_len, context_len, table) in enumerate(rows):
-            state, mine = START, []
-            for position in range(context_len):
-                state = read(state, self.slots[self.slot(table, position)])
-            for i in range(query_len):
-                value = write(state, plan.token_ids[start + i])
-                if sequence in corrupt:
-                    value = -1
-                self.slots[self.slot(table, context_len + i)] = value
-                state = read(state, value)
-                mine.append(state)
-            states.append(mine)
-            start += query_len
-        assert start == len(plan.token_ids)
-        return StepResult(
-            samples=[
-                Sampled(None) if row.sequence in corrupt else sample(states[row.sequence][-1], row)
-                for row in plan.samples
-            ],
-            prompts=[
-                PromptScores(
-                    [
-                        TokenLogprobs(target, float(state), [])
-                        for target, state in zip(row.targets, states[row.sequence], strict=False)
-                    ]
-                    if row.logprobs is not None
-                    else [],
-                    b"".join(
-                        state.to_bytes(8, "big", signed=True) for state in states[row.sequence]
-                    )
-                    if row.logits
-                    else b"",
-                )
-                for row in plan.prompts
-            ],
-        )
+from tests.engine.paged_model import EOS, VOCAB, PagedModel, expected_output, expected_states
 
 
 @dataclass
@@ -936,6 +817,32 @@ def test_plans_in_flight_hold_different_sequences():
     ]
     bench.drain(depth=2)
     bench.check_outputs()
+
+
+@pytest.mark.parametrize(
+    ("pp", "count", "sizes"),
+    [
+        (1, 5, [5]),
+        (2, 5, [3, 2]),
+        (4, 5, [2, 1, 1, 1]),
+        (4, 4, [1, 1, 1, 1]),
+        (4, 3, [1, 1, 1]),
+        (4, 24, [6, 6, 6, 6]),
+        (4, 40, [8, 8, 8, 8]),  # max_num_seqs
+    ],
+)
+def test_a_plan_takes_at_most_its_share_of_the_sequences_so_that_every_stage_has_one(
+    pp: int, count: int, sizes: list[int]
+):
+    config = EngineConfig(
+        "", Layout(pp=pp), max_num_seqs=8, max_num_batched_tokens=64, max_model_len=32
+    )
+    scheduler = Scheduler(config, 64, VOCAB)
+    for number in range(count):
+        params = SamplingParams(max_tokens=4)
+        scheduler.add(Request(id=str(number), prompt_token_ids=[number % VOCAB], params=params))
+    plans = [scheduler.schedule() for _ in range(pp)]
+    assert [len(plan.query_lens) for plan in plans if plan is not None] == sizes
 
 
 def test_metrics_follow_the_sequences():

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moespan.config import EngineConfig, Layout
-from moespan.engine.info import EngineInfo
+from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request
 from moespan.engine.trace import Observation
 from moespan.errors import CheckpointError, RequestError
@@ -60,6 +60,17 @@ class FakeEngine:
     @property
     def has_unfinished(self) -> bool:
         return bool(self.waiting)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_waiting=len(self.waiting),
+            num_running=0,
+            kv_usage=0.0,
+            num_preemptions=0,
+            num_prefix_queried_tokens=0,
+            num_prefix_hit_tokens=0,
+        )
 
     def add(self, request: Request) -> None:
         if request.id == "bad":

@@ -143,6 +143,11 @@ def test_an_aborted_request_brings_nothing(client: RanksClient) -> None:
     assert client.receive(10) == [echo("kept")]
 
 
+def test_the_front_can_ask_how_the_engine_is_doing(client: RanksClient) -> None:
+    stats = client.stats()
+    assert (stats.num_waiting, stats.num_running, stats.kv_usage) == (0, 0, 0.0)
+
+
 def test_only_the_owner_may_enter_the_jobs_directory(client: RanksClient) -> None:
     assert stat.S_IMODE(client._job.directory.stat().st_mode) == 0o700
 

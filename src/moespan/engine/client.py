@@ -10,7 +10,7 @@ from typing import Protocol
 
 from moespan.config import EngineConfig
 from moespan.engine.engine import Engine
-from moespan.engine.info import EngineInfo
+from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request, refusal
 from moespan.engine.trace import Observation
 from moespan.errors import RequestError
@@ -36,6 +36,9 @@ class EngineClient(Protocol):
         Raises:
             EngineDeadError: the ranks are gone.
         """
+
+    def stats(self) -> EngineStats:
+        """How the engine is doing; call it when nothing is under way."""
 
     def traffic(self) -> list[TrafficRows]:
         """What each rank of this engine has sent to others; call it when nothing is under way."""
@@ -99,6 +102,10 @@ class LocalClient:
     def info(self) -> EngineInfo:
         """Facts about the engine."""
         return self._engine.info
+
+    def stats(self) -> EngineStats:
+        """How the engine is doing."""
+        return self._engine.stats
 
     def traffic(self) -> list[TrafficRows]:
         """What each rank of this engine has sent to others."""

@@ -370,7 +370,7 @@ def _build_worker(
 def _fitting_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops) -> int:
     """Blocks that this rank has room for, and not more than all sequences can use."""
     token_bytes = cache_bytes_per_token(model_config, config.layout, mesh.rank, config.dtype)
-    ranks_that_share = config.layout.world_size if config.device == "cpu" else 1
+    ranks_that_share = mesh.ranks_here if config.device == "cpu" else 1
     room = available_bytes(mesh.device) * _CACHE_SHARE[config.device] / ranks_that_share
     wanted = config.max_num_seqs * config.layout.pp * config.blocks_per_sequence
     fitting = int(room // (token_bytes * config.block_size)) - scratch_blocks(config, ops)

@@ -14,8 +14,8 @@ The rules, all of them first come, first served:
   because whoever is older takes them when needed. Nothing is admitted in such a step.
 - A sequence is in at most one plan in flight, and holds its blocks until the plan is back.
 - `max_num_seqs` and `max_num_batched_tokens` bound each step; with several plans in flight, more
-  sequences run at a time. With pp stages, a plan takes at most 1/pp of the sequences, so that there
-  is one for every stage.
+  sequences run at a time. With pp stages, a plan takes at most 1/pp of the sequences, and leaves as
+  many to every other plan that is missing, so that there is one for every stage.
 
 So the oldest sequence is never preempted, and with nothing in flight it can always go on.
 """
@@ -230,8 +230,12 @@ class Scheduler:
 
     @property
     def _fair_share(self) -> int:
-        """Sequences for one of as many plans as there are pipeline stages to keep busy."""
-        return -(-(len(self.running) + len(self.waiting)) // self.config.layout.pp)
+        """Sequences for one of as many plans as there are pipeline stages to keep busy: of all
+        sequences, and of those that can go on, which the plans that are missing have to share."""
+        pp = self.config.layout.pp
+        num_ready = len(self.waiting) + sum(not s.in_flight for s in self.running)
+        num_missing = max(pp - self.num_in_flight, 1)
+        return min(-(-(len(self.running) + len(self.waiting)) // pp), -(-num_ready // num_missing))
 
     def _ready_sequences(self) -> Iterator[Sequence]:
         """The sequences that can go on, each with the blocks it needs: running ones, then waiting

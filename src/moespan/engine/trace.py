@@ -43,19 +43,21 @@ def first_difference(
     ours: Sequence[Observation], theirs: Sequence[Observation], relative: float
 ) -> str | None:
     """Where two recordings of the same prompt first differ by more than `relative` of the largest
-    value, in words; None if they nowhere do. Only values that both have are compared."""
-    others = {(one.layer, one.module): one for one in theirs}
-    for one in ours:
-        other = others.get((one.layer, one.module))
-        if other is None:
-            continue
+    value, in words; None if they nowhere do. What only `ours` has is not compared."""
+    found = {(one.layer, one.module): one for one in ours}
+    for other in theirs:
+        one = found.get((other.layer, other.module))
+        if one is None:
+            return f"{other}: missing"
+        if one.values.shape != other.values.shape:
+            return f"{other}: shape {one.values.shape} instead of {other.values.shape}"
         difference = np.abs(one.values - other.values)
         scale = float(np.abs(other.values).max(initial=0)) or 1.0
         # Written so that a NaN differs.
         if difference.size and not difference.max() <= relative * scale:
             wrong = ~(difference.max(-1) <= relative * scale)
             return (
-                f"{one}: first at token {int(wrong.argmax())}, by {difference.max() / scale:.1e} "
+                f"{other}: first at token {int(wrong.argmax())}, by {difference.max() / scale:.1e} "
                 "of the largest value"
             )
     return None

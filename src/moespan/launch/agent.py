@@ -1,7 +1,8 @@
 """The agent: starts the ranks of one node through torch's elastic launcher and ends them together.
 
 Started by the front as `python -m moespan.launch.agent JOB_DIRECTORY RANKS FRONT_PID PROGRAM...`,
-PROGRAM being what Python runs in each rank. Exit code 0: all ranks ended well.
+RANKS being those of this node, and PROGRAM what Python runs in each. Exit code 0: all ranks ended
+well, on all nodes. How agents of several nodes meet and watch each other is in `meeting`, `watch`.
 
 Bounds: a dead rank is seen within `_MONITOR_S`; `_SETTLE_S` later all others get SIGTERM, and
 `_GRACE_S` after that SIGKILL. When the front has gone, the ranks have `_ORPHAN_S` to end by
@@ -10,6 +11,7 @@ themselves, then the same follows. When the agent itself is killed, the kernel k
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -17,7 +19,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -32,52 +36,110 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-from moespan.errors import ConfigError
+from moespan.config import EngineConfig, Nodes
+from moespan.errors import ConfigError, MeetingError
 from moespan.launch.binding import plan_binding
 from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
+from moespan.launch.network import bind_collectives, interface_of
+from moespan.launch.watch import NoPeers, Peers
 
 _MONITOR_S = 0.1
 _SETTLE_S = 0.3
 _GRACE_S = 3.0
 _ORPHAN_S = 3.0
 
+_ORPHANED = "lost its front"
+
 
 def main(argv: list[str]) -> int:
     """Run the job to its end; leave word of what ended it, if that was a failure."""
     directory, ranks, front_pid, *program = argv
     job = Job(directory)
+    signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_front, args=(int(front_pid),), daemon=True).start()
-    _set_environment()
-    config = job.read_config()
-    try:
-        job.write_binding(plan_binding(config.bind, config.device, int(ranks)))
-    except ConfigError as error:
-        job.write_failure(Failure(rank=0, kind="ConfigError", message=str(error)))
-        return 1
     if not debugging():
         _silence("torch.distributed.elastic")
-    agent = _Agent(job, int(ranks), program)
     try:
-        agent.run()
+        return _run(job, int(ranks), int(front_pid), program)
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     finally:
         if os.getppid() != int(front_pid):
             shutil.rmtree(job.directory, ignore_errors=True)
-    if agent.failure is None:
-        return 0
-    job.write_failure(agent.failure)
-    return 1
+
+
+def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
+    nodes, config = job.read_nodes(), job.read_config()
+    try:
+        job.write_binding(plan_binding(config.bind, config.device, ranks))
+        peers, master = _meet(config, nodes, ranks)
+    except (ConfigError, MeetingError) as error:
+        job.write_failure(Failure(rank=None, kind=type(error).__name__, message=str(error)))
+        return 1
+    with _told_on_leaving(peers, front_pid):
+        agent = _Agent(job, nodes, peers, master, ranks, front_pid, program)
+        agent.run()
+        if agent.failure is None:
+            return 0
+        job.write_failure(agent.failure)
+        return 1
+
+
+def _meet(config: EngineConfig, nodes: Nodes, ranks: int) -> tuple[Peers, RendezvousStoreInfo]:
+    """The other nodes, and where the ranks find each other."""
+    if nodes.nnodes == 1:
+        _set_environment("lo")
+        return NoPeers(), RendezvousStoreInfo("localhost", 0)
+    from moespan.launch import meeting
+
+    met = meeting.meet(nodes, meeting.facts(config, nodes), _say)
+    interface = interface_of(met.address)
+    _set_environment(interface)
+    if nodes.node_rank > 0:
+        first = nodes.node_rank * ranks
+        ours = f"rank {first}" if ranks == 1 else f"ranks {first} to {first + ranks - 1}"
+        _say(
+            f"node {nodes.node_rank} of {nodes.nnodes} ({met.address}, {interface}) joined "
+            f"{nodes.meeting_point} with {ours}"
+        )
+    return met.watch, RendezvousStoreInfo(met.master_addr, nodes.master_port)
+
+
+@contextlib.contextmanager
+def _told_on_leaving(peers: Peers, front_pid: int) -> Iterator[None]:
+    """Leave the other nodes only when they know how it ended here, even if by a signal."""
+    try:
+        yield
+    except SignalException as stopped:
+        is_orphan = os.getppid() != front_pid
+        end = _ORPHANED if is_orphan else f"was ended by {_name(int(stopped.sigval))}"
+        peers.tell(Failure(rank=None, kind="", message=end))
+        raise
+    finally:
+        peers.close()
 
 
 class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
-    """Torch's agent, with a short grace for survivors, that finds out which rank failed first."""
+    """Torch's agent, with a short grace for survivors, that finds out which rank failed first.
 
-    def __init__(self, job: Job, ranks: int, program: list[str]) -> None:
+    Attributes:
+        failure: what ended the job, on whatever node, if that was a failure.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        nodes: Nodes,
+        peers: Peers,
+        master: RendezvousStoreInfo,
+        ranks: int,
+        front_pid: int,
+        program: list[str],
+    ) -> None:
         spec = WorkerSpec(
             role="moespan",
             local_world_size=ranks,
-            rdzv_handler=_OneNode(),
+            rdzv_handler=_Met(nodes, master),
             entrypoint=sys.executable,
             args=(*program, str(job.directory), str(os.getpid())),
             max_restarts=0,
@@ -85,17 +147,28 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         )
         super().__init__(spec, DefaultLogsSpecs(log_dir=str(job.directory / "elastic")))
         self._job = job
+        self._peers = peers
+        self._first_rank = nodes.node_rank * ranks
+        self._front_pid = front_pid
         self.failure: Failure | None = None
 
     def _monitor_workers(self, worker_group: Any) -> Any:
-        ends = self._ends()
-        if any(ends.values()):
+        ends = self._ends().values()
+        own_failure = None
+        if any(ends):
             time.sleep(_SETTLE_S)  # whoever caused it may leave the process table a little later
-            self.failure = self._first_failure()
-            self._shutdown()
-        elif None in ends.values():
+            own_failure = self._first_failure()
+        elif None in ends and not self._peers.trouble():
             return RunResult(state=WorkerState.HEALTHY)
+        elif os.getppid() != self._front_pid:  # the ranks know no difference to an orderly end
+            own_failure = Failure(rank=None, kind="", message=_ORPHANED)
+        self._peers.tell(own_failure)
+        self._shutdown()
+        self.failure = self._peers.first_cause()
         return super()._monitor_workers(worker_group)
+
+    def _exit_barrier(self) -> None:
+        """Torch would wait here for the other nodes, for minutes; `_peers` does it better."""
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *_: Any, **__: Any) -> None:
         if self._pcontext:
@@ -111,7 +184,7 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         told = sorted((word for word in words.values() if word), key=lambda word: word.time_ns)
         own = [word for word in told if not word.lost_peer]
         if own:  # ranks that find the same fault speak with the voice of the lowest
-            return min((f for f in own if f.message == own[0].message), key=lambda f: f.rank)
+            return min((f for f in own if f.message == own[0].message), key=lambda f: f.rank or 0)
         held = dict.fromkeys(self._stopped(), "is stopped (SIGSTOP or a debugger)")
         silent = {rank: end for rank, end in self._ends().items() if end and not words[rank]}
         for rank, message in (held or silent).items():
@@ -154,18 +227,27 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         return path.read_text() if path.exists() else ""
 
     def _pids(self) -> dict[int, int]:
-        pids: dict[int, int] = self._pcontext.pids()
-        return pids
+        return {self._first_rank + at: pid for at, pid in self._pcontext.pids().items()}
 
 
-class _OneNode(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
-    """The meeting of a single agent with itself: opens no port, waits for nobody."""
+class _Met(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
+    """The meeting of the agents as torch sees it. When it is asked, they have met already."""
+
+    def __init__(self, nodes: Nodes, master: RendezvousStoreInfo) -> None:
+        self._nodes = nodes
+        self._master = master
+        # Every node has as many ranks as we do: torch need not talk to them to number its ranks.
+        os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
 
     def next_rendezvous(self) -> RendezvousInfo:
-        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("localhost", 0))
+        return RendezvousInfo(HashStore(), self._nodes.node_rank, self._nodes.nnodes, self._master)
+
+    @property
+    def use_agent_store(self) -> bool:
+        return self._nodes.nnodes > 1
 
     def get_backend(self) -> str:
-        return "one-node"
+        return "moespan"
 
     def get_run_id(self) -> str:
         return "moespan"
@@ -182,13 +264,23 @@ class _OneNode(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
         return True
 
 
-def _set_environment() -> None:
+def _set_environment(interface: str | None) -> None:
     """What the ranks inherit, unless the user has set it.
 
-    One node talks to itself only: the sockets of gloo and NCCL bind to the loopback interface.
+    The sockets of collectives bind to the interface on which the nodes reach each other. One node
+    talks to itself only, on the loopback interface.
     """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if interface is not None:
+        bind_collectives(interface)
+
+
+def _say(line: str) -> None:
+    print(f"moespan: {line}", file=sys.stderr, flush=True)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    """End as torch's agent does, also before it is there."""
+    raise SignalException("stopped", signal.Signals(number))
 
 
 def _silence(name: str) -> None:
@@ -219,4 +311,7 @@ def _name(signal_number: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    # A thread that hangs in the store of a lost node would crash the interpreter's orderly end.
+    os._exit(code)

@@ -15,19 +15,20 @@ import time
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 
-from moespan.config import EngineConfig
-from moespan.engine.info import EngineInfo
+from moespan.config import EngineConfig, Nodes
+from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request
 from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, MoespanError, RequestError
-from moespan.launch.job import Job
+from moespan.launch.job import Job, debugging
 from moespan.launch.protocol import (
     Abort,
     Add,
+    AskStats,
     AskTrace,
     AskTraffic,
     Connection,
@@ -37,14 +38,18 @@ from moespan.launch.protocol import (
     PeerGoneError,
     Ready,
     Reload,
+    StatsReport,
     TraceReport,
     TrafficReport,
 )
 from moespan.parallel.traffic import TrafficRows
 
-Answer = TypeVar("Answer", TrafficReport, TraceReport)
+Answer = TypeVar("Answer", StatsReport, TrafficReport, TraceReport)
 
 START_TIMEOUT_S = 3600.0
+
+_ONE_NODE = Nodes()
+_PROGRAM = ("-m", "moespan.launch.rank")
 
 _VERDICT_S = 8.0  # the agent ends the ranks and says why in less
 _CLOSE_S = 5.0
@@ -67,16 +72,21 @@ class RanksClient:
         config: EngineConfig,
         start_timeout_s: float | None = None,
         *,
-        program: Sequence[str] = ("-m", "moespan.launch.rank"),
+        nodes: Nodes = _ONE_NODE,
+        program: Sequence[str] = _PROGRAM,
     ) -> None:
         """Start the ranks and wait until the model is loaded.
 
         Args:
             config: what to run, on as many ranks as its layout has.
             start_timeout_s: most seconds to wait; None for `START_TIMEOUT_S`.
+            nodes: the machines to run on, this one being node 0. Those of the others come from
+                `serve_node` there.
             program: what Python runs in each rank.
 
         Raises:
+            LayoutError: the nodes cannot have equally many ranks.
+            MeetingError: the nodes did not come together.
             MoespanError: the error that a rank raised on purpose while loading.
             EngineDeadError: a rank died otherwise (with its traceback), or time is up.
         """
@@ -85,10 +95,11 @@ class RanksClient:
         self._finalizer = weakref.finalize(self, cleanup.close)
         self._death: MoespanError | None = None
         try:
-            self._job = Job.create(config)
+            ranks = nodes.ranks_per_node(config.layout)
+            self._job = Job.create(config, nodes)
             cleanup.callback(shutil.rmtree, self._job.directory, ignore_errors=True)
             with self._job.listen() as listener:
-                self._agent = _start_agent(self._job, config.layout.world_size, program)
+                self._agent = _start_agent(self._job, ranks, program)
                 cleanup.callback(_end, self._agent)
                 sock = self._accept_leader(listener, deadline)
             self._connection: Connection[FromLeader] = Connection(sock, FromLeader)
@@ -138,6 +149,14 @@ class RanksClient:
         """
         self._send(Reload(config))
         self.info = self._wait_until_ready(time.monotonic() + (timeout_s or START_TIMEOUT_S))
+
+    def stats(self) -> EngineStats:
+        """How the engine is doing; deltas that come meanwhile are lost.
+
+        Raises:
+            EngineDeadError: the ranks died.
+        """
+        return self._ask(AskStats(), StatsReport).stats
 
     def traffic(self) -> list[TrafficRows]:
         """What each rank of this engine has sent to others; deltas that come meanwhile are lost.
@@ -238,10 +257,41 @@ class RanksClient:
         except subprocess.TimeoutExpired:
             self._agent.kill()
             code = self._agent.wait()
-        failure = self._job.read_failure()
-        if failure is not None:
-            return failure.to_error(starting)
-        return EngineDeadError(f"the agent that watches the ranks ended with exit code {code}")
+        return _error(self._job, code, starting)
+
+
+def serve_node(
+    config: EngineConfig, nodes: Nodes, *, program: Sequence[str] = _PROGRAM
+) -> NoReturn:
+    """Run the ranks of a node other than node 0 until the job ends; then exit with code 0.
+
+    Raises:
+        LayoutError: the nodes cannot have equally many ranks.
+        MeetingError: the nodes did not come together.
+        MoespanError: what ended the job, on whatever node, if it did not end well.
+    """
+    ranks = nodes.ranks_per_node(config.layout)
+    with contextlib.ExitStack() as cleanup:
+        job = Job.create(config, nodes)
+        cleanup.callback(shutil.rmtree, job.directory, ignore_errors=True)
+        agent = _start_agent(job, ranks, program)
+        try:
+            code = agent.wait()
+        except BaseException:
+            agent.terminate()
+            _end(agent)
+            raise
+        if code:
+            raise _error(job, code, starting=True)
+    sys.exit(0)
+
+
+def _error(job: Job, code: int, starting: bool) -> MoespanError:
+    """What the agent, which ended with `code`, has left word of."""
+    failure = job.read_failure()
+    if failure is not None:
+        return failure.to_error(starting)
+    return EngineDeadError(f"the agent that watches the ranks ended with exit code {code}")
 
 
 def _start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -250,9 +300,16 @@ def _start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Pop
         [sys.executable, "-m", "moespan.launch.agent", *arguments],
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in the terminal is for the front alone
-        # No module is imported from whatever directory the user happens to stand in.
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        env=_environment(),
     )
+
+
+def _environment() -> dict[str, str]:
+    # No module is imported from whatever directory the user happens to stand in.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if not debugging():  # torch warns of addresses without a name, and such
+        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    return environment
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:

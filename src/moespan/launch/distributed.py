@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moespan.config import EngineConfig
 from moespan.errors import ConfigError
-from moespan.parallel.mesh import COLLECTIVE_TIMEOUT_S
+from moespan.parallel.mesh import COLLECTIVE_TIMEOUT_S, Mesh
 
 
 def init_distributed(
@@ -23,7 +24,7 @@ def init_distributed(
     Args:
         device: `cpu`, `cuda` or `npu`.
         store_path: file through which the ranks find each other; None takes the store that
-            MASTER_ADDR and MASTER_PORT name, as plain torchrun sets them.
+            MASTER_ADDR and MASTER_PORT name, as torchrun and our agents on many nodes set them.
         timeout_s: bound on joining.
 
     Raises:
@@ -39,6 +40,20 @@ def init_distributed(
     # Between devices there are only the groups that the mesh makes.
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     return own_device
+
+
+def make_mesh(
+    config: EngineConfig, device: torch.device, idle_timeout_s: float = COLLECTIVE_TIMEOUT_S
+) -> Mesh:
+    """This rank's mesh for an engine of `config`; all ranks make theirs together."""
+    ranks_here = os.environ.get("LOCAL_WORLD_SIZE")
+    return Mesh.create(
+        config.layout,
+        device,
+        config.moe_dispatch,
+        idle_timeout_s,
+        None if ranks_here is None else int(ranks_here),
+    )
 
 
 def _take_device(device: str, local_rank: int) -> torch.device:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from moespan import errors
-from moespan.config import EngineConfig
+from moespan.config import EngineConfig, Nodes
 from moespan.errors import EngineDeadError, MoespanError
 from moespan.launch.binding import BindingPlan
 
@@ -29,27 +29,36 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """What ended a rank: the rank writes it, the agent picks the first one, the front raises it.
 
     Attributes:
+        rank: None if it was not a rank that failed.
         kind: name of the error's class; empty for a rank that died without a word.
         message: the error's own message, or what became of the rank ("was killed by SIGKILL").
         traceback: where; empty for errors that are raised on purpose.
         lost_peer: the rank only noticed that another one had gone, or did not answer.
         time_ns: when, by the clock that all ranks of one node share.
+        node: whose rank it was, or who failed, if the job has many nodes.
     """
 
-    rank: int
+    rank: int | None
     kind: str
     message: str
     traceback: str = ""
     lost_peer: bool = False
     time_ns: int = 0
+    node: str = ""
 
     def to_error(self, starting: bool) -> MoespanError:
         """The error for the front's caller: while starting, of the very class the rank raised."""
         own_class = getattr(errors, self.kind, None)
         if not (isinstance(own_class, type) and issubclass(own_class, MoespanError)):
-            return EngineDeadError(f"rank {self.rank} {self.message}\n{self.traceback}".rstrip())
-        message = self.message if self.rank == 0 else f"rank {self.rank}: {self.message}"
+            return EngineDeadError(f"{self._who} {self.message}\n{self.traceback}".rstrip())
+        is_plain = not self.node and not self.rank
+        message = self.message if is_plain else f"{self._who}: {self.message}"
         return (own_class if starting else EngineDeadError)(message)
+
+    @property
+    def _who(self) -> str:
+        rank = "" if self.rank is None else f"rank {self.rank}"
+        return ", ".join(filter(None, (self.node, rank)))
 
 
 class Job:
@@ -59,8 +68,8 @@ class Job:
         self.directory = Path(directory)
 
     @classmethod
-    def create(cls, config: EngineConfig) -> Job:
-        """Make the directory and leave the config in it for the ranks."""
+    def create(cls, config: EngineConfig, nodes: Nodes) -> Job:
+        """Make the directory and leave in it what the agent and the ranks need to know."""
         parent = tempfile.gettempdir()
         job = cls(
             tempfile.mkdtemp(
@@ -68,12 +77,17 @@ class Job:
             )
         )
         (job.directory / "config.json").write_bytes(msgspec.json.encode(config))
+        (job.directory / "nodes.json").write_bytes(msgspec.json.encode(nodes))
         return job
 
     def read_config(self) -> EngineConfig:
         """The config that the front left."""
         data = (self.directory / "config.json").read_bytes()
         return msgspec.json.decode(data, type=EngineConfig)
+
+    def read_nodes(self) -> Nodes:
+        """The nodes of the job, as the front left them."""
+        return msgspec.json.decode((self.directory / "nodes.json").read_bytes(), type=Nodes)
 
     def write_binding(self, plan: BindingPlan) -> None:
         """Leave the plan of cores and memory for the ranks, before they start."""
@@ -86,7 +100,7 @@ class Job:
 
     @property
     def store_path(self) -> Path:
-        """File through which the ranks find each other."""
+        """File through which the ranks of one node find each other."""
         return self.directory / "store"
 
     def stack_path(self, rank: int) -> Path:

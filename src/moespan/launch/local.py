@@ -14,9 +14,9 @@ from moespan.config import EngineConfig
 from moespan.engine.client import LocalClient
 from moespan.engine.engine import Engine, build_leader, follow
 from moespan.launch.binding import bind, plan_binding
-from moespan.launch.distributed import init_distributed
+from moespan.launch.distributed import init_distributed, make_mesh
 from moespan.launch.job import started_by_torchrun
-from moespan.parallel.mesh import Mesh
+from moespan.launch.network import bind_collectives, interface_towards
 
 # Followers wait in a broadcast while the program does other things between two calls; torchrun
 # itself ends them when the leader dies.
@@ -32,12 +32,16 @@ def join(config: EngineConfig) -> LocalClient:
     if not started_by_torchrun():
         device = torch.device(config.device)
         return LocalClient(config, lambda config: _build(config, device, lines))
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        # Gloo would take the interface that the machine's name leads to: often the loopback.
+        interface = interface_towards(os.environ["MASTER_ADDR"])
+        if interface not in (None, "lo"):
+            bind_collectives(interface)
     device = init_distributed(config.device)
     if dist.get_rank() > 0:
         successor: EngineConfig | None = config
         while successor is not None:
-            mesh = Mesh.create(successor.layout, device, successor.moe_dispatch, _IDLE_S)
-            successor = follow(successor, mesh)
+            successor = follow(successor, make_mesh(successor, device, _IDLE_S))
         dist.destroy_process_group()
         sys.exit(0)
     client = LocalClient(
@@ -49,7 +53,7 @@ def join(config: EngineConfig) -> LocalClient:
 
 
 def _build(config: EngineConfig, device: torch.device, binding: list[str]) -> Engine:
-    engine = build_leader(config, Mesh.create(config.layout, device, config.moe_dispatch, _IDLE_S))
+    engine = build_leader(config, make_mesh(config, device, _IDLE_S))
     engine.info = msgspec.structs.replace(engine.info, binding=binding)
     return engine
 

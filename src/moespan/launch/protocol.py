@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from moespan.config import EngineConfig
-from moespan.engine.info import EngineInfo
+from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request
 from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, RequestError
@@ -47,6 +47,10 @@ class Reload(msgspec.Struct, frozen=True, tag=True):
     config: EngineConfig
 
 
+class AskStats(msgspec.Struct, frozen=True, tag=True):
+    """Front to leader: tell me how the engine is doing."""
+
+
 class AskTraffic(msgspec.Struct, frozen=True, tag=True):
     """Front to leader: tell me what the ranks have sent one another."""
 
@@ -69,6 +73,12 @@ class Deltas(msgspec.Struct, frozen=True, tag=True):
     deltas: list[OutputDelta]
 
 
+class StatsReport(msgspec.Struct, frozen=True, tag=True):
+    """Leader to front: how the engine is doing."""
+
+    stats: EngineStats
+
+
 class TrafficReport(msgspec.Struct, frozen=True, tag=True):
     """Leader to front: what each rank has sent, in the order of ranks."""
 
@@ -82,8 +92,8 @@ class TraceReport(msgspec.Struct, frozen=True, tag=True):
     refusal: str | None = None
 
 
-FromFront = Add | Abort | Reload | AskTraffic | AskTrace
-FromLeader = Ready | Deltas | TrafficReport | TraceReport
+FromFront = Add | Abort | Reload | AskStats | AskTraffic | AskTrace
+FromLeader = Ready | Deltas | StatsReport | TrafficReport | TraceReport
 
 Received = TypeVar("Received")
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from moespan.config import EngineConfig
-from moespan.engine.info import EngineInfo
+from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request, refusal
 from moespan.engine.trace import Observation
 from moespan.errors import MoespanError, RequestError
@@ -30,6 +30,7 @@ from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
 from moespan.launch.protocol import (
     Abort,
     Add,
+    AskStats,
     AskTrace,
     AskTraffic,
     Connection,
@@ -38,6 +39,7 @@ from moespan.launch.protocol import (
     PeerGoneError,
     Ready,
     Reload,
+    StatsReport,
     TraceReport,
     TrafficReport,
 )
@@ -58,6 +60,8 @@ class LeaderEngine(Protocol):
     def info(self) -> EngineInfo: ...
     @property
     def has_unfinished(self) -> bool: ...
+    @property
+    def stats(self) -> EngineStats: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[OutputDelta]: ...
@@ -78,16 +82,16 @@ def main() -> None:
 
 def _build_leader(config: EngineConfig, device: torch.device) -> LeaderEngine:
     from moespan.engine.engine import build_leader
-    from moespan.parallel.mesh import Mesh
+    from moespan.launch.distributed import make_mesh
 
-    return build_leader(config, Mesh.create(config.layout, device, config.moe_dispatch))
+    return build_leader(config, make_mesh(config, device))
 
 
 def _follow(config: EngineConfig, device: torch.device) -> EngineConfig | None:
     from moespan.engine.engine import follow
-    from moespan.parallel.mesh import Mesh
+    from moespan.launch.distributed import make_mesh
 
-    return follow(config, Mesh.create(config.layout, device, config.moe_dispatch))
+    return follow(config, make_mesh(config, device))
 
 
 def run_rank(
@@ -134,7 +138,9 @@ def _play(
     timeout_s = timeout_s or COLLECTIVE_TIMEOUT_S
     config: EngineConfig | None = job.read_config()
     assert config is not None
-    device = init_distributed(config.device, job.store_path, timeout_s)
+    # Ranks on many nodes find each other through the agents' store, which the environment names.
+    store_path = job.store_path if job.read_nodes().nnodes == 1 else None
+    device = init_distributed(config.device, store_path, timeout_s)
     front: Connection[FromFront] | None = None
     while config is not None:
         if rank > 0:
@@ -186,11 +192,15 @@ def serve_front(
 
 
 def _take(
-    engine: LeaderEngine, message: Add | Abort | AskTraffic | AskTrace, front: Connection[FromFront]
+    engine: LeaderEngine,
+    message: Add | Abort | AskStats | AskTraffic | AskTrace,
+    front: Connection[FromFront],
 ) -> None:
     """Do what `message` asks for; what the engine refuses goes back as deltas."""
     if isinstance(message, Abort):
         engine.abort(message.request_id)
+    elif isinstance(message, AskStats):
+        front.send(StatsReport(engine.stats))
     elif isinstance(message, AskTraffic):
         front.send(TrafficReport(engine.traffic()))
     elif isinstance(message, AskTrace):

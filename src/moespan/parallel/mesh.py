@@ -141,6 +141,7 @@ class Mesh:
         rank: this rank in the world; rank 0 is the leader.
         at: its place along each axis.
         device: where its tensors live.
+        ranks_here: how many ranks share this node and the memory of its CPUs.
         traffic: what it has sent over all axes.
         tp, sp, pp: the axes of the same names.
         ep: the ranks over which one set of experts is spread (dispatch `all_to_all`).
@@ -153,6 +154,7 @@ class Mesh:
         self.rank = rank
         self.at = layout.coordinates(rank)
         self.device = device
+        self.ranks_here = 1
         self.traffic = Traffic()
         self.control = Control()
         self._groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
@@ -166,12 +168,14 @@ class Mesh:
         device: torch.device,
         moe_dispatch: str = "auto",
         idle_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+        ranks_here: int | None = None,
     ) -> Mesh:
         """Build the mesh of `layout`; with more than one rank, torch.distributed must be up.
 
         Args:
             moe_dispatch: the way for which axes are made (`moespan.parallel.dispatch`).
             idle_timeout_s: how long a rank waits for the leader's next message.
+            ranks_here: ranks on this node; None is all of them.
 
         Raises:
             LayoutError: the world has another number of ranks than the layout.
@@ -182,6 +186,7 @@ class Mesh:
                 f"layout {layout} needs {layout.world_size} ranks, but {world_size} were started"
             )
         mesh = cls(layout, dist.get_rank() if world_size > 1 else 0, device)
+        mesh.ranks_here = ranks_here or world_size
         if world_size > 1:
             mesh.control = Control.create(mesh.traffic, idle_timeout_s)
             for name, lines in _axes(layout, moe_dispatch).items():

@@ -1,0 +1,398 @@
+"""How the agents of several nodes find each other, and make sure that they run the same.
+
+Node 0's agent hosts torch's TCPStore on master_addr and nowhere else; the ranks find each other
+through it too. Every other agent leaves a hello in it. Node 0 compares them with its own, and
+leaves one verdict for all. Both are JSON.
+
+Bounds: a port that is taken or an address that is not this machine's is told at once. Whoever is
+missing is told after `Nodes.join_timeout_s`, by every node that is there. Whatever answers no
+more is given up after `Nodes.silence_s`, even if torch waits on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import ipaddress
+import math
+import platform
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+import torch
+from torch.distributed import PrefixStore, TCPStore
+
+import moespan
+from moespan.checkpoint.source import INDEX_FILE, SINGLE_FILE
+from moespan.config import EngineConfig, Nodes, is_wildcard
+from moespan.errors import MeetingError
+from moespan.launch.network import interfaces
+from moespan.launch.watch import Watch, write_first_words
+
+_POLL_S = 0.1
+_CONNECT_S = 2.0
+
+# A verdict against some node waits so long for the others, so that all of them hear it.
+_STRAGGLERS_S = 5.0
+_VERDICT_READ_S = 2.0
+
+# Whoever waits longer than this for other nodes says so.
+_PATIENCE_S = 3.0
+
+_DIGEST_CHARACTERS = 12
+_LONGEST_VALUE = 60
+
+Facts = dict[str, str]
+"""What all nodes must have in common: name -> value, both for people to read."""
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """One node to node 0."""
+
+    node_rank: int
+    address: str
+    facts: Facts
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Node 0 to all.
+
+    Attributes:
+        error: why there will be no job; empty if all is well.
+        arrivals: which arrival was taken for each node.
+        addresses: of each node.
+    """
+
+    error: str
+    arrivals: list[int]
+    addresses: list[str]
+
+
+@dataclass(frozen=True)
+class Met:
+    """Where the nodes met.
+
+    Attributes:
+        watch: the other nodes.
+        master_addr: the address of node 0, in numbers.
+        address: this node's own on the network that leads there.
+    """
+
+    watch: Watch
+    master_addr: str
+    address: str
+
+
+def facts(config: EngineConfig, nodes: Nodes) -> Facts:
+    """What has to be equal on all nodes. Where the checkpoint lies need not, nor which cores."""
+    folder = Path(config.model)
+    settings = dataclasses.asdict(config)
+    layout = settings.pop("layout")
+    del settings["model"], settings["bind"]
+    return {
+        "nnodes": str(nodes.nnodes),
+        "moespan": moespan.__version__,
+        "moespan's source": _source_digest(),
+        "torch": str(torch.__version__),
+        "torch_npu": _version("torch-npu"),
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        **{name: _short(str(value)) for name, value in {**layout, **settings}.items()},
+        "config.json": _digest(folder / "config.json"),
+        "list of tensors": _tensors_digest(folder),
+    }
+
+
+def meet(nodes: Nodes, own: Facts, say: Callable[[str], None] = lambda line: None) -> Met:
+    """Come together with the agents of all other nodes.
+
+    Args:
+        own: what this node runs.
+        say: takes a line for the user, when it takes long.
+
+    Raises:
+        MeetingError: a node is missing, or differs; the same on all nodes that are there.
+    """
+    meeting = _Meeting(nodes, own, say)
+    if nodes.node_rank == 0:
+        listener = _listen(nodes)
+        return meeting.hold(lambda: meeting.host(listener))
+    return meeting.hold(meeting.join)
+
+
+class _Meeting:
+    """One node's part. What talks to the store does so in a thread that may block for good."""
+
+    def __init__(self, nodes: Nodes, own: Facts, say: Callable[[str], None]) -> None:
+        self._nodes = nodes
+        self._facts = own
+        self._say = say
+        self._deadline = time.monotonic() + nodes.join_timeout_s
+        self._expect("", nodes.join_timeout_s)
+
+    def hold(self, work: Callable[[], Met]) -> Met:
+        """Run `work`, and give up when it stands still for longer than it said it might."""
+        results: list[Met | Exception] = []
+
+        def run() -> None:
+            try:
+                results.append(work())
+            except Exception as error:
+                results.append(error)
+
+        thread = threading.Thread(target=run, name="moespan-meeting", daemon=True)
+        thread.start()
+        while thread.is_alive() and time.monotonic() < self._standstill_at:
+            thread.join(_POLL_S / 2)
+        if not results:
+            raise MeetingError(self._standstill)
+        if isinstance(results[0], MeetingError):
+            raise results[0]
+        if isinstance(results[0], Exception):
+            reason = str(results[0]).partition("\n")[0]
+            raise MeetingError(f"{self._standstill} ({reason})") from results[0]
+        return results[0]
+
+    def host(self, listener: socket.socket) -> Met:
+        """Node 0: take in the others, and judge."""
+        address, port = listener.getsockname()[:2]
+        self._expect(f"the meeting point at {self._nodes.meeting_point} does not answer")
+        server = self._connect(address, port, listener)
+        store = PrefixStore("nodes", server)
+        taken = {0: Hello(0, address, self._facts)}
+        arrivals = {0: 0}
+        objections: list[str] = []
+        arrived = 0
+        patience_ends = time.monotonic() + _PATIENCE_S
+        while arrived < self._nodes.nnodes - 1 and time.monotonic() < self._deadline:
+            self._breathe()
+            if time.monotonic() > patience_ends:
+                patience_ends = math.inf
+                self._say(f"waiting for {self._missing(taken)} at {self._nodes.meeting_point}")
+            if not store.check([f"hello/{arrived + 1}"]):
+                continue
+            arrived += 1
+            hello = msgspec.json.decode(store.get(f"hello/{arrived}"), type=Hello)
+            found = _object(taken, hello)
+            if found:
+                objections += found
+                self._deadline = min(self._deadline, time.monotonic() + _STRAGGLERS_S)
+            else:
+                taken[hello.node_rank] = hello
+                arrivals[hello.node_rank] = arrived
+        error = ""
+        if objections:
+            error = "\n  - ".join(["the nodes do not fit together:", *objections])
+        elif len(taken) < self._nodes.nnodes:
+            error = (
+                f"{self._missing(taken)} did not come to {self._nodes.meeting_point} within "
+                f"{self._nodes.join_timeout_s:g} s{_loopback_hint(address)}"
+            )
+        nodes = sorted(taken)
+        verdict = Verdict(
+            error=error,
+            arrivals=[arrivals[node] for node in nodes],
+            addresses=[taken[node].address for node in nodes],
+        )
+        write_first_words(store, self._nodes.nnodes)
+        store.set("verdict", msgspec.json.encode(verdict))
+        if verdict.error:
+            read_by = time.monotonic() + _VERDICT_READ_S
+            while store.add("read", 0) < arrived and time.monotonic() < read_by:
+                self._breathe()
+            raise MeetingError(verdict.error)
+        return Met(Watch(self._nodes, store, verdict.addresses), address, address)
+
+    def join(self) -> Met:
+        """Every other node: say hello, and hear the verdict."""
+        point = self._nodes.meeting_point
+        address, master_addr = self._reach()
+        self._expect(
+            f"what listens at {point} does not answer as node 0 would; if another program has "
+            "that port, use another master_port"
+        )
+        store = PrefixStore("nodes", self._connect(master_addr, self._nodes.master_port))
+        arrival = store.add("arrivals", 1)
+        hello = Hello(self._nodes.node_rank, address, self._facts)
+        store.set(f"hello/{arrival}", msgspec.json.encode(hello))
+        node_0 = f"node 0 ({master_addr})"
+        hear_by = time.monotonic() + self._nodes.join_timeout_s + _STRAGGLERS_S
+        while not store.check(["verdict"]):
+            if time.monotonic() > hear_by:
+                raise MeetingError(f"{node_0} has not begun the job in time")
+            self._expect(f"{node_0} left before all nodes had come, or cannot be reached any more")
+            self._breathe()
+        verdict = msgspec.json.decode(store.get("verdict"), type=Verdict)
+        if verdict.error:
+            store.add("read", 1)
+            raise MeetingError(verdict.error)
+        node = self._nodes.node_rank
+        if node >= len(verdict.arrivals) or verdict.arrivals[node] != arrival:
+            known = ", ".join(f"node {n} is {a}" for n, a in enumerate(verdict.addresses))
+            raise MeetingError(
+                f"the job at {point} runs already, without this node: {known}; give each node its "
+                "own node_rank, and each job its own master_port"
+            )
+        return Met(Watch(self._nodes, store, verdict.addresses), master_addr, address)
+
+    def _reach(self) -> tuple[str, str]:
+        """Wait until something listens at the meeting point: our own address, and its."""
+        point = self._nodes.meeting_point
+        # Looking up a name may take long, and is bounded by the system.
+        self._expect(f"node 0 cannot be reached at {point}", self._nodes.join_timeout_s)
+        patience_ends = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                with socket.create_connection(
+                    (self._nodes.master_addr, self._nodes.master_port), _CONNECT_S
+                ) as connected:
+                    return connected.getsockname()[0], connected.getpeername()[0]
+            except OSError as error:
+                reason = error.strerror or str(error)
+            if time.monotonic() > self._deadline:
+                raise MeetingError(
+                    f"node 0 cannot be reached at {point} within "
+                    f"{self._nodes.join_timeout_s:g} s: {reason}; is it running, and is this its "
+                    f"address and port?{_loopback_hint(self._nodes.master_addr)}"
+                )
+            if time.monotonic() > patience_ends:
+                patience_ends = math.inf
+                self._say(f"waiting for node 0 at {point}: {reason}")
+            time.sleep(_POLL_S)
+
+    def _connect(self, address: str, port: int, listener: socket.socket | None = None) -> TCPStore:
+        return TCPStore(
+            address,
+            port,
+            is_master=listener is not None,
+            # Left to itself, the store would listen on every network of the machine.
+            master_listen_fd=None if listener is None else listener.detach(),
+            wait_for_workers=False,
+            timeout=timedelta(seconds=self._nodes.silence_s),
+        )
+
+    def _breathe(self) -> None:
+        self._expect(self._standstill)
+        time.sleep(_POLL_S)
+
+    def _expect(self, standstill: str, most_s: float = 0) -> None:
+        """Allow `most_s` and `silence_s` for what follows; then `standstill` is the error."""
+        self._standstill = standstill
+        self._standstill_at = time.monotonic() + most_s + self._nodes.silence_s
+
+    def _missing(self, taken: dict[int, Hello]) -> str:
+        missing = [str(node) for node in range(self._nodes.nnodes) if node not in taken]
+        return f"node{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+
+
+def _object(taken: dict[int, Hello], hello: Hello) -> list[str]:
+    """What keeps `hello` from joining those already taken."""
+    ours, theirs = taken[0].facts, hello.facts
+    name = f"node {hello.node_rank} ({hello.address})"
+    objections = [
+        f"{fact} is {ours.get(fact, 'unknown')} on node 0 and {theirs.get(fact, 'unknown')} on "
+        f"{name}"
+        for fact in {**ours, **theirs}
+        if ours.get(fact) != theirs.get(fact)
+    ]
+    double = taken.get(hello.node_rank)
+    if double is not None:
+        objections.append(
+            f"two nodes have node_rank={hello.node_rank}: {double.address} and {hello.address}"
+        )
+    return objections
+
+
+def _listen(nodes: Nodes) -> socket.socket:
+    """A socket at the meeting point, on that address alone."""
+    point = nodes.meeting_point
+    try:
+        family, _, _, _, target = socket.getaddrinfo(
+            nodes.master_addr, nodes.master_port, type=socket.SOCK_STREAM
+        )[0]
+    except socket.gaierror as error:
+        raise MeetingError(
+            f"master_addr={nodes.master_addr!r} names no address: {error.strerror}"
+        ) from None
+    if is_wildcard(str(target[0])):
+        raise MeetingError(
+            f"master_addr={nodes.master_addr!r} means every network of the machine; give the one "
+            "address of node 0 that the other nodes reach"
+        )
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    # A connection of the job before, just ended, must not keep the port. It allows no second
+    # listener.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(target)
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise MeetingError(
+                f"port {nodes.master_port} of {nodes.master_addr} is taken by another program; "
+                "give all nodes another master_port"
+            ) from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            own = ", ".join(f"{address} ({name})" for name, address in interfaces())
+            raise MeetingError(
+                f"master_addr={nodes.master_addr} is not an address of this machine, and node 0 "
+                f"is where it must be; this machine has {own}"
+            ) from None
+        raise MeetingError(f"node 0 cannot listen at {point}: {error.strerror}") from None
+    return listener
+
+
+def _loopback_hint(address: str) -> str:
+    try:
+        is_loopback = ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return ""
+    return f"; no other machine reaches {address}, which is a loopback address" * is_loopback
+
+
+def _short(text: str) -> str:
+    """A table of experts is too long for a message; then by its hash."""
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _source_digest() -> str:
+    root = Path(moespan.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:_DIGEST_CHARACTERS]
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:_DIGEST_CHARACTERS]
+    except FileNotFoundError:
+        return "not there"
+
+
+def _tensors_digest(folder: Path) -> str:
+    """Of the index of the shards, or of the head of the one file: names, types, shapes, places."""
+    if (folder / INDEX_FILE).exists() or not (folder / SINGLE_FILE).exists():
+        return _digest(folder / INDEX_FILE)
+    with (folder / SINGLE_FILE).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = file.read(min(length, 100 << 20))
+    return hashlib.sha256(head).hexdigest()[:_DIGEST_CHARACTERS]

@@ -1,0 +1,72 @@
+"""On which network interface the sockets of collectives belong. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ipaddress
+import os
+import socket
+
+
+class _IfAddrs(ctypes.Structure):
+    """The head of libc's `struct ifaddrs`; the rest is not needed."""
+
+
+_IfAddrs._fields_ = [
+    ("next", ctypes.POINTER(_IfAddrs)),
+    ("name", ctypes.c_char_p),
+    ("flags", ctypes.c_uint),
+    ("address", ctypes.c_void_p),
+]
+
+# Family -> where the address begins in its `struct sockaddr`, and its size in bytes.
+_ADDRESS_AT = {socket.AF_INET: (4, 4), socket.AF_INET6: (8, 16)}
+
+
+def interfaces() -> list[tuple[str, str]]:
+    """Name and address of every address of this machine, IPv4 and IPv6."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    head = ctypes.POINTER(_IfAddrs)()
+    if libc.getifaddrs(ctypes.byref(head)):
+        raise OSError(ctypes.get_errno(), "getifaddrs failed")
+    found = []
+    entry = head
+    while entry:
+        if entry.contents.address:
+            raw = entry.contents.address
+            family = ctypes.c_ushort.from_address(raw).value
+            if family in _ADDRESS_AT:
+                start, size = _ADDRESS_AT[socket.AddressFamily(family)]
+                data = ctypes.string_at(raw + start, size)
+                found.append((entry.contents.name.decode(), str(ipaddress.ip_address(data))))
+        entry = entry.contents.next
+    libc.freeifaddrs(head)
+    return found
+
+
+def interface_of(address: str) -> str | None:
+    """The interface that has `address`, or None. All of 127.0.0.0/8 is `lo`."""
+    wanted = ipaddress.ip_address(address.partition("%")[0])
+    for name, found in interfaces():
+        if ipaddress.ip_address(found) == wanted:
+            return name
+    return "lo" if wanted.is_loopback else None
+
+
+def interface_towards(host: str) -> str | None:
+    """The interface through which this machine reaches `host`; None if it does not."""
+    with contextlib.suppress(OSError):
+        family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as unconnected:
+            unconnected.connect(target)  # sends nothing: the kernel only looks up the way
+            return interface_of(unconnected.getsockname()[0])
+    return None
+
+
+def bind_collectives(interface: str) -> None:
+    """Make gloo, NCCL and HCCL use `interface`, unless the user has chosen one."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # exactly this one, no prefix
+    if interface != "lo":
+        os.environ.setdefault("HCCL_SOCKET_IFNAME", f"={interface}")

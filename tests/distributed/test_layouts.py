@@ -1,0 +1,180 @@
+"""Every layout computes what the Hugging Face model computes, or else what one rank computes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moespan.checkpoint.random import make_checkpoint
+from moespan.config import Layout, ModelConfig, all_layouts
+from moespan.verify import Reference, verify, write_reference
+from tests.distributed.ranks import Ranks, cases, oracle, oracle_reference
+from tests.support import ORACLES, geometry
+
+# Of the 64 layouts of 8 ranks, these have every axis alone and beside every other one.
+# `moespan verify --all-layouts 8` runs the others.
+OF_EIGHT = [
+    Layout(tp=8, ep=8),
+    Layout(dp=8, ep=8),
+    Layout(sp=8, ep=4),
+    Layout(tp=2, pp=4),
+    Layout(tp=4, ep=2, pp=2),
+    Layout(tp=4, ep=8, sp=2),
+    Layout(tp=2, ep=8, sp=2, dp=2),
+    Layout(tp=2, ep=4, pp=2, dp=2),
+    Layout(pp=2, sp=2, dp=2, ep=4),
+]
+
+
+def every_case(name: str) -> list[Any]:
+    config = ModelConfig.from_pretrained(oracle(name))
+    found = []
+    for world in (2, 4, 8):
+        layouts = all_layouts(world, config) if world < 8 else OF_EIGHT if name == "sixteen" else []
+        for layout, dispatch in cases(config, layouts):
+            found.append(pytest.param(name, layout, dispatch, id=f"{name}-{layout}-{dispatch}"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    folder = tmp_path_factory.mktemp("references")
+    return {name: oracle_reference(name, folder, num_greedy_tokens=5) for name in ORACLES}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "dispatch"),
+    sorted(
+        itertools.chain.from_iterable(map(every_case, ORACLES)),
+        key=lambda case: case.values[1].world_size,
+    ),
+)
+def test_float32_is_what_the_hugging_face_model_computes(
+    ranks: Ranks, references: dict[str, Reference], name: str, layout: Layout, dispatch: str
+):
+    report = verify(ranks.llm(oracle(name), layout, dispatch), references[name])
+    assert not report.failures
+    assert report.tolerance.relative == 2e-4
+    assert all(prompt.greedy_equal for prompt in report.prompts)
+
+
+def test_the_chosen_layouts_of_eight_ranks_have_every_pair_of_axes():
+    pairs = {
+        pair
+        for layout in OF_EIGHT
+        for pair in itertools.combinations([axis for axis, n in layout.sizes.items() if n > 1], 2)
+    }
+    assert pairs == set(itertools.combinations(Layout.AXES, 2))
+    assert all(layout.world_size == 8 for layout in OF_EIGHT)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(tp=4, ep=4), Layout(tp=2, ep=4, sp=2), Layout(dp=2, ep=2, pp=2), Layout(sp=4, ep=4)],
+    ids=str,
+)
+def test_bfloat16_stays_within_its_tolerance(
+    ranks: Ranks, references: dict[str, Reference], layout: Layout
+):
+    for dispatch in layout.dispatches:
+        llm = ranks.llm(oracle("sixteen"), layout, dispatch, dtype="bfloat16")
+        assert not verify(llm, references["sixteen"]).failures
+
+
+# Geometries that the oracles have not. None of them divides by 4: neither its 26, 10 and 20 columns
+# of MLPs, nor its 61 tokens, nor its 6 experts.
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "attention bias": {"attention_bias": True},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "tied, one layer a stage": {"tie_word_embeddings": True, "num_hidden_layers": 4},
+    "dense": {"n_routed_experts": None, "n_shared_experts": None},
+    "no shared experts": {"n_shared_experts": None},
+    "one KV head": {"num_key_value_heads": 1, "attention_bias": True},
+    "two KV heads": {"num_key_value_heads": 2},
+    "renormalized weights": {"norm_topk_prob": True},
+    "every other layer dense": {"num_hidden_layers": 4, "moe_layer_freq": 2},
+    "linear rope scaling": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+}
+FOR_GEOMETRIES = [Layout(tp=4, ep=2), Layout(tp=2, sp=2, ep=4), Layout(tp=2, pp=2)]
+LAYOUTS_OF: dict[str, list[Layout]] = {
+    "plain": [*FOR_GEOMETRIES, Layout(tp=4, ep=4), Layout(sp=2, dp=2, ep=4)],
+    "dense": [Layout(tp=4), Layout(tp=2, sp=2), Layout(pp=2, dp=2)],
+    "tied, one layer a stage": [Layout(pp=4)],
+    "one KV head": [Layout(tp=4), Layout(tp=2, sp=2), Layout(sp=4, ep=2)],
+    "two KV heads": [Layout(tp=4), Layout(tp=2, sp=2), Layout(sp=4, ep=2)],
+}
+
+
+def test_no_width_of_the_geometries_divides_by_four():
+    raw = geometry()
+    shared = raw["n_shared_experts"] * raw["moe_intermediate_size"]
+    for width in ("intermediate_size", "moe_intermediate_size", "vocab_size", "n_routed_experts"):
+        assert raw[width] % 4
+    assert shared % 8
+
+
+PROMPTS = [[5], [3, 1, 4, 1, 5, 9, 2], list(range(2, 35))]
+
+
+def assert_like_one_rank(
+    ranks: Ranks, model: Path, layouts: list[Layout], folder: Path, **settings: Any
+) -> None:
+    """Every layout, with every dispatch that applies, gives the logits and tokens of one rank."""
+    write_reference(ranks.llm(model), folder / "one_rank.safetensors", PROMPTS, 5)
+    reference = Reference(folder / "one_rank.safetensors")
+    for layout, dispatch in cases(ModelConfig.from_pretrained(model), layouts):
+        report = verify(ranks.llm(model, layout, dispatch, **settings), reference)
+        assert not report.failures, f"{layout}, {dispatch}"
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_every_geometry_gives_what_one_rank_gives(ranks: Ranks, tmp_path: Path, name: str):
+    make_checkpoint(tmp_path / "model", geometry(**GEOMETRIES[name]))
+    layouts = LAYOUTS_OF.get(name, FOR_GEOMETRIES)
+    assert_like_one_rank(ranks, tmp_path / "model", layouts, tmp_path)
+
+
+# Where experts are, and where stages begin, by hand
+
+FOR_PLACEMENTS = [
+    Layout(tp=4, ep=4),
+    Layout(tp=2, ep=4, sp=2),
+    Layout(ep=4, dp=4),
+    Layout(ep=4, sp=4),
+]
+
+
+def test_round_robin_experts_give_what_one_rank_gives(ranks: Ranks, tmp_path: Path):
+    make_checkpoint(tmp_path / "model", geometry())
+    assert_like_one_rank(
+        ranks, tmp_path / "model", FOR_PLACEMENTS, tmp_path, expert_placement="round_robin"
+    )
+
+
+def test_a_table_with_replicas_of_experts_gives_what_one_rank_gives(ranks: Ranks, tmp_path: Path):
+    make_checkpoint(tmp_path / "model", geometry())
+    table = {"default": [[5, 0], [1, 0, 2], [3, 5], [0, 4]], "2": [[0], [1, 2, 3, 4, 5], [2], [2]]}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    assert_like_one_rank(
+        ranks,
+        tmp_path / "model",
+        FOR_PLACEMENTS,
+        tmp_path,
+        expert_placement=str(tmp_path / "table.json"),
+    )
+
+
+def test_stages_cut_by_hand_give_what_one_rank_gives(ranks: Ranks, tmp_path: Path):
+    make_checkpoint(tmp_path / "model", geometry(num_hidden_layers=5))
+    layouts = [
+        Layout(tp=2, pp=2, pipeline_layers=(4, 1)),
+        Layout(dp=2, ep=2, pp=2, pipeline_layers=(1, 4)),
+        Layout(pp=4, pipeline_layers=(1, 1, 2, 1)),
+    ]
+    assert_like_one_rank(ranks, tmp_path / "model", layouts, tmp_path)

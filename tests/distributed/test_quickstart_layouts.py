@@ -1,0 +1,63 @@
+"""The quickstart model answers its held-out exercises equally well under every kind of layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from moespan import LLM, SamplingParams
+from moespan.config import Layout
+from tests.distributed.ranks import Ranks
+from tests.support import QUICKSTART
+
+_PATH = Path(__file__).parents[2] / "tools" / "quickstart" / "tasks.py"
+_spec = importlib.util.spec_from_file_location("quickstart_tasks", _PATH)
+tasks = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = tasks
+_spec.loader.exec_module(tasks)
+
+EXERCISES = [(task, prompt) for task in tasks.TASKS for prompt, _ in tasks.heldout(task, 16)]
+LAYOUTS = [
+    Layout(tp=4, ep=4),
+    Layout(tp=2, ep=4, sp=2),
+    Layout(pp=4),
+    Layout(ep=4, dp=4),
+    Layout(tp=2, pp=2),
+    Layout(ep=4, sp=2, dp=2),
+]
+
+
+def answers(llm: LLM) -> list[str]:
+    params = SamplingParams(temperature=0, max_tokens=64)
+    outputs = llm.generate([prompt for _, prompt in EXERCISES], params)
+    assert {output.outputs[0].finish_reason for output in outputs} == {"stop"}
+    return [output.outputs[0].text for output in outputs]
+
+
+def num_correct(texts: list[str]) -> int:
+    return sum(
+        tasks.is_correct(task, prompt, text)
+        for (task, prompt), text in zip(EXERCISES, texts, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(ranks: Ranks) -> list[str]:
+    """The answers of one rank."""
+    return answers(ranks.llm(QUICKSTART))
+
+
+def test_one_rank_answers_nearly_all_exercises(expected: list[str]):
+    assert num_correct(expected) >= 0.9 * len(EXERCISES)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_layout_answers_as_many_exercises_as_one_rank(
+    ranks: Ranks, expected: list[str], layout: Layout
+):
+    texts = answers(ranks.llm(QUICKSTART, layout))
+    assert num_correct(texts) == num_correct(expected)
+    assert texts == expected
