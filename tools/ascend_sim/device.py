@@ -8,6 +8,7 @@ pass through to the pretend HCCL. What is allocated and not written is poisoned.
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import torch
@@ -42,6 +43,8 @@ UNSEEN = ALLOCATING | {
 COPYING = {aten._to_copy, aten.copy_, aten.clone, aten.item, aten._local_scalar_dense}
 # Adapters of these look at what their kernels computed.
 WITHOUT_ADAPTER = {aten.index, aten.index_put_, aten.bincount, npu.npu_format_cast}
+# Operations whose result's shape, or the host's next step, depends on numbers: by tag, and by name.
+WAITING = {aten.where.default, aten.is_nonzero.default, aten.repeat_interleave.self_Tensor}
 DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
@@ -56,6 +59,9 @@ class SimulatedNPU(TorchDispatchMode):
             if packet in ALLOCATING:
                 poison(result)
             return result
+        if is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         view = any(
             r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
         )
@@ -74,6 +80,15 @@ class SimulatedNPU(TorchDispatchMode):
         return compute(func, args, kwargs)
 
 
+@functools.cache
+def is_composite(func):
+    """Whether the device has no kernel of its own for it, but for the parts that it is made of."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(func.name(), "CompositeImplicitAutograd") and not has_kernel(
+        func.name(), "PrivateUse1"
+    )
+
+
 def concerns_npu(args, kwargs):
     return any(
         is_npu(x) or (isinstance(x, torch.device) and x.type == "npu")
@@ -86,10 +101,7 @@ def waits(func, args):
     if func.overloadpacket in (aten.index, aten.index_put_):  # by a mask, not by numbers
         masks = (torch.bool, torch.uint8)
         return any(isinstance(x, torch.Tensor) and x.dtype in masks for x in tree_leaves(args[1]))
-    return bool(DATA_DEPENDENT & set(func.tags)) or func in (
-        aten.where.default,
-        aten.is_nonzero.default,
-    )
+    return func in WAITING or bool(DATA_DEPENDENT & set(func.tags))
 
 
 def compute(func, args, kwargs):

@@ -27,7 +27,7 @@ def run_ranks(size, function, *args, timeout_s=60, **environ):
             process.start()
             ranks.append((process, here))
         results = []
-        for rank, (process, here) in enumerate(ranks):
+        for rank, (_, here) in enumerate(ranks):
             if not here.poll(timeout_s):
                 raise TimeoutError(f"rank {rank} has not answered in {timeout_s} s")
             results.append(here.recv())
@@ -40,10 +40,10 @@ def _main(pipe, rank, size, folder, environ, function, args):
     os.environ.update(environ)
     torch.set_num_threads(1)
     torch.npu.set_device(rank)
+    timeout = timedelta(seconds=int(environ.get("ASCEND_SIM_TIMEOUT", 60)))
     store = dist.FileStore(str(Path(folder, "store")), size)
-    dist.init_process_group(
-        "hccl", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60)
-    )
+    store.set_timeout(timeout)
+    dist.init_process_group("hccl", store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         with torch.inference_mode():
             pipe.send(function(rank, *args))

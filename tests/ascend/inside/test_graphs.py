@@ -1,0 +1,123 @@
+"""Graph capture: what is frozen, what is updated, what cannot be captured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ascend.inside.layer import (
+    SMALL,
+    TOLERANCE,
+    altered,
+    layer,
+    make_batch,
+    make_weights,
+    on,
+    reference,
+)
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def captured(function, **options):
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph, **options):
+        result = function()
+    return graph, result
+
+
+def test_replays_see_new_tokens_but_new_lengths_only_after_an_update():
+    w, b = make_weights(SMALL), make_batch(SMALL)
+    npu_w, npu_b = on("npu", w), on("npu", b)
+    graph, y = captured(lambda: layer(SMALL, npu_w, npu_b), auto_dispatch_capture=True)
+    assert y.isnan().all(), "nothing computes before a replay"
+
+    def difference(**changes):
+        want = reference(SMALL, w, altered(b, **changes))
+        return (y.cpu().float() - want)[3].abs().max()  # of the sequence that has a past
+
+    graph.replay()
+    assert difference() < TOLERANCE
+    other = torch.randn_like(b.x)
+    npu_b.x.copy_(other)
+    graph.replay()
+    assert difference(x=other) < TOLERANCE
+    # One step later, which only the lengths and slots say.
+    later = {"x": other, "cached": [3, 230], "slots": b.slots + torch.tensor([0, 0, 0, 101])}
+    npu_b.slots.copy_(later["slots"])
+    graph.replay()
+    assert difference(**later) > TOLERANCE
+    graph.update(cpu_update_input=[{"actual_seq_lengths_kv": [3, 230]}])
+    graph.replay()
+    assert difference(**later) < TOLERANCE
+
+
+def test_capture_leaves_memory_alone():
+    x = torch.ones(3).npu()
+    graph, y = captured(lambda: x.mul_(2) + 1)
+    assert x.tolist() == [1, 1, 1]
+    for _ in range(2):
+        graph.replay()
+    assert (x.tolist(), y.tolist()) == ([4, 4, 4], [5, 5, 5])
+
+
+def test_copies_and_integer_indices_are_captured():
+    x, index = torch.arange(6.0).view(2, 3).npu(), torch.tensor([1]).npu()
+    kept = torch.zeros(3, 2).npu()
+    graph, y = captured(lambda: kept.copy_(x.t().contiguous())[index].bfloat16())
+    assert not kept.any()
+    graph.replay()
+    assert y.tolist() == [[1, 4]]
+    index.fill_(2)
+    graph.replay()
+    assert y.tolist() == [[2, 5]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["item", "bool", "to_cpu", "from_cpu", "nonzero", "where", "mask", "copy_in", "cpu_operand"],
+)
+def test_the_host_cannot_take_part(name):
+    x, host = torch.ones(3).npu(), torch.ones(3)
+    ways = {
+        "item": lambda: x.sum().item(),
+        "bool": lambda: bool(x.any()),
+        "to_cpu": lambda: x.cpu(),
+        "from_cpu": lambda: torch.tensor([1.0, 2], device="npu"),
+        "nonzero": lambda: x.nonzero(),
+        "where": lambda: torch.where(x > 0),
+        "mask": lambda: x[x > 0],
+        "copy_in": lambda: x.copy_(host),
+        "cpu_operand": lambda: torch.add(x, host),
+    }
+    # Said by the simulator, or by the device that is asked to wait.
+    with pytest.raises(RuntimeError, match=r"captured graph cannot|ACL stream synchronize failed"):
+        captured(ways[name])
+
+
+def test_synchronising_while_capturing_fails():
+    with pytest.raises(RuntimeError):
+        captured(torch.npu.synchronize)
+
+
+def test_graph_memory_is_used_again():
+    """Two graphs of one pool take the memory of the larger one."""
+    x = torch.ones(1 << 20).npu()
+
+    def chain():
+        y = x
+        for _ in range(8):
+            y = y + 1
+        return y
+
+    first, _ = captured(chain)
+    before = torch.npu.memory_reserved()
+    second, z = captured(chain, pool=first.pool())
+    assert torch.npu.memory_reserved() - before <= 2 * x.numel() * x.element_size()
+    second.replay()
+    assert z[0] == 9
