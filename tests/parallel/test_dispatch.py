@@ -144,7 +144,8 @@ def test_each_tp_rank_carries_its_part_of_the_tokens():
         way.begin_step([4, 4])
         x = torch.ones(4, HIDDEN)
         held = ([0], [1], [2], [3, 4, 5])[layout.ep_rank(mesh.rank)]
-        way(x, torch.ones(4, 2), chosen, table, compute_on(tuple(held), []))
+        compute = compute_on(tuple(held), way.first_slot(table), [])
+        way(x, torch.ones(4, 2), chosen, table, compute)
         return mesh.ep.sent
 
     sent = on_all_ranks(meshes, run)
@@ -169,7 +170,7 @@ def test_inside_tp_nothing_is_sent_and_the_ranks_parts_add_up():
         way.begin_step([5])
         assert way.way == "replicated"
         # The two ranks that hold the same experts hold half of each.
-        whole = compute_on(held[layout.ep_rank(mesh.rank)], [])
+        whole = compute_on(held[layout.ep_rank(mesh.rank)], way.first_slot(table), [])
         return way(x, weights, chosen, table, lambda *a: whole(*a) / layout.expert_slices)
 
     meshes = thread_meshes(layout)
