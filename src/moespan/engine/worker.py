@@ -62,14 +62,14 @@ class Worker:
             (zeros(shape, dtype, mesh.device), zeros(shape, dtype, mesh.device))
             for _ in self.model.layers
         ]
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None
         if total_blocks > num_blocks:
             width = model_config.hidden_size
 
             def hidden(size: int) -> Tensor:
                 return zeros((self._tokens_here(size), width), dtype, mesh.device)
 
-            self._graphs = DecodeGraphs(
+            self.graphs = DecodeGraphs(
                 ops,
                 lambda inputs, batch, rows: self.model(inputs, self.caches, batch, rows),
                 config,
@@ -95,8 +95,8 @@ class Worker:
             else self._link.receive(self._tokens_here(tokens[at.dp]))
         )
         if size:
-            assert self._graphs is not None
-            out = self._graphs(plan, size, received)
+            assert self.graphs is not None
+            out = self.graphs(plan, size, received)
         else:
             out = self._run(plan, received, self._record if plans.trace else None)
         if not self.mesh.is_last_stage:
@@ -123,17 +123,17 @@ class Worker:
 
     def _padded_size(self, plans: StepPlans) -> int | None:
         """The size of a decode step to be run as a graph, the same on all ranks that meet in it."""
-        if self._graphs is None or not plans.is_decode or plans.trace:
+        if self.graphs is None or not plans.is_decode or plans.trace:
             return None
         layout, at = self.mesh.layout, self.mesh.at
         meeting = plans.num_tokens if layout.ep_blocks > 1 else [plans.num_tokens[at.dp]]
-        size = self._graphs.size_for(max(meeting))
+        size = self.graphs.size_for(max(meeting))
         if size is None:
             return None
         tokens = block_tokens(layout, self.mesh.rank, [size] * layout.dp)
         if self._dispatch.way_of(tokens) != "all_to_all":
             return size
-        self._graphs.say("all_to_all waits for the device to know how much goes where")
+        self.graphs.say("all_to_all waits for the device to know how much goes where")
         return None
 
     def _rows(self, out: Tensor, rows: list[int]) -> Tensor:

@@ -126,7 +126,7 @@ class NpuOps(ReferenceOps):
             return q
         if not self._has_attention(q.dtype, q.shape[-1], k_cache.shape[1]):
             if batch.is_decode:
-                return _plain_decode(q, k_cache, v_cache, batch, scale)
+                return plain_decode(q, k_cache, v_cache, batch, scale)
             return super().attention(q, k_cache, v_cache, batch, scale)
         out: Tensor = self._npu.npu_fused_infer_attention_score(
             q.contiguous(),
@@ -277,7 +277,7 @@ class _Graph:
         self._done.record()
 
 
-def _plain_decode(
+def plain_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
 ) -> Tensor:
     """One token of each sequence, [S, N, D] → [S, N, D]; lengths are read on the device only."""
