@@ -113,6 +113,7 @@ def make_worker(
     dtype: str = "float32",
     block_size: int = 4,
     num_blocks: int = 256,
+    enforce_eager: bool = False,
 ) -> Worker:
     """One rank's worker, with NaN in every slot of its cache: what is read must be written first.
 
@@ -120,12 +121,20 @@ def make_worker(
     """
     torch_dtype = getattr(torch, dtype)
     mesh = mesh or Mesh.create(Layout(), CPU)
+    ops = ops or CpuOps()
     source = source or RandomSource(config, torch_dtype, seed=0)
-    weights, _ = load_weights(place(config, mesh.layout, mesh.rank), source, torch_dtype, CPU)
+    placement = place(config, mesh.layout, mesh.rank)
+    weights, _ = load_weights(placement, source, torch_dtype, mesh.device)
+    weights = {name: ops.prepare(name, weight) for name, weight in weights.items()}
     settings = EngineConfig(
-        "unused", mesh.layout, dtype=dtype, block_size=block_size, max_model_len=256
+        "unused",
+        mesh.layout,
+        dtype=dtype,
+        block_size=block_size,
+        max_model_len=256,
+        enforce_eager=enforce_eager,
     )
-    worker = Worker(settings, config, mesh, ops or CpuOps(), weights, num_blocks)
+    worker = Worker(settings, config, mesh, ops, weights, num_blocks)
     for caches in worker.caches:
         for cache in caches:
             cache.fill_(torch.nan)

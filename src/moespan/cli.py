@@ -726,6 +726,12 @@ def _add_model_flags(parser: argparse.ArgumentParser, model_is_required: bool = 
         "--enable-prefix-caching", action="store_true", default=True, help=argparse.SUPPRESS
     )
     parser.add_argument(
+        "--enforce-eager",
+        "--disable-cuda-graph",
+        action="store_true",
+        help="never run decode steps as recorded graphs",
+    )
+    parser.add_argument(
         "--check-finite",
         action="store_true",
         help="look for NaN and Inf in every weight while loading",
@@ -845,6 +851,7 @@ def _llm(args: argparse.Namespace) -> LLM:
         enable_prefix_caching=args.enable_prefix_caching,
         check_finite=args.check_finite,
         bind=args.bind,
+        enforce_eager=args.enforce_eager,
         nnodes=args.nnodes,
         node_rank=args.node_rank,
         master_addr=args.master_addr,

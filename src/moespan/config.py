@@ -450,6 +450,7 @@ class EngineConfig:
         expert_placement: `contiguous`, `round_robin`, or a table
             (`moespan.checkpoint.experts`).
         bind: ranks to cores and NUMA nodes: `auto`, `off`, or `local rank:node,...`.
+        enforce_eager: never run decode steps as recorded graphs (`moespan.engine.graphs`).
     """
 
     model: str
@@ -468,6 +469,7 @@ class EngineConfig:
     moe_dispatch: str = "auto"
     expert_placement: str | ExpertTable = "contiguous"
     bind: str = "auto"
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         choices = {

@@ -78,6 +78,7 @@ class LLM:
         check_finite: look for NaN and Inf in every weight while loading.
         bind: which cores and NUMA node each rank gets: `auto`, `off`, or a map of local rank to
             node as in `0:0,1:1`. Without ranks of their own `auto` leaves this process alone.
+        enforce_eager: never run decode steps as recorded graphs, where the device has them.
         trust_remote_code: refused: no code from a checkpoint is ever run.
         nnodes: machines that run the job, each as many ranks as any other.
         node_rank: this one's number, from 0.
@@ -116,6 +117,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         check_finite: bool = False,
         bind: str = "auto",
+        enforce_eager: bool = False,
         trust_remote_code: bool = False,
         nnodes: int = Nodes.nnodes,
         node_rank: int = Nodes.node_rank,
@@ -163,6 +165,7 @@ class LLM:
             moe_dispatch=moe_dispatch,
             expert_placement=expert_rule(expert_placement),
             bind=bind,
+            enforce_eager=enforce_eager,
         )
         self._check_experts()
         self.tokenizer = Tokenizer.from_pretrained(folder)

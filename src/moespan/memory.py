@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,22 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return torch.from_numpy(buffer).view(dtype).view(shape)
 
 
+# Parts of one transfer begin at multiples of so many elements, as tensors of their own would.
+_PART_ALIGNMENT = 128
+
+
+def to_device(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """CPU tensors of one dtype as they are on `device`: in one transfer, not waited for."""
+    if device.type == "cpu":
+        return list(parts)
+    lengths = [-(-part.numel() // _PART_ALIGNMENT) * _PART_ALIGNMENT for part in parts]
+    packed = torch.zeros(sum(lengths), dtype=parts[0].dtype, pin_memory=True)
+    for part, room in zip(parts, packed.split(lengths), strict=True):
+        room[: part.numel()] = part.flatten()
+    moved = packed.to(device, non_blocking=True).split(lengths)
+    return [room[: part.numel()].view(part.shape) for part, room in zip(parts, moved, strict=True)]
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on `device`; for CPUs within the container's limit."""
     if device.type != "cpu":
@@ -31,6 +48,13 @@ def available_bytes(device: torch.device) -> int:
         reclaimable = _cgroup_statistic("inactive_file")
         available = min(available, limit - used + reclaimable)
     return max(available, 0)
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Memory of `device` that this process's allocator holds; 0 for CPUs, where none is kept."""
+    if device.type == "cpu":
+        return 0
+    return int(torch.get_device_module(device).memory_reserved(device))
 
 
 def _meminfo_bytes(key: str) -> int:

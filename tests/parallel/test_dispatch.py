@@ -52,11 +52,12 @@ def test_tokens_take_turns_on_the_replicas_of_an_expert():
     assert table.of(chosen).tolist() == [[0, 1], [2, 1], [3, 1]] * 2
 
 
-def compute_on(held: tuple[int, ...], seen: list[int]):
+def compute_on(held: tuple[int, ...], first: int, seen: list[int]):
     """Expert e multiplies by e + 1 and is nothing but that; `seen` gets the number of tokens."""
 
-    def compute(x: Tensor, weights: Tensor, local: Tensor) -> Tensor:
+    def compute(x: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
         seen.append(len(x))
+        local = slots - first
         scales = torch.tensor(held, dtype=torch.float32) + 1
         here = (local >= 0) & (local < len(held))
         factors = torch.where(here, scales[local.clamp(0, len(held) - 1)] * weights, 0.0)
@@ -104,7 +105,9 @@ def test_every_token_gets_the_weighted_sum_of_its_experts(
         first = block - block % layout.ep_blocks
         way.begin_step(block_tokens[first : first + layout.ep_blocks])
         assert way.way == dispatch
-        compute = compute_on(experts[layout.ep_rank(mesh.rank)], seen[mesh.rank])
+        rank = layout.ep_rank(mesh.rank)
+        assert way.first_slot(table) == table.starts[rank]
+        compute = compute_on(experts[rank], table.starts[rank], seen[mesh.rank])
         return way(*blocks[block], table, compute)
 
     partial = on_all_ranks(meshes, run)
@@ -141,7 +144,8 @@ def test_each_tp_rank_carries_its_part_of_the_tokens():
         way.begin_step([4, 4])
         x = torch.ones(4, HIDDEN)
         held = ([0], [1], [2], [3, 4, 5])[layout.ep_rank(mesh.rank)]
-        way(x, torch.ones(4, 2), chosen, table, compute_on(tuple(held), []))
+        compute = compute_on(tuple(held), way.first_slot(table), [])
+        way(x, torch.ones(4, 2), chosen, table, compute)
         return mesh.ep.sent
 
     sent = on_all_ranks(meshes, run)
@@ -166,7 +170,7 @@ def test_inside_tp_nothing_is_sent_and_the_ranks_parts_add_up():
         way.begin_step([5])
         assert way.way == "replicated"
         # The two ranks that hold the same experts hold half of each.
-        whole = compute_on(held[layout.ep_rank(mesh.rank)], [])
+        whole = compute_on(held[layout.ep_rank(mesh.rank)], way.first_slot(table), [])
         return way(x, weights, chosen, table, lambda *a: whole(*a) / layout.expert_slices)
 
     meshes = thread_meshes(layout)

@@ -235,8 +235,9 @@ def token_unpermute(
 ):
     unknown(padded_mode=padded_mode)
     name, num_rows = "npu_moe_token_unpermute", len(permuted_tokens)
-    if probs is not None:
-        one_dtype(f"{name} (tokens, probs)", FLOATS, permuted_tokens, probs)
+    one_dtype(f"{name} (tokens)", FLOATS, permuted_tokens)
+    if probs is not None:  # of a dtype of its own, if it likes (CANN's moe_token_unpermute_def.cpp)
+        one_dtype(f"{name} (probs)", FLOATS, probs)
     index = sorted_indices.long()
     outside = index[(index < 0) | (index >= num_rows)]
     demand(not len(outside), f"{name} reads rows {outside[:4].tolist()} of {num_rows}")

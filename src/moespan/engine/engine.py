@@ -20,6 +20,7 @@ from moespan.checkpoint.loader import LoadReport, load_weights
 from moespan.checkpoint.placement import cache_bytes_per_token, place
 from moespan.checkpoint.source import RandomSource, SafetensorsSource, Source
 from moespan.config import Coordinates, EngineConfig, ModelConfig
+from moespan.engine.graphs import scratch_blocks
 from moespan.engine.info import CACHE_SHARE, EngineInfo, EngineStats
 from moespan.engine.plan import StepPlan, StepPlans, StepResult
 from moespan.engine.replicas import Replicas
@@ -31,7 +32,7 @@ from moespan.engine.trace import Observation, join_rows
 from moespan.engine.worker import Worker
 from moespan.errors import ConfigError, RequestError
 from moespan.memory import available_bytes
-from moespan.ops import ops_for
+from moespan.ops import Ops, ops_for
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.traffic import TrafficRows
 from moespan.tokenizer import Tokenizer
@@ -345,7 +346,10 @@ def _build_worker(
             progress=bar.update,
         )
     started = time.perf_counter()
-    num_blocks = config.num_blocks or _fitting_blocks(config, model_config, mesh)
+    ops = ops_for(config.device)
+    for name, weight in weights.items():
+        weights[name] = ops.prepare(name, weight)
+    num_blocks = config.num_blocks or _fitting_blocks(config, model_config, mesh, ops)
     num_blocks = mesh.control.smallest(num_blocks)
     # Waiting for the slowest rank is part of loading.
     waited = time.perf_counter() - started
@@ -356,14 +360,15 @@ def _build_worker(
             f"tokens, but one sequence of max_model_len={config.max_model_len} takes "
             f"{config.blocks_per_sequence}; lower max_model_len, or use more ranks"
         )
-    worker = Worker(config, model_config, mesh, ops_for(config.device), weights, num_blocks)
+    worker = Worker(config, model_config, mesh, ops, weights, num_blocks)
     return worker, num_blocks, report
 
 
-def _fitting_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh) -> int:
+def _fitting_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops) -> int:
     """Blocks that this rank has room for, and not more than all sequences can use."""
     token_bytes = cache_bytes_per_token(model_config, config.layout, mesh.rank, config.dtype)
     ranks_that_share = mesh.ranks_here if config.device == "cpu" else 1
     room = available_bytes(mesh.device) * CACHE_SHARE[config.device] / ranks_that_share
     wanted = config.max_num_seqs * config.layout.pp * config.blocks_per_sequence
-    return min(wanted, int(room // (token_bytes * config.block_size)))
+    fitting = int(room // (token_bytes * config.block_size)) - scratch_blocks(config, ops)
+    return min(wanted, max(fitting, 0))

@@ -82,6 +82,11 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     samples: list[SampleRow]
     prompts: list[PromptRow] = []
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one token, and no prompt is reported on."""
+        return not self.prompts and all(length == 1 for length in self.query_lens)
+
 
 class StepPlans(msgspec.Struct, frozen=True, tag="step"):
     """One step of all replicas, in the order of dp.
@@ -89,11 +94,14 @@ class StepPlans(msgspec.Struct, frozen=True, tag="step"):
     Attributes:
         num_tokens: T of each replica; 0 where it has nothing to do.
         plans: the `StepPlan` of each, or None, encoded: a rank decodes only its own.
+        is_decode: whether every sequence of every replica has one token, and no prompt is reported
+            on.
         trace: whether ranks also record what the network computes inside (`moespan.engine.trace`).
     """
 
     num_tokens: list[int]
     plans: list[msgspec.Raw]
+    is_decode: bool = False
     trace: bool = False
 
     @classmethod
@@ -102,6 +110,7 @@ class StepPlans(msgspec.Struct, frozen=True, tag="step"):
         return cls(
             [0 if plan is None else len(plan.token_ids) for plan in plans],
             [msgspec.Raw(msgspec.msgpack.encode(plan)) for plan in plans],
+            all(plan is None or plan.is_decode for plan in plans),
             trace,
         )
 

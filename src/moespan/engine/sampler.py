@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moespan.engine.plan import Sampled, SampleRow
 from moespan.engine.request import TokenLogprobs
+from moespan.memory import to_device
 
 # Logits divided by less could overflow; it is as good as greedy.
 _LEAST_TEMPERATURE = 1e-6
@@ -28,22 +29,23 @@ def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
     Returns:
         One entry for each row; its token is None when its logits are not all finite.
     """
-    finite = logits.isfinite().all(-1).tolist()
     adjusted = logits
     if any(_is_adjusted(row) for row in rows):
         adjusted = logits.clone()
         for values, row in zip(adjusted, rows, strict=True):
             _adjust(values, row)
     tokens = adjusted.argmax(-1)
-    drawn = [i for i, row in enumerate(rows) if row.temperature > 0 and finite[i]]
+    drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
     if drawn:
-        tokens[drawn] = _draw(adjusted[drawn], [rows[i] for i in drawn])
-    chosen = tokens.tolist()
+        at = _tensor(drawn, torch.int64, logits)
+        tokens[at] = _draw(adjusted[at], [rows[i] for i in drawn])
+    # The only place of a step where the host waits for the device.
+    chosen, finite = torch.stack([tokens, logits.isfinite().all(-1)]).tolist()
     logprobs: list[TokenLogprobs | None] = [None] * len(rows)
     reported = [i for i, row in enumerate(rows) if row.logprobs is not None and finite[i]]
     if reported:
         scores = token_logprobs(
-            logits[reported],
+            logits[_tensor(reported, torch.int64, logits)],
             [chosen[i] for i in reported],
             max(rows[i].logprobs or 0 for i in reported),
         )
@@ -60,7 +62,7 @@ def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
 def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
     """Log probabilities of `token_ids` and of the `num_top` best under float32 logits [R, V]."""
     logprobs = logits.log_softmax(-1)
-    targets = torch.tensor(token_ids, device=logits.device)
+    targets = _tensor(token_ids, torch.int64, logits)
     own = logprobs.gather(-1, targets[:, None])[:, 0].tolist()
     best = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
     values, ids = (part.tolist() for part in best)
@@ -78,12 +80,11 @@ def _adjust(logits: Tensor, row: SampleRow) -> None:
     """Apply bias, bars and penalties to one row [V], in place."""
 
     def ids(tokens: list[int]) -> Tensor:
-        return torch.tensor(tokens, device=logits.device)
+        return _tensor(tokens, torch.int64, logits)
 
     if row.logit_bias:
-        logits[ids(list(row.logit_bias))] += torch.tensor(
-            list(row.logit_bias.values()), device=logits.device
-        )
+        biases = _tensor(list(row.logit_bias.values()), torch.float32, logits)
+        logits[ids(list(row.logit_bias))] += biases
     seen = ids(sorted({*row.seen_prompt, *row.seen_output}))
     if len(seen) and row.repetition_penalty != 1:
         values = logits[seen]
@@ -91,9 +92,7 @@ def _adjust(logits: Tensor, row: SampleRow) -> None:
             values > 0, values / row.repetition_penalty, values * row.repetition_penalty
         )
     if row.seen_output:
-        counts = torch.tensor(
-            list(row.seen_output.values()), dtype=torch.float32, device=logits.device
-        )
+        counts = _tensor(list(row.seen_output.values()), torch.float32, logits)
         penalty = row.frequency_penalty * counts + row.presence_penalty
         logits[ids(list(row.seen_output))] -= penalty
     if row.barred:
@@ -104,18 +103,14 @@ def _draw(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     """Draw one token for each row of [R, V] → int64 [R]."""
     temperature = [max(row.temperature, _LEAST_TEMPERATURE) for row in rows]
     probabilities = (logits / _column(temperature, logits)).softmax(-1)
-    uniform = torch.tensor(
-        [_uniform(row.seed, row.position) for row in rows],
-        dtype=torch.float64,
-        device=logits.device,
-    )[:, None]
+    numbers = [_uniform(row.seed, row.position) for row in rows]
+    uniform = _tensor(numbers, torch.float64, logits)[:, None]
     tokens = _invert(probabilities, uniform)
     # Sorting changes which token a number picks, so no row is sorted for another one's sake.
     truncated = [i for i, row in enumerate(rows) if row.top_p < 1 or row.min_p > 0 or row.top_k > 0]
     if truncated:
-        tokens[truncated] = _draw_truncated(
-            probabilities[truncated], uniform[truncated], [rows[i] for i in truncated]
-        )
+        at = _tensor(truncated, torch.int64, logits)
+        tokens[at] = _draw_truncated(probabilities[at], uniform[at], [rows[i] for i in truncated])
     return tokens
 
 
@@ -138,7 +133,12 @@ def _draw_truncated(probabilities: Tensor, uniform: Tensor, rows: list[SampleRow
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+    return _tensor(values, torch.float32, like)[:, None]
+
+
+def _tensor(values: list[float] | list[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """`values` on the device of `like`, which is not waited for."""
+    return to_device([torch.tensor(values, dtype=dtype)], like.device)[0]
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:

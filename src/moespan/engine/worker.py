@@ -8,11 +8,12 @@ from torch import Tensor
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.placement import cache_heads
 from moespan.config import EngineConfig, ModelConfig
+from moespan.engine.graphs import DecodeGraphs, scratch_blocks
 from moespan.engine.plan import PromptRow, PromptScores, StepPlan, StepPlans, StepResult
 from moespan.engine.sampler import sample, token_logprobs
 from moespan.engine.trace import Observation
-from moespan.memory import zeros
-from moespan.model.network import Model, Weights
+from moespan.memory import to_device, zeros
+from moespan.model.network import Model, Observer, Weights
 from moespan.ops import AttentionBatch, Ops
 from moespan.parallel.dispatch import Dispatch
 from moespan.parallel.mesh import Mesh
@@ -55,11 +56,27 @@ class Worker:
         )
         self._link = StageLink(mesh, model_config.hidden_size, dtype)
         heads = cache_heads(model_config, config.layout, mesh.rank)
-        shape = (num_blocks, config.block_size, heads, model_config.head_dim)
+        total_blocks = num_blocks + scratch_blocks(config, ops)
+        shape = (total_blocks, config.block_size, heads, model_config.head_dim)
         self.caches = [
             (zeros(shape, dtype, mesh.device), zeros(shape, dtype, mesh.device))
             for _ in self.model.layers
         ]
+        self.graphs: DecodeGraphs | None = None
+        if total_blocks > num_blocks:
+            width = model_config.hidden_size
+
+            def hidden(size: int) -> Tensor:
+                return zeros((self._tokens_here(size), width), dtype, mesh.device)
+
+            self.graphs = DecodeGraphs(
+                ops,
+                lambda inputs, batch, rows: self.model(inputs, self.caches, batch, rows),
+                config,
+                mesh.device,
+                num_blocks,
+                None if mesh.is_first_stage else hidden,
+            )
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def execute(self, plans: StepPlans) -> StepResult | None:
@@ -69,24 +86,60 @@ class Worker:
         if not plans.num_tokens[at.dp] and layout.ep_blocks == 1:
             return None  # and nobody shares experts with this replica
         plan = plans.plan(at.dp) or _EMPTY_PLAN
-        self._dispatch.begin_step(block_tokens(layout, self.mesh.rank, plans.num_tokens))
-        device = self.mesh.device
-        batch = AttentionBatch.build(
-            plan.query_lens, plan.context_lens, plan.block_tables, self.block_size, device
-        )
-        inputs = (
-            torch.tensor(plan.token_ids, dtype=torch.int64, device=device)
+        size = self._padded_size(plans)
+        tokens = [size] * layout.dp if size else plans.num_tokens
+        self._dispatch.begin_step(block_tokens(layout, self.mesh.rank, tokens))
+        received = (
+            None
             if self.mesh.is_first_stage
-            else self._link.receive(self._tokens_here(len(plan.token_ids)))
+            else self._link.receive(self._tokens_here(tokens[at.dp]))
         )
-        rows = torch.tensor(_logit_rows(plan), dtype=torch.int64, device=device)
-        observe = self._record if plans.trace else None
-        out = self.model(inputs, self.caches, batch, rows, observe)
+        if size:
+            assert self.graphs is not None
+            out = self.graphs(plan, size, received)
+        else:
+            out = self._run(plan, received, self._record if plans.trace else None)
         if not self.mesh.is_last_stage:
             self._link.send(out)
         if not self.mesh.is_speaker or plan is _EMPTY_PLAN:
             return None
+        if size:
+            out = self._rows(out, [row.sequence for row in plan.samples])
         return _result(out, plan)
+
+    def _run(self, plan: StepPlan, received: Tensor | None, observe: Observer | None) -> Tensor:
+        """The model's answer to the plan as it is."""
+        device = self.mesh.device
+        batch = AttentionBatch.build(
+            plan.query_lens, plan.context_lens, plan.block_tables, self.block_size, device
+        )
+        sent = [
+            torch.tensor(values, dtype=torch.int32)
+            for values in (plan.token_ids, _logit_rows(plan))
+        ]
+        token_ids, rows = to_device(sent, device)
+        inputs = token_ids if received is None else received
+        return self.model(inputs, self.caches, batch, rows, observe)
+
+    def _padded_size(self, plans: StepPlans) -> int | None:
+        """The size of a decode step to be run as a graph, the same on all ranks that meet in it."""
+        if self.graphs is None or not plans.is_decode or plans.trace:
+            return None
+        layout, at = self.mesh.layout, self.mesh.at
+        meeting = plans.num_tokens if layout.ep_blocks > 1 else [plans.num_tokens[at.dp]]
+        size = self.graphs.size_for(max(meeting))
+        if size is None:
+            return None
+        tokens = block_tokens(layout, self.mesh.rank, [size] * layout.dp)
+        if self._dispatch.way_of(tokens) != "all_to_all":
+            return size
+        self.graphs.say("all_to_all waits for the device to know how much goes where")
+        return None
+
+    def _rows(self, out: Tensor, rows: list[int]) -> Tensor:
+        if rows == list(range(len(rows))):
+            return out[: len(rows)]
+        return out[to_device([torch.tensor(rows)], out.device)[0]]
 
     def _record(self, layer: int, module: str, values: Tensor) -> None:
         if module == "router.experts":

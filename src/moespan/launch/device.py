@@ -6,8 +6,8 @@ from pathlib import Path
 
 from moespan.errors import ConfigError
 
-# Devices that `auto` looks for; no operations for NPUs are there yet.
-_DEVICE_FILES = {"cuda": "nvidia[0-9]*"}
+# Devices that `auto` looks for, the one it prefers first.
+_DEVICE_FILES = {"npu": "davinci[0-9]*", "cuda": "nvidia[0-9]*"}
 
 
 def choose_device(wanted: str) -> str:

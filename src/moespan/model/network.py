@@ -39,7 +39,7 @@ class Step:
     Attributes:
         batch: how its T tokens lie in sequences and cache.
         lengths: how many of them each sp rank holds; they sum to T.
-        cos, sin: float32 [L, D/2], the angles of this rank's tokens.
+        cos, sin: the angles of this rank's L tokens, rows of `Ops.rotary_table`.
     """
 
     batch: AttentionBatch
@@ -73,13 +73,9 @@ class Attention:
     def __call__(self, x: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step) -> Tensor:
         """[L, H] replicated over tp → [L, H] replicated over tp."""
         qkv = self.ops.linear(x, self.qkv, self.qkv_bias).unflatten(-1, (-1, self.head_dim))
-        num_rotated = self.num_heads + self.num_kv_heads
-        rotated = self.ops.rope(qkv[:, :num_rotated], step.cos, step.sin)
-        if self.sp.size == 1:
-            q, k = rotated.split([self.num_heads, self.num_kv_heads], 1)
-            v = qkv[:, num_rotated:]
-        else:
-            q, k, v = self._to_heads(torch.cat([rotated, qkv[:, num_rotated:]], 1), step.lengths)
+        q, k, v = self.ops.rope(qkv, self.num_heads, self.num_kv_heads, step.cos, step.sin)
+        if self.sp.size > 1:
+            q, k, v = self._to_heads(torch.cat([q, k, v], 1), step.lengths)
         self.ops.write_cache(k, v, k_cache, v_cache, step.batch.slots)
         attended = self.ops.attention(q, k_cache, v_cache, step.batch, self.head_dim**-0.5)
         if self.sp.size > 1:
@@ -123,15 +119,23 @@ class Attention:
 class Rope:
     """Angles of the rotary embedding (arXiv 2104.09864), from float32, for `length` positions."""
 
-    def __init__(self, config: ModelConfig, length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
         frequencies = 1.0 / (config.rope_theta ** (exponents / config.head_dim))
         positions = torch.arange(length, dtype=torch.float32) / config.rope_linear_factor
         angles = torch.outer(positions, frequencies)
-        self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
+        cos, sin = angles.cos().to(device), angles.sin().to(device)
+        self.cos, self.sin = ops.rotary_table(cos, sin, dtype)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [T] → float32 cos, sin [T, D/2]."""
+        """Integers [T] → T rows of cos and of sin."""
         return self.cos[positions], self.sin[positions]
 
 
@@ -165,6 +169,7 @@ class MoE:
         slots: Slots,
     ) -> None:
         self.ops, self.dispatch, self.slots = ops, dispatch, slots
+        self.first_slot = dispatch.first_slot(slots)
         self.router = weights[f"{name}.router"]
         self.gate_up = weights[f"{name}.experts.gate_up"]
         self.down = weights[f"{name}.experts.down"]
@@ -181,8 +186,10 @@ class MoE:
         out = self.dispatch(x, weights, chosen, self.slots, self._experts)
         return out if self.shared is None else out + self.shared(x)
 
-    def _experts(self, x: Tensor, weights: Tensor, local_slots: Tensor) -> Tensor:
-        return self.ops.experts(x, weights, local_slots, self.gate_up, self.down)
+    def _experts(self, x: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+        return self.ops.experts(
+            x, weights, slots, self.gate_up, self.down, self.first_slot, self.slots.count
+        )
 
 
 class Layer:
@@ -264,10 +271,11 @@ class Model:
         self.vocabulary = Share.of(config.vocab_size, mesh.tp.size, mesh.tp.rank)
         self.is_first_stage, self.is_last_stage = mesh.is_first_stage, mesh.is_last_stage
         self.embed = weights.get("embed")
-        self.rope = Rope(config, max_model_len, mesh.device)
+        stage = mesh.layout.stages(config)[mesh.at.pp]
+        dtype = weights[f"layers.{stage.start}.attention.norm"].dtype
+        self.rope = Rope(config, ops, max_model_len, dtype, mesh.device)
         self.layers = [
-            Layer(config, ops, mesh, weights, index, dispatch, experts)
-            for index in mesh.layout.stages(config)[mesh.at.pp]
+            Layer(config, ops, mesh, weights, index, dispatch, experts) for index in stage
         ]
         self.norm = weights.get("norm")
         self.head = weights.get("embed" if config.tie_word_embeddings else "head")
@@ -283,8 +291,8 @@ class Model:
         """Run one step; keys and values go into `caches`, one (k, v) pair for each of my layers.
 
         Args:
-            inputs: on the first stage token ids int64 [T], on others the hidden state [L, H].
-            rows: int64 [R], the tokens whose logits are wanted.
+            inputs: on the first stage token ids, integers [T], on others the hidden state [L, H].
+            rows: integers [R], the tokens whose logits are wanted.
             observe: shown `embed`, and of every layer `attention`, `router.experts`,
                 `router.weights` and `hidden`, what the layer passes on.
 
@@ -308,7 +316,7 @@ class Model:
         return self._logits(x, residual, rows, mine)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        """int64 [L] → [L, H] replicated over tp; each rank looks up the rows that it holds."""
+        """Integers [L] → [L, H] replicated over tp; each rank looks up the rows that it holds."""
         assert self.embed is not None
         if self.tp.size == 1:
             return self.embed[token_ids]
@@ -324,11 +332,12 @@ class Model:
             x, _ = self.ops.add_rms_norm(x[rows], residual[rows], self.norm, self.eps)
         else:
             # Each row is on one sp rank, and zero on the others.
-            places = ((rows >= mine.start) & (rows < mine.stop)).nonzero()[:, 0]
-            local = rows[places] - mine.start
-            normed, _ = self.ops.add_rms_norm(x[local], residual[local], self.norm, self.eps)
-            x = x.new_zeros(len(rows), x.shape[-1])
-            x[places] = normed
+            if mine.start == mine.stop:
+                x = x.new_zeros(len(rows), x.shape[-1])
+            else:
+                local = (rows - mine.start).clamp(0, mine.stop - mine.start - 1)
+                x, _ = self.ops.add_rms_norm(x[local], residual[local], self.norm, self.eps)
+                x.masked_fill_((rows != local + mine.start)[:, None], 0)
             x = self.sp.all_reduce(x, "head")
             if self.sp.rank > 0:
                 return x.new_empty((0, self.vocab_size), dtype=torch.float32)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from moespan.errors import ConfigError
-from moespan.ops.base import AttentionBatch, Ops
+from moespan.ops.base import AttentionBatch, Ops, Replay
 from moespan.ops.cpu import CpuOps
 from moespan.ops.reference import ReferenceOps
 
-__all__ = ["AttentionBatch", "CpuOps", "Ops", "ReferenceOps", "ops_for"]
+__all__ = ["AttentionBatch", "CpuOps", "Ops", "ReferenceOps", "Replay", "ops_for"]
 
 
 def ops_for(device_type: str) -> Ops:
     """The fastest implementation for a device type."""
     if device_type == "cpu":
         return CpuOps()
-    if device_type == "cuda":
-        return ReferenceOps()
-    raise ConfigError(f"device {device_type!r} is not implemented yet; use cpu")
+    if device_type == "npu":
+        from moespan.ops.npu import NpuOps  # needs torch_npu
+
+        return NpuOps()
+    return ReferenceOps()

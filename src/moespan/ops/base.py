@@ -8,23 +8,32 @@ token, I expert width of this rank, B blocks of the cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from moespan.memory import to_device
 
 
 @dataclass(frozen=True)
 class AttentionBatch:
     """How the flattened tokens of a step lie in the sequences and in the cache.
 
+    Kernels differ in what they read: some take lengths as integers of the host, some from the
+    device. Both are here, so that none has to wait for the other side.
+
     Attributes:
         query_lens: query tokens of each sequence, S integers that sum to T.
         context_lens: tokens of each sequence in the cache before this step, S integers.
-        block_tables: int64 [S, most blocks]; rows are padded with any valid block.
-        slots: int64 [T], where each token's key and value go: block · block size + offset.
-        positions: int64 [T], each token's place in its sequence.
+        block_tables: int32 [S, most blocks]; rows are padded with any valid block.
+        slots: int32 [T], where each token's key and value go: block · block size + offset.
+        positions: int32 [T], each token's place in its sequence.
+        lengths: int32 [S], `total_lens` on the device.
     """
 
     query_lens: list[int]
@@ -32,6 +41,7 @@ class AttentionBatch:
     block_tables: Tensor
     slots: Tensor
     positions: Tensor
+    lengths: Tensor
 
     @classmethod
     def build(
@@ -45,21 +55,39 @@ class AttentionBatch:
         """Derive positions and slots; the tables may be ragged."""
         width = max(map(len, block_tables), default=0)
         tables = torch.tensor(
-            [row + [0] * (width - len(row)) for row in block_tables], dtype=torch.int64
+            [row + [0] * (width - len(row)) for row in block_tables], dtype=torch.int32
         ).view(len(block_tables), width)
-        lengths = torch.tensor(query_lens, dtype=torch.int64)
-        sequence = torch.repeat_interleave(torch.arange(len(query_lens)), lengths)
-        starts = lengths.cumsum(0) - lengths
-        offsets = torch.arange(len(sequence)) - starts[sequence]
-        positions = offsets + torch.tensor(context_lens, dtype=torch.int64)[sequence]
+        queries = torch.tensor(query_lens, dtype=torch.int32)
+        contexts = torch.tensor(context_lens, dtype=torch.int32)
+        sequence = torch.repeat_interleave(torch.arange(len(query_lens)), queries)
+        starts = queries.cumsum(0, dtype=torch.int32) - queries
+        offsets = torch.arange(len(sequence), dtype=torch.int32) - starts[sequence]
+        positions = offsets + contexts[sequence]
         slots = tables[sequence, positions // block_size] * block_size + positions % block_size
-        return cls(
-            query_lens,
-            context_lens,
-            tables.to(device),
-            slots.to(device),
-            positions.to(device),
-        )
+        parts = to_device([tables, slots, positions, contexts + queries], device)
+        return cls(query_lens, context_lens, *parts)
+
+    @cached_property
+    def total_lens(self) -> list[int]:
+        """Tokens of each sequence in the cache after this step, S integers."""
+        return [a + b for a, b in zip(self.context_lens, self.query_lens, strict=True)]
+
+    @cached_property
+    def query_ends(self) -> list[int]:
+        """Where each sequence's query tokens end among the T, S integers."""
+        return list(accumulate(self.query_lens))
+
+    @cached_property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one query token."""
+        return max(self.query_lens, default=0) == 1
+
+
+class Replay(Protocol):
+    """Recorded work, to be run again on the memory that it was recorded on."""
+
+    def __call__(self, total_lens: list[int]) -> None:
+        """Run it; attention sees `total_lens` tokens of each sequence."""
 
 
 class Ops(Protocol):
@@ -67,6 +95,20 @@ class Ops(Protocol):
 
     # Tokens per cache block that suit the attention kernel.
     block_size: int
+    # Whether `record` works on this kind of device.
+    has_graphs: bool
+
+    def prepare(self, name: str, weight: Tensor) -> Tensor:
+        """Lay out a parameter, by its name in the placement table, as the kernels here like it.
+
+        Called once, after loading. Shape and values stay, strides may change.
+        """
+
+    def rotary_table(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Tables for activations of `dtype` from float32 [positions, D/2]; `rope` gets rows."""
+
+    def record(self, run: Callable[[], object]) -> Replay:
+        """Record what `run`, which has run before, does on the device."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]; normalised in float32, rounded to x's dtype, then scaled."""
@@ -79,8 +121,14 @@ class Ops(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x·Wᵀ + bias: [T, in], [out, in] → [T, out]."""
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate [T, N, D] by cos, sin float32 [T, D/2] in the half-split form."""
+    def rope(
+        self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, N + 2·KV, D] → q [T, N, D], k and v [T, KV, D], with q and k rotated by the angles
+        in the half-split form.
+
+        cos, sin: T rows of `rotary_table`. `qkv` is used up: it may be overwritten.
+        """
 
     def write_cache(
         self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
@@ -101,18 +149,26 @@ class Ops(Protocol):
     def route(
         self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
-        """Weights float32 [T, K] and expert numbers int64 [T, K] for x [T, H].
+        """Weights float32 [T, K] and expert numbers, integers [T, K], for x [T, H].
 
         softmax(x·Wᵀ) over all experts in float32, router [experts, H] float32; the K largest,
         divided by their sum + 1e-20 if `renormalize` and K > 1.
         """
 
     def experts(
-        self, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        first: int,
+        num_slots: int,
     ) -> Tensor:
         """Σ weightₖ · downₑ(swiglu(gate_upₑ(x))) over each token's chosen experts e.
 
-        x [T, H], weights float32 and chosen int64 [T, K], gate_up [E, 2·I, H], down [E, H, I]
-        → [T, H] in x's dtype, summed in float32. Numbers that are not 0..E-1 are other ranks'
-        experts and add nothing.
+        x [T, H], weights float32 and slots integers [T, K], gate_up [E, 2·I, H], down [E, H, I]
+        → [T, H] in x's dtype, summed in float32. Of all `num_slots` slots of the layer this rank
+        holds those from `first` on, E of them; the others are other ranks' and add nothing, nor
+        does the number `num_slots` itself, which is nobody's.
         """

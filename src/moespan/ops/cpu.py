@@ -55,12 +55,19 @@ class CpuOps(ReferenceOps):
         return out
 
     def experts(
-        self, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        first: int,
+        num_slots: int,
     ) -> Tensor:
         """[T, H] → [T, H]; touches the weights of chosen experts only, each once."""
-        num_chosen = chosen.shape[1]
-        pairs = ((chosen >= 0) & (chosen < len(gate_up))).flatten().nonzero()[:, 0]
-        expert_of = chosen.flatten()[pairs]
+        num_chosen, local = slots.shape[1], slots - first
+        pairs = ((local >= 0) & (local < len(gate_up))).flatten().nonzero()[:, 0]
+        expert_of = local.flatten()[pairs]
         pairs = pairs[expert_of.argsort(stable=True)]
         tokens = pairs // num_chosen
         rows = x[tokens]

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moespan.ops.base import AttentionBatch
+from moespan.ops.base import AttentionBatch, Replay
 
 
 class ReferenceOps:
     """See `moespan.ops.base.Ops` for what each operation promises."""
 
     block_size = 32
+    has_graphs = False
+
+    def prepare(self, name: str, weight: Tensor) -> Tensor:
+        """The weight as it is."""
+        return weight
+
+    def rotary_table(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The table as it is, float32."""
+        return cos, sin
+
+    def record(self, run: Callable[[], object]) -> Replay:
+        """Not here."""
+        raise NotImplementedError
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]."""
@@ -31,12 +46,16 @@ class ReferenceOps:
         """[T, in], [out, in] → [T, out]."""
         return F.linear(x, weight, bias)
 
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[T, N, D], float32 [T, D/2] twice → [T, N, D]."""
-        first, second = x.float().chunk(2, -1)
+    def rope(
+        self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, N + 2·KV, D], float32 [T, D/2] twice → [T, N, D], [T, KV, D] twice."""
+        num_rotated = num_heads + num_kv_heads
+        first, second = qkv[:, :num_rotated].float().chunk(2, -1)
         cos, sin = cos[:, None], sin[:, None]
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-        return rotated.to(x.dtype)
+        q, k = rotated.to(qkv.dtype).split([num_heads, num_kv_heads], 1)
+        return q, k, qkv[:, num_rotated:]
 
     def write_cache(
         self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
@@ -81,12 +100,19 @@ class ReferenceOps:
         return weights, chosen
 
     def experts(
-        self, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        first: int,
+        num_slots: int,
     ) -> Tensor:
         """[T, H] → [T, H]."""
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert in range(len(gate_up)):
-            tokens, place = torch.where(chosen == expert)
+            tokens, place = torch.where(slots == first + expert)
             hidden = self.swiglu(F.linear(x[tokens], gate_up[expert]))
             result = F.linear(hidden, down[expert]).float()
             out.index_add_(0, tokens, result * weights[tokens, place, None])

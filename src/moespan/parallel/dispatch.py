@@ -31,8 +31,8 @@ from moespan.parallel.mesh import Mesh
 from moespan.parallel.tokens import choose_dispatch, split_evenly
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""x [T, H], weights float32 [T, K], local slots int64 [T, K] → Σ weight · expert(x), [T, H]. Slots
-that are not 0 .. experts of this rank - 1 count nothing."""
+"""x [T, H], weights float32 [T, K], slots [T, K] → Σ weight · expert(x), [T, H], over experts of
+this rank; the slots of others count nothing, nor does the number of slots, which is nobody's."""
 
 
 class Slots:
@@ -54,6 +54,7 @@ class Slots:
             for expert in held:
                 places[expert].append(len(rank_of))
                 rank_of.append(rank)
+        self.count = len(rank_of)
         self.rank_of = torch.tensor(rank_of, device=device)
         most = max(map(len, places), default=1)
         self._is_identity = places == [[slot] for slot in range(num_experts)]
@@ -63,7 +64,7 @@ class Slots:
         )
 
     def of(self, chosen: Tensor) -> Tensor:
-        """Experts int64 [T, K] → slots int64 [T, K]; tokens take turns on replicas."""
+        """Experts [T, K] → slots [T, K]; tokens take turns on replicas."""
         if self._is_identity:
             return chosen
         rows = torch.arange(len(chosen), device=chosen.device)[:, None]
@@ -91,8 +92,15 @@ class Dispatch:
     def begin_step(self, block_tokens: list[int]) -> None:
         """Choose the way for a step in which block i of the ep group has `block_tokens[i]`."""
         self._block_tokens = block_tokens
-        if self._is_auto:
-            self.way = self._choose(block_tokens)
+        self.way = self.way_of(block_tokens)
+
+    def way_of(self, block_tokens: list[int]) -> str:
+        """What `begin_step` would choose."""
+        return self._choose(block_tokens) if self._is_auto else self.way
+
+    def first_slot(self, slots: Slots) -> int:
+        """The first of this rank's slots."""
+        return slots.starts[self._ep_rank]
 
     def __call__(
         self, x: Tensor, weights: Tensor, chosen: Tensor, slots: Slots, compute: Compute
@@ -100,35 +108,35 @@ class Dispatch:
         """[T, H] replicated over tp → [T, H] partial over tp.
 
         Args:
-            weights, chosen: float32 and int64 [T, K], from the router.
+            weights, chosen: float32 and integers [T, K], from the router.
             compute: this rank's experts.
         """
         placed = slots.of(chosen)
-        first_slot = slots.starts[self._ep_rank]
         if self.way == "replicated":
-            return compute(x, weights, placed - first_slot)
+            return compute(x, weights, placed)
         if self.way == "all_gather":
-            return self._by_all_gather(x, weights, placed, first_slot, compute)
+            return self._by_all_gather(x, weights, placed, slots, compute)
         return self._by_all_to_all(x, weights, placed, slots, compute)
 
     def _by_all_gather(
-        self, x: Tensor, weights: Tensor, placed: Tensor, first_slot: int, compute: Compute
+        self, x: Tensor, weights: Tensor, placed: Tensor, slots: Slots, compute: Compute
     ) -> Tensor:
         num_tokens = len(x)
-        padding = (0, 0, 0, max(self._block_tokens) - num_tokens)
+        added = max(self._block_tokens) - num_tokens
+        if added:
+            x, weights = (F.pad(part, (0, 0, 0, added)) for part in (x, weights))
+            placed = F.pad(placed, (0, 0, 0, added), value=slots.count)
         # Routers on different ranks may disagree by a rounding: decisions are sent, not remade.
-        routed = _pack(F.pad(weights, padding), F.pad(placed, padding, value=-1))
-        x = self._blocks.all_gather(F.pad(x, padding), "moe")
+        routed = _pack(weights, placed)
+        x = self._blocks.all_gather(x, "moe")
         weights, placed = _unpack(self._blocks.all_gather(routed, "router"))
-        # Padding has slot -1, which stays below every rank's first one.
-        out = compute(x, weights, placed - first_slot)
+        out = compute(x, weights, placed)
         return self._blocks.reduce_scatter(out, "moe")[:num_tokens]
 
     def _by_all_to_all(
         self, x: Tensor, weights: Tensor, placed: Tensor, slots: Slots, compute: Compute
     ) -> Tensor:
         num_tokens = len(x)
-        first_slot = slots.starts[self._ep_rank]
         lengths = split_evenly(num_tokens, self._tp.size)
         start = sum(lengths[: self._tp.rank])
         mine = slice(start, start + lengths[self._tp.rank])
@@ -151,7 +159,7 @@ class Dispatch:
         out = compute(
             torch.cat([x, arrived]),
             torch.cat([weights, arrived_weights]),
-            torch.cat([placed, arrived_placed]) - first_slot,
+            torch.cat([placed, arrived_placed]),
         )
         returned = self._ep.all_to_all(out[num_tokens:], receive, send, "moe")
         total = out[:num_tokens].float().index_add_(0, row, returned.float())
@@ -159,10 +167,10 @@ class Dispatch:
 
 
 def _pack(weights: Tensor, placed: Tensor) -> Tensor:
-    """float32 [T, K] and int64 [T, K] → int32 [T, 2·K], to be sent at once."""
+    """float32 [T, K] and integers [T, K] → int32 [T, 2·K], to be sent at once."""
     return torch.cat([weights.view(torch.int32), placed.int()], -1)
 
 
 def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     weights, placed = packed.chunk(2, -1)
-    return weights.contiguous().view(torch.float32), placed.long()
+    return weights.contiguous().view(torch.float32), placed

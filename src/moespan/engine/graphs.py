@@ -1,0 +1,190 @@
+"""Decode steps as recorded graphs, on devices that have them: one launch instead of hundreds.
+
+A step in which every sequence has one token is padded to one of a few sizes, and the work of each
+size is recorded when it is first met. Added rows are sequences of one token in blocks of the cache
+that no request is given. Everything that a step brings goes into one tensor that stays where it is.
+
+Whether a step is padded, and to what size, follows from its plans alone, so that all ranks agree;
+a rank that cannot record runs the padded step as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moespan.config import EngineConfig
+from moespan.engine.plan import StepPlan
+from moespan.memory import reserved_bytes
+from moespan.notice import notice
+from moespan.ops import AttentionBatch, Ops, Replay
+
+# Each graph holds streams for each communicator of the device, which has not many.
+_MOST_SIZES = 40
+_STEP = 8
+# Parts of the inputs begin at multiples of so many int32, as tensors of their own would.
+_ALIGNMENT = 128
+
+Run = Callable[[Tensor, AttentionBatch, Tensor], Tensor]
+"""(token ids [S] or hidden state [L, H], batch, rows [S]) → what the model returns."""
+
+
+def padded_sizes(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, and multiples of 8 (of more where these are too many) until all sequences fit."""
+    step = -(-max_num_seqs // (_STEP * (_MOST_SIZES - 3))) * _STEP
+    sizes = [1, 2, 4, *([_STEP] if step > _STEP else []), *range(step, max_num_seqs + step, step)]
+    fitting = next(i for i, size in enumerate(sizes) if size >= max_num_seqs)
+    return sizes[: fitting + 1]
+
+
+def scratch_blocks(config: EngineConfig, ops: Ops) -> int:
+    """Blocks of the cache that padding needs, with a slot for each added row; 0 without graphs."""
+    if config.enforce_eager or not ops.has_graphs:
+        return 0
+    return -(-padded_sizes(config.max_num_seqs)[-1] // config.block_size)
+
+
+@dataclass
+class _Recorded:
+    """One padded size: where its inputs and its output are, and how to run it."""
+
+    inputs: Tensor
+    batch: AttentionBatch
+    token_ids: Tensor
+    rows: Tensor
+    hidden: Tensor | None
+    replay: Replay | None = None
+    out: Tensor | None = None
+
+
+class DecodeGraphs:
+    """The graphs of one rank.
+
+    Attributes:
+        num_recorded, memory_bytes: graphs so far, and the device memory that they took.
+
+    Args:
+        run: runs the model.
+        first_scratch_block: of those that padding may write to.
+        hidden: makes room for what the stage before sends for a padded size, [L, H]; None on the
+            first stage.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        run: Run,
+        config: EngineConfig,
+        device: torch.device,
+        first_scratch_block: int,
+        hidden: Callable[[int], Tensor] | None,
+    ) -> None:
+        self.num_recorded = self.memory_bytes = 0
+        self._ops, self._run, self._device = ops, run, device
+        self._sizes = padded_sizes(config.max_num_seqs)
+        self._block_size, self._first_scratch_block = config.block_size, first_scratch_block
+        self._width = config.blocks_per_sequence
+        self._hidden = hidden
+        self._recorded: dict[int, _Recorded] = {}
+        self._gave_up = False
+        if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
+            self._gave_up = True
+            self.say("ASCEND_LAUNCH_BLOCKING=1 does not go with recording")
+
+    def size_for(self, num_tokens: int) -> int | None:
+        """The size to which a step of so many sequences is padded; None if there is none."""
+        return next((size for size in self._sizes if size >= num_tokens), None)
+
+    def say(self, why: str) -> None:
+        """Tell, once, that steps run without graphs."""
+        notice(f"decode steps are not recorded as graphs: {why}")
+
+    def __call__(self, plan: StepPlan, size: int, hidden: Tensor | None) -> Tensor:
+        """Run the decode step `plan`, padded to `size` sequences.
+
+        Args:
+            hidden: what the stage before sent, [L, H]; None on the first stage.
+
+        Returns:
+            What the model returns for the padded step, in memory that the next step overwrites.
+        """
+        recorded = self._recorded.get(size)
+        if recorded is None:
+            recorded = self._recorded[size] = self._make(size)
+        total_lens = self._fill(recorded, plan)
+        if recorded.hidden is not None:
+            assert hidden is not None
+            recorded.hidden.copy_(hidden)
+        if recorded.replay is not None:
+            recorded.replay(total_lens)
+            assert recorded.out is not None
+            return recorded.out
+        batch = recorded.batch
+        inputs = recorded.token_ids if recorded.hidden is None else recorded.hidden
+        batch = replace(batch, context_lens=[total - 1 for total in total_lens])
+        # Runs before recording: kernels, communicators and constants are then made outside of it.
+        out = self._run(inputs, batch, recorded.rows)
+        if not self._gave_up:
+            self._record(recorded, lambda: self._run(inputs, batch, recorded.rows))
+        return out
+
+    def _record(self, recorded: _Recorded, run: Callable[[], Tensor]) -> None:
+        before = reserved_bytes(self._device)
+
+        def keep() -> None:
+            recorded.out = run()
+
+        try:
+            recorded.replay = self._ops.record(keep)
+        except Exception as error:
+            # Whatever a device or a driver finds wrong with it: the step runs without.
+            self._gave_up = True
+            self.say(f"{type(error).__name__}: {error}".splitlines()[0])
+            return
+        self.num_recorded += 1
+        self.memory_bytes += reserved_bytes(self._device) - before
+
+    def _make(self, size: int) -> _Recorded:
+        lengths = [size, size, size, size, size * self._width]
+        rooms = [-(-length // _ALIGNMENT) * _ALIGNMENT for length in lengths]
+        whole = torch.zeros(sum(rooms), dtype=torch.int32, device=self._device)
+        parts = [room[:length] for room, length in zip(whole.split(rooms), lengths, strict=True)]
+        token_ids, positions, slots, totals, tables = parts
+        batch = AttentionBatch(
+            [1] * size, [0] * size, tables.view(size, self._width), slots, positions, totals
+        )
+        rows = torch.arange(size, dtype=torch.int32, device=self._device)
+        hidden = self._hidden(size) if self._hidden else None
+        return _Recorded(whole, batch, token_ids, rows, hidden)
+
+    def _fill(self, recorded: _Recorded, plan: StepPlan) -> list[int]:
+        """Send the plan's inputs, in one transfer; → tokens of each sequence after the step."""
+        size, given = len(recorded.rows), len(plan.token_ids)
+        added = size - given
+        # The first added row writes the slot that all of them read.
+        scratch = [self._first_scratch_block * self._block_size + i for i in range(added)]
+        context_lens = plan.context_lens + [0] * added
+        slots = [
+            table[length // self._block_size] * self._block_size + length % self._block_size
+            for table, length in zip(plan.block_tables, plan.context_lens, strict=True)
+        ]
+        total_lens = [length + 1 for length in context_lens]
+        tables = torch.zeros(size, self._width, dtype=torch.int32)
+        for row, table in enumerate(plan.block_tables):
+            tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+        tables[given:] = self._first_scratch_block
+        # Fresh memory, which the allocator keeps until it has been sent.
+        sent = torch.zeros(
+            recorded.inputs.shape, dtype=torch.int32, pin_memory=self._device.type != "cpu"
+        )
+        at = 0
+        for values in (plan.token_ids + [0] * added, context_lens, slots + scratch, total_lens):
+            sent[at : at + size] = torch.tensor(values, dtype=torch.int32)
+            at += -(-size // _ALIGNMENT) * _ALIGNMENT
+        sent[at : at + tables.numel()] = tables.flatten()
+        recorded.inputs.copy_(sent, non_blocking=True)
+        return total_lens

@@ -1,0 +1,296 @@
+"""Operations for Ascend NPUs, through the fused operators of torch_npu.
+
+What is particular here:
+
+- Calls name every argument whose default changed between releases of torch_npu, and ask an
+  operator's schema, never a version, for what only some of them have.
+- Attention (`npu_fused_infer_attention_score`) takes 16-bit types and heads of 128. Anything else
+  goes through plain torch, which is said once; float32 does, for comparing with a reference.
+- Norms round once, after scaling, where the reference rounds before it too. Cosines and sines are
+  of the activations' dtype. Experts' outputs are rounded to it before they are weighted and summed,
+  both in float32. All of it is within the rounding of the 16-bit types.
+- Nothing waits for the device.
+
+An Ascend 310P has no bfloat16, which is refused, and lacks the operators of attention, cache and
+router, so that it takes the plain ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moespan.errors import ConfigError
+from moespan.notice import notice
+from moespan.ops.base import AttentionBatch, Replay
+from moespan.ops.reference import ReferenceOps
+
+_ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
+_ATTENTION_HEAD_SIZE = 128
+_ROTARY_HEAD_SIZES = (64, 128)
+# The causal mask of any lengths, as the attention kernel wants it: its corner of 2048 × 2048.
+_MASK_SIZE = 2048
+_FEWEST_COUNTED_ROWS = 4096
+
+
+class NpuOps(ReferenceOps):
+    """See `moespan.ops.base.Ops` for what each operation promises."""
+
+    block_size = 128
+    has_graphs = True
+
+    def __init__(self) -> None:
+        import torch_npu  # type: ignore[import-not-found,unused-ignore]
+
+        self._npu: Any = torch_npu
+        self._soc = str(torch_npu.npu.get_device_name())
+        self._is_310p = "310P" in self._soc
+        self._counts_are_ends = self._is_310p  # whatever is asked for
+        schema = str(torch.ops.npu.npu_scatter_pa_kv_cache.default._schema)
+        self._cache_mode = {"cache_mode": "Norm"} if "cache_mode" in schema else {}
+        # Recorded graphs hold the addresses of constants, so that these are never freed.
+        self._masks: dict[torch.device, Tensor] = {}
+        self._row_numbers: list[Tensor] = []
+        # All graphs share their memory: they never run at the same time.
+        self._graph_pool: Any = None
+
+    def prepare(self, name: str, weight: Tensor) -> Tensor:
+        """Experts' matrices lie as [E, in, out], which grouped matmuls read; others as they are."""
+        if self._is_310p and weight.dtype == torch.bfloat16:
+            raise ConfigError(f"{self._soc} has no bfloat16; use --dtype float16")
+        if ".experts." not in name:
+            return weight
+        return weight.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[T, H] → [T, H]."""
+        if not x.numel():
+            return super().rms_norm(x, weight, eps)
+        normed: Tensor = self._npu.npu_rms_norm(x, weight, eps)[0]
+        return normed
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        if not x.numel():
+            return super().add_rms_norm(x, residual, weight, eps)
+        normed, _, total = self._npu.npu_add_rms_norm(x, residual, weight, eps)
+        return normed, total
+
+    def rotary_table(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """float32 [P, D/2] twice → of `dtype`, [P, 1, D] twice, where the kernel takes D."""
+        if 2 * cos.shape[-1] not in _ROTARY_HEAD_SIZES:
+            return cos, sin
+        whole = (torch.cat([half, half], -1)[:, None].to(dtype) for half in (cos, sin))
+        return next(whole), next(whole)
+
+    def rope(
+        self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, N + 2·KV, D], rows of the table → [T, N, D], [T, KV, D] twice, all contiguous."""
+        if qkv.shape[-1] not in _ROTARY_HEAD_SIZES:
+            q, k, v = super().rope(qkv, num_heads, num_kv_heads, cos, sin)
+            return q.contiguous(), k.contiguous(), v.contiguous()
+        # The kernel writes into q and k, whatever its schema says.
+        if num_heads == num_kv_heads:
+            q, k, v = qkv.unflatten(1, (3, num_heads)).transpose(0, 1).contiguous()
+        else:
+            parts = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
+            q, k, v = (part.contiguous() for part in parts)
+        if not qkv.numel():
+            return q, k, v
+        q, k = self._npu.npu_apply_rotary_pos_emb(q, k, cos, sin, layout="TND", rotary_mode="half")
+        return q, k, v
+
+    def write_cache(
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+    ) -> None:
+        """Store [T, KV, D] at `slots`."""
+        if not k.numel() or self._is_310p:
+            super().write_cache(k, v, k_cache, v_cache, slots)
+            return
+        self._npu.npu_scatter_pa_kv_cache(
+            k.contiguous(), v.contiguous(), k_cache, v_cache, slots, **self._cache_mode
+        )
+
+    def attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        """[T, N, D] over the caches [B, block size, KV, D] → [T, N, D]."""
+        if not q.numel():
+            return q
+        if not self._has_attention(q.dtype, q.shape[-1], k_cache.shape[1]):
+            if batch.is_decode:
+                return plain_decode(q, k_cache, v_cache, batch, scale)
+            return super().attention(q, k_cache, v_cache, batch, scale)
+        out: Tensor = self._npu.npu_fused_infer_attention_score(
+            q.contiguous(),
+            k_cache.flatten(2),
+            v_cache.flatten(2),
+            atten_mask=self._mask(q.device),
+            actual_seq_lengths=batch.query_ends,
+            # Of a paged cache these are lengths of sequences, not their running sum.
+            actual_seq_lengths_kv=batch.total_lens,
+            block_table=batch.block_tables,
+            num_heads=q.shape[1],
+            num_key_value_heads=k_cache.shape[2],
+            scale=scale,
+            input_layout="TND",
+            sparse_mode=3,  # causal, the last query at the last key
+            block_size=k_cache.shape[1],
+        )[0]
+        return out
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """[T, 2·I] → [T, I]."""
+        if not x.numel():
+            return super().swiglu(x)
+        out: Tensor = self._npu.npu_swiglu(x, dim=-1)
+        return out
+
+    def route(
+        self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[T, H] → float32 [T, K], int32 [T, K]."""
+        if not x.numel() or self._is_310p:
+            return super().route(x, router, num_chosen, renormalize)
+        logits = self.linear(x.float(), router)
+        weights, chosen, _ = self._npu.npu_moe_gating_top_k_softmax(logits, None, num_chosen)
+        if renormalize and num_chosen > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights, chosen
+
+    def experts(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        first: int,
+        num_slots: int,
+    ) -> Tensor:
+        """[T, H] → [T, H]."""
+        if not x.numel():
+            return x
+        is_whole = len(gate_up) == num_slots
+        rows, row_of, sizes, _ = self._npu.npu_moe_init_routing_v2(
+            x,
+            slots.int(),
+            active_num=slots.numel(),
+            expert_num=num_slots + (not is_whole),  # and nobody's
+            drop_pad_mode=0,
+            expert_tokens_num_type=0 if self._counts_are_ends else 1,
+            expert_tokens_num_flag=True,
+            quant_mode=-1,
+            active_expert_range=[first, first + len(gate_up)],
+            row_idx_type=0,
+        )
+        hidden = self.swiglu(self._grouped_matmul(rows, gate_up, sizes))
+        results = self._grouped_matmul(hidden, down, sizes)
+        if not is_whole:
+            # Rows after those of this rank are whatever was in memory. If another rank's expert is
+            # among the chosen, there is one at the end: its zeros are what that expert adds here.
+            num_rows = sizes[-1] if self._counts_are_ends else sizes.sum()
+            results.masked_fill_(self._numbered(len(rows), x.device) >= num_rows, 0)
+            row_of = row_of.remainder(len(rows))  # -1 → the last
+        out: Tensor = self._npu.npu_moe_token_unpermute(results, row_of, weights)
+        return out
+
+    def record(self, run: Callable[[], object]) -> Replay:
+        """Record what `run` does; replaying it gives the attention kernels their lengths anew."""
+        if self._graph_pool is None:
+            self._graph_pool = self._npu.npu.graph_pool_handle()
+        return _Graph(run, self._graph_pool)
+
+    def _has_attention(self, dtype: torch.dtype, head_size: int, block_size: int) -> bool:
+        """Whether the attention kernel takes such heads; says so once where it does not."""
+        if (
+            dtype in _ATTENTION_DTYPES
+            and head_size == _ATTENTION_HEAD_SIZE
+            and block_size % 16 == 0
+            and block_size <= 1024
+            and not self._is_310p
+        ):
+            return True
+        notice(
+            f"attention goes through plain torch, and is slow: the kernel takes float16 and "
+            f"bfloat16, heads of 128 and blocks of 16 to 1024 tokens on A2 and A3, not {dtype}, "
+            f"heads of {head_size} and blocks of {block_size} on {self._soc}"
+        )
+        return False
+
+    def _grouped_matmul(self, x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
+        """Rows of experts [R, in], [E, out, in] → [R, out]; rows beyond all groups are not set."""
+        (out,) = self._npu.npu_grouped_matmul(
+            [x],
+            [weight.transpose(1, 2)],
+            group_list=sizes,
+            group_list_type=0 if self._counts_are_ends else 1,
+            group_type=0,
+            split_item=2,
+        )
+        result: Tensor = out
+        return result
+
+    def _mask(self, device: torch.device) -> Tensor:
+        """int8 [2048, 2048], 1 where a key is hidden."""
+        if device not in self._masks:
+            ones = torch.ones(_MASK_SIZE, _MASK_SIZE, dtype=torch.int8)
+            self._masks[device] = ones.triu(1).to(device)
+        return self._masks[device]
+
+    def _numbered(self, num_rows: int, device: torch.device) -> Tensor:
+        """int64 [num_rows, 1]: 0, 1, 2, ..."""
+        numbers = next((n for n in self._row_numbers if len(n) >= num_rows), None)
+        if numbers is None:
+            room = max(_FEWEST_COUNTED_ROWS, 1 << (num_rows - 1).bit_length())
+            numbers = torch.arange(room, device=device)[:, None]
+            self._row_numbers.append(numbers)
+        return numbers[:num_rows]
+
+
+class _Graph:
+    """A recorded NPU graph. Lengths are the host's integers inside it, so that each replay is told
+    new ones, by torch_npu's own way of rewriting recorded attention calls."""
+
+    def __init__(self, run: Callable[[], object], pool: Any) -> None:
+        npu: Any = torch.get_device_module("npu")
+        if "auto_dispatch_capture" not in inspect.signature(npu.graph.__init__).parameters:
+            raise RuntimeError("this torch_npu cannot update the lengths of recorded attention")
+        self._graph = npu.NPUGraph()
+        self._done = npu.Event()
+        with npu.graph(self._graph, pool=pool, auto_dispatch_capture=True):
+            run()
+
+    def __call__(self, total_lens: list[int]) -> None:
+        # The lengths must not change under a replay that still runs. As a rule none does: its
+        # result has been read, or has come back through a rank whose result has been.
+        self._done.synchronize()
+        self._graph.update(cpu_update_input=[{"actual_seq_lengths_kv": total_lens}])
+        self._graph.replay()
+        self._done.record()
+
+
+def plain_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+) -> Tensor:
+    """One token of each sequence, [S, N, D] → [S, N, D]; lengths are read on the device only."""
+    num_sequences, num_heads, head_size = q.shape
+    num_kv_heads = k_cache.shape[2]
+    k, v = (
+        cache[batch.block_tables].flatten(1, 2).transpose(1, 2) for cache in (k_cache, v_cache)
+    )  # [S, KV, length, D]
+    grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_size)
+    scores = torch.matmul(grouped.float(), k.float().transpose(2, 3)) * scale
+    places = torch.arange(k.shape[2], device=q.device, dtype=torch.int32)
+    hidden = (places >= batch.lengths[:, None])[:, None, None]
+    probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    # What lies past a sequence's end may be NaN, and NaN times 0 is NaN.
+    values = v.float().masked_fill(hidden.transpose(2, 3), 0)
+    return torch.matmul(probabilities, values).to(q.dtype).view_as(q)

@@ -1,0 +1,178 @@
+"""The engine's worker on a pretend NPU: graphs, waits and kernels of a decode step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moespan.config import Layout, ModelConfig
+from moespan.engine.plan import StepPlan
+from moespan.engine.worker import Worker
+from moespan.model.network import Step
+from moespan.ops import AttentionBatch, ops_for
+from moespan.parallel.mesh import Mesh
+from tests.support import Oracle, execute, geometry, greedy_row, make_worker, run_prompts
+
+NPU = torch.device("npu", 0)
+# Heads of 128, as the fused kernels want them.
+FUSED = ModelConfig.from_dict(
+    geometry(
+        hidden_size=256,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        moe_intermediate_size=32,
+        intermediate_size=64,
+    )
+)
+
+
+def npu_worker(config: ModelConfig, source: Any = None, **settings: Any) -> Worker:
+    mesh = Mesh.create(Layout(), NPU)
+    return make_worker(
+        config, source, mesh, ops=ops_for("npu"), block_size=16, num_blocks=64, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "enforce_eager"), [("tiny", False), ("tiny_gqa", True), ("tiny_gqa", False)]
+)
+def test_greedy_continuations_are_those_of_the_hugging_face_model(name: str, enforce_eager: bool):
+    oracle = Oracle(name)
+    worker = npu_worker(oracle.config, oracle.source(), enforce_eager=enforce_eager)
+    runs = run_prompts(
+        worker, oracle.prompts, block_size=16, num_blocks=64, most_chunk=64, num_generated=6
+    )
+    assert [run.generated for run in runs] == [tokens[:6] for tokens in oracle.greedy]
+    assert (worker.graphs is None) == enforce_eager
+    if worker.graphs is not None:
+        assert 1 <= worker.graphs.num_recorded <= 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_graphs_change_no_bit(dtype: str):
+    prompts = [[(7 * i + start) % 61 for i in range(length)] for start, length in ((0, 29), (5, 8))]
+    runs = [
+        run_prompts(
+            npu_worker(FUSED, dtype=dtype, enforce_eager=eager),
+            prompts,
+            block_size=16,
+            num_blocks=64,
+            num_generated=12,
+        )
+        for eager in (False, True)
+    ]
+    for captured, eager in zip(*runs, strict=True):
+        assert captured.generated == eager.generated
+        assert (captured.logits == eager.logits).all()
+
+
+def decode(context_lens: list[int], **settings: Any) -> StepPlan:
+    count = len(context_lens)
+    return StepPlan(
+        step=0,
+        token_ids=list(range(count)),
+        query_lens=[1] * count,
+        context_lens=context_lens,
+        block_tables=[[3 * i, 3 * i + 1, 3 * i + 2] for i in range(count)],
+        samples=[greedy_row(i, **settings) for i in range(count)],
+    )
+
+
+class Waits(TorchDispatchMode):
+    """Lists what makes the host wait for the device: values read, and memory that is not pinned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        got = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        name = func.overloadpacket.__name__
+        devices = {x.device.type for x in given}
+        if "npu" in devices and not all(x.device.type == "npu" for x in got):
+            self.seen.append(f"{name} reads")
+        elif name in ("item", "_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            self.seen.append(name)
+        elif "cpu" in {x.device.type for x in given if x.dim()} and any(
+            x.device.type == "npu" for x in got
+        ):
+            source = next(x for x in given if x.device.type == "cpu")
+            if not source.is_pinned():
+                self.seen.append(f"{name} sends")
+        return result
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
+def test_a_decode_step_waits_once_for_the_sampled_tokens(
+    enforce_eager: bool, settings: dict[str, float]
+):
+    worker = npu_worker(FUSED, dtype="bfloat16", enforce_eager=enforce_eager)
+    for pair in worker.caches:
+        for cache in pair:
+            cache.zero_()
+    for length in range(3):
+        execute(worker, decode([length, length + 20, length]))
+    step = decode([3, 23, 3], **settings)
+    with Waits() as waits:
+        execute(worker, step)
+    assert waits.seen == ["to reads"]
+
+
+KERNELS = {
+    # all experts here, and half of them
+    "whole": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 ScatterPaKvCache "
+    "FusedInferAttentionScoreV3 Matmul AddRmsNorm InplaceCopy Matmul MoeGatingTopKSoftmax "
+    "MoeInitRoutingV3 GroupedMatmulV5 SwiGlu GroupedMatmulV5 MoeTokenUnpermute "
+    "Matmul SwiGlu Matmul Add",
+    "half": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 ScatterPaKvCache "
+    "FusedInferAttentionScoreV3 Matmul AddRmsNorm InplaceCopy Matmul MoeGatingTopKSoftmax "
+    "MoeInitRoutingV3 GroupedMatmulV5 SwiGlu GroupedMatmulV5 "
+    "ReduceSum GeTensor InplaceMaskedFillScalar RemainderTensorScalar MoeTokenUnpermute "
+    "Matmul SwiGlu Matmul Add",
+}
+
+
+@pytest.mark.parametrize("part", KERNELS)
+def test_a_decode_layer_launches_these_kernels_and_no_others(part: str):
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.ascend.inside.test_decode", part],
+        env={**os.environ, "ASCEND_SIM_TRACE": "1"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = result.stderr.split("---")[2].splitlines()
+    names = [line.split()[1].removeprefix("aclnn") for line in lines if "[cann] aclnn" in line]
+    assert " ".join(n for n in names if not n.endswith("GetWorkspaceSize")) == KERNELS[part]
+
+
+def run_layer(part: str) -> None:
+    """One MoE layer of a decode step, twice, with a mark before, between and after."""
+    worker = npu_worker(FUSED, dtype="bfloat16")
+    layer: Any = worker.model.layers[1]
+    if part == "half":
+        layer.mlp.gate_up, layer.mlp.down = layer.mlp.gate_up[:3], layer.mlp.down[:3]
+    with torch.inference_mode():
+        batch = AttentionBatch.build([1] * 3, [4, 20, 0], [[1], [2, 3], [4]], 16, NPU)
+        step = Step(batch, [3], *worker.model.rope(batch.positions))
+        x = torch.ones(3, FUSED.hidden_size, device=NPU, dtype=torch.bfloat16)
+        for _ in range(2):
+            print("---", file=sys.stderr, flush=True)
+            layer(x, x, *worker.caches[1], step)
+        print("---", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_layer(sys.argv[1])

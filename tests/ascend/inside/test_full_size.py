@@ -1,0 +1,146 @@
+"""DeepSeek-MoE-16B's layers at full size on tensors without memory, for ranks of every layout of 8
+and 16: each operator's arguments, shapes, dtypes and devices are checked by its own rules."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moespan.checkpoint.experts import ExpertPlacement
+from moespan.checkpoint.placement import cache_bytes_per_token, cache_heads, place
+from moespan.checkpoint.random import preset
+from moespan.config import Layout, ModelConfig, all_layouts
+from moespan.model.network import Model
+from moespan.ops import AttentionBatch, ops_for
+from moespan.parallel.dispatch import Dispatch
+from moespan.parallel.mesh import Axis, Mesh
+from moespan.parallel.tokens import block_tokens, split_evenly
+
+NPU = torch.device("npu", 0)
+# As wide as the whole model; a dense layer and three with experts.
+CONFIG = ModelConfig.from_dict(preset("16b-4l", {}))
+ALL = [layout for world in (8, 16) for layout in all_layouts(world, CONFIG)]
+# All take minutes: MOESPAN_ALL_LAYOUTS=1.
+CHOSEN = [
+    Layout(tp=8),
+    Layout(tp=8, ep=8),
+    Layout(tp=4, ep=4, pp=2),
+    Layout(tp=2, ep=8, dp=4),
+    Layout(tp=1, ep=4, sp=8),
+    Layout(tp=16, ep=16),
+    Layout(tp=8, ep=2, pp=2),
+    Layout(tp=4, ep=16, sp=2, dp=2),
+    Layout(tp=4, pp=4),
+]
+LAYOUTS = ALL if os.environ.get("MOESPAN_ALL_LAYOUTS") == "1" else CHOSEN
+BLOCK, BLOCKS = 128, 600
+
+
+class Shapes(Axis):
+    """An axis that sends nothing, and returns what has the right shape."""
+
+    def all_reduce(self, x: Tensor, module: str) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, module: str) -> Tensor:
+        return x.new_empty((self.size * len(x), *x.shape[1:]))
+
+    def reduce_scatter(self, x: Tensor, module: str) -> Tensor:
+        assert len(x) % self.size == 0
+        return x.new_empty((len(x) // self.size, *x.shape[1:]))
+
+    def all_to_all(
+        self, x: Tensor, send_rows: list[int], receive_rows: list[int], module: str
+    ) -> Tensor:
+        assert sum(send_rows) == len(x)
+        return x.new_empty((sum(receive_rows), *x.shape[1:]))
+
+
+def mesh_of(layout: Layout, rank: int) -> Mesh:
+    mesh = Mesh(layout, rank, NPU)
+    at = mesh.at
+    places = {"tp": at.tp, "sp": at.sp, "pp": at.pp, "ep": 0, "ep_blocks": 0}
+    sizes = {**layout.sizes, "ep_blocks": layout.ep_blocks}
+    for name, place_ in places.items():
+        setattr(mesh, name, Shapes(name, range(sizes[name]), place_))
+    return mesh
+
+
+def kinds(layout: Layout) -> list[int]:
+    """Ranks that hold parameters of different names or shapes, or more or fewer tokens."""
+    found: dict[Any, int] = {}
+    for rank in range(layout.world_size):
+        shapes = tuple((n, p.shape) for n, p in place(CONFIG, layout, rank).parameters.items())
+        found.setdefault((shapes, layout.coordinates(rank).sp in (0, layout.sp - 1)), rank)
+    return list(found.values())
+
+
+def make_batch(query_len: int, num_sequences: int, context_len: int) -> AttentionBatch:
+    total = query_len * num_sequences
+    return AttentionBatch(
+        [query_len] * num_sequences,
+        [context_len] * num_sequences,
+        torch.zeros(num_sequences, 9, dtype=torch.int32, device=NPU),
+        torch.zeros(total, dtype=torch.int32, device=NPU),
+        torch.zeros(total, dtype=torch.int32, device=NPU),
+        torch.zeros(num_sequences, dtype=torch.int32, device=NPU),
+    )
+
+
+def test_the_chosen_layouts_are_layouts():
+    assert all(layout in ALL for layout in CHOSEN)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_decode_and_a_prefill_step(layout: Layout):
+    experts = ExpertPlacement.make("contiguous", CONFIG, layout)
+    for rank in kinds(layout):
+        ops, placement = ops_for("npu"), place(CONFIG, layout, rank)
+        mesh = mesh_of(layout, rank)
+        with FakeTensorMode(), torch.inference_mode():
+            weights = {
+                name: ops.prepare(
+                    name,
+                    torch.empty(
+                        parameter.shape,
+                        dtype=getattr(torch, parameter.dtype or "bfloat16"),
+                        device=NPU,
+                    ),
+                )
+                for name, parameter in placement.parameters.items()
+            }
+            held = sum(w.numel() * w.element_size() for w in weights.values())
+            assert held == placement.num_bytes("bfloat16")
+            dispatch = Dispatch(CONFIG, mesh, layout.dispatches[0], 2)
+            model = Model(CONFIG, ops, mesh, weights, 4096, dispatch, experts)
+            shape = (BLOCKS, BLOCK, cache_heads(CONFIG, layout, rank), CONFIG.head_dim)
+            caches = [
+                tuple(torch.empty(shape, dtype=torch.bfloat16, device=NPU) for _ in range(2))
+                for _ in model.layers
+            ]
+            cached = sum(c.numel() * c.element_size() for pair in caches for c in pair)
+            token_bytes = cache_bytes_per_token(CONFIG, layout, rank, "bfloat16")
+            assert cached == BLOCKS * BLOCK * token_bytes
+            for batch in (make_batch(1, 64, 1000), make_batch(1, 1, 0), make_batch(1000, 2, 24)):
+                total = len(batch.positions)
+                lengths = split_evenly(total, layout.sp)
+                mine = lengths[mesh.at.sp]
+                dispatch.begin_step(block_tokens(layout, rank, [total] * layout.dp))
+                inputs = (
+                    torch.zeros(total, dtype=torch.int32, device=NPU)
+                    if mesh.is_first_stage
+                    else torch.zeros(mine, CONFIG.hidden_size, dtype=torch.bfloat16, device=NPU)
+                )
+                rows = torch.zeros(len(batch.query_lens), dtype=torch.int32, device=NPU)
+                out = model(inputs, caches, batch, rows)
+                assert out.device == NPU
+                if not mesh.is_last_stage:
+                    assert (out.shape, out.dtype) == ((mine, CONFIG.hidden_size), torch.bfloat16)
+                elif mesh.at.sp == 0:
+                    expected = (len(batch.query_lens), CONFIG.vocab_size)
+                    assert (out.shape, out.dtype) == (expected, torch.float32)

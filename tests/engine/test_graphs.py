@@ -1,0 +1,150 @@
+"""Decode steps run as recorded graphs compute what they compute without, here with operations that
+record by remembering what to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moespan import notice
+from moespan.engine.graphs import padded_sizes
+from moespan.engine.plan import StepPlan, StepPlans
+from moespan.ops import AttentionBatch, CpuOps, Replay
+from moespan.ops.npu import plain_decode
+from tests.engine.test_worker import plan
+from tests.support import Oracle, execute, greedy_row, make_worker, run_prompts
+
+
+class RecordingOps(CpuOps):
+    """Replays by running the same call again. As on a device, what it was given then stays."""
+
+    has_graphs = True
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.num_recorded = self.num_replayed = 0
+
+    def attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        # Lengths of the host would be those of the first step for ever.
+        if len(q) and batch.is_decode:
+            return plain_decode(q, k_cache, v_cache, batch, scale)
+        return super().attention(q, k_cache, v_cache, batch, scale)
+
+    def record(self, run: Callable[[], object]) -> Replay:
+        if self.error is not None:
+            raise self.error
+        self.num_recorded += 1
+        run()
+
+        def replay(total_lens: list[int]) -> None:
+            self.num_replayed += 1
+            run()
+
+        return replay
+
+
+@given(st.integers(1, 3000))
+def test_padded_sizes_are_few_and_close(max_num_seqs: int):
+    sizes = padded_sizes(max_num_seqs)
+    assert sizes[0] == 1
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] >= max_num_seqs
+    assert all(size < max_num_seqs for size in sizes[:-1])
+    assert len(sizes) <= 41
+    if max_num_seqs <= 256:
+        assert all(b - a <= 8 for a, b in pairwise(sizes))
+
+
+def test_sizes_of_64_sequences():
+    assert padded_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_gqa", "sixteen"])
+def test_greedy_continuations_from_graphs_are_those_of_the_hugging_face_model(name: str):
+    oracle, ops = Oracle(name), RecordingOps()
+    worker = make_worker(oracle.config, oracle.source(), ops=ops)
+    runs = run_prompts(worker, oracle.prompts, most_chunk=64, num_generated=24)
+    assert [run.generated for run in runs] == oracle.greedy
+    assert 1 <= ops.num_recorded <= 4
+    assert ops.num_replayed > 20
+
+
+def decode(num_sequences: int, context_len: int) -> StepPlan:
+    return plan(
+        [[(7 * i + context_len) % 60] for i in range(num_sequences)],
+        [context_len] * num_sequences,
+        samples=[greedy_row(i, logprobs=3) for i in reversed(range(num_sequences))],
+    )
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3, 5, 9, 17])
+def test_padding_writes_nothing_into_blocks_of_requests(num_sequences: int):
+    oracle, ops = Oracle("tiny"), RecordingOps()
+    worker = make_worker(oracle.config, oracle.source(), ops=ops)
+    plain = make_worker(oracle.config, oracle.source())
+    for length in range(6):
+        step = decode(num_sequences, length)
+        ours, theirs = execute(worker, step), execute(plain, step)
+        assert [s.token_id for s in ours.samples] == [s.token_id for s in theirs.samples]
+    assert ops.num_replayed == 5
+    for pairs in zip(worker.caches, plain.caches, strict=True):
+        for ours, theirs in zip(*pairs, strict=True):
+            ours = ours[: len(theirs)]
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            torch.testing.assert_close(ours.nan_to_num(), theirs.nan_to_num())
+
+
+def test_a_step_with_a_prompt_chunk_or_a_trace_is_no_decode():
+    chunk = plan([[1], [2, 3]], [4, 0])
+    assert StepPlans.of([decode(2, 0), None]).is_decode
+    assert not StepPlans.of([decode(2, 0), chunk]).is_decode
+    ops = RecordingOps()
+    worker = make_worker(Oracle("tiny").config, ops=ops)
+    worker.execute(StepPlans.of([decode(1, 0)], trace=True))
+    assert ops.num_recorded == 0
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notice, "_said", set())
+
+
+@pytest.mark.usefixtures("said")
+def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once(
+    capsys: pytest.CaptureFixture[str],
+):
+    oracle, ops = Oracle("tiny"), RecordingOps(RuntimeError("no streams left\nmore"))
+    worker = make_worker(oracle.config, oracle.source(), ops=ops)
+    runs = run_prompts(worker, oracle.prompts, most_chunk=64, num_generated=24)
+    assert [run.generated for run in runs] == oracle.greedy
+    assert capsys.readouterr().err == (
+        "moespan: decode steps are not recorded as graphs: RuntimeError: no streams left\n"
+    )
+
+
+@pytest.mark.usefixtures("said")
+def test_blocking_launches_do_not_go_with_recording(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ASCEND_LAUNCH_BLOCKING", "1")
+    ops = RecordingOps()
+    worker = make_worker(Oracle("tiny").config, ops=ops)
+    execute(worker, decode(2, 0))
+    assert ops.num_recorded == 0
+    assert "ASCEND_LAUNCH_BLOCKING=1" in capsys.readouterr().err
+
+
+def test_enforce_eager_takes_no_blocks_and_records_nothing():
+    ops = RecordingOps()
+    worker = make_worker(Oracle("tiny").config, ops=ops, enforce_eager=True, num_blocks=50)
+    execute(worker, decode(2, 0))
+    assert ops.num_recorded == 0
+    assert len(worker.caches[0][0]) == 50

@@ -1,0 +1,236 @@
+"""What every implementation of the operations must compute: what the reference computes.
+
+A test module makes a subclass whose name begins with `Test`. Inputs are made on the CPU and moved.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moespan.ops import AttentionBatch, Ops, ReferenceOps
+
+REFERENCE = ReferenceOps()
+# A share of the largest value: a few roundings, as the orders of operations differ.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+DTYPES = list(TOLERANCE)
+
+
+def assert_close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
+    ours = ours.cpu()
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    if theirs.numel():
+        worst = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp(1e-6)
+        assert worst <= TOLERANCE[dtype], f"differs by {worst:.1e}"  # and a NaN fails
+
+
+def make_batch(
+    query_lens: list[int], context_lens: list[int], block_size: int, device: torch.device
+) -> tuple[AttentionBatch, int]:
+    """A batch whose blocks are dealt out at random, and how many blocks the cache must have."""
+    counts = [
+        -(-(query + context) // block_size)
+        for query, context in zip(query_lens, context_lens, strict=True)
+    ]
+    num_blocks = sum(counts) + 3
+    blocks = random.Random(len(query_lens)).sample(range(num_blocks), sum(counts))
+    tables = [[blocks.pop() for _ in range(count)] for count in counts]
+    batch = AttentionBatch.build(query_lens, context_lens, tables, block_size, device)
+    return batch, num_blocks
+
+
+class OpsContract:
+    """The tests. `block_size` is one that the device's attention takes."""
+
+    device = torch.device("cpu")
+    block_size = 4
+    head_sizes = (6, 64, 128)
+
+    @pytest.fixture
+    def ops(self) -> Ops:
+        raise NotImplementedError
+
+    @pytest.fixture(autouse=True)
+    def inference(self) -> Iterator[None]:
+        with torch.inference_mode():
+            yield
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed + sum(shape))
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    def to(self, *tensors: Tensor) -> list[Tensor]:
+        """Copies on the device: operations may not change what the reference is given."""
+        return [tensor.clone().to(self.device) for tensor in tensors]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", [(1, 16), (7, 33), (130, 256), (0, 16)])
+    def test_norms(self, ops: Ops, shape: tuple[int, int], dtype: torch.dtype):
+        x, residual = self.random(*shape, dtype=dtype), self.random(*shape, dtype=dtype, seed=1)
+        weight = self.random(shape[1], dtype=dtype)
+        expected = REFERENCE.rms_norm(x, weight, 1e-6)
+        assert_close(ops.rms_norm(*self.to(x, weight), 1e-6), expected, dtype)
+        normed, total = ops.add_rms_norm(*self.to(x, residual, weight), 1e-6)
+        expected, expected_total = REFERENCE.add_rms_norm(x, residual, weight, 1e-6)
+        assert_close(normed, expected, dtype)
+        assert torch.equal(total.cpu(), expected_total)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("num_tokens", [0, 1, 19])
+    @pytest.mark.parametrize("width", [2, 34])
+    def test_swiglu(self, ops: Ops, num_tokens: int, width: int, dtype: torch.dtype):
+        x = self.random(num_tokens, width, dtype=dtype)
+        assert_close(ops.swiglu(*self.to(x)), REFERENCE.swiglu(x), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("has_bias", [False, True])
+    def test_linear(self, ops: Ops, has_bias: bool, dtype: torch.dtype):
+        x, weight = self.random(5, 48, dtype=dtype), self.random(7, 48, dtype=dtype)
+        bias = self.random(7, dtype=dtype) if has_bias else None
+        moved = self.to(bias) if bias is not None else [None]
+        expected = REFERENCE.linear(x, weight, bias)
+        assert_close(ops.linear(*self.to(x, weight), *moved), expected, dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("num_tokens", [0, 1, 9])
+    @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (4, 2), (5, 1)])
+    def test_rope(
+        self, ops: Ops, num_heads: int, num_kv_heads: int, num_tokens: int, dtype: torch.dtype
+    ):
+        for head_size in self.head_sizes:
+            qkv = self.random(num_tokens, num_heads + 2 * num_kv_heads, head_size, dtype=dtype)
+            angles = self.random(40, head_size // 2)
+            positions = torch.arange(3, 3 + num_tokens)
+            cos, sin = angles.cos(), angles.sin()
+            expected = REFERENCE.rope(
+                qkv.clone(), num_heads, num_kv_heads, cos[positions], sin[positions]
+            )
+            table = ops.rotary_table(*self.to(cos, sin), dtype)
+            rows = (part[positions.to(self.device)] for part in table)
+            found = ops.rope(*self.to(qkv), num_heads, num_kv_heads, *rows)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert_close(ours, theirs.contiguous(), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("query_lens", "context_lens"),
+        [
+            ([1], [0]),
+            ([5], [0]),
+            ([1, 1, 1], [0, 3, 17]),
+            ([4, 1, 7, 1], [0, 8, 5, 2]),
+            ([1] * 9, [31, 0, 4, 3, 5, 8, 1, 1, 16]),
+            ([], []),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 2), (3, 1)])
+    def test_attention_over_the_paged_cache(
+        self,
+        ops: Ops,
+        num_heads: int,
+        num_kv_heads: int,
+        query_lens: list[int],
+        context_lens: list[int],
+        dtype: torch.dtype,
+    ):
+        for head_size in self.head_sizes:
+            batch, num_blocks = make_batch(query_lens, context_lens, self.block_size, self.device)
+            at_home, _ = make_batch(query_lens, context_lens, self.block_size, torch.device("cpu"))
+            shape = (num_blocks, self.block_size, num_kv_heads, head_size)
+            # What is cached before is read; everything else is NaN until it is written.
+            before = [self.random(*shape, dtype=dtype, seed=seed) for seed in (0, 1)]
+            is_cached = torch.zeros(shape[:2], dtype=torch.bool)
+            for table, length in zip(at_home.block_tables, context_lens, strict=True):
+                places = torch.arange(length)
+                is_cached[table[places // self.block_size], places % self.block_size] = True
+            caches = [cache.masked_fill(~is_cached[..., None, None], torch.nan) for cache in before]
+            num_tokens = sum(query_lens)
+            q = self.random(num_tokens, num_heads, head_size, dtype=dtype)
+            k, v = (
+                self.random(num_tokens, num_kv_heads, head_size, dtype=dtype, seed=s)
+                for s in (2, 3)
+            )
+            ours = self.to(*caches)
+            ops.write_cache(*self.to(k, v), *ours, batch.slots)
+            found = ops.attention(*self.to(q), *ours, batch, 0.3)
+            REFERENCE.write_cache(k, v, *caches, at_home.slots)
+            for our_cache, cache in zip(ours, caches, strict=True):
+                assert torch.equal(our_cache.cpu().isnan(), cache.isnan())
+                assert torch.equal(our_cache.cpu().nan_to_num(), cache.nan_to_num())
+            assert_close(found, REFERENCE.attention(q, *caches, at_home, 0.3), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("renormalize", [False, True])
+    @pytest.mark.parametrize(
+        ("num_tokens", "num_experts", "num_chosen"),
+        [(1, 8, 3), (33, 64, 6), (5, 4, 4), (6, 5, 1), (0, 8, 2)],
+    )
+    def test_route(
+        self,
+        ops: Ops,
+        num_tokens: int,
+        num_experts: int,
+        num_chosen: int,
+        renormalize: bool,
+        dtype: torch.dtype,
+    ):
+        x, router = self.random(num_tokens, 24, dtype=dtype), self.random(num_experts, 24)
+        weights, chosen = ops.route(*self.to(x, router), num_chosen, renormalize)
+        expected, expected_chosen = REFERENCE.route(x, router, num_chosen, renormalize)
+        assert torch.equal(chosen.cpu().long(), expected_chosen)
+        assert not chosen.is_floating_point()
+        assert_close(weights, expected, torch.float32)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("num_tokens", "first", "held", "num_slots", "num_chosen"),
+        [
+            (1, 0, 8, 8, 3),  # all experts here
+            (37, 0, 8, 8, 8),
+            (1, 2, 2, 8, 2),
+            (40, 0, 4, 16, 6),
+            (40, 12, 4, 16, 6),
+            (23, 5, 1, 7, 3),
+            (0, 0, 4, 4, 2),
+            (0, 2, 2, 4, 2),
+        ],
+    )
+    @pytest.mark.parametrize("choice", ["random", "all on one", "none here"])
+    def test_experts(
+        self,
+        ops: Ops,
+        choice: str,
+        num_tokens: int,
+        first: int,
+        held: int,
+        num_slots: int,
+        num_chosen: int,
+        dtype: torch.dtype,
+    ):
+        is_whole = held == num_slots
+        x = self.random(num_tokens, 32, dtype=dtype)
+        weights = self.random(num_tokens, num_chosen).softmax(-1)
+        gate_up = self.random(held, 2 * 12, 32, dtype=dtype) / 4
+        down = self.random(held, 32, 12, dtype=dtype) / 4
+        generator = torch.Generator().manual_seed(num_tokens)
+        options = num_slots + (not is_whole)  # the last is nobody's
+        order = torch.rand(num_tokens, options, generator=generator).argsort(-1)
+        slots = order[:, :num_chosen]
+        if choice == "all on one":
+            slots = torch.full_like(slots, first)
+        elif choice == "none here" and not is_whole:
+            slots = torch.full_like(slots, num_slots)
+        expected = REFERENCE.experts(x, weights, slots, gate_up, down, first, num_slots)
+        for kind in (torch.int64, torch.int32):
+            banks = (
+                ops.prepare(f"layers.0.mlp.experts.{name}", bank)
+                for name, bank in zip(("gate_up", "down"), self.to(gate_up, down), strict=True)
+            )
+            args: list[Any] = [*self.to(x, weights, slots.to(kind)), *banks, first, num_slots]
+            assert_close(ops.experts(*args), expected, dtype)
