@@ -26,6 +26,7 @@ from moespan.config import (
     all_layouts,
 )
 from moespan.errors import ConfigError, MoespanError
+from moespan.launch.environment import keep_torch_npu_out
 
 if TYPE_CHECKING:
     from moespan.llm import LLM
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 if all went well, 1 if something failed, 2 for a wrong command."""
     args = _parser().parse_args(argv)
     # An installed torch_npu without CANN would make `import torch` fail, for other devices too.
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    keep_torch_npu_out()
     try:
         if getattr(args, "print_env", False):
             args.run = print_environment

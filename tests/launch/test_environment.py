@@ -113,7 +113,25 @@ def test_cpu_and_cuda_get_what_their_backends_read() -> None:
 def test_torch_npu_beside_another_device_is_not_loaded() -> None:
     machine = Machine(has_torch_npu=True)
     assert values(Layout(), "cpu", machine) == {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    assert "TORCH_DEVICE_BACKEND_AUTOLOAD" not in values(Layout(), "npu", machine)
+    assert values(Layout(), "npu", machine)["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
+
+
+def test_what_this_process_has_set_itself_is_not_the_users(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(environment, "_set_here", set())
+    monkeypatch.delenv(environment.BACKEND_AUTOLOAD, raising=False)
+    environment.keep_torch_npu_out()
+    names = [one.name for one in environment.environment_here(config(Layout(), "cpu"))]
+    assert environment.BACKEND_AUTOLOAD not in names  # no torch-npu here
+    monkeypatch.setattr(environment, "_set_here", set())
+    environment.keep_torch_npu_out()  # now it was there before
+    (found,) = (
+        one
+        for one in environment.environment_here(config(Layout(), "cpu"))
+        if one.name == environment.BACKEND_AUTOLOAD
+    )
+    assert found.set_by == "you"
 
 
 def test_one_npu_rank_needs_nothing_of_hccl() -> None:

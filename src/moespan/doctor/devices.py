@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from moespan.doctor import outputs
-from moespan.doctor.host import Host, npu_smi
+from moespan.doctor.host import Host, Output, npu_smi
 from moespan.doctor.job_plan import JobPlan
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.launch.topology import format_list
@@ -36,8 +36,7 @@ def devices(host: Host, job: JobPlan) -> Iterator[Finding]:
         return
     if job.device == "npu":
         yield from _npus(host, job)
-    installed = "torch" in host.packages and (job.device == "cuda" or "torch-npu" in host.packages)
-    if installed:
+    if _can_ask_torch(host, job):
         yield _torch_sees(host, job)
 
 
@@ -63,6 +62,8 @@ def links(host: Host, job: JobPlan) -> Iterator[Finding]:
             "hccn_tool was not found: in a container mount /usr/local/Ascend/driver/tools"
         )
         return
+    if not count:
+        yield skipped("no NPUs are here")
     values: dict[str, list[str]] = {"link": [], "tls": [], "net_health": [], "address": []}
     for npu in range(count):
         for query, parse in (
@@ -191,10 +192,30 @@ def _npus(host: Host, job: JobPlan) -> Iterator[Finding]:
         yield ok(f"{len(report.npus)} × {report.npus[0].name}, {sizes} GB, health OK")
 
 
-def _torch_sees(host: Host, job: JobPlan) -> Finding:
+def free_bytes(host: Host, job: JobPlan) -> int | None:
+    """Memory that is free on the fullest NPU, or on the first device as torch sees it; None if
+    that is not known."""
+    if job.device == "npu" and (report := npu_smi(host)) and report.npus:
+        return min(npu.total_mb - npu.used_mb for npu in report.npus) << 20
+    if not _can_ask_torch(host, job):
+        return None
+    try:
+        return int(json.loads(_ask_torch(host, job).text.strip().splitlines()[-1])[2]) or None
+    except (ValueError, TypeError, IndexError):
+        return None
+
+
+def _can_ask_torch(host: Host, job: JobPlan) -> bool:
+    return "torch" in host.packages and (job.device == "cuda" or "torch-npu" in host.packages)
+
+
+def _ask_torch(host: Host, job: JobPlan) -> Output:
     extra = "import torch_npu" if job.device == "npu" else ""
-    script = _IMPORT_SCRIPT.format(extra=extra, device=job.device)
-    answer = host.python_says(script, _IMPORT_S)
+    return host.python_says(_IMPORT_SCRIPT.format(extra=extra, device=job.device), _IMPORT_S)
+
+
+def _torch_sees(host: Host, job: JobPlan) -> Finding:
+    answer = _ask_torch(host, job)
     if answer.code is None:
         return problem(
             f"torch did not see its {job.device} devices within {_IMPORT_S:g} s",
@@ -202,7 +223,7 @@ def _torch_sees(host: Host, job: JobPlan) -> Finding:
         )
     lines = answer.text.strip().splitlines() or ["nothing"]
     try:
-        available, count, free_bytes, total_bytes = json.loads(lines[-1])
+        available, count, free, total = json.loads(lines[-1])
     except (ValueError, TypeError):
         return problem(
             f"torch cannot be imported for {job.device}: {lines[-1]}",
@@ -217,6 +238,6 @@ def _torch_sees(host: Host, job: JobPlan) -> Finding:
             "make more of them visible, or use a smaller layout",
         )
     return ok(
-        f"torch sees {count} {job.device} devices, {free_bytes / 1e9:.1f} of "
-        f"{total_bytes / 1e9:.1f} GB free on the first"
+        f"torch sees {count} {job.device} devices, {free / 1e9:.1f} of "
+        f"{total / 1e9:.1f} GB free on the first"
     )

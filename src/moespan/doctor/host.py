@@ -73,6 +73,7 @@ class Host:
         self.architecture = architecture or platform.machine()
         self.command_s = command_s
         self._answers: dict[tuple[str, ...], Output | None] = {}
+        self._said: dict[str, Output] = {}
 
     def read(self, path: str) -> str:
         """The text of a file; empty if it cannot be read."""
@@ -99,8 +100,11 @@ class Host:
         return self._answers[question]
 
     def python_says(self, script: str, seconds: float) -> Output:
-        """What a Python program prints in a process of its own: imports may crash, or hang."""
-        return self._run([self.python, "-c", script], seconds)
+        """What a Python program, run once in a process of its own, prints: imports may crash, or
+        hang."""
+        if script not in self._said:
+            self._said[script] = self._run([self.python, "-c", script], seconds)
+        return self._said[script]
 
     def _find(self, program: str) -> str | None:
         path = self.environ.get("PATH", os.defpath)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import msgspec
 
+from moespan.doctor.devices import free_bytes
 from moespan.doctor.fit import Fit, fit
-from moespan.doctor.host import Host, npu_smi
+from moespan.doctor.host import Host
 from moespan.doctor.job_plan import JobPlan
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.errors import ConfigError, MoespanError
@@ -164,11 +165,7 @@ def _device_bytes(host: Host, job: JobPlan) -> int | None:
         limit = _memory_limit(host)
         total = _meminfo_bytes(host)
         return min(total, limit or total) // job.ranks if total else None
-    if job.device == "npu":
-        report = npu_smi(host)
-        if report and report.npus:
-            return min(npu.total_mb - npu.used_mb for npu in report.npus) << 20
-    return None
+    return free_bytes(host, job)
 
 
 def _memory_limit(host: Host) -> int | None:

@@ -302,15 +302,14 @@ def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Pope
         [sys.executable, "-m", "moespan.launch.agent", *arguments],
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in the terminal is for the front alone
-        env=_environment(job.read_config()),
+        env=_environment(),
     )
 
 
-def _environment(config: EngineConfig) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     # No module is imported from whatever directory the user happens to stand in.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    if config.device != "npu":  # the agent itself imports torch
-        environment.setdefault(BACKEND_AUTOLOAD, "0")
+    environment.setdefault(BACKEND_AUTOLOAD, "0")  # the agent itself imports torch
     if not debugging():  # torch warns of addresses without a name, and such
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return environment

@@ -45,6 +45,9 @@ _SHOWN = (
     "TORCH_",
 )
 
+# Variables of this process that are ours, though they are in its environment.
+_set_here: set[str] = set()
+
 US, USER, NOBODY = "moespan", "you", "nobody"
 
 
@@ -159,7 +162,15 @@ def environment_here(
     machine = this_machine(threads, nnodes, address, interface)
     has_model = config.device == "npu" and config.model
     model = ModelConfig.from_pretrained(config.model) if has_model else None
-    return rank_environment(config, model, machine, os.environ)
+    user = {name: value for name, value in os.environ.items() if name not in _set_here}
+    return rank_environment(config, model, machine, user)
+
+
+def keep_torch_npu_out() -> None:
+    """Keep torch from loading torch_npu by itself, in this process and those that it starts."""
+    if BACKEND_AUTOLOAD not in os.environ:
+        os.environ[BACKEND_AUTOLOAD] = "0"
+        _set_here.add(BACKEND_AUTOLOAD)
 
 
 def environment_of_this_process(config: EngineConfig) -> list[Setting]:
@@ -222,10 +233,10 @@ def _wishes(
         if config.device == "cuda":
             exactly = "lo" if machine.nnodes == 1 else f"={machine.interface}"
             yield wish("NCCL_SOCKET_IFNAME", exactly, why), ()
+    if machine.has_torch_npu:
+        why = "torch_npu is loaded when it is wanted; without CANN it would stop `import torch`"
+        yield wish(BACKEND_AUTOLOAD, 0, why, "torch_npu"), ()
     if config.device != "npu":
-        if machine.has_torch_npu:
-            why = "torch-npu is installed, and without CANN its loading would stop `import torch`"
-            yield wish(BACKEND_AUTOLOAD, 0, why, "torch_npu"), ()
         return
     if many_ranks:
         yield from ((setting, unless) for setting, unless in _hccl(config, model, machine, user))
