@@ -41,8 +41,12 @@ EXIT_USAGE = 2
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 if all went well, 1 if something failed, 2 for a wrong command."""
     args = _parser().parse_args(argv)
+    # An installed torch_npu without CANN would make `import torch` fail, for other devices too.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
-        if getattr(args, "node_rank", 0) > 0:
+        if getattr(args, "print_env", False):
+            args.run = print_environment
+        elif getattr(args, "node_rank", 0) > 0 and args.run is not doctor:
             _serve_node(args)
         code = args.run(args)
         sys.stdout.flush()
@@ -63,6 +67,8 @@ def generate(args: argparse.Namespace) -> int:
     from moespan.batch import answer
     from moespan.engine.request import SamplingParams
 
+    if args.prompt is None and args.input is None:
+        args.usage_error("one of the arguments --prompt --input is required")
     params = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
     sampling = SamplingParams.from_dict(params)
     if args.input is not None:
@@ -141,6 +147,8 @@ def verify(args: argparse.Namespace) -> int:
     """Compare the engine with reference logits, or write such a file."""
     from moespan import verify as verification
 
+    if args.reference is None:
+        args.usage_error("the following arguments are required: --reference")
     if args.write_reference:
         return _write_reference(args)
     if args.prompt is not None or args.max_tokens is not None:
@@ -357,6 +365,98 @@ def make_checkpoint(args: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(args: argparse.Namespace) -> int:
+    """Look for what would stop a job on this machine or slow it down; exit code 1 if something
+    would stop it."""
+    from moespan.doctor import report
+    from moespan.doctor.checks import examine
+    from moespan.doctor.devices import find_device
+    from moespan.doctor.host import Host
+    from moespan.doctor.job_plan import JobPlan
+
+    host = Host()
+    if args.device == "auto":
+        args.device = find_device(host)
+    model, config = _planned(args)
+    job = JobPlan(
+        device=config.device,
+        layout=config.layout,
+        config=config if model else None,
+        model=model,
+        bind=args.bind,
+        nodes=_nodes(args),
+    )
+    findings = examine(host, job)
+    if args.collectives:
+        from moespan.doctor.collectives import findings as time_collectives
+
+        findings += time_collectives(config, args.nnodes)
+    if args.json:
+        print(json.dumps(report.to_dict(findings, job.device, str(job.layout))))
+    else:
+        print(*report.table(findings), sep="\n")
+    return EXIT_FAILED if any(one.status == report.PROBLEM for one in findings) else 0
+
+
+def print_environment(args: argparse.Namespace) -> int:
+    """Show the environment variables that the ranks would get."""
+    from moespan.launch.binding import plan_binding
+    from moespan.launch.environment import describe, environment_here
+    from moespan.launch.network import address_towards, interface_of
+
+    if args.device == "auto":
+        from moespan.launch.device import choose_device
+
+        args.device = choose_device(args.device)
+    _, config = _planned(args)
+    nnodes = args.nnodes
+    ranks = _nodes(args).ranks_per_node(config.layout)
+    threads = (
+        [part.threads for part in plan_binding(config.bind, config.device, ranks).ranks]
+        if config.layout.world_size > 1
+        else []
+    )
+    address, interface = "", "lo"
+    if nnodes > 1:
+        address = address_towards(args.master_addr) or ""
+        interface = (interface_of(address) if address else None) or ""
+    print(*describe(environment_here(config, threads, nnodes, address, interface)), sep="\n")
+    return 0
+
+
+def _nodes(args: argparse.Namespace) -> Nodes:
+    return Nodes(args.nnodes, args.node_rank, args.master_addr, args.master_port, args.join_timeout)
+
+
+def _planned(args: argparse.Namespace) -> tuple[ModelConfig | None, EngineConfig]:
+    """The model, if one is named, and what the flags say of a run that is not started."""
+    from moespan.hub import resolve
+
+    folder = None if args.model is None else resolve(args.model)
+    model = None if folder is None else ModelConfig.from_pretrained(folder)
+    sizes = {name: getattr(args, name) for name in _LAYOUT}
+    if model is not None:
+        layout = Layout.make(model, **sizes)
+    else:
+        layout = Layout(*(sizes[name] for name in _LAYOUT[: len(Layout.AXES)]))
+    dtype = args.dtype if args.dtype != "auto" else (model.dtype if model else "bfloat16")
+    longest = model.max_position_embeddings if model else EngineConfig.max_model_len
+    config = EngineConfig(
+        model="" if folder is None else str(folder.resolve()),
+        layout=layout,
+        device=args.device,
+        dtype=dtype,
+        max_model_len=args.max_model_len or longest,
+        max_num_seqs=_max_num_seqs(args),
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        moe_dispatch=args.moe_dispatch,
+        bind=args.bind,
+    )
+    if model is not None:
+        layout.check_dispatch(config.moe_dispatch)
+    return model, config
+
+
 class _RefuseRemoteCode(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         parser.error(
@@ -387,7 +487,7 @@ def _parser() -> argparse.ArgumentParser:
         "generate", help="continue prompts", description=generate.__doc__, allow_abbrev=False
     )
     _add_model_flags(verb)
-    what = verb.add_mutually_exclusive_group(required=True)
+    what = verb.add_mutually_exclusive_group()  # one is required, but not with --print-env
     what.add_argument(
         "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts"
     )
@@ -412,7 +512,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     verb.add_argument("--quiet", action="store_true", help="only answers and errors")
     _add_sampling_flags(verb)
-    verb.set_defaults(run=generate)
+    verb.set_defaults(run=generate, usage_error=verb.error)
 
     verb = verbs.add_parser(
         "verify",
@@ -424,7 +524,6 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--reference",
         type=Path,
-        required=True,
         metavar="FILE.safetensors",
         help="p<i>.ids [T], p<i>.logits [T, V], p<i>.greedy [N]",
     )
@@ -455,7 +554,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens", type=int, metavar="N", help="greedy tokens in the file to make (24)"
     )
     verb.add_argument("--json", action="store_true", help="print the report as JSON")
-    verb.set_defaults(run=verify, max_num_batched_tokens=256)
+    verb.set_defaults(run=verify, max_num_batched_tokens=256, usage_error=verb.error)
 
     verb = verbs.add_parser(
         "info", help="describe a model", description=info.__doc__, allow_abbrev=False
@@ -481,6 +580,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--seed", type=int, default=0)
     verb.set_defaults(run=make_checkpoint)
+
+    verb = verbs.add_parser(
+        "doctor",
+        help="check this machine",
+        description=doctor.__doc__,
+        allow_abbrev=False,
+    )
+    _add_model_flags(verb, model_is_required=False)
+    verb.add_argument(
+        "--collectives",
+        action="store_true",
+        help="also start the layout's ranks, and time all-reduces over each axis",
+    )
+    verb.add_argument("--json", action="store_true", help="print the findings as JSON")
+    verb.set_defaults(run=doctor)
     return parser
 
 
@@ -535,8 +649,13 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def _add_common_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or a hub name")
+def _add_common_flags(parser: argparse.ArgumentParser, model_is_required: bool = True) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs=None if model_is_required else "?",
+        help="checkpoint folder, or a hub name",
+    )
     _add_layout_flags(parser)
     parser.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
     parser.add_argument(
@@ -544,8 +663,13 @@ def _add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    _add_common_flags(parser)
+def _add_model_flags(parser: argparse.ArgumentParser, model_is_required: bool = True) -> None:
+    _add_common_flags(parser, model_is_required)
+    parser.add_argument(
+        "--print-env",
+        action="store_true",
+        help="only show the environment variables that the ranks would get",
+    )
     parser.add_argument(
         "--moe-dispatch",
         choices=DISPATCHES,
@@ -711,9 +835,6 @@ _SAMPLING = (
 def _llm(args: argparse.Namespace) -> LLM:
     from moespan.llm import LLM
 
-    max_num_seqs = args.max_num_seqs
-    if max_num_seqs is None:  # a step must have room for a token of each
-        max_num_seqs = max(min(EngineConfig.max_num_seqs, args.max_num_batched_tokens), 1)
     return LLM(
         args.model,
         **{name: getattr(args, name) for name in _LAYOUT},
@@ -722,7 +843,7 @@ def _llm(args: argparse.Namespace) -> LLM:
         device=args.device,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=_max_num_seqs(args),
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,
         num_blocks=args.num_blocks,
@@ -737,6 +858,13 @@ def _llm(args: argparse.Namespace) -> LLM:
         master_port=args.master_port,
         join_timeout_s=args.join_timeout,
     )
+
+
+def _max_num_seqs(args: argparse.Namespace) -> int:
+    """As said, or so many that a step has room for a token of each."""
+    if args.max_num_seqs is not None:
+        return int(args.max_num_seqs)
+    return max(min(EngineConfig.max_num_seqs, int(args.max_num_batched_tokens)), 1)
 
 
 def _serve_node(args: argparse.Namespace) -> None:

@@ -19,6 +19,9 @@ from moespan.errors import ConfigError, LayoutError
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DISPATCHES = ("auto", "replicated", "all_gather", "all_to_all")
 
+# No rank waits longer than this for another one inside a collective of the model.
+COLLECTIVE_TIMEOUT_S = 600.0
+
 ExpertTable = dict[str, list[list[int]]]
 """Layer number or `default` → for each ep rank, the experts that it holds."""
 

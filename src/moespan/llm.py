@@ -405,6 +405,10 @@ def _connect(config: EngineConfig, nodes: Nodes) -> EngineClient:
         from moespan.launch.client import RanksClient
 
         return RanksClient(config, nodes=nodes)
+    # Here this process is a rank, and what torch is to heed has to be set before it is imported.
+    from moespan.launch import environment
+
+    environment.apply(environment.environment_of_this_process(config))
     from moespan.launch.local import join
 
     return join(config)

@@ -21,7 +21,7 @@ from moespan.checkpoint.placement import cache_bytes_per_token, place
 from moespan.checkpoint.source import RandomSource, SafetensorsSource, Source
 from moespan.config import Coordinates, EngineConfig, ModelConfig
 from moespan.engine.graphs import scratch_blocks
-from moespan.engine.info import EngineInfo, EngineStats
+from moespan.engine.info import CACHE_SHARE, EngineInfo, EngineStats
 from moespan.engine.plan import StepPlan, StepPlans, StepResult
 from moespan.engine.replicas import Replicas
 from moespan.engine.request import OutputDelta, Request, SamplingParams, check_request
@@ -36,9 +36,6 @@ from moespan.ops import Ops, ops_for
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.traffic import TrafficRows
 from moespan.tokenizer import Tokenizer
-
-# Share of the free memory that the KV cache may take; the rest is for activations.
-_CACHE_SHARE = {"cpu": 0.5, "cuda": 0.85, "npu": 0.85}
 
 
 @dataclass
@@ -371,7 +368,7 @@ def _fitting_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh,
     """Blocks that this rank has room for, and not more than all sequences can use."""
     token_bytes = cache_bytes_per_token(model_config, config.layout, mesh.rank, config.dtype)
     ranks_that_share = mesh.ranks_here if config.device == "cpu" else 1
-    room = available_bytes(mesh.device) * _CACHE_SHARE[config.device] / ranks_that_share
+    room = available_bytes(mesh.device) * CACHE_SHARE[config.device] / ranks_that_share
     wanted = config.max_num_seqs * config.layout.pp * config.blocks_per_sequence
     fitting = int(room // (token_bytes * config.block_size)) - scratch_blocks(config, ops)
     return min(wanted, max(fitting, 0))

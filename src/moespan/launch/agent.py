@@ -38,9 +38,10 @@ from torch.distributed.elastic.rendezvous import (
 
 from moespan.config import EngineConfig, Nodes
 from moespan.errors import ConfigError, MeetingError
-from moespan.launch.binding import plan_binding
+from moespan.launch import environment
+from moespan.launch.binding import BindingPlan, plan_binding
 from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
-from moespan.launch.network import bind_collectives, interface_of
+from moespan.launch.network import interface_of
 from moespan.launch.watch import NoPeers, Peers
 
 _MONITOR_S = 0.1
@@ -71,8 +72,9 @@ def main(argv: list[str]) -> int:
 def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
     nodes, config = job.read_nodes(), job.read_config()
     try:
-        job.write_binding(plan_binding(config.bind, config.device, ranks))
-        peers, master = _meet(config, nodes, ranks)
+        plan = plan_binding(config.bind, config.device, ranks)
+        job.write_binding(plan)
+        peers, master = _meet(config, nodes, plan)
     except (ConfigError, MeetingError) as error:
         job.write_failure(Failure(rank=None, kind=type(error).__name__, message=str(error)))
         return 1
@@ -85,16 +87,21 @@ def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
         return 1
 
 
-def _meet(config: EngineConfig, nodes: Nodes, ranks: int) -> tuple[Peers, RendezvousStoreInfo]:
-    """The other nodes, and where the ranks find each other."""
+def _meet(
+    config: EngineConfig, nodes: Nodes, plan: BindingPlan
+) -> tuple[Peers, RendezvousStoreInfo]:
+    """The other nodes, and where the ranks find each other. Sets what the ranks inherit."""
+    ranks, threads = len(plan.ranks), [part.threads for part in plan.ranks]
     if nodes.nnodes == 1:
-        _set_environment("lo")
+        environment.apply(environment.environment_here(config, threads))
         return NoPeers(), RendezvousStoreInfo("localhost", 0)
     from moespan.launch import meeting
 
     met = meeting.meet(nodes, meeting.facts(config, nodes), _say)
-    interface = interface_of(met.address)
-    _set_environment(interface)
+    interface = interface_of(met.address) or ""
+    environment.apply(
+        environment.environment_here(config, threads, nodes.nnodes, met.address, interface)
+    )
     if nodes.node_rank > 0:
         first = nodes.node_rank * ranks
         ours = f"rank {first}" if ranks == 1 else f"ranks {first} to {first + ranks - 1}"
@@ -262,16 +269,6 @@ class _Met(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
 
     def shutdown(self) -> bool:
         return True
-
-
-def _set_environment(interface: str | None) -> None:
-    """What the ranks inherit, unless the user has set it.
-
-    The sockets of collectives bind to the interface on which the nodes reach each other. One node
-    talks to itself only, on the loopback interface.
-    """
-    if interface is not None:
-        bind_collectives(interface)
 
 
 def _say(line: str) -> None:

@@ -24,6 +24,7 @@ from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request
 from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, MoespanError, RequestError
+from moespan.launch.environment import BACKEND_AUTOLOAD
 from moespan.launch.job import Job, debugging
 from moespan.launch.protocol import (
     Abort,
@@ -99,7 +100,7 @@ class RanksClient:
             self._job = Job.create(config, nodes)
             cleanup.callback(shutil.rmtree, self._job.directory, ignore_errors=True)
             with self._job.listen() as listener:
-                self._agent = _start_agent(self._job, ranks, program)
+                self._agent = start_agent(self._job, ranks, program)
                 cleanup.callback(_end, self._agent)
                 sock = self._accept_leader(listener, deadline)
             self._connection: Connection[FromLeader] = Connection(sock, FromLeader)
@@ -274,7 +275,7 @@ def serve_node(
     with contextlib.ExitStack() as cleanup:
         job = Job.create(config, nodes)
         cleanup.callback(shutil.rmtree, job.directory, ignore_errors=True)
-        agent = _start_agent(job, ranks, program)
+        agent = start_agent(job, ranks, program)
         try:
             code = agent.wait()
         except BaseException:
@@ -294,19 +295,22 @@ def _error(job: Job, code: int, starting: bool) -> MoespanError:
     return EngineDeadError(f"the agent that watches the ranks ended with exit code {code}")
 
 
-def _start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Popen[bytes]:
+def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start the agent, and through it `ranks` ranks that run `program` in Python."""
     arguments = [str(job.directory), str(ranks), str(os.getpid()), *program]
     return subprocess.Popen(
         [sys.executable, "-m", "moespan.launch.agent", *arguments],
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in the terminal is for the front alone
-        env=_environment(),
+        env=_environment(job.read_config()),
     )
 
 
-def _environment() -> dict[str, str]:
+def _environment(config: EngineConfig) -> dict[str, str]:
     # No module is imported from whatever directory the user happens to stand in.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if config.device != "npu":  # the agent itself imports torch
+        environment.setdefault(BACKEND_AUTOLOAD, "0")
     if not debugging():  # torch warns of addresses without a name, and such
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return environment

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 
 def usable_cores(
-    cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+    cgroups: Path = Path("/sys/fs/cgroup"),
+    membership: Path = Path("/proc/self/cgroup"),
+    allowed: Collection[int] | None = None,
 ) -> int:
-    """Cores of the affinity mask, capped by every CPU quota (cgroup v2 `cpu.max`) above us."""
-    cores = len(os.sched_getaffinity(0))
+    """Cores of the affinity mask (or `allowed`), capped by every CPU quota (cgroup v2 `cpu.max`)
+    above us."""
+    cores = len(os.sched_getaffinity(0) if allowed is None else allowed)
     try:
         lines = membership.read_text().splitlines()
     except OSError:

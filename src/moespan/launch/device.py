@@ -21,6 +21,8 @@ def choose_device(wanted: str) -> str:
     if wanted == "auto":
         present = [d for d, files in _DEVICE_FILES.items() if any(Path("/dev").glob(files))]
         return next((device for device in present if _is_usable(device)), "cpu")
+    if wanted == "npu":
+        load_torch_npu()
     if not _is_usable(wanted):
         raise ConfigError(
             f"device {wanted!r} is not usable: torch finds none; check its driver and that torch "
@@ -29,13 +31,29 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
+def load_torch_npu() -> None:
+    """Make `torch.npu` exist. Torch would do so by itself, but then never start without CANN.
+
+    Raises:
+        ConfigError: torch_npu is not there, or cannot load the libraries of CANN.
+    """
+    try:
+        import torch_npu  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"device 'npu' is not usable: torch_npu does not load ({reason}); install torch-npu, "
+            "and source set_env.sh of CANN"
+        ) from None
+
+
 def _is_usable(device: str) -> bool:
     import torch
 
     if device == "npu":
         try:
-            import torch_npu  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
-        except (ImportError, OSError):  # not installed, or without the libraries of CANN
+            load_torch_npu()
+        except ConfigError:
             return False
     module = getattr(torch, device, None)
     return module is not None and bool(module.is_available())

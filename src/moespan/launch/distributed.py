@@ -1,4 +1,4 @@
-"""The process group of this rank, on the device that is its own."""
+"""The process groups of this rank, on the device that is its own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moespan.config import EngineConfig
+from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, ModelConfig
 from moespan.errors import ConfigError
-from moespan.parallel.mesh import COLLECTIVE_TIMEOUT_S, Mesh
+from moespan.launch.device import load_torch_npu
+from moespan.parallel.buffers import group_buffers_mb
+from moespan.parallel.mesh import Mesh
 
 
 def init_distributed(
@@ -45,7 +47,14 @@ def init_distributed(
 def make_mesh(
     config: EngineConfig, device: torch.device, idle_timeout_s: float = COLLECTIVE_TIMEOUT_S
 ) -> Mesh:
-    """This rank's mesh for an engine of `config`; all ranks make theirs together."""
+    """This rank's mesh for an engine of `config`; all ranks make theirs together.
+
+    HCCL's buffers are cut to what the layout sends. HCCL_BUFFSIZE, if the user has set it, holds
+    for all groups instead.
+    """
+    buffers_mb: dict[str, int] = {}
+    if config.device == "npu" and config.model and "HCCL_BUFFSIZE" not in os.environ:
+        buffers_mb = group_buffers_mb(config, ModelConfig.from_pretrained(config.model))
     ranks_here = os.environ.get("LOCAL_WORLD_SIZE")
     return Mesh.create(
         config.layout,
@@ -53,6 +62,7 @@ def make_mesh(
         config.moe_dispatch,
         idle_timeout_s,
         None if ranks_here is None else int(ranks_here),
+        buffers_mb,
     )
 
 
@@ -60,10 +70,7 @@ def _take_device(device: str, local_rank: int) -> torch.device:
     if device == "cpu":
         return torch.device("cpu")
     if device == "npu":
-        try:
-            import torch_npu  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(f"device='npu' needs the package torch-npu: {error}") from None
+        load_torch_npu()
     module = getattr(torch, device)
     if local_rank >= module.device_count():
         raise ConfigError(

@@ -16,7 +16,6 @@ from moespan.engine.engine import Engine, build_leader, follow
 from moespan.launch.binding import bind, plan_binding
 from moespan.launch.distributed import init_distributed, make_mesh
 from moespan.launch.job import started_by_torchrun
-from moespan.launch.network import bind_collectives, interface_towards
 
 # Followers wait in a broadcast while the program does other things between two calls; torchrun
 # itself ends them when the leader dies.
@@ -32,11 +31,6 @@ def join(config: EngineConfig) -> LocalClient:
     if not started_by_torchrun():
         device = torch.device(config.device)
         return LocalClient(config, lambda config: _build(config, device, lines))
-    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
-        # Gloo would take the interface that the machine's name leads to: often the loopback.
-        interface = interface_towards(os.environ["MASTER_ADDR"])
-        if interface not in (None, "lo"):
-            bind_collectives(interface)
     device = init_distributed(config.device)
     if dist.get_rank() > 0:
         successor: EngineConfig | None = config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ipaddress
-import os
 import socket
 
 
@@ -54,19 +53,17 @@ def interface_of(address: str) -> str | None:
     return "lo" if wanted.is_loopback else None
 
 
-def interface_towards(host: str) -> str | None:
-    """The interface through which this machine reaches `host`; None if it does not."""
+def address_towards(host: str) -> str | None:
+    """This machine's own address on the way to `host`; None if there is no way."""
     with contextlib.suppress(OSError):
         family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as unconnected:
             unconnected.connect(target)  # sends nothing: the kernel only looks up the way
-            return interface_of(unconnected.getsockname()[0])
+            return str(unconnected.getsockname()[0])
     return None
 
 
-def bind_collectives(interface: str) -> None:
-    """Make gloo, NCCL and HCCL use `interface`, unless the user has chosen one."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # exactly this one, no prefix
-    if interface != "lo":
-        os.environ.setdefault("HCCL_SOCKET_IFNAME", f"={interface}")
+def interface_towards(host: str) -> str | None:
+    """The interface through which this machine reaches `host`; None if it does not."""
+    address = address_towards(host)
+    return None if address is None else interface_of(address)

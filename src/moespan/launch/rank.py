@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from moespan.config import EngineConfig
+from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig
 from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request, refusal
 from moespan.engine.trace import Observation
@@ -104,6 +104,14 @@ def run_rank(
     `timeout_s` replaces `COLLECTIVE_TIMEOUT_S`. An error is left as word for the agent, and this
     process ends at once with exit code 1, without teardown that could hang.
     """
+    as_rank(
+        lambda job, rank, stack_file: _play(job, rank, build_leader, follow, timeout_s, stack_file)
+    )
+
+
+def as_rank(play: Callable[[Job, int, TextIO], None]) -> None:
+    """Call `play(job, rank, file for stacks)` as the rank that the command line names: bound to
+    its cores, and with its errors left as word for the agent."""
     directory, agent_pid = sys.argv[1:3]
     _die_with_parent(int(agent_pid))
     job, rank = Job(directory), int(os.environ["RANK"])
@@ -112,7 +120,7 @@ def run_rank(
     faulthandler.enable(stack_file)
     faulthandler.register(STACK_SIGNAL, stack_file)
     try:
-        _play(job, rank, build_leader, follow, timeout_s, stack_file)
+        play(job, rank, stack_file)
     except Exception as error:
         job.write_failure(_failure(rank, error), rank)
         if debugging():
@@ -133,7 +141,6 @@ def _play(
     import torch.distributed as dist
 
     from moespan.launch.distributed import init_distributed
-    from moespan.parallel.mesh import COLLECTIVE_TIMEOUT_S
 
     timeout_s = timeout_s or COLLECTIVE_TIMEOUT_S
     config: EngineConfig | None = job.read_config()
@@ -251,10 +258,12 @@ def _failure(rank: int, error: Exception) -> Failure:
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because of another rank. Gloo says so in its message only."""
+    """Whether a collective failed because of another rank. Some say so in their message only."""
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        library in str(error).lower() for library in ("gloo", "hccl")
+    )
 
 
 def _die_with_parent(parent_pid: int) -> None:

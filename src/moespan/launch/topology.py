@@ -16,6 +16,7 @@ import msgspec
 
 _NPU_VENDOR = "0x19e5"
 _ACCELERATOR_CLASS = "0x1200"  # Huawei's network cards have the same vendor
+_NPU_CHIPS = {"0xd802": "910B", "0xd803": "910C", "0xd801": "910", "0xd500": "310P"}
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +141,14 @@ def _group_siblings(system: Path, cpus: list[int]) -> list[list[int]]:
     return list(cores.values())
 
 
+def npu_chip(root: Path) -> str:
+    """Which NPU this machine has, by PCI: `910B` (A2), `910C` (A3), ...; empty if none is known."""
+    for path in _npu_devices(root):
+        if (name := _NPU_CHIPS.get(_read(path / "device"))) is not None:
+            return name
+    return ""
+
+
 def _npus(root: Path, near: Mapping[int, list[int]]) -> dict[str, list[int]]:
     """`near` by the numbers that programs use: those of the device files here, counted anew."""
     files = [path.name.removeprefix("davinci") for path in (root / "dev").glob("davinci*")]
@@ -154,17 +163,21 @@ def _npu_nodes(root: Path) -> dict[int, list[int]]:
     is no substitute: on 910B servers NPU 0 has been seen at c1:00.0 and NPU 4 at 01:00.0. Without
     the numbers the nodes are known only if they are all the same.
     """
-    devices = [
-        path
-        for path in sorted((root / "sys/bus/pci/devices").glob("*"))
-        if _read(path / "vendor") == _NPU_VENDOR
-        and _read(path / "class").startswith(_ACCELERATOR_CLASS)
-    ]
+    devices = _npu_devices(root)
     nodes = [parse_list(_read(path / "numa_node")) for path in devices]  # -1: not known
     numbers = [_read(path / "dev_id") for path in devices]
     if devices and all(number.isdigit() for number in numbers):
         return {int(number): node for number, node in zip(numbers, nodes, strict=True)}
     return dict(enumerate(nodes)) if all(node == nodes[0] for node in nodes) else {}
+
+
+def _npu_devices(root: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted((root / "sys/bus/pci/devices").glob("*"))
+        if _read(path / "vendor") == _NPU_VENDOR
+        and _read(path / "class").startswith(_ACCELERATOR_CLASS)
+    ]
 
 
 def _gpus(root: Path) -> dict[str, list[int]]:

@@ -7,22 +7,22 @@ costs nothing, and no group exists that no axis uses.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moespan.config import Coordinates, Layout
+from moespan.config import COLLECTIVE_TIMEOUT_S, Coordinates, Layout
 from moespan.errors import LayoutError
 from moespan.parallel.control import Control
 from moespan.parallel.traffic import Traffic, sent_bytes
 
-# No rank waits longer than this for another one inside a collective of the model.
-COLLECTIVE_TIMEOUT_S = 600.0
-
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+_NO_BUFFERS: Mapping[str, int] = MappingProxyType({})
 
 # torch 2.13 renamed these.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -149,8 +149,15 @@ class Mesh:
         control: the leader's channel to all ranks.
     """
 
-    def __init__(self, layout: Layout, rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        rank: int,
+        device: torch.device,
+        buffers_mb: Mapping[str, int] = _NO_BUFFERS,
+    ) -> None:
         self.layout = layout
+        self._buffers_mb = buffers_mb
         self.rank = rank
         self.at = layout.coordinates(rank)
         self.device = device
@@ -169,6 +176,7 @@ class Mesh:
         moe_dispatch: str = "auto",
         idle_timeout_s: float = COLLECTIVE_TIMEOUT_S,
         ranks_here: int | None = None,
+        buffers_mb: Mapping[str, int] = _NO_BUFFERS,
     ) -> Mesh:
         """Build the mesh of `layout`; with more than one rank, torch.distributed must be up.
 
@@ -176,6 +184,8 @@ class Mesh:
             moe_dispatch: the way for which axes are made (`moespan.parallel.dispatch`).
             idle_timeout_s: how long a rank waits for the leader's next message.
             ranks_here: ranks on this node; None is all of them.
+            buffers_mb: buffer of each axis's groups, on devices that have such
+                (`moespan.parallel.buffers`); axes that are not in it keep the default.
 
         Raises:
             LayoutError: the world has another number of ranks than the layout.
@@ -185,7 +195,7 @@ class Mesh:
             raise LayoutError(
                 f"layout {layout} needs {layout.world_size} ranks, but {world_size} were started"
             )
-        mesh = cls(layout, dist.get_rank() if world_size > 1 else 0, device)
+        mesh = cls(layout, dist.get_rank() if world_size > 1 else 0, device, buffers_mb)
         mesh.ranks_here = ranks_here or world_size
         if world_size > 1:
             mesh.control = Control.create(mesh.traffic, idle_timeout_s)
@@ -237,10 +247,23 @@ class Mesh:
                 lines,
                 timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
                 backend=_BACKENDS[self.device.type],
+                pg_options=self._options(name),
                 group_desc=name,
             )
         mine = next(line for line in lines if self.rank in line)
         return Axis(name, mine, mine.index(self.rank), self._groups.get(key), self.traffic)
+
+    def _options(self, axis: str) -> Any:
+        """What the backend of this axis's groups is to be told; None for its defaults."""
+        if self.device.type != "npu" or axis not in self._buffers_mb:
+            return None
+        from torch_npu._C._distributed_c10d import (  # type: ignore[import-not-found,unused-ignore]
+            ProcessGroupHCCL,
+        )
+
+        options = ProcessGroupHCCL.Options()
+        options.hccl_config = {"hccl_buffer_size": self._buffers_mb[axis]}
+        return options
 
 
 def _axes(layout: Layout, moe_dispatch: str) -> dict[str, list[tuple[int, ...]]]:

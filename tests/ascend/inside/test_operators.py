@@ -148,7 +148,7 @@ def test_experts_add_up_over_ranges(made):
     close(sum(parts), want)
 
 
-def test_rows_of_foreign_experts_must_not_be_read(made):
+def test_bug_rows_of_foreign_experts_are_read(made):
     w, b = made
     with pytest.raises(RefusedError, match=r"reads rows \[-1"):
         experts(SMALL, on("npu", w), b.x.npu(), 0, 2, tame=False)
@@ -161,7 +161,9 @@ def test_layer(made, place):
     close(layer(SMALL, on(place, w), on(place, b)), want)
 
 
-def test_attention_wrong_in_every_way(made):
+@pytest.fixture
+def attended(made):
+    """How far attention is from the right one when something of its batch is changed."""
     _, cpu_batch = made
     b = on("npu", cpu_batch)
     q = torch.randn(4, SMALL.heads, SMALL.dim, dtype=DTYPE).npu()
@@ -171,25 +173,50 @@ def test_attention_wrong_in_every_way(made):
         return (attend(SMALL, q, altered(b, **changes)).cpu().float() - right).abs().max()
 
     assert difference() == 0
-    with pytest.raises(RefusedError, match="561002"):  # lengths where ends belong
-        difference(query_ends=[3, 1])
+    return difference
+
+
+@pytest.mark.parametrize("ends", [[3, 1], [3], [4, 3]], ids=["lengths", "short", "falling"])
+def test_bug_query_lengths_are_not_cumulative(attended, ends):
     with pytest.raises(RefusedError, match="561002"):
-        difference(cached=[3])
-    assert difference(cached=[3, 132]) > 0.01  # ends where lengths belong: other sequences' rows
+        attended(query_ends=ends)
+
+
+def test_bug_lengths_of_cached_sequences_are_cumulative(attended):
+    assert attended(cached=[3, 132]) > 0.01  # rows that are not the sequence's own
     with pytest.raises(RefusedError, match="not cumulative"):
-        difference(cached=[3, 257])
+        attended(cached=[3, 257])
+
+
+def test_bug_another_number_of_sequences(attended):
+    with pytest.raises(RefusedError, match="561002"):
+        attended(cached=[3])
+
+
+def test_bug_mask_is_inverted(attended, made):
     with pytest.raises(RefusedError, match="above the diagonal"):
-        difference(mask=1 - b.mask)
-    assert difference(scale=1.0) > 0.1  # the schema's default, when it is forgotten
+        attended(mask=(1 - made[1].mask).npu())
+
+
+def test_bug_scale_is_forgotten(attended):
+    assert attended(scale=1.0) > 0.1
+
+
+def test_bug_a_used_block_is_minus_one(attended):
+    attended(table=torch.tensor([[0, -1], [1, 2]], dtype=torch.int32).npu())  # not used
     with pytest.raises(RefusedError, match="per sequence"):
-        difference(table=torch.tensor([[0, 3], [1, -1]], dtype=torch.int32).npu())
+        attended(table=torch.tensor([[0, 3], [1, -1]], dtype=torch.int32).npu())
+
+
+def test_bug_dtypes(attended, made):
+    b = made[1]
     with pytest.raises(RefusedError, match="block_table is int32"):
-        difference(table=b.table.long())
+        attended(table=b.table.long().npu())
     with pytest.raises(RefusedError, match="attention_score takes"):
-        attend(SMALL, q.float(), altered(b, cache=b.cache.float()))
+        attended(cache=b.cache.float().npu())
 
 
-def test_the_default_scale_is_none(made):
+def test_the_scale_is_1_unless_it_is_passed(made):
     _, cpu_batch = made
     schema = torch.ops.npu.npu_fused_infer_attention_score.default._schema
     defaults = {argument.name: argument.default_value for argument in schema.arguments}

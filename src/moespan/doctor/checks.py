@@ -1,0 +1,67 @@
+"""The checks, in the order of the report, and how each is bounded.
+
+A check is a function of (host, job) that gives findings. Whatever goes wrong inside one becomes a
+finding, so that a broken tool spoils one line of the report.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from moespan.doctor import connections, devices, machine, software
+from moespan.doctor.host import Host
+from moespan.doctor.job_plan import JobPlan
+from moespan.doctor.report import Finding, skipped, warning
+
+CHECK_S = 60.0
+"""What one check may take, all its programs together."""
+
+Check = Callable[[Host, JobPlan], Iterable[Finding]]
+
+CHECKS: dict[str, Check] = {
+    "software": software.software,
+    "torch_npu": software.torch_npu,
+    "CANN": software.cann,
+    "driver": software.driver,
+    "devices": devices.devices,
+    "RoCE links": devices.links,
+    "ports": connections.ports,
+    "network": connections.interfaces,
+    "shared memory": machine.shared_memory,
+    "limits": machine.limits,
+    "cores": machine.cores,
+    "host memory": machine.memory,
+    "environment": software.environment,
+    "model": machine.model,
+}
+
+
+def examine(host: Host, job: JobPlan, limit_s: float = CHECK_S) -> list[Finding]:
+    """All checks, each under its name and within `limit_s`."""
+    findings: list[Finding] = []
+    for name, check in CHECKS.items():
+        found = _bounded(check, host, job, limit_s)
+        findings += [msgspec.structs.replace(one, check=name) for one in found]
+    return findings
+
+
+def _bounded(check: Check, host: Host, job: JobPlan, limit_s: float) -> list[Finding]:
+    results: list[list[Finding]] = []
+
+    def run() -> None:
+        try:
+            results.append(list(check(host, job)))
+        except Exception as error:
+            results.append([skipped(f"the check failed: {type(error).__name__}: {error}")])
+
+    # A daemon, so that one that hangs in the kernel does not keep the program from ending.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    late = warning(
+        f"no answer within {limit_s:g} s", "see what hangs: dmesg, or the driver's own tools"
+    )
+    return results[0] if results else [late]

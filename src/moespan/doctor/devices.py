@@ -1,0 +1,222 @@
+"""Checks of accelerators: health, memory, who uses them, and the NPUs' own network ports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from moespan.doctor import outputs
+from moespan.doctor.host import Host, npu_smi
+from moespan.doctor.job_plan import JobPlan
+from moespan.doctor.report import Finding, ok, problem, skipped, warning
+from moespan.launch.topology import format_list
+
+_IMPORT_S = 50.0
+_BUSY_MB = 4096  # a 910B that nobody uses shows 3.1 to 3.5 GB as taken
+
+_IMPORT_SCRIPT = """
+import json, torch
+{extra}
+module = getattr(torch, "{device}")
+free, total = module.mem_get_info(0) if module.is_available() else (0, 0)
+print(json.dumps([bool(module.is_available()), module.device_count(), free, total]))
+"""
+
+
+def find_device(host: Host) -> str:
+    """The device of this machine, by the files of its driver."""
+    if host.glob("/dev/davinci[0-9]*"):
+        return "npu"
+    return "cuda" if host.glob("/dev/nvidia[0-9]*") else "cpu"
+
+
+def devices(host: Host, job: JobPlan) -> Iterator[Finding]:
+    if job.device == "cpu":
+        yield skipped("the job runs on CPUs")
+        return
+    if job.device == "npu":
+        yield from _npus(host, job)
+    installed = "torch" in host.packages and (job.device == "cuda" or "torch-npu" in host.packages)
+    if installed:
+        yield _torch_sees(host, job)
+
+
+def links(host: Host, job: JobPlan) -> Iterator[Finding]:
+    """The NPUs' own network ports, which carry what goes between servers."""
+    if job.device != "npu":
+        yield skipped("the job has no NPUs")
+        return
+    must = problem if job.nodes.nnodes > 1 else warning
+    only = "" if job.nodes.nnodes > 1 else " (needed between servers only)"
+    configured = outputs.parse_key_values(host.read("/etc/hccn.conf"))
+    addresses = {key: value for key, value in configured.items() if key.startswith("address_")}
+    doubled = {value for value in addresses.values() if list(addresses.values()).count(value) > 1}
+    if doubled:
+        yield must(
+            f"/etc/hccn.conf gives several NPUs the address {', '.join(sorted(doubled))}{only}",
+            "hccn_tool -i N -ip -s address A netmask M: one for each NPU",
+        )
+    smi = npu_smi(host)
+    count = len(smi.npus) if smi and smi.npus else len(host.glob("/dev/davinci[0-9]*"))
+    if host.ask("hccn_tool") is None:
+        yield skipped(
+            "hccn_tool was not found: in a container mount /usr/local/Ascend/driver/tools"
+        )
+        return
+    values: dict[str, list[str]] = {"link": [], "tls": [], "net_health": [], "address": []}
+    for npu in range(count):
+        for query, parse in (
+            ("link", outputs.parse_link),
+            ("tls", outputs.parse_tls),
+            ("net_health", outputs.parse_net_health),
+            ("ip", lambda text: outputs.parse_ip(text)[0]),
+        ):
+            answer = host.ask("hccn_tool", "-i", str(npu), f"-{query}", "-g")
+            if answer is None or answer.code is None:
+                yield must(
+                    f"hccn_tool -i {npu} -{query} -g did not answer within {host.command_s:g} s",
+                    "the NPU's network firmware hangs: see dmesg",
+                )
+                return
+            values["address" if query == "ip" else query].append(parse(answer.text))
+    down = [npu for npu, state in enumerate(values["link"]) if state == "DOWN"]
+    if down:
+        yield must(
+            f"the RoCE link of NPU {format_list(down)} is down{only}",
+            "check cable, transceiver and switch port: hccn_tool -i N -optical -g, -lldp -g",
+        )
+    unwell = [
+        f"{npu}: {health}"
+        for npu, health in enumerate(values["net_health"])
+        if health and health.lower() not in ("success", "init")
+    ]
+    if unwell:
+        yield must(
+            f"the network of NPUs is not well: {', '.join(unwell)}{only}",
+            "hccn_tool -i N -netdetect -g must name an address that answers: "
+            "hccn_tool -i N -ping -g address A",
+        )
+    if len({one for one in values["tls"] if one}) > 1:
+        yield must(
+            f"TLS is on for some NPUs and off for others: {' '.join(values['tls'])}{only}",
+            "for i in 0 1 ...; do hccn_tool -i $i -tls -s enable 0; done, on every server alike",
+        )
+    nameless = [npu for npu, address in enumerate(values["address"]) if not address]
+    if nameless and count:
+        yield must(
+            f"NPU {format_list(nameless)} has no address of its own{only}",
+            "hccn_tool -i N -ip -s address A netmask M, all NPUs of a server in one subnet",
+        )
+    if count and not (down or unwell or nameless):
+        tls = {"0": "off", "1": "on"}.get(values["tls"][0], "not known")
+        yield ok(
+            f"{count} RoCE links up, TLS {tls}, addresses {values['address'][0]} to "
+            f"{values['address'][-1]}"
+        )
+        if job.nodes.nnodes > 1:
+            yield skipped(
+                "whether they reach the other server's NPUs: hccn_tool -i N -ping -g address A, A "
+                "being an address of the other server's list; and TLS must be the same there"
+            )
+
+
+def _npus(host: Host, job: JobPlan) -> Iterator[Finding]:
+    present = host.glob("/dev/davinci[0-9]*")
+    managers = ("/dev/davinci_manager", "/dev/devmm_svm", "/dev/hisi_hdc")
+    missing = [path for path in managers if not host.exists(path)]
+    if present and missing:
+        yield problem(
+            f"{len(present)} NPUs, but {', '.join(missing)} missing",
+            "start the container with --device for each of them",
+        )
+    answer = host.ask("npu-smi", "info")
+    if answer is None and not present:
+        yield problem(
+            "no NPU: neither /dev/davinci0 nor npu-smi is here",
+            "load the driver; start the container with --device /dev/davinci0 and so on",
+        )
+        return
+    if answer is None:
+        yield warning(
+            "npu-smi was not found, so the NPUs' health and memory are not known",
+            "in a container mount /usr/local/bin/npu-smi and /usr/local/dcmi",
+        )
+        return
+    if answer.code is None:
+        yield problem(
+            f"npu-smi info did not answer within {host.command_s:g} s",
+            "the driver hangs: see dmesg; a reset or a reboot of the server mends it",
+        )
+        return
+    report = outputs.parse_npu_smi(answer.text)
+    if not report.npus:
+        first = next((line for line in answer.text.splitlines() if line.strip()), "nothing")
+        held = "-8020" in answer.text or "device is used" in answer.text
+        yield problem(
+            f"npu-smi info shows no NPU: {first.strip()}",
+            "another container holds the NPUs: end it, or give this one others"
+            if held
+            else "see whether the driver is loaded: lsmod, dmesg",
+        )
+        return
+    sick = [npu for npu in report.npus if npu.health.upper() != "OK"]
+    for npu in sick:
+        yield problem(
+            f"NPU {npu.card} chip {npu.chip} ({npu.name}) is in health {npu.health}",
+            f"npu-smi info -t health -i {npu.card} names the fault",
+        )
+    if len(report.npus) < job.ranks:
+        yield problem(
+            f"{len(report.npus)} NPUs for {job.ranks} ranks of this node",
+            "use a smaller layout, or more nodes",
+        )
+    if report.processes:
+        words = ", ".join(f"{one.card}: {one.name} ({one.pid})" for one in report.processes)
+        yield warning(
+            f"NPUs are in use: {words}",
+            "end what is left of earlier jobs: it takes memory, and its HCCL holds port 16666 of "
+            "the NPU (EI0006, EJ0003)",
+        )
+    else:
+        full = [npu for npu in report.npus if npu.used_mb > _BUSY_MB]
+        if full:
+            words = ", ".join(f"{npu.card}: {npu.used_mb} MB" for npu in full)
+            yield warning(
+                f"memory is taken, by processes that are not seen from here: {words}",
+                "look from the host: a container does not show those of others",
+            )
+    if not sick:
+        totals = sorted({npu.total_mb for npu in report.npus})
+        sizes = " or ".join(f"{total / 1024:g}" for total in totals)
+        yield ok(f"{len(report.npus)} × {report.npus[0].name}, {sizes} GB, health OK")
+
+
+def _torch_sees(host: Host, job: JobPlan) -> Finding:
+    extra = "import torch_npu" if job.device == "npu" else ""
+    script = _IMPORT_SCRIPT.format(extra=extra, device=job.device)
+    answer = host.python_says(script, _IMPORT_S)
+    if answer.code is None:
+        return problem(
+            f"torch did not see its {job.device} devices within {_IMPORT_S:g} s",
+            "the driver or another process holds them: npu-smi info, dmesg",
+        )
+    lines = answer.text.strip().splitlines() or ["nothing"]
+    try:
+        available, count, free_bytes, total_bytes = json.loads(lines[-1])
+    except (ValueError, TypeError):
+        return problem(
+            f"torch cannot be imported for {job.device}: {lines[-1]}",
+            "source CANN's set_env.sh first (its libraries must be found), and see the line "
+            "`torch_npu`"
+            if job.device == "npu"
+            else "install the torch that was built for this CUDA",
+        )
+    if not available or count < job.ranks:
+        return problem(
+            f"torch sees {count} {job.device} devices for {job.ranks} ranks of this node",
+            "make more of them visible, or use a smaller layout",
+        )
+    return ok(
+        f"torch sees {count} {job.device} devices, {free_bytes / 1e9:.1f} of "
+        f"{total_bytes / 1e9:.1f} GB free on the first"
+    )

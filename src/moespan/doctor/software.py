@@ -1,0 +1,157 @@
+"""Checks of what is installed: Python, torch, torch_npu, CANN, the driver; and its environment."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from moespan import __version__
+from moespan.doctor import compatibility, outputs
+from moespan.doctor.host import Host, npu_smi
+from moespan.doctor.job_plan import JobPlan
+from moespan.doctor.report import Finding, ok, problem, skipped, warning
+from moespan.doctor.variables import contradictions
+
+
+def software(host: Host, job: JobPlan) -> Iterator[Finding]:
+    version = sys.version_info
+    torch = host.packages.get("torch", "")
+    words = (
+        f"Python {version.major}.{version.minor}.{version.micro}, torch {torch or 'missing'}, "
+        f"moespan {__version__}, {host.architecture}"
+    )
+    if not torch:
+        yield problem(words, "pip install torch, the version that your torch_npu names")
+    elif not compatibility.at_least(torch, compatibility.LEAST_TORCH):
+        yield problem(words, f"moespan needs torch {compatibility.LEAST_TORCH} or later")
+    elif not (3, 10) <= version[:2] < (3, 14):
+        yield problem(words, "moespan needs Python 3.10 to 3.13")
+    else:
+        yield ok(words)
+
+
+def torch_npu(host: Host, job: JobPlan) -> Iterator[Finding]:
+    torch_npu, torch = host.packages.get("torch-npu"), host.packages.get("torch", "")
+    if torch_npu is None:
+        if job.device == "npu":
+            yield problem(
+                "torch-npu is not installed", "pip install torch-npu==VERSION: docs/ascend.md"
+            )
+        else:
+            yield skipped("torch-npu is not installed, and the job does not need it")
+        return
+    base = compatibility.release(torch_npu)
+    if torch and compatibility.release(torch) != base:
+        yield problem(
+            f"torch_npu {torch_npu} was built for torch {base}, but torch {torch} is installed",
+            f"pip install torch=={base}",
+        )
+        return
+    fitting = compatibility.cann_of(torch_npu)
+    if not fitting:
+        newest = ", ".join(next(iter(compatibility.TORCH_NPU_OF_CANN.values())))
+        yield warning(
+            f"torch_npu {torch_npu} is not in the compatibility table",
+            f"prefer one that is: {newest}",
+        )
+        return
+    cann, where = _cann_version(host)
+    known = compatibility.known_cann(cann)
+    if not cann:
+        yield skipped(f"torch_npu {torch_npu} goes with CANN {' or '.join(fitting)}; none found")
+    elif known is None:
+        yield warning(
+            f"CANN {cann} in {where} is not in the compatibility table; torch_npu {torch_npu} goes "
+            f"with {' or '.join(fitting)}",
+            f"install CANN {fitting[0]}, or a torch_npu that names {cann}",
+        )
+    elif known not in fitting:
+        others = ", ".join(compatibility.TORCH_NPU_OF_CANN[known])
+        yield problem(
+            f"torch_npu {torch_npu} goes with CANN {' or '.join(fitting)}, but {where} has {cann}",
+            f"install CANN {fitting[0]}, or torch_npu {others}",
+        )
+    else:
+        yield ok(f"torch_npu {torch_npu} with torch {torch} and CANN {cann}")
+
+
+def cann(host: Host, job: JobPlan) -> Iterator[Finding]:
+    home = host.environ.get("ASCEND_HOME_PATH")
+    version, where = _cann_version(host)
+    if home and not host.exists(home):
+        yield problem(
+            f"ASCEND_HOME_PATH={home} does not exist, and torch_npu takes it at its word",
+            "source the set_env.sh of the CANN that is installed, or unset it",
+        )
+    elif not version:
+        if job.device == "npu":
+            yield problem(
+                "no CANN below ASCEND_HOME_PATH or /usr/local/Ascend",
+                "install CANN's toolkit and the kernels of your chip: docs/ascend.md",
+            )
+        else:
+            yield skipped("no CANN here, and the job does not need it")
+    elif not home:
+        yield warning(
+            f"CANN {version} in {where}, but ASCEND_HOME_PATH is not set",
+            f"source {where}/set_env.sh before the start",
+        )
+    else:
+        yield ok(f"CANN {version} in {where}")
+
+
+def driver(host: Host, job: JobPlan) -> Iterator[Finding]:
+    driver, firmware = (
+        outputs.parse_key_values(host.read(f"/usr/local/Ascend/{part}/version.info")).get("version")
+        for part in ("driver", "firmware")
+    )
+    smi = npu_smi(host)
+    said = smi.version if smi else ""
+    if not driver and not said:
+        if job.device == "npu":
+            yield problem(
+                "no driver: neither /usr/local/Ascend/driver/version.info nor npu-smi",
+                "install the driver; in a container mount both: docs/ascend.md",
+            )
+        else:
+            yield skipped("no NPU driver here, and the job does not need it")
+        return
+    words = f"driver {driver or said}, firmware {firmware or 'not readable here'}"
+    if driver and said and driver.lower() != said.lower():
+        yield warning(
+            f"{words}, but npu-smi is of {said}",
+            "in a container mount version.info and npu-smi of the same host; on a host install "
+            "the driver anew",
+        )
+    else:
+        yield ok(words)
+
+
+def environment(host: Host, job: JobPlan) -> Iterator[Finding]:
+    addresses = [address for _, address in host.interfaces]
+    found = list(
+        contradictions(host.environ, job.layout, job.nodes.nnodes, host.allowed, addresses)
+    )
+    table = host.environ.get("RANK_TABLE_FILE")
+    if table is not None and not host.exists(table):
+        found.append(problem(f"RANK_TABLE_FILE={table} does not exist", "unset it: none is needed"))
+    yield from found or [ok("no variables that contradict each other")]
+
+
+def _cann_version(host: Host) -> tuple[str, str]:
+    """Version and folder of CANN; both empty without one."""
+    homes = [
+        host.environ.get("ASCEND_HOME_PATH", ""),
+        host.environ.get("ASCEND_TOOLKIT_HOME", ""),
+        "/usr/local/Ascend/ascend-toolkit/latest",
+        "/usr/local/Ascend/cann",
+    ]
+    for home in filter(None, homes):
+        machine = f"{host.architecture}-linux"
+        for folder in (f"{home}/{machine}", home):
+            text = host.read(f"{folder}/ascend_toolkit_install.info")
+            if version := outputs.parse_key_values(text).get("version"):
+                return version, home
+        if version := outputs.parse_version_cfg(host.read(f"{home}/version.cfg")):
+            return version, home
+    return "", ""
