@@ -8,8 +8,10 @@ import sys
 _said: set[str] = set()
 
 
-def notice(message: str) -> None:
-    """Write `message` to stderr: once, and from one rank of many."""
-    if message not in _said and os.environ.get("RANK", "0") == "0":
-        print(f"moespan: {message}", file=sys.stderr, flush=True)
+def notice(message: str, from_any_rank: bool = False) -> None:
+    """Write `message` to stderr: once, and from rank 0 unless it may concern another rank only."""
+    rank = os.environ.get("RANK", "0")
+    if message not in _said and (from_any_rank or rank == "0"):
+        where = f"rank {rank}: " if rank != "0" else ""
+        print(f"moespan: {where}{message}", file=sys.stderr, flush=True)
     _said.add(message)

@@ -17,6 +17,7 @@ from moespan.engine.graphs import padded_sizes
 from moespan.engine.plan import StepPlan, StepPlans
 from moespan.ops import AttentionBatch, CpuOps, Replay
 from moespan.ops.npu import plain_decode
+from moespan.parallel.traffic import Traffic
 from tests.engine.test_worker import plan
 from tests.support import Oracle, execute, greedy_row, make_worker, run_prompts
 
@@ -148,3 +149,13 @@ def test_enforce_eager_takes_no_blocks_and_records_nothing():
     execute(worker, decode(2, 0))
     assert ops.num_recorded == 0
     assert len(worker.caches[0][0]) == 50
+
+
+def test_collectives_of_a_replay_are_counted_and_those_of_recording_are_not():
+    traffic = Traffic()
+    traffic.count("tp", "all_reduce", "moe", 10)
+    recorded = traffic.apart(lambda: traffic.count("tp", "all_reduce", "moe", 4))
+    assert traffic.rows() == [("tp", "all_reduce", "moe", 1, 10)]
+    for _ in range(2):
+        traffic.add(recorded)
+    assert traffic.rows() == [("tp", "all_reduce", "moe", 3, 18)]

@@ -22,6 +22,7 @@ from moespan.engine.plan import StepPlan
 from moespan.memory import reserved_bytes
 from moespan.notice import notice
 from moespan.ops import AttentionBatch, Ops, Replay
+from moespan.parallel.traffic import Traffic
 
 # Each graph holds streams for each communicator of the device, which has not many.
 _MOST_SIZES = 40
@@ -58,6 +59,7 @@ class _Recorded:
     rows: Tensor
     hidden: Tensor | None
     replay: Replay | None = None
+    traffic: Traffic | None = None
     out: Tensor | None = None
 
 
@@ -69,6 +71,7 @@ class DecodeGraphs:
 
     Args:
         run: runs the model.
+        traffic: where the model's collectives are counted; those of a replay are, too.
         first_scratch_block: of those that padding may write to.
         hidden: makes room for what the stage before sends for a padded size, [L, H]; None on the
             first stage.
@@ -80,11 +83,12 @@ class DecodeGraphs:
         run: Run,
         config: EngineConfig,
         device: torch.device,
+        traffic: Traffic,
         first_scratch_block: int,
         hidden: Callable[[int], Tensor] | None,
     ) -> None:
         self.num_recorded = self.memory_bytes = 0
-        self._ops, self._run, self._device = ops, run, device
+        self._ops, self._run, self._device, self._traffic = ops, run, device, traffic
         self._sizes = padded_sizes(config.max_num_seqs)
         self._block_size, self._first_scratch_block = config.block_size, first_scratch_block
         self._width = config.blocks_per_sequence
@@ -99,9 +103,9 @@ class DecodeGraphs:
         """The size to which a step of so many sequences is padded; None if there is none."""
         return next((size for size in self._sizes if size >= num_tokens), None)
 
-    def say(self, why: str) -> None:
+    def say(self, why: str, from_any_rank: bool = False) -> None:
         """Tell, once, that steps run without graphs."""
-        notice(f"decode steps are not recorded as graphs: {why}")
+        notice(f"decode steps are not recorded as graphs: {why}", from_any_rank)
 
     def __call__(self, plan: StepPlan, size: int, hidden: Tensor | None) -> Tensor:
         """Run the decode step `plan`, padded to `size` sequences.
@@ -121,7 +125,8 @@ class DecodeGraphs:
             recorded.hidden.copy_(hidden)
         if recorded.replay is not None:
             recorded.replay(total_lens)
-            assert recorded.out is not None
+            assert recorded.out is not None and recorded.traffic is not None
+            self._traffic.add(recorded.traffic)
             return recorded.out
         batch = recorded.batch
         inputs = recorded.token_ids if recorded.hidden is None else recorded.hidden
@@ -138,12 +143,15 @@ class DecodeGraphs:
         def keep() -> None:
             recorded.out = run()
 
-        try:
+        def record() -> None:
             recorded.replay = self._ops.record(keep)
+
+        try:
+            recorded.traffic = self._traffic.apart(record)
         except Exception as error:
             # Whatever a device or a driver finds wrong with it: the step runs without.
             self._gave_up = True
-            self.say(f"{type(error).__name__}: {error}".splitlines()[0])
+            self.say(f"{type(error).__name__}: {error}".splitlines()[0], from_any_rank=True)
             return
         self.num_recorded += 1
         self.memory_bytes += reserved_bytes(self._device) - before

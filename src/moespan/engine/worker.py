@@ -74,6 +74,7 @@ class Worker:
                 lambda inputs, batch, rows: self.model(inputs, self.caches, batch, rows),
                 config,
                 mesh.device,
+                mesh.traffic,
                 num_blocks,
                 None if mesh.is_first_stage else hidden,
             )

@@ -43,11 +43,12 @@ class NpuOps(ReferenceOps):
     block_size = 128
     has_graphs = True
 
-    def __init__(self) -> None:
+    def __init__(self, soc: str | None = None) -> None:
+        """Use what `soc` has; None is the device that is there."""
         import torch_npu  # type: ignore[import-not-found,unused-ignore]
 
         self._npu: Any = torch_npu
-        self._soc = str(torch_npu.npu.get_device_name())
+        self._soc = soc or str(torch_npu.npu.get_device_name())
         self._is_310p = "310P" in self._soc
         self._counts_are_ends = self._is_310p  # whatever is asked for
         schema = str(torch.ops.npu.npu_scatter_pa_kv_cache.default._schema)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 TrafficRows = list[tuple[str, str, str, int, int]]
@@ -47,6 +48,21 @@ class Traffic:
         """Add one call."""
         self.calls[axis, collective, module] += 1
         self.sent_bytes[axis, collective, module] += sent_bytes
+
+    def add(self, other: Traffic) -> None:
+        """Count again what `other` has counted."""
+        self.calls.update(other.calls)
+        self.sent_bytes.update(other.sent_bytes)
+
+    def apart(self, run: Callable[[], object]) -> Traffic:
+        """What `run` counts, which is not added here."""
+        calls, sent_bytes = self.calls, self.sent_bytes
+        self.calls, self.sent_bytes = Counter(), Counter()
+        try:
+            run()
+            return Traffic(self.calls, self.sent_bytes)
+        finally:
+            self.calls, self.sent_bytes = calls, sent_bytes
 
     def rows(self) -> TrafficRows:
         """Everything counted, sorted."""
