@@ -14,7 +14,7 @@ import pytest
 
 from moespan.checkpoint.placement import count_parameters
 from moespan.checkpoint.random import PRESETS
-from moespan.config import EngineConfig, Layout, ModelConfig, _layer_cost, all_layouts
+from moespan.config import EngineConfig, Layout, ModelConfig, all_layouts, layer_cost
 from moespan.errors import ConfigError, LayoutError
 from tests.support import ORACLES, Oracle, geometry
 
@@ -399,7 +399,7 @@ def test_stages_are_cut_where_the_costliest_one_costs_the_least(pp: int):
     assert len(stages) == pp and all(stages)
 
     def worst(lengths: tuple[int, ...]) -> float:
-        costs = [_layer_cost(config, layer) for layer in range(12)]
+        costs = [layer_cost(config, layer) for layer in range(12)]
         costs[-1] += config.vocab_size * config.hidden_size
         left = iter(costs)
         return max(sum(itertools.islice(left, length)) for length in lengths)

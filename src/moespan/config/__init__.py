@@ -1,0 +1,32 @@
+"""What is run and how: the model's geometry, the layout, the engine's settings.
+
+Typed, validated, and free of torch, so that everything which only plans or prints stays fast.
+"""
+
+from moespan.config.engine import (
+    COLLECTIVE_TIMEOUT_S,
+    DISPATCHES,
+    EngineConfig,
+    ExpertTable,
+    Nodes,
+    is_wildcard,
+)
+from moespan.config.layout import Coordinates, Layout, all_layouts, balanced_stages, layer_cost
+from moespan.config.model import DTYPE_BYTES, ModelConfig, read_json
+
+__all__ = [
+    "COLLECTIVE_TIMEOUT_S",
+    "DISPATCHES",
+    "DTYPE_BYTES",
+    "Coordinates",
+    "EngineConfig",
+    "ExpertTable",
+    "Layout",
+    "ModelConfig",
+    "Nodes",
+    "all_layouts",
+    "balanced_stages",
+    "is_wildcard",
+    "layer_cost",
+    "read_json",
+]

@@ -1,0 +1,165 @@
+"""The engine's settings, and the nodes that it runs on."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass
+
+from moespan.config.layout import Layout
+from moespan.config.model import DTYPE_BYTES
+from moespan.errors import ConfigError, LayoutError
+
+DISPATCHES = ("auto", "replicated", "all_gather", "all_to_all")
+
+# No rank waits longer than this for another one inside a collective of the model.
+COLLECTIVE_TIMEOUT_S = 600.0
+
+_ONE_RANK = Layout()
+
+ExpertTable = dict[str, list[list[int]]]
+"""Layer number or `default` → for each ep rank, the experts that it holds."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything that a rank needs to know to do its part. Plain values only: it travels as JSON.
+
+    Attributes:
+        model: checkpoint folder.
+        layout: degree of parallelism on each axis.
+        device: `cpu`, `cuda` or `npu`.
+        dtype: of weights, activations and KV cache.
+        load_format: `safetensors`, or `dummy` for deterministic random weights without a file.
+        seed: of dummy weights and of requests that bring no seed of their own.
+        max_model_len: most tokens of one sequence, prompt and output together.
+        max_num_seqs: most sequences in one step.
+        max_num_batched_tokens: most tokens in one step; longer prompts are prefilled in chunks.
+        block_size: tokens in one block of the KV cache.
+        num_blocks: blocks of the KV cache; None sizes it from the free memory.
+        enable_prefix_caching: whether finished blocks are kept and shared by equal prefixes.
+        check_finite: look for NaN and Inf in every weight while loading.
+        moe_dispatch: how tokens meet experts (`moespan.parallel.dispatch`).
+        expert_placement: `contiguous`, `round_robin`, or a table
+            (`moespan.checkpoint.experts`).
+        bind: ranks to cores and NUMA nodes: `auto`, `off`, or `local rank:node,...`.
+        enforce_eager: never run decode steps as recorded graphs (`moespan.engine.graphs`).
+    """
+
+    model: str
+    layout: Layout = _ONE_RANK
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    load_format: str = "safetensors"
+    seed: int = 0
+    max_model_len: int = 4096
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 32
+    num_blocks: int | None = None
+    enable_prefix_caching: bool = True
+    check_finite: bool = False
+    moe_dispatch: str = "auto"
+    expert_placement: str | ExpertTable = "contiguous"
+    bind: str = "auto"
+    enforce_eager: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {
+            "device": (self.device, ("cpu", "cuda", "npu")),
+            "dtype": (self.dtype, tuple(DTYPE_BYTES)),
+            "load_format": (self.load_format, ("safetensors", "dummy")),
+            "moe_dispatch": (self.moe_dispatch, DISPATCHES),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs={self.max_num_seqs} exceeds "
+                f"max_num_batched_tokens={self.max_num_batched_tokens}: a step could not hold one "
+                "token of every sequence; lower the first or raise the second"
+            )
+        if self.num_blocks is not None and self.num_blocks < self.blocks_per_sequence:
+            raise ConfigError(
+                f"num_blocks={self.num_blocks} of {self.block_size} tokens cannot hold one "
+                f"sequence of max_model_len={self.max_model_len}; use num_blocks >= "
+                f"{self.blocks_per_sequence} or a shorter max_model_len"
+            )
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """Blocks that one sequence of `max_model_len` tokens takes."""
+        return -(-self.max_model_len // self.block_size)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Which of the machines that run one job together this one is, and where they meet.
+
+    Every node is started with the same settings but for its `node_rank`. It runs as many
+    consecutive ranks as any other; node 0 has rank 0, the front, and the meeting point.
+
+    Attributes:
+        nnodes: machines that run the job.
+        node_rank: this one's number, from 0.
+        master_addr: address of node 0 that the others reach: the only one it listens on.
+        master_port: port of the meeting point.
+        join_timeout_s: most seconds that a node waits for the others to come.
+        silence_s: after how many seconds without a word a node counts as lost.
+    """
+
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    join_timeout_s: float = 300.0
+    silence_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.nnodes < 1:
+            raise ConfigError(f"nnodes={self.nnodes} must be at least 1")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ConfigError(
+                f"node_rank={self.node_rank} must be from 0 to {self.nnodes - 1}: one of "
+                f"nnodes={self.nnodes}"
+            )
+        if not 1 <= self.master_port <= 65535:
+            raise ConfigError(f"master_port={self.master_port} must be from 1 to 65535")
+        if not self.master_addr or is_wildcard(self.master_addr):
+            raise ConfigError(
+                f"master_addr={self.master_addr!r} is refused: it means every network of the "
+                "machine, and whoever reaches the meeting point could take part; give the one "
+                "address of node 0 that the other nodes reach"
+            )
+        for name in ("join_timeout_s", "silence_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be a number above 0")
+
+    @property
+    def meeting_point(self) -> str:
+        """Host and port as they are written together."""
+        host = f"[{self.master_addr}]" if ":" in self.master_addr else self.master_addr
+        return f"{host}:{self.master_port}"
+
+    def ranks_per_node(self, layout: Layout) -> int:
+        """Ranks that each node runs; raises `LayoutError` if they cannot be spread evenly."""
+        ranks, left_over = divmod(layout.world_size, self.nnodes)
+        if left_over:
+            raise LayoutError(
+                f"nnodes={self.nnodes} does not divide the {layout.world_size} ranks of {layout}; "
+                "every node runs equally many, so use a layout with a multiple of "
+                f"{self.nnodes} ranks, or another nnodes"
+            )
+        return ranks
+
+
+def is_wildcard(address: str) -> bool:
+    """Whether `address` is 0.0.0.0 or ::, in whatever spelling; a name is not."""
+    try:
+        return ipaddress.ip_address(address).is_unspecified
+    except ValueError:
+        return False

@@ -1,0 +1,277 @@
+"""The layout: how many ranks each axis has, which rank is where, and what a model allows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from moespan.config.model import ModelConfig
+from moespan.errors import LayoutError
+
+# Ways out that one error names.
+_MOST_ADVICE = 6
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where one rank stands in a layout: its place along each axis."""
+
+    pp: int
+    dp: int
+    sp: int
+    tp: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degree of parallelism on each axis. Ranks are laid out as (pp, dp, sp, tp), tp fastest.
+
+    Attributes:
+        tp: tensor parallelism: heads, MLP widths and the vocabulary are split; tokens replicated.
+        ep: expert parallelism: whole routed experts are spread over the ranks of a stage. Either it
+            divides tp, and each expert is cut over tp/ep ranks, or it is tp·k with k dividing
+            sp·dp.
+        pp: pipeline parallelism: layers are split into stages.
+        sp: sequence parallelism (Ulysses): the tokens of a step are split; attention is by heads.
+        dp: data parallelism: sequences are split over replicas.
+        pipeline_layers: layers of each stage; None cuts by cost (`stages`).
+    """
+
+    tp: int = 1
+    ep: int = 1
+    pp: int = 1
+    sp: int = 1
+    dp: int = 1
+    pipeline_layers: tuple[int, ...] | None = None
+
+    AXES: ClassVar = ("tp", "ep", "pp", "sp", "dp")
+
+    def __post_init__(self) -> None:
+        for axis, size in self.sizes.items():
+            if size < 1:
+                raise LayoutError(f"{axis}={size} must be at least 1")
+
+    def __str__(self) -> str:
+        parts = [f"{axis}={size}" for axis, size in self.sizes.items() if size > 1]
+        return "×".join(parts) or "tp=1"
+
+    @classmethod
+    def make(
+        cls,
+        config: ModelConfig,
+        *,
+        tensor_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        sequence_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        enable_expert_parallel: bool = False,
+        pipeline_layers: Sequence[int] | None = None,
+    ) -> Layout:
+        """A layout that fits the model, by the long names of the axes.
+
+        Args:
+            enable_expert_parallel: take the largest ep that the other axes allow.
+
+        Raises:
+            LayoutError: it does not fit.
+        """
+        layout = cls(
+            tensor_parallel_size,
+            expert_parallel_size,
+            pipeline_parallel_size,
+            sequence_parallel_size,
+            data_parallel_size,
+            None if pipeline_layers is None else tuple(pipeline_layers),
+        )
+        if enable_expert_parallel:
+            layout = replace(layout, ep=max(layout._usable("ep", config), default=layout.ep))
+        layout.check(config)
+        return layout
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis → degree."""
+        return {axis: getattr(self, axis) for axis in self.AXES}
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks; ep adds none."""
+        return self.pp * self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.dp * self.sp * self.tp
+
+    @property
+    def expert_slices(self) -> int:
+        """How many parts each expert's width is cut into."""
+        return self.tp // self.ep if self.ep < self.tp else 1
+
+    @property
+    def ep_blocks(self) -> int:
+        """How many tp blocks, each with tokens of its own, one set of experts is spread over."""
+        return max(self.ep // self.tp, 1)
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """The place of `rank` (taken modulo the world) along each axis."""
+        rank, tp = divmod(rank, self.tp)
+        rank, sp = divmod(rank, self.sp)
+        rank, dp = divmod(rank, self.dp)
+        return Coordinates(rank % self.pp, dp, sp, tp)
+
+    def rank(self, at: Coordinates) -> int:
+        """The rank at a place; the inverse of `coordinates`."""
+        return ((at.pp * self.dp + at.dp) * self.sp + at.sp) * self.tp + at.tp
+
+    def ep_rank(self, rank: int) -> int:
+        """Which of the ep sets of experts `rank` holds."""
+        at = self.coordinates(rank)
+        if self.ep < self.tp:
+            return at.tp // self.expert_slices
+        return (at.dp * self.sp + at.sp) % self.ep_blocks * self.tp + at.tp
+
+    def stages(self, config: ModelConfig) -> list[range]:
+        """The layers of each stage."""
+        lengths = self.pipeline_layers or balanced_stages(config, self.pp)
+        ends = list(itertools.accumulate(lengths))
+        return [range(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise `LayoutError` if the model cannot be cut this way, naming the layouts that work.
+
+        Widths and vocabularies need no rule: they are padded with zeros, which is exact.
+        """
+        for problem, axes in self._broken_rules(config):
+            advice = [
+                f"{axis}={', '.join(map(str, usable))}"
+                for axis in axes
+                if (usable := sorted(self._usable(axis, config)[:_MOST_ADVICE]))
+            ]
+            raise LayoutError(problem + (f"; use {' or '.join(advice)}" if advice else ""))
+
+    def _broken_rules(self, config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Each broken rule, and the axes of which one can be changed to mend it."""
+        for name, cut in (("tp", self.tp), ("tp·sp", self.tp * self.sp)):
+            axes = ("tp",) if name == "tp" else ("tp", "sp")
+            heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+            if heads % cut:
+                yield f"{name}={cut} does not divide num_attention_heads={heads}", axes
+            elif kv_heads % cut and cut % kv_heads:
+                yield (
+                    f"{name}={cut} and num_key_value_heads={kv_heads} do not divide one another",
+                    axes,
+                )
+        experts = config.n_routed_experts or 0
+        if self.ep > 1 and not experts:
+            yield f"ep={self.ep}, but the model has no routed experts", ("ep",)
+        elif self.ep > 1 and self.ep > experts:
+            yield f"ep={self.ep} exceeds n_routed_experts={experts}", ("ep",)
+        elif self.tp % self.ep and (self.ep % self.tp or self.sp * self.dp % self.ep_blocks):
+            yield (
+                f"ep={self.ep} neither divides tp={self.tp} nor is tp times a divisor of "
+                f"sp·dp={self.sp * self.dp}",
+                ("ep",),
+            )
+        layers = config.num_hidden_layers
+        if self.pp > layers:
+            yield (
+                f"pp={self.pp} exceeds num_hidden_layers={layers}: a stage would be empty",
+                ("pp",),
+            )
+        if self.pipeline_layers is not None:
+            given = ",".join(map(str, self.pipeline_layers))
+            if len(self.pipeline_layers) != self.pp:
+                stages = len(self.pipeline_layers)
+                yield f"pipeline_layers={given} has {stages} stages, not pp={self.pp}", ()
+            elif min(self.pipeline_layers) < 1 or sum(self.pipeline_layers) != layers:
+                yield (
+                    f"pipeline_layers={given} must be positive and sum to "
+                    f"num_hidden_layers={layers}",
+                    (),
+                )
+
+    def _usable(self, axis: str, config: ModelConfig) -> list[int]:
+        """The sizes of `axis` that fit while the other axes stay, nearest first."""
+        most = max(config.num_attention_heads, config.num_hidden_layers, self.stage_size)
+        sizes = [
+            size
+            for size in range(1, most + 1)
+            if not any(self._with(axis, size)._broken_rules(config))
+        ]
+        return sorted(sizes, key=lambda size: abs(size - getattr(self, axis)))
+
+    def _with(self, axis: str, size: int) -> Layout:
+        change: dict[str, Any] = {axis: size}
+        return replace(self, **change)
+
+    @property
+    def dispatches(self) -> tuple[str, ...]:
+        """How tokens can meet experts here, the default first (`moespan.parallel.dispatch`)."""
+        return ("replicated",) if self.ep_blocks == 1 else ("all_gather", "all_to_all")
+
+    def check_dispatch(self, dispatch: str) -> None:
+        """Raise `LayoutError` if `dispatch`, unless it is `auto`, does not apply here."""
+        if dispatch not in ("auto", *self.dispatches):
+            raise LayoutError(
+                f"moe_dispatch={dispatch} does not apply to layout {self}; use auto or "
+                f"{' or '.join(self.dispatches)}"
+            )
+
+
+def all_layouts(world_size: int, config: ModelConfig) -> list[Layout]:
+    """Every layout of `world_size` ranks that the model can be cut into."""
+    divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    return [
+        layout
+        for tp, pp, sp, dp in itertools.product(divisors, repeat=4)
+        if tp * pp * sp * dp == world_size
+        for ep in divisors
+        if not any((layout := Layout(tp, ep, pp, sp, dp))._broken_rules(config))
+    ]
+
+
+# A decode step of this many sequences is what stages are balanced for: it reads nearly all experts,
+# as every larger step does, and still reads each weight for few tokens.
+_BALANCED_TOKENS = 32
+
+
+def balanced_stages(config: ModelConfig, pp: int) -> list[int]:
+    """Layers of each of `pp` stages such that the costliest stage costs the least.
+
+    A layer costs the weights that a decode step of 32 sequences reads: of E experts, of which a
+    token chooses K, E·(1 − (1 − K/E)^32) on average. The head counts as part of the last layer.
+    Of cuts that are equal in this the evenest is taken.
+    """
+    costs = [layer_cost(config, layer) for layer in range(config.num_hidden_layers)]
+    costs[-1] += config.vocab_size * config.hidden_size
+    sums = [0.0, *itertools.accumulate(costs)]
+    # (cost of the costliest stage, sum of squares, lengths) of the best cut of the first layers.
+    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
+    for _ in range(pp):
+        longer = [
+            (end, max(worst, cost), squares + cost**2, [*lengths, end - start])
+            for start, (worst, squares, lengths) in best.items()
+            for end in range(start + 1, len(sums))
+            for cost in [sums[end] - sums[start]]
+        ]
+        best = {
+            end: min(cut[1:] for cut in cuts)
+            for end, cuts in itertools.groupby(sorted(longer), key=lambda cut: cut[0])
+        }
+    return best[len(costs)][2]
+
+
+def layer_cost(config: ModelConfig, layer: int) -> float:
+    """Weights of a layer that a decode step of 32 sequences reads."""
+    head_width = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    cost = float(config.hidden_size * head_width)
+    if not config.is_moe(layer):
+        return cost + 3 * config.hidden_size * config.intermediate_size
+    experts = config.n_routed_experts or 0
+    idle_share = (1 - config.num_experts_per_tok / experts) ** _BALANCED_TOKENS
+    read = experts * (1 - idle_share) * config.moe_intermediate_size
+    return cost + 3 * config.hidden_size * (read + config.shared_intermediate_size)

@@ -1,0 +1,243 @@
+"""The model: geometry and numerics, from a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moespan.errors import ConfigError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Geometry and numerics of one DeepSeek-MoE model (HF `model_type: deepseek`).
+
+    Field names are those of the Hugging Face `config.json`; the defaults of the optional ones are
+    those of its `DeepseekConfig`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    moe_intermediate_size: int = 0
+    n_routed_experts: int | None = None
+    n_shared_experts: int | None = None
+    num_experts_per_tok: int = 0
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    norm_topk_prob: bool = False
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_linear_factor: float = 1.0
+    rms_norm_eps: float = 1e-6
+    dtype: str = "bfloat16"
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> ModelConfig:
+        """Read `config.json` (and the EOS ids of `generation_config.json`) in a checkpoint folder.
+
+        Raises:
+            ConfigError: the file is missing or not JSON, or names something not implemented.
+        """
+        raw = read_json(Path(path) / "config.json")
+        generation = Path(path) / "generation_config.json"
+        if generation.exists():
+            eos = read_json(generation).get("eos_token_id")
+            raw = {**raw, "eos_token_id": eos if eos is not None else raw.get("eos_token_id")}
+        return cls.from_dict(raw)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Build from the contents of an HF `config.json`; `auto_map` (remote code) is ignored.
+
+        Raises:
+            ConfigError: a key is missing, ill-typed, or asks for what is not implemented.
+        """
+        _refuse_unsupported(raw)
+        heads = _integer(raw, "num_attention_heads")
+        # HF: null means "no experts", and null KV heads mean as many as query heads.
+        experts = _optional_integer(raw, "n_routed_experts")
+        config = cls(
+            vocab_size=_integer(raw, "vocab_size"),
+            hidden_size=_integer(raw, "hidden_size"),
+            intermediate_size=_integer(raw, "intermediate_size"),
+            num_hidden_layers=_integer(raw, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=_optional_integer(raw, "num_key_value_heads") or heads,
+            moe_intermediate_size=_integer(raw, "moe_intermediate_size") if experts else 0,
+            n_routed_experts=experts,
+            n_shared_experts=_optional_integer(raw, "n_shared_experts") if experts else None,
+            num_experts_per_tok=_integer(raw, "num_experts_per_tok") if experts else 0,
+            first_k_dense_replace=_integer(raw, "first_k_dense_replace", default=0, least=0),
+            moe_layer_freq=_integer(raw, "moe_layer_freq", default=1),
+            norm_topk_prob=_boolean(raw, "norm_topk_prob"),
+            attention_bias=_boolean(raw, "attention_bias"),
+            tie_word_embeddings=_boolean(raw, "tie_word_embeddings"),
+            max_position_embeddings=_integer(raw, "max_position_embeddings", default=2048),
+            rope_theta=_number(raw, "rope_theta", default=10000.0),
+            rope_linear_factor=_rope_linear_factor(raw),
+            rms_norm_eps=_number(raw, "rms_norm_eps", default=1e-6),
+            dtype=_dtype(raw),
+            eos_token_ids=_eos_token_ids(raw),
+        )
+        config._check()
+        if raw.get("head_dim") not in (None, config.head_dim):
+            raise ConfigError(
+                f"head_dim={raw['head_dim']!r} other than hidden_size/num_attention_heads="
+                f"{config.head_dim} is not implemented"
+            )
+        return config
+
+    def _check(self) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"head size hidden_size/num_attention_heads={self.head_dim} is odd; "
+                "rotary embedding needs an even one"
+            )
+        if heads % kv_heads:
+            raise ConfigError(
+                f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+            )
+        if self.n_routed_experts and self.num_experts_per_tok > self.n_routed_experts:
+            raise ConfigError(
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
+                f"n_routed_experts={self.n_routed_experts}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Width of the shared-expert MLP; 0 when there is none."""
+        return (self.n_shared_experts or 0) * self.moe_intermediate_size
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether `layer` (from 0) has routed experts instead of a dense MLP."""
+        return (
+            self.n_routed_experts is not None
+            and layer >= self.first_k_dense_replace
+            and layer % self.moe_layer_freq == 0
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        """How many layers have routed experts."""
+        return sum(self.is_moe(layer) for layer in range(self.num_hidden_layers))
+
+    def kv_bytes_per_token(self, dtype: str | None = None) -> int:
+        """Bytes of KV cache that one token takes over all layers and heads."""
+        elements = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+        return elements * DTYPE_BYTES[dtype or self.dtype]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from `path`.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; is {path.parent} a checkpoint folder?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    """Refuse by name whatever would change the model's function and is not implemented."""
+    implemented = {"model_type": "deepseek", "scoring_func": "softmax", "hidden_act": "silu"}
+    for key, value in implemented.items():
+        found = raw.get(key, None if key == "model_type" else value)
+        if found != value:
+            raise ConfigError(f"{key}={found!r} is not implemented; only {value!r} is")
+    must_be_absent = {
+        "quantization_config": None,
+        "routed_scaling_factor": 1.0,
+        "rope_parameters": None,
+    }
+    for key, neutral in must_be_absent.items():
+        if raw.get(key) not in (None, neutral):
+            raise ConfigError(f"{key}={raw[key]!r} is not implemented")
+
+
+def _rope_linear_factor(raw: Mapping[str, Any]) -> float:
+    scaling = raw.get("rope_scaling")
+    if scaling is None:
+        return 1.0
+    if not isinstance(scaling, dict):
+        raise ConfigError(f"rope_scaling={scaling!r} must be null or an object")
+    kind = scaling.get("type", scaling.get("rope_type"))
+    if kind == "default":
+        return 1.0
+    if kind != "linear":
+        raise ConfigError(f"rope_scaling type {kind!r} is not implemented; only 'linear' is")
+    return _number(scaling, "factor")
+
+
+def _dtype(raw: Mapping[str, Any]) -> str:
+    dtype = str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"torch_dtype={dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+    return dtype
+
+
+def _eos_token_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    value = raw.get("eos_token_id")
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if any(isinstance(id_, bool) or not isinstance(id_, int) or id_ < 0 for id_ in ids):
+        raise ConfigError(f"eos_token_id={value!r} must be a token id or a list of them")
+    return tuple(ids)
+
+
+def _integer(raw: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
+    value = raw.get(key, default)
+    if value is None:
+        raise ConfigError(f"config.json has no {key}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{key}={value!r} must be an integer of at least {least}")
+    return value
+
+
+def _optional_integer(raw: Mapping[str, Any], key: str) -> int | None:
+    return None if raw.get(key) is None else _integer(raw, key)
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = raw.get(key, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ConfigError(f"{key}={value!r} must be a number above 0")
+    return float(value)
+
+
+def _boolean(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r} must be true or false")
+    return bool(value)
