@@ -17,7 +17,8 @@ from safetensors import safe_open
 
 from moespan import LLM, SamplingParams, __version__
 from moespan.checkpoint.random import preset
-from moespan.cli import _BYTES, _COUNTS, _parser, _scaled, main
+from moespan.cli import _parser, main
+from moespan.cli.show import BYTES, COUNTS, scaled
 from moespan.engine.client import LocalClient
 from moespan.errors import EngineDeadError
 from tests.support import DATA, QUICKSTART, altered_checkpoint, write_config
@@ -483,11 +484,11 @@ def test_info_on_a_dense_model(cli: Cli, tmp_path: Path):
     ],
 )
 def test_a_number_has_the_unit_that_it_fills(number: float, text: str):
-    assert _scaled(number, _BYTES) == text
+    assert scaled(number, BYTES) == text
 
 
 def test_a_count_of_few_has_no_unit():
-    assert [_scaled(n, _COUNTS, 3) for n in (12, 12_345)] == ["12", "12.345 K"]
+    assert [scaled(n, COUNTS, 3) for n in (12, 12_345)] == ["12", "12.345 K"]
 
 
 # make-checkpoint

@@ -1,0 +1,178 @@
+"""The command line: one thin verb each. Heavy imports wait until a verb needs them.
+
+`moespan VERB --help` shows a verb's flags; vLLM's and SGLang's spellings are accepted too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from moespan import __version__
+from moespan.cli.flags import (
+    add_common_flags,
+    add_model_flags,
+    add_sampling_flags,
+    serve_node,
+)
+from moespan.cli.verbs import (
+    EXIT_FAILED,
+    doctor,
+    generate,
+    info,
+    make_checkpoint,
+    print_environment,
+    verify,
+)
+from moespan.errors import MoespanError
+from moespan.launch.environment import keep_torch_npu_out
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one verb and exit: 0 if all went well, 1 if something failed, 2 for a wrong command."""
+    args = _parser().parse_args(argv)
+    # An installed torch_npu without CANN would make `import torch` fail, for other devices too.
+    keep_torch_npu_out()
+    try:
+        if getattr(args, "print_env", False):
+            args.run = print_environment
+        elif getattr(args, "node_rank", 0) > 0 and args.run is not doctor:
+            serve_node(args)
+        code = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone. Python flushes once more at the end: into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    except (MoespanError, OSError) as error:
+        print(f"moespan: {error}", file=sys.stderr)
+        code = EXIT_FAILED
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moespan", description="Runs DeepSeek-MoE under any layout. See VERB --help."
+    )
+    parser.add_argument("--version", action="version", version=f"moespan {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    verb = verbs.add_parser(
+        "generate", help="continue prompts", description=generate.__doc__, allow_abbrev=False
+    )
+    add_model_flags(verb)
+    what = verb.add_mutually_exclusive_group()  # one is required, but not with --print-env
+    what.add_argument(
+        "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts"
+    )
+    what.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='lines {"prompt": text or ids, "id": any, "params": {...}}',
+    )
+    verb.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="answers, a line each as they finish (default: stdout)",
+    )
+    verb.add_argument("--resume", action="store_true", help="skip ids that --output has already")
+    verb.add_argument(
+        "--chat",
+        action="store_true",
+        help="put prompts through the chat template as what the user says",
+    )
+    verb.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
+    verb.add_argument("--quiet", action="store_true", help="only answers and errors")
+    add_sampling_flags(verb)
+    verb.set_defaults(run=generate, usage_error=verb.error)
+
+    verb = verbs.add_parser(
+        "verify",
+        help="compare with reference logits",
+        description=verify.__doc__,
+        allow_abbrev=False,
+    )
+    add_model_flags(verb)
+    verb.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="p<i>.ids [T], p<i>.logits [T, V], p<i>.greedy [N]",
+    )
+    verb.add_argument(
+        "--all-layouts",
+        type=int,
+        metavar="WORLD",
+        help="run every layout of WORLD ranks and print a table",
+    )
+    verb.add_argument(
+        "--trace",
+        action="store_true",
+        help="also compare hidden states and router choices, where the reference has them",
+    )
+    verb.add_argument(
+        "--write-reference",
+        action="store_true",
+        help="make the file, from the float32 model on one rank",
+    )
+    verb.add_argument(
+        "--prompt",
+        nargs="+",
+        action="extend",
+        metavar="TEXT",
+        help="prompts of the file to make (default: random token ids)",
+    )
+    verb.add_argument(
+        "--max-tokens", type=int, metavar="N", help="greedy tokens in the file to make (24)"
+    )
+    verb.add_argument("--json", action="store_true", help="print the report as JSON")
+    verb.set_defaults(run=verify, max_num_batched_tokens=256, usage_error=verb.error)
+
+    verb = verbs.add_parser(
+        "info", help="describe a model", description=info.__doc__, allow_abbrev=False
+    )
+    add_common_flags(verb)
+    verb.add_argument("--json", action="store_true", help="print as JSON")
+    verb.set_defaults(run=info)
+
+    verb = verbs.add_parser(
+        "make-checkpoint",
+        help="write random weights",
+        description=make_checkpoint.__doc__,
+        allow_abbrev=False,
+    )
+    verb.add_argument("folder", type=Path, metavar="DIR")
+    verb.add_argument("--preset", default="tiny", metavar="{16b,16b-4l,tiny}")
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a key of config.json; may be repeated",
+    )
+    verb.add_argument("--seed", type=int, default=0)
+    verb.set_defaults(run=make_checkpoint)
+
+    verb = verbs.add_parser(
+        "doctor",
+        help="check this machine",
+        description=doctor.__doc__,
+        allow_abbrev=False,
+    )
+    add_model_flags(verb, model_is_required=False)
+    verb.add_argument(
+        "--collectives",
+        action="store_true",
+        help="also start the layout's ranks, and time all-reduces over each axis",
+    )
+    verb.add_argument("--json", action="store_true", help="print the findings as JSON")
+    verb.set_defaults(run=doctor)
+    return parser

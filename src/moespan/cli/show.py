@@ -1,0 +1,107 @@
+"""What the verbs print for people."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moespan.llm import LLM
+    from moespan.verify_layouts import LayoutReport
+
+
+LAYOUT_ROW = "{:<28}{:<12}{:>10}  {:<8}{:<8}{}"
+
+
+def print_layout(one: LayoutReport) -> None:
+    greedy = all(prompt.greedy_equal is not False for prompt in one.report.prompts)
+    sent = ", ".join(f"{axis} {count:,.0f}" for axis, count in one.sent_bytes_per_token.items())
+    print(
+        LAYOUT_ROW.format(
+            str(one.layout),
+            one.dispatch,
+            f"{one.report.max_relative_diff:.1e}",
+            "equal" if greedy else "differs",
+            "FAILED" if one.report.failures else "passed",
+            sent or "-",
+        ),
+        flush=True,
+    )
+    if one.first_difference:
+        print(f"    first difference from one rank: {one.first_difference}")
+
+
+COUNTS = ("", " K", " M", " B")
+
+
+BYTES = (" B", " kB", " MB", " GB", " TB")
+
+
+def scaled(number: float, units: Sequence[str], digits: int = 2) -> str:
+    """`number` in the largest of `units`, each a thousand of the one before, that it fills."""
+    power = 0
+    while number >= 1000 and power + 1 < len(units):
+        number /= 1000
+        power += 1
+    return f"{number:.{digits if power else 0}f}{units[power]}"
+
+
+def say_start(args: argparse.Namespace, llm: LLM) -> None:
+    """Where it runs and how, on stderr."""
+    if args.quiet:
+        return
+    info = llm.info
+    rate = scaled(info.read_bytes / max(info.load_s, 1e-9), BYTES)
+    print(
+        f"model    {args.model}\n"
+        f"runs on  {info.device}, {info.dtype}, {info.layout}\n"
+        f"weights  {scaled(info.weight_bytes, BYTES)} per rank, loaded in {info.load_s:.2f} s "
+        f"({rate}/s)\n"
+        f"KV cache {info.num_blocks * info.block_size} tokens in blocks of {info.block_size}",
+        file=sys.stderr,
+    )
+    if info.binding:
+        print("cores   ", "\n         ".join(info.binding), file=sys.stderr)
+
+
+def say_speed(args: argparse.Namespace, num_requests: int, num_tokens: int, seconds: float) -> None:
+    if not args.quiet:
+        rate = num_tokens / max(seconds, 1e-9)
+        print(
+            f"{num_requests} answered, {num_tokens} tokens in {seconds:.2f} s: {rate:.1f} tokens/s",
+            file=sys.stderr,
+        )
+
+
+def print_text(prompt: str, output: Any) -> None:
+    for one in output.outputs:
+        text = one.text if one.text or not one.token_ids else " ".join(map(str, one.token_ids))
+        print(f"\n{prompt}\n→ {text}")
+
+
+def print_verification(report: Any) -> None:
+    print(
+        f"{'prompt':<8}{'tokens':>7}{'max |Δ|':>11}{'mean KL':>11}{'top-1':>9}  "
+        f"{'first diff':<12}greedy"
+    )
+    for one in report.prompts:
+        first = "-" if one.first_divergence is None else f"at {one.first_divergence}"
+        greedy = {True: "equal", False: f"differs at {one.first_greedy_divergence}", None: "-"}
+        print(
+            f"{one.name:<8}{one.num_tokens:>7}{one.max_abs_diff:>11.2e}{one.mean_kl:>11.2e}"
+            f"{one.top1:>9.2%}  {first:<12}{greedy[one.greedy_equal]}"
+        )
+    limit = report.tolerance
+    kl_limit = "" if limit.kl is None else f" (limit {limit.kl:.1e})"
+    top1_limit = "" if limit.top1 is None else f" (limit {limit.top1:.1%})"
+    print(
+        f"\n{report.dtype}, {report.layout}: max |Δ| {report.max_relative_diff:.2e} of the largest "
+        f"logit (limit {limit.relative:.1e}), mean KL {report.mean_kl:.2e}{kl_limit}, "
+        f"top-1 {report.top1:.2%}{top1_limit}"
+    )
+    for failure in report.failures:
+        print(f"FAILED: {failure}")
+    if not report.failures:
+        print("passed")

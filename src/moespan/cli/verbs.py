@@ -1,0 +1,419 @@
+"""What each verb does: reads its flags, calls the package, prints what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moespan.cli.flags import (
+    LAYOUT,
+    SAMPLING,
+    nodes_of,
+    planned,
+    set_layout,
+    start_llm,
+)
+from moespan.cli.show import (
+    BYTES,
+    COUNTS,
+    LAYOUT_ROW,
+    print_layout,
+    print_text,
+    print_verification,
+    say_speed,
+    say_start,
+    scaled,
+)
+from moespan.config import DTYPE_BYTES, Layout, ModelConfig, all_layouts
+from moespan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moespan.llm import LLM
+    from moespan.verify import Reference
+    from moespan.verify_layouts import LayoutReport
+
+
+EXIT_FAILED = 1
+"""Something was asked that could not be done, or a check did not pass."""
+
+
+EXIT_USAGE = 2
+"""The command line itself is wrong."""
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continue prompts from the command line or from a JSONL file."""
+    from moespan.batch import answer
+    from moespan.engine.request import SamplingParams
+
+    if args.prompt is None and args.input is None:
+        args.usage_error("one of the arguments --prompt --input is required")
+    params = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    sampling = SamplingParams.from_dict(params)
+    if args.input is not None:
+        return _generate_batch(args, params)
+    if args.output is not None or args.resume:
+        raise ConfigError("--output and --resume go with --input FILE.jsonl")
+    with start_llm(args) as llm:
+        say_start(args, llm)
+        started = time.perf_counter()
+        if args.chat:
+            said = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+            outputs = llm.chat(said, sampling)
+        else:
+            outputs = llm.generate(args.prompt, sampling)
+        seconds = time.perf_counter() - started
+    num_failed = 0
+    for number, output in enumerate(outputs):
+        if output.error is not None:
+            num_failed += 1
+            print(f"moespan: prompt {number}: {output.error}", file=sys.stderr)
+        elif args.json:
+            print(json.dumps(answer(number, output), ensure_ascii=False))
+        else:
+            print_text(args.prompt[number], output)
+    num_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+    say_speed(args, len(outputs) - num_failed, num_tokens, seconds)
+    return EXIT_FAILED if num_failed else 0
+
+
+def _generate_batch(args: argparse.Namespace, params: dict[str, Any]) -> int:
+    from tqdm import tqdm
+
+    from moespan.batch import answered_ids, run_batch
+
+    if not args.input.is_file():
+        raise ConfigError(f"--input {args.input} is not a file")
+    if args.resume and args.output is None:
+        raise ConfigError("--resume needs --output FILE.jsonl, where the answers so far are")
+    done: set[str] = set()
+    if args.output is not None:
+        _check_writable(args.output, "--output")
+    if args.output is not None and args.output.exists():
+        if not args.resume:
+            raise ConfigError(
+                f"--output {args.output} exists; add --resume to answer only what is missing in "
+                "it, or give another file"
+            )
+        done = answered_ids(args.output)
+    with args.input.open("rb") as file:
+        num_lines = sum(1 for line in file if line.strip())
+    with (
+        start_llm(args) as llm,
+        _output(args.output) as output,
+        tqdm(total=num_lines, unit="prompt", disable=args.quiet or None) as bar,
+    ):
+        say_start(args, llm)
+        report = run_batch(
+            llm,
+            args.input,
+            output,
+            params,
+            chat=args.chat,
+            done=done,
+            complain=lambda message: tqdm.write(f"moespan: {message}", file=sys.stderr),
+            advance=bar.update,
+        )
+    if report.num_skipped and not args.quiet:
+        print(f"{report.num_skipped} were answered before", file=sys.stderr)
+    say_speed(args, report.num_answered, report.num_output_tokens, report.seconds)
+    if report.num_failed:
+        print(f"moespan: {report.num_failed} of {num_lines} lines failed", file=sys.stderr)
+    return EXIT_FAILED if report.num_failed else 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Compare the engine with reference logits, or write such a file."""
+    from moespan import verify as verification
+
+    if args.reference is None:
+        args.usage_error("the following arguments are required: --reference")
+    if args.write_reference:
+        return _write_reference(args)
+    if args.prompt is not None or args.max_tokens is not None:
+        raise ConfigError("--prompt and --max-tokens go with --write-reference")
+    reference = verification.Reference(args.reference)
+    if args.all_layouts is not None:
+        return _verify_layouts(args, reference)
+    with start_llm(args) as llm:
+        report = verification.verify(llm, reference)
+        differences = {}
+        if args.trace:
+            from moespan.verify_layouts import trace_against_reference
+
+            differences = trace_against_reference(llm, reference, report.tolerance.relative)
+    if args.json:
+        print(json.dumps({**report.to_dict(), "first_differences": differences}))
+    else:
+        print_verification(report)
+        for name, difference in differences.items():
+            print(f"{name}: first difference inside: {difference}")
+        if args.trace and not differences:
+            print("nothing inside differs from what the reference holds")
+    return EXIT_FAILED if report.failures or differences else 0
+
+
+def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
+    from moespan.hub import resolve
+    from moespan.verify_layouts import verify_layouts
+
+    config = ModelConfig.from_pretrained(resolve(args.model))
+    layouts = all_layouts(args.all_layouts, config)
+    if not layouts:
+        raise ConfigError(f"--all-layouts {args.all_layouts}: no layout of so many ranks fits")
+
+    def start(layout: Layout) -> LLM:
+        set_layout(args, layout)
+        if layout.world_size == 1:  # for what differs inside: node 0 does it alone
+            args.nnodes = 1
+        return start_llm(args)
+
+    reports: list[LayoutReport] = []
+    if not args.json:
+        print(LAYOUT_ROW.format("layout", "dispatch", "max |Δ|", "greedy", "", "bytes sent/token"))
+    with start(layouts[0]) as llm:
+        for one in verify_layouts(llm, layouts, reference, lambda: start(Layout())):
+            reports.append(one)
+            if not args.json:
+                print_layout(one)
+    failed = sum(bool(one.report.failures) for one in reports)
+    if args.json:
+        print(json.dumps([one.to_dict() for one in reports]))
+    else:
+        seconds = sum(one.seconds for one in reports)
+        verdict = f"{failed} FAILED" if failed else "all passed"
+        print(f"{len(layouts)} layouts, {len(reports)} runs in {seconds:.0f} s: {verdict}")
+    return EXIT_FAILED if failed else 0
+
+
+def _write_reference(args: argparse.Namespace) -> int:
+    from moespan.verify import write_reference
+
+    if args.reference.exists():
+        raise ConfigError(f"--reference {args.reference} exists; give a new file to write")
+    _check_writable(args.reference, "--reference")
+    is_cut = any(getattr(args, name) not in (1, False, None) for name in LAYOUT)
+    if args.dtype not in ("auto", "float32") or is_cut:
+        raise ConfigError(
+            "--write-reference computes in float32 on one rank; leave --dtype and -tp out"
+        )
+    args.dtype = "float32"
+    num_tokens = 24 if args.max_tokens is None else args.max_tokens
+    if num_tokens < 1:
+        raise ConfigError(f"--max-tokens {num_tokens} must be at least 1")
+    with start_llm(args) as llm:
+        prompts = _reference_prompts(args.prompt, llm, num_tokens)
+        write_reference(llm, args.reference, prompts, num_tokens)
+    print(f"wrote {args.reference}: {len(prompts)} prompts, float32, one rank")
+    return 0
+
+
+def info(args: argparse.Namespace) -> int:
+    """Describe a model in one page; reads no weights."""
+    from moespan.checkpoint.experts import ExpertPlacement, expert_rule
+    from moespan.checkpoint.placement import cache_bytes_per_token, count_parameters, place
+    from moespan.hub import resolve
+
+    config = ModelConfig.from_pretrained(resolve(args.model))
+    layout = Layout.make(config, **{name: getattr(args, name) for name in LAYOUT})
+    placement = ExpertPlacement.make(expert_rule(args.expert_placement), config, layout)
+    total, active = count_parameters(config)
+    dtype = config.dtype if args.dtype == "auto" else args.dtype
+    ranks = [
+        place(config, layout, rank, placement).num_bytes(dtype) for rank in range(layout.world_size)
+    ]
+    cache = [
+        cache_bytes_per_token(config, layout, rank, dtype) for rank in range(layout.world_size)
+    ]
+    facts: dict[str, Any] = {
+        "model": args.model,
+        "parameters": total,
+        "active_parameters": active,
+        "bytes": {name: total * size for name, size in DTYPE_BYTES.items()},
+        "kv_bytes_per_token": {name: config.kv_bytes_per_token(name) for name in DTYPE_BYTES},
+        "dtype": dtype,
+        "layout": layout.sizes,
+        "pipeline_layers": [len(stage) for stage in layout.stages(config)],
+        "weight_bytes_per_rank": ranks,
+        "kv_bytes_per_token_per_rank": cache,
+        "config": {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__},
+    }
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    experts = (
+        f"{config.n_routed_experts} routed, top {config.num_experts_per_tok}, "
+        f"{config.n_shared_experts or 0} shared, width {config.moe_intermediate_size}, "
+        f"in {config.num_moe_layers} layers"
+        if config.n_routed_experts
+        else "none"
+    )
+    lines = [
+        ("model", args.model),
+        (
+            "parameters",
+            f"{scaled(total, COUNTS, 3)} total, {scaled(active, COUNTS)} active for one token",
+        ),
+        ("layers", f"{config.num_hidden_layers}, hidden size {config.hidden_size}"),
+        (
+            "attention",
+            f"{config.num_attention_heads} heads × {config.head_dim}, "
+            f"{config.num_key_value_heads} KV heads",
+        ),
+        ("experts", experts),
+        ("dense MLP width", str(config.intermediate_size)),
+        ("vocabulary", str(config.vocab_size)),
+        ("longest sequence", f"{config.max_position_embeddings} tokens"),
+        (
+            "weights",
+            ", ".join(
+                f"{scaled(total * size, BYTES)} {name}" for name, size in DTYPE_BYTES.items()
+            ),
+        ),
+        (
+            "KV cache per token",
+            ", ".join(
+                f"{config.kv_bytes_per_token(name) / 1024:g} KiB {name}" for name in DTYPE_BYTES
+            ),
+        ),
+        (
+            f"per rank, {layout}",
+            f"{scaled(max(ranks), BYTES)} of {dtype} weights, "
+            f"{max(cache) / 1024:g} KiB KV cache per token",
+        ),
+    ]
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def make_checkpoint(args: argparse.Namespace) -> int:
+    """Write a random checkpoint in Hugging Face form."""
+    from tqdm import tqdm
+
+    from moespan.checkpoint.placement import count_parameters
+    from moespan.checkpoint.random import make_checkpoint, preset
+
+    overrides: dict[str, Any] = {}
+    for item in args.set:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {item!r} is not key=value")
+        try:
+            overrides[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            overrides[key] = value
+    raw = preset(args.preset, overrides)
+    config = ModelConfig.from_dict(raw)
+    total_bytes = count_parameters(config)[0] * DTYPE_BYTES[config.dtype]
+    started = time.perf_counter()
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        make_checkpoint(args.folder, raw, args.seed, bar.update)
+    seconds = time.perf_counter() - started
+    print(f"wrote {args.folder}: {scaled(total_bytes, BYTES)} in {seconds:.1f} s", file=sys.stderr)
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Look for what would stop a job on this machine or slow it down; exit code 1 if something
+    would stop it."""
+    from moespan.doctor import report
+    from moespan.doctor.checks import examine
+    from moespan.doctor.devices import find_device
+    from moespan.doctor.host import Host
+    from moespan.doctor.job_plan import JobPlan
+
+    host = Host()
+    if args.device == "auto":
+        args.device = find_device(host)
+    model, config = planned(args)
+    job = JobPlan(
+        device=config.device,
+        layout=config.layout,
+        config=config if model else None,
+        model=model,
+        bind=args.bind,
+        nodes=nodes_of(args),
+    )
+    findings = examine(host, job)
+    if args.collectives:
+        from moespan.doctor.collectives import findings as time_collectives
+
+        findings += time_collectives(config, args.nnodes)
+    if args.json:
+        print(json.dumps(report.to_dict(findings, job.device, str(job.layout))))
+    else:
+        print(*report.table(findings), sep="\n")
+    return EXIT_FAILED if any(one.status == report.PROBLEM for one in findings) else 0
+
+
+def print_environment(args: argparse.Namespace) -> int:
+    """Show the environment variables that the ranks would get."""
+    from moespan.launch.binding import plan_binding
+    from moespan.launch.environment import describe, environment_here
+    from moespan.launch.network import address_towards, interface_of
+
+    if args.device == "auto":
+        from moespan.launch.device import choose_device
+
+        args.device = choose_device(args.device)
+    _, config = planned(args)
+    nnodes = args.nnodes
+    ranks = nodes_of(args).ranks_per_node(config.layout)
+    threads = (
+        [part.threads for part in plan_binding(config.bind, config.device, ranks).ranks]
+        if config.layout.world_size > 1
+        else []
+    )
+    address, interface = "", "lo"
+    if nnodes > 1:
+        address = address_towards(args.master_addr) or ""
+        interface = (interface_of(address) if address else None) or ""
+    print(*describe(environment_here(config, threads, nnodes, address, interface)), sep="\n")
+    return 0
+
+
+@contextlib.contextmanager
+def _output(path: Path | None) -> Iterator[Any]:
+    if path is None:
+        yield sys.stdout
+        return
+    with path.open("a", encoding="utf-8") as file:
+        yield file
+
+
+def _check_writable(path: Path, flag: str) -> None:
+    """Refuse now what could not be written after a long run."""
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+
+
+def _reference_prompts(texts: list[str] | None, llm: LLM, num_tokens: int) -> list[list[int]]:
+    """`texts`, or random prompts that leave room for `num_tokens` more."""
+    import random
+
+    if texts is not None:
+        if llm.tokenizer is None:
+            raise ConfigError("--prompt needs a tokenizer, and this checkpoint has none")
+        return [llm.tokenizer.encode(text) for text in texts]
+    draw = random.Random(0)
+    longest = llm.config.max_model_len - num_tokens
+    if longest < 1:
+        raise ConfigError(
+            f"--max-tokens {num_tokens} leaves no room for a prompt within "
+            f"max_model_len={llm.config.max_model_len}"
+        )
+    return [
+        [draw.randrange(llm.model_config.vocab_size) for _ in range(length)]
+        for length in (1, 7, 32, 100)
+        if length <= longest
+    ]
