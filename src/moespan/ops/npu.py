@@ -17,6 +17,7 @@ router, so that it takes the plain ones.
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -266,8 +267,14 @@ class _Graph:
             raise RuntimeError("this torch_npu cannot update the lengths of recorded attention")
         self._graph = npu.NPUGraph()
         self._done = npu.Event()
-        with npu.graph(self._graph, pool=pool, auto_dispatch_capture=True):
-            run()
+        # A graph of an engine that is gone must not be collected while another one is recorded.
+        gc.collect()
+        gc.disable()
+        try:
+            with npu.graph(self._graph, pool=pool, auto_dispatch_capture=True):
+                run()
+        finally:
+            gc.enable()
 
     def __call__(self, total_lens: list[int]) -> None:
         # The lengths must not change under a replay that still runs. As a rule none does: its
