@@ -38,13 +38,8 @@ if TYPE_CHECKING:
     from moespan.verify import Reference
     from moespan.verify_layouts import LayoutReport
 
-
 EXIT_FAILED = 1
 """Something was asked that could not be done, or a check did not pass."""
-
-
-EXIT_USAGE = 2
-"""The command line itself is wrong."""
 
 
 def generate(args: argparse.Namespace) -> int:
