@@ -136,7 +136,7 @@ def make_worker(
     )
     worker = Worker(settings, config, mesh, ops, weights, num_blocks)
     for caches in worker.caches:
-        for cache in caches:
+        for cache in caches.tensors:
             cache.fill_(torch.nan)
     return worker
 

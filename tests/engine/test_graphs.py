@@ -15,7 +15,7 @@ from torch import Tensor
 from moespan import notice
 from moespan.engine.graphs import padded_sizes
 from moespan.engine.plan import StepPlan, StepPlans
-from moespan.ops import AttentionBatch, CpuOps, Replay
+from moespan.ops import AttentionBatch, CpuOps, KVCache, Replay
 from moespan.ops.npu import plain_decode
 from moespan.parallel.traffic import Traffic
 from tests.engine.test_worker import plan
@@ -31,13 +31,11 @@ class RecordingOps(CpuOps):
         self.error = error
         self.num_recorded = self.num_replayed = 0
 
-    def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
-    ) -> Tensor:
+    def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
         # Lengths of the host would be those of the first step for ever.
         if len(q) and batch.is_decode:
-            return plain_decode(q, k_cache, v_cache, batch, scale)
-        return super().attention(q, k_cache, v_cache, batch, scale)
+            return plain_decode(q, cache, batch, scale)
+        return super().attention(q, cache, batch, scale)
 
     def record(self, run: Callable[[], object]) -> Replay:
         if self.error is not None:
@@ -97,7 +95,7 @@ def test_padding_writes_nothing_into_blocks_of_requests(num_sequences: int):
         assert [s.token_id for s in ours.samples] == [s.token_id for s in theirs.samples]
     assert ops.num_replayed == 5
     for pairs in zip(worker.caches, plain.caches, strict=True):
-        for ours, theirs in zip(*pairs, strict=True):
+        for ours, theirs in zip(*(pair.tensors for pair in pairs), strict=True):
             ours = ours[: len(theirs)]
             assert torch.equal(ours.isnan(), theirs.isnan())
             torch.testing.assert_close(ours.nan_to_num(), theirs.nan_to_num())
@@ -148,7 +146,7 @@ def test_enforce_eager_takes_no_blocks_and_records_nothing():
     worker = make_worker(Oracle("tiny").config, ops=ops, enforce_eager=True, num_blocks=50)
     execute(worker, decode(2, 0))
     assert ops.num_recorded == 0
-    assert len(worker.caches[0][0]) == 50
+    assert len(worker.caches[0].keys) == 50
 
 
 def test_collectives_of_a_replay_are_counted_and_those_of_recording_are_not():

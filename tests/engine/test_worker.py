@@ -171,5 +171,5 @@ def test_caches_have_a_slot_for_every_kv_head_of_every_layer(kv_heads: int, expe
     worker = make_worker(config, block_size=8, num_blocks=5)
     assert len(worker.caches) == config.num_hidden_layers
     for caches in worker.caches:
-        for cache in caches:
+        for cache in caches.tensors:
             assert cache.shape == (5, 8, expected, config.head_dim)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moespan.ops import AttentionBatch, Ops, ReferenceOps
+from moespan.ops import AttentionBatch, KVCache, Ops, ReferenceOps, Weight
 
 REFERENCE = ReferenceOps()
 # A share of the largest value: a few roundings, as the orders of operations differ.
@@ -68,6 +68,9 @@ class OpsContract:
         """Copies on the device: operations may not change what the reference is given."""
         return [tensor.clone().to(self.device) for tensor in tensors]
 
+    def prepared(self, ops: Ops, module: str, **weights: Tensor) -> list[Weight]:
+        return [ops.prepare(f"{module}.{name}", *self.to(w)) for name, w in weights.items()]
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("shape", [(1, 16), (7, 33), (130, 256), (0, 16)])
     def test_norms(self, ops: Ops, shape: tuple[int, int], dtype: torch.dtype):
@@ -82,10 +85,14 @@ class OpsContract:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("num_tokens", [0, 1, 19])
-    @pytest.mark.parametrize("width", [2, 34])
-    def test_swiglu(self, ops: Ops, num_tokens: int, width: int, dtype: torch.dtype):
+    @pytest.mark.parametrize(("width", "hidden"), [(34, 7), (64, 128)])
+    def test_mlp(self, ops: Ops, num_tokens: int, width: int, hidden: int, dtype: torch.dtype):
         x = self.random(num_tokens, width, dtype=dtype)
-        assert_close(ops.swiglu(*self.to(x)), REFERENCE.swiglu(x), dtype)
+        gate_up = self.random(2 * hidden, width, dtype=dtype) / 8
+        down = self.random(width, hidden, dtype=dtype) / 8
+        weights = self.prepared(ops, "layers.0.mlp", gate_up=gate_up, down=down)
+        expected = REFERENCE.mlp(x, gate_up, down)
+        assert_close(ops.mlp(*self.to(x), *weights), expected, dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("has_bias", [False, True])
@@ -94,7 +101,8 @@ class OpsContract:
         bias = self.random(7, dtype=dtype) if has_bias else None
         moved = self.to(bias) if bias is not None else [None]
         expected = REFERENCE.linear(x, weight, bias)
-        assert_close(ops.linear(*self.to(x, weight), *moved), expected, dtype)
+        prepared = self.prepared(ops, "layers.0.attention", qkv=weight)
+        assert_close(ops.linear(*self.to(x), *prepared, *moved), expected, dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("num_tokens", [0, 1, 9])
@@ -156,14 +164,14 @@ class OpsContract:
                 self.random(num_tokens, num_kv_heads, head_size, dtype=dtype, seed=s)
                 for s in (2, 3)
             )
-            ours = self.to(*caches)
-            ops.write_cache(*self.to(k, v), *ours, batch.slots)
-            found = ops.attention(*self.to(q), *ours, batch, 0.3)
-            REFERENCE.write_cache(k, v, *caches, at_home.slots)
-            for our_cache, cache in zip(ours, caches, strict=True):
+            ours, theirs = KVCache(*self.to(*caches)), KVCache(*caches)
+            ops.write_cache(*self.to(k, v), ours, batch.slots)
+            found = ops.attention(*self.to(q), ours, batch, 0.3)
+            REFERENCE.write_cache(k, v, theirs, at_home.slots)
+            for our_cache, cache in zip(ours.tensors, theirs.tensors, strict=True):
                 assert torch.equal(our_cache.cpu().isnan(), cache.isnan())
                 assert torch.equal(our_cache.cpu().nan_to_num(), cache.nan_to_num())
-            assert_close(found, REFERENCE.attention(q, *caches, at_home, 0.3), dtype)
+            assert_close(found, REFERENCE.attention(q, theirs, at_home, 0.3), dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("renormalize", [False, True])
@@ -228,9 +236,6 @@ class OpsContract:
             slots = torch.full_like(slots, num_slots)
         expected = REFERENCE.experts(x, weights, slots, gate_up, down, first, num_slots)
         for kind in (torch.int64, torch.int32):
-            banks = (
-                ops.prepare(f"layers.0.mlp.experts.{name}", bank)
-                for name, bank in zip(("gate_up", "down"), self.to(gate_up, down), strict=True)
-            )
+            banks = self.prepared(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
             args: list[Any] = [*self.to(x, weights, slots.to(kind)), *banks, first, num_slots]
             assert_close(ops.experts(*args), expected, dtype)

@@ -14,7 +14,7 @@ from moespan.engine.sampler import sample, token_logprobs
 from moespan.engine.trace import Observation
 from moespan.memory import to_device, zeros
 from moespan.model.network import Model, Observer, Weights
-from moespan.ops import AttentionBatch, Ops
+from moespan.ops import AttentionBatch, KVCache, Ops
 from moespan.parallel.dispatch import Dispatch
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.pipeline import StageLink
@@ -59,7 +59,7 @@ class Worker:
         total_blocks = num_blocks + scratch_blocks(config, ops)
         shape = (total_blocks, config.block_size, heads, model_config.head_dim)
         self.caches = [
-            (zeros(shape, dtype, mesh.device), zeros(shape, dtype, mesh.device))
+            KVCache(zeros(shape, dtype, mesh.device), zeros(shape, dtype, mesh.device))
             for _ in self.model.layers
         ]
         self.graphs: DecodeGraphs | None = None

@@ -21,12 +21,12 @@ from torch import Tensor
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.placement import Share, head_shares
 from moespan.config import ModelConfig
-from moespan.ops import AttentionBatch, Ops
+from moespan.ops import AttentionBatch, KVCache, Ops, Weight
 from moespan.parallel.dispatch import Dispatch, Slots
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.tokens import split_evenly
 
-Weights = Mapping[str, Tensor]
+Weights = Mapping[str, Weight]
 # Called with (layer, module, value [L, ...]) as the network computes, the same on all tp ranks: for
 # looking inside, not for changing. Layer -1 is before the first.
 Observer = Callable[[int, str, Tensor], None]
@@ -70,14 +70,14 @@ class Attention:
             device=mesh.device,
         )
 
-    def __call__(self, x: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step) -> Tensor:
+    def __call__(self, x: Tensor, cache: KVCache, step: Step) -> Tensor:
         """[L, H] replicated over tp → [L, H] replicated over tp."""
         qkv = self.ops.linear(x, self.qkv, self.qkv_bias).unflatten(-1, (-1, self.head_dim))
         q, k, v = self.ops.rope(qkv, self.num_heads, self.num_kv_heads, step.cos, step.sin)
         if self.sp.size > 1:
             q, k, v = self._to_heads(torch.cat([q, k, v], 1), step.lengths)
-        self.ops.write_cache(k, v, k_cache, v_cache, step.batch.slots)
-        attended = self.ops.attention(q, k_cache, v_cache, step.batch, self.head_dim**-0.5)
+        self.ops.write_cache(k, v, cache, step.batch.slots)
+        attended = self.ops.attention(q, cache, step.batch, self.head_dim**-0.5)
         if self.sp.size > 1:
             attended = self._to_tokens(attended, step.lengths)
         out = self.ops.linear(attended.flatten(1), self.out)  # partial over tp
@@ -148,8 +148,7 @@ class MLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, H] replicated over tp → [T, H] partial over tp."""
-        hidden = self.ops.swiglu(self.ops.linear(x, self.gate_up))
-        return self.ops.linear(hidden, self.down)
+        return self.ops.mlp(x, self.gate_up, self.down)
 
 
 class MoE:
@@ -222,8 +221,7 @@ class Layer:
         self,
         x: Tensor,
         residual: Tensor | None,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: KVCache,
         step: Step,
         observe: Observer | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -233,7 +231,7 @@ class Layer:
             x, residual = self.ops.rms_norm(x, self.attention_norm, self.eps), x
         else:
             x, residual = self.ops.add_rms_norm(x, residual, self.attention_norm, self.eps)
-        x = self.attention(x, k_cache, v_cache, step)
+        x = self.attention(x, cache, step)
         if see:
             see("attention", x)
         x, residual = self.ops.add_rms_norm(x, residual, self.mlp_norm, self.eps)
@@ -283,12 +281,12 @@ class Model:
     def __call__(
         self,
         inputs: Tensor,
-        caches: list[tuple[Tensor, Tensor]],
+        caches: list[KVCache],
         batch: AttentionBatch,
         rows: Tensor,
         observe: Observer | None = None,
     ) -> Tensor:
-        """Run one step; keys and values go into `caches`, one (k, v) pair for each of my layers.
+        """Run one step; keys and values go into `caches`, one for each of my layers.
 
         Args:
             inputs: on the first stage token ids, integers [T], on others the hidden state [L, H].
@@ -308,8 +306,8 @@ class Model:
         residual: Tensor | None = None
         if observe and self.is_first_stage:
             observe(-1, "embed", x)
-        for layer, (k, v) in zip(self.layers, caches, strict=True):
-            x, residual = layer(x, residual, k, v, step, observe)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, residual = layer(x, residual, cache, step, observe)
         assert residual is not None
         if not self.is_last_stage:
             return x + residual

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from moespan.ops.base import AttentionBatch, Ops, Replay
+from moespan.ops.base import AttentionBatch, KVCache, Ops, Replay, Weight
 from moespan.ops.cpu import CpuOps
 from moespan.ops.reference import ReferenceOps
 
-__all__ = ["AttentionBatch", "CpuOps", "Ops", "ReferenceOps", "Replay", "ops_for"]
+__all__ = [
+    "AttentionBatch",
+    "CpuOps",
+    "KVCache",
+    "Ops",
+    "ReferenceOps",
+    "Replay",
+    "Weight",
+    "ops_for",
+]
 
 
 def ops_for(device_type: str) -> Ops:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.memory import to_device
 
 
@@ -83,6 +84,37 @@ class AttentionBatch:
         return max(self.query_lens, default=0) == 1
 
 
+@dataclass(frozen=True)
+class KVCache:
+    """The paged cache of one layer on this rank.
+
+    Attributes:
+        keys, values: [B, block size, KV, D], of the activations' dtype, or int8.
+        key_scales, value_scales: where those are int8, float32 [B, block size, KV]: a head's D
+            elements of a token are their integers times this.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        parts = (self.keys, self.values, self.key_scales, self.value_scales)
+        return [part for part in parts if part is not None]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in one block."""
+        return int(self.keys.shape[1])
+
+
+Weight = Any
+"""What `Ops.prepare` makes of a parameter: a tensor, or a form that only these operations read."""
+
+
 class Replay(Protocol):
     """Recorded work, to be run again on the memory that it was recorded on."""
 
@@ -98,10 +130,12 @@ class Ops(Protocol):
     # Whether `record` works on this kind of device.
     has_graphs: bool
 
-    def prepare(self, name: str, weight: Tensor) -> Tensor:
+    def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Lay out a parameter, by its name in the placement table, as the kernels here like it.
 
-        Called once, after loading. Shape and values stay, strides may change.
+        Called once, after loading; the memory of `weight` may be used for the result. Embeddings,
+        norms, biases and routers stay tensors; the others are read by `linear`, `mlp` and `experts`
+        only.
         """
 
     def rotary_table(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -118,7 +152,7 @@ class Ops(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual), both [T, H]."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x·Wᵀ + bias: [T, in], [out, in] → [T, out]."""
 
     def rope(
@@ -130,21 +164,20 @@ class Ops(Protocol):
         cos, sin: T rows of `rotary_table`. `qkv` is used up: it may be overwritten.
         """
 
-    def write_cache(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
-    ) -> None:
-        """Store k, v [T, KV, D] at `slots` of the caches [B, block size, KV, D], in place."""
+    def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """Store k, v [T, KV, D] at `slots` of the cache, in place."""
 
-    def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
-    ) -> Tensor:
+    def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
         """Causal attention of q [T, N, D] over each sequence's cached keys, this step's included.
 
         Query head n reads key head n // (N / KV). Softmax in float32. → [T, N, D].
         """
 
-    def swiglu(self, x: Tensor) -> Tensor:
-        """silu(first half) · second half: [T, 2·I] → [T, I]."""
+    def mlp(self, x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+        """down(swiglu(gate_up(x))): [T, H], [2·I, H], [H, I] → [T, H].
+
+        swiglu is silu(first half) · second half: [T, 2·I] → [T, I].
+        """
 
     def route(
         self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
@@ -160,8 +193,8 @@ class Ops(Protocol):
         x: Tensor,
         weights: Tensor,
         slots: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Weight,
+        down: Weight,
         first: int,
         num_slots: int,
     ) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moespan.ops.base import AttentionBatch
+from moespan.ops.base import AttentionBatch, KVCache, Weight
 from moespan.ops.reference import ReferenceOps
 
 # Decodes are attended together, as many as keep the gathered keys and values this small.
@@ -22,10 +22,9 @@ class CpuOps(ReferenceOps):
             return F.rms_norm(x, (x.shape[-1],), weight, eps)
         return super().rms_norm(x, weight, eps)
 
-    def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
-    ) -> Tensor:
-        """[T, N, D] over the caches → [T, N, D]: prefills one by one, decodes in groups."""
+    def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
+        """[T, N, D] over the cache → [T, N, D]: prefills one by one, decodes in groups."""
+        k_cache, v_cache = cache.keys, cache.values
         out = torch.empty_like(q)
         decodes: list[tuple[int, int]] = []  # (row of q, sequence)
         row = 0
@@ -59,8 +58,8 @@ class CpuOps(ReferenceOps):
         x: Tensor,
         weights: Tensor,
         slots: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Weight,
+        down: Weight,
         first: int,
         num_slots: int,
     ) -> Tensor:

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.errors import ConfigError
 from moespan.notice import notice
-from moespan.ops.base import AttentionBatch, Replay
+from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
 from moespan.ops.reference import ReferenceOps
 
 _ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
@@ -60,8 +61,9 @@ class NpuOps(ReferenceOps):
         # All graphs share their memory: they never run at the same time.
         self._graph_pool: Any = None
 
-    def prepare(self, name: str, weight: Tensor) -> Tensor:
+    def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Experts' matrices lie as [E, in, out], which grouped matmuls read; others as they are."""
+        assert isinstance(weight, Tensor)
         if self._is_310p and weight.dtype == torch.bfloat16:
             raise ConfigError(f"{self._soc} has no bfloat16; use --dtype float16")
         if ".experts." not in name:
@@ -109,42 +111,38 @@ class NpuOps(ReferenceOps):
         q, k = self._npu.npu_apply_rotary_pos_emb(q, k, cos, sin, layout="TND", rotary_mode="half")
         return q, k, v
 
-    def write_cache(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
-    ) -> None:
+    def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
         """Store [T, KV, D] at `slots`."""
         if not k.numel() or self._is_310p:
-            super().write_cache(k, v, k_cache, v_cache, slots)
+            super().write_cache(k, v, cache, slots)
             return
         self._npu.npu_scatter_pa_kv_cache(
-            k.contiguous(), v.contiguous(), k_cache, v_cache, slots, **self._cache_mode
+            k.contiguous(), v.contiguous(), cache.keys, cache.values, slots, **self._cache_mode
         )
 
-    def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
-    ) -> Tensor:
-        """[T, N, D] over the caches [B, block size, KV, D] → [T, N, D]."""
+    def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
+        """[T, N, D] over the cache [B, block size, KV, D] → [T, N, D]."""
         if not q.numel():
             return q
-        if not self._has_attention(q.dtype, q.shape[-1], k_cache.shape[1]):
+        if not self._has_attention(q.dtype, q.shape[-1], cache.block_size):
             if batch.is_decode:
-                return plain_decode(q, k_cache, v_cache, batch, scale)
-            return super().attention(q, k_cache, v_cache, batch, scale)
+                return plain_decode(q, cache, batch, scale)
+            return super().attention(q, cache, batch, scale)
         out: Tensor = self._npu.npu_fused_infer_attention_score(
             q.contiguous(),
-            k_cache.flatten(2),
-            v_cache.flatten(2),
+            cache.keys.flatten(2),
+            cache.values.flatten(2),
             atten_mask=self._mask(q.device),
             actual_seq_lengths=batch.query_ends,
             # Of a paged cache these are lengths of sequences, not their running sum.
             actual_seq_lengths_kv=batch.total_lens,
             block_table=batch.block_tables,
             num_heads=q.shape[1],
-            num_key_value_heads=k_cache.shape[2],
+            num_key_value_heads=cache.keys.shape[2],
             scale=scale,
             input_layout="TND",
             sparse_mode=3,  # causal, the last query at the last key
-            block_size=k_cache.shape[1],
+            block_size=cache.block_size,
         )[0]
         return out
 
@@ -172,8 +170,8 @@ class NpuOps(ReferenceOps):
         x: Tensor,
         weights: Tensor,
         slots: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Weight,
+        down: Weight,
         first: int,
         num_slots: int,
     ) -> Tensor:
@@ -285,14 +283,13 @@ class _Graph:
         self._done.record()
 
 
-def plain_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
-) -> Tensor:
+def plain_decode(q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
     """One token of each sequence, [S, N, D] → [S, N, D]; lengths are read on the device only."""
     num_sequences, num_heads, head_size = q.shape
-    num_kv_heads = k_cache.shape[2]
+    num_kv_heads = cache.keys.shape[2]
     k, v = (
-        cache[batch.block_tables].flatten(1, 2).transpose(1, 2) for cache in (k_cache, v_cache)
+        part[batch.block_tables].flatten(1, 2).transpose(1, 2)
+        for part in (cache.keys, cache.values)
     )  # [S, KV, length, D]
     grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_size)
     scores = torch.matmul(grouped.float(), k.float().transpose(2, 3)) * scale

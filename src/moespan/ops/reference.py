@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moespan.ops.base import AttentionBatch, Replay
+from moespan.checkpoint.quantization import QuantizedWeight
+from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
 
 
 class ReferenceOps:
@@ -17,7 +18,7 @@ class ReferenceOps:
     block_size = 32
     has_graphs = False
 
-    def prepare(self, name: str, weight: Tensor) -> Tensor:
+    def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """The weight as it is."""
         return weight
 
@@ -42,7 +43,7 @@ class ReferenceOps:
         total = x + residual
         return self.rms_norm(total, weight, eps), total
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """[T, in], [out, in] → [T, out]."""
         return F.linear(x, weight, bias)
 
@@ -57,26 +58,22 @@ class ReferenceOps:
         q, k = rotated.to(qkv.dtype).split([num_heads, num_kv_heads], 1)
         return q, k, qkv[:, num_rotated:]
 
-    def write_cache(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
-    ) -> None:
+    def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
         """Store [T, KV, D] at `slots`."""
-        k_cache.flatten(0, 1)[slots] = k
-        v_cache.flatten(0, 1)[slots] = v
+        cache.keys.flatten(0, 1)[slots] = k
+        cache.values.flatten(0, 1)[slots] = v
 
-    def attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
-    ) -> Tensor:
-        """[T, N, D] over the caches [B, block size, KV, D] → [T, N, D]."""
+    def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
+        """[T, N, D] over the cache [B, block size, KV, D] → [T, N, D]."""
         outputs = [torch.empty_like(q, dtype=torch.float32)[:0]]  # there may be no sequence
-        groups = q.shape[1] // k_cache.shape[2]
+        groups = q.shape[1] // cache.keys.shape[2]
         for queries, context_len, table in zip(
             q.split(batch.query_lens), batch.context_lens, batch.block_tables, strict=True
         ):
             length = context_len + len(queries)
             k, v = (
-                cache[table].flatten(0, 1)[:length].float().repeat_interleave(groups, dim=1)
-                for cache in (k_cache, v_cache)
+                part[table].flatten(0, 1)[:length].float().repeat_interleave(groups, dim=1)
+                for part in (cache.keys, cache.values)
             )
             scores = torch.einsum("qnd,knd->nqk", queries.float(), k) * scale
             hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(context_len + 1)
@@ -84,8 +81,12 @@ class ReferenceOps:
             outputs.append(torch.einsum("nqk,knd->qnd", probabilities, v))
         return torch.cat(outputs).to(q.dtype)
 
+    def mlp(self, x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+        """[T, H] → [T, H]."""
+        return self.linear(self.swiglu(self.linear(x, gate_up)), down)
+
     def swiglu(self, x: Tensor) -> Tensor:
-        """[T, 2·I] → [T, I]."""
+        """silu(first half) · second half: [T, 2·I] → [T, I]."""
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
 
@@ -104,8 +105,8 @@ class ReferenceOps:
         x: Tensor,
         weights: Tensor,
         slots: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Weight,
+        down: Weight,
         first: int,
         num_slots: int,
     ) -> Tensor:

@@ -119,7 +119,7 @@ def test_a_decode_step_waits_once_for_the_sampled_tokens(
 ):
     worker = npu_worker(FUSED, dtype="bfloat16", enforce_eager=enforce_eager)
     for pair in worker.caches:
-        for cache in pair:
+        for cache in pair.tensors:
             cache.zero_()
     for length in range(3):
         execute(worker, decode([length, length + 20, length]))
@@ -170,7 +170,7 @@ def run_layer(part: str) -> None:
         x = torch.ones(3, FUSED.hidden_size, device=NPU, dtype=torch.bfloat16)
         for _ in range(2):
             print("---", file=sys.stderr, flush=True)
-            layer(x, x, *worker.caches[1], step)
+            layer(x, x, worker.caches[1], step)
         print("---", file=sys.stderr, flush=True)
 
 

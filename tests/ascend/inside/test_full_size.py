@@ -16,7 +16,7 @@ from moespan.checkpoint.placement import cache_bytes_per_token, cache_heads, pla
 from moespan.checkpoint.random import preset
 from moespan.config import Layout, ModelConfig, all_layouts
 from moespan.model.network import Model
-from moespan.ops import AttentionBatch, ops_for
+from moespan.ops import AttentionBatch, KVCache, ops_for
 from moespan.parallel.dispatch import Dispatch
 from moespan.parallel.mesh import Axis, Mesh
 from moespan.parallel.tokens import block_tokens, split_evenly
@@ -120,10 +120,10 @@ def test_a_decode_and_a_prefill_step(layout: Layout):
             model = Model(CONFIG, ops, mesh, weights, 4096, dispatch, experts)
             shape = (BLOCKS, BLOCK, cache_heads(CONFIG, layout, rank), CONFIG.head_dim)
             caches = [
-                tuple(torch.empty(shape, dtype=torch.bfloat16, device=NPU) for _ in range(2))
+                KVCache(*(torch.empty(shape, dtype=torch.bfloat16, device=NPU) for _ in range(2)))
                 for _ in model.layers
             ]
-            cached = sum(c.numel() * c.element_size() for pair in caches for c in pair)
+            cached = sum(c.numel() * c.element_size() for pair in caches for c in pair.tensors)
             token_bytes = cache_bytes_per_token(CONFIG, layout, rank, "bfloat16")
             assert cached == BLOCKS * BLOCK * token_bytes
             for batch in (make_batch(1, 64, 1000), make_batch(1, 1, 0), make_batch(1000, 2, 24)):
