@@ -346,7 +346,7 @@ def _build_worker(
             progress=bar.update,
         )
     started = time.perf_counter()
-    ops = ops_for(config.device)
+    ops = ops_for(config.device, dtype)
     for name, weight in weights.items():
         weights[name] = ops.prepare(name, weight)
     num_blocks = config.num_blocks or _fitting_blocks(config, model_config, mesh, ops)
