@@ -350,7 +350,7 @@ def _build_worker(
             maximum_over_tp=lambda maxima: mesh.tp.maximum(maxima.to(mesh.device), "load").cpu(),
         )
     started = time.perf_counter()
-    ops = ops_for(config.device)
+    ops = ops_for(config.device, dtype)
     prepared: dict[str, Weight] = {}
     while weights:  # each form takes the place of the one before
         name, weight = weights.popitem()

@@ -74,6 +74,11 @@ class AttentionBatch:
         return [a + b for a, b in zip(self.context_lens, self.query_lens, strict=True)]
 
     @cached_property
+    def lens_on_host(self) -> Tensor:
+        """`query_lens` and `context_lens`, int64 [2, S] on the host."""
+        return torch.tensor([self.query_lens, self.context_lens], dtype=torch.int64)
+
+    @cached_property
     def query_ends(self) -> list[int]:
         """Where each sequence's query tokens end among the T, S integers."""
         return list(accumulate(self.query_lens))
