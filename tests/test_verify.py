@@ -18,6 +18,7 @@ from moespan import LLM
 from moespan.config import Layout, ModelConfig
 from moespan.errors import ConfigError, RequestError
 from moespan.verify import (
+    Integers,
     PromptReport,
     Reference,
     Tolerance,
@@ -269,12 +270,26 @@ def test_the_tolerance_of_float32_is_a_contract():
     assert tolerance("float32", ModelConfig.from_dict(geometry()), 1.0) == EXACT
 
 
+def test_each_kind_of_integers_widens_the_tolerance_and_ends_the_contract():
+    config = ModelConfig.from_dict(geometry())
+    limits = [
+        tolerance("float32", config, 1.0, Integers(*kinds))
+        for kinds in ((), (True,), (True, True), (True, True, True))
+    ]
+    assert [limit.greedy for limit in limits] == [True, False, False, False]
+    assert limits[0].relative < limits[1].relative < limits[2].relative < limits[3].relative
+    # One kind: steps of 4/127 deviations, in four products of each of three layers.
+    error = 4 / 127 / math.sqrt(12)
+    assert limits[1].relative == pytest.approx(6 * error * math.sqrt(4 * 3) + 1 / 2)
+
+
 PROMPT = PromptReport(
     name="p0",
     num_tokens=10,
     max_abs_diff=0.001,
     max_abs_logit=10.0,
     mean_kl=0.01,
+    max_kl=0.1,
     top1=0.9,
     first_divergence=None,
     greedy_equal=True,
@@ -283,7 +298,7 @@ PROMPT = PromptReport(
 
 
 def report_of(*prompts: PromptReport, limit: Tolerance = EXACT) -> VerifyReport:
-    return VerifyReport("float32", {"tp": 1}, limit, list(prompts))
+    return VerifyReport("float32", None, "float32", Layout(), limit, list(prompts))
 
 
 def test_a_report_counts_every_position_the_same():
