@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from moespan.ops import CpuOps, Ops, ops_for
-from tests.ops.contract import OpsContract
+from tests.ops.contract import OpsContract, QuantizedContract
 
 
-class TestPlainCpuOps(OpsContract):
+class TestPlainCpuOps(OpsContract, QuantizedContract):
     @pytest.fixture
     def ops(self) -> Ops:
         return CpuOps()
 
 
-class TestCpuOps(OpsContract):
+class TestCpuOps(OpsContract, QuantizedContract):
     """What `ops_for` gives for the dtype of the test: the kernels, for bfloat16."""
 
     @pytest.fixture
