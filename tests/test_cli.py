@@ -381,6 +381,20 @@ def test_verify_passes_with_exit_code_0(cli: Cli):
     assert ran.out.endswith("passed\n")
 
 
+def test_verify_without_a_file_compares_with_the_floats_that_integers_were_made_from(
+    cli: Cli, tmp_path: Path
+):
+    assert cli("quantize", TINY, tmp_path / "out", "--quantization", "w8a8").code == 0
+    same = ("--dtype", "float32", "--max-tokens", 2, "--json")
+    stored = cli("verify", tmp_path / "out", "--against", TINY, *same)
+    made = cli("verify", TINY, "--quantization", "w8a8", *same)
+    assert stored == made
+    report = json.loads(made.out)
+    assert report["passed"] and made.code == 0
+    assert (report["quantization"], report["kv_cache_dtype"]) == ("w8a8", "float32")
+    assert 0 < report["mean_kl"] < report["max_kl"]
+
+
 def test_verify_fails_with_exit_code_1_and_the_reason(cli: Cli, tmp_path: Path):
     name = "model.layers.1.mlp.gate.weight"
     folder = altered_checkpoint(TINY, tmp_path / "bad", name, lambda weight: weight.neg_())

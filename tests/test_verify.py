@@ -114,6 +114,38 @@ def test_a_reference_that_is_written_is_the_one_that_passes(tmp_path: Path, tiny
     assert report.max_abs_diff < 1e-5
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization": "int8"},
+        {"quantization": "w8a8"},
+        {"kv_cache_dtype": "int8"},
+        {"quantization": "w8a8", "kv_cache_dtype": "int8"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_integers_stay_within_their_tolerance_of_the_model_of_floats(
+    settings: dict[str, str], dtype: str
+):
+    with model(DATA / "oracle" / "tiny_gqa", dtype, **settings) as llm:
+        report = verify(llm, Reference(reference_path("tiny_gqa")))
+    assert report.failures == []
+    assert report.top1 >= 0.9
+    # They are in use: nothing but rounding to 8 bits differs by so much in float32.
+    assert dtype == "bfloat16" or report.max_relative_diff > 1e-3
+    assert report.quantization == settings.get("quantization")
+
+
+def test_a_reference_of_integers_is_held_to_the_contract_of_the_dtype(tmp_path: Path):
+    path = tmp_path / "made.safetensors"
+    with model(DATA / "oracle" / "tiny", quantization="int8") as llm:
+        write_reference(llm, path, [[5], [3, 1, 4, 1, 5]], num_greedy_tokens=6)
+        report = verify(llm, Reference(path))
+    assert report.tolerance == EXACT
+    assert report.failures == []
+
+
 # What fails, and why
 
 
