@@ -334,7 +334,7 @@ def _build_worker(
     # tqdm's own rule for `disable=None`: only a terminal gets a bar.
     with tqdm(
         desc="loading",
-        total=placement.num_bytes(config.dtype),
+        total=sum(map(source.num_bytes, placement.pieces)),
         unit="B",
         unit_scale=True,
         disable=None if mesh.is_leader else True,
