@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moespan import LLM, cli
-from moespan.bench import Case, Settings, bench, decode_speed, peak_rss_bytes, percentile
+from moespan.bench import Case, Settings, bench, decode_speed, measure, peak_rss_bytes, percentile
 from moespan.errors import ConfigError, MoespanError
 from tests.support import QUICKSTART
 
@@ -108,7 +108,7 @@ def test_all_sequences_decode_together_for_as_long_as_wanted():
         enable_prefix_caching=False,
     ) as llm:
         case = Case(batch=4, length=10, num_tokens=6)  # whose prefills take several steps
-        speed = case.measure(llm, random.Random(0))
+        speed = measure(llm, case, random.Random(0))
     assert speed.seconds > 0 and len(speed.gaps_s) >= 4 * 6
 
 
