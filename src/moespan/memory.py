@@ -9,14 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+_CACHE_LINE_BYTES = 64
+
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Like `torch.zeros`, but on a CPU the pages take no memory before they are written."""
+    """Like `torch.zeros`, but on a CPU the pages take no memory before they are written.
+
+    It begins at a whole cache line, so that no vector lies in two.
+    """
     if device.type != "cpu" or not math.prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
     # torch writes the zeros itself; NumPy asks the system for pages that read as zero.
-    buffer = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(buffer).view(dtype).view(shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    buffer = np.zeros(num_bytes + _CACHE_LINE_BYTES, dtype=np.uint8)
+    start = -buffer.ctypes.data % _CACHE_LINE_BYTES
+    return torch.from_numpy(buffer[start : start + num_bytes]).view(dtype).view(shape)
 
 
 # Parts of one transfer begin at multiples of so many elements, as tensors of their own would.
