@@ -2,15 +2,18 @@
 
 A report is what `results.json` holds:
 
-    {"machine", "cores", "threads", "model", "limits": {"bytes_per_s", "operations_per_s", ...},
-     "engines": {name: {"bits": 16 | 8 | 4, "versions", "load_s", "start_to_first_token_s",
-                        "peak_rss_bytes", "error"}},
-     "rows": {name: {"work": {"operations", "bytes", "tokens"}, "engines": {name: {"tokens_per_s",
-              "limit_share", "spread", "latency_s", "latency_p99_s", "seconds", "limit_shares"}}}}}
+    {"machine", "cores", "threads", "model", "rounds",
+     "limits": {"bytes_per_s", "lowest_bytes_per_s", "highest_bytes_per_s", "operations_per_s"},
+     "engines": {name: {"bits": 16 | 8 | 4, "versions": {package: version}, "load_s",
+                        "start_to_first_token_s", "peak_rss_bytes", "error"}},
+     "rows": {name: {"label", "work": {"operations", "num_bytes", "tokens"} | null,
+                     "engines": {name: {"tokens_per_s", "limit_share", "spread", "latency_s",
+                                        "latency_p99_s", "seconds", "limit_shares", "others"}}}}}
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +132,7 @@ def three_digits(number: float) -> str:
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Write `roofline.png` and `bars.png`.
+    """Write `bars.png`, and `roofline.png` if there is a row whose work is known.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -137,10 +140,11 @@ def draw(report: Report, folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    return [
-        _draw_roofline(report, folder / "roofline.png"),
-        _draw_bars(report, folder / "bars.png"),
-    ]
+    files = [_draw_bars(report, folder / "bars.png")]
+    rows = [row for row in report["rows"].values() if row["work"] is not None]
+    if rows:
+        files.append(_draw_roofline(report, rows, folder / "roofline.png"))
+    return files
 
 
 _MARKERS = "oDPXv^<>ps*h"
@@ -152,49 +156,42 @@ def _colors(report: Report) -> dict[str, Any]:
 
     ours = [name for name in report["engines"] if is_ours(name)]
     peers = [name for name in report["engines"] if not is_ours(name)]
-    reds, others = colormaps["Reds"], colormaps["tab20c"]
+    reds, others = colormaps["Reds"], colormaps["Dark2"]
     return {
         **{name: reds(0.9 - 0.5 * i / max(len(ours), 1)) for i, name in enumerate(ours)},
-        **{name: others(i) for i, name in enumerate(peers)},
+        **{name: others(i % others.N) for i, name in enumerate(peers)},
     }
 
 
-def _draw_roofline(report: Report, path: Path) -> Path:
+def _draw_roofline(report: Report, rows: list[dict[str, Any]], path: Path) -> Path:
     """Operations a second over operations per byte, each axis by tens, under the two limits."""
     from matplotlib import pyplot
 
     limits, colors = report["limits"], _colors(report)
     figure, axes = pyplot.subplots(figsize=(9, 6))
-    rows = {name: row for name, row in report["rows"].items() if row["work"] is not None}
-    at = {name: row["work"]["operations"] / row["work"]["bytes"] for name, row in rows.items()}
-    low, high = min(at.values()) / 2, max(at.values()) * 2
+    at = [row["work"]["operations"] / row["work"]["num_bytes"] for row in rows]
+    low, high = min(at) / 2, max(at) * 2
     points = [low * (high / low) ** (i / 200) for i in range(201)]
     roof = [min(limits["operations_per_s"], x * limits["bytes_per_s"]) / 1e9 for x in points]
-    axes.plot(points, roof, color="black", linewidth=1.5, label="limit (bfloat16)")
-    for marker, engine in zip(_MARKERS * 4, report["engines"], strict=False):
-        cells = {name: row["engines"].get(engine) for name, row in rows.items()}
-        measured = [name for name, cell in cells.items() if cell is not None]
-        if not measured:
-            continue
-        rates = [
-            rows[name]["work"]["operations"]
-            / rows[name]["work"]["tokens"]
-            * rows[name]["engines"][engine]["tokens_per_s"]
-            / 1e9
-            for name in measured
-        ]
-        places = [at[name] for name in measured]
+    axes.plot(points, roof, color="black", linewidth=1.5, label="limit, weights in bfloat16")
+    for engine, marker in zip(report["engines"], itertools.cycle(_MARKERS), strict=False):
+        places, rates = [], []
+        for place, row in zip(at, rows, strict=True):
+            if engine in row["engines"]:
+                per_token = row["work"]["operations"] / row["work"]["tokens"]
+                places.append(place)
+                rates.append(per_token * row["engines"][engine]["tokens_per_s"] / 1e9)
         axes.scatter(places, rates, marker=marker, color=colors[engine], label=engine, s=45)
-    for name, row in rows.items():
-        axes.axvline(at[name], color="lightgray", linewidth=0.6, zorder=0)
-        axes.text(at[name], roof[0] / 3, row["label"], rotation=90, fontsize=7, va="bottom")
+    above = axes.get_xaxis_transform()
+    for place, row in zip(at, rows, strict=True):
+        axes.axvline(place, color="lightgray", linewidth=0.6, zorder=0)
+        axes.text(place, 1.0, f" {row['label']}", transform=above, rotation=90, fontsize=7)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_ylim(bottom=roof[0] / 4)
     axes.set_xlabel("operations per byte that has to be read (weights in bfloat16)")
     axes.set_ylabel("GFLOP/s")
-    axes.set_title(f"{report['model']} on {report['machine']}, {report['threads']} threads")
     axes.legend(fontsize=8)
+    figure.suptitle(f"{report['model']} on {report['machine']}, {report['threads']} threads")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -222,6 +222,8 @@ class Records:
         """
         self._path = path
         self.lines = read_records(path) if path.exists() else []
+        # Without a last line that was cut off, so that the next one is one of its own.
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         if not self.lines:
             self.add(**header)
         elif self.lines[0] != header:
@@ -284,6 +286,8 @@ def run(args: argparse.Namespace) -> None:
                 except PeerError as error:
                     records.add(round=number, engine=name, failed=str(error))
                     say(f"round {number}, {name}: {error}; see {log}")
+    if not any(line.get("measured") for line in records.lines):
+        raise PeerError("nothing was measured")
     report = summary(records.lines, {name: peer.bits for name, peer in PEERS.items()})
     file = args.out / "results.json"
     file.write_text(json.dumps(report, indent=1) + "\n")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -46,18 +44,13 @@ def test_one_command_gives_all_figures_of_a_checkpoint(capsys: pytest.CaptureFix
     assert report["layout"]["tp"] == 1 and report["model"] == str(QUICKSTART)
 
 
-def test_a_preset_needs_no_file_and_runs_under_a_layout_as_a_table():
+def test_a_preset_needs_no_file_and_runs_under_a_layout_as_a_table(
+    capsys: pytest.CaptureFixture[str],
+):
     what = ["--preset", "tiny", "--load-format", "dummy", "-tp", "2"]
-    sizes = ["--prefill", "8", "--decode-batch", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "moespan", "bench", *what, *sizes, *SMALL],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")},
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    code, out, err = run(capsys, *what, "--prefill", "8", "--decode-batch", "2", *SMALL)
+    assert code == 0, err
+    lines = out.splitlines()
     assert lines[0] == "tiny, bfloat16, tp=2"
     assert [line.split()[:2] for line in lines[-2:]] == [["prefill", "8"], ["decode", "2"]]
 
