@@ -6,6 +6,7 @@ Typed, validated, and free of torch, so that everything which only plans or prin
 from moespan.config.engine import (
     COLLECTIVE_TIMEOUT_S,
     DISPATCHES,
+    WEIGHT_FORMATS,
     EngineConfig,
     ExpertTable,
     Nodes,
@@ -18,6 +19,7 @@ __all__ = [
     "COLLECTIVE_TIMEOUT_S",
     "DISPATCHES",
     "DTYPE_BYTES",
+    "WEIGHT_FORMATS",
     "Coordinates",
     "EngineConfig",
     "ExpertTable",

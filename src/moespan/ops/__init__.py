@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moespan.config import EngineConfig
 from moespan.ops.base import AttentionBatch, KVCache, Ops, Replay, Weight
 from moespan.ops.cpu import CpuOps
 from moespan.ops.reference import ReferenceOps
@@ -18,12 +19,14 @@ __all__ = [
 ]
 
 
-def ops_for(device_type: str) -> Ops:
-    """The fastest implementation for a device type."""
+def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
+    """The fastest implementation for a device type, with the options that `config` asks for."""
     if device_type == "cpu":
         return CpuOps()
     if device_type == "npu":
         from moespan.ops.npu import NpuOps  # needs torch_npu
 
-        return NpuOps()
+        if config is None:
+            return NpuOps()
+        return NpuOps(None, config.npu_fused_all_reduce, config.npu_weight_format)
     return ReferenceOps()
