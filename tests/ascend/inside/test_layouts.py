@@ -18,7 +18,7 @@ from tests.support import DATA
 
 MODEL = DATA / "oracle" / "sixteen"
 # Prompts of the reference, and how many tokens are generated.
-PROMPTS, NUM_GREEDY = ("p1", "p2"), 6
+PROMPTS, NUM_GREEDY = ("p1", "p2"), 4
 
 
 @dataclass(frozen=True)
