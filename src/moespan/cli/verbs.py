@@ -461,6 +461,10 @@ def doctor(args: argparse.Namespace) -> int:
         from moespan.doctor.collectives import findings as time_collectives
 
         findings += time_collectives(config, args.nnodes)
+    if args.compare_nodes:
+        from moespan.doctor.nodes import findings as compare_nodes
+
+        findings += compare_nodes(job.nodes)
     if args.json:
         print(json.dumps(report.to_dict(findings, job.device, str(job.layout))))
     else:
