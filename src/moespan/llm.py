@@ -79,6 +79,7 @@ class LLM:
         bind: which cores and NUMA node each rank gets: `auto`, `off`, or a map of local rank to
             node as in `0:0,1:1`. Without ranks of their own `auto` leaves this process alone.
         enforce_eager: never run decode steps as recorded graphs, where the device has them.
+        async_scheduling: plan a step while the one before runs; None: on NPUs and GPUs.
         trust_remote_code: refused: no code from a checkpoint is ever run.
         nnodes: machines that run the job, each as many ranks as any other.
         node_rank: this one's number, from 0.
@@ -118,6 +119,7 @@ class LLM:
         check_finite: bool = False,
         bind: str = "auto",
         enforce_eager: bool = False,
+        async_scheduling: bool | None = None,
         trust_remote_code: bool = False,
         nnodes: int = Nodes.nnodes,
         node_rank: int = Nodes.node_rank,
@@ -166,6 +168,7 @@ class LLM:
             expert_placement=expert_rule(expert_placement),
             bind=bind,
             enforce_eager=enforce_eager,
+            async_scheduling=async_scheduling,
         )
         self._check_experts()
         self.tokenizer = Tokenizer.from_pretrained(folder)

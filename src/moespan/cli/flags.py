@@ -211,6 +211,18 @@ def add_model_flags(parser: argparse.ArgumentParser, model_is_required: bool = T
         help="never run decode steps as recorded graphs",
     )
     parser.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        help="plan a step while the one before runs (on NPUs and GPUs)",
+    )
+    parser.add_argument(
+        "--disable-overlap-schedule",
+        dest="async_scheduling",
+        action="store_false",
+        default=None,
+        help=argparse.SUPPRESS,
+    )
+    parser.add_argument(
         "--check-finite",
         action="store_true",
         help="look for NaN and Inf in every weight while loading",
@@ -331,6 +343,7 @@ def start_llm(args: argparse.Namespace) -> LLM:
         check_finite=args.check_finite,
         bind=args.bind,
         enforce_eager=args.enforce_eager,
+        async_scheduling=args.async_scheduling,
         nnodes=args.nnodes,
         node_rank=args.node_rank,
         master_addr=args.master_addr,

@@ -44,6 +44,8 @@ class EngineConfig:
             (`moespan.checkpoint.experts`).
         bind: ranks to cores and NUMA nodes: `auto`, `off`, or `local rank:node,...`.
         enforce_eager: never run decode steps as recorded graphs (`moespan.engine.graphs`).
+        async_scheduling: plan a step while the one before runs; None does so on devices that work
+            apart from the host. With pipeline stages it changes nothing: they have a plan each.
     """
 
     model: str
@@ -63,6 +65,7 @@ class EngineConfig:
     expert_placement: str | ExpertTable = "contiguous"
     bind: str = "auto"
     enforce_eager: bool = False
+    async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -89,6 +92,17 @@ class EngineConfig:
                 f"sequence of max_model_len={self.max_model_len}; use num_blocks >= "
                 f"{self.blocks_per_sequence} or a shorter max_model_len"
             )
+
+    @property
+    def plans_ahead(self) -> bool:
+        """Whether a sequence may be in the next plan before the result of the last is back."""
+        wanted = self.async_scheduling
+        return self.layout.pp == 1 and (self.device != "cpu" if wanted is None else wanted)
+
+    @property
+    def most_steps_in_flight(self) -> int:
+        """Steps that are planned before the result of the oldest of them is needed."""
+        return 2 if self.plans_ahead else self.layout.pp
 
     @property
     def blocks_per_sequence(self) -> int:

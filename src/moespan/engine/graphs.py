@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moespan.config import EngineConfig
 from moespan.engine.plan import StepPlan
+from moespan.engine.sampler import fill_in
 from moespan.memory import reserved_bytes
 from moespan.notice import notice
 from moespan.ops import AttentionBatch, Ops, Replay
@@ -107,11 +108,14 @@ class DecodeGraphs:
         """Tell, once, that steps run without graphs."""
         notice(f"decode steps are not recorded as graphs: {why}", from_any_rank)
 
-    def __call__(self, plan: StepPlan, size: int, hidden: Tensor | None) -> Tensor:
+    def __call__(
+        self, plan: StepPlan, size: int, hidden: Tensor | None, expected: Tensor | None = None
+    ) -> Tensor:
         """Run the decode step `plan`, padded to `size` sequences.
 
         Args:
             hidden: what the stage before sent, [L, H]; None on the first stage.
+            expected: int32 [R], the tokens that the plan names by their place; None if none.
 
         Returns:
             What the model returns for the padded step, in memory that the next step overwrites.
@@ -120,6 +124,8 @@ class DecodeGraphs:
         if recorded is None:
             recorded = self._recorded[size] = self._make(size)
         total_lens = self._fill(recorded, plan)
+        if expected is not None:
+            recorded.token_ids.copy_(fill_in(recorded.token_ids, expected))
         if recorded.hidden is not None:
             assert hidden is not None
             recorded.hidden.copy_(hidden)

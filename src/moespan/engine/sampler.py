@@ -13,22 +13,64 @@ from torch import Tensor
 
 from moespan.engine.plan import Sampled, SampleRow
 from moespan.engine.request import TokenLogprobs
-from moespan.memory import to_device
+from moespan.memory import ToHost, to_device
 
 # Logits divided by less could overflow; it is as good as greedy.
 _LEAST_TEMPERATURE = 1e-6
 
 
-def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
-    """Choose one token for each row.
+class Sampling:
+    """One token for each row, which the device may still be choosing.
+
+    Attributes:
+        token_ids: int32 [R], on the device of the logits; any valid id where these are not finite.
 
     Args:
-        logits: float32 [R, V].
+        logits: float32 [R, V]; free to be overwritten by what the device is given next.
         rows: R descriptions of how to sample.
-
-    Returns:
-        One entry for each row; its token is None when its logits are not all finite.
     """
+
+    def __init__(self, logits: Tensor, rows: list[SampleRow]) -> None:
+        self._rows = rows
+        self.token_ids = _choose(logits, rows)
+        chosen = torch.stack([self.token_ids, logits.isfinite().all(-1).int()])
+        self._reported = [i for i, row in enumerate(rows) if row.logprobs is not None]
+        scores: list[Tensor] = []
+        if self._reported:
+            at = _tensor(self._reported, torch.int64, logits)
+            most = max(rows[i].logprobs or 0 for i in self._reported)
+            scores = _scores(logits[at], self.token_ids[at], most)
+        self._to_host = ToHost([chosen, *scores])
+
+    def wait(self) -> list[Sampled]:
+        """One entry for each row; its token is None when its logits are not all finite."""
+        chosen, *scores = self._to_host.wait()
+        token_ids, finite = chosen.tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        if scores:
+            reported = [token_ids[i] for i in self._reported]
+            for i, score in zip(self._reported, _to_logprobs(reported, scores), strict=True):
+                if finite[i]:
+                    top = score.top[: self._rows[i].logprobs]
+                    logprobs[i] = TokenLogprobs(score.token_id, score.logprob, top)
+        return [
+            Sampled(token_id if is_finite else None, logprob)
+            for token_id, is_finite, logprob in zip(token_ids, finite, logprobs, strict=True)
+        ]
+
+
+def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
+    """Choose one token for each row of float32 logits [R, V], and wait for it."""
+    return Sampling(logits, rows).wait()
+
+
+def fill_in(token_ids: Tensor, sampled: Tensor) -> Tensor:
+    """Put `sampled[i]` where `token_ids` [T] names it, as `~i`; both int32."""
+    return torch.where(token_ids < 0, sampled[(~token_ids).clamp_(min=0)], token_ids)
+
+
+def _choose(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """The tokens of all rows, int32 [R]; the host does not wait for them."""
     adjusted = logits
     if any(_is_adjusted(row) for row in rows):
         adjusted = logits.clone()
@@ -39,33 +81,24 @@ def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
     if drawn:
         at = _tensor(drawn, torch.int64, logits)
         tokens[at] = _draw(adjusted[at], [rows[i] for i in drawn])
-    # The only place of a step where the host waits for the device.
-    chosen, finite = torch.stack([tokens, logits.isfinite().all(-1)]).tolist()
-    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
-    reported = [i for i, row in enumerate(rows) if row.logprobs is not None and finite[i]]
-    if reported:
-        scores = token_logprobs(
-            logits[_tensor(reported, torch.int64, logits)],
-            [chosen[i] for i in reported],
-            max(rows[i].logprobs or 0 for i in reported),
-        )
-        for i, score in zip(reported, scores, strict=True):
-            logprobs[i] = TokenLogprobs(
-                score.token_id, score.logprob, score.top[: rows[i].logprobs]
-            )
-    return [
-        Sampled(token if is_finite else None, logprob)
-        for token, is_finite, logprob in zip(chosen, finite, logprobs, strict=True)
-    ]
+    return tokens.int()
 
 
 def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
     """Log probabilities of `token_ids` and of the `num_top` best under float32 logits [R, V]."""
+    targets = _tensor(token_ids, torch.int32, logits)
+    return _to_logprobs(token_ids, _scores(logits, targets, num_top))
+
+
+def _scores(logits: Tensor, token_ids: Tensor, num_top: int) -> list[Tensor]:
+    """Log probabilities of int32 `token_ids` [R], and values and ids of the best [R, num_top]."""
     logprobs = logits.log_softmax(-1)
-    targets = _tensor(token_ids, torch.int64, logits)
-    own = logprobs.gather(-1, targets[:, None])[:, 0].tolist()
-    best = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
-    values, ids = (part.tolist() for part in best)
+    own = logprobs.gather(-1, token_ids.long()[:, None])[:, 0]
+    return [own, *logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)]
+
+
+def _to_logprobs(token_ids: list[int], scores: list[Tensor]) -> list[TokenLogprobs]:
+    own, values, ids = (part.tolist() for part in scores)
     return [
         TokenLogprobs(token, logprob, list(zip(top_ids, top_values, strict=True)))
         for token, logprob, top_ids, top_values in zip(token_ids, own, ids, values, strict=True)
