@@ -398,6 +398,11 @@ def alone(oracle: Oracle) -> list[list[int]]:
         pytest.param({"max_num_seqs": 3, "max_num_batched_tokens": 7}, id="chunks of 7 tokens"),
         pytest.param({"max_num_batched_tokens": 64, "block_size": 1}, id="blocks of one token"),
         pytest.param({"enable_prefix_caching": False}, id="without prefix cache"),
+        pytest.param({"async_scheduling": True}, id="planned ahead"),
+        pytest.param(
+            {"async_scheduling": True, "max_num_seqs": 3, "max_num_batched_tokens": 7},
+            id="planned ahead in chunks",
+        ),
     ],
 )
 def test_batching_changes_no_greedy_token(
@@ -409,8 +414,9 @@ def test_batching_changes_no_greedy_token(
         assert_idle(llm)
 
 
-def test_preemption_changes_no_greedy_token(oracle: Oracle, alone: list[list[int]]):
-    settings: dict[str, Any] = {"block_size": 4, "num_blocks": 64}
+@pytest.mark.parametrize("ahead", [False, True])
+def test_preemption_changes_no_greedy_token(oracle: Oracle, alone: list[list[int]], ahead: bool):
+    settings: dict[str, Any] = {"block_size": 4, "num_blocks": 64, "async_scheduling": ahead}
     with LLM(str(oracle.folder), device="cpu", dtype="float32", **settings) as llm:
         twice = oracle.prompts * 2
         outputs = llm.generate(twice, greedy(ignore_eos=True))
