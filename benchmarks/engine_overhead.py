@@ -98,7 +98,8 @@ def watched(clock: Clock, engine: leader.Engine) -> Iterator[None]:
         (engine, "_broadcast", "encode"),
         (StepPlans, "plan", "decode"),
         (engine._worker, "_run", "inputs"),
-        (worker, "_result", "sample"),
+        (worker, "Pending", "sample"),
+        (worker.Pending, "wait", "sample"),
         (engine._replicas, "update", "update"),
         (engine, "_delta", "deltas"),
     ]

@@ -138,7 +138,8 @@ class Engine:
                 break
             message = StepPlans.of(plans)
             self._broadcast(message)
-            self._own_results.append(self._worker.execute(message))
+            own = plans[self._mesh.at.dp]
+            self._own_results.append(self._worker.execute(message, own))
         if not self._replicas.num_in_flight:
             return []
         return [self._delta(update) for update in self._replicas.update(self._collect())]

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -179,26 +180,23 @@ class DecodeGraphs:
         """Send the plan's inputs, in one transfer; → tokens of each sequence after the step."""
         size, given = len(recorded.rows), len(plan.token_ids)
         added = size - given
-        # The first added row writes the slot that all of them read.
-        scratch = [self._first_scratch_block * self._block_size + i for i in range(added)]
-        context_lens = plan.context_lens + [0] * added
-        slots = [
-            table[length // self._block_size] * self._block_size + length % self._block_size
-            for table, length in zip(plan.block_tables, plan.context_lens, strict=True)
-        ]
-        total_lens = [length + 1 for length in context_lens]
-        tables = torch.zeros(size, self._width, dtype=torch.int32)
-        for row, table in enumerate(plan.block_tables):
-            tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
-        tables[given:] = self._first_scratch_block
         # Fresh memory, which the allocator keeps until it has been sent.
         sent = torch.zeros(
             recorded.inputs.shape, dtype=torch.int32, pin_memory=self._device.type != "cpu"
         )
-        at = 0
-        for values in (plan.token_ids + [0] * added, context_lens, slots + scratch, total_lens):
-            sent[at : at + size] = torch.tensor(values, dtype=torch.int32)
-            at += -(-size // _ALIGNMENT) * _ALIGNMENT
-        sent[at : at + tables.numel()] = tables.flatten()
+        inputs = sent.numpy()
+        room = -(-size // _ALIGNMENT) * _ALIGNMENT
+        token_ids, positions, slots, totals = inputs[: 4 * room].reshape(4, room)[:, :size]
+        tables = inputs[4 * room :][: size * self._width].reshape(size, self._width)
+        token_ids[:given] = plan.token_ids
+        positions[:given] = plan.context_lens
+        np.add(positions, 1, out=totals)
+        for row, table in zip(tables, plan.block_tables, strict=False):
+            row[: len(table)] = table
+        tables[given:] = self._first_scratch_block
+        blocks = tables[np.arange(size), positions // self._block_size]
+        slots[:] = blocks * self._block_size + positions % self._block_size
+        # The first added row writes the slot that all of them read.
+        slots[given:] += np.arange(added, dtype=np.int32)
         recorded.inputs.copy_(sent, non_blocking=True)
-        return total_lens
+        return [length + 1 for length in plan.context_lens] + [1] * added

@@ -6,6 +6,7 @@ seed and position, picks from the cumulative distribution.
 
 from __future__ import annotations
 
+import math
 from hashlib import blake2b
 
 import torch
@@ -71,11 +72,7 @@ def fill_in(token_ids: Tensor, sampled: Tensor) -> Tensor:
 
 def _choose(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     """The tokens of all rows, int32 [R]; the host does not wait for them."""
-    adjusted = logits
-    if any(_is_adjusted(row) for row in rows):
-        adjusted = logits.clone()
-        for values, row in zip(adjusted, rows, strict=True):
-            _adjust(values, row)
+    adjusted = _adjust(logits, rows)
     tokens = adjusted.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
     if drawn:
@@ -105,31 +102,52 @@ def _to_logprobs(token_ids: list[int], scores: list[Tensor]) -> list[TokenLogpro
     ]
 
 
-def _is_adjusted(row: SampleRow) -> bool:
-    return bool(row.logit_bias or row.barred or row.seen_output or row.seen_prompt)
+def _adjust(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """Apply bias, penalties and bars, in this order; in a copy, if there are any."""
+    biased = [(i, row.logit_bias) for i, row in enumerate(rows) if row.logit_bias]
+    repeated = [
+        (i, dict.fromkeys(sorted({*row.seen_prompt, *row.seen_output}), row.repetition_penalty))
+        for i, row in enumerate(rows)
+        if row.repetition_penalty != 1 and (row.seen_prompt or row.seen_output)
+    ]
+    penalized = [(i, row) for i, row in enumerate(rows) if row.seen_output]
+    barred = [(i, dict.fromkeys(row.barred, -math.inf)) for i, row in enumerate(rows) if row.barred]
+    if not (biased or repeated or penalized or barred):
+        return logits
+    logits = logits.clone()
+    if biased:
+        at, biases = _entries(biased, logits)
+        logits[at] += biases
+    if repeated:
+        at, penalties = _entries(repeated, logits)
+        values = logits[at]
+        logits[at] = torch.where(values > 0, values / penalties, values * penalties)
+    if penalized:
+        at, penalties = _entries([(i, _penalties(row)) for i, row in penalized], logits)
+        logits[at] -= penalties
+    if barred:
+        at, bars = _entries(barred, logits)
+        logits[at] = bars
+    return logits
 
 
-def _adjust(logits: Tensor, row: SampleRow) -> None:
-    """Apply bias, bars and penalties to one row [V], in place."""
+def _penalties(row: SampleRow) -> dict[int, float]:
+    return {
+        token_id: row.frequency_penalty * count + row.presence_penalty
+        for token_id, count in row.seen_output.items()
+    }
 
-    def ids(tokens: list[int]) -> Tensor:
-        return _tensor(tokens, torch.int64, logits)
 
-    if row.logit_bias:
-        biases = _tensor(list(row.logit_bias.values()), torch.float32, logits)
-        logits[ids(list(row.logit_bias))] += biases
-    seen = ids(sorted({*row.seen_prompt, *row.seen_output}))
-    if len(seen) and row.repetition_penalty != 1:
-        values = logits[seen]
-        logits[seen] = torch.where(
-            values > 0, values / row.repetition_penalty, values * row.repetition_penalty
-        )
-    if row.seen_output:
-        counts = _tensor(list(row.seen_output.values()), torch.float32, logits)
-        penalty = row.frequency_penalty * counts + row.presence_penalty
-        logits[ids(list(row.seen_output))] -= penalty
-    if row.barred:
-        logits[ids(row.barred)] = -torch.inf
+def _entries(
+    values: list[tuple[int, dict[int, float]]], like: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Numbers for tokens of rows as (rows, token ids), which index logits, and float32 numbers."""
+    rows = [row for row, one in values for _ in one]
+    token_ids = [token_id for _, one in values for token_id in one]
+    at = torch.tensor([rows, token_ids])
+    numbers = torch.tensor([number for _, one in values for number in one.values()])
+    (at,), (numbers,) = to_device([at], like.device), to_device([numbers], like.device)
+    return (at[0], at[1]), numbers
 
 
 def _draw(logits: Tensor, rows: list[SampleRow]) -> Tensor:

@@ -30,7 +30,8 @@ import bisect
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+
+import msgspec
 
 from moespan.config import EngineConfig
 from moespan.engine.blocks import BlockAllocator
@@ -40,16 +41,15 @@ from moespan.engine.sequence import Sequence, Status
 from moespan.errors import ConfigError, MoespanError, RequestError
 
 
-@dataclass(frozen=True)
-class SequenceUpdate:
+class SequenceUpdate(msgspec.Struct, frozen=True):
     """What one step's result brought to one sequence; the engine makes an `OutputDelta` of it.
 
     Fields mean what they mean there. The last token of a stopped sequence is among its tokens.
     """
 
     sequence: Sequence
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     prompt: PromptScores | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
@@ -384,9 +384,11 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence) -> None:
         """Let others use the full blocks that are computed."""
-        self.allocator.extend_digests(sequence.block_digests, sequence.token_ids)
         start = sequence.num_published_blocks
         end = sequence.num_computed_tokens // self.allocator.block_size
+        if start == end:
+            return
+        self.allocator.extend_digests(sequence.block_digests, sequence.token_ids)
         new = zip(sequence.block_table[start:end], sequence.block_digests[start:end], strict=False)
         for block, digest in new:
             self.allocator.publish(block, digest)

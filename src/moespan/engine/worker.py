@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -107,13 +109,17 @@ class Worker:
             )
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def execute(self, plans: StepPlans) -> Pending | None:
-        """Start one step. The speaker of each replica with a plan gets its result, others None."""
+    def execute(self, plans: StepPlans, plan: StepPlan | None = None) -> Pending | None:
+        """Start one step. The speaker of each replica with a plan gets its result, others None.
+
+        Args:
+            plan: this replica's, where it is at hand; None takes it out of `plans`.
+        """
         self.trace.clear()
         at, layout = self.mesh.at, self.mesh.layout
         if not plans.num_tokens[at.dp] and layout.ep_blocks == 1:
             return None  # and nobody shares experts with this replica
-        plan = plans.plan(at.dp) or _EMPTY_PLAN
+        plan = plan or plans.plan(at.dp) or _EMPTY_PLAN
         size = self._padded_size(plans)
         tokens = [size] * layout.dp if size else plans.num_tokens
         self._dispatch.begin_step(block_tokens(layout, self.mesh.rank, tokens))
@@ -205,7 +211,7 @@ class Worker:
 
 def _logit_rows(plan: StepPlan) -> list[int]:
     """Tokens whose logits the plan needs: the sampling rows, then all rows of each prompt."""
-    ends = torch.tensor(plan.query_lens).cumsum(0).tolist()
+    ends = list(accumulate(plan.query_lens))
     rows = [ends[row.sequence] - 1 for row in plan.samples]
     for prompt in plan.prompts:
         end = ends[prompt.sequence]
