@@ -34,7 +34,9 @@ class Sampling:
     def __init__(self, logits: Tensor, rows: list[SampleRow]) -> None:
         self._rows = rows
         self.token_ids = _choose(logits, rows)
-        chosen = torch.stack([self.token_ids, logits.isfinite().all(-1).int()])
+        # 0 times what is not finite is not 0: one pass, where `isfinite` takes many.
+        finite = (logits * 0).sum(-1) == 0
+        chosen = torch.stack([self.token_ids, finite.int()])
         self._reported = [i for i, row in enumerate(rows) if row.logprobs is not None]
         scores: list[Tensor] = []
         if self._reported:
@@ -197,11 +199,11 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     # Strictly past the target: a token of weight 0 is never picked.
     picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-    last = (weights > 0).int().cumsum(-1).argmax(-1)
-    return torch.minimum(picked, last)
+    # There is one, as `_uniform` stays below 1 by more than rounding; unless weights are NaN.
+    return picked.clamp_(max=weights.shape[-1] - 1)
 
 
 def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from 53 bits of BLAKE2b(seed, position)."""
+    """A number in [0, 1 − 2⁻⁵²] from 52 bits of BLAKE2b(seed, position)."""
     data = seed.to_bytes(8, "little", signed=False) + position.to_bytes(8, "little")
-    return (int.from_bytes(blake2b(data, digest_size=8).digest(), "little") >> 11) / (1 << 53)
+    return (int.from_bytes(blake2b(data, digest_size=8).digest(), "little") >> 12) / (1 << 52)
