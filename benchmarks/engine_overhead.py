@@ -35,7 +35,7 @@ from moespan.launch.protocol import Connection, Deltas, FromLeader
 from moespan.parallel.mesh import Mesh
 
 MODEL = Path(__file__).parents[1] / "models" / "quickstart"
-PARTS = ("schedule", "encode", "decode", "inputs", "sample", "update", "deltas", "front")
+PARTS = ("schedule", "encode", "inputs", "sample", "update", "deltas", "front")
 SAMPLINGS = {
     "greedy": {"temperature": 0.0},
     "drawn": {"temperature": 0.7, "top_p": 0.9},
@@ -96,7 +96,6 @@ def watched(clock: Clock, engine: leader.Engine) -> Iterator[None]:
         (engine._replicas, "schedule", "schedule"),
         (StepPlans, "of", "encode"),
         (engine, "_broadcast", "encode"),
-        (StepPlans, "plan", "decode"),
         (engine._worker, "_run", "inputs"),
         (worker, "Pending", "sample"),
         (worker.Pending, "wait", "sample"),
@@ -149,6 +148,8 @@ def measure(batch_size: int, sampling: str, args: argparse.Namespace) -> dict[st
     total = mean_us.pop("total")
     parts = {**mean_us, "rest": total - sum(mean_us.values())}
     engine.close()
+    here.close()
+    there.close()
     return {"batch": batch_size, "sampling": sampling, "total_us": total, "parts_us": parts}
 
 

@@ -17,6 +17,7 @@ from moespan.checkpoint.random import preset
 
 # The scripts find each other where they lie, as when they are run.
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import engine_overhead
 import limits
 import offline
 
@@ -99,6 +100,24 @@ def test_a_prompt_attends_to_half_of_its_square_and_needs_one_row_of_logits():
     pairs = 100 * 101 // 2 - 100
     attended = 4 * config.hidden_size * config.num_hidden_layers
     assert many == pytest.approx(100 * (one - head) + head + attended * pairs)
+
+
+def test_the_engines_own_cost_is_told_by_its_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "engine.json"
+    sizes = "--batch-sizes 1 3 --context 8 --steps 4 --warmup 1"
+    engine_overhead.main([*sizes.split(), "--json", str(file)])
+    results = json.loads(file.read_text())["results"]
+    assert [(row["sampling"], row["batch"]) for row in results] == [
+        (sampling, batch) for sampling in ("greedy", "drawn", "penalty") for batch in (1, 3)
+    ]
+    for row in results:
+        assert sum(row["parts_us"].values()) == pytest.approx(row["total_us"])
+        assert min(row["parts_us"].values()) > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split() == ["sampling", "batch", *engine_overhead.PARTS, "rest", "total"]
+    assert len(lines) == 4 + len(results)
 
 
 # The script for machines with NPUs
