@@ -85,6 +85,7 @@ class LLM:
         npu_fused_all_reduce: on NPUs, from how many rows on a matmul and its all-reduce are one
             operator; 0 is never.
         npu_weight_format: on NPUs, `nd`, or `nz` for matrices in tiles.
+        async_scheduling: plan a step while the one before runs; None: on NPUs and GPUs.
         trust_remote_code: refused: no code from a checkpoint is ever run.
         nnodes: machines that run the job, each as many ranks as any other.
         node_rank: this one's number, from 0.
@@ -128,6 +129,7 @@ class LLM:
         enforce_eager: bool = False,
         npu_fused_all_reduce: int = 0,
         npu_weight_format: str = "nd",
+        async_scheduling: bool | None = None,
         trust_remote_code: bool = False,
         nnodes: int = Nodes.nnodes,
         node_rank: int = Nodes.node_rank,
@@ -180,6 +182,7 @@ class LLM:
             enforce_eager=enforce_eager,
             npu_fused_all_reduce=npu_fused_all_reduce,
             npu_weight_format=npu_weight_format,
+            async_scheduling=async_scheduling,
         )
         self._check_experts()
         self.tokenizer = Tokenizer.from_pretrained(folder)

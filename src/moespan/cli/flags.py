@@ -245,6 +245,18 @@ def add_model_flags(parser: argparse.ArgumentParser, model_is_required: bool = T
         help="never run decode steps as recorded graphs",
     )
     parser.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        help="plan a step while the one before runs (on NPUs and GPUs)",
+    )
+    parser.add_argument(
+        "--disable-overlap-schedule",
+        dest="async_scheduling",
+        action="store_false",
+        default=None,
+        help=argparse.SUPPRESS,
+    )
+    parser.add_argument(
         "--check-finite",
         action="store_true",
         help="look for NaN and Inf in every weight while loading",
@@ -371,6 +383,7 @@ def start_llm(args: argparse.Namespace) -> LLM:
         enforce_eager=args.enforce_eager,
         npu_fused_all_reduce=args.npu_fused_all_reduce,
         npu_weight_format=args.npu_weight_format,
+        async_scheduling=args.async_scheduling,
         nnodes=args.nnodes,
         node_rank=args.node_rank,
         master_addr=args.master_addr,

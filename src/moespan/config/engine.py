@@ -54,6 +54,8 @@ class EngineConfig:
             an NPU (`moespan.parallel.fused`); 0 is never.
         npu_weight_format: how matrices lie in an NPU's memory: `nd`, row after row, or `nz`, in
             tiles of 16 × 16.
+        async_scheduling: plan a step while the one before runs; None does so on devices that work
+            apart from the host. With pipeline stages it changes nothing: they have a plan each.
     """
 
     model: str
@@ -77,6 +79,7 @@ class EngineConfig:
     enforce_eager: bool = False
     npu_fused_all_reduce: int = 0
     npu_weight_format: str = "nd"
+    async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -131,6 +134,17 @@ class EngineConfig:
     def cache_dtype(self) -> str:
         """Of the KV cache: `dtype` or `int8`."""
         return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
+    @property
+    def plans_ahead(self) -> bool:
+        """Whether a sequence may be in the next plan before the result of the last is back."""
+        wanted = self.async_scheduling
+        return self.layout.pp == 1 and (self.device != "cpu" if wanted is None else wanted)
+
+    @property
+    def most_steps_in_flight(self) -> int:
+        """Steps that are planned before the result of the oldest of them is needed."""
+        return 2 if self.plans_ahead else self.layout.pp
 
     @property
     def blocks_per_sequence(self) -> int:

@@ -27,6 +27,7 @@ Choices = npt.NDArray[np.int64]
 _COUNT_BYTES = 8  # how many rows go to a rank, int64
 _CHOICE_BYTES = 4 + 4  # a weight, float32, and a slot, int32
 _LOGIT_BYTES = 4
+_TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class StepSize:
     Attributes:
         num_tokens: T of each replica.
         num_rows: logit rows of each replica.
+        num_sampled: tokens of each replica's step before, where its plan names them by their place;
+            empty if none does.
         choices: layer → of each replica, what its router chose. None for uniform routing: then
             `all_to_all` is given its expected bytes, rounded to whole ones in every call.
     """
@@ -43,6 +46,7 @@ class StepSize:
     num_tokens: Sequence[int]
     num_rows: Sequence[int]
     choices: Mapping[int, Sequence[Choices]] | None = None
+    num_sampled: Sequence[int] = ()
 
 
 def step_traffic(
@@ -88,6 +92,10 @@ def step_traffic(
     way = way_of_step(moe_dispatch, config, layout, element_bytes, blocks)
     experts = experts or ExpertPlacement.make("contiguous", config, layout)
 
+    if at.tp == 0 and at.sp == 0 and any(step.num_sampled):
+        count("tp", "broadcast", "sampled", step.num_sampled[at.dp] * _TOKEN_BYTES)
+    if at.sp == 0 and any(step.num_sampled):
+        count("sp", "broadcast", "sampled", step.num_sampled[at.dp] * _TOKEN_BYTES)
     # From here on in the order of the network.
     if at.pp == 0:
         count("tp", "all_reduce", "embed", held_bytes)

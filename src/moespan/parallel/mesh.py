@@ -109,6 +109,14 @@ class Axis:
         dist.all_to_all_single(received, x.contiguous(), receive_rows, send_rows, group=self._group)
         return received
 
+    def broadcast(self, x: torch.Tensor, module: str) -> torch.Tensor:
+        """Overwrite `x` by that of the first rank, and return it."""
+        if self.size > 1 and x.numel():
+            if self.rank == 0:
+                self._count("broadcast", module, _bytes(x))
+            dist.broadcast(x, self._ranks[0], group=self._group)
+        return x
+
     def send(self, x: torch.Tensor, to: int, module: str) -> None:
         """Start sending `x` to the rank at place `to`.
 
