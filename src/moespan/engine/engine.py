@@ -6,6 +6,7 @@ sampled into text. The others only execute plans.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import deque
@@ -33,6 +34,8 @@ from moespan.engine.worker import Worker
 from moespan.errors import ConfigError, RequestError
 from moespan.memory import available_bytes
 from moespan.ops import Ops, Weight, ops_for
+from moespan.parallel import fused
+from moespan.parallel.buffers import DEFAULT_BUFFER_MB
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.traffic import TrafficRows
 from moespan.tokenizer import Tokenizer
@@ -330,11 +333,20 @@ def _build_worker(
         quantization = quantization or model_config.quantization.scheme
         model_config = replace(model_config, quantization=None)
     experts = ExpertPlacement.make(config.expert_placement, model_config, config.layout)
+    ops = ops_for(config.device, config)
+    fused.check(
+        config,
+        model_config,
+        experts,
+        ops.chip,
+        mesh.ranks_here,
+        int(os.environ.get("HCCL_BUFFSIZE", DEFAULT_BUFFER_MB)),
+    )
     placement = place(model_config, config.layout, mesh.rank, experts, quantization)
     # tqdm's own rule for `disable=None`: only a terminal gets a bar.
     with tqdm(
         desc="loading",
-        total=placement.num_bytes(config.dtype),
+        total=sum(map(source.num_bytes, placement.pieces)),
         unit="B",
         unit_scale=True,
         disable=None if mesh.is_leader else True,
@@ -350,7 +362,6 @@ def _build_worker(
             maximum_over_tp=lambda maxima: mesh.tp.maximum(maxima.to(mesh.device), "load").cpu(),
         )
     started = time.perf_counter()
-    ops = ops_for(config.device, dtype)
     prepared: dict[str, Weight] = {}
     while weights:  # each form takes the place of the one before
         name, weight = weights.popitem()

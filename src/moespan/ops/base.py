@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.memory import to_device, zeros
+from moespan.parallel.mesh import Axis
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ class Ops(Protocol):
     block_size: int
     # Whether `record` works on this kind of device.
     has_graphs: bool
+    # Of an NPU: 910B (A2), 910C (A3) or 310P; empty if it is another one, or none.
+    chip: str
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Lay out a parameter, by its name in the placement table, as the kernels here like it.
@@ -181,6 +184,9 @@ class Ops(Protocol):
         same of their two products, of which the second one's input is rounded to x's dtype first.
         """
 
+    def linear_sum(self, x: Tensor, weight: Weight, axis: Axis, module: str) -> Tensor:
+        """`linear`, summed over `axis`: [T, in], [out, in] → [T, out], replicated over it."""
+
     def rope(
         self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,6 +211,17 @@ class Ops(Protocol):
 
         swiglu is silu(first half) · second half: [T, 2·I] → [T, I].
         """
+
+    def mlp_sum(
+        self,
+        x: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        axis: Axis,
+        module: str,
+        plus: Tensor | None = None,
+    ) -> Tensor:
+        """`mlp`, plus what is partial like it, [T, H], summed over `axis`: → replicated over it."""
 
     def route(
         self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
@@ -231,4 +248,20 @@ class Ops(Protocol):
         → [T, H] in x's dtype, summed in float32. Of all `num_slots` slots of the layer this rank
         holds those from `first` on, E of them; the others are other ranks' and add nothing, nor
         does the number `num_slots` itself, which is nobody's.
+        """
+
+    def experts_anywhere(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        axis: Axis,
+        num_slots: int,
+    ) -> Tensor:
+        """`experts` over those of all ranks of `axis`: rank i holds the i-th equal part of the
+        slots. All ranks call it, with equally many tokens, at least one; no token has a slot twice.
+
+        Where there is no such operator it is not asked for (`moespan.parallel.fused`).
         """
