@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+from moespan.notice import notice
 from moespan.ops.base import AttentionBatch, KVCache, Ops, Replay, Weight
 from moespan.ops.cpu import CpuOps
 from moespan.ops.reference import ReferenceOps
@@ -26,4 +29,11 @@ def ops_for(device_type: str) -> Ops:
         from moespan.ops.npu import NpuOps  # needs torch_npu
 
         return NpuOps()
+    if device_type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            notice("every operation goes through plain torch, and is slow: Triton is not installed")
+            return ReferenceOps()
+        from moespan.ops.cuda import CudaOps  # needs Triton
+
+        return CudaOps()
     return ReferenceOps()

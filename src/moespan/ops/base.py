@@ -167,6 +167,18 @@ class Ops(Protocol):
     def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
         """Store k, v [T, KV, D] at `slots` of the cache, in place."""
 
+    def rope_to_cache(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+    ) -> Tensor:
+        """`rope`, then `write_cache` of what it gives → q [T, N, D]."""
+
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
         """Causal attention of q [T, N, D] over each sequence's cached keys, this step's included.
 
@@ -178,6 +190,9 @@ class Ops(Protocol):
 
         swiglu is silu(first half) · second half: [T, 2·I] → [T, I].
         """
+
+    def add_mlp(self, x: Tensor, gate_up: Weight, down: Weight, onto: Tensor) -> Tensor:
+        """`mlp` + onto, [T, H], which is used up: it may be overwritten."""
 
     def route(
         self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool

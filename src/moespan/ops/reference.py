@@ -63,6 +63,21 @@ class ReferenceOps:
         cache.keys.flatten(0, 1)[slots] = k
         cache.values.flatten(0, 1)[slots] = v
 
+    def rope_to_cache(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+    ) -> Tensor:
+        """[T, N + 2·KV, D] → [T, N, D]."""
+        q, k, v = self.rope(qkv, num_heads, num_kv_heads, cos, sin)
+        self.write_cache(k, v, cache, slots)
+        return q
+
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
         """[T, N, D] over the cache [B, block size, KV, D] → [T, N, D]."""
         outputs = [torch.empty_like(q, dtype=torch.float32)[:0]]  # there may be no sequence
@@ -84,6 +99,10 @@ class ReferenceOps:
     def mlp(self, x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
         """[T, H] → [T, H]."""
         return self.linear(self.swiglu(self.linear(x, gate_up)), down)
+
+    def add_mlp(self, x: Tensor, gate_up: Weight, down: Weight, onto: Tensor) -> Tensor:
+        """[T, H], onto [T, H] → [T, H]."""
+        return onto + self.mlp(x, gate_up, down)
 
     def swiglu(self, x: Tensor) -> Tensor:
         """silu(first half) · second half: [T, 2·I] → [T, I]."""
