@@ -110,22 +110,21 @@ moespan generate-quickstart generate models/quickstart --prompt "681+734=" "sort
 # How fast is it? Random weights of the 16B geometry need no file.
 if [ "$DEVICE" = cpu ]; then
     PRESET="${PRESET:-tiny}"
-    small=(--prompt-lens 32 --batch-sizes 1 4 --decode-tokens 4 --repeats 1 --probe-mb 64
-        --probe-width 256)
+    small=(--prefill 32 --decode-batch 1,4 --context 8 --decode-tokens 4 --repeats 1)
 else
     PRESET="${PRESET:-16b}"
     small=()
 fi
 for ranks in 1 2 4 8 16; do
     [ "$ranks" -le "$NPUS" ] || break
-    step "offline-$PRESET-tp$ranks" "$PYTHON" benchmarks/offline.py --preset "$PRESET" \
-        -tp "$ranks" --device "$DEVICE" --json "$OUT/offline-tp$ranks.json" "${small[@]}"
+    moespan "bench-$PRESET-tp$ranks" bench --preset "$PRESET" -tp "$ranks" --json "${small[@]}"
+    grep '^{' "$OUT/bench-$PRESET-tp$ranks.log" > "$OUT/bench-tp$ranks.json"
 done
 if [ -n "${MODEL:-}" ]; then
     moespan generate-model generate "$MODEL" -tp "$NPUS" --max-tokens 64 \
         --prompt "An attention function can be described as mapping a query" "人工智能的发展"
-    step offline-model "$PYTHON" benchmarks/offline.py "$MODEL" -tp "$NPUS" --device "$DEVICE" \
-        --json "$OUT/offline-model.json"
+    moespan bench-model bench "$MODEL" -tp "$NPUS" --json
+    grep '^{' "$OUT/bench-model.log" > "$OUT/bench-model.json"
 fi
 
 printf '%d failed\n' "$failed" | tee -a "$OUT/summary.txt"

@@ -241,12 +241,19 @@ class LLM:
         check_request(request, self.config.max_model_len, self.model_config.vocab_size)
         return text, request
 
-    def stream(self, requests: Iterable[tuple[str | None, Request]]) -> Iterator[RequestOutput]:
+    def stream(
+        self,
+        requests: Iterable[tuple[str | None, Request]],
+        observe: Callable[[OutputDelta], object] | None = None,
+    ) -> Iterator[RequestOutput]:
         """Run any number of requests; yield each as it finishes.
 
         Only as many are taken from `requests` as keep the engine busy, so memory stays bounded.
         A request that fails is yielded with its `error`; the others go on. Within one thread,
         streams may be mixed, and each yields its own. Closing one aborts what it has not yielded.
+
+        Args:
+            observe: called with what a step brings to one of these requests, as it comes.
 
         Raises:
             EngineDeadError: the ranks are gone; what was yielded before was finished.
@@ -269,7 +276,12 @@ class LLM:
                     del mine[output.request_id], self._live[output.request_id]
                     yield output
                 if not finished:
-                    self._take_in(self._client.receive())
+                    deltas = self._client.receive()
+                    self._take_in(deltas)
+                    if observe is not None:
+                        for delta in deltas:
+                            if delta.id in mine:
+                                observe(delta)
         finally:
             for request_id in mine:
                 del self._live[request_id]

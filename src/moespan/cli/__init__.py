@@ -17,10 +17,12 @@ from moespan.cli.flags import (
     add_common_flags,
     add_model_flags,
     add_sampling_flags,
+    integers,
     serve_node,
 )
 from moespan.cli.verbs import (
     EXIT_FAILED,
+    bench,
     doctor,
     generate,
     info,
@@ -135,6 +137,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--json", action="store_true", help="print the report as JSON")
     verb.set_defaults(run=verify, max_num_batched_tokens=256, usage_error=verb.error)
+
+    verb = verbs.add_parser(
+        "bench",
+        help="measure speed against the machine's limits",
+        description=bench.__doc__,
+        allow_abbrev=False,
+    )
+    add_model_flags(verb, model_is_required=False)
+    verb.add_argument(
+        "--preset",
+        metavar="{16b,16b-4l,tiny}",
+        help="random weights of this geometry instead of MODEL; takes --load-format dummy",
+    )
+    group = verb.add_argument_group("what to measure")
+    group.add_argument(
+        "--prefill",
+        type=integers,
+        default=(128, 512, 2048),
+        metavar="N,N,...",
+        help="lengths of single prompts (128,512,2048)",
+    )
+    group.add_argument(
+        "--decode-batch",
+        type=integers,
+        default=(1, 8, 32),
+        metavar="N,N,...",
+        help="sequences that decode together (1,8,32)",
+    )
+    group.add_argument(
+        "--context", type=int, default=128, metavar="N", help="prompt tokens of these (128)"
+    )
+    group.add_argument(
+        "--decode-tokens", type=int, default=32, metavar="N", help="timed tokens of these (32)"
+    )
+    group.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="rounds after a warm-up (5)"
+    )
+    verb.add_argument("--json", action="store_true", help="print all figures as JSON")
+    verb.set_defaults(run=bench, usage_error=verb.error)
 
     verb = verbs.add_parser(
         "info", help="describe a model", description=info.__doc__, allow_abbrev=False

@@ -101,7 +101,7 @@ def add_layout_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--pipeline-layers",
-        type=_integers,
+        type=integers,
         metavar="N,N,...",
         help="layers of each stage (default: cut by cost)",
     )
@@ -124,8 +124,9 @@ LAYOUT = (
 )
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+def integers(text: str) -> tuple[int, ...]:
+    """`1,2,3` as numbers, for argparse; none for an empty text."""
+    return tuple(int(part) for part in text.split(",") if text)
 
 
 def add_common_flags(parser: argparse.ArgumentParser, model_is_required: bool = True) -> None:
@@ -314,6 +315,8 @@ SAMPLING = (
 def start_llm(args: argparse.Namespace) -> LLM:
     from moespan.llm import LLM
 
+    if args.model is None:
+        args.usage_error("the following arguments are required: MODEL")
     return LLM(
         args.model,
         **{name: getattr(args, name) for name in LAYOUT},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,6 +79,36 @@ def print_text(prompt: str, output: Any) -> None:
     for one in output.outputs:
         text = one.text if one.text or not one.token_ids else " ".join(map(str, one.token_ids))
         print(f"\n{prompt}\n→ {text}")
+
+
+def bench_table(report: dict[str, Any]) -> Iterator[str]:
+    """What `bench` measured, line by line."""
+    layout = ", ".join(f"{axis}={n}" for axis, n in report["layout"].items() if n > 1)
+    low, high = report["bandwidth_range_GBps"]
+    yield f"{report['model']}, {report['dtype']}, {layout or 'one rank'}"
+    yield f"{report['device']}: {report['machine']}, {report['cores']} cores"
+    yield (
+        f"limits: {report['bandwidth_GBps']:.1f} GB/s ({low:.1f} to {high:.1f}), "
+        f"{report['gemm_TFLOPs']:.3g} TFLOP/s in {report['dtype']}"
+    )
+    yield (
+        f"weights read in {report['load_s']:.2f} s, engine started in "
+        f"{report['engine_start_s']:.2f} s, first token {report['start_to_first_token_s']:.2f} s "
+        f"after the start of the program, at most {scaled(report['peak_rss_bytes'], BYTES)} of RAM"
+    )
+    yield ""
+    yield (
+        f"{'phase':<9}{'size':>6}{'tokens/s':>11}{'spread':>8}{'of limit':>10}  {'bound by':<9}"
+        f"{'ms to a token':>15}{'p99':>9}"
+    )
+    for phase in ("prefill", "decode"):
+        for size, row in report[phase].items():
+            wait_s = row.get("first_token_s", row.get("inter_token_s"))
+            late = f"{1e3 * row['inter_token_p99_s']:.1f}" if "inter_token_p99_s" in row else "-"
+            yield (
+                f"{phase:<9}{size:>6}{row['tokens_per_s']:>11.1f}{row['spread']:>8.0%}"
+                f"{row['limit_share']:>10.1%}  {row['bound']:<9}{1e3 * wait_s:>15.1f}{late:>9}"
+            )
 
 
 def print_verification(report: Any) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moespan.cli.flags import (
     LAYOUT,
     SAMPLING,
+    max_num_seqs_of,
     nodes_of,
     planned,
     set_layout,
@@ -23,6 +24,7 @@ from moespan.cli.show import (
     BYTES,
     COUNTS,
     LAYOUT_ROW,
+    bench_table,
     print_layout,
     print_text,
     print_verification,
@@ -207,6 +209,58 @@ def _write_reference(args: argparse.Namespace) -> int:
         write_reference(llm, args.reference, prompts, num_tokens)
     print(f"wrote {args.reference}: {len(prompts)} prompts, float32, one rank")
     return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure prefill and decode speed, latencies, memory and start-up, and what share of the
+    machine's limits is reached. Random token ids, greedy, no prefix cache, medians."""
+    from moespan.bench import Settings, first_token_s
+    from moespan.bench import bench as measure
+
+    settings = Settings(
+        args.prefill, args.decode_batch, args.context, args.decode_tokens, args.repeats
+    )
+    if args.max_num_seqs is None:
+        args.max_num_seqs = max(max_num_seqs_of(args), *settings.decode_batch, 1)
+    args.enable_prefix_caching = False
+    with contextlib.ExitStack() as stack:
+        if args.preset is not None:
+            args.model = stack.enter_context(_preset_folder(args))
+        started = time.perf_counter()
+        llm = stack.enter_context(start_llm(args))
+        start_s = time.perf_counter() - started
+        start_up_s = first_token_s(llm)
+        report = measure(llm, settings, args.nnodes)
+    if args.preset is not None:
+        report["model"] = args.preset
+    report |= {"engine_start_s": start_s, "start_to_first_token_s": start_up_s}
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print(*bench_table(report), sep="\n")
+    return 0
+
+
+@contextlib.contextmanager
+def _preset_folder(args: argparse.Namespace) -> Iterator[str]:
+    """A folder with the config of `--preset` and nothing else, for as long as the engine runs."""
+    import tempfile
+
+    from moespan.checkpoint.random import preset
+
+    if args.model is not None:
+        raise ConfigError(f"both {args.model} and --preset {args.preset} are given; leave one out")
+    if args.load_format == "safetensors":
+        raise ConfigError("--preset has no file to read; it goes with --load-format dummy")
+    if args.nnodes > 1:
+        raise ConfigError(
+            "--preset makes its config on one node only; give MODEL, a folder with a config.json "
+            "on every node, and --load-format dummy"
+        )
+    args.load_format = "dummy"
+    with tempfile.TemporaryDirectory(prefix="moespan-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(preset(args.preset, {})))
+        yield folder
 
 
 def info(args: argparse.Namespace) -> int:
