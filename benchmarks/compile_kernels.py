@@ -144,8 +144,9 @@ def call_everything(quick: bool) -> Iterator[str]:
             scale = torch.empty(width, dtype=dtype)
             ops.rms_norm(x, scale, 1e-6)
             ops.add_rms_norm(x, residual, scale, 1e-6)
-            chosen_weights, slots = torch.empty(tokens, chosen), torch.zeros(
-                tokens, chosen, dtype=torch.int32
+            chosen_weights, slots = (
+                torch.empty(tokens, chosen),
+                torch.zeros(tokens, chosen, dtype=torch.int32),
             )
             ops.route(x, torch.empty(num_experts, width), chosen, False)
             kinds = ["as it is", "W8A16", "W8A8"] if dtype != torch.float32 else ["as it is"]

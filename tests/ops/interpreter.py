@@ -1,5 +1,5 @@
 """Triton's interpreter, with its bfloat16 mended: it cuts float32 off instead of rounding it, and
-multiplies the bits of bfloat16 matrices as if they were integers.
+takes the bits of bfloat16 for integers in products of matrices and when integers become bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ def mend(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    convert, create_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    builder = interpreter.InterpreterBuilder
+    convert, create_dot, cast = interpreter._convert_float, builder.create_dot, builder.cast_impl
 
     def mended_convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -38,5 +39,11 @@ def mend(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return create_dot(self, a, b, *rest)
 
+    def mended_cast(self: Any, source: Any, target: Any) -> Any:
+        if target.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
+            source = interpreter.TensorHandle(source.data.astype(np.float32), tl.float32)
+        return cast(self, source, target)
+
     monkeypatch.setattr(interpreter, "_convert_float", mended_convert)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", mended_dot)
+    monkeypatch.setattr(builder, "create_dot", mended_dot)
+    monkeypatch.setattr(builder, "cast_impl", mended_cast)

@@ -134,9 +134,7 @@ class CudaOps(ReferenceOps):
         gc.disable()
         try:
             # What other threads do meanwhile, such as watching NCCL, is not part of it.
-            with torch.cuda.graph(
-                graph, pool=self._graph_pool, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                 run()
         finally:
             gc.enable()

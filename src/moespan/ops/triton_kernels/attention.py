@@ -321,8 +321,8 @@ def attention(
         splits = _num_splits(tiles.num_decodes * num_kv_heads, tables, cache.block_size)
         partial = (tiles.num_decodes, num_heads, splits)
         # float32 even where no part is kept: an empty tensor costs nothing.
-        parts = q.new_empty(partial + (head_size,) if splits > 1 else (0,), dtype=torch.float32)
-        sums = q.new_empty(partial + (2,) if splits > 1 else (0,), dtype=torch.float32)
+        parts = q.new_empty((*partial, head_size) if splits > 1 else (0,), dtype=torch.float32)
+        sums = q.new_empty((*partial, 2) if splits > 1 else (0,), dtype=torch.float32)
         is_mixed = tiles.decode_rows is not None
         _decode_kernel[(tiles.num_decodes, num_kv_heads, splits)](
             q, *cached, tables, batch.lengths, tiles.decode_rows, tiles.decode_sequences, out,

@@ -410,9 +410,7 @@ def experts(
         return out
     rows = triton.cdiv(slots.numel(), num_slots)
     shape = down.out_width, down.in_width, down.values.dtype, x.device
-    order = sort_pairs(
-        slots, first, gate_up.num_experts, tile("down", rows, *shape)["BLOCK_M"]
-    )
+    order = sort_pairs(slots, first, gate_up.num_experts, tile("down", rows, *shape)["BLOCK_M"])
     _gate_up(values, scales, order, gate_up, hidden, num_chosen, rows)
     values, scales = down.activations(hidden)
     results = x.new_empty(slots.numel(), down.out_width)
@@ -507,9 +505,7 @@ def _gate_up(
 ) -> None:
     inner = weight.out_width // 2
     num_rows = len(hidden)
-    sizes = tile(
-        "gate_up", rows or num_rows, inner, weight.in_width, weight.values.dtype, x.device
-    )
+    sizes = tile("gate_up", rows or num_rows, inner, weight.in_width, weight.values.dtype, x.device)
     if order is not None:
         sizes["BLOCK_M"] = order.block_m
     num_tiles = triton.cdiv(num_rows, sizes["BLOCK_M"]) if order is None else len(order.tiles)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 # Tokens up to which the router reads its matrix through for each: few, as in decode.
 _FEW_TOKENS = 32
-# Elements of the largest table of pairs and experts that one program keeps.
-_TABLE = 16384
+# Elements of the largest table of pairs and experts that a program keeps: alone, or one of many.
+_LONE_TABLE, _SHARED_TABLE = 16384, 8192
 
 
 @triton.jit
@@ -89,9 +89,7 @@ def _choose_kernel(
     tl.store(chosen + to, which, mask=mask)
 
 
-def route(
-    x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
-) -> tuple[Tensor, Tensor]:
+def route(x: Tensor, router: Tensor, num_chosen: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """[T, H] → float32 [T, K], int32 [T, K]. Two launches for few tokens, else three."""
     num_tokens, width = x.shape
     num_experts = len(router)
@@ -239,8 +237,9 @@ def sort_pairs(slots: Tensor, first: int, num_experts: int, block_m: int) -> Ord
     """
     num_pairs = slots.numel()
     experts = triton.next_power_of_2(num_experts)
-    most = max(32, min(256, _TABLE // experts))
-    chunk = min(most, max(16, triton.next_power_of_2(num_pairs)))
+    chunk = max(16, triton.next_power_of_2(num_pairs))
+    if chunk * experts > _LONE_TABLE:
+        chunk = max(16, _SHARED_TABLE // experts)
     num_chunks = triton.cdiv(num_pairs, chunk)
     num_tiles = most_tiles(num_pairs, num_experts, block_m)
     pairs = torch.empty(num_pairs, dtype=torch.int32, device=slots.device)

@@ -300,7 +300,9 @@ def _quantize_kernel(x, values, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr
         columns = at + tl.arange(0, BLOCK)
         mask = columns < WIDTH
         value = tl.load(x + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
+        # Rows that no pair has set hold anything: what is no number must not become an integer.
         rounded = (value / divisor + _ROUNDER) - _ROUNDER
+        rounded = tl.where(tl.abs(rounded) <= 127, rounded, 0.0)
         tl.store(values + row * WIDTH + columns, rounded.to(tl.int8), mask=mask)
 
 

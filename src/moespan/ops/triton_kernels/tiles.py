@@ -77,7 +77,8 @@ def _choose(
     device: torch.device,
 ) -> Tile:
     name = _card(device)
-    own = next((part for card, part in _table().items() if card != "any" and card in name), {})
+    cards: list[Any] = [part for card, part in _table().items() if card != "any" and card in name]
+    own = cards[0] if cards else {}
     general = _table()["any"]
     key = shape_key(kernel, out_width, in_width, weight_dtype)
     entries = own.get("shapes", {}).get(key) or own.get(kernel) or general[kernel]
