@@ -45,6 +45,8 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 class TestCudaOps(OpsContract):
+    head_sizes = (6, 128)  # each takes its time in the interpreter
+
     @pytest.fixture
     def ops(self, ops: Ops) -> Iterator[Ops]:
         with Poisoned():

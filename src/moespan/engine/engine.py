@@ -322,7 +322,7 @@ def _build_worker(
         )
     dtype = getattr(torch, config.dtype)
     source: Source = (
-        RandomSource(model_config, dtype, config.seed)
+        RandomSource(model_config, dtype, config.seed, mesh.device)
         if config.load_format == "dummy"
         else SafetensorsSource(config.model, model_config)
     )

@@ -100,6 +100,21 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def _magnitude(x):
+    """|x|, and infinity for what is no number, which a maximum would pass over."""
+    return tl.where(x == x, tl.abs(x), float("inf"))
+
+
+@triton.jit
+def _integers(x, scale):
+    """x / scale, rounded half to even. Where the scale is not finite it is what shows; then, and in
+    rows that nobody has set, the integers are 0."""
+    divisor = tl.where(scale > 0, scale, 1.0)
+    rounded = (x / divisor + _ROUNDER) - _ROUNDER
+    return tl.where(tl.abs(rounded) <= 127, rounded, 0.0)
+
+
+@triton.jit
 def _store_heads(
     first,
     second,
@@ -119,12 +134,11 @@ def _store_heads(
     to = cache + place[:, None] * (2 * HALF_SIZE) + at[None, :]
     inside = mask[:, None] & (at < HALF_SIZE)[None, :]
     if IS_INT8:
-        most = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
-        scale = most / 127.0
+        most = tl.maximum(_magnitude(first), _magnitude(second))
+        scale = tl.max(most, 1) / 127.0
         tl.store(scales + place, scale, mask=mask)
-        divisor = tl.where(scale > 0, scale, 1.0)[:, None]
-        first = (first / divisor + _ROUNDER) - _ROUNDER
-        second = (second / divisor + _ROUNDER) - _ROUNDER
+        first = _integers(first, scale[:, None])
+        second = _integers(second, scale[:, None])
     tl.store(to, first.to(cache.dtype.element_ty), mask=inside)
     tl.store(to + HALF_SIZE, second.to(cache.dtype.element_ty), mask=inside)
 
@@ -292,17 +306,14 @@ def _quantize_kernel(x, values, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr
     for at in range(0, WIDTH, BLOCK):
         columns = at + tl.arange(0, BLOCK)
         value = tl.load(x + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-        most = tl.maximum(most, tl.abs(value.to(tl.float32)))
+        most = tl.maximum(most, _magnitude(value.to(tl.float32)))
     scale = tl.max(most, 0) / 127.0
     tl.store(scales + row, scale)
-    divisor = tl.where(scale > 0, scale, 1.0)
     for at in range(0, WIDTH, BLOCK):
         columns = at + tl.arange(0, BLOCK)
         mask = columns < WIDTH
         value = tl.load(x + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-        # Rows that no pair has set hold anything: what is no number must not become an integer.
-        rounded = (value / divisor + _ROUNDER) - _ROUNDER
-        rounded = tl.where(tl.abs(rounded) <= 127, rounded, 0.0)
+        rounded = _integers(value, scale)
         tl.store(values + row * WIDTH + columns, rounded.to(tl.int8), mask=mask)
 
 
