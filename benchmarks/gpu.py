@@ -212,12 +212,18 @@ def check_operations(
     return found
 
 
-def verify_oracles(device: str) -> list[dict[str, Any]]:
+def verify_oracles(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The small checkpoints against the logits of the Hugging Face model, with graphs."""
     found = []
     for folder in sorted(path for path in ORACLES.iterdir() if path.is_dir()):
         for dtype in ("float32", "bfloat16"):
-            with LLM(str(folder), device=device, dtype=dtype) as llm:
+            with LLM(
+                str(folder),
+                device=args.device,
+                dtype=dtype,
+                quantization=args.quantization,
+                kv_cache_dtype=args.kv_cache_dtype,
+            ) as llm:
                 reference = Reference(folder / "ref" / "ref_logits.safetensors")
                 report = verify(llm, reference)
             found.append(
@@ -302,6 +308,8 @@ class Bench:
             device=args.device,
             dtype=args.dtype,
             load_format="dummy",
+            quantization=args.quantization,
+            kv_cache_dtype=args.kv_cache_dtype,
             max_model_len=longest,
             max_num_seqs=max(sizes.decode_batch),
             max_num_batched_tokens=max(*sizes.prefill, max(sizes.decode_batch), 8192),
@@ -311,21 +319,24 @@ class Bench:
         dtype = getattr(torch, args.dtype)
         mesh = Mesh.create(Layout(), self.device)
         source = RandomSource(config, dtype, 0, self.device)
-        placement = place(config, Layout(), 0)
+        placement = place(config, Layout(), 0, quantization=args.quantization)
         weights, self.loaded = load_weights(placement, source, dtype, self.device)
-        ops = ops_for(args.device)
+        ops = ops_for(args.device, dtype)
         prepared = {name: ops.prepare(name, weight) for name, weight in weights.items()}
         del weights
         block_bytes = self.config.block_size * cache_bytes_per_token(
-            config, Layout(), 0, args.dtype
+            config, Layout(), 0, self.config.cache_dtype
         )
         room = int(available_bytes(self.device) * CACHE_SHARE[args.device] // block_bytes)
         wanted = max(sizes.decode_batch) * self.config.blocks_per_sequence
         self.num_blocks = max(min(room, wanted), self.config.blocks_per_sequence)
         self.worker = Worker(self.config, config, mesh, ops, prepared, self.num_blocks)
         for cache in self.worker.caches:
-            for part in cache.tensors:
-                part.normal_()  # numbers such as keys and values are, in no time
+            for part in cache.tensors:  # numbers such as keys and values are
+                part.random_(-127, 128) if part.dtype == torch.int8 else part.normal_()
+            for scales in (cache.key_scales, cache.value_scales):
+                if scales is not None:
+                    scales.fill_(0.01)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -488,6 +499,8 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
     report: dict[str, Any] = {
         "model": args.preset,
         "dtype": args.dtype,
+        "quantization": args.quantization,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "device": args.device,
         "machine": machine_name(args.device),
         "versions": {"moespan": __version__, "torch": torch.__version__, **_versions()},
@@ -518,7 +531,7 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
             return check_operations(CudaOps(), config, dtypes, sizes, device)
 
     part("operations", 60, checks)
-    part("verify", 60, lambda: verify_oracles(args.device))
+    part("verify", 60, lambda: verify_oracles(args))
     dtype = getattr(torch, args.dtype)
     limits = part("limits", 10, lambda: asdict_limits(measure_limits(device, dtype, sizes)))
     bench = Bench(folder, config, args, sizes)
@@ -626,7 +639,8 @@ def _versions() -> dict[str, str]:
 def table(report: dict[str, Any]) -> Iterator[str]:
     """The short table."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    yield f"{report['model']}, {report['dtype']}, {report['machine']}: {versions}"
+    weights = report["quantization"] or report["dtype"]
+    yield f"{report['model']}, {weights}, {report['machine']}: {versions}"
     for name in ("operations", "verify"):
         entries = report.get(name) or []
         failed = [entry for entry in entries if not entry["passed"]]
@@ -664,6 +678,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--preset", choices=PRESETS, default="16b")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--quantization", choices=["int8", "w8a8"])
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "int8"], default="auto")
     parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--budget-s", type=float, default=540, help="parts begin within it")
     parser.add_argument("--json", type=Path, help="where to write all figures")

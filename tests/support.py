@@ -111,6 +111,8 @@ def make_worker(
     *,
     ops: Ops | None = None,
     dtype: str = "float32",
+    quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
     block_size: int = 4,
     num_blocks: int = 256,
     enforce_eager: bool = False,
@@ -123,13 +125,14 @@ def make_worker(
     mesh = mesh or Mesh.create(Layout(), CPU)
     ops = ops or CpuOps()
     source = source or RandomSource(config, torch_dtype, seed=0)
-    placement = place(config, mesh.layout, mesh.rank)
-    weights, _ = load_weights(placement, source, torch_dtype, mesh.device)
-    weights = {name: ops.prepare(name, weight) for name, weight in weights.items()}
+    placement = place(config, mesh.layout, mesh.rank, quantization=quantization)
+    loaded, _ = load_weights(placement, source, torch_dtype, mesh.device)
+    weights = {name: ops.prepare(name, weight) for name, weight in loaded.items()}
     settings = EngineConfig(
         "unused",
         mesh.layout,
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         block_size=block_size,
         max_model_len=256,
         enforce_eager=enforce_eager,
@@ -137,7 +140,8 @@ def make_worker(
     worker = Worker(settings, config, mesh, ops, weights, num_blocks)
     for caches in worker.caches:
         for cache in caches.tensors:
-            cache.fill_(torch.nan)
+            if cache.is_floating_point():  # scales, where the rest is integers
+                cache.fill_(torch.nan)
     return worker
 
 

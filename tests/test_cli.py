@@ -191,7 +191,7 @@ def test_generate_prints_each_prompt_with_its_text_and_says_where_it_ran(cli: Cl
     start, runs_on, weights, cache, speed = ran.err.splitlines()
     assert start == f"model    {QUICKSTART}"
     assert runs_on.startswith("runs on  cpu, bfloat16, tp=1")
-    assert "MB per rank, loaded in" in weights
+    assert "MB of bfloat16 per rank, loaded in" in weights
     assert "tokens in blocks of 32" in cache
     assert speed.startswith("2 answered, 7 tokens in ")
 
@@ -435,11 +435,15 @@ def test_info_on_the_16b_model(cli: Cli, sixteen_b: Path):
     facts = dict(line.split("  ", 1) for line in ran.out.splitlines())
     facts = {name: value.strip() for name, value in facts.items()}
     assert facts["parameters"] == "16.376 B total, 2.83 B active for one token"
-    assert facts["weights"] == "65.50 GB float32, 32.75 GB bfloat16, 32.75 GB float16"
-    assert facts["KV cache per token"] == "448 KiB float32, 224 KiB bfloat16, 224 KiB float16"
+    assert facts["weights"] == (
+        "65.50 GB float32, 32.75 GB bfloat16, 32.75 GB float16, 16.63 GB int8, 16.84 GB w8a8"
+    )
+    assert facts["KV cache per token"] == (
+        "448 KiB float32, 224 KiB bfloat16, 224 KiB float16, 115.5 KiB int8"
+    )
     assert facts["attention"] == "16 heads × 128, 16 KV heads"
     assert facts["experts"] == "64 routed, top 6, 2 shared, width 1408, in 27 layers"
-    assert "32.76 GB of bfloat16 weights, 224 KiB KV cache per token" in ran.out
+    assert "32.76 GB of bfloat16 weights, 224 KiB of bfloat16 KV cache per token" in ran.out
 
 
 @pytest.mark.parametrize("tp", [1, 8])
@@ -457,7 +461,9 @@ def test_info_counts_the_bytes_of_every_rank(cli: Cli, sixteen_b: Path, tp: int)
 
 def test_info_says_what_a_rank_holds(cli: Cli, sixteen_b: Path):
     ran = cli("info", sixteen_b, "-tp", 8, "--dtype", "float16")
-    assert "4.11 GB of float16 weights, 28 KiB KV cache per token" in ran.out
+    assert "4.11 GB of float16 weights, 28 KiB of float16 KV cache per token" in ran.out
+    ran = cli("info", sixteen_b, "-tp", 8, "--quantization", "int8", "--kv-cache-dtype", "int8")
+    assert "2.10 GB of int8 weights, 14.4375 KiB of int8 KV cache per token" in ran.out
 
 
 def test_info_scales_its_units_to_small_models(cli: Cli):

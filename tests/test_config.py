@@ -45,7 +45,6 @@ def refusal(**changes: Any) -> str:
         ("model_type", None),
         ("scoring_func", "sigmoid"),
         ("hidden_act", "gelu"),
-        ("quantization_config", {"quant_method": "awq"}),
         ("routed_scaling_factor", 2.5),
         ("head_dim", 16),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),

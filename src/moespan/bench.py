@@ -230,6 +230,8 @@ def bench(llm: LLM, settings: Settings, nnodes: int = 1) -> dict[str, Any]:
         "machine": machine_name(engine.device),
         "cores": len(os.sched_getaffinity(0)),
         "dtype": engine.dtype,
+        "quantization": info.quantization,
+        "kv_cache_dtype": info.cache_dtype,
         "layout": engine.layout.sizes,
         "versions": versions(),
         "settings": asdict(settings),

@@ -66,6 +66,9 @@ class LLM:
         expert_placement: `contiguous`, `round_robin`, or a JSON file.
         device: `auto`, `npu`, `cuda` or `cpu`.
         dtype: `auto` is the checkpoint's.
+        quantization: `int8` or `w8a8` holds matrices as 8-bit integers, and `w8a8` rounds what they
+            are multiplied with, too; None is the checkpoint's.
+        kv_cache_dtype: `auto` is the dtype; `int8` halves the KV cache, and more for float32.
         max_model_len: most tokens of one sequence; None is the model's own limit.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step.
@@ -107,6 +110,8 @@ class LLM:
         expert_placement: str = "contiguous",
         device: str = "auto",
         dtype: str = "auto",
+        quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = EngineConfig.max_num_seqs,
         max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens,
@@ -153,6 +158,8 @@ class LLM:
             layout=layout,
             device=device,
             dtype=self.model_config.dtype if dtype == "auto" else dtype,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
             load_format="safetensors" if load_format == "auto" else load_format,
             seed=seed,
             max_model_len=max_model_len,

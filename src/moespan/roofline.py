@@ -74,7 +74,8 @@ def step_work(
     chosen = config.num_experts_per_tok / (config.n_routed_experts or 1)
     head = "embed" if config.tie_word_embeddings else "head"
     operations = num_bytes = 0.0
-    for name, parameter in place(config, Layout(), 0).parameters.items():
+    held = place(config, Layout(), 0, quantization=engine.quantization)
+    for name, parameter in held.parameters.items():
         elements, size_bytes = math.prod(parameter.shape), parameter.num_bytes(engine.dtype)
         if name == head:
             operations += 2 * elements * num_sequences
@@ -89,7 +90,7 @@ def step_work(
             num_bytes += size_bytes
     pairs = num_tokens * (context + (num_new + 1) / 2)
     operations += 4 * config.hidden_size * config.num_hidden_layers * pairs
-    token_bytes = cache_bytes_per_token(config, Layout(), 0, engine.dtype)
+    token_bytes = cache_bytes_per_token(config, Layout(), 0, engine.cache_dtype)
     num_bytes += num_sequences * (context + num_new) * token_bytes
     return Work(operations, num_bytes)
 

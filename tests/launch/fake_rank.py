@@ -48,6 +48,7 @@ class FakeEngine:
             layout=Layout(tp=dist.get_world_size()),
             device="cpu",
             dtype="float32",
+            cache_dtype="float32",
             max_model_len=64,
             num_blocks=int(os.environ["OMP_NUM_THREADS"]),
             block_size=16,

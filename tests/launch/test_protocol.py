@@ -29,6 +29,7 @@ INFO = EngineInfo(
     layout=Layout(tp=2),
     device="cpu",
     dtype="float32",
+    cache_dtype="float32",
     max_model_len=64,
     num_blocks=4,
     block_size=16,

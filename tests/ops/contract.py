@@ -1,6 +1,7 @@
 """What every implementation of the operations must compute: what the reference computes.
 
-A test module makes a subclass whose name begins with `Test`. Inputs are made on the CPU and moved.
+A test module makes a subclass of `OpsContract`, and of `QuantizedContract` where the operations
+take integers, whose name begins with `Test`. Inputs are made on the CPU and moved.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moespan.checkpoint.quantization import QuantizedWeight, quantize, round_rows
 from moespan.ops import AttentionBatch, KVCache, Ops, ReferenceOps, Weight
 
 REFERENCE = ReferenceOps()
@@ -27,6 +29,19 @@ def assert_close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
     if theirs.numel():
         worst = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp(1e-6)
         assert worst <= TOLERANCE[dtype], f"differs by {worst:.1e}"  # and a NaN fails
+
+
+def assert_close_as_rounded(ours: Tensor, theirs: Tensor, dtype: torch.dtype, bits: int) -> None:
+    """Equal, but that activations of 8 `bits` may fall on the other side of a half here and there,
+    which moves a result by about one step of 254 over the root of the row's length."""
+    if bits == 16:
+        assert_close(ours, theirs, dtype)
+        return
+    ours = ours.cpu()
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    if theirs.numel():
+        worst = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp(1e-6)
+        assert worst <= max(TOLERANCE[dtype], 2e-3), f"differs by {worst:.1e}"
 
 
 def make_batch(
@@ -44,8 +59,8 @@ def make_batch(
     return batch, num_blocks
 
 
-class OpsContract:
-    """The tests. `block_size` is one that the device's attention takes."""
+class Contract:
+    """What the tests need. `block_size` is one that the device's attention takes."""
 
     device = torch.device("cpu")
     block_size = 4
@@ -70,6 +85,10 @@ class OpsContract:
 
     def prepared(self, ops: Ops, module: str, **weights: Tensor) -> list[Weight]:
         return [ops.prepare(f"{module}.{name}", *self.to(w)) for name, w in weights.items()]
+
+
+class OpsContract(Contract):
+    """Weights and caches of the activations' dtype."""
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("shape", [(1, 16), (7, 33), (130, 256), (0, 16)])
@@ -273,3 +292,157 @@ class OpsContract:
             banks = self.prepared(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
             args: list[Any] = [*self.to(x, weights, slots.to(kind)), *banks, first, num_slots]
             assert_close(ops.experts(*args), expected, dtype)
+
+
+class QuantizedContract(Contract):
+    """Weights and caches of 8-bit integers."""
+
+    def quantized(self, weight: Tensor, bits: int) -> QuantizedWeight:
+        """Of [..., out, in], each matrix for itself."""
+        values, scales = quantize(weight.flatten(0, -2))
+        return QuantizedWeight(
+            values.view(weight.shape), scales.view(weight.shape[:-1]), activation_bits=bits
+        )
+
+    def prepared_integers(self, ops: Ops, module: str, **weights: QuantizedWeight) -> list[Weight]:
+        return [
+            ops.prepare(
+                f"{module}.{name}",
+                QuantizedWeight(*self.to(w.values, w.scales), activation_bits=w.activation_bits),
+            )
+            for name, w in weights.items()
+        ]
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bits", [16, 8])
+    @pytest.mark.parametrize("has_bias", [False, True])
+    def test_linear_of_integers(self, ops: Ops, has_bias: bool, bits: int, dtype: torch.dtype):
+        for num_tokens, width, out in ((0, 48, 7), (1, 48, 7), (5, 33, 64), (70, 256, 96)):
+            x = self.random(num_tokens, width, dtype=dtype)
+            weight = self.quantized(self.random(out, width), bits)
+            bias = self.random(out, dtype=dtype) if has_bias else None
+            moved = self.to(bias) if bias is not None else [None]
+            expected = REFERENCE.linear(x, weight, bias)
+            prepared = self.prepared_integers(ops, "layers.0.attention", qkv=weight)
+            found = ops.linear(*self.to(x), *prepared, *moved)
+            assert_close_as_rounded(found, expected, dtype, bits)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_activations_are_rounded_for_each_token_if_and_only_if_they_are_to_be(
+        self, ops: Ops, dtype: torch.dtype
+    ):
+        # Beside 127 a 0.25 is rounded to nothing; beside 0.5, in the next row, it is not.
+        x = torch.full((2, 64), 0.25, dtype=dtype)
+        x[:, 0] = torch.tensor([127.0, 0.5], dtype=dtype)
+        ones = torch.ones(32, 64)
+        ones[:, 0] = 0
+        for bits, expected in ((16, [15.75, 15.75]), (8, [0.0, 15.75])):
+            (weight,) = self.prepared_integers(
+                ops, "layers.0.attention", out=self.quantized(ones, bits)
+            )
+            sums = ops.linear(*self.to(x), weight).cpu().float()
+            assert sums == pytest.approx(torch.tensor(expected)[:, None].expand(2, 32), abs=0.13)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bits", [16, 8])
+    def test_mlp_of_integers(self, ops: Ops, bits: int, dtype: torch.dtype):
+        for num_tokens, width, hidden in ((0, 64, 128), (1, 34, 7), (1, 64, 128), (33, 64, 128)):
+            x = self.random(num_tokens, width, dtype=dtype)
+            gate_up = self.quantized(self.random(2 * hidden, width) / 8, bits)
+            down = self.quantized(self.random(width, hidden) / 8, bits)
+            weights = self.prepared_integers(ops, "layers.0.mlp", gate_up=gate_up, down=down)
+            expected = REFERENCE.mlp(x, gate_up, down)
+            assert_close_as_rounded(ops.mlp(*self.to(x), *weights), expected, dtype, bits)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bits", [16, 8])
+    @pytest.mark.parametrize(
+        ("num_tokens", "first", "held", "num_slots", "num_chosen"),
+        [(1, 0, 8, 8, 3), (37, 0, 8, 8, 8), (40, 12, 4, 16, 6), (0, 2, 2, 4, 2)],
+    )
+    def test_experts_of_integers(
+        self,
+        ops: Ops,
+        num_tokens: int,
+        first: int,
+        held: int,
+        num_slots: int,
+        num_chosen: int,
+        bits: int,
+        dtype: torch.dtype,
+    ):
+        for width, hidden in ((32, 12), (64, 48)):
+            x = self.random(num_tokens, width, dtype=dtype)
+            weights = self.random(num_tokens, num_chosen).softmax(-1)
+            gate_up = self.quantized(self.random(held, 2 * hidden, width) / 4, bits)
+            down = self.quantized(self.random(held, width, hidden) / 4, bits)
+            generator = torch.Generator().manual_seed(num_tokens)
+            slots = torch.rand(num_tokens, num_slots, generator=generator).argsort(-1)
+            slots = slots[:, :num_chosen]
+            expected = REFERENCE.experts(x, weights, slots, gate_up, down, first, num_slots)
+            module = "layers.0.mlp.experts"
+            banks = self.prepared_integers(ops, module, gate_up=gate_up, down=down)
+            args: list[Any] = [*self.to(x, weights, slots), *banks, first, num_slots]
+            assert_close_as_rounded(ops.experts(*args), expected, dtype, bits)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_what_is_cached_as_integers_is_off_by_half_a_step_at_most(
+        self, ops: Ops, dtype: torch.dtype
+    ):
+        num_tokens, num_heads = 7, 3
+        for head_size in self.head_sizes:
+            shape = (4, self.block_size, num_heads, head_size)
+            cache = KVCache.zeros(shape, torch.int8, self.device)
+            for scales in cache.tensors[2:]:
+                scales.fill_(torch.nan)
+            k, v = (
+                self.random(num_tokens, num_heads, head_size, dtype=dtype, seed=s) for s in (2, 3)
+            )
+            k[2, 1] = 0
+            places = torch.randperm(4 * self.block_size, generator=torch.Generator().manual_seed(1))
+            slots = places[:num_tokens].int()
+            ops.write_cache(*self.to(k, v), cache, *self.to(slots))
+            parts = [part.cpu().flatten(0, 1) for part in cache.tensors]
+            for x, values, scales in zip((k, v), parts[:2], parts[2:], strict=True):
+                torch.testing.assert_close(scales[slots], x.float().abs().amax(-1) / 127)
+                step = scales[slots][..., None]
+                error = (values[slots].float() * step - x.float()).abs()
+                assert (error <= step * 0.501).all()
+                elsewhere = places[num_tokens:]
+                assert not values[elsewhere].any()
+                assert scales[elsewhere].isnan().all()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("query_lens", "context_lens"),
+        [([1], [0]), ([5], [3]), ([1, 1, 1], [0, 3, 17]), ([4, 1, 7, 1], [0, 8, 5, 2]), ([], [])],
+        ids=str,
+    )
+    @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 2)])
+    def test_attention_over_a_cache_of_integers(
+        self,
+        ops: Ops,
+        num_heads: int,
+        num_kv_heads: int,
+        query_lens: list[int],
+        context_lens: list[int],
+        dtype: torch.dtype,
+    ):
+        for head_size in self.head_sizes:
+            batch, num_blocks = make_batch(query_lens, context_lens, self.block_size, self.device)
+            at_home, _ = make_batch(query_lens, context_lens, self.block_size, torch.device("cpu"))
+            shape = (num_blocks, self.block_size, num_kv_heads, head_size)
+            (keys, key_scales), (values, value_scales) = (
+                round_rows(self.random(*shape, seed=seed)) for seed in (0, 1)
+            )
+            is_used = torch.zeros(shape[:2], dtype=torch.bool)
+            for table, length in zip(at_home.block_tables, at_home.total_lens, strict=True):
+                places = torch.arange(length)
+                is_used[table[places // self.block_size], places % self.block_size] = True
+            for scales in (key_scales, value_scales):
+                scales[~is_used] = torch.nan
+            theirs = KVCache(keys, values, key_scales, value_scales)
+            ours = KVCache(*self.to(*theirs.tensors))
+            q = self.random(sum(query_lens), num_heads, head_size, dtype=dtype)
+            expected = REFERENCE.attention(q, theirs, at_home, 0.3)
+            assert_close(ops.attention(*self.to(q), ours, batch, 0.3), expected, dtype)

@@ -26,17 +26,29 @@ experts the rank holds (`experts.py`), e = tp/ep over how many ranks each is cut
 
 KV heads fewer than tp are replicated: then each rank holds the one head that its queries read. sp
 and dp cut no weights, but the KV cache is split by heads over tp·sp.
+
+Of matrices of 8-bit integers (all but embed, router and, with W8A8, head) a rank has its slice, and
+the scales of that slice's rows: of (out, in) there are (out). A scale is of a whole row of the
+checkpoint's tensor, wherever its columns are cut, so that every layout computes with the same
+numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moespan.checkpoint.experts import ExpertPlacement
-from moespan.config import DTYPE_BYTES, Layout, ModelConfig
+from moespan.config import (
+    DTYPE_BYTES,
+    SCALE_BYTES,
+    SCALE_SUFFIX,
+    Layout,
+    ModelConfig,
+    QuantizationConfig,
+)
 
 Index = tuple[slice, ...]
 
@@ -62,13 +74,27 @@ class Share:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor that a rank holds. `dtype` None is the engine's dtype."""
+    """A tensor that a rank holds.
+
+    Attributes:
+        dtype: None is the engine's.
+        activation_bits: of a matrix of integers, with scales beside it, what
+            `QuantizedWeight.activation_bits` is to be; None for one of floats.
+    """
 
     shape: tuple[int, ...]
     dtype: str | None = None
+    activation_bits: int | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is held as 8-bit integers."""
+        return self.activation_bits is not None
 
     def num_bytes(self, dtype: str) -> int:
-        """Bytes that it takes when the engine's dtype is `dtype`."""
+        """Bytes that it takes, its scales included, when the engine's dtype is `dtype`."""
+        if self.is_quantized:
+            return math.prod(self.shape) + SCALE_BYTES * math.prod(self.shape[:-1])
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype or dtype]
 
 
@@ -77,13 +103,14 @@ class Piece:
     """`source[source_index]` of the checkpoint goes to `parameter[index]`.
 
     `index` holds slices, of the same lengths as `source_index`, after an expert's number where the
-    parameter is a bank of experts.
+    parameter is a bank of experts. With `is_scale` it is the parameter's scales that are meant.
     """
 
     source: str
     source_index: Index
     parameter: str
     index: tuple[Any, ...]
+    is_scale: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -99,10 +126,17 @@ class Piece:
 
 @dataclass
 class Placement:
-    """All that one rank holds. Build it with `place`."""
+    """All that one rank holds. Build it with `place`.
+
+    Attributes:
+        cut_rows: tensors of the checkpoint to be quantised of whose rows each tp rank reads a part,
+            and how many rows they have: what their scales must be is known to all of these ranks
+            together. The same on all of them.
+    """
 
     parameters: dict[str, Parameter] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
+    cut_rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_elements_read(self) -> int:
@@ -121,11 +155,16 @@ class Placement:
         columns: Share,
         expert: tuple[int, int] | None = None,
         dtype: str | None = None,
+        activation_bits: int | None = None,
+        has_scales: Callable[[str], bool] = lambda source: False,
     ) -> None:
         """Stack the row shares of `sources` into one matrix; `expert` is (number, how many)."""
         rows = sum(share.length for _, share in sources)
         shape = (rows, columns.length)
-        self.parameters[name] = Parameter((expert[1], *shape) if expert else shape, dtype)
+        self.parameters[name] = Parameter(
+            (expert[1], *shape) if expert else shape, dtype, activation_bits
+        )
+        number = expert[:1] if expert else ()
         at = 0
         for source, share in sources:
             source_index = (slice(share.start, share.stop), slice(columns.start, columns.stop))
@@ -133,9 +172,10 @@ class Placement:
                 slice(at, at + share.stop - share.start),
                 slice(0, columns.stop - columns.start),
             )
-            self._append(
-                Piece(source, source_index, name, (expert[0], *index) if expert else index)
-            )
+            self._append(Piece(source, source_index, name, (*number, *index)))
+            if has_scales(source):
+                scale = source + SCALE_SUFFIX
+                self._append(Piece(scale, source_index[:1], name, (*number, index[0]), True))
             at += share.length
 
     def _add_vector(self, name: str, sources: list[tuple[str, Share]]) -> None:
@@ -155,12 +195,17 @@ class Placement:
 
 
 def place(
-    config: ModelConfig, layout: Layout, rank: int, experts: ExpertPlacement | None = None
+    config: ModelConfig,
+    layout: Layout,
+    rank: int,
+    experts: ExpertPlacement | None = None,
+    quantization: str | None = None,
 ) -> Placement:
     """The placement of `rank` under `layout`, which must fit (`Layout.check`).
 
     Args:
         experts: which ep rank holds which experts; None is contiguous.
+        quantization: `int8` or `w8a8`; None is as the checkpoint is.
     """
     at = layout.coordinates(rank)
     tp, part = layout.tp, at.tp
@@ -171,13 +216,41 @@ def place(
     vocabulary = Share.of(config.vocab_size, tp, part)
     queries, keys = head_shares(config, tp, part)
     placement = Placement()
+    stored, wanted = config.quantization, quantization and QuantizationConfig.of(quantization)
+    scheme = quantization or (stored.scheme if stored else None)
+
+    def is_stored(source: str) -> bool:
+        return stored is not None and stored.holds(source.removesuffix(".weight"))
+
+    def is_quantized(source: str) -> bool:
+        return is_stored(source) or bool(wanted and wanted.holds(source.removesuffix(".weight")))
+
+    def add_linear(
+        name: str,
+        sources: list[tuple[str, Share]],
+        columns: Share,
+        expert: tuple[int, int] | None = None,
+    ) -> None:
+        # What the head reads is never rounded: its errors would be those of the logits.
+        rounded = 8 if scheme == "w8a8" and name != "head" else 16
+        bits = rounded if any(is_quantized(source) for source, _ in sources) else None
+        placement._add(
+            name,
+            sources,
+            columns=columns,
+            expert=expert,
+            activation_bits=bits,
+            has_scales=is_stored,
+        )
+
+    def add_cut_rows(source: str, parts: int) -> None:
+        if parts > 1 and is_quantized(source) and not is_stored(source):
+            placement.cut_rows[source] = config.hidden_size
 
     def mlp(name: str, source: str, share: Share, expert: tuple[int, int] | None = None) -> None:
         gate_up = [(f"{source}.gate_proj.weight", share), (f"{source}.up_proj.weight", share)]
-        placement._add(f"{name}.gate_up", gate_up, columns=whole, expert=expert)
-        placement._add(
-            f"{name}.down", [(f"{source}.down_proj.weight", whole)], columns=share, expert=expert
-        )
+        add_linear(f"{name}.gate_up", gate_up, whole, expert)
+        add_linear(f"{name}.down", [(f"{source}.down_proj.weight", whole)], share, expert)
 
     if layers.start == 0 or (is_last and config.tie_word_embeddings):
         placement._add("embed", [("model.embed_tokens.weight", vocabulary)], columns=whole)
@@ -188,14 +261,13 @@ def place(
         )
         attention = f"{source}.self_attn"
         shares = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
-        placement._add(
+        add_linear(
             f"{layer}.attention.qkv",
             [(f"{attention}.{name}.weight", share) for name, share in shares],
-            columns=whole,
+            whole,
         )
-        placement._add(
-            f"{layer}.attention.out", [(f"{attention}.o_proj.weight", whole)], columns=queries
-        )
+        add_linear(f"{layer}.attention.out", [(f"{attention}.o_proj.weight", whole)], queries)
+        add_cut_rows(f"{attention}.o_proj.weight", tp)
         if config.attention_bias:
             placement._add_vector(
                 f"{layer}.attention.qkv_bias",
@@ -213,6 +285,7 @@ def place(
                 f"{source}.mlp",
                 Share.of(config.intermediate_size, tp, part),
             )
+            add_cut_rows(f"{source}.mlp.down_proj.weight", tp)
             continue
         router = Share.of(config.n_routed_experts or 0, 1, 0)
         placement._add(
@@ -223,6 +296,8 @@ def place(
         )
         held = experts.of(i)[layout.ep_rank(rank)]
         slices = layout.expert_slices
+        for e in range(config.n_routed_experts or 0):
+            add_cut_rows(f"{source}.mlp.experts.{e}.down_proj.weight", slices)
         for slot, e in enumerate(held):
             mlp(
                 f"{layer}.mlp.experts",
@@ -236,10 +311,11 @@ def place(
                 f"{source}.mlp.shared_experts",
                 Share.of(config.shared_intermediate_size, tp, part),
             )
+            add_cut_rows(f"{source}.mlp.shared_experts.down_proj.weight", tp)
     if is_last:
         placement._add_vector("norm", [("model.norm.weight", whole)])
     if is_last and not config.tie_word_embeddings:
-        placement._add("head", [("lm_head.weight", vocabulary)], columns=whole)
+        add_linear("head", [("lm_head.weight", vocabulary)], whole)
     return placement
 
 
@@ -262,14 +338,15 @@ def cache_heads(config: ModelConfig, layout: Layout, rank: int) -> int:
 
 
 def cache_bytes_per_token(config: ModelConfig, layout: Layout, rank: int, dtype: str) -> int:
-    """Bytes of KV cache on `rank` for one token of its replica."""
+    """Bytes of KV cache of `dtype`, which may be `int8`, on `rank` for one token of its replica."""
     num_layers = len(layout.stages(config)[layout.coordinates(rank).pp])
     heads = cache_heads(config, layout, rank)
-    return 2 * num_layers * heads * config.head_dim * DTYPE_BYTES[dtype]
+    return 2 * num_layers * heads * config.kv_bytes_per_head(dtype)
 
 
 def checkpoint_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a checkpoint of this model, in the model's order."""
+    """Name and shape of every tensor in a checkpoint of this model, in the model's order; scales
+    of integers right after them, as vectors."""
     return {
         piece.source: tuple(part.stop for part in piece.source_index)
         for piece in place(config, Layout(), 0).pieces
@@ -278,7 +355,8 @@ def checkpoint_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """Parameters of the model: all of them, and those that one token uses."""
-    total = sum(math.prod(shape) for shape in checkpoint_tensors(config).values())
+    tensors = checkpoint_tensors(replace(config, quantization=None))
+    total = sum(math.prod(shape) for shape in tensors.values())
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     idle = (config.n_routed_experts or 0) - config.num_experts_per_tok
     return total, total - config.num_moe_layers * idle * expert

@@ -1,10 +1,17 @@
-"""Weights as 8-bit integers."""
+"""Weights as 8-bit integers, and the one way of rounding to them: by rows, symmetric, nearest."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+MOST = 127
+"""The largest integer; -128 is not used, so that the range is symmetric."""
+
+# Rows are rounded in blocks of so many elements, which stay in a core's cache.
+_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,53 @@ class QuantizedWeight:
     scales: Tensor
     activation_bits: int = 16
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return int(self.values.nbytes + self.scales.nbytes)
+
+    def __len__(self) -> int:
+        """Of a bank: how many matrices."""
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> QuantizedWeight:
+        """Of a bank: one matrix."""
+        return QuantizedWeight(self.values[index], self.scales[index], self.activation_bits)
+
     def dequantize(self) -> Tensor:
         """float32 [..., out, in]."""
         return self.values.float() * self.scales[..., None]
+
+
+def row_maxima(x: Tensor) -> Tensor:
+    """The largest magnitude in each row, float32 [...], of x [..., in]; 0 for empty rows."""
+    if not x.shape[-1]:
+        return torch.zeros(x.shape[:-1], device=x.device)
+    return x.abs().amax(-1).float()
+
+
+def round_rows(x: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """int8 [..., in] and scales float32 [...] of x [..., in].
+
+    A row's scale is its largest magnitude / 127, and its integers are its elements / scale in
+    float32, rounded half to even. A row of zeros has scale 0; one with NaN or Inf has a scale that
+    is not finite.
+
+    Args:
+        maxima: float32 [...], the largest magnitudes, where x holds parts of rows only.
+    """
+    scales = (row_maxima(x) if maxima is None else maxima) / MOST
+    divisors = torch.where(scales == 0, 1, scales)[..., None]
+    return (x.float() / divisors).round_().to(torch.int8), scales
+
+
+def quantize(x: Tensor, maxima: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`round_rows` of a large matrix [out, in], with little memory beside the result."""
+    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(len(x), device=x.device)
+    step = max(_BLOCK // max(x.shape[-1], 1), 1)
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        known = None if maxima is None else maxima[rows]
+        values[rows], scales[rows] = round_rows(x[rows], known)
+    return values, scales

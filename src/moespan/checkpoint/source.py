@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moespan.checkpoint.placement import Index, Piece, checkpoint_tensors, tolerated_tensors
-from moespan.config import ModelConfig, read_json
+from moespan.config import SCALE_SUFFIX, ModelConfig, read_json
 from moespan.errors import CheckpointError, ConfigError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_FLOATS = ("F32", "BF16", "F16")
 _BATCH_BYTES = 64 << 20
 # Whose random numbers follow from seed and shape, whatever else it does.
 _DRAWING_DEVICES = ("cuda",)
@@ -118,13 +118,19 @@ class SafetensorsSource:
                     tensor = handle.get_slice(name)
                     shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                     self._row_bytes[name] = 4 * math.prod(shape[1:])
-                    if name in expected and shape != expected[name]:
+                    if name not in expected:
+                        continue
+                    # Scales are (out) or (out, 1).
+                    if shape != expected[name] and not (
+                        name.endswith(SCALE_SUFFIX) and shape == (*expected[name], 1)
+                    ):
                         problems.append(
                             f"{file}: {name} has shape {list(shape)}, not {list(expected[name])}"
                         )
-                    if name in expected and dtype not in _DTYPES:
+                    dtypes = ("I8",) if name + SCALE_SUFFIX in expected else _FLOATS
+                    if dtype not in dtypes:
                         problems.append(
-                            f"{file}: {name} has dtype {dtype}, not one of {', '.join(_DTYPES)}"
+                            f"{file}: {name} has dtype {dtype}, not one of {', '.join(dtypes)}"
                         )
         except (OSError, SafetensorError) as error:
             problems.append(
@@ -166,7 +172,8 @@ class SafetensorsSource:
         """Yield each piece of one batch as a view of the mapped file."""
         with self._open(self._file_of[pieces[0].source]) as handle:
             for piece in pieces:
-                yield piece, handle.get_slice(piece.source)[piece.source_index]
+                values = handle.get_slice(piece.source)[piece.source_index]
+                yield piece, values.flatten() if piece.is_scale else values
 
 
 class RandomSource:
@@ -192,7 +199,7 @@ class RandomSource:
         seed: int,
         device: torch.device | None = None,
     ) -> None:
-        self.shapes = checkpoint_tensors(config)
+        self.shapes = checkpoint_tensors(dataclasses.replace(config, quantization=None))
         self.dtype = dtype
         self.seed = seed
         draws_there = device is not None and device.type in _DRAWING_DEVICES

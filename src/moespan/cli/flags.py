@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from moespan.config import (
     DISPATCHES,
     DTYPE_BYTES,
+    KV_CACHE_DTYPES,
+    QUANTIZATIONS,
     EngineConfig,
     Layout,
     ModelConfig,
@@ -47,6 +49,8 @@ def planned(args: argparse.Namespace) -> tuple[ModelConfig | None, EngineConfig]
         layout=layout,
         device=args.device,
         dtype=dtype,
+        quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         max_model_len=args.max_model_len or longest,
         max_num_seqs=max_num_seqs_of(args),
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -138,6 +142,17 @@ def add_common_flags(parser: argparse.ArgumentParser, model_is_required: bool = 
     )
     add_layout_flags(parser)
     parser.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="hold matrices as 8-bit integers (default: as the checkpoint does)",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default=EngineConfig.kv_cache_dtype,
+        help="auto is --dtype (auto)",
+    )
     parser.add_argument(
         "--trust-remote-code", nargs=0, action=_RefuseRemoteCode, help=argparse.SUPPRESS
     )
@@ -324,6 +339,8 @@ def start_llm(args: argparse.Namespace) -> LLM:
         expert_placement=args.expert_placement,
         device=args.device,
         dtype=args.dtype,
+        quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         max_model_len=args.max_model_len,
         max_num_seqs=max_num_seqs_of(args),
         max_num_batched_tokens=args.max_num_batched_tokens,

@@ -57,9 +57,10 @@ def say_start(args: argparse.Namespace, llm: LLM) -> None:
     print(
         f"model    {args.model}\n"
         f"runs on  {info.device}, {info.dtype}, {info.layout}\n"
-        f"weights  {scaled(info.weight_bytes, BYTES)} per rank, loaded in {info.load_s:.2f} s "
-        f"({rate}/s)\n"
-        f"KV cache {info.num_blocks * info.block_size} tokens in blocks of {info.block_size}",
+        f"weights  {scaled(info.weight_bytes, BYTES)} of {info.quantization or info.dtype} per "
+        f"rank, loaded in {info.load_s:.2f} s ({rate}/s)\n"
+        f"KV cache {info.num_blocks * info.block_size} tokens in blocks of {info.block_size}, "
+        f"{info.cache_dtype}",
         file=sys.stderr,
     )
     if info.binding:

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from moespan.cli.show import (
     say_start,
     scaled,
 )
-from moespan.config import DTYPE_BYTES, Layout, ModelConfig, all_layouts
+from moespan.config import DTYPE_BYTES, QUANTIZATIONS, Layout, ModelConfig, all_layouts
 from moespan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -274,24 +275,33 @@ def info(args: argparse.Namespace) -> int:
     placement = ExpertPlacement.make(expert_rule(args.expert_placement), config, layout)
     total, active = count_parameters(config)
     dtype = config.dtype if args.dtype == "auto" else args.dtype
+    cache_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
+    stored = config.quantization
+    scheme = args.quantization or (stored.scheme if stored else None)
+    world = range(layout.world_size)
     ranks = [
-        place(config, layout, rank, placement).num_bytes(dtype) for rank in range(layout.world_size)
+        place(config, layout, rank, placement, args.quantization).num_bytes(dtype) for rank in world
     ]
-    cache = [
-        cache_bytes_per_token(config, layout, rank, dtype) for rank in range(layout.world_size)
-    ]
+    cache = [cache_bytes_per_token(config, layout, rank, cache_dtype) for rank in world]
+    quantized = {
+        name: place(config, Layout(), 0, quantization=name).num_bytes(dtype)
+        for name in QUANTIZATIONS
+    }
+    cache_dtypes = (*DTYPE_BYTES, "int8")
     facts: dict[str, Any] = {
         "model": args.model,
         "parameters": total,
         "active_parameters": active,
-        "bytes": {name: total * size for name, size in DTYPE_BYTES.items()},
-        "kv_bytes_per_token": {name: config.kv_bytes_per_token(name) for name in DTYPE_BYTES},
+        "bytes": {**{name: total * size for name, size in DTYPE_BYTES.items()}, **quantized},
+        "kv_bytes_per_token": {name: config.kv_bytes_per_token(name) for name in cache_dtypes},
         "dtype": dtype,
+        "quantization": scheme,
+        "kv_cache_dtype": cache_dtype,
         "layout": layout.sizes,
         "pipeline_layers": [len(stage) for stage in layout.stages(config)],
         "weight_bytes_per_rank": ranks,
         "kv_bytes_per_token_per_rank": cache,
-        "config": {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__},
+        "config": asdict(config),
     }
     if args.json:
         print(json.dumps(facts))
@@ -321,20 +331,18 @@ def info(args: argparse.Namespace) -> int:
         ("longest sequence", f"{config.max_position_embeddings} tokens"),
         (
             "weights",
-            ", ".join(
-                f"{scaled(total * size, BYTES)} {name}" for name, size in DTYPE_BYTES.items()
-            ),
+            ", ".join(f"{scaled(size, BYTES)} {name}" for name, size in facts["bytes"].items()),
         ),
         (
             "KV cache per token",
             ", ".join(
-                f"{config.kv_bytes_per_token(name) / 1024:g} KiB {name}" for name in DTYPE_BYTES
+                f"{config.kv_bytes_per_token(name) / 1024:g} KiB {name}" for name in cache_dtypes
             ),
         ),
         (
             f"per rank, {layout}",
-            f"{scaled(max(ranks), BYTES)} of {dtype} weights, "
-            f"{max(cache) / 1024:g} KiB KV cache per token",
+            f"{scaled(max(ranks), BYTES)} of {scheme or dtype} weights, "
+            f"{max(cache) / 1024:g} KiB of {cache_dtype} KV cache per token",
         ),
     ]
     width = max(len(name) for name, _ in lines)

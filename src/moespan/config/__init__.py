@@ -12,18 +12,29 @@ from moespan.config.engine import (
     is_wildcard,
 )
 from moespan.config.layout import Coordinates, Layout, all_layouts, balanced_stages, layer_cost
-from moespan.config.model import DTYPE_BYTES, ModelConfig, read_json
+from moespan.config.model import DTYPE_BYTES, SCALE_BYTES, ModelConfig, read_json
+from moespan.config.quantization import (
+    KV_CACHE_DTYPES,
+    QUANTIZATIONS,
+    SCALE_SUFFIX,
+    QuantizationConfig,
+)
 
 __all__ = [
     "COLLECTIVE_TIMEOUT_S",
     "DISPATCHES",
     "DTYPE_BYTES",
+    "KV_CACHE_DTYPES",
+    "QUANTIZATIONS",
+    "SCALE_BYTES",
+    "SCALE_SUFFIX",
     "Coordinates",
     "EngineConfig",
     "ExpertTable",
     "Layout",
     "ModelConfig",
     "Nodes",
+    "QuantizationConfig",
     "all_layouts",
     "balanced_stages",
     "is_wildcard",

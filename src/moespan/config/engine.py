@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from moespan.config.layout import Layout
 from moespan.config.model import DTYPE_BYTES
+from moespan.config.quantization import KV_CACHE_DTYPES, QUANTIZATIONS
 from moespan.errors import ConfigError, LayoutError
 
 DISPATCHES = ("auto", "replicated", "all_gather", "all_to_all")
@@ -29,7 +30,11 @@ class EngineConfig:
         model: checkpoint folder.
         layout: degree of parallelism on each axis.
         device: `cpu`, `cuda` or `npu`.
-        dtype: of weights, activations and KV cache.
+        dtype: of weights, activations and KV cache, unless the next two say otherwise.
+        quantization: `int8` or `w8a8` for matrices of 8-bit integers, made while loading from a
+            checkpoint that has none; None for what the checkpoint holds. One that holds integers
+            can be run as either: they are the same, and only what is done to activations differs.
+        kv_cache_dtype: `auto` for `dtype`, or `int8`.
         load_format: `safetensors`, or `dummy` for deterministic random weights without a file.
         seed: of dummy weights and of requests that bring no seed of their own.
         max_model_len: most tokens of one sequence, prompt and output together.
@@ -50,6 +55,8 @@ class EngineConfig:
     layout: Layout = _ONE_RANK
     device: str = "cpu"
     dtype: str = "bfloat16"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     load_format: str = "safetensors"
     seed: int = 0
     max_model_len: int = 4096
@@ -68,12 +75,14 @@ class EngineConfig:
         choices = {
             "device": (self.device, ("cpu", "cuda", "npu")),
             "dtype": (self.dtype, tuple(DTYPE_BYTES)),
+            "quantization": (self.quantization, (None, *QUANTIZATIONS)),
+            "kv_cache_dtype": (self.kv_cache_dtype, KV_CACHE_DTYPES),
             "load_format": (self.load_format, ("safetensors", "dummy")),
             "moe_dispatch": (self.moe_dispatch, DISPATCHES),
         }
         for name, (value, allowed) in choices.items():
             if value not in allowed:
-                raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
@@ -89,6 +98,11 @@ class EngineConfig:
                 f"sequence of max_model_len={self.max_model_len}; use num_blocks >= "
                 f"{self.blocks_per_sequence} or a shorter max_model_len"
             )
+
+    @property
+    def cache_dtype(self) -> str:
+        """Of the KV cache: `dtype` or `int8`."""
+        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
     @property
     def blocks_per_sequence(self) -> int:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moespan.config.quantization import QuantizationConfig
 from moespan.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SCALE_BYTES = 4
+"""Scales of what is stored as int8 are float32."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class ModelConfig:
 
     Field names are those of the Hugging Face `config.json`; the defaults of the optional ones are
     those of its `DeepseekConfig`.
+
+    Attributes:
+        quantization: what the checkpoint holds as 8-bit integers; None if nothing.
     """
 
     vocab_size: int
@@ -43,6 +49,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
+    quantization: QuantizationConfig | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ModelConfig:
@@ -91,6 +98,7 @@ class ModelConfig:
             rms_norm_eps=_number(raw, "rms_norm_eps", default=1e-6),
             dtype=_dtype(raw),
             eos_token_ids=_eos_token_ids(raw),
+            quantization=_quantization(raw),
         )
         config._check()
         if raw.get("head_dim") not in (None, config.head_dim):
@@ -146,8 +154,14 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
         """Bytes of KV cache that one token takes over all layers and heads."""
-        elements = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
-        return elements * DTYPE_BYTES[dtype or self.dtype]
+        heads = 2 * self.num_hidden_layers * self.num_key_value_heads
+        return heads * self.kv_bytes_per_head(dtype or self.dtype)
+
+    def kv_bytes_per_head(self, dtype: str) -> int:
+        """Bytes of one token's key (or value) of one head; `int8` has a scale beside it."""
+        if dtype == "int8":
+            return self.head_dim + SCALE_BYTES
+        return self.head_dim * DTYPE_BYTES[dtype]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -175,7 +189,6 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         if found != value:
             raise ConfigError(f"{key}={found!r} is not implemented; only {value!r} is")
     must_be_absent = {
-        "quantization_config": None,
         "routed_scaling_factor": 1.0,
         "rope_parameters": None,
     }
@@ -203,6 +216,11 @@ def _dtype(raw: Mapping[str, Any]) -> str:
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"torch_dtype={dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
     return dtype
+
+
+def _quantization(raw: Mapping[str, Any]) -> QuantizationConfig | None:
+    stored = raw.get("quantization_config")
+    return None if stored is None else QuantizationConfig.from_dict(stored)
 
 
 def _eos_token_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:

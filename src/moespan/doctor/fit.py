@@ -37,8 +37,9 @@ def fit(config: EngineConfig, model: ModelConfig, room_bytes: int | None) -> Fit
     buffers = hccl_bytes(config, model) if config.device == "npu" else 0
     fits = []
     for rank in range(layout.world_size):
-        weights = place(model, layout, rank, placement).num_bytes(config.dtype)
-        token = cache_bytes_per_token(model, layout, rank, config.dtype)
+        held = place(model, layout, rank, placement, config.quantization)
+        weights = held.num_bytes(config.dtype)
+        token = cache_bytes_per_token(model, layout, rank, config.cache_dtype)
         left = ((room_bytes or 0) - weights - buffers) * CACHE_SHARE[config.device]
         tokens = int(left // token)
         fits.append(Fit(weights, buffers, token, room_bytes, tokens, config.max_model_len))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
@@ -32,7 +32,7 @@ from moespan.engine.trace import Observation, join_rows
 from moespan.engine.worker import Worker
 from moespan.errors import ConfigError, RequestError
 from moespan.memory import available_bytes
-from moespan.ops import Ops, ops_for
+from moespan.ops import Ops, Weight, ops_for
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.traffic import TrafficRows
 from moespan.tokenizer import Tokenizer
@@ -269,11 +269,14 @@ def build_leader(config: EngineConfig, mesh: Mesh) -> Engine:
     model_config = ModelConfig.from_pretrained(config.model)
     tokenizer = Tokenizer.from_pretrained(config.model)
     worker, num_blocks, report = _build_worker(config, model_config, mesh)
+    stored = model_config.quantization
     info = EngineInfo(
         model=config.model,
         layout=config.layout,
         device=config.device,
         dtype=config.dtype,
+        quantization=config.quantization or (stored.scheme if stored else None),
+        cache_dtype=config.cache_dtype,
         max_model_len=config.max_model_len,
         num_blocks=num_blocks,
         block_size=config.block_size,
@@ -321,13 +324,13 @@ def _build_worker(
             f"max_position_embeddings={model_config.max_position_embeddings}"
         )
     dtype = getattr(torch, config.dtype)
-    source: Source = (
-        RandomSource(model_config, dtype, config.seed, mesh.device)
-        if config.load_format == "dummy"
-        else SafetensorsSource(config.model, model_config)
-    )
+    quantization, source = config.quantization, _open(config, model_config, mesh.device)
+    if config.load_format == "dummy" and model_config.quantization:
+        # What is drawn is floats, to be rounded as the checkpoint of this config would be.
+        quantization = quantization or model_config.quantization.scheme
+        model_config = replace(model_config, quantization=None)
     experts = ExpertPlacement.make(config.expert_placement, model_config, config.layout)
-    placement = place(model_config, config.layout, mesh.rank, experts)
+    placement = place(model_config, config.layout, mesh.rank, experts, quantization)
     # tqdm's own rule for `disable=None`: only a terminal gets a bar.
     with tqdm(
         desc="loading",
@@ -344,11 +347,15 @@ def _build_worker(
             mesh.device,
             check_finite=config.check_finite,
             progress=bar.update,
+            maximum_over_tp=lambda maxima: mesh.tp.maximum(maxima.to(mesh.device), "load").cpu(),
         )
     started = time.perf_counter()
-    ops = ops_for(config.device)
-    for name, weight in weights.items():
-        weights[name] = ops.prepare(name, weight)
+    ops = ops_for(config.device, dtype)
+    prepared: dict[str, Weight] = {}
+    while weights:  # each form takes the place of the one before
+        name, weight = weights.popitem()
+        prepared[name] = ops.prepare(name, weight)
+        del weight
     num_blocks = config.num_blocks or _fitting_blocks(config, model_config, mesh, ops)
     num_blocks = mesh.control.smallest(num_blocks)
     # Waiting for the slowest rank is part of loading.
@@ -360,13 +367,19 @@ def _build_worker(
             f"tokens, but one sequence of max_model_len={config.max_model_len} takes "
             f"{config.blocks_per_sequence}; lower max_model_len, or use more ranks"
         )
-    worker = Worker(config, model_config, mesh, ops, weights, num_blocks)
+    worker = Worker(config, model_config, mesh, ops, prepared, num_blocks)
     return worker, num_blocks, report
+
+
+def _open(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> Source:
+    if config.load_format == "dummy":
+        return RandomSource(model_config, getattr(torch, config.dtype), config.seed, device)
+    return SafetensorsSource(config.model, model_config)
 
 
 def _fitting_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops) -> int:
     """Blocks that this rank has room for, and not more than all sequences can use."""
-    token_bytes = cache_bytes_per_token(model_config, config.layout, mesh.rank, config.dtype)
+    token_bytes = cache_bytes_per_token(model_config, config.layout, mesh.rank, config.cache_dtype)
     ranks_that_share = mesh.ranks_here if config.device == "cpu" else 1
     room = available_bytes(mesh.device) * CACHE_SHARE[config.device] / ranks_that_share
     wanted = config.max_num_seqs * config.layout.pp * config.blocks_per_sequence

@@ -15,6 +15,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about a started engine.
 
     Attributes:
+        quantization: scheme of the matrices that are integers; None if none is.
+        cache_dtype: of the KV cache.
         num_blocks, block_size: blocks of the KV cache and tokens in each.
         load_s: seconds that reading the weights took on the slowest rank.
         read_bytes, weight_bytes: bytes that the leader read, and that its weights take.
@@ -25,6 +27,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     layout: Layout
     device: str
     dtype: str
+    quantization: str | None = None
+    cache_dtype: str
     max_model_len: int
     num_blocks: int
     block_size: int

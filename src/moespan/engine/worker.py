@@ -58,10 +58,8 @@ class Worker:
         heads = cache_heads(model_config, config.layout, mesh.rank)
         total_blocks = num_blocks + scratch_blocks(config, ops)
         shape = (total_blocks, config.block_size, heads, model_config.head_dim)
-        self.caches = [
-            KVCache(zeros(shape, dtype, mesh.device), zeros(shape, dtype, mesh.device))
-            for _ in self.model.layers
-        ]
+        cache_dtype = getattr(torch, config.cache_dtype)
+        self.caches = [KVCache.zeros(shape, cache_dtype, mesh.device) for _ in self.model.layers]
         self.graphs: DecodeGraphs | None = None
         if total_blocks > num_blocks:
             width = model_config.hidden_size

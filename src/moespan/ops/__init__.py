@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
+
 from moespan.notice import notice
 from moespan.ops.base import AttentionBatch, KVCache, Ops, Replay, Weight
 from moespan.ops.cpu import CpuOps
@@ -21,10 +23,10 @@ __all__ = [
 ]
 
 
-def ops_for(device_type: str) -> Ops:
-    """The fastest implementation for a device type."""
+def ops_for(device_type: str, dtype: torch.dtype = torch.bfloat16) -> Ops:
+    """The fastest implementation for a device type and a dtype of activations."""
     if device_type == "cpu":
-        return CpuOps()
+        return _cpu_ops(dtype)
     if device_type == "npu":
         from moespan.ops.npu import NpuOps  # needs torch_npu
 
@@ -37,3 +39,15 @@ def ops_for(device_type: str) -> Ops:
 
         return CudaOps()
     return ReferenceOps()
+
+
+def _cpu_ops(dtype: torch.dtype) -> CpuOps:
+    if dtype != torch.bfloat16:
+        return CpuOps()
+    from moespan.ops.native.ops import BuildError, NativeCpuOps
+
+    try:
+        return NativeCpuOps()
+    except BuildError as error:
+        notice(f"CPU operations go through plain torch, which is slower: {error}")
+        return CpuOps()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moespan.checkpoint.quantization import QuantizedWeight
-from moespan.memory import to_device
+from moespan.memory import to_device, zeros
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ class AttentionBatch:
         return [a + b for a, b in zip(self.context_lens, self.query_lens, strict=True)]
 
     @cached_property
+    def lens_on_host(self) -> Tensor:
+        """`query_lens` and `context_lens`, int64 [2, S] on the host."""
+        return torch.tensor([self.query_lens, self.context_lens], dtype=torch.int64)
+
+    @cached_property
     def query_ends(self) -> list[int]:
         """Where each sequence's query tokens end among the T, S integers."""
         return list(accumulate(self.query_lens))
@@ -98,6 +103,21 @@ class KVCache:
     values: Tensor
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
+
+    @classmethod
+    def zeros(
+        cls, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """An empty one of `shape` [B, block size, KV, D]; of int8 with scales."""
+        parts = [zeros(shape, dtype, device) for _ in range(2)]
+        if dtype == torch.int8:
+            parts += [zeros(shape[:-1], torch.float32, device) for _ in range(2)]
+        return cls(*parts)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it holds integers."""
+        return self.key_scales is not None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -153,7 +173,13 @@ class Ops(Protocol):
         """(norm(x + residual), x + residual), both [T, H]."""
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x·Wᵀ + bias: [T, in], [out, in] → [T, out]."""
+        """x·Wᵀ + bias: [T, in], [out, in] → [T, out].
+
+        With a `QuantizedWeight` of 16 activation bits W is its integers times its scales. With 8, x
+        is rounded too, each row for itself (`round_rows` in `moespan.checkpoint.quantization`); the
+        integers' products are summed exactly, then scaled by both. `mlp` and `experts` mean the
+        same of their two products, of which the second one's input is rounded to x's dtype first.
+        """
 
     def rope(
         self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
@@ -165,7 +191,8 @@ class Ops(Protocol):
         """
 
     def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-        """Store k, v [T, KV, D] at `slots` of the cache, in place."""
+        """Store k, v [T, KV, D] at `slots` of the cache, in place; in one of int8 as `round_rows`
+        rounds each head of a token."""
 
     def rope_to_cache(
         self,

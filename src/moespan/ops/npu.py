@@ -63,7 +63,10 @@ class NpuOps(ReferenceOps):
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Experts' matrices lie as [E, in, out], which grouped matmuls read; others as they are."""
-        assert isinstance(weight, Tensor)
+        if not isinstance(weight, Tensor):
+            raise ConfigError(
+                "quantized weights are not implemented on NPUs; leave --quantization out"
+            )
         if self._is_310p and weight.dtype == torch.bfloat16:
             raise ConfigError(f"{self._soc} has no bfloat16; use --dtype float16")
         if ".experts." not in name:

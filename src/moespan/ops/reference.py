@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moespan.checkpoint.quantization import QuantizedWeight
+from moespan.checkpoint.quantization import QuantizedWeight, round_rows
 from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
 
 
@@ -45,6 +45,8 @@ class ReferenceOps:
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """[T, in], [out, in] → [T, out]."""
+        if isinstance(weight, QuantizedWeight):
+            return _quantized_linear(x, weight, bias)
         return F.linear(x, weight, bias)
 
     def rope(
@@ -60,8 +62,13 @@ class ReferenceOps:
 
     def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
         """Store [T, KV, D] at `slots`."""
-        cache.keys.flatten(0, 1)[slots] = k
-        cache.values.flatten(0, 1)[slots] = v
+        for x, target, scales in (
+            (k, cache.keys, cache.key_scales),
+            (v, cache.values, cache.value_scales),
+        ):
+            if scales is not None:
+                x, scales.flatten(0, 1)[slots] = round_rows(x)
+            target.flatten(0, 1)[slots] = x
 
     def rope_to_cache(
         self,
@@ -86,10 +93,7 @@ class ReferenceOps:
             q.split(batch.query_lens), batch.context_lens, batch.block_tables, strict=True
         ):
             length = context_len + len(queries)
-            k, v = (
-                part[table].flatten(0, 1)[:length].float().repeat_interleave(groups, dim=1)
-                for part in (cache.keys, cache.values)
-            )
+            k, v = (part[:length].repeat_interleave(groups, dim=1) for part in gather(cache, table))
             scores = torch.einsum("qnd,knd->nqk", queries.float(), k) * scale
             hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(context_len + 1)
             probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
@@ -133,7 +137,34 @@ class ReferenceOps:
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert in range(len(gate_up)):
             tokens, place = torch.where(slots == first + expert)
-            hidden = self.swiglu(F.linear(x[tokens], gate_up[expert]))
-            result = F.linear(hidden, down[expert]).float()
+            result = self.mlp(x[tokens], gate_up[expert], down[expert]).float()
             out.index_add_(0, tokens, result * weights[tokens, place, None])
         return out.to(x.dtype)
+
+
+def gather(cache: KVCache, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the blocks in `table` [..., B], float32 [..., B · block size, KV, D]."""
+    parts = []
+    for stored, scales in (
+        (cache.keys, cache.key_scales),
+        (cache.values, cache.value_scales),
+    ):
+        part = stored[table].float()
+        if scales is not None:
+            part = part * scales[table][..., None]
+        parts.append(part.flatten(table.dim() - 1, table.dim()))
+    return parts[0], parts[1]
+
+
+def _quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """In float32, rounded once to x's dtype."""
+    if weight.activation_bits == 16:
+        out = F.linear(x.float(), weight.dequantize())
+    else:
+        values, scales = round_rows(x)
+        # float64 holds every sum of so few products of 8-bit integers.
+        sums = F.linear(values.double(), weight.values.double())
+        out = sums.float() * (scales[:, None] * weight.scales)
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype)

@@ -64,6 +64,13 @@ class Axis:
             dist.all_reduce(x, group=self._group)
         return x
 
+    def maximum(self, x: torch.Tensor, module: str) -> torch.Tensor:
+        """The elementwise maximum of `x` over the axis, in place. in: partial → out: replicated."""
+        if self.size > 1 and x.numel():
+            self._count("all_reduce", module, _bytes(x))
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=self._group)
+        return x
+
     def all_gather(self, x: torch.Tensor, module: str) -> torch.Tensor:
         """Stack the ranks' `x`, all of one shape, along dim 0. in: split → out: replicated."""
         if self.size == 1:

@@ -27,7 +27,7 @@ from torch import Tensor
 from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.ops.base import Weight
 from moespan.ops.triton_kernels.routing import Order, sort_pairs
-from moespan.ops.triton_kernels.rows import quantize
+from moespan.ops.triton_kernels.rows import gated, quantize
 from moespan.ops.triton_kernels.tiles import tile
 
 # Tokens up to which the way is *few*.
@@ -77,13 +77,22 @@ class Matrix:
 
 
 @triton.jit
-def _few_rows(x, weight, columns, outs, start, WIDTH: tl.constexpr, OUTS: tl.constexpr):
-    """Products of some elements of one row of x and of some rows of a matrix: float32 [N, K]."""
+def _few_rows(
+    x,
+    weight,
+    columns,
+    outs,
+    start,
+    WIDTH: tl.constexpr,
+    OUTS: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Products of some elements of one row of x and of some rows of a matrix: [N, K]."""
     mask = columns < WIDTH
-    value = tl.load(x + columns, mask=mask, other=0).to(tl.float32)
+    value = tl.load(x + columns, mask=mask, other=0).to(KIND)
     at = (start + outs)[:, None] * WIDTH + columns[None, :]
     matrix = tl.load(weight + at, mask=(outs < OUTS)[:, None] & mask[None, :], other=0)
-    return matrix.to(tl.float32) * value[None, :]
+    return matrix.to(KIND) * value[None, :]
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -115,14 +124,15 @@ def _few_gate_up_kernel(
     outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = pair // NUM_CHOSEN
     matrix = weight + expert * (2 * INNER * WIDTH)
-    gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    kind: tl.constexpr = tl.int32 if ROUNDS else tl.float32
+    gate = tl.zeros([BLOCK_N, BLOCK_K], kind)
+    up = tl.zeros([BLOCK_N, BLOCK_K], kind)
     for at in range(0, WIDTH, BLOCK_K):
         columns = at + tl.arange(0, BLOCK_K)
-        gate += _few_rows(x + token * WIDTH, matrix, columns, outs, 0, WIDTH, INNER)
-        up += _few_rows(x + token * WIDTH, matrix, columns, outs, INNER, WIDTH, INNER)
-    g = tl.sum(gate, 1)
-    u = tl.sum(up, 1)
+        gate += _few_rows(x + token * WIDTH, matrix, columns, outs, 0, WIDTH, INNER, kind)
+        up += _few_rows(x + token * WIDTH, matrix, columns, outs, INNER, WIDTH, INNER, kind)
+    g = tl.sum(gate, 1).to(tl.float32)
+    u = tl.sum(up, 1).to(tl.float32)
     mask = outs < INNER
     if IS_INT8:
         scales = weight_scales + expert * (2 * INNER) + outs
@@ -132,8 +142,8 @@ def _few_gate_up_kernel(
         x_scale = tl.load(x_scales + token)
         g *= x_scale
         u *= x_scale
-    value = g / (1 + tl.exp(-g)) * u
-    tl.store(hidden + pair * INNER + outs, value.to(hidden.dtype.element_ty), mask=mask)
+    value = gated(g, u, hidden.dtype.element_ty)
+    tl.store(hidden + pair * INNER + outs, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -163,18 +173,20 @@ def _few_down_kernel(
     outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = outs < WIDTH
     total = tl.zeros([BLOCK_N], tl.float32)
+    kind: tl.constexpr = tl.int32 if ROUNDS else tl.float32
     for k in range(NUM_CHOSEN):
         pair = token * NUM_CHOSEN + k
         expert = pair * 0
         if HAS_SLOTS:
             expert = tl.load(slots + pair).to(tl.int64) - first
         if (expert >= 0) & (expert < NUM_EXPERTS):
-            acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            acc = tl.zeros([BLOCK_N, BLOCK_K], kind)
             matrix = weight + expert * (WIDTH * INNER)
             for at in range(0, INNER, BLOCK_K):
                 columns = at + tl.arange(0, BLOCK_K)
-                acc += _few_rows(hidden + pair * INNER, matrix, columns, outs, 0, INNER, WIDTH)
-            result = tl.sum(acc, 1)
+                row = hidden + pair * INNER
+                acc += _few_rows(row, matrix, columns, outs, 0, INNER, WIDTH, kind)
+            result = tl.sum(acc, 1).to(tl.float32)
             if IS_INT8:
                 result *= tl.load(weight_scales + expert * WIDTH + outs, mask=mask, other=0.0)
             if ROUNDS:
@@ -264,10 +276,10 @@ def _gate_up_kernel(
         x_scale = tl.load(x_scales + token)[:, None]
         g_value *= x_scale
         u_value *= x_scale
-    value = g_value / (1 + tl.exp(-g_value)) * u_value
+    value = gated(g_value, u_value, hidden.dtype.element_ty)
     to = hidden + row[:, None] * INNER + outs[None, :]
     mask = is_row[:, None] & (outs < INNER)[None, :]
-    tl.store(to, value.to(hidden.dtype.element_ty), mask=mask)
+    tl.store(to, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

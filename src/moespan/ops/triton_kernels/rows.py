@@ -78,14 +78,22 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
 
 
 @triton.jit
+def gated(gate, up, dtype: tl.constexpr):
+    """silu(gate) · up of float32, rounded to `dtype` where the reference rounds; of that dtype."""
+    gate = gate.to(dtype).to(tl.float32)
+    gate = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return (gate * up.to(dtype).to(tl.float32)).to(dtype)
+
+
+@triton.jit
 def _swiglu_kernel(x, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
     gate = tl.load(x + row * 2 * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * WIDTH + WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-    value = gate / (1 + tl.exp(-gate)) * up
-    tl.store(out + row * WIDTH + columns, value.to(out.dtype.element_ty), mask=mask)
+    value = gated(gate, up, out.dtype.element_ty)
+    tl.store(out + row * WIDTH + columns, value, mask=mask)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -109,7 +117,7 @@ def _magnitude(x):
 def _integers(x, scale):
     """x / scale, rounded half to even. Where the scale is not finite it is what shows; then, and in
     rows that nobody has set, the integers are 0."""
-    divisor = tl.where(scale > 0, scale, 1.0)
+    divisor = tl.where((scale > 0) & (scale < float("inf")), scale, 1.0)
     rounded = (x / divisor + _ROUNDER) - _ROUNDER
     return tl.where(tl.abs(rounded) <= 127, rounded, 0.0)
 

@@ -1,0 +1,1 @@
+"""Operations for CPUs through kernels of our own."""

@@ -1,0 +1,95 @@
+"""The kernels of `kernels.cpp`: built once for this machine's processor, called through ctypes.
+
+The library is built at first use by the C++ compiler that `CXX` names, or `c++`, into
+`$MOESPAN_CACHE`, or `$XDG_CACHE_HOME/moespan`, or `~/.cache/moespan`. Its name tells of which
+source, compiler and processor it is made, so that a folder shared between machines holds one for
+each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
+_BUILD_TIMEOUT_S = 300
+
+
+class BuildError(Exception):
+    """The kernels cannot be built here; says why and what would help."""
+
+
+def library() -> ctypes.CDLL:
+    """The library, built if need be. Torch must have been imported: both share its OpenMP.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    path = _path(_compiler())
+    if not path.exists():
+        _build(path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(
+            f"{path} does not load ({error}); delete it to have it built anew"
+        ) from None
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX", "c++")
+    found = shutil.which(wanted)
+    if found is None:
+        raise BuildError(f"there is no C++ compiler {wanted!r}; install g++, or set CXX")
+    return found
+
+
+def _path(compiler: str) -> Path:
+    base = os.environ.get("MOESPAN_CACHE")
+    if base is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        base = str(Path(home, "moespan"))
+    made_of = [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), os.path.realpath(compiler).encode()]
+    digest = hashlib.sha256(b"\0".join([*made_of, _processor().encode()])).hexdigest()[:16]
+    return Path(base, f"kernels-{platform.machine()}-{digest}.so")
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    names = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    return "\n".join(line for line in lines if line.split("\t")[0].strip() in names)
+
+
+def _build(path: Path) -> None:
+    """Build into `path`; of many ranks that come at once, one does."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise BuildError(f"{path.parent} cannot be written ({error}); set MOESPAN_CACHE") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            out = Path(folder, path.name)
+            command = [_compiler(), *_FLAGS, "-o", str(out), str(_SOURCE)]
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise BuildError(f"{' '.join(command)}: {error}") from None
+            if done.returncode:
+                lines = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
+                raise BuildError(f"{' '.join(command)}: {lines[0]}")
+            out.replace(path)

@@ -1,0 +1,100 @@
+"""What a checkpoint says of its integers is read in full, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moespan.config import QUANTIZATIONS, EngineConfig, ModelConfig, QuantizationConfig
+from moespan.errors import ConfigError
+from tests.support import geometry
+
+
+def written(scheme: str = "w8a8") -> dict[str, Any]:
+    return QuantizationConfig.of(scheme).to_dict()
+
+
+@pytest.mark.parametrize("scheme", QUANTIZATIONS)
+def test_what_is_written_is_read_as_it_was(scheme: str):
+    config = ModelConfig.from_dict(geometry() | {"quantization_config": written(scheme)})
+    assert config.quantization == QuantizationConfig.of(scheme)
+
+
+def test_what_llm_compressor_writes_is_read():
+    integers = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
+    stored = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**integers, "strategy": "channel", "dynamic": False},
+                "input_activations": {**integers, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head", "model.layers.1.mlp.gate"],
+        "version": "0.13.0",
+    }
+    assert QuantizationConfig.from_dict(stored) == QuantizationConfig(
+        "w8a8", ("lm_head", "model.layers.1.mlp.gate")
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        ((), "quant_method", "awq"),
+        ((), "format", "pack-quantized"),
+        ((), "kv_cache_scheme", {"num_bits": 8}),
+        (("config_groups", "group_0"), "targets", ["Conv2d"]),
+        (("config_groups", "group_0"), "output_activations", {}),
+        (("config_groups", "group_0", "weights"), "num_bits", 4),
+        (("config_groups", "group_0", "weights"), "type", "float"),
+        (("config_groups", "group_0", "weights"), "symmetric", False),
+        (("config_groups", "group_0", "weights"), "strategy", "group"),
+        (("config_groups", "group_0", "weights"), "group_size", 128),
+        (("config_groups", "group_0", "input_activations"), "strategy", "tensor"),
+        (("config_groups", "group_0", "input_activations"), "dynamic", False),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(
+    place: tuple[str, ...], key: str, value: object
+):
+    stored = inner = written()
+    for name in place:
+        inner = inner[name]
+    inner[key] = value
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(geometry() | {"quantization_config": stored})
+    assert f"{key}={value!r} is not implemented" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "complaint"),
+    [
+        (7, "must be an object"),
+        (written() | {"config_groups": {}}, "one group"),
+        (written() | {"config_groups": {"a": {}}}, "no weights"),
+        (written() | {"ignore": "lm_head"}, "must be a list"),
+        (written() | {"ignore": ["re:(a+)+b"]}, "is refused"),
+        (written() | {"ignore": ["re:.*a.*b.*c.*d"]}, "is refused"),
+    ],
+)
+def test_what_is_malformed_or_could_run_for_ever_is_refused(stored: object, complaint: str):
+    with pytest.raises(ConfigError, match=complaint):
+        ModelConfig.from_dict(geometry() | {"quantization_config": stored})
+
+
+def test_modules_are_ignored_by_name_and_by_pattern():
+    stored = QuantizationConfig("w8a8", ("lm_head", r"re:.*self_attn\..*", "re:.*mlp.gate$"))
+    layer = "model.layers.1."
+    names = ("lm_head", layer + "self_attn.q_proj", layer + "mlp.gate", layer + "mlp.gate_proj")
+    assert [stored.holds(name) for name in names] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("name", ["quantization", "kv_cache_dtype"])
+def test_unknown_schemes_are_refused_with_the_known_ones(name: str):
+    settings: dict[str, Any] = {name: "int3"}
+    with pytest.raises(ConfigError, match=f"{name}='int3' is not one of .*int8"):
+        EngineConfig("model", **settings)

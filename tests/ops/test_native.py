@@ -1,0 +1,148 @@
+"""The kernels for CPUs agree with the reference at the sizes that they are made for: whole panels,
+odd remainders, many rows and few, several chunks of keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moespan.ops import AttentionBatch, KVCache, ReferenceOps
+from moespan.ops.native.ops import BuildError, NativeCpuOps, PackedWeight
+
+REFERENCE = ReferenceOps()
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def ops() -> NativeCpuOps:
+    try:
+        return NativeCpuOps()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(BF16)
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-2) -> None:
+    """`theirs` computed in float32 or better: ours is off by a few roundings to bfloat16."""
+    assert ours.dtype == BF16 and ours.shape == theirs.shape
+    worst = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+    assert worst <= tolerance
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 12, 13, 25, 300])
+@pytest.mark.parametrize(("out", "width"), [(96, 64), (100, 18), (7, 2), (33, 1030)])
+def test_linear_for_any_number_of_rows_and_channels(
+    ops: NativeCpuOps, rows: int, out: int, width: int
+):
+    x, weight, bias = random(rows, width), random(out, width, seed=1), random(out, seed=2)
+    packed = ops.prepare("layers.0.attention.out", weight.clone())
+    assert isinstance(packed, PackedWeight)
+    expected = x.double() @ weight.double().t()
+    assert_close(ops.linear(x, packed), expected)
+    assert_close(ops.linear(x, packed, bias), expected + bias.double())
+
+
+def test_a_matrix_of_whole_panels_is_packed_where_it_lies(ops: NativeCpuOps):
+    weight = random(64, 32)
+    packed = ops.prepare("head", weight)
+    assert packed.panels.data_ptr() == weight.data_ptr()
+    banks = random(3, 64, 32)
+    assert ops.prepare("mlp.experts.gate_up", banks).panels.data_ptr() == banks.data_ptr()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 64, 301])
+@pytest.mark.parametrize("width", [32, 24, 176])
+def test_experts_of_a_shard(ops: NativeCpuOps, num_tokens: int, width: int):
+    hidden_size, held, first, num_slots, num_chosen = 96, 5, 3, 11, 4
+    x = random(num_tokens, hidden_size)
+    gate_up, down = random(held, 2 * width, hidden_size), random(held, hidden_size, width, seed=1)
+    generator = torch.Generator().manual_seed(num_tokens)
+    slots = torch.rand(num_tokens, num_slots, generator=generator).argsort(-1)[:, :num_chosen]
+    weights = torch.rand(num_tokens, num_chosen, generator=generator)
+    expected = REFERENCE.experts(
+        x.float(), weights, slots, gate_up.float(), down.float(), first, num_slots
+    )
+    banks = [
+        ops.prepare(f"layers.1.mlp.experts.{name}", bank.clone())
+        for name, bank in (("gate_up", gate_up), ("down", down))
+    ]
+    assert_close(ops.experts(x, weights, slots, *banks, first, num_slots), expected)
+
+
+def test_what_no_expert_here_is_chosen_for_is_zero(ops: NativeCpuOps):
+    bank = [
+        ops.prepare("mlp.experts.gate_up", random(2, 64, 32)),
+        ops.prepare("mlp.experts.down", random(2, 32, 32)),
+    ]
+    slots = torch.tensor([[5, 4], [4, 5]])
+    out = ops.experts(random(2, 32), torch.ones(2, 2), slots, *bank, 0, 4)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("block_size", [16, 24])
+@pytest.mark.parametrize("head_size", [16, 80, 128, 256])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2)])
+def test_attention_over_several_chunks_of_keys(
+    ops: NativeCpuOps, num_heads: int, num_kv_heads: int, head_size: int, block_size: int
+):
+    query_lens, context_lens = [1, 70, 1, 130, 1, 3], [0, 0, 200, 190, 63, 64]
+    tables, used = [], 1
+    for query_len, context_len in zip(query_lens, context_lens, strict=True):
+        count = -(-(query_len + context_len) // block_size)
+        tables.append([*range(used, used + count)][::-1])
+        used += count
+    batch = AttentionBatch.build(query_lens, context_lens, tables, block_size, torch.device("cpu"))
+    total = sum(query_lens)
+    # What belongs to no sequence is NaN.
+    caches = [torch.full((used, block_size, num_kv_heads, head_size), torch.nan).to(BF16)] * 2
+    keys, values = (cache.clone() for cache in caches)
+    for table, context_len in zip(tables, context_lens, strict=True):
+        places = torch.arange(context_len)
+        at = torch.tensor(table)[places // block_size], places % block_size
+        for seed, cache in enumerate((keys, values)):
+            cache[at] = random(context_len, num_kv_heads, head_size, seed=seed)
+    cache = KVCache(keys, values)
+    qkv = random(total, num_heads + 2 * num_kv_heads, head_size, seed=5)
+    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
+    ops.write_cache(k, v, cache, batch.slots)
+    found = ops.attention(q, cache, batch, head_size**-0.5)
+    double = KVCache(cache.keys.float(), cache.values.float())
+    assert_close(found, REFERENCE.attention(q.float(), double, batch, head_size**-0.5))
+
+
+def test_scores_that_overflow_exp_do_not_overflow_attention(ops: NativeCpuOps):
+    batch = AttentionBatch.build([1, 80], [99, 0], [[0], [1]], 128, torch.device("cpu"))
+    keys, values = random(2, 128, 1, 32, scale=60), random(2, 128, 1, 32, seed=1)
+    q = random(81, 1, 32, scale=60)
+    found = ops.attention(q, KVCache(keys, values), batch, 1.0)
+    expected = REFERENCE.attention(q, KVCache(keys, values), batch, 1.0)
+    assert_close(found, expected, 2e-2)
+
+
+def test_swiglu_of_large_and_small_values(ops: NativeCpuOps):
+    gate_up = torch.zeros(64, 32, dtype=BF16)
+    gate_up[:32].fill_diagonal_(1)  # the gate is the input
+    gate_up[32:, 0] = 1  # and up its first element
+    down = torch.eye(32, dtype=BF16)
+    x = torch.linspace(-200, 200, 32)[None].to(BF16)
+    x[0, 0] = 1
+    packed = [
+        ops.prepare(name, weight.clone()) for name, weight in (("gate_up", gate_up), ("down", down))
+    ]
+    assert_close(ops.mlp(x, *packed), REFERENCE.mlp(x, gate_up, down))
+
+
+@pytest.mark.parametrize("num_experts", [3, 64, 70])
+def test_routing(ops: NativeCpuOps, num_experts: int):
+    x, router = random(9, 48), torch.randn(num_experts, 48, generator=torch.Generator())
+    prepared = ops.prepare("layers.1.mlp.router", router)
+    for renormalize in (False, True):
+        weights, chosen = ops.route(x, prepared, 2, renormalize)
+        expected, expected_chosen = REFERENCE.route(x, router, 2, renormalize)
+        assert torch.equal(chosen.long(), expected_chosen)
+        torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
