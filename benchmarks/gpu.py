@@ -382,6 +382,7 @@ class Bench:
             layout=Layout(),
             device=self.config.device,
             dtype=self.config.dtype,
+            cache_dtype=self.config.cache_dtype,
             max_model_len=self.config.max_model_len,
             num_blocks=self.num_blocks,
             block_size=self.config.block_size,
