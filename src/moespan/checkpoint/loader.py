@@ -82,7 +82,7 @@ def load_weights(
         if placement.cut_rows:
             maxima = cut.split(maximum_over_tp(cut.maxima))
             for piece, values in cut.drain():
-                rows = maxima[piece.source][piece.source_index[0]]
+                rows = maxima[piece.source][piece.source_index[0]].to(values.device)
                 _store(weights[piece.parameter], piece, values, rows)
     held = sum(
         weight.num_bytes if isinstance(weight, QuantizedWeight) else weight.nbytes
