@@ -349,6 +349,7 @@ class Model:
             x = self.sp.all_reduce(x, "head")
             if self.sp.rank > 0:
                 return x.new_empty((0, self.vocab_size), dtype=torch.float32)
-        logits = self.ops.linear(x, self.head).float()  # split over tp
-        parts = self.tp.all_gather(logits, "head").chunk(self.tp.size)
-        return torch.cat(parts, -1)[:, : self.vocab_size]
+        logits = self.ops.linear(x, self.head)  # split over tp
+        if self.tp.size > 1:
+            logits = torch.cat(self.tp.all_gather(logits, "head").chunk(self.tp.size), -1)
+        return logits[:, : self.vocab_size].float()
