@@ -124,6 +124,7 @@ def call_everything(quick: bool) -> Iterator[str]:
     from moespan.checkpoint.quantization import QuantizedWeight
     from moespan.ops import AttentionBatch, KVCache, Weight
     from moespan.ops.cuda import CudaOps
+    from moespan.parallel.mesh import Axis
 
     ops, device = CudaOps(), torch.device("cpu")
     width, inner, dense, num_experts, chosen = 2048, 1408, 10944, 64, 6
@@ -160,7 +161,7 @@ def call_everything(quick: bool) -> Iterator[str]:
                     gate_up = weight(kind, dtype, 2 * one, width)
                     down = weight(kind, dtype, width, one)
                     ops.mlp(x, gate_up, down)
-                    ops.add_mlp(x, gate_up, down, residual)
+                    ops.mlp_sum(x, gate_up, down, Axis(), "mlp", residual)
                 if kind != "as it is":
                     ops.linear(x, weight(kind, dtype, 3 * width, width))
             for cache_dtype in (dtype, torch.int8):

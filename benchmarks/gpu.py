@@ -48,7 +48,7 @@ from moespan.engine.request import Request
 from moespan.engine.worker import Worker
 from moespan.memory import available_bytes
 from moespan.ops import AttentionBatch, KVCache, Ops, ReferenceOps, ops_for
-from moespan.parallel.mesh import Mesh
+from moespan.parallel.mesh import Axis, Mesh
 from moespan.roofline import Limits, Work, machine_name, step_work
 from moespan.verify import Reference, verify
 
@@ -137,7 +137,8 @@ def operation_checks(
     yield both("linear", lambda o: o.linear(x, projection))
     gate_up, down = draw(2 * inner, width, scale=width**-0.5), draw(width, inner, scale=inner**-0.5)
     yield both("mlp", lambda o: o.mlp(x, gate_up, down))
-    yield both("add_mlp", lambda o: o.add_mlp(x, gate_up, down, residual.clone()))
+    added = (gate_up, down, Axis(), "mlp")
+    yield both("mlp, added", lambda o: o.mlp_sum(x, *added, residual.clone()))
     router = draw(num_experts, width, kind=torch.float32, scale=width**-0.5)
     yield both("route", lambda o: o.route(x, router, num_chosen, config.norm_topk_prob)[0])
 
@@ -321,7 +322,7 @@ class Bench:
         source = RandomSource(config, dtype, 0, self.device)
         placement = place(config, Layout(), 0, quantization=args.quantization)
         weights, self.loaded = load_weights(placement, source, dtype, self.device)
-        ops = ops_for(args.device, dtype)
+        ops = ops_for(args.device, self.config)
         prepared = {name: ops.prepare(name, weight) for name, weight in weights.items()}
         del weights
         block_bytes = self.config.block_size * cache_bytes_per_token(
@@ -368,7 +369,9 @@ class Bench:
             message = StepPlans.of([plan])
             _wait(self.device)
             started = time.perf_counter()
-            self.worker.execute(message)  # its tokens are on the host at the end
+            pending = self.worker.execute(message, plan)
+            assert pending is not None  # this rank is the only one
+            pending.wait()
             seconds.append(time.perf_counter() - started)
         return statistics.median(seconds[2:])
 

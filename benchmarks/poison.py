@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _UNSET = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
-class Poisoned(TorchDispatchMode):
+class Poisoned(TorchDispatchMode):  # type: ignore[misc]
     """While it is active, `torch.empty` and its like give NaN, or the largest integer."""
 
     def __torch_dispatch__(

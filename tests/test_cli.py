@@ -161,7 +161,9 @@ def test_flags_are_not_guessed_from_their_beginning(cli: Cli):
     assert "unrecognized arguments: --max-tok" in ran.err
 
 
-@pytest.mark.parametrize("verb", [[], ["generate"], ["verify"], ["info"], ["bench"]])
+@pytest.mark.parametrize(
+    "verb", [[], ["generate"], ["verify"], ["info"], ["bench"], ["make-checkpoint"]]
+)
 def test_help_is_shown(cli: Cli, verb: list[str]):
     ran = cli(*verb, "--help")
     assert ran.code == 0
@@ -381,6 +383,20 @@ def test_verify_passes_with_exit_code_0(cli: Cli):
     assert ran.out.endswith("passed\n")
 
 
+def test_verify_without_a_file_compares_with_the_floats_that_integers_were_made_from(
+    cli: Cli, tmp_path: Path
+):
+    assert cli("quantize", TINY, tmp_path / "out", "--quantization", "w8a8").code == 0
+    same = ("--dtype", "float32", "--max-tokens", 2, "--json")
+    stored = cli("verify", tmp_path / "out", "--against", TINY, *same)
+    made = cli("verify", TINY, "--quantization", "w8a8", *same)
+    assert stored == made
+    report = json.loads(made.out)
+    assert report["passed"] and made.code == 0
+    assert (report["quantization"], report["kv_cache_dtype"]) == ("w8a8", "float32")
+    assert 0 < report["mean_kl"] < report["max_kl"]
+
+
 def test_verify_fails_with_exit_code_1_and_the_reason(cli: Cli, tmp_path: Path):
     name = "model.layers.1.mlp.gate.weight"
     folder = altered_checkpoint(TINY, tmp_path / "bad", name, lambda weight: weight.neg_())
@@ -543,7 +559,7 @@ WRONG_COMMANDS: list[tuple[list[object], str]] = [
     (["generate", QUICKSTART, "--prompt", "a", "--dtype", "int8"], "invalid choice: 'int8'"),
     (["generate", QUICKSTART, "--prompt", "a", "-tp", "two"], "invalid int value: 'two'"),
     (["generate", QUICKSTART, "--prompt", "a", "--warp", "9"], "unrecognized arguments: --warp"),
-    (["verify", QUICKSTART], "the following arguments are required: --reference"),
+    (["verify", QUICKSTART, "--write-reference"], "--write-reference needs --reference"),
     (["info"], "the following arguments are required: MODEL"),
     (["make-checkpoint"], "the following arguments are required: DIR"),
 ]
@@ -606,8 +622,13 @@ WRONG_INPUT: list[tuple[str, str]] = [
     ("verify {quick} --reference {tmp}/none", "reference {tmp}/none cannot be read"),
     ("verify {quick} --reference {file}", "reference {file} cannot be read"),
     ("verify {small} --load-format dummy --reference {ref}", "p0: prompt_token_ids: token id"),
-    ("verify {quick} --reference {ref} --prompt a", "go with --write-reference"),
-    ("verify {quick} --reference {ref} --max-tokens 4", "go with --write-reference"),
+    ("verify {quick} --reference {ref} --prompt a", "or add --write-reference"),
+    ("verify {quick} --reference {ref} --max-tokens 4", "or add --write-reference"),
+    ("verify {quick} --reference {ref} --against {quick}", "or add --write-reference"),
+    ("verify {quick} --trace", "--trace needs --reference"),
+    ("verify {quick} --nnodes 2", "on many nodes verify needs --reference"),
+    ("quantize {quick} {tmp}", "{tmp} exists; choose another folder"),
+    ("quantize {quick} {tmp}/no/r", "there is no folder {tmp}/no"),
     ("verify {quick} --reference {ref} --write-reference", "exists; give a new file to write"),
     ("verify {quick} --reference {tmp}/no/r --write-reference", "there is no folder {tmp}/no"),
     (

@@ -35,6 +35,28 @@ def test_held_out_items_are_answered_exactly(llm: LLM, task: str, num_items: int
     assert sum(right) >= 0.95 * num_items
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization": "int8"},
+        {"quantization": "w8a8"},
+        {"kv_cache_dtype": "int8"},
+        {"quantization": "w8a8", "kv_cache_dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_integers_answer_held_out_items_nearly_as_well(settings: dict[str, str]):
+    with LLM(str(MODEL), device="cpu", max_model_len=256, **settings) as llm:
+        for task in ("sum", "sort"):
+            prompts = [prompt for prompt, _ in tasks.heldout(task, 60)]
+            outputs = llm.generate(prompts, GREEDY)
+            right = [
+                tasks.is_correct(task, prompt, output.outputs[0].text)
+                for prompt, output in zip(prompts, outputs, strict=True)
+            ]
+            assert sum(right) >= 0.9 * 60
+
+
 def test_float32_logits_are_those_of_the_network_that_was_trained():
     with LLM(str(MODEL), device="cpu", dtype="float32", max_model_len=256) as llm:
         report = verify(llm, Reference(MODEL / "reference.safetensors"))

@@ -18,6 +18,7 @@ from moespan import LLM
 from moespan.config import Layout, ModelConfig
 from moespan.errors import ConfigError, RequestError
 from moespan.verify import (
+    Integers,
     PromptReport,
     Reference,
     Tolerance,
@@ -111,6 +112,38 @@ def test_a_reference_that_is_written_is_the_one_that_passes(tmp_path: Path, tiny
     report = verify(tiny, reference)
     assert report.failures == []
     assert report.max_abs_diff < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization": "int8"},
+        {"quantization": "w8a8"},
+        {"kv_cache_dtype": "int8"},
+        {"quantization": "w8a8", "kv_cache_dtype": "int8"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_integers_stay_within_their_tolerance_of_the_model_of_floats(
+    settings: dict[str, str], dtype: str
+):
+    with model(DATA / "oracle" / "tiny_gqa", dtype, **settings) as llm:
+        report = verify(llm, Reference(reference_path("tiny_gqa")))
+    assert report.failures == []
+    assert report.top1 >= 0.9
+    # They are in use: nothing but rounding to 8 bits differs by so much in float32.
+    assert dtype == "bfloat16" or report.max_relative_diff > 1e-3
+    assert report.quantization == settings.get("quantization")
+
+
+def test_a_reference_of_integers_is_held_to_the_contract_of_the_dtype(tmp_path: Path):
+    path = tmp_path / "made.safetensors"
+    with model(DATA / "oracle" / "tiny", quantization="int8") as llm:
+        write_reference(llm, path, [[5], [3, 1, 4, 1, 5]], num_greedy_tokens=6)
+        report = verify(llm, Reference(path))
+    assert report.tolerance == EXACT
+    assert report.failures == []
 
 
 # What fails, and why
@@ -269,12 +302,26 @@ def test_the_tolerance_of_float32_is_a_contract():
     assert tolerance("float32", ModelConfig.from_dict(geometry()), 1.0) == EXACT
 
 
+def test_each_kind_of_integers_widens_the_tolerance_and_ends_the_contract():
+    config = ModelConfig.from_dict(geometry())
+    limits = [
+        tolerance("float32", config, 1.0, Integers(*kinds))
+        for kinds in ((), (True,), (True, True), (True, True, True))
+    ]
+    assert [limit.greedy for limit in limits] == [True, False, False, False]
+    assert limits[0].relative < limits[1].relative < limits[2].relative < limits[3].relative
+    # One kind: steps of 4/127 deviations, in four products of each of three layers.
+    error = 4 / 127 / math.sqrt(12)
+    assert limits[1].relative == pytest.approx(6 * error * math.sqrt(4 * 3) + 1 / 2)
+
+
 PROMPT = PromptReport(
     name="p0",
     num_tokens=10,
     max_abs_diff=0.001,
     max_abs_logit=10.0,
     mean_kl=0.01,
+    max_kl=0.1,
     top1=0.9,
     first_divergence=None,
     greedy_equal=True,
@@ -283,7 +330,7 @@ PROMPT = PromptReport(
 
 
 def report_of(*prompts: PromptReport, limit: Tolerance = EXACT) -> VerifyReport:
-    return VerifyReport("float32", {"tp": 1}, limit, list(prompts))
+    return VerifyReport("float32", None, "float32", Layout(), limit, list(prompts))
 
 
 def test_a_report_counts_every_position_the_same():

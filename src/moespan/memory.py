@@ -9,14 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+_CACHE_LINE_BYTES = 64
+
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Like `torch.zeros`, but on a CPU the pages take no memory before they are written."""
+    """Like `torch.zeros`, but on a CPU the pages take no memory before they are written.
+
+    It begins at a whole cache line, so that no vector lies in two.
+    """
     if device.type != "cpu" or not math.prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
     # torch writes the zeros itself; NumPy asks the system for pages that read as zero.
-    buffer = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(buffer).view(dtype).view(shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    buffer = np.zeros(num_bytes + _CACHE_LINE_BYTES, dtype=np.uint8)
+    start = -buffer.ctypes.data % _CACHE_LINE_BYTES
+    return torch.from_numpy(buffer[start : start + num_bytes]).view(dtype).view(shape)
 
 
 # Parts of one transfer begin at multiples of so many elements, as tensors of their own would.
@@ -33,6 +40,33 @@ def to_device(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch
         room[: part.numel()] = part.flatten()
     moved = packed.to(device, non_blocking=True).split(lengths)
     return [room[: part.numel()].view(part.shape) for part, room in zip(parts, moved, strict=True)]
+
+
+class ToHost:
+    """Copies of tensors on their way to the host, which need not wait for what is queued later.
+
+    On a CPU they are the tensors themselves.
+    """
+
+    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+        self._arrived: torch.Event | None = None
+        self._parts = list(parts)
+        if not parts or parts[0].device.type == "cpu":
+            return
+        self._parts = [
+            torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(
+                part, non_blocking=True
+            )
+            for part in parts
+        ]
+        self._arrived = torch.get_device_module(parts[0].device).Event()
+        self._arrived.record()
+
+    def wait(self) -> list[torch.Tensor]:
+        """The tensors, once all of them are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._parts
 
 
 def available_bytes(device: torch.device) -> int:

@@ -83,10 +83,10 @@ def verify_layouts(
 
 
 def sent_bytes(llm: LLM) -> dict[str, int]:
-    """Axis → bytes that all ranks together have sent over it; the model's axes only."""
+    """Axis → bytes that all ranks together have sent over it in steps; the model's axes only."""
     total: Counter[str] = Counter()
-    for axis, _, _, _, sent in itertools.chain.from_iterable(llm.traffic()):
-        if axis != "control":
+    for axis, _, module, _, sent in itertools.chain.from_iterable(llm.traffic()):
+        if axis != "control" and module != "load":
             total[axis] += sent
     return dict(total)
 

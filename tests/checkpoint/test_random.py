@@ -97,7 +97,7 @@ def test_a_made_checkpoint_is_whole_and_names_its_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     shard_bytes = 20_000
-    monkeypatch.setattr("moespan.checkpoint.random._SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr("moespan.checkpoint.writer._SHARD_BYTES", shard_bytes)
     raw = geometry()
     written: list[int] = []
     make_checkpoint(tmp_path, raw, seed=2, progress=written.append)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moespan.checkpoint.quantize import quantize_checkpoint
 from moespan.checkpoint.random import make_checkpoint
 from moespan.config import Layout, ModelConfig, all_layouts
 from moespan.verify import Reference, verify, write_reference
@@ -33,8 +34,11 @@ OF_EIGHT = [
 def every_case(name: str) -> list[Any]:
     config = ModelConfig.from_pretrained(oracle(name))
     found = []
-    for world in (2, 4, 8):
-        layouts = all_layouts(world, config) if world < 8 else OF_EIGHT if name == "sixteen" else []
+    # The other oracles' geometries meet every axis alone, and tp beside others.
+    for world in (2, 4, 8) if name == "sixteen" else (2,):
+        layouts = all_layouts(world, config) if world < 8 else OF_EIGHT
+        if name != "sixteen":
+            layouts += [Layout(tp=2, pp=2), Layout(tp=2, ep=4, dp=2)]
         for layout, dispatch in cases(config, layouts):
             found.append(pytest.param(name, layout, dispatch, id=f"{name}-{layout}-{dispatch}"))
     return found
@@ -138,6 +142,43 @@ def test_every_geometry_gives_what_one_rank_gives(ranks: Ranks, tmp_path: Path, 
     make_checkpoint(tmp_path / "model", geometry(**GEOMETRIES[name]))
     layouts = LAYOUTS_OF.get(name, FOR_GEOMETRIES)
     assert_like_one_rank(ranks, tmp_path / "model", layouts, tmp_path)
+
+
+# Integers
+
+FOR_INTEGERS = [Layout(tp=4, ep=2), Layout(tp=2, sp=2, ep=4), Layout(pp=2, dp=2, ep=2)]
+
+
+@pytest.mark.parametrize("is_stored", [False, True], ids=["made while loading", "stored"])
+def test_integers_of_weights_are_the_same_in_every_layout(
+    ranks: Ranks, tmp_path: Path, is_stored: bool
+):
+    folder = tmp_path / "model"
+    make_checkpoint(folder, geometry(num_key_value_heads=2))
+    settings = {"quantization": "int8"}
+    if is_stored:
+        quantize_checkpoint(folder, tmp_path / "stored", "int8")
+        folder, settings = tmp_path / "stored", {}
+    write_reference(ranks.llm(folder, **settings), tmp_path / "one_rank.safetensors", PROMPTS, 5)
+    reference = Reference(tmp_path / "one_rank.safetensors")
+    for layout, dispatch in cases(ModelConfig.from_pretrained(folder), FOR_INTEGERS):
+        report = verify(ranks.llm(folder, layout, dispatch, **settings), reference)
+        assert report.quantization == "int8"
+        assert report.tolerance.relative == 2e-4
+        assert not report.failures, f"{layout}, {dispatch}"
+
+
+def test_rounded_activations_and_caches_stay_within_their_tolerance(
+    ranks: Ranks, references: dict[str, Reference]
+):
+    config = ModelConfig.from_pretrained(oracle("sixteen"))
+    for layout, dispatch in cases(config, FOR_INTEGERS):
+        llm = ranks.llm(
+            oracle("sixteen"), layout, dispatch, quantization="w8a8", kv_cache_dtype="int8"
+        )
+        report = verify(llm, references["sixteen"])
+        assert report.cache_dtype == "int8"
+        assert not report.failures, f"{layout}, {dispatch}"
 
 
 # Where experts are, and where stages begin, by hand

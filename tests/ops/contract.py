@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moespan.checkpoint.quantization import QuantizedWeight, quantize, round_rows
 from moespan.ops import AttentionBatch, KVCache, Ops, ReferenceOps, Weight
+from moespan.parallel.mesh import Axis
 
 REFERENCE = ReferenceOps()
 # A share of the largest value: a few roundings, as the orders of operations differ.
@@ -120,8 +121,9 @@ class OpsContract(Contract):
         gate_up = self.random(14, 34, dtype=dtype) / 8
         down = self.random(34, 7, dtype=dtype) / 8
         weights = self.prepared(ops, "layers.0.mlp", gate_up=gate_up, down=down)
-        expected = REFERENCE.add_mlp(x, gate_up, down, onto)
-        assert_close(ops.add_mlp(*self.to(x), *weights, *self.to(onto)), expected, dtype)
+        expected = REFERENCE.mlp_sum(x, gate_up, down, Axis(), "mlp", onto)
+        found = ops.mlp_sum(*self.to(x), *weights, Axis(), "mlp", *self.to(onto))
+        assert_close(found, expected, dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("has_bias", [False, True])

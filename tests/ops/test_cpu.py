@@ -5,19 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moespan.config import EngineConfig
 from moespan.ops import CpuOps, Ops, ops_for
-from tests.ops.contract import OpsContract
+from tests.ops.contract import OpsContract, QuantizedContract
 
 
-class TestPlainCpuOps(OpsContract):
+class TestPlainCpuOps(OpsContract, QuantizedContract):
     @pytest.fixture
     def ops(self) -> Ops:
         return CpuOps()
 
 
-class TestCpuOps(OpsContract):
+class TestCpuOps(OpsContract, QuantizedContract):
     """What `ops_for` gives for the dtype of the test: the kernels, for bfloat16."""
 
     @pytest.fixture
     def ops(self, request: pytest.FixtureRequest) -> Ops:
-        return ops_for("cpu", request.node.callspec.params.get("dtype", torch.bfloat16))
+        dtype = request.node.callspec.params.get("dtype", torch.bfloat16)
+        return ops_for("cpu", EngineConfig("unused", dtype=str(dtype).removeprefix("torch.")))

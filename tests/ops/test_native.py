@@ -3,10 +3,13 @@ odd remainders, many rows and few, several chunks of keys."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from moespan.checkpoint.quantization import QuantizedWeight, quantize
 from moespan.ops import AttentionBatch, KVCache, ReferenceOps
 from moespan.ops.native.ops import BuildError, NativeCpuOps, PackedWeight
 
@@ -72,6 +75,40 @@ def test_experts_of_a_shard(ops: NativeCpuOps, num_tokens: int, width: int):
         for name, bank in (("gate_up", gate_up), ("down", down))
     ]
     assert_close(ops.experts(x, weights, slots, *banks, first, num_slots), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 40, 130])
+@pytest.mark.parametrize(("out", "width"), [(96, 64), (100, 20), (33, 2052)])
+def test_linear_of_integers_for_any_number_of_rows(
+    ops: NativeCpuOps, rows: int, out: int, width: int, bits: int
+):
+    x = random(rows, width)
+    weight = QuantizedWeight(*quantize(random(out, width, seed=1)), bits)
+    packed = ops.prepare("head", replace(weight, values=weight.values.clone()))
+    assert isinstance(packed, PackedWeight)
+    assert_close(ops.linear(x, packed), REFERENCE.linear(x.float(), weight), 5e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("num_tokens", [1, 50])
+def test_experts_of_integers(ops: NativeCpuOps, num_tokens: int, bits: int):
+    hidden_size, width, held = 64, 40, 3
+    x = random(num_tokens, hidden_size)
+    banks = [
+        QuantizedWeight(values.view(held, *shape), scales.view(held, -1), bits)
+        for shape in ((2 * width, hidden_size), (hidden_size, width))
+        for values, scales in [quantize(random(held * shape[0], shape[1]))]
+    ]
+    generator = torch.Generator().manual_seed(1)
+    slots = torch.rand(num_tokens, 4, generator=generator).argsort(-1)[:, :2]
+    weights = torch.rand(num_tokens, 2, generator=generator)
+    expected = REFERENCE.experts(x, weights, slots, *banks, 0, 4)
+    packed = [
+        ops.prepare(f"mlp.experts.{name}", replace(bank, values=bank.values.clone()))
+        for name, bank in zip(("gate_up", "down"), banks, strict=True)
+    ]
+    assert_close(ops.experts(x, weights, slots, *packed, 0, 4), expected, 2e-2)
 
 
 def test_what_no_expert_here_is_chosen_for_is_zero(ops: NativeCpuOps):

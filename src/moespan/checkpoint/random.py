@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from moespan.checkpoint.source import INDEX_FILE, RandomSource
+from moespan.checkpoint.source import RandomSource
+from moespan.checkpoint.writer import write_json, write_shards
 from moespan.config import ModelConfig
 from moespan.errors import ConfigError
 
@@ -62,7 +61,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
     },
 }
-_SHARD_BYTES = 2 << 30
 
 
 def preset(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,27 +101,10 @@ def make_checkpoint(
     config = ModelConfig.from_dict(raw)
     dtype = getattr(torch, config.dtype)
     source = RandomSource(config, dtype, seed)
-    shards: list[list[str]] = []
-    left_bytes = total_bytes = 0
-    for name, shape in source.shapes.items():
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if left_bytes < num_bytes:
-            shards.append([])
-            left_bytes = _SHARD_BYTES
-        shards[-1].append(name)
-        left_bytes -= num_bytes
-        total_bytes += num_bytes
     folder.mkdir(parents=True, exist_ok=True)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: source.draw(name) for name in names}
-        save_file(tensors, str(folder / file), metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-        progress(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in source.shapes.items()}
+    write_shards(folder, sizes, lambda name: {name: source.draw(name)}, progress)
     # Last, so that a folder with a config is a whole checkpoint.
     generation = {"bos_token_id": raw["bos_token_id"], "eos_token_id": raw["eos_token_id"]}
-    (folder / "generation_config.json").write_text(json.dumps(generation) + "\n")
-    (folder / "config.json").write_text(json.dumps(dict(raw), indent=2) + "\n")
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "config.json", raw)

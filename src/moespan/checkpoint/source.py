@@ -1,7 +1,7 @@
 """Where weights come from: safetensors files, or a deterministic random stream.
 
-Both answer the same three questions (which tensors, of which shape, and the values of a slice), so
-that the loader does not care. Pickle checkpoints are refused.
+Both answer the same questions (how large a slice is, what is best read together, and its values),
+so that the loader does not care. Pickle checkpoints are refused.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from moespan.errors import CheckpointError, ConfigError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _FLOATS = ("F32", "BF16", "F16")
+_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
 _BATCH_BYTES = 64 << 20
 # Whose random numbers follow from seed and shape, whatever else it does.
 _DRAWING_DEVICES = ("cuda",)
@@ -31,6 +32,9 @@ _DRAWING_DEVICES = ("cuda",)
 
 class Source(Protocol):
     """Weights of one model, sliceable."""
+
+    def num_bytes(self, piece: Piece) -> int:
+        """How many bytes reading `piece` takes."""
 
     def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
         """Cut `pieces` into lists that may be read in parallel, each in its best order."""
@@ -53,6 +57,7 @@ class SafetensorsSource:
         self._file_of: dict[str, str] = {}
         self._order: dict[str, int] = {}
         self._row_bytes: dict[str, int] = {}
+        self._item_bytes: dict[str, int] = {}
         problems: list[str] = []
         expected = checkpoint_tensors(config)
         for file, names in self._files(problems).items():
@@ -118,6 +123,7 @@ class SafetensorsSource:
                     tensor = handle.get_slice(name)
                     shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                     self._row_bytes[name] = 4 * math.prod(shape[1:])
+                    self._item_bytes[name] = _ITEM_BYTES.get(dtype, 0)
                     if name not in expected:
                         continue
                     # Scales are (out) or (out, 1).
@@ -147,6 +153,10 @@ class SafetensorsSource:
 
     def _open(self, file: str) -> Any:
         return safe_open(str(self.path / file), framework="pt", device="cpu")
+
+    def num_bytes(self, piece: Piece) -> int:
+        """How many bytes reading `piece` reads."""
+        return piece.num_elements * self._item_bytes[piece.source]
 
     def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
         """Lists within one file each, in the order of its bytes, so that a disk reads straight on.
@@ -204,6 +214,10 @@ class RandomSource:
         self.seed = seed
         draws_there = device is not None and device.type in _DRAWING_DEVICES
         self._options: dict[str, Any] = {"device": device if draws_there else torch.device("cpu")}
+
+    def num_bytes(self, piece: Piece) -> int:
+        """How many bytes `piece` has."""
+        return piece.num_elements * int(self.dtype.itemsize)
 
     def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
         """One list for each piece: nothing is gained by an order."""

@@ -28,8 +28,10 @@ from moespan.cli.verbs import (
     info,
     make_checkpoint,
     print_environment,
+    quantize,
     verify,
 )
+from moespan.config import QUANTIZATIONS
 from moespan.errors import MoespanError
 from moespan.launch.environment import keep_torch_npu_out
 
@@ -107,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         "--reference",
         type=Path,
         metavar="FILE.safetensors",
-        help="p<i>.ids [T], p<i>.logits [T, V], p<i>.greedy [N]",
+        help="p<i>.ids [T], p<i>.logits [T, V], p<i>.greedy [N] (default: what the checkpoint "
+        "gives in float32)",
     )
     verb.add_argument(
         "--all-layouts",
@@ -130,10 +133,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="TEXT",
-        help="prompts of the file to make (default: random token ids)",
+        help="prompts of a reference to be made (default: random token ids)",
     )
     verb.add_argument(
-        "--max-tokens", type=int, metavar="N", help="greedy tokens in the file to make (24)"
+        "--max-tokens", type=int, metavar="N", help="greedy tokens in a reference to be made (24)"
+    )
+    verb.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="without --reference: the checkpoint of floats to compare with (MODEL itself)",
     )
     verb.add_argument("--json", action="store_true", help="print the report as JSON")
     verb.set_defaults(run=verify, max_num_batched_tokens=256, usage_error=verb.error)
@@ -203,6 +211,22 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=make_checkpoint)
 
     verb = verbs.add_parser(
+        "quantize",
+        help="write a checkpoint of 8-bit integers",
+        description=quantize.__doc__,
+        allow_abbrev=False,
+    )
+    verb.add_argument("model", metavar="MODEL", help="checkpoint folder, or a hub name")
+    verb.add_argument("folder", type=Path, metavar="OUT", help="the new folder")
+    verb.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        default="int8",
+        help="int8: weights alone; w8a8: activations, too, when it is run (int8)",
+    )
+    verb.set_defaults(run=quantize)
+
+    verb = verbs.add_parser(
         "doctor",
         help="check this machine",
         description=doctor.__doc__,
@@ -213,6 +237,11 @@ def _parser() -> argparse.ArgumentParser:
         "--collectives",
         action="store_true",
         help="also start the layout's ranks, and time all-reduces over each axis",
+    )
+    verb.add_argument(
+        "--compare-nodes",
+        action="store_true",
+        help="also compare code and clocks with the other nodes, which run the same meanwhile",
     )
     verb.add_argument("--json", action="store_true", help="print the findings as JSON")
     verb.set_defaults(run=doctor)

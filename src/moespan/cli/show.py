@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moespan.llm import LLM
+    from moespan.verify import VerifyReport
     from moespan.verify_layouts import LayoutReport
 
 
@@ -112,9 +113,19 @@ def bench_table(report: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def print_verification(report: Any) -> None:
+def kinds(report: VerifyReport) -> str:
+    """dtype, and what is of integers, in words."""
+    parts = [report.dtype]
+    if report.quantization is not None:
+        parts.append(report.quantization)
+    if report.cache_dtype != report.dtype:
+        parts.append(f"KV cache {report.cache_dtype}")
+    return ", ".join(parts)
+
+
+def print_verification(report: VerifyReport) -> None:
     print(
-        f"{'prompt':<8}{'tokens':>7}{'max |Δ|':>11}{'mean KL':>11}{'top-1':>9}  "
+        f"{'prompt':<8}{'tokens':>7}{'max |Δ|':>11}{'mean KL':>11}{'max KL':>11}{'top-1':>9}  "
         f"{'first diff':<12}greedy"
     )
     for one in report.prompts:
@@ -122,14 +133,15 @@ def print_verification(report: Any) -> None:
         greedy = {True: "equal", False: f"differs at {one.first_greedy_divergence}", None: "-"}
         print(
             f"{one.name:<8}{one.num_tokens:>7}{one.max_abs_diff:>11.2e}{one.mean_kl:>11.2e}"
-            f"{one.top1:>9.2%}  {first:<12}{greedy[one.greedy_equal]}"
+            f"{one.max_kl:>11.2e}{one.top1:>9.2%}  {first:<12}{greedy[one.greedy_equal]}"
         )
     limit = report.tolerance
     kl_limit = "" if limit.kl is None else f" (limit {limit.kl:.1e})"
     top1_limit = "" if limit.top1 is None else f" (limit {limit.top1:.1%})"
     print(
-        f"\n{report.dtype}, {report.layout}: max |Δ| {report.max_relative_diff:.2e} of the largest "
-        f"logit (limit {limit.relative:.1e}), mean KL {report.mean_kl:.2e}{kl_limit}, "
+        f"\n{kinds(report)}, {report.layout}: max |Δ| {report.max_relative_diff:.2e} of the "
+        f"largest logit (limit {limit.relative:.1e}), mean KL {report.mean_kl:.2e}{kl_limit}, "
+        f"max KL {report.max_kl:.2e}, "
         f"top-1 {report.top1:.2%}{top1_limit}"
     )
     for failure in report.failures:

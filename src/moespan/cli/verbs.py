@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -127,15 +128,21 @@ def _generate_batch(args: argparse.Namespace, params: dict[str, Any]) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Compare the engine with reference logits, or write such a file."""
+    """Compare the engine with reference logits: of a file, which it can also write, or of what the
+    same checkpoint gives in float32 without rounding to integers."""
     from moespan import verify as verification
 
-    if args.reference is None:
-        args.usage_error("the following arguments are required: --reference")
     if args.write_reference:
+        if args.reference is None:
+            args.usage_error("--write-reference needs --reference")
         return _write_reference(args)
-    if args.prompt is not None or args.max_tokens is not None:
-        raise ConfigError("--prompt and --max-tokens go with --write-reference")
+    if args.reference is None:
+        return _verify_against_floats(args)
+    if args.prompt is not None or args.max_tokens is not None or args.against is not None:
+        raise ConfigError(
+            "--prompt, --max-tokens and --against are for making a reference: leave --reference "
+            "out, or add --write-reference"
+        )
     reference = verification.Reference(args.reference)
     if args.all_layouts is not None:
         return _verify_layouts(args, reference)
@@ -155,6 +162,30 @@ def verify(args: argparse.Namespace) -> int:
         if args.trace and not differences:
             print("nothing inside differs from what the reference holds")
     return EXIT_FAILED if report.failures or differences else 0
+
+
+def _verify_against_floats(args: argparse.Namespace) -> int:
+    """Make the reference first, with an engine that is gone when the one to verify starts.
+
+    It is of the same layout, but for `--all-layouts`: there it is of one rank that rounds as all
+    layouts are to do.
+    """
+    if args.trace:
+        raise ConfigError("--trace needs --reference: what is made here holds no hidden states")
+    if args.nnodes > 1:
+        raise ConfigError("on many nodes verify needs --reference; make one with --write-reference")
+    plain = argparse.Namespace(**vars(args))
+    plain.dtype = "float32"
+    plain.model = args.against or args.model
+    if args.all_layouts is not None:
+        set_layout(plain, Layout())
+    else:
+        plain.quantization, plain.kv_cache_dtype = None, "auto"
+    with tempfile.TemporaryDirectory(prefix="moespan-") as folder:
+        plain.reference = Path(folder) / "reference.safetensors"
+        _make_reference(plain)
+        args.reference, args.prompt, args.max_tokens, args.against = plain.reference, *[None] * 3
+        return verify(args)
 
 
 def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
@@ -191,8 +222,6 @@ def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
 
 
 def _write_reference(args: argparse.Namespace) -> int:
-    from moespan.verify import write_reference
-
     if args.reference.exists():
         raise ConfigError(f"--reference {args.reference} exists; give a new file to write")
     _check_writable(args.reference, "--reference")
@@ -202,21 +231,30 @@ def _write_reference(args: argparse.Namespace) -> int:
             "--write-reference computes in float32 on one rank; leave --dtype and -tp out"
         )
     args.dtype = "float32"
+    num_prompts = _make_reference(args)
+    kind = "float32" if args.quantization is None else f"float32, {args.quantization}"
+    print(f"wrote {args.reference}: {num_prompts} prompts, {kind}, one rank")
+    return 0
+
+
+def _make_reference(args: argparse.Namespace) -> int:
+    """Write what an engine of these flags computes; returns how many prompts."""
+    from moespan.verify import write_reference
+
     num_tokens = 24 if args.max_tokens is None else args.max_tokens
     if num_tokens < 1:
         raise ConfigError(f"--max-tokens {num_tokens} must be at least 1")
     with start_llm(args) as llm:
         prompts = _reference_prompts(args.prompt, llm, num_tokens)
         write_reference(llm, args.reference, prompts, num_tokens)
-    print(f"wrote {args.reference}: {len(prompts)} prompts, float32, one rank")
-    return 0
+    return len(prompts)
 
 
 def bench(args: argparse.Namespace) -> int:
     """Measure prefill and decode speed, latencies, memory and start-up, and what share of the
     machine's limits is reached. Random token ids, greedy, no prefix cache, medians."""
     from moespan.bench import Settings, first_token_s
-    from moespan.bench import bench as measure
+    from moespan.bench import bench as run_bench
 
     settings = Settings(
         args.prefill, args.decode_batch, args.context, args.decode_tokens, args.repeats
@@ -231,7 +269,7 @@ def bench(args: argparse.Namespace) -> int:
         llm = stack.enter_context(start_llm(args))
         start_s = time.perf_counter() - started
         start_up_s = first_token_s(llm)
-        report = measure(llm, settings, args.nnodes)
+        report = run_bench(llm, settings, args.nnodes)
     if args.preset is not None:
         report["model"] = args.preset
     report |= {"engine_start_s": start_s, "start_to_first_token_s": start_up_s}
@@ -378,6 +416,25 @@ def make_checkpoint(args: argparse.Namespace) -> int:
     return 0
 
 
+def quantize(args: argparse.Namespace) -> int:
+    """Write a checkpoint of 8-bit integers, for this engine and others (compressed-tensors)."""
+    from tqdm import tqdm
+
+    from moespan.checkpoint.placement import place
+    from moespan.checkpoint.quantize import quantize_checkpoint
+    from moespan.hub import resolve
+
+    folder = resolve(args.model)
+    config = ModelConfig.from_pretrained(folder)
+    total_bytes = place(config, Layout(), 0, quantization=args.quantization).num_bytes(config.dtype)
+    started = time.perf_counter()
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        quantize_checkpoint(folder, args.folder, args.quantization, bar.update)
+    seconds = time.perf_counter() - started
+    print(f"wrote {args.folder}: {scaled(total_bytes, BYTES)} in {seconds:.1f} s", file=sys.stderr)
+    return 0
+
+
 def doctor(args: argparse.Namespace) -> int:
     """Look for what would stop a job on this machine or slow it down; exit code 1 if something
     would stop it."""
@@ -404,6 +461,10 @@ def doctor(args: argparse.Namespace) -> int:
         from moespan.doctor.collectives import findings as time_collectives
 
         findings += time_collectives(config, args.nnodes)
+    if args.compare_nodes:
+        from moespan.doctor.nodes import findings as compare_nodes
+
+        findings += compare_nodes(job.nodes)
     if args.json:
         print(json.dumps(report.to_dict(findings, job.device, str(job.layout))))
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moespan.errors import ConfigError
@@ -46,6 +46,10 @@ class QuantizationConfig:
         """What this engine makes of a model: of all linear layers but the router, and with W8A8 but
         the head, as the published recipes have it, so that the checkpoint can be read elsewhere."""
         return cls(scheme, (_ROUTER, *((_HEAD,) if scheme == "w8a8" else ())))
+
+    def with_ignored_head(self) -> QuantizationConfig:
+        """The same, but for the head."""
+        return replace(self, ignore=tuple(dict.fromkeys((*self.ignore, _HEAD))))
 
     @classmethod
     def from_dict(cls, raw: Any) -> QuantizationConfig:

@@ -24,6 +24,8 @@ class CpuOps(ReferenceOps):
 
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
         """[T, N, D] over the cache → [T, N, D]: prefills one by one, decodes in groups."""
+        if cache.is_quantized:
+            return super().attention(q, cache, batch, scale)
         k_cache, v_cache = cache.keys, cache.values
         out = torch.empty_like(q)
         decodes: list[tuple[int, int]] = []  # (row of q, sequence)
@@ -75,8 +77,7 @@ class CpuOps(ReferenceOps):
         for expert, count in enumerate(expert_of.bincount(minlength=len(gate_up)).tolist()):
             if count:
                 mine = slice(start, start + count)
-                hidden = self.swiglu(F.linear(rows[mine], gate_up[expert]))
-                torch.mm(hidden, down[expert].t(), out=results[mine])
+                results[mine] = self.mlp(rows[mine], gate_up[expert], down[expert])
                 start += count
         weighted = results.float() * weights.flatten()[pairs, None]
         out = torch.zeros_like(x, dtype=torch.float32)

@@ -28,6 +28,7 @@ from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
 from moespan.ops.reference import ReferenceOps
 from moespan.ops.triton_kernels import attention, matmul, routing, rows
 from moespan.ops.triton_kernels.matmul import Matrix
+from moespan.parallel.mesh import Axis
 
 
 class CudaOps(ReferenceOps):
@@ -99,9 +100,17 @@ class CudaOps(ReferenceOps):
         """[T, H] → [T, H]."""
         return self._mlp(x, gate_up, down, None)
 
-    def add_mlp(self, x: Tensor, gate_up: Weight, down: Weight, onto: Tensor) -> Tensor:
-        """[T, H], onto [T, H] → [T, H]; the sum is part of the last product."""
-        return self._mlp(x, gate_up, down, onto)
+    def mlp_sum(
+        self,
+        x: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        axis: Axis,
+        module: str,
+        plus: Tensor | None = None,
+    ) -> Tensor:
+        """[T, H] replicated over `axis` → the same; adding `plus` is part of the last product."""
+        return axis.all_reduce(self._mlp(x, gate_up, down, plus), module)
 
     def route(
         self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool

@@ -50,6 +50,8 @@ constexpr int MAX_ROWS = WIDE ? 12 : 3;
 // Rows of the input that stay in the second-level cache while panels pass by, in bytes.
 constexpr int64_t ROW_BLOCK_BYTES = 512 << 10;
 constexpr int64_t PREFETCH_BYTES = 4096;
+// Two panels of so many bytes have room in the second-level cache beside the rows.
+constexpr int64_t NEXT_PANEL_BYTES = 160 << 10;
 
 // ---------------------------------------------------------------------------------------- vectors
 
@@ -244,39 +246,70 @@ void pack_panel(const T* source, T* panel, int64_t p, int64_t out, int64_t in, b
     }
 }
 
-// --------------------------------------------------------------------------------- activation rows
+// -------------------------------------------------------------------------------- activation tiles
 
-// Rows of the input of a product: bfloat16, or integers + 128 in one or two planes of bytes.
-struct Rows {
-    const void* const* at;    // one pointer for each row
-    const float* scales;      // of each row, quantised only
+// Up to MAX_ROWS rows of the input that are multiplied together, packed: for each step along `in`,
+// the four bytes of every row. So a product reads them in order, whatever lies between the rows.
+struct Tile {
+    int64_t row;                      // the first
+    int64_t rows;
+    int64_t matrix;                   // of a bank
 };
 
-// One row to integers: `planes` 1 → 8 bits, 2 → 16 bits with all high bytes before the low ones.
-float quantize_row(const bf16* x, int64_t n, int planes, uint8_t* out) {
+// Packed tiles of one input, one after the other.
+struct Input {
+    const char* packed;
+    const float* scales;              // of each row, quantised only
+    int64_t row_bytes;
+
+    const uint32_t* tile(const Tile& t) const {
+        return (const uint32_t*)(packed + t.row * row_bytes);
+    }
+};
+
+template <int KIND>
+constexpr int planes() {
+    return KIND == W8A16 ? 2 : 1;
+}
+
+template <int KIND>
+constexpr int max_rows() {
+    // Two planes of activations have two results each.
+    return KIND == W8A16 && WIDE ? 6 : MAX_ROWS;
+}
+
+template <int KIND>
+inline int64_t row_bytes(int64_t in) {
+    return KIND == W8A8 ? in : 2 * in;
+}
+
+// Appends tiles of equal height for rows `first` to `first + count`.
+template <int KIND>
+void add_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t matrix) {
+    const int64_t number = (count + max_rows<KIND>() - 1) / max_rows<KIND>();
+    for (int64_t t = 0; t < number; t++) {
+        const int64_t from = count * t / number, to = count * (t + 1) / number;
+        tiles.push_back({first + from, to - from, matrix});
+    }
+}
+
+// One row to integers + 128: `PLANES` 1 → 8 bits, 2 → 16 bits, whose high bytes come before the low
+// ones. Returns the scale.
+template <int PLANES>
+float quantize_row(const bf16* x, int64_t n, uint8_t* out) {
     f32x16 most = splat(0);
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) most = vmax(most, absolute(load_bf16(x + i)));
     float amax = largest(most);
     for (; i < n; i++) amax = std::max(amax, std::fabs(to_float(x[i])));
-    const float limit = planes == 1 ? 127.0f : 32767.0f;
-    if (!(amax > 0)) amax = amax == 0 ? 1.0f : amax;
-    const float scale = amax / limit, inverse = 1.0f / scale;
+    const float scale = amax > 0 ? amax / (PLANES == 1 ? 127.0f : 32767.0f) : 1.0f;
     for (i = 0; i < n; i += LANES) {
-        alignas(64) float values[LANES] = {};
         const int count = (int)std::min<int64_t>(LANES, n - i);
-        f32x16 v;
-        if (count == LANES) {
-            v = load_bf16(x + i);
-        } else {
-            for (int j = 0; j < count; j++) values[j] = to_float(x[i + j]);
-            v = load<f32x16>(values);
-        }
-        // Rounded quotients, as the definition has them, not products with the inverse.
-        (void)inverse;
-        i32x16 q = round_to_int(v / scale);
+        alignas(64) bf16 some[LANES] = {};
+        std::memcpy(some, x + i, count * sizeof(bf16));
+        const i32x16 q = round_to_int(load_bf16(some) / scale);
         for (int j = 0; j < count; j++) {
-            if (planes == 1) {
+            if (PLANES == 1) {
                 out[i + j] = uint8_t(q[j] + 128);
             } else {
                 out[i + j] = uint8_t((q[j] >> 8) + 128);
@@ -287,48 +320,60 @@ float quantize_row(const bf16* x, int64_t n, int planes, uint8_t* out) {
     return std::isfinite(amax) ? scale : NAN;
 }
 
+// Packs tiles of `in` elements each row; `row_at(r)` is where row r begins. Quantised rows are read
+// from `integers`, as quantize_row left them, by the same number.
+template <int KIND, class RowAt>
+void pack_tile(const Tile& t, int64_t in, char* packed, RowAt row_at) {
+    constexpr int PLANES = planes<KIND>();
+    const int64_t steps = in * (KIND == BF16 ? 2 : 1) / 4;
+    uint32_t* to = (uint32_t*)(packed + t.row * row_bytes<KIND>(in));
+    for (int64_t r = 0; r < t.rows; r++) {
+        const char* from = (const char*)row_at(t.row + r);
+        for (int plane = 0; plane < PLANES; plane++)
+            for (int64_t k = 0; k < steps; k++)
+                std::memcpy(to + (k * PLANES + plane) * t.rows + r, from + (plane * steps + k) * 4,
+                            4);
+    }
+}
+
 // ------------------------------------------------------------------------------------------ tiles
 
 // What to ask of memory while a tile is computed: a run of addresses, so many bytes each step.
 struct Prefetch {
     const char* at;
     int64_t bytes;
-
-    inline void step() {
-        __builtin_prefetch(at, 0, 2);
-        if (bytes > 64) __builtin_prefetch(at + 64, 0, 2);
-        at += bytes;
-    }
 };
 
-// What R rows times one panel give, in float32, handed to `emit(row, channels 0-15, 16-31)`.
-template <int KIND, int R, class Emit>
-inline void tile(const Matrix& w, int64_t panel, const Rows& rows, int64_t first, Prefetch ahead,
-                 Emit emit) {
+// The R rows of a packed tile times one panel → float32 [R, 32], rows `ld` elements apart. `scales`
+// are those of the rows. With STRIDE, of bfloat16, rows are not packed but so many pairs apart.
+template <int KIND, int R, int STRIDE = 0>
+void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const float* scales,
+              Prefetch ahead, float* out, int64_t ld) {
     const char* p = w.panels + panel * w.panel_bytes(KIND);
-    const uint32_t* x[R];
-    for (int r = 0; r < R; r++) x[r] = (const uint32_t*)rows.at[first + r];
+    const char* next = ahead.at;
     if constexpr (KIND == BF16) {
         // A result waits for the one before it: few rows need more chains to keep busy.
         constexpr int CHAINS = R >= 4 ? 1 : R >= 2 ? 2 : 4;
+        constexpr int ROW = STRIDE ? STRIDE : 1, STEP = STRIDE ? 1 : R;
         f32x16 acc[CHAINS][R][2] = {};
         const int64_t steps = w.in / 2;
         int64_t k = 0;
         for (; k + CHAINS <= steps; k += CHAINS) {
 #pragma GCC unroll 4
-            for (int c = 0; c < CHAINS; c++, p += 128) {
-                ahead.step();
+            for (int c = 0; c < CHAINS; c++, p += 128, x += STEP, next += ahead.bytes) {
+                __builtin_prefetch(next, 0, 2);
+                __builtin_prefetch(next + 64, 0, 2);
 #pragma GCC unroll 12
                 for (int r = 0; r < R; r++) {
-                    acc[c][r][0] = dot2(acc[c][r][0], p, x[r][k + c]);
-                    acc[c][r][1] = dot2(acc[c][r][1], p + 64, x[r][k + c]);
+                    acc[c][r][0] = dot2(acc[c][r][0], p, x[r * ROW]);
+                    acc[c][r][1] = dot2(acc[c][r][1], p + 64, x[r * ROW]);
                 }
             }
         }
-        for (; k < steps; k++, p += 128)
+        for (; k < steps; k++, p += 128, x += STEP)
             for (int r = 0; r < R; r++) {
-                acc[0][r][0] = dot2(acc[0][r][0], p, x[r][k]);
-                acc[0][r][1] = dot2(acc[0][r][1], p + 64, x[r][k]);
+                acc[0][r][0] = dot2(acc[0][r][0], p, x[r * ROW]);
+                acc[0][r][1] = dot2(acc[0][r][1], p + 64, x[r * ROW]);
             }
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
@@ -336,38 +381,37 @@ inline void tile(const Matrix& w, int64_t panel, const Rows& rows, int64_t first
                 acc[0][r][0] += acc[c][r][0];
                 acc[0][r][1] += acc[c][r][1];
             }
-            emit(r, acc[0][r][0], acc[0][r][1]);
+            store(out + r * ld, acc[0][r][0]);
+            store(out + r * ld + LANES, acc[0][r][1]);
         }
     } else {
-        constexpr int PLANES = KIND == W8A8 ? 1 : 2;
+        constexpr int PLANES = planes<KIND>();
         constexpr int CHAINS = R * PLANES >= 4 ? 1 : 2;
         i32x16 acc[CHAINS][PLANES][R][2] = {};
         const int64_t steps = w.in / 4;
         int64_t k = 0;
         for (; k + CHAINS <= steps; k += CHAINS) {
 #pragma GCC unroll 2
-            for (int c = 0; c < CHAINS; c++, p += 128) {
-                ahead.step();
+            for (int c = 0; c < CHAINS; c++, p += 128, x += R * PLANES, next += ahead.bytes) {
+                __builtin_prefetch(next, 0, 2);
+                __builtin_prefetch(next + 64, 0, 2);
 #pragma GCC unroll 2
                 for (int b = 0; b < PLANES; b++)
 #pragma GCC unroll 12
                     for (int r = 0; r < R; r++) {
-                        const uint32_t quad = x[r][b * steps + k + c];
-                        acc[c][b][r][0] = dot4(acc[c][b][r][0], p, quad);
-                        acc[c][b][r][1] = dot4(acc[c][b][r][1], p + 64, quad);
+                        acc[c][b][r][0] = dot4(acc[c][b][r][0], p, x[b * R + r]);
+                        acc[c][b][r][1] = dot4(acc[c][b][r][1], p + 64, x[b * R + r]);
                     }
             }
         }
-        for (; k < steps; k++, p += 128)
+        for (; k < steps; k++, p += 128, x += R * PLANES)
             for (int b = 0; b < PLANES; b++)
                 for (int r = 0; r < R; r++) {
-                    const uint32_t quad = x[r][b * steps + k];
-                    acc[0][b][r][0] = dot4(acc[0][b][r][0], p, quad);
-                    acc[0][b][r][1] = dot4(acc[0][b][r][1], p + 64, quad);
+                    acc[0][b][r][0] = dot4(acc[0][b][r][0], p, x[b * R + r]);
+                    acc[0][b][r][1] = dot4(acc[0][b][r][1], p + 64, x[b * R + r]);
                 }
 #pragma GCC unroll 12
-        for (int r = 0; r < R; r++) {
-            f32x16 out[2];
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
                 for (int c = 1; c < CHAINS; c++)
@@ -377,59 +421,50 @@ inline void tile(const Matrix& w, int64_t panel, const Rows& rows, int64_t first
                 f32x16 v = __builtin_convertvector(high, f32x16);
                 if constexpr (PLANES == 2)
                     v = v * 256.0f + __builtin_convertvector(acc[0][1][r][h], f32x16);
-                out[h] = v * load<f32x16>(w.scales + channel) * rows.scales[first + r];
+                store(out + r * ld + h * LANES,
+                      v * load<f32x16>(w.scales + channel) * scales[r]);
             }
-            emit(r, out[0], out[1]);
-        }
     }
 }
 
-template <int KIND, class Emit>
-inline void tile_of(int r, const Matrix& w, int64_t panel, const Rows& rows, int64_t first,
-                    Prefetch ahead, Emit emit) {
-    switch (r) {
+template <int KIND, int STRIDE = 0>
+void multiply(int64_t rows, const Matrix& w, int64_t panel, const uint32_t* x, const float* scales,
+              Prefetch ahead, float* out, int64_t ld) {
+    switch (rows) {
 #define CASE(R) \
     case R:     \
-        return tile<KIND, R>(w, panel, rows, first, ahead, emit);
+        return multiply<KIND, R, STRIDE>(w, panel, x, scales, ahead, out, ld);
         CASE(1) CASE(2) CASE(3)
 #if WIDE
         CASE(4) CASE(5) CASE(6)
-#endif
-#undef CASE
-#if WIDE
         default:
-            if constexpr (KIND != W8A16) switch (r) {
-#define CASE(R) \
-    case R:     \
-        return tile<KIND, R>(w, panel, rows, first, ahead, emit);
+            if constexpr (KIND != W8A16) switch (rows) {
                 CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#undef CASE
             }
 #endif
+#undef CASE
     }
 }
 
-template <int KIND>
-constexpr int max_rows() {
-    // Two planes of activations have two results each.
-    return KIND == W8A16 && WIDE ? 6 : MAX_ROWS;
-}
-
-// Rows `first` to `first + count` times one panel, in tiles of equal height. A single tile waits for
-// memory and asks for its own panel a little ahead; more of them have time to bring the next panel.
+// Some tiles of an input times one panel; `emit(row, channels 0-15, channels 16-31)` gets each row's
+// results. A single tile waits for memory, and asks for its own panel a little ahead. A few have time to bring the next panel, if the
+// second-level cache has room for both. Many do not wait for memory.
 template <int KIND, class Emit>
-inline void rows_times_panel(const Matrix& w, int64_t panel, const Rows& rows, int64_t first,
-                             int64_t count, Emit emit) {
-    const int64_t tiles = (count + max_rows<KIND>() - 1) / max_rows<KIND>();
+inline void tiles_times_panel(const Matrix& w, int64_t panel, const Input& input, const Tile* tiles,
+                              int64_t count, Emit emit) {
     const int64_t bytes = w.panel_bytes(KIND);
-    const char* panel_at = w.panels + panel * bytes;
-    for (int64_t t = 0; t < tiles; t++) {
-        const int64_t from = first + count * t / tiles, to = first + count * (t + 1) / tiles;
-        const Prefetch ahead = tiles == 1
-                                   ? Prefetch{panel_at + PREFETCH_BYTES, 128}
-                                   : Prefetch{panel_at + bytes + bytes * t / tiles, 128 / tiles};
-        tile_of<KIND>(int(to - from), w, panel, rows, from, ahead,
-                      [&](int r, f32x16 a, f32x16 b) { emit(from + r, a, b); });
+    const char* at = w.panels + panel * bytes;
+    alignas(64) float out[MAX_ROWS * PANEL];
+    for (int64_t i = 0; i < count; i++) {
+        const Tile& t = tiles[i];
+        Prefetch ahead{at, 0};
+        if (count == 1 || (i == 0 && bytes > NEXT_PANEL_BYTES))
+            ahead = {at + PREFETCH_BYTES, 128};
+        else if (count <= 4 && bytes <= NEXT_PANEL_BYTES)
+            ahead = {at + bytes + bytes * i / count, 128 / count};
+        multiply<KIND>(t.rows, w, panel, input.tile(t), input.scales + t.row, ahead, out, PANEL);
+        for (int64_t r = 0; r < t.rows; r++)
+            emit(t.row + r, load<f32x16>(out + r * PANEL), load<f32x16>(out + r * PANEL + LANES));
     }
 }
 
@@ -443,78 +478,99 @@ inline void store_some(bf16* p, f32x16 v, int64_t count) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <int KIND>
-int64_t rows_per_block(int64_t in) {
-    const int64_t row_bytes = KIND == W8A8 ? in : 2 * in;
-    const int64_t fitting = std::max<int64_t>(ROW_BLOCK_BYTES / row_bytes, max_rows<KIND>());
-    return fitting / max_rows<KIND>() * max_rows<KIND>();
-}
-
 // Panels taken at a time: enough of them to balance the threads, few enough to stream.
 inline int64_t panels_at_once(int64_t panels, int threads) {
     return std::clamp<int64_t>(panels / (threads * 8), 1, 16);
 }
 
-// ------------------------------------------------------------------------------------- rows' input
+// --------------------------------------------------------------------------------------- products
 
-// `count` rows as a product wants them. Call it inside a parallel region; `scratch` is for integers.
-template <int KIND>
-void bring_rows(const bf16* x, int64_t count, int64_t in, const void** at, float* scales,
-                uint8_t* scratch) {
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < count; r++) {
-        if constexpr (KIND == BF16) {
-            at[r] = x + r * in;
-        } else {
-            uint8_t* out = scratch + r * in * KIND;
-            scales[r] = quantize_row(x + r * in, in, KIND, out);
-            at[r] = out;
-        }
+// A part of the work: tiles `first` to `last`, all of one matrix, times some panels.
+struct Item {
+    int64_t first, last, panel, panels;
+};
+
+// Cuts runs of tiles of one matrix so that the rows of each part stay in the second-level cache.
+template <int KIND, class Take>
+void in_blocks(const std::vector<Tile>& tiles, int64_t in, Take take) {
+    const int64_t most = std::max<int64_t>(ROW_BLOCK_BYTES / row_bytes<KIND>(in), 1);
+    for (size_t first = 0; first < tiles.size();) {
+        size_t last = first + 1;
+        int64_t rows = tiles[first].rows;
+        while (last < tiles.size() && tiles[last].matrix == tiles[first].matrix &&
+               rows + tiles[last].rows <= most)
+            rows += tiles[last++].rows;
+        take((int64_t)first, (int64_t)last);
+        first = last;
     }
 }
 
-// --------------------------------------------------------------------------------------- products
-
-// A part of the work: some rows of one matrix times some panels.
-struct Item {
-    int matrix;
-    int64_t first, count, panel, panels;
+// Memory to work in; see the functions below for how much of it.
+struct Scratch {
+    char* packed;
+    float* scales;
+    uint8_t* integers;
+    bf16* hidden;
+    float* sums;
 };
+
+// Packs rows of x [rows, in], each where `tiles` has it. Call it inside a parallel region.
+template <int KIND>
+void pack_rows(const bf16* x, int64_t rows, int64_t in, const std::vector<Tile>& tiles,
+               const Scratch& s) {
+    if constexpr (KIND != BF16) {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            s.scales[r] =
+                quantize_row<planes<KIND>()>(x + r * in, in, s.integers + r * in * planes<KIND>());
+    }
+#pragma omp for schedule(static)
+    for (size_t i = 0; i < tiles.size(); i++)
+        pack_tile<KIND>(tiles[i], in, s.packed, [&](int64_t r) -> const void* {
+            if constexpr (KIND == BF16)
+                return x + r * in;
+            else
+                return s.integers + r * in * planes<KIND>();
+        });
+}
 
 template <int KIND>
 void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf16* bias, bf16* y,
-            int threads, const void** at, float* scales, uint8_t* scratch) {
-    const int64_t panels = ceil_div(out, PANEL), block = rows_per_block<KIND>(w.in);
-    const int64_t step = panels_at_once(panels, threads), groups = ceil_div(panels, step);
-    const Rows input{at, scales};
+            int threads, const Scratch& s) {
+    const int64_t panels = ceil_div(out, PANEL), step = panels_at_once(panels, threads);
+    std::vector<Tile> tiles;
+    std::vector<Item> items;
+    add_tiles<KIND>(tiles, 0, rows, 0);
+    in_blocks<KIND>(tiles, w.in, [&](int64_t first, int64_t last) {
+        for (int64_t p = 0; p < panels; p += step)
+            items.push_back({first, last, p, std::min(step, panels - p)});
+    });
+    const Input input{s.packed, s.scales, row_bytes<KIND>(w.in)};
 #pragma omp parallel num_threads(threads)
     {
-        bring_rows<KIND>(x, rows, w.in, at, scales, scratch);
+        pack_rows<KIND>(x, rows, w.in, tiles, s);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < groups * ceil_div(rows, block); item++) {
-            const int64_t first = item / groups * block, group = item % groups;
-            const int64_t count = std::min(block, rows - first);
-            const int64_t last = std::min(panels, (group + 1) * step);
-            for (int64_t p = group * step; p < last; p++) {
-                const int64_t channel = p * PANEL;
-                rows_times_panel<KIND>(w, p, input, first, count, [&](int64_t r, f32x16 a, f32x16 b) {
-                    bf16* to = y + r * out + channel;
-                    if (bias) {
-                        alignas(64) float values[PANEL];
-                        for (int i = 0; i < PANEL; i++)
-                            values[i] = channel + i < out ? to_float(bias[channel + i]) : 0;
-                        a += load<f32x16>(values);
-                        b += load<f32x16>(values + LANES);
-                    }
-                    store_some(to, a, out - channel);
-                    if (out - channel > LANES) store_some(to + LANES, b, out - channel - LANES);
-                });
+        for (size_t i = 0; i < items.size(); i++) {
+            const Item& item = items[i];
+            for (int64_t p = item.panel; p < item.panel + item.panels; p++) {
+                const int64_t channel = p * PANEL, left = out - channel;
+                alignas(64) float added[PANEL] = {};
+                for (int c = 0; bias && c < std::min<int64_t>(PANEL, left); c++)
+                    added[c] = to_float(bias[channel + c]);
+                tiles_times_panel<KIND>(
+                    w, p, input, &tiles[item.first], item.last - item.first,
+                    [&](int64_t row, f32x16 a, f32x16 b) {
+                        bf16* to = y + row * out + channel;
+                        store_some(to, a + load<f32x16>(added), left);
+                        if (left > LANES)
+                            store_some(to + LANES, b + load<f32x16>(added + LANES), left - LANES);
+                    });
             }
         }
     }
 }
 
-// Tokens' rows sorted by expert: rows of expert e are `ends[e - 1]` to `ends[e]`.
+// Tokens' choices sorted by expert: rows `ends[e]` to `ends[e + 1]` are those of expert e.
 struct Groups {
     std::vector<int64_t> ends;
     std::vector<int64_t> pair_of;     // row → token * chosen + place
@@ -533,9 +589,6 @@ struct Groups {
             if (e >= 0 && e < experts) pair_of[next[e]++] = i;
         }
     }
-    int64_t start(int64_t e) const { return ends[e]; }
-    int64_t count(int64_t e) const { return ends[e + 1] - ends[e]; }
-    int64_t total() const { return ends.back(); }
 };
 
 struct Bank {
@@ -551,84 +604,75 @@ struct Bank {
     }
 };
 
-// Memory that a mixture of experts needs while it works; see `moespan_experts`.
-struct Scratch {
-    const void** at;                  // [rows]
-    float* scales;                    // [rows]
-    uint8_t* integers;                // [rows, width] bytes, times planes
-    bf16* hidden;                     // [rows, width]
-    float* sums;                      // [tokens, H]
-};
-
 template <int KIND>
 void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, const int32_t* slots,
              int64_t chosen, int64_t first, int64_t num_experts, const Bank& gate_up,
              const Bank& down, int64_t width, bf16* y, int threads, const Scratch& s) {
+    constexpr int PLANES = planes<KIND>();
     const Groups groups(slots, tokens, chosen, first, num_experts);
-    const int64_t rows = groups.total();
+    const int64_t rows = groups.pair_of.size();
     const int64_t up_panels = gate_up.out / PANEL, down_panels = down.out / PANEL;
-    const int64_t block = rows_per_block<KIND>(H), down_block = rows_per_block<KIND>(width);
-    std::vector<Item> items;
-    const int64_t step = panels_at_once(up_panels * 4, threads);
+    std::vector<Tile> tiles;
     for (int64_t e = 0; e < num_experts; e++)
-        for (int64_t r = 0; r < groups.count(e); r += block)
-            for (int64_t p = 0; p < up_panels; p += step)
-                items.push_back({int(e), groups.start(e) + r,
-                                 std::min(block, groups.count(e) - r), p,
-                                 std::min(step, up_panels - p)});
+        add_tiles<KIND>(tiles, groups.ends[e], groups.ends[e + 1] - groups.ends[e], e);
+    std::vector<Item> items, blocks;
+    const int64_t step = panels_at_once(up_panels * std::max<int64_t>(1, tiles.size()), threads);
+    in_blocks<KIND>(tiles, H, [&](int64_t from, int64_t to) {
+        for (int64_t p = 0; p < up_panels; p += step)
+            items.push_back({from, to, p, std::min(step, up_panels - p)});
+    });
+    in_blocks<KIND>(tiles, width,
+                    [&](int64_t from, int64_t to) { blocks.push_back({from, to, 0, 0}); });
     // A thread sums up its channels of all experts, so that sums have one order and no races.
-    const int64_t down_step = std::max<int64_t>(1, std::min<int64_t>(4, down_panels / threads));
-    std::vector<const void*> token_at(KIND == BF16 ? 0 : tokens);
+    const int64_t down_step = std::clamp<int64_t>(down_panels / (threads * 2), 1, 8);
+    const Input input{s.packed, s.scales, row_bytes<KIND>(H)};
+    const Input hidden{s.packed, s.scales, row_bytes<KIND>(width)};
     std::vector<float> token_scales(KIND == BF16 ? 0 : tokens);
 #pragma omp parallel num_threads(threads)
     {
         if constexpr (KIND != BF16) {
-            bring_rows<KIND>(x, tokens, H, token_at.data(), token_scales.data(), s.integers);
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++) {
-                const int64_t token = groups.pair_of[r] / chosen;
-                s.at[r] = token_at[token];
-                s.scales[r] = token_scales[token];
-            }
-        } else {
-#pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++) s.at[r] = x + groups.pair_of[r] / chosen * H;
+            for (int64_t t = 0; t < tokens; t++)
+                token_scales[t] = quantize_row<PLANES>(x + t * H, H, s.integers + t * H * PLANES);
         }
-        const Rows input{s.at, s.scales};
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < tiles.size(); i++)
+            pack_tile<KIND>(tiles[i], H, s.packed, [&](int64_t r) -> const void* {
+                const int64_t token = groups.pair_of[r] / chosen;
+                if constexpr (KIND == BF16) return x + token * H;
+                s.scales[r] = token_scales[token];
+                return s.integers + token * H * PLANES;
+            });
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < items.size(); i++) {
             const Item& item = items[i];
-            const Matrix w = gate_up.expert(item.matrix, KIND);
+            const Matrix w = gate_up.expert(tiles[item.first].matrix, KIND);
             for (int64_t p = item.panel; p < item.panel + item.panels; p++)
-                rows_times_panel<KIND>(
-                    w, p, input, item.first, item.count, [&](int64_t r, f32x16 gate, f32x16 up) {
-                        store_some(s.hidden + r * width + p * LANES, silu(gate) * up,
-                                   width - p * LANES);
-                    });
+                tiles_times_panel<KIND>(w, p, input, &tiles[item.first], item.last - item.first,
+                                        [&](int64_t row, f32x16 gate, f32x16 up) {
+                                            store_some(s.hidden + row * width + p * LANES,
+                                                       silu(gate) * up, width - p * LANES);
+                                        });
         }
-        // The input's integers are done with, so that their place can be taken.
-        bring_rows<KIND>(s.hidden, rows, width, s.at, s.scales, s.integers);
+        pack_rows<KIND>(s.hidden, rows, width, tiles, s);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t p0 = 0; p0 < down_panels; p0 += down_step) {
             const int64_t p1 = std::min(down_panels, p0 + down_step);
-            const int64_t from = p0 * PANEL, to = std::min(H, p1 * PANEL);
-            const int64_t ld = down.out;
+            const int64_t from = p0 * PANEL, to = std::min(H, p1 * PANEL), ld = down.out;
             for (int64_t t = 0; t < tokens; t++)
                 std::memset(s.sums + t * ld + from, 0, (p1 - p0) * PANEL * sizeof(float));
-            for (int64_t e = 0; e < num_experts; e++) {
-                const Matrix w = down.expert(e, KIND);
-                for (int64_t r = 0; r < groups.count(e); r += down_block)
-                    for (int64_t p = p0; p < p1; p++)
-                        rows_times_panel<KIND>(
-                            w, p, input, groups.start(e) + r,
-                            std::min(down_block, groups.count(e) - r),
-                            [&](int64_t row, f32x16 a, f32x16 b) {
-                                const int64_t pair = groups.pair_of[row];
-                                const float weight = weights ? weights[pair] : 1.0f;
-                                float* at = s.sums + pair / chosen * ld + p * PANEL;
-                                store(at, load<f32x16>(at) + a * weight);
-                                store(at + LANES, load<f32x16>(at + LANES) + b * weight);
-                            });
+            for (const Item& block : blocks) {
+                const Matrix w = down.expert(tiles[block.first].matrix, KIND);
+                for (int64_t p = p0; p < p1; p++)
+                    tiles_times_panel<KIND>(
+                        w, p, hidden, &tiles[block.first], block.last - block.first,
+                        [&](int64_t row, f32x16 a, f32x16 b) {
+                            const int64_t pair = groups.pair_of[row];
+                            const float weight = weights ? weights[pair] : 1.0f;
+                            float* at = s.sums + pair / chosen * ld + p * PANEL;
+                            store(at, load<f32x16>(at) + a * weight);
+                            store(at + LANES, load<f32x16>(at + LANES) + b * weight);
+                        });
             }
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t c = from; c < to; c += LANES)
@@ -660,6 +704,14 @@ inline f32x16 load_cached(const T* p) {
 
 constexpr int CHUNK = 64;             // keys at a time
 constexpr int MOST_HEAD_VECTORS = 16; // heads of up to 256
+
+// A cached head of D elements as bfloat16: as it is, or computed into `room`.
+inline const bf16* as_bf16(const bf16* x, float, int64_t, bf16*) { return x; }
+
+inline const bf16* as_bf16(const int8_t* x, float scale, int64_t D, bf16* room) {
+    for (int64_t d = 0; d < D; d += LANES) store_bf16(room + d, load_i8(x + d) * scale);
+    return room;
+}
 
 // One query token of one sequence, query heads that read key heads h0 to h1.
 template <class T>
@@ -767,23 +819,25 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
     // Panels of keys (channels are keys) and of values (channels are elements of the head).
     bf16* packed_keys = (bf16*)scratch;                       // [CHUNK / 32][D / 2][32][2]
     bf16* packed_values = packed_keys + CHUNK * D;            // [D / 32][CHUNK / 2][32][2]
-    bf16* p = packed_values + CHUNK * ceil_div(D, PANEL) * PANEL;  // [MAX_ROWS, CHUNK]
-    float* acc = (float*)(p + MAX_ROWS * CHUNK);              // [rows, padded D]
     const int64_t width = ceil_div(D, PANEL) * PANEL;
+    bf16* p = packed_values + CHUNK * width;                  // [MAX_ROWS, CHUNK]
+    bf16* packed_queries = p + MAX_ROWS * CHUNK;              // tiles of [rows, D]
+    float* acc = (float*)(packed_queries + rows * D);         // [rows, padded D]
     float* scores = acc + rows * width;                       // [MAX_ROWS, CHUNK]
     float* most = scores + MAX_ROWS * CHUNK;                  // [rows]
     float* total = most + rows;                               // [rows]
-    std::vector<const void*> at(rows), p_at(MAX_ROWS);
-    for (int64_t r = 0; r < rows; r++) {
-        at[r] = q + r / group * q_stride + (kv_head * group + r % group) * D;
-        most[r] = -INFINITY;
-        total[r] = 0;
-    }
+    std::vector<Tile> tiles;
+    add_tiles<BF16>(tiles, 0, rows, 0);
+    for (const Tile& t : tiles)
+        pack_tile<BF16>(t, D, (char*)packed_queries, [&](int64_t r) {
+            return q + r / group * q_stride + (kv_head * group + r % group) * D;
+        });
+    std::fill(most, most + rows, -INFINITY);
+    std::fill(total, total + rows, 0.0f);
     std::memset(acc, 0, rows * width * sizeof(float));
-    for (int r = 0; r < MAX_ROWS; r++) p_at[r] = p + r * CHUNK;
     const Matrix key_matrix{(const char*)packed_keys, nullptr, nullptr, D};
     const Matrix value_matrix{(const char*)packed_values, nullptr, nullptr, CHUNK};
-    const Rows queries{at.data(), nullptr}, probabilities{p_at.data(), nullptr};
+    const Input queries{(const char*)packed_queries, nullptr, 2 * D};
     const Prefetch here_only{scratch, 0};  // all is in the cache
     const T* keys = (const T*)c.keys;
     const T* values = (const T*)c.values;
@@ -793,40 +847,43 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
         const int here = (int)std::min<int64_t>(CHUNK, length - start);
         for (int t = 0; t < CHUNK; t++) {
             uint32_t* to = (uint32_t*)packed_keys + t / PANEL * (D / 2) * PANEL + t % PANEL;
-            bf16* value_to = packed_values + t / 2 * PANEL * 2 + t % 2;
+            alignas(64) bf16 floats[MOST_HEAD_VECTORS * LANES];
+            const bf16* key = floats;
             if (t >= here) {  // what memory holds there may be NaN
-                for (int64_t d = 0; d < D / 2; d++) to[d * PANEL] = 0;
-                for (int64_t d = 0; d < D; d++)
-                    value_to[d / PANEL * (CHUNK / 2) * PANEL * 2 + d % PANEL * 2] = 0;
-                continue;
-            }
-            const int64_t slot = slot_of(table, start + t, c);
-            const T* key = keys + (slot * c.heads + kv_head) * D;
-            const T* value = values + (slot * c.heads + kv_head) * D;
-            if constexpr (sizeof(T) == 1) {
-                const float ks = c.key_scales[slot * c.heads + kv_head];
-                const float vs = c.value_scales[slot * c.heads + kv_head];
-                for (int64_t d = 0; d < D / 2; d++)
-                    to[d * PANEL] = uint32_t(to_bf16(key[2 * d] * ks)) |
-                                    uint32_t(to_bf16(key[2 * d + 1] * ks)) << 16;
-                for (int64_t d = 0; d < D; d++)
-                    value_to[d / PANEL * (CHUNK / 2) * PANEL * 2 + d % PANEL * 2] =
-                        to_bf16(value[d] * vs);
+                std::memset(floats, 0, D * sizeof(bf16));
             } else {
-                for (int64_t d = 0; d < D / 2; d++) std::memcpy(to + d * PANEL, key + 2 * d, 4);
-                for (int64_t d = 0; d < D; d++)
-                    value_to[d / PANEL * (CHUNK / 2) * PANEL * 2 + d % PANEL * 2] = value[d];
+                const int64_t at = slot_of(table, start + t, c) * c.heads + kv_head;
+                key = as_bf16(keys + at * D, sizeof(T) == 1 ? c.key_scales[at] : 1, D, floats);
+            }
+            for (int64_t d = 0; d < D / 2; d++) std::memcpy(to + d * PANEL, key + 2 * d, 4);
+        }
+        for (int t = 0; t < CHUNK; t += 2) {
+            alignas(64) bf16 floats[2][MOST_HEAD_VECTORS * LANES];
+            const bf16* pair[2] = {floats[0], floats[1]};
+            for (int i = 0; i < 2; i++) {
+                if (t + i >= here) {
+                    std::memset(floats[i], 0, D * sizeof(bf16));
+                    continue;
+                }
+                const int64_t at = slot_of(table, start + t + i, c) * c.heads + kv_head;
+                pair[i] = as_bf16(values + at * D, sizeof(T) == 1 ? c.value_scales[at] : 1, D,
+                                  floats[i]);
+            }
+            for (int64_t d = 0; d < D; d += LANES) {
+                bf16* to = packed_values + (d / PANEL * (CHUNK / 2) + t / 2) * PANEL * 2;
+                // A float is a bfloat16 above 16 zeros.
+                const u32x16 low = (u32x16)load_bf16(pair[0] + d) >> 16;
+                store(to + d % PANEL * 2, low | (u32x16)load_bf16(pair[1] + d));
             }
         }
-        // Queries before the chunk see nothing of it.
-        const int64_t first = std::max<int64_t>(0, start - position) * group;
-        for (int64_t r0 = first; r0 < rows; r0 += MAX_ROWS) {
-            const int n = (int)std::min<int64_t>(MAX_ROWS, rows - r0);
+        for (const Tile& tile : tiles) {
+            const int64_t r0 = tile.row;
+            const int n = (int)tile.rows;
+            // Queries before the chunk see nothing of it.
+            if (position + (r0 + n - 1) / group < start) continue;
             for (int panel = 0; panel < CHUNK / PANEL; panel++)
-                tile_of<BF16>(n, key_matrix, panel, queries, r0, here_only, [&](int r, f32x16 a, f32x16 b) {
-                    store(scores + r * CHUNK + panel * PANEL, a);
-                    store(scores + r * CHUNK + panel * PANEL + LANES, b);
-                });
+                multiply<BF16>(n, key_matrix, panel, queries.tile(tile), nullptr, here_only,
+                               scores + panel * PANEL, CHUNK);
             float shrink[MAX_ROWS];
             for (int r = 0; r < n; r++) {
                 float* row = scores + r * CHUNK;
@@ -837,25 +894,27 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
                 float& before = most[r0 + r];
                 const float now = std::max(before, largest(m) * scale);
                 shrink[r] = before == -INFINITY ? 0.0f : std::exp(before - now);
+                // A query of this tile that sees nothing of the chunk has nothing to scale by.
+                const float base = now == -INFINITY ? 0.0f : now;
                 before = now;
                 f32x16 s = splat(0);
                 for (int t = 0; t < CHUNK; t += LANES) {
-                    f32x16 score = load<f32x16>(row + t);
-                    f32x16 e = vexp(score * scale - now);
-                    // What is hidden adds nothing at all, however small exp of it is.
-                    e = score == -INFINITY ? splat(0) : e;
+                    f32x16 e = vexp(load<f32x16>(row + t) * scale - base);
                     s += e;
                     store_bf16(p + r * CHUNK + t, e);
                 }
                 total[r0 + r] = total[r0 + r] * shrink[r] + sum(s);
             }
-            for (int64_t panel = 0; panel < width / PANEL; panel++)
-                tile_of<BF16>(n, value_matrix, panel, probabilities, 0, here_only,
-                              [&](int r, f32x16 a, f32x16 b) {
-                                  float* to = acc + (r0 + r) * width + panel * PANEL;
-                                  store(to, load<f32x16>(to) * shrink[r] + a);
-                                  store(to + LANES, load<f32x16>(to + LANES) * shrink[r] + b);
-                              });
+            for (int64_t panel = 0; panel < width / PANEL; panel++) {
+                alignas(64) float part[MAX_ROWS * PANEL];
+                multiply<BF16, CHUNK / 2>(n, value_matrix, panel, (const uint32_t*)p, nullptr,
+                                          here_only, part, PANEL);
+                for (int r = 0; r < n; r++)
+                    for (int c = 0; c < PANEL; c += LANES) {
+                        float* to = acc + (r0 + r) * width + panel * PANEL + c;
+                        store(to, load<f32x16>(to) * shrink[r] + load<f32x16>(part + r * PANEL + c));
+                    }
+            }
         }
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -866,7 +925,7 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
 }
 
 // Query tokens of a sequence that are attended together.
-constexpr int64_t QUERY_BLOCK = 240;
+constexpr int64_t QUERY_BLOCK = 480;
 
 }  // namespace
 
@@ -875,7 +934,7 @@ constexpr int64_t QUERY_BLOCK = 240;
 extern "C" {
 
 // Changes with every change of the interface below.
-int moespan_kernels_version() { return 2; }
+int moespan_kernels_version() { return 3; }
 
 int moespan_is_wide() { return WIDE; }
 
@@ -914,32 +973,30 @@ void moespan_pack(const void* from, void* to, int64_t count, int64_t out, int64_
 }
 
 // x [rows, in] · Wᵀ + bias → y [rows, out].
-// Scratch: at [rows] pointers, row_scales [rows], integers [rows, in · kind] bytes.
+// Scratch: packed [rows, in] times 2 bytes; for int8 row_scales [rows], integers like packed.
 void moespan_linear(int kind, const bf16* x, int64_t rows, int64_t in, int64_t out,
                     const void* panels, const float* scales, const int32_t* sums, const bf16* bias,
-                    bf16* y, int threads, const void** at, float* row_scales, uint8_t* integers) {
+                    bf16* y, int threads, void* packed, float* row_scales, uint8_t* integers) {
     const Matrix w{(const char*)panels, scales, sums, in};
-    if (kind == BF16)
-        linear<BF16>(x, rows, w, out, bias, y, threads, at, row_scales, integers);
-    else if (kind == W8A8)
-        linear<W8A8>(x, rows, w, out, bias, y, threads, at, row_scales, integers);
-    else
-        linear<W8A16>(x, rows, w, out, bias, y, threads, at, row_scales, integers);
+    const Scratch s{(char*)packed, row_scales, integers, nullptr, nullptr};
+    auto run = kind == BF16 ? linear<BF16> : kind == W8A8 ? linear<W8A8> : linear<W8A16>;
+    run(x, rows, w, out, bias, y, threads, s);
 }
 
 // See `Ops.experts`. Banks are packed, gate_up as such, down with `down_out` >= H channels.
-// weights null means 1 for all. Scratch for up to R = tokens · chosen rows: at, row_scales [R];
-// integers [max(R · width, tokens · H) · kind] bytes; hidden [R, width]; sums [tokens, down_out].
+// weights null means 1 for all. Scratch for up to R = tokens · chosen rows: packed
+// [R, max(H, width)] times 2 bytes; for int8 row_scales [R], integers [max(R · width, tokens · H)]
+// times 2 bytes; hidden [R, width]; sums [tokens, down_out].
 void moespan_experts(int kind, const bf16* x, int64_t tokens, int64_t H, const float* weights,
                      const int32_t* slots, int64_t chosen, int64_t first, int64_t num_experts,
                      const void* up_panels, const float* up_scales, const int32_t* up_sums,
                      int64_t up_out, const void* down_panels, const float* down_scales,
                      const int32_t* down_sums, int64_t down_out, int64_t width, bf16* y,
-                     int threads, const void** at, float* row_scales, uint8_t* integers,
-                     bf16* hidden, float* sums) {
+                     int threads, void* packed, float* row_scales, uint8_t* integers, bf16* hidden,
+                     float* sums) {
     const Bank gate_up{(const char*)up_panels, up_scales, up_sums, H, up_out};
     const Bank down{(const char*)down_panels, down_scales, down_sums, width, down_out};
-    const Scratch s{at, row_scales, integers, hidden, sums};
+    const Scratch s{(char*)packed, row_scales, integers, hidden, sums};
     auto run = kind == BF16 ? experts<BF16> : kind == W8A8 ? experts<W8A8> : experts<W8A16>;
     run(x, tokens, H, weights, slots, chosen, first, num_experts, gate_up, down, width, y, threads,
         s);
@@ -990,8 +1047,9 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
     std::stable_sort(tasks.begin(), tasks.end(),
                      [](const Task& a, const Task& b) { return a.work > b.work; });
     const int64_t D = head_size, width = ceil_div(D, PANEL) * PANEL;
-    const int64_t prefill_bytes = (CHUNK * D + CHUNK * width + MAX_ROWS * CHUNK) * 2 +
-                                  (most_rows * (width + 2) + MAX_ROWS * CHUNK) * 4;
+    const int64_t prefill_bytes =
+        (CHUNK * D + CHUNK * width + MAX_ROWS * CHUNK + most_rows * D) * 2 +
+        (most_rows * (width + 2) + MAX_ROWS * CHUNK) * 4;
     const int64_t decode_bytes = most_heads * (2 * D + CHUNK + 2) * 4;
 #pragma omp parallel num_threads(threads)
     {

@@ -16,7 +16,7 @@ from moespan.ops.base import AttentionBatch, KVCache, Weight
 from moespan.ops.cpu import CpuOps
 from moespan.ops.native.build import BuildError, library
 
-_VERSION = 2
+_VERSION = 3
 _LANES, _PANEL = 16, 32
 _MOST_HEAD_SIZE = 256
 _LINEAR = ("qkv", "out", "gate_up", "down", "head")
@@ -178,9 +178,9 @@ class NativeCpuOps(CpuOps):
             _at(bias),
             out.data_ptr(),
             torch.get_num_threads(),
-            self._buffer("rows", 8 * rows),
+            self._buffer("packed", 2 * rows * weight.width),
             self._buffer("row scales", 4 * rows),
-            self._buffer("integers", rows * weight.width * weight.kind),
+            self._buffer("integers", 2 * rows * weight.width),
         )
         return out
 
@@ -313,7 +313,6 @@ class NativeCpuOps(CpuOps):
         x = x.contiguous()
         num_tokens, hidden_size = x.shape
         rows, width, kind = slots.numel(), down.width, gate_up.kind
-        integers = kind * max(rows * width, num_tokens * hidden_size)
         out = torch.empty_like(x)
         self._kernels.moespan_experts(
             kind,
@@ -332,9 +331,9 @@ class NativeCpuOps(CpuOps):
             width,
             out.data_ptr(),
             torch.get_num_threads(),
-            self._buffer("rows", 8 * rows),
+            self._buffer("packed", 2 * rows * max(hidden_size, width)),
             self._buffer("row scales", 4 * rows),
-            self._buffer("integers", integers),
+            self._buffer("integers", 2 * max(rows * width, num_tokens * hidden_size)),
             self._buffer("hidden", 2 * rows * width),
             self._buffer("sums", 4 * num_tokens * down.padded_out),
         )

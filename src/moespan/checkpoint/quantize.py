@@ -1,0 +1,96 @@
+"""Turns a checkpoint of floats into one of 8-bit integers, which loads as fast as it is read."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from moespan.checkpoint.placement import place
+from moespan.checkpoint.quantization import quantize
+from moespan.checkpoint.source import INDEX_FILE, SafetensorsSource
+from moespan.checkpoint.writer import write_json, write_shards
+from moespan.config import (
+    SCALE_BYTES,
+    SCALE_SUFFIX,
+    Layout,
+    ModelConfig,
+    QuantizationConfig,
+    read_json,
+)
+from moespan.errors import ConfigError
+
+# Beside the weights; no code, and no weights of other kinds.
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+_WRITTEN = ("config.json", INDEX_FILE)
+
+
+def quantize_checkpoint(
+    folder: Path,
+    target: Path,
+    scheme: str,
+    progress: Callable[[int], object] = lambda written_bytes: None,
+) -> None:
+    """Write what `folder` holds, quantised as loading it with `scheme` would, to `target`.
+
+    Tokenizer and generation settings are copied. The new folder appears under its name only when it
+    is whole; until then it is a hidden one beside it, which is removed if anything fails.
+
+    Args:
+        scheme: `int8` or `w8a8`.
+        progress: called with the bytes of each shard written.
+
+    Raises:
+        ConfigError: `target` exists, or the checkpoint holds integers already.
+        CheckpointError: the checkpoint is not whole.
+    """
+    config = ModelConfig.from_pretrained(folder)
+    if config.quantization is not None:
+        raise ConfigError(
+            f"{folder} holds integers already ({config.quantization.scheme}); quantise the "
+            "checkpoint that it was made from"
+        )
+    if target.exists():
+        raise ConfigError(f"{target} exists; choose another folder")
+    if not target.parent.is_dir():
+        raise ConfigError(f"there is no folder {target.parent}; make it first")
+    source = SafetensorsSource(folder, config)
+    placement = place(config, Layout(), 0, quantization=scheme)
+    pieces = {piece.source: piece for piece in placement.pieces}
+    is_quantized = {
+        name: placement.parameters[piece.parameter].is_quantized for name, piece in pieces.items()
+    }
+
+    def make(name: str) -> dict[str, Tensor]:
+        ((_, values),) = source.read([pieces[name]])
+        if not is_quantized[name]:
+            return {name: values.clone()}  # the file is unmapped when it is done with
+        integers, scales = quantize(values)
+        return {name: integers, name + SCALE_SUFFIX: scales[:, None]}
+
+    sizes = {
+        name: piece.num_elements + SCALE_BYTES * piece.num_rows
+        if is_quantized[name]
+        else source.num_bytes(piece)
+        for name, piece in pieces.items()
+    }
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write_shards(partial, sizes, make, progress)
+        for pattern in _COPIED:
+            for file in folder.glob(pattern):
+                if file.name not in _WRITTEN:
+                    shutil.copyfile(file, partial / file.name)
+        stored = QuantizationConfig.of(scheme)
+        if config.tie_word_embeddings:
+            stored = stored.with_ignored_head()
+        raw = read_json(folder / "config.json")
+        write_json(partial / "config.json", {**raw, "quantization_config": stored.to_dict()})
+        partial.chmod(0o755)  # what is made for a moment is its owner's only
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

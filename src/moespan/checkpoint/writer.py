@@ -1,0 +1,57 @@
+"""Writes checkpoints in Hugging Face form, a shard at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moespan.checkpoint.source import INDEX_FILE
+
+_SHARD_BYTES = 2 << 30
+
+
+def write_shards(
+    folder: Path,
+    sizes: Mapping[str, int],
+    make: Callable[[str], dict[str, Tensor]],
+    progress: Callable[[int], object] = lambda written_bytes: None,
+) -> None:
+    """Write shards and their index into `folder`, with no more than one shard in memory.
+
+    Args:
+        sizes: what is to be made, in this order, and how many bytes each will have.
+        make: from a name of `sizes`, tensors by their names in the checkpoint.
+        progress: called with the bytes of each shard written.
+    """
+    shards: list[list[str]] = []
+    left_bytes = 0
+    for name, num_bytes in sizes.items():
+        if left_bytes < num_bytes:
+            shards.append([])
+            left_bytes = _SHARD_BYTES
+        shards[-1].append(name)
+        left_bytes -= num_bytes
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {key: value for name in names for key, value in make(name).items()}
+        save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+        written_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        total_bytes += written_bytes
+        progress(written_bytes)
+        del tensors
+    write_json(
+        folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    )
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """As Hugging Face writes it."""
+    path.write_text(json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

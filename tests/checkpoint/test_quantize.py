@@ -1,0 +1,172 @@
+"""A quantised checkpoint is what loading quantised gives, and is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from moespan.checkpoint.loader import load_weights
+from moespan.checkpoint.placement import Piece, place
+from moespan.checkpoint.quantization import QuantizedWeight
+from moespan.checkpoint.quantize import quantize_checkpoint
+from moespan.checkpoint.random import make_checkpoint
+from moespan.checkpoint.source import INDEX_FILE, SafetensorsSource
+from moespan.config import QUANTIZATIONS, Layout, ModelConfig
+from moespan.errors import CheckpointError, ConfigError
+from tests.support import CPU, QUICKSTART, Oracle, geometry
+
+
+def written(tmp_path: Path, source: Path, scheme: str = "int8") -> Path:
+    quantize_checkpoint(source, tmp_path / "out", scheme)
+    return tmp_path / "out"
+
+
+def load(folder: Path, layout: Layout, rank: int, quantization: str | None = None):
+    config = ModelConfig.from_pretrained(folder)
+    placement = place(config, layout, rank, quantization=quantization)
+    source = SafetensorsSource(folder, config)
+    weights, report = load_weights(placement, source, torch.bfloat16, CPU)
+    assert report.read_bytes == sum(map(source.num_bytes, placement.pieces))
+    return placement, weights
+
+
+def assert_same(ours: torch.Tensor | QuantizedWeight, theirs: torch.Tensor | QuantizedWeight):
+    if isinstance(theirs, QuantizedWeight):
+        assert isinstance(ours, QuantizedWeight)
+        assert ours.activation_bits == theirs.activation_bits
+        assert_same(ours.values, theirs.values)
+        assert_same(ours.scales, theirs.scales)
+    else:
+        assert isinstance(ours, torch.Tensor)
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("scheme", QUANTIZATIONS)
+@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True, "attention_bias": True}])
+def test_it_loads_as_what_is_quantised_while_loading(
+    tmp_path: Path, overrides: dict[str, bool], scheme: str
+):
+    make_checkpoint(tmp_path / "in", geometry(torch_dtype="bfloat16", **overrides))
+    out = written(tmp_path, tmp_path / "in", scheme)
+    _, stored = load(out, Layout(), 0)
+    _, made = load(tmp_path / "in", Layout(), 0, scheme)
+    assert stored.keys() == made.keys()
+    for name, weight in made.items():
+        assert_same(stored[name], weight)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=4, ep=2), Layout(tp=8), Layout(pp=2, dp=2, ep=2)], ids=str
+)
+def test_ranks_read_their_slices_of_integers_and_the_scales_of_their_rows(
+    tmp_path: Path, layout: Layout
+):
+    oracle = Oracle("sixteen")
+    out = written(tmp_path, oracle.folder)
+    whole = {
+        key: value for file in out.glob("*.safetensors") for key, value in load_file(file).items()
+    }
+
+    def expected(piece: Piece) -> torch.Tensor:
+        values = whole[piece.source]
+        return values[:, 0][piece.source_index] if piece.is_scale else values[piece.source_index]
+
+    for rank in range(layout.world_size):
+        placement, weights = load(out, layout, rank)
+        assert not placement.cut_rows
+        for piece in placement.pieces:
+            weight = weights[piece.parameter]
+            if isinstance(weight, QuantizedWeight):
+                weight = weight.scales if piece.is_scale else weight.values
+            assert torch.equal(weight[piece.index], expected(piece).to(weight.dtype))
+
+
+def test_integers_can_be_run_with_activations_rounded_or_not(tmp_path: Path):
+    out = written(tmp_path, Oracle("tiny").folder, "w8a8")
+    for scheme, bits in (("int8", 16), ("w8a8", 8), (None, 8)):
+        placement, weights = load(out, Layout(), 0, scheme)
+        qkv = weights["layers.0.attention.qkv"]
+        assert isinstance(qkv, QuantizedWeight)
+        assert qkv.activation_bits == bits
+        # The head is floats in the file; asked for int8, it is rounded while loading.
+        assert placement.parameters["head"].is_quantized == (scheme == "int8")
+
+
+def test_it_is_in_the_form_that_others_read(tmp_path: Path):
+    out = written(tmp_path, QUICKSTART, "w8a8")
+    names = {file.name for file in out.iterdir()}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00001.safetensors",
+        INDEX_FILE,
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    raw = json.loads((out / "config.json").read_text())
+    group = raw["quantization_config"]["config_groups"]["group_0"]
+    assert raw["quantization_config"]["format"] == "int-quantized"
+    assert "lm_head" in raw["quantization_config"]["ignore"]
+    assert (group["weights"]["num_bits"], group["weights"]["strategy"]) == (8, "channel")
+    assert group["input_activations"]["dynamic"] is True
+    with safe_open(str(out / "model-00001-of-00001.safetensors"), "pt") as file:
+        name = "model.layers.1.mlp.experts.3.down_proj.weight"
+        assert file.get_slice(name).get_dtype() == "I8"
+        scale = file.get_slice(name + "_scale")
+        assert (scale.get_dtype(), scale.get_shape()) == ("F32", [128, 1])
+        assert file.get_slice("model.layers.1.mlp.gate.weight").get_dtype() == "BF16"
+        assert file.get_slice("lm_head.weight").get_dtype() == "BF16"
+    index = json.loads((out / INDEX_FILE).read_text())
+    assert index["weight_map"][name + "_scale"] == "model-00001-of-00001.safetensors"
+
+
+def test_scales_of_other_shape_and_dtype_are_read_and_floats_in_place_of_integers_refused(
+    tmp_path: Path,
+):
+    oracle = Oracle("tiny")
+    out = written(tmp_path, oracle.folder)
+    (file,) = out.glob("*.safetensors")
+
+    def rewritten(change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+        tensors = {name: change(name, value) for name, value in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    rewritten(lambda name, x: x[:, 0].bfloat16() if name.endswith("_scale") else x)
+    _, weights = load(out, Layout(tp=2), 1)
+    out_scales = weights["layers.0.attention.out"].scales
+    expected = load_file(file)["model.layers.0.self_attn.o_proj.weight_scale"]
+    assert torch.equal(out_scales, expected.float())
+    rewritten(lambda name, x: x.float() if name == "lm_head.weight" else x)
+    with pytest.raises(CheckpointError, match="1 problem") as caught:
+        load(out, Layout(), 0)
+    assert "lm_head.weight has dtype F32, not one of I8" in caught.value.problems[0]
+
+
+def test_nothing_is_overwritten_and_integers_are_not_quantised_again(tmp_path: Path):
+    source = Oracle("tiny").folder
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="exists; choose another folder"):
+        written(tmp_path, source)
+    (tmp_path / "out").rmdir()
+    out = written(tmp_path, source)
+    with pytest.raises(ConfigError, match="holds integers already"):
+        quantize_checkpoint(out, tmp_path / "again", "int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_fails_leaves_nothing_behind(tmp_path: Path):
+    shutil.copytree(QUICKSTART, tmp_path / "in")
+
+    def fail(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(tmp_path / "in", tmp_path / "out", "int8", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
