@@ -137,7 +137,8 @@ def operation_checks(
     yield both("linear", lambda o: o.linear(x, projection))
     gate_up, down = draw(2 * inner, width, scale=width**-0.5), draw(width, inner, scale=inner**-0.5)
     yield both("mlp", lambda o: o.mlp(x, gate_up, down))
-    yield both("mlp_sum", lambda o: o.mlp_sum(x, gate_up, down, Axis(), "mlp", residual.clone()))
+    added = (gate_up, down, Axis(), "mlp")
+    yield both("mlp, added", lambda o: o.mlp_sum(x, *added, residual.clone()))
     router = draw(num_experts, width, kind=torch.float32, scale=width**-0.5)
     yield both("route", lambda o: o.route(x, router, num_chosen, config.norm_topk_prob)[0])
 
@@ -368,7 +369,9 @@ class Bench:
             message = StepPlans.of([plan])
             _wait(self.device)
             started = time.perf_counter()
-            self.worker.execute(message)  # its tokens are on the host at the end
+            pending = self.worker.execute(message, plan)
+            assert pending is not None  # this rank is the only one
+            pending.wait()
             seconds.append(time.perf_counter() - started)
         return statistics.median(seconds[2:])
 

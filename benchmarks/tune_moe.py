@@ -20,6 +20,7 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -34,10 +35,10 @@ MOST_ROWS = 1 << 30
 def candidates(kernel: str, rows: int, quick: bool) -> Iterator[dict[str, int]]:
     """What might suit so many rows; few of them if `quick`."""
     if kernel.startswith("few_"):
-        options = itertools.product((4, 8, 16), (256, 512, 1024), (2, 4, 8))
+        small = itertools.product((4, 8, 16), (256, 512, 1024), (2, 4, 8))
         every = [
             {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": 3}
-            for n, k, warps in options
+            for n, k, warps in small
         ]
     else:
         most = max(16, min(128, rows))
@@ -98,14 +99,12 @@ def tune(
     shapes = {"few_gate_up": (inner, width), "gate_up": (inner, width)}
     shapes |= {"few_down": (width, inner), "down": (width, inner)}
     found: dict[str, list[dict[str, int]]] = {}
-    plain = tiles.tile
     current: dict[str, dict[str, int]] = {}
 
     def tile(kernel: str, rows: int, *rest: Any) -> dict[str, int]:
-        return dict(current.get(kernel) or plain(kernel, rows, *rest))
+        return dict(current.get(kernel) or tiles.tile(kernel, rows, *rest))
 
-    vars(matmul)["tile"] = tile
-    try:
+    with patch.object(matmul, "tile", tile):
         for few in (True, False):
             for rows in ROWS[:1] if few or quick else ROWS:
                 num_tokens = 1 if few else max(5, rows * num_experts // num_chosen)
@@ -131,8 +130,6 @@ def tune(
                     limit = MOST_ROWS if few or rows == ROWS[-1] or quick else rows
                     found.setdefault(key, []).append({"rows": limit, **current[kernel]})
                     print(f"{key}, {rows} rows: {1e6 * seconds:.0f} µs with {best}", flush=True)
-    finally:
-        vars(matmul)["tile"] = plain
     return found
 
 

@@ -109,8 +109,7 @@ class CudaOps(ReferenceOps):
         module: str,
         plus: Tensor | None = None,
     ) -> Tensor:
-        """[T, H] replicated over `axis` → [T, H] replicated over it; adding `plus`, which is used
-        up, is part of the last product."""
+        """[T, H] replicated over `axis` → the same; adding `plus` is part of the last product."""
         return axis.all_reduce(self._mlp(x, gate_up, down, plus), module)
 
     def route(
