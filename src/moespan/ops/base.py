@@ -149,6 +149,8 @@ class Ops(Protocol):
     block_size: int
     # Whether `record` works on this kind of device.
     has_graphs: bool
+    # Whether it takes weights (`QuantizedWeight`) and caches of 8-bit integers.
+    has_integers: bool
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Lay out a parameter, by its name in the placement table, as the kernels here like it.

@@ -44,6 +44,7 @@ class NpuOps(ReferenceOps):
 
     block_size = 128
     has_graphs = True
+    has_integers = False
 
     def __init__(self, soc: str | None = None) -> None:
         """Use what `soc` has; None is the device that is there."""
@@ -63,10 +64,7 @@ class NpuOps(ReferenceOps):
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Experts' matrices lie as [E, in, out], which grouped matmuls read; others as they are."""
-        if not isinstance(weight, Tensor):
-            raise ConfigError(
-                "quantized weights are not implemented on NPUs; leave --quantization out"
-            )
+        assert isinstance(weight, Tensor)
         if self._is_310p and weight.dtype == torch.bfloat16:
             raise ConfigError(f"{self._soc} has no bfloat16; use --dtype float16")
         if ".experts." not in name:

@@ -17,6 +17,7 @@ class ReferenceOps:
 
     block_size = 32
     has_graphs = False
+    has_integers = True
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """The weight as it is."""
