@@ -147,9 +147,9 @@ def make_worker(
 
 def execute(worker: Worker, plan: StepPlan) -> StepResult:
     """What the only rank of its world makes of a plan."""
-    result = worker.execute(StepPlans.of([plan]))
-    assert result is not None
-    return result
+    pending = worker.execute(StepPlans.of([plan]))
+    assert pending is not None
+    return pending.wait()
 
 
 def greedy_row(sequence: int, **settings: Any) -> SampleRow:

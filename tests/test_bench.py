@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from moespan import LLM, cli
-from moespan.bench import Case, Settings, bench, decode_speed, peak_rss_bytes, percentile
+from moespan.bench import Case, Settings, bench, decode_speed, measure, peak_rss_bytes, percentile
 from moespan.errors import ConfigError, MoespanError
 from tests.support import QUICKSTART
 
@@ -46,18 +44,13 @@ def test_one_command_gives_all_figures_of_a_checkpoint(capsys: pytest.CaptureFix
     assert report["layout"]["tp"] == 1 and report["model"] == str(QUICKSTART)
 
 
-def test_a_preset_needs_no_file_and_runs_under_a_layout_as_a_table():
+def test_a_preset_needs_no_file_and_runs_under_a_layout_as_a_table(
+    capsys: pytest.CaptureFixture[str],
+):
     what = ["--preset", "tiny", "--load-format", "dummy", "-tp", "2"]
-    sizes = ["--prefill", "8", "--decode-batch", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "moespan", "bench", *what, *sizes, *SMALL],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")},
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    code, out, err = run(capsys, *what, "--prefill", "8", "--decode-batch", "2", *SMALL)
+    assert code == 0, err
+    lines = out.splitlines()
     assert lines[0] == "tiny, bfloat16, tp=2"
     assert [line.split()[:2] for line in lines[-2:]] == [["prefill", "8"], ["decode", "2"]]
 
@@ -108,7 +101,7 @@ def test_all_sequences_decode_together_for_as_long_as_wanted():
         enable_prefix_caching=False,
     ) as llm:
         case = Case(batch=4, length=10, num_tokens=6)  # whose prefills take several steps
-        speed = case.measure(llm, random.Random(0))
+        speed = measure(llm, case, random.Random(0))
     assert speed.seconds > 0 and len(speed.gaps_s) >= 4 * 6
 
 

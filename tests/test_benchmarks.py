@@ -5,10 +5,38 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+import pytest
+
+# The scripts find each other where they lie, as when they are run.
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import engine_overhead
+
+BENCHMARKS = Path(engine_overhead.__file__).parent
+
+
+def test_the_engines_own_cost_is_told_by_its_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "engine.json"
+    sizes = "--batch-sizes 1 3 --context 8 --steps 4 --warmup 1"
+    engine_overhead.main([*sizes.split(), "--json", str(file)])
+    results = json.loads(file.read_text())["results"]
+    assert [(row["sampling"], row["batch"]) for row in results] == [
+        (sampling, batch) for sampling in ("greedy", "drawn", "penalty") for batch in (1, 3)
+    ]
+    for row in results:
+        assert sum(row["parts_us"].values()) == pytest.approx(row["total_us"])
+        assert min(row["parts_us"].values()) > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split() == ["sampling", "batch", *engine_overhead.PARTS, "rest", "total"]
+    assert len(lines) == 4 + len(results)
+
+
+# The script for machines with NPUs
 
 
 def accept(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

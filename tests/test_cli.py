@@ -161,7 +161,9 @@ def test_flags_are_not_guessed_from_their_beginning(cli: Cli):
     assert "unrecognized arguments: --max-tok" in ran.err
 
 
-@pytest.mark.parametrize("verb", [[], ["generate"], ["verify"], ["info"], ["bench"]])
+@pytest.mark.parametrize(
+    "verb", [[], ["generate"], ["verify"], ["info"], ["bench"], ["make-checkpoint"]]
+)
 def test_help_is_shown(cli: Cli, verb: list[str]):
     ran = cli(*verb, "--help")
     assert ran.code == 0

@@ -10,6 +10,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from moespan.checkpoint.random import preset
 from moespan.cli import main
 from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
-from moespan.doctor import checks, collectives, compatibility, outputs, report
+from moespan.doctor import checks, collectives, compatibility, nodes, outputs, report
 from moespan.doctor.checks import examine
 from moespan.doctor.collectives import Timing, judge
 from moespan.doctor.fit import fit
@@ -827,3 +828,54 @@ def test_the_doctor_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", script]) == 0
+
+
+def compared(master_port: int, skew_s: float = 0.0) -> list[list[Finding]]:
+    """What both nodes report, when node 1's clock is ahead by `skew_s`."""
+    places = [Nodes(2, node, "127.0.0.1", master_port, join_timeout_s=10) for node in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(nodes.findings, places[0])
+        second = pool.submit(nodes.findings, places[1], lambda: time.time() + skew_s)
+        return [first.result(), second.result()]
+
+
+def test_nodes_with_the_same_code_and_clock(free_port: int):
+    first, second = compared(free_port)
+    assert first == second
+    assert [one.status for one in first] == ["ok"]
+    assert "2 nodes with moespan" in first[0].found
+
+
+@pytest.mark.parametrize(("skew_s", "words"), [(7.0, "7.0 s ahead of"), (-90.0, "90.0 s behind")])
+def test_nodes_with_different_clocks(free_port: int, skew_s: float, words: str):
+    first, second = compared(free_port, skew_s)
+    assert first == second
+    assert [one.status for one in first] == ["warning"]
+    assert words in first[0].found and "NTP" in first[0].mend
+
+
+def test_nodes_with_different_code():
+    everyone = [
+        nodes.NodeFacts(node=0, source="aa"),
+        nodes.NodeFacts(node=1, source="bb", address="10.0.0.2"),
+    ]
+    (finding,) = nodes.judge(everyone, 2)
+    assert finding.status == "problem"
+    assert "node 1 (10.0.0.2)" in finding.found and "bb" in finding.found
+    (finding,) = nodes.judge([everyone[0]], 3)
+    assert "node 1, 2 of 3 did not come" in finding.found
+
+
+def test_a_node_alone_says_what_it_missed(free_port: int):
+    (finding,) = nodes.findings(Nodes(2, 1, "127.0.0.1", free_port, join_timeout_s=0.1))
+    assert finding.status == "problem" and "nothing was compared" in finding.found
+    (finding,) = nodes.findings(Nodes(2, 0, "127.0.0.1", free_port, join_timeout_s=0.1))
+    assert "node 1 of 2 did not come" in finding.found
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

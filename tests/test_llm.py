@@ -14,6 +14,7 @@ import torch
 from moespan import LLM, MoespanError, RequestOutput, SamplingParams
 from moespan.engine.engine import Engine
 from moespan.engine.request import Request
+from moespan.engine.worker import Pending, Worker
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
 from tests.support import QUICKSTART, Oracle, altered_checkpoint, write_config
 
@@ -398,6 +399,11 @@ def alone(oracle: Oracle) -> list[list[int]]:
         pytest.param({"max_num_seqs": 3, "max_num_batched_tokens": 7}, id="chunks of 7 tokens"),
         pytest.param({"max_num_batched_tokens": 64, "block_size": 1}, id="blocks of one token"),
         pytest.param({"enable_prefix_caching": False}, id="without prefix cache"),
+        pytest.param({"async_scheduling": True}, id="planned ahead"),
+        pytest.param(
+            {"async_scheduling": True, "max_num_seqs": 3, "max_num_batched_tokens": 7},
+            id="planned ahead in chunks",
+        ),
     ],
 )
 def test_batching_changes_no_greedy_token(
@@ -409,8 +415,38 @@ def test_batching_changes_no_greedy_token(
         assert_idle(llm)
 
 
-def test_preemption_changes_no_greedy_token(oracle: Oracle, alone: list[list[int]]):
-    settings: dict[str, Any] = {"block_size": 4, "num_blocks": 64}
+def test_the_next_step_is_started_before_the_last_one_is_waited_for(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+):
+    order: list[str] = []
+    execute, wait = Worker.execute, Pending.wait
+    monkeypatch.setattr(Worker, "execute", lambda *args: (order.append("start"), execute(*args))[1])
+    monkeypatch.setattr(Pending, "wait", lambda self: (order.append("wait"), wait(self))[1])
+    params = greedy(ignore_eos=True, max_tokens=4)
+    orders = []
+    for ahead in (False, True):
+        with LLM(str(oracle.folder), device="cpu", dtype="float32", async_scheduling=ahead) as llm:
+            llm.generate(oracle.prompts[0], params)
+        orders.append(order.copy())
+        order.clear()
+    assert orders[0] == ["start", "wait"] * 4
+    assert orders[1] == ["start", *["start", "wait"] * 3, "wait"]
+
+
+def test_what_was_planned_ahead_of_a_stop_is_settled_when_somebody_asks(oracle: Oracle):
+    with LLM(str(oracle.folder), device="cpu", dtype="float32", async_scheduling=True) as llm:
+        (free,) = llm.generate(oracle.prompts[0], greedy(ignore_eos=True))
+        stop = free.outputs[0].token_ids[2]
+        (output,) = llm.generate(oracle.prompts[0], greedy(stop_token_ids=[stop]))
+        cut = free.outputs[0].token_ids.index(stop) + 1
+        assert output.outputs[0].token_ids == free.outputs[0].token_ids[:cut]
+        assert llm.trace([3, 1, 4])  # which takes an idle engine
+        assert_idle(llm)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_preemption_changes_no_greedy_token(oracle: Oracle, alone: list[list[int]], ahead: bool):
+    settings: dict[str, Any] = {"block_size": 4, "num_blocks": 64, "async_scheduling": ahead}
     with LLM(str(oracle.folder), device="cpu", dtype="float32", **settings) as llm:
         twice = oracle.prompts * 2
         outputs = llm.generate(twice, greedy(ignore_eos=True))

@@ -74,19 +74,21 @@ class Speed:
     gaps_s: tuple[float, ...] = ()
 
 
-def timeline(llm: LLM, prompts: Sequence[list[int]], num_tokens: int) -> Timeline:
-    """Continue every prompt greedily by `num_tokens` tokens, come what may, and say when each came.
+def timeline(llm: LLM, prompts: Sequence[list[int]], num_tokens: Sequence[int]) -> Timeline:
+    """Continue each prompt greedily by its number of tokens, come what may; say when each came.
 
     Raises:
         MoespanError: a request failed.
     """
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     times: dict[str, list[float]] = defaultdict(list)
 
     def note(delta: OutputDelta) -> None:
         times[delta.id] += [time.perf_counter() - started] * len(delta.token_ids)
 
-    requests = [llm.request(prompt, params) for prompt in prompts]
+    requests = [
+        llm.request(prompt, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True))
+        for prompt, count in zip(prompts, num_tokens, strict=True)
+    ]
     started = time.perf_counter()
     for output in llm.stream(requests, note):
         if output.error is not None:
@@ -127,13 +129,21 @@ class Case:
         """Tokens that `Speed.seconds` are for."""
         return self.batch if self.num_tokens else self.length
 
-    def measure(self, llm: LLM, draw: random.Random) -> Speed:
-        """Once, on fresh random prompts."""
-        ids = range(llm.model_config.vocab_size)
-        prompts = [draw.choices(ids, k=self.length) for _ in range(self.batch)]
+    def prompts(self, draw: random.Random, vocab_size: int) -> list[list[int]]:
+        """Random ones."""
+        return [draw.choices(range(vocab_size), k=self.length) for _ in range(self.batch)]
+
+    def tokens_wanted(self, max_num_batched_tokens: int) -> int:
+        """Tokens of each prompt's answer, so that all of them decode together for `num_tokens`
+        steps, whoever's prefill comes first."""
         if not self.num_tokens:
-            return Speed(timeline(llm, prompts, 1)[0][0])
-        return decode_speed(timeline(llm, prompts, self._tokens_wanted(llm.config)))
+            return 1
+        room = max(max_num_batched_tokens - self.batch, 1)
+        return 1 + self.num_tokens + -(-self.batch * self.length // room)
+
+    def speed(self, times: Timeline) -> Speed:
+        """Of the measurement that the tokens' times tell of."""
+        return decode_speed(times) if self.num_tokens else Speed(times[0][0])
 
     def work(self, config: ModelConfig, engine: EngineConfig) -> Work:
         """What a prefill, or the middle one of the decode steps, cannot do without."""
@@ -141,39 +151,40 @@ class Case:
             return step_work(config, engine, 1, self.length, 0)
         return step_work(config, engine, self.batch, 1, self.length + self.num_tokens / 2)
 
-    def check(self, llm: LLM) -> None:
-        """Raise `ConfigError` if the engine has no room for this."""
-        engine, info = llm.config, llm.info
-        longest = self.length + self._tokens_wanted(engine)
-        if longest > engine.max_model_len:
-            raise ConfigError(
-                f"{self} needs sequences of {longest} tokens, and max_model_len is "
-                f"{engine.max_model_len}; measure shorter ones, or raise --max-model-len"
-            )
-        per_replica = -(-self.batch // engine.layout.dp)
-        if per_replica > engine.max_num_seqs:
-            raise ConfigError(
-                f"{self} needs {per_replica} sequences in a step, and max_num_seqs is "
-                f"{engine.max_num_seqs}; raise --max-num-seqs"
-            )
-        wanted = per_replica * -(-longest // info.block_size)
-        if wanted > info.num_blocks:
-            raise ConfigError(
-                f"{self} needs {wanted} blocks of KV cache, and there are {info.num_blocks}; "
-                "measure less at once, or raise --num-blocks"
-            )
-
-    def _tokens_wanted(self, engine: EngineConfig) -> int:
-        """So many that all decode together for `num_tokens` steps, whoever's prefill was first."""
-        if not self.num_tokens:
-            return 1
-        room = max(engine.max_num_batched_tokens - self.batch, 1)
-        return 1 + self.num_tokens + -(-self.batch * self.length // room)
-
     def __str__(self) -> str:
         if not self.num_tokens:
             return f"prefill of {self.length} tokens"
         return f"decode batch {self.batch} after {self.length} tokens"
+
+
+def measure(llm: LLM, case: Case, draw: random.Random) -> Speed:
+    """Once, on fresh random prompts."""
+    prompts = case.prompts(draw, llm.model_config.vocab_size)
+    count = case.tokens_wanted(llm.config.max_num_batched_tokens)
+    return case.speed(timeline(llm, prompts, [count] * case.batch))
+
+
+def check_room(llm: LLM, case: Case) -> None:
+    """Raise `ConfigError` if the engine has no room for `case`."""
+    engine, info = llm.config, llm.info
+    longest = case.length + case.tokens_wanted(engine.max_num_batched_tokens)
+    if longest > engine.max_model_len:
+        raise ConfigError(
+            f"{case} needs sequences of {longest} tokens, and max_model_len is "
+            f"{engine.max_model_len}; measure shorter ones, or raise --max-model-len"
+        )
+    per_replica = -(-case.batch // engine.layout.dp)
+    if per_replica > engine.max_num_seqs:
+        raise ConfigError(
+            f"{case} needs {per_replica} sequences in a step, and max_num_seqs is "
+            f"{engine.max_num_seqs}; raise --max-num-seqs"
+        )
+    wanted = per_replica * -(-longest // info.block_size)
+    if wanted > info.num_blocks:
+        raise ConfigError(
+            f"{case} needs {wanted} blocks of KV cache, and there are {info.num_blocks}; "
+            "measure less at once, or raise --num-blocks"
+        )
 
 
 def bench(llm: LLM, settings: Settings, nnodes: int = 1) -> dict[str, Any]:
@@ -200,14 +211,14 @@ def bench(llm: LLM, settings: Settings, nnodes: int = 1) -> dict[str, Any]:
         *(Case(batch, settings.context, settings.decode_tokens) for batch in settings.decode_batch),
     ]
     for case in cases:
-        case.check(llm)
+        check_room(llm, case)
     engine, info = llm.config, llm.info
     draw = random.Random(0)
     speeds: dict[Case, list[Speed]] = {case: [] for case in cases}
     limits: dict[Case, list[Limits]] = {case: [] for case in cases}
     probes: list[Limits] = []
     for case in cases:
-        case.measure(llm, draw)
+        measure(llm, case, draw)
     # Ranks on CPUs share their machine; elsewhere each has a device of its own.
     num_devices = nnodes if engine.device == "cpu" else engine.layout.world_size
     with Probe(engine.device, engine.dtype, num_devices) as probe:
@@ -215,7 +226,7 @@ def bench(llm: LLM, settings: Settings, nnodes: int = 1) -> dict[str, Any]:
         for _ in range(settings.repeats):
             for case in cases:
                 time.sleep(_SETTLE_S)
-                speeds[case].append(case.measure(llm, draw))
+                speeds[case].append(measure(llm, case, draw))
                 time.sleep(_SETTLE_S)
                 probes.append(probe())
                 limits[case].append(Limits.mean(probes[-2], probes[-1]))
@@ -253,15 +264,16 @@ def first_token_s(llm: LLM) -> float:
 
     Call it once, right after the engine has started. What was done before it is in it.
     """
-    timeline(llm, [[0] * FIRST_PROMPT_TOKENS], 1)
+    timeline(llm, [[0] * FIRST_PROMPT_TOKENS], [1])
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def peak_rss_bytes(without: int = 0) -> int:
-    """Most memory that this process and those under it held, each at its own time, on this machine.
+def peak_rss_bytes(pid: int | None = None, without: int = 0) -> int:
+    """Most memory that a process and those under it held, each at its own time, on this machine.
 
     Args:
+        pid: number of the process; None is this one.
         without: number of a process that does not count.
     """
     children: dict[int, list[int]] = defaultdict(list)
@@ -278,7 +290,7 @@ def peak_rss_bytes(without: int = 0) -> int:
             for child in children[pid]:
                 yield from tree(child)
 
-    return sum(map(_peak_rss_bytes_of, tree(os.getpid())))
+    return sum(map(_peak_rss_bytes_of, tree(pid or os.getpid())))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

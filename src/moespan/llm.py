@@ -62,7 +62,7 @@ class LLM:
         data_parallel_size: replicas over which requests are spread.
         enable_expert_parallel: the largest expert_parallel_size that the other sizes allow.
         pipeline_layers: layers of each stage; None cuts by cost.
-        moe_dispatch: `auto`, `replicated`, `all_gather` or `all_to_all`.
+        moe_dispatch: `auto`, `replicated`, `all_gather`, `all_to_all`, or on NPUs `fused`.
         expert_placement: `contiguous`, `round_robin`, or a JSON file.
         device: `auto`, `npu`, `cuda` or `cpu`.
         dtype: `auto` is the checkpoint's.
@@ -82,6 +82,10 @@ class LLM:
         bind: which cores and NUMA node each rank gets: `auto`, `off`, or a map of local rank to
             node as in `0:0,1:1`. Without ranks of their own `auto` leaves this process alone.
         enforce_eager: never run decode steps as recorded graphs, where the device has them.
+        npu_fused_all_reduce: on NPUs, from how many rows on a matmul and its all-reduce are one
+            operator; 0 is never.
+        npu_weight_format: on NPUs, `nd`, or `nz` for matrices in tiles.
+        async_scheduling: plan a step while the one before runs; None: on NPUs and GPUs.
         trust_remote_code: refused: no code from a checkpoint is ever run.
         nnodes: machines that run the job, each as many ranks as any other.
         node_rank: this one's number, from 0.
@@ -123,6 +127,9 @@ class LLM:
         check_finite: bool = False,
         bind: str = "auto",
         enforce_eager: bool = False,
+        npu_fused_all_reduce: int = 0,
+        npu_weight_format: str = "nd",
+        async_scheduling: bool | None = None,
         trust_remote_code: bool = False,
         nnodes: int = Nodes.nnodes,
         node_rank: int = Nodes.node_rank,
@@ -173,6 +180,9 @@ class LLM:
             expert_placement=expert_rule(expert_placement),
             bind=bind,
             enforce_eager=enforce_eager,
+            npu_fused_all_reduce=npu_fused_all_reduce,
+            npu_weight_format=npu_weight_format,
+            async_scheduling=async_scheduling,
         )
         self._check_experts()
         self.tokenizer = Tokenizer.from_pretrained(folder)

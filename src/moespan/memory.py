@@ -42,6 +42,33 @@ def to_device(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch
     return [room[: part.numel()].view(part.shape) for part, room in zip(parts, moved, strict=True)]
 
 
+class ToHost:
+    """Copies of tensors on their way to the host, which need not wait for what is queued later.
+
+    On a CPU they are the tensors themselves.
+    """
+
+    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+        self._arrived: torch.Event | None = None
+        self._parts = list(parts)
+        if not parts or parts[0].device.type == "cpu":
+            return
+        self._parts = [
+            torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(
+                part, non_blocking=True
+            )
+            for part in parts
+        ]
+        self._arrived = torch.get_device_module(parts[0].device).Event()
+        self._arrived.record()
+
+    def wait(self) -> list[torch.Tensor]:
+        """The tensors, once all of them are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._parts
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on `device`; for CPUs within the container's limit."""
     if device.type != "cpu":

@@ -7,7 +7,9 @@ imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import os
 import platform
 import subprocess
@@ -210,7 +212,14 @@ def _measure(device: str, dtype: str) -> None:
         else _DEVICE_BUFFER_BYTES
     )
     rows, inputs, outputs = _CPU_PRODUCT if is_cpu else _DEVICE_PRODUCT
-    numbers = torch.ones(buffer_bytes // 4, device=device)
+    if is_cpu:
+        # In huge pages, if the system has any: in small ones a sum reads about 7 % less.
+        pages = mmap.mmap(-1, buffer_bytes)
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        numbers = torch.frombuffer(pages, dtype=torch.float32).fill_(1)
+    else:
+        numbers = torch.ones(buffer_bytes // 4, device=device)
     options = {"dtype": getattr(torch, dtype), "device": device}
     tokens, weight = torch.randn(rows, inputs, **options), torch.randn(outputs, inputs, **options)
 

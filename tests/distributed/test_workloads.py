@@ -26,6 +26,8 @@ VERY_DIFFERENT = [
     (Layout(tp=2, ep=8, sp=2, dp=2), "all_to_all"),
     (Layout(tp=2, ep=2, pp=4), "replicated"),
 ]
+# The same with a plan made while the last one runs: every axis that its tokens are sent along.
+AHEAD = [(Layout(tp=4, ep=2), "replicated"), (Layout(tp=2, ep=8, sp=2, dp=2), "all_to_all")]
 # A replica's blocks hold one sequence of the greatest length and one block more.
 FEW = {
     "max_model_len": 48,
@@ -66,7 +68,7 @@ class Heard:
 Key = tuple[str, int]
 
 
-def random_jobs(seed: int, count: int) -> list[Job]:
+def random_jobs(seed: int, count: int, penalties: bool = True) -> list[Job]:
     """Prompts from one token to several chunks, with common prefixes; all ways of sampling."""
     rng = random.Random(seed)
     prefixes = [[rng.randrange(61) for _ in range(length)] for length in (8, 12, 17)]
@@ -81,8 +83,8 @@ def random_jobs(seed: int, count: int) -> list[Job]:
             top_k=rng.choice([0, 8]),
             top_p=rng.choice([1.0, 0.9]),
             seed=rng.choice([None, rng.randrange(1000)]),
-            repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
-            frequency_penalty=rng.choice([0.0, 0.5]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.2]) if penalties else 1.0,
+            frequency_penalty=rng.choice([0.0, 0.5]) if penalties else 0.0,
             ignore_eos=rng.random() < 0.7,
         )
         dropped_after = rng.choice([None, None, None, 0, 3])
@@ -130,15 +132,21 @@ def run(llm: LLM, jobs: list[Job], drop: bool, at_once: int = 12) -> dict[Key, H
 
 
 @pytest.mark.parametrize(
-    ("layout", "dispatch"), VERY_DIFFERENT, ids=[f"{one}-{how}" for one, how in VERY_DIFFERENT]
+    ("layout", "dispatch", "ahead"),
+    [
+        pytest.param(layout, dispatch, ahead, id=f"{layout}-{dispatch}" + "-ahead" * ahead)
+        for ahead, chosen in ((False, VERY_DIFFERENT), (True, AHEAD))
+        for layout, dispatch in chosen
+    ],
 )
 def test_mixed_workloads_give_every_request_the_tokens_of_one_rank(
-    ranks: Ranks, model: Path, layout: Layout, dispatch: str
+    ranks: Ranks, model: Path, layout: Layout, dispatch: str, ahead: bool
 ):
-    seed = VERY_DIFFERENT.index((layout, dispatch))
-    jobs = random_jobs(seed, count=11 + 3 * layout.dp)
+    seed = VERY_DIFFERENT.index((layout, dispatch)) + len(VERY_DIFFERENT) * ahead
+    # Penalties need to know the last token, so with them no plan is made ahead.
+    jobs = random_jobs(seed, count=11 + 3 * layout.dp, penalties=not ahead)
     expected = run(ranks.llm(model, **MANY), jobs, drop=False)
-    llm = ranks.llm(model, layout, dispatch, **FEW)
+    llm = ranks.llm(model, layout, dispatch, async_scheduling=ahead, **FEW)
     heard = run(llm, jobs, drop=True, at_once=8 + 4 * layout.dp)
 
     is_dropped = {job.request.id: job.dropped_after is not None for job in jobs}
@@ -156,6 +164,9 @@ def test_mixed_workloads_give_every_request_the_tokens_of_one_rank(
         stats = llm.stats()
     assert (stats.num_waiting, stats.num_running, stats.kv_usage) == (0, 0, 0.0)
     # It was no idle walk.
+    sent = {(axis, module) for rank in llm.traffic() for axis, _, module, _, _ in rank}
+    axes_of_tokens = {axis for axis, module in sent if module == "sampled"}
+    assert axes_of_tokens == {axis for axis in ("tp", "sp") if ahead and layout.sizes[axis] > 1}
     assert stats.num_preemptions > 0
     assert stats.num_prefix_hit_tokens > 0
     assert any(is_dropped.values()) and not all(is_dropped.values())

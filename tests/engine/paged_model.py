@@ -77,6 +77,7 @@ class PagedModel:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.slots: dict[tuple[int, int], int] = {}
+        self.sampled: list[int] = []  # by the last plan, which the next may name by their places
 
     def context(self, plan: StepPlan) -> list[list[int | None]]:
         """What the cache holds of each sequence before the step."""
@@ -90,6 +91,7 @@ class PagedModel:
 
     def execute(self, plan: StepPlan, corrupt: set[int] = frozenset()) -> StepResult:
         """Compute a step; the sequences in `corrupt` that sample get garbage instead."""
+        token_ids = [token if token >= 0 else self.sampled[~token] for token in plan.token_ids]
         states, start = [], 0  # states[sequence][query token]
         rows = zip(plan.query_lens, plan.context_lens, plan.block_tables, strict=True)
         for sequence, (query_len, context_len, table) in enumerate(rows):
@@ -97,7 +99,7 @@ class PagedModel:
             for position in range(context_len):
                 state = read(state, self.slots[self.slot(table, position)])
             for i in range(query_len):
-                value = write(state, plan.token_ids[start + i])
+                value = write(state, token_ids[start + i])
                 if sequence in corrupt:
                     value = -1
                 self.slots[self.slot(table, context_len + i)] = value
@@ -106,10 +108,12 @@ class PagedModel:
             states.append(mine)
             start += query_len
         assert start == len(plan.token_ids)
+        samples = [sample(states[row.sequence][-1], row) for row in plan.samples]
+        self.sampled = [sampled.token_id for sampled in samples]
         return StepResult(
             samples=[
-                Sampled(None) if row.sequence in corrupt else sample(states[row.sequence][-1], row)
-                for row in plan.samples
+                Sampled(None) if row.sequence in corrupt else sampled
+                for row, sampled in zip(plan.samples, samples, strict=True)
             ],
             prompts=[
                 PromptScores(

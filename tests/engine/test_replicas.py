@@ -22,7 +22,14 @@ class Fleet:
     """Replicas with a model each, and up to pp steps of all of them in flight."""
 
     def __init__(
-        self, *, dp: int, pp: int = 1, num_blocks: int = 16, max_num_seqs: int = 4, budget: int = 16
+        self,
+        *,
+        dp: int,
+        pp: int = 1,
+        num_blocks: int = 16,
+        max_num_seqs: int = 4,
+        budget: int = 16,
+        ahead: bool = False,
     ) -> None:
         self.config = EngineConfig(
             "",
@@ -31,6 +38,7 @@ class Fleet:
             max_model_len=32,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
+            async_scheduling=ahead,
         )
         self.replicas = Replicas(self.config, num_blocks, VOCAB, [EOS])
         self.models = [PagedModel(4) for _ in range(dp)]
@@ -84,7 +92,7 @@ class Fleet:
 
     def drain(self) -> None:
         while self.replicas.has_unfinished:
-            while len(self.flights) < self.config.layout.pp and self.schedule():
+            while len(self.flights) < self.config.most_steps_in_flight and self.schedule():
                 pass
             self.deliver()
 
@@ -204,20 +212,28 @@ def test_aborting_what_is_not_there_does_nothing():
 class RandomReplicas(RuleBasedStateMachine):
     """Random requests, aborts and results; after every call `_home` has what is unfinished."""
 
-    @initialize(dp=st.integers(1, 4), pp=st.integers(1, 3), spare_blocks=st.integers(0, 6))
-    def start(self, dp, pp, spare_blocks):
-        self.fleet = Fleet(dp=dp, pp=pp, num_blocks=8 + spare_blocks, max_num_seqs=3, budget=9)
+    @initialize(
+        dp=st.integers(1, 4),
+        pp=st.integers(1, 3),
+        spare_blocks=st.integers(0, 6),
+        ahead=st.booleans(),
+    )
+    def start(self, dp, pp, spare_blocks, ahead):
+        self.fleet = Fleet(
+            dp=dp, pp=pp, num_blocks=8 + spare_blocks, max_num_seqs=3, budget=9, ahead=ahead
+        )
 
     @rule(
         first=st.integers(1, 3),
         length=st.sampled_from([1, 5, 9, 13]),
         n=st.sampled_from([1, 1, 2]),
         max_tokens=st.sampled_from([1, 4, 15]),
+        penalty=st.sampled_from([0.0, 0.0, 1.0]),
     )
-    def add(self, first, length, n, max_tokens):
-        self.fleet.add(prompt(first, length), n=n, max_tokens=max_tokens)
+    def add(self, first, length, n, max_tokens, penalty):
+        self.fleet.add(prompt(first, length), n=n, max_tokens=max_tokens, presence_penalty=penalty)
 
-    @precondition(lambda self: len(self.fleet.flights) < self.fleet.config.layout.pp)
+    @precondition(lambda self: len(self.fleet.flights) < self.fleet.config.most_steps_in_flight)
     @rule()
     def schedule(self):
         self.fleet.schedule()

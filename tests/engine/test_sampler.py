@@ -301,7 +301,7 @@ def test_the_only_token_that_is_not_barred_is_taken(settings: dict[str, Any]):
         assert choose([9.0, 8.0, 7.0, -9.0, 6.0], barred=barred, position=position, **settings) == 3
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-52])
 @pytest.mark.parametrize("truncation", [{}, {"top_k": 4}])
 def test_a_token_of_no_probability_is_never_drawn(
     monkeypatch: pytest.MonkeyPatch, uniform: float, truncation: dict[str, Any]

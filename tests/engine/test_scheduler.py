@@ -47,9 +47,11 @@ class Bench:
         max_num_seqs: int = 8,
         budget: int = 16,
         caching: bool = True,
+        ahead: bool = False,
     ) -> None:
         self.config = EngineConfig(
             model="",
+            async_scheduling=ahead,
             block_size=block_size,
             max_model_len=max_model_len,
             max_num_seqs=min(max_num_seqs, budget),
@@ -58,7 +60,7 @@ class Bench:
         )
         self.scheduler = Scheduler(self.config, num_blocks, VOCAB, eos_token_ids=[EOS])
         self.model = PagedModel(block_size)
-        self.flights: deque[tuple[StepPlan, list[list[int | None]]]] = deque()
+        self.flights: deque[tuple[StepPlan, list[Sequence], list[list[int | None]]]] = deque()
         self.heard: dict[Sequence, Heard] = {}
         self.first_scheduled: list[int] = []
         self.num_steps = 0
@@ -96,7 +98,8 @@ class Bench:
             plan.query_lens, plan.context_lens, plan.block_tables, strict=True
         ):
             assert len(table) == scheduler.allocator.blocks_for(context + query)
-        self._check_writes(plan)
+        _, batch = scheduler._in_flight[-1]
+        self._check_writes(plan, batch)
         # First come, first served: whoever was admitted is older than all who still wait.
         admitted = waiting - set(scheduler.waiting)
         assert not admitted or num_preemptions == scheduler.num_preemptions
@@ -105,23 +108,29 @@ class Bench:
         )
         new = [s.arrival for s in admitted if s.num_preemptions == 0]
         self.first_scheduled += sorted(new)
-        self.flights.append((plan, self.model.context(plan)))
+        self.flights.append((plan, batch, self.model.context(plan)))
         self.num_steps += 1
         return plan
 
-    def _check_writes(self, plan: StepPlan) -> None:
+    def _check_writes(self, plan: StepPlan, batch: list[Sequence]) -> None:
         """No block is written that anyone else in flight uses."""
-        used = Counter(b for flight, _ in self.flights for t in flight.block_tables for b in set(t))
-        used.update(block for table in plan.block_tables for block in table)
+        users: dict[int, set[Sequence]] = {}
+        for flight, sequences in (*((f, s) for f, s, _ in self.flights), (plan, batch)):
+            for table, sequence in zip(flight.block_tables, sequences, strict=True):
+                assert len(set(table)) == len(table)
+                for block in table:
+                    users.setdefault(block, set()).add(sequence)
         for context, table in zip(plan.context_lens, plan.block_tables, strict=True):
             for block in table[context // self.config.block_size :]:
-                assert used[block] == 1, f"block {block} is written while others use it"
+                assert len(users[block]) == 1, f"block {block} is written while others use it"
 
     def deliver(self, corrupt: set[int] = frozenset()) -> list[SequenceUpdate]:
         """Execute the oldest plan in flight and hand back its result."""
-        plan, context = self.flights.popleft()
+        plan, _, planned_context = self.flights.popleft()
+        context = self.model.context(plan)
         assert None not in [value for values in context for value in values]
-        assert context == self.model.context(plan), "the context was not computed when planned"
+        if not self.config.plans_ahead:
+            assert context == planned_context, "the context was not computed when planned"
         corrupt = corrupt & {row.sequence for row in plan.samples}
         updates = self.scheduler.update(plan, self.model.execute(plan, corrupt))
         self.scheduler.check_integrity()
@@ -875,6 +884,121 @@ def test_the_same_calls_make_the_same_plans():
     assert plans() == plans()
 
 
+# Plans made while the last one runs
+
+
+def test_a_plan_ahead_names_the_token_that_the_last_plan_samples():
+    bench = Bench(ahead=True)
+    bench.add(prompt_of(3), max_tokens=1)
+    bench.add(prompt_of(4), ignore_eos=True, max_tokens=3)
+    first, second = bench.schedule(), bench.schedule()
+    assert len(first.samples) == 2
+    # The first sequence ends with its token; the other's is at place 1.
+    assert (second.token_ids, second.query_lens, second.context_lens) == ([~1], [1], [4])
+    assert [row.position for row in second.samples] == [1]
+    assert bench.schedule() is None  # two are in flight
+    bench.deliver()
+    assert bench.schedule().token_ids == [~0]
+    bench.drain(depth=2)
+    bench.check_outputs()
+    assert bench.num_steps == 3  # the limit is known ahead, so no step is in vain
+
+
+def test_a_plan_after_the_result_is_back_has_the_token_itself():
+    bench = Bench(ahead=True)
+    bench.add(prompt_of(3), ignore_eos=True)
+    bench.step()
+    assert bench.schedule().token_ids == bench.heard[next(iter(bench.heard))].token_ids
+
+
+def test_a_prompt_goes_on_in_the_next_plan_while_its_last_chunk_is_computed():
+    bench = Bench(budget=5, ahead=True)
+    bench.add(prompt_of(12), max_tokens=1)
+    plans = [bench.schedule(), bench.schedule()]
+    bench.deliver()
+    plans.append(bench.schedule())
+    assert [plan.query_lens for plan in plans] == [[5], [5], [2]]
+    assert [plan.context_lens for plan in plans] == [[0], [5], [10]]
+    assert [len(plan.samples) for plan in plans] == [0, 0, 1]
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
+def test_what_was_planned_for_a_sequence_that_stopped_is_dropped_and_then_its_blocks_are_freed():
+    bench = Bench(ahead=True)
+    (sequence,) = bench.add(prompt_that_outputs(EOS, at=0))
+    bench.schedule()
+    ahead = bench.schedule()
+    (update,) = bench.deliver()
+    assert (update.token_ids, update.finish_reason) == ([EOS], "stop")
+    assert sequence.block_table == ahead.block_tables[0] and bench.scheduler.has_unfinished
+    assert bench.schedule() is None
+    assert bench.deliver() == []
+    assert bench.scheduler.kv_usage == 0
+    bench.check_outputs()
+
+
+@pytest.mark.parametrize("options", [{"presence_penalty": 1.0}, {"prompt_logprobs": 0}])
+def test_the_next_plan_waits_for_a_result_that_it_depends_on(options):
+    bench = Bench(ahead=True)
+    bench.add(prompt_of(3), ignore_eos=True, max_tokens=3, **options)
+    bench.add(prompt_of(4), ignore_eos=True, max_tokens=3)
+    bench.schedule()
+    assert bench.schedule() is None
+    bench.deliver()
+    assert len(bench.schedule().query_lens) == 2  # nobody is left behind
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
+def test_stop_tokens_are_barred_in_plans_ahead_until_min_tokens_are_planned():
+    bench = Bench(ahead=True)
+    bench.add(prompt_of(3), min_tokens=1, stop_token_ids=[7], ignore_eos=True)
+    assert [bench.schedule().samples[0].barred for _ in range(2)] == [[7], []]
+
+
+def test_a_block_whose_last_token_is_not_known_yet_is_not_shared():
+    bench = Bench(ahead=True)
+    (first,) = bench.add(prompt_of(3), ignore_eos=True, max_tokens=6)
+    bench.schedule()
+    bench.schedule()  # it writes the fourth token of the block, whichever that will be
+    bench.deliver()
+    bench.add([*first.token_ids, 1])
+    assert bench.schedule().context_lens[1] == 0
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
+def test_logits_that_are_not_finite_drop_what_was_planned_ahead():
+    bench = Bench(budget=12, ahead=True)
+    (bad,) = bench.add(prompt_of(9), "bad", ignore_eos=True)
+    bench.schedule()
+    bench.schedule()
+    (update,) = bench.deliver(corrupt={0})
+    assert update.error == "the logits at position 8 are not finite"
+    assert bad.block_table and bench.deliver() == [] and not bad.block_table
+    (again,) = bench.add(prompt_of(9), "again")
+    bench.drain(depth=2)
+    assert again.num_cached_tokens == 0
+    bench.check_outputs()
+
+
+def test_a_plan_ahead_takes_no_blocks_from_sequences_in_flight():
+    bench = Bench(num_blocks=8, ahead=True)
+    (old,) = bench.add(prompt_of(15, seed=1), ignore_eos=True, max_tokens=None)
+    (young,) = bench.add(prompt_of(15, seed=2), ignore_eos=True, max_tokens=None)
+    while old.num_tokens + old.num_expected_tokens < 17:
+        assert len(bench.schedule().query_lens) == 2
+        if len(bench.flights) == 2:
+            bench.deliver()
+    assert bench.schedule() is None  # `old` needs a fifth block, and `young` is in flight
+    bench.deliver()
+    bench.schedule()
+    assert (old.num_preemptions, young.num_preemptions) == (0, 1)
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
 # Random schedules
 
 PREFIXES = [prompt_of(n, seed=100 + n % 3) for n in (4, 8, 9, 12)]
@@ -899,8 +1023,9 @@ def random_request(rng: random.Random, max_model_len: int) -> tuple[list[int], d
     return prompt, options
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(16))
-def test_random_schedules_give_every_request_the_output_it_gets_alone(seed):
+def test_random_schedules_give_every_request_the_output_it_gets_alone(seed, ahead):
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 4, 4, 8])
     depth = 1 + seed % 4
@@ -910,6 +1035,7 @@ def test_random_schedules_give_every_request_the_output_it_gets_alone(seed):
         max_num_seqs=rng.choice([4, 8]),
         budget=rng.choice([4, 7, 16, 40]),
         caching=seed % 8 != 7,
+        ahead=ahead,
     )
     for _ in range(4000):
         action = rng.random()
@@ -946,8 +1072,9 @@ class RandomSchedules(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         depth=st.integers(1, 4),
         caching=st.booleans(),
+        ahead=st.booleans(),
     )
-    def start(self, block_size, spare_blocks, budget, max_num_seqs, depth, caching):
+    def start(self, block_size, spare_blocks, budget, max_num_seqs, depth, caching, ahead):
         self.depth = depth
         self.bench = Bench(
             block_size=block_size,
@@ -956,6 +1083,7 @@ class RandomSchedules(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             budget=budget,
             caching=caching,
+            ahead=ahead,
         )
 
     @rule(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moespan.config import EngineConfig
 from moespan.ops import CpuOps, Ops, ops_for
 from tests.ops.contract import OpsContract, QuantizedContract
 
@@ -20,4 +21,5 @@ class TestCpuOps(OpsContract, QuantizedContract):
 
     @pytest.fixture
     def ops(self, request: pytest.FixtureRequest) -> Ops:
-        return ops_for("cpu", request.node.callspec.params.get("dtype", torch.bfloat16))
+        dtype = request.node.callspec.params.get("dtype", torch.bfloat16)
+        return ops_for("cpu", EngineConfig("unused", dtype=str(dtype).removeprefix("torch.")))

@@ -117,10 +117,32 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def plans(layout: Layout) -> Iterator[list[StepPlan | None]]:
-    """The steps, for as many replicas as there are."""
+    """The steps, for as many replicas as there are. On one stage a replica's first token is one
+    that its plan before samples."""
     rng = random.Random(str(layout))
+    last: list[StepPlan | None] = [None] * layout.dp
     for step, lengths in enumerate(STEPS):
-        yield [_plan(step, lengths[replica % len(lengths)], rng) for replica in range(layout.dp)]
+        made = [_plan(step, lengths[replica % len(lengths)], rng) for replica in range(layout.dp)]
+        for plan, before in zip(made, last, strict=True):
+            if plan is not None and before is not None and layout.pp == 1:
+                plan.token_ids[0] = ~0
+        last = [plan or before for plan, before in zip(made, last, strict=True)]
+        yield made
+
+
+def num_sampled(layout: Layout, step: int) -> list[int]:
+    """How many tokens each replica's plan before sampled, where the plan names one of them."""
+    made = list(plans(layout))
+    return (
+        [
+            len([before for before in earlier if before is not None][-1].samples)
+            if plan is not None and plan.is_ahead
+            else 0
+            for plan, earlier in zip(made[step], zip(*made[:step], strict=True), strict=True)
+        ]
+        if step
+        else []
+    )
 
 
 def _plan(step: int, query_lens: list[int], rng: random.Random) -> StepPlan | None:
@@ -156,6 +178,7 @@ def size_of(case: int, step: int, results: Results) -> StepSize:
         num_tokens,
         num_rows,
         {layer: [np.array(rows) for rows in replicas] for layer, replicas in choices.items()},
+        num_sampled(layout, step),
     )
 
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 
 import torch
-import torch_npu  # noqa: F401  registers the operators
+import torch_npu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ascend_sim import fused_communication, graphs  # noqa: F401  registers CPU kernels
 from ascend_sim.graphs import COLLECTIVES, Graph
-from ascend_sim.kernels import RefusedError
+from ascend_sim.kernels import FRACTAL_NZ, ND, RefusedError
 from ascend_sim.memory import deliver, host, is_npu, on_cpu, poison, storages, to_meta
 
 aten, npu = torch.ops.aten, torch.ops.npu
@@ -43,6 +44,18 @@ UNSEEN = ALLOCATING | {
 COPYING = {aten._to_copy, aten.copy_, aten.clone, aten.item, aten._local_scalar_dense}
 # Adapters of these look at what their kernels computed.
 WITHOUT_ADAPTER = {aten.index, aten.index_put_, aten.bincount, npu.npu_format_cast}
+# What takes a matrix in tiles.
+PRODUCTS = {
+    aten.linear,
+    aten.mm,
+    aten.matmul,
+    aten.addmm,
+    npu.npu_linear,
+    npu.npu_grouped_matmul,
+    npu.npu_mm_all_reduce_base,
+}
+# Tensors in NZ format, by the address of their memory.
+tiled = {}
 # Operations whose result's shape, or the host's next step, depends on numbers: by tag, and by name.
 WAITING = {aten.where.default, aten.is_nonzero.default, aten.repeat_interleave.self_Tensor}
 DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
@@ -73,11 +86,52 @@ class SimulatedNPU(TorchDispatchMode):
             if Graph.capturing is not None:
                 Graph.record(func, args, kwargs, result)
             return result
+        if packet is npu.npu_format_cast:
+            return cast_format(args, kwargs)
+        if packet is npu.get_npu_format:
+            return format_of(args[0])
+        check_tiled(func, args, kwargs)
         if Graph.updating is not None:
             return Graph.record_update(func, args, kwargs)
         if Graph.capturing is not None:
             return capture(func, args, kwargs)
         return compute(func, args, kwargs)
+
+
+def cast_format(args, kwargs):
+    """As torch_npu does: unless internal formats are allowed the cast changes nothing."""
+    result = compute(npu.npu_format_cast.default, args, kwargs)
+    allowed = torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT")
+    if args[1] == FRACTAL_NZ and allowed in (b"enable", "enable"):
+        address = result.untyped_storage().data_ptr()
+        tiled[address] = weakref.ref(result, lambda _: tiled.pop(address, None))
+    return result
+
+
+def format_of(tensor):
+    return FRACTAL_NZ if tiled_whole(tensor) is not None else ND
+
+
+def tiled_whole(tensor):
+    """The tensor in NZ format that this one is, or is a view of."""
+    found = tiled.get(tensor.untyped_storage().data_ptr()) if is_npu(tensor) else None
+    return found and found()
+
+
+def check_tiled(func, args, kwargs):
+    """Tensors in tiles are for matrix products, whole: all else would be converted back first."""
+    for x in tree_leaves((args, kwargs)):
+        whole = tiled_whole(x) if tiled and is_npu(x) else None
+        if whole is None:
+            continue
+        turned = whole.dim() == 2 and (x.shape, x.stride()) == (whole.t().shape, whole.t().stride())
+        if func.overloadpacket not in PRODUCTS or not (
+            (x.shape, x.stride()) == (whole.shape, whole.stride()) or turned
+        ):
+            raise RefusedError(
+                f"{func} of {tuple(x.shape)} with strides {x.stride()}, a view of a tensor in "
+                f"NZ format {tuple(whole.shape)}: NZ is for whole matrices in products"
+            )
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch_npu
 
-from ascend_sim.kernels import HALVES, demand, kernel, one_dtype, uninitialised, unknown
+from ascend_sim.kernels import HALVES, demand, kernel, one_dtype, plain, uninitialised, unknown
 
 HCCL_TYPES = {
     torch.int8: 0,
@@ -32,14 +32,20 @@ class Group:
     """A communicator of this process, by the name that torch_npu gives it."""
 
     _cann = None
+    with_matmul = None  # the one that matmuls with a collective use
 
-    def __init__(self, name, only_fused):
+    @staticmethod
+    def find(name, only_fused=False):
+        """The communicator's address; None if there is none (any more)."""
         if Group._cann is None:
             folder = Path(torch_npu.__file__).parent.parent / "torch_npu.libs"
             Group._cann = ctypes.CDLL(str(folder / "libfakecann.so"))
             Group._cann.ascend_sim_comm.restype = ctypes.c_void_p
             Group._cann.ascend_sim_comm_bytes.restype = ctypes.c_size_t
-        handle = Group._cann.ascend_sim_comm(name.encode(), int(only_fused))
+        return Group._cann.ascend_sim_comm(name.encode(), int(only_fused))
+
+    def __init__(self, name, only_fused):
+        handle = Group.find(name, only_fused)
         demand(handle, f"there is no communicator {name!r}")
         self._comm = ctypes.c_void_p(handle)
         rank, size = ctypes.c_uint32(), ctypes.c_uint32()
@@ -86,15 +92,23 @@ class Group:
 
 
 @kernel("npu::npu_mm_all_reduce_base")
-def mm_all_reduce_base(x1, x2, hcom, *, reduce_op="sum", bias=None, comm_turn=0, **others):
+def mm_all_reduce_base(x1, x2, hcom, *, reduce_op="sum", bias=None, x3=None, comm_turn=0, **others):
     unknown(**others)
     name = "npu_mm_all_reduce_base"
-    one_dtype(name, HALVES, x1, x2)
+    one_dtype(name, HALVES, x1, x2, bias, x3)
+    plain(name, x1)
     demand(reduce_op == "sum" and comm_turn == 0, f"{name}: {reduce_op=}, {comm_turn=}")
     demand(x2.dim() == 2 and x1.dim() in (2, 3), f"{name}: {x1.dim()} and {x2.dim()} dims")
+    demand(x2.is_contiguous() or x2.t().is_contiguous(), f"{name}: x2 has strides {x2.stride()}")
     group = Group(hcom, only_fused=False)
     demand(group.size in (1, 2, 4, 8), f"{name} takes 1, 2, 4 or 8 ranks, not {group.size}")
+    other = Group.with_matmul not in (None, hcom) and Group.find(Group.with_matmul)
+    demand(not other, f"{name}: all such operators of a model share one group")
+    Group.with_matmul = hcom
     y = x1.float() @ x2.float()
+    if x3 is not None:
+        demand(x3.shape == y.shape, f"{name}: x3 {tuple(x3.shape)} for {tuple(y.shape)}")
+        y = y + x3.float()
     return group.all_reduce((y if bias is None else y + bias.float()).to(x1.dtype))
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32)
 MASK_SIZE = 2048
+ND, FRACTAL_NZ = 2, 29
 
 _libraries = {space: torch.library.Library(space, "IMPL") for space in ("npu", "atb")}
 
@@ -553,5 +554,12 @@ def scatter_nd_update(tensor, indices, updates):
 
 @kernel("npu::npu_format_cast")
 def format_cast(tensor, acl_format, *, customize_dtype=None, input_dtype=None):
-    """A copy: how the hardware lays numbers out in memory is its own business."""
+    """A copy: how the hardware lays numbers out in memory is its own business. What may be done
+    with the copy is in device.py."""
+    unknown(customize_dtype=customize_dtype, input_dtype=input_dtype)
+    demand(acl_format in (ND, FRACTAL_NZ), f"the simulator does not know format {acl_format}")
+    if acl_format == FRACTAL_NZ:
+        one_dtype("npu_format_cast to NZ", (*HALVES, torch.int8), tensor)
+        plain("npu_format_cast to NZ", tensor)
+        demand(tensor.dim() in (2, 3), f"npu_format_cast to NZ: {tensor.dim()} dims")
     return tensor.clone()

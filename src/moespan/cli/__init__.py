@@ -238,6 +238,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also start the layout's ranks, and time all-reduces over each axis",
     )
+    verb.add_argument(
+        "--compare-nodes",
+        action="store_true",
+        help="also compare code and clocks with the other nodes, which run the same meanwhile",
+    )
     verb.add_argument("--json", action="store_true", help="print the findings as JSON")
     verb.set_defaults(run=doctor)
     return parser

@@ -10,6 +10,7 @@ from moespan.config import (
     DTYPE_BYTES,
     KV_CACHE_DTYPES,
     QUANTIZATIONS,
+    WEIGHT_FORMATS,
     EngineConfig,
     Layout,
     ModelConfig,
@@ -56,6 +57,8 @@ def planned(args: argparse.Namespace) -> tuple[ModelConfig | None, EngineConfig]
         max_num_batched_tokens=args.max_num_batched_tokens,
         moe_dispatch=args.moe_dispatch,
         bind=args.bind,
+        npu_fused_all_reduce=args.npu_fused_all_reduce,
+        npu_weight_format=args.npu_weight_format,
     )
     if model is not None:
         layout.check_dispatch(config.moe_dispatch)
@@ -169,7 +172,22 @@ def add_model_flags(parser: argparse.ArgumentParser, model_is_required: bool = T
         "--moe-dispatch",
         choices=DISPATCHES,
         default="auto",
-        help="how tokens meet experts on other ranks (auto)",
+        help="how tokens meet experts on other ranks (auto); fused: NPUs only",
+    )
+    parser.add_argument(
+        "--npu-fused-all-reduce",
+        type=int,
+        nargs="?",
+        const=512,
+        default=0,
+        metavar="ROWS",
+        help="NPUs: one operator for a matmul and its all-reduce, in steps of ROWS (512) or more",
+    )
+    parser.add_argument(
+        "--npu-weight-format",
+        choices=WEIGHT_FORMATS,
+        default=EngineConfig.npu_weight_format,
+        help="NPUs: nz lays matrices out in tiles (nd)",
     )
     parser.add_argument("--device", choices=["auto", "npu", "cuda", "cpu"], default="auto")
     parser.add_argument(
@@ -225,6 +243,18 @@ def add_model_flags(parser: argparse.ArgumentParser, model_is_required: bool = T
         "--disable-cuda-graph",
         action="store_true",
         help="never run decode steps as recorded graphs",
+    )
+    parser.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        help="plan a step while the one before runs (on NPUs and GPUs)",
+    )
+    parser.add_argument(
+        "--disable-overlap-schedule",
+        dest="async_scheduling",
+        action="store_false",
+        default=None,
+        help=argparse.SUPPRESS,
     )
     parser.add_argument(
         "--check-finite",
@@ -351,6 +381,9 @@ def start_llm(args: argparse.Namespace) -> LLM:
         check_finite=args.check_finite,
         bind=args.bind,
         enforce_eager=args.enforce_eager,
+        npu_fused_all_reduce=args.npu_fused_all_reduce,
+        npu_weight_format=args.npu_weight_format,
+        async_scheduling=args.async_scheduling,
         nnodes=args.nnodes,
         node_rank=args.node_rank,
         master_addr=args.master_addr,

@@ -254,7 +254,7 @@ def bench(args: argparse.Namespace) -> int:
     """Measure prefill and decode speed, latencies, memory and start-up, and what share of the
     machine's limits is reached. Random token ids, greedy, no prefix cache, medians."""
     from moespan.bench import Settings, first_token_s
-    from moespan.bench import bench as measure
+    from moespan.bench import bench as run_bench
 
     settings = Settings(
         args.prefill, args.decode_batch, args.context, args.decode_tokens, args.repeats
@@ -269,7 +269,7 @@ def bench(args: argparse.Namespace) -> int:
         llm = stack.enter_context(start_llm(args))
         start_s = time.perf_counter() - started
         start_up_s = first_token_s(llm)
-        report = measure(llm, settings, args.nnodes)
+        report = run_bench(llm, settings, args.nnodes)
     if args.preset is not None:
         report["model"] = args.preset
     report |= {"engine_start_s": start_s, "start_to_first_token_s": start_up_s}
@@ -461,6 +461,10 @@ def doctor(args: argparse.Namespace) -> int:
         from moespan.doctor.collectives import findings as time_collectives
 
         findings += time_collectives(config, args.nnodes)
+    if args.compare_nodes:
+        from moespan.doctor.nodes import findings as compare_nodes
+
+        findings += compare_nodes(job.nodes)
     if args.json:
         print(json.dumps(report.to_dict(findings, job.device, str(job.layout))))
     else:

@@ -6,6 +6,7 @@ Typed, validated, and free of torch, so that everything which only plans or prin
 from moespan.config.engine import (
     COLLECTIVE_TIMEOUT_S,
     DISPATCHES,
+    WEIGHT_FORMATS,
     EngineConfig,
     ExpertTable,
     Nodes,
@@ -28,6 +29,7 @@ __all__ = [
     "QUANTIZATIONS",
     "SCALE_BYTES",
     "SCALE_SUFFIX",
+    "WEIGHT_FORMATS",
     "Coordinates",
     "EngineConfig",
     "ExpertTable",

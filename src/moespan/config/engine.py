@@ -11,7 +11,8 @@ from moespan.config.model import DTYPE_BYTES
 from moespan.config.quantization import KV_CACHE_DTYPES, QUANTIZATIONS
 from moespan.errors import ConfigError, LayoutError
 
-DISPATCHES = ("auto", "replicated", "all_gather", "all_to_all")
+DISPATCHES = ("auto", "replicated", "all_gather", "all_to_all", "fused")
+WEIGHT_FORMATS = ("nd", "nz")
 
 # No rank waits longer than this for another one inside a collective of the model.
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -49,6 +50,12 @@ class EngineConfig:
             (`moespan.checkpoint.experts`).
         bind: ranks to cores and NUMA nodes: `auto`, `off`, or `local rank:node,...`.
         enforce_eager: never run decode steps as recorded graphs (`moespan.engine.graphs`).
+        npu_fused_all_reduce: from how many rows on a matmul and its all-reduce are one operator of
+            an NPU (`moespan.parallel.fused`); 0 is never.
+        npu_weight_format: how matrices lie in an NPU's memory: `nd`, row after row, or `nz`, in
+            tiles of 16 × 16.
+        async_scheduling: plan a step while the one before runs; None does so on devices that work
+            apart from the host. With pipeline stages it changes nothing: they have a plan each.
     """
 
     model: str
@@ -70,6 +77,9 @@ class EngineConfig:
     expert_placement: str | ExpertTable = "contiguous"
     bind: str = "auto"
     enforce_eager: bool = False
+    npu_fused_all_reduce: int = 0
+    npu_weight_format: str = "nd"
+    async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -79,6 +89,7 @@ class EngineConfig:
             "kv_cache_dtype": (self.kv_cache_dtype, KV_CACHE_DTYPES),
             "load_format": (self.load_format, ("safetensors", "dummy")),
             "moe_dispatch": (self.moe_dispatch, DISPATCHES),
+            "npu_weight_format": (self.npu_weight_format, WEIGHT_FORMATS),
         }
         for name, (value, allowed) in choices.items():
             if value not in allowed:
@@ -86,6 +97,7 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        self._check_npu_options()
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_seqs={self.max_num_seqs} exceeds "
@@ -99,10 +111,40 @@ class EngineConfig:
                 f"{self.blocks_per_sequence} or a shorter max_model_len"
             )
 
+    def _check_npu_options(self) -> None:
+        """What an NPU alone has, and only for 16-bit types."""
+        if self.npu_fused_all_reduce < 0:
+            raise ConfigError(
+                f"npu_fused_all_reduce={self.npu_fused_all_reduce} must be a number of rows, or 0"
+            )
+        asked = {
+            "moe_dispatch=fused": self.moe_dispatch == "fused",
+            f"npu_fused_all_reduce={self.npu_fused_all_reduce}": self.npu_fused_all_reduce > 0,
+            f"npu_weight_format={self.npu_weight_format}": self.npu_weight_format != "nd",
+        }
+        for option in (option for option, is_asked in asked.items() if is_asked):
+            if self.device != "npu":
+                raise ConfigError(f"{option} is for device=npu, not {self.device}; leave it out")
+            if DTYPE_BYTES[self.dtype] != 2:
+                raise ConfigError(
+                    f"{option} takes float16 and bfloat16, not dtype={self.dtype}; leave it out"
+                )
+
     @property
     def cache_dtype(self) -> str:
         """Of the KV cache: `dtype` or `int8`."""
         return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
+    @property
+    def plans_ahead(self) -> bool:
+        """Whether a sequence may be in the next plan before the result of the last is back."""
+        wanted = self.async_scheduling
+        return self.layout.pp == 1 and (self.device != "cpu" if wanted is None else wanted)
+
+    @property
+    def most_steps_in_flight(self) -> int:
+        """Steps that are planned before the result of the oldest of them is needed."""
+        return 2 if self.plans_ahead else self.layout.pp
 
     @property
     def blocks_per_sequence(self) -> int:

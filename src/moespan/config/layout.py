@@ -215,11 +215,15 @@ class Layout:
 
     def check_dispatch(self, dispatch: str) -> None:
         """Raise `LayoutError` if `dispatch`, unless it is `auto`, does not apply here."""
-        if dispatch not in ("auto", *self.dispatches):
+        if dispatch not in ("auto", *self.dispatches, *self._dispatches_of_npus):
             raise LayoutError(
                 f"moe_dispatch={dispatch} does not apply to layout {self}; use auto or "
                 f"{' or '.join(self.dispatches)}"
             )
+
+    @property
+    def _dispatches_of_npus(self) -> tuple[str, ...]:
+        return ("fused",) if self.ep_blocks > 1 else ()
 
 
 def all_layouts(world_size: int, config: ModelConfig) -> list[Layout]:

@@ -6,6 +6,7 @@ sampled into text. The others only execute plans.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import deque
@@ -29,10 +30,12 @@ from moespan.engine.scheduler import SequenceUpdate
 from moespan.engine.sequence import Sequence
 from moespan.engine.text import TextStream
 from moespan.engine.trace import Observation, join_rows
-from moespan.engine.worker import Worker
+from moespan.engine.worker import Pending, Worker
 from moespan.errors import ConfigError, RequestError
 from moespan.memory import available_bytes
 from moespan.ops import Ops, Weight, ops_for
+from moespan.parallel import fused
+from moespan.parallel.buffers import DEFAULT_BUFFER_MB
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.traffic import TrafficRows
 from moespan.tokenizer import Tokenizer
@@ -80,10 +83,11 @@ class Engine:
         self._tokenizer = tokenizer
         eos = {*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
         self._replicas = Replicas(config, info.num_blocks, model_config.vocab_size, eos)
+        self._most_in_flight = config.most_steps_in_flight
         self._seeds = random.Random(config.seed)
         self._live: dict[tuple[str, int], _Continuation] = {}
         # Results of steps in flight that this rank itself computed, if it speaks for its replica.
-        self._own_results: deque[StepResult | None] = deque()
+        self._own_results: deque[Pending | None] = deque()
         self._is_closed = False
 
     @property
@@ -94,6 +98,7 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """A snapshot of queues and counters, of all replicas together."""
+        self._settle()
         schedulers = self._replicas.schedulers
         return EngineStats(
             num_waiting=sum(s.num_waiting for s in schedulers),
@@ -128,21 +133,23 @@ class Engine:
             del self._live[sequence.id, sequence.index]
 
     def step(self) -> list[OutputDelta]:
-        """Keep a plan in flight for every pipeline stage, and return what the oldest one brought;
-        nothing if there is no work."""
-        while self._replicas.num_in_flight < self._mesh.layout.pp:
+        """Keep plans in flight, one for every pipeline stage or one ahead of the device, and return
+        what the oldest of them brought; nothing if there is no work."""
+        while self._replicas.num_in_flight < self._most_in_flight:
             plans = self._replicas.schedule()
             if plans is None:
                 break
             message = StepPlans.of(plans)
             self._broadcast(message)
-            self._own_results.append(self._worker.execute(message))
+            own = plans[self._mesh.at.dp]
+            self._own_results.append(self._worker.execute(message, own))
         if not self._replicas.num_in_flight:
             return []
         return [self._delta(update) for update in self._replicas.update(self._collect())]
 
     def traffic(self) -> list[TrafficRows]:
-        """What each rank has sent since the start, in the order of ranks; call it between steps."""
+        """What each rank has sent since the start, in the order of ranks; call it when idle."""
+        self._settle()
         self._broadcast(Report())
         own = self._mesh.traffic.rows()
         others = range(1, self._mesh.layout.world_size)
@@ -155,6 +162,7 @@ class Engine:
         Raises:
             RequestError: the prompt does not fit into one step.
         """
+        self._settle()
         scheduler = self._replicas.schedulers[0]
         request = Request(id="trace", prompt_token_ids=token_ids, params=SamplingParams())
         check_request(request, self.info.max_model_len, scheduler.vocab_size)
@@ -201,10 +209,15 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
-        while self._replicas.num_in_flight:
-            self._replicas.update(self._collect())
+        self._live.clear()
+        self._settle()
         self._broadcast(Close(successor))
         self._mesh.close()
+
+    def _settle(self) -> None:
+        """Take in what is in flight if nobody waits for it: steps ahead of what stopped since."""
+        while not self._live and self._replicas.num_in_flight:
+            self._replicas.update(self._collect())
 
     def _broadcast(self, message: FromLeader) -> None:
         kind = str(message.__struct_config__.tag)
@@ -218,7 +231,8 @@ class Engine:
             if plan is None:
                 results.append(None)
             elif speaker == self._mesh.rank:
-                results.append(own)
+                assert own is not None
+                results.append(own.wait())
             else:
                 results.append(_decode_result(self._mesh.control.receive(speaker)))
         return results
@@ -306,7 +320,7 @@ def follow(config: EngineConfig, mesh: Mesh) -> EngineConfig | None:
             if message.trace and mesh.at.dp == 0 and mesh.at.tp == 0:
                 mesh.control.send(msgspec.msgpack.encode(worker.trace), "trace")
             if result is not None:
-                mesh.control.send(msgspec.msgpack.encode(result), "result")
+                mesh.control.send(msgspec.msgpack.encode(result.wait()), "result")
         elif isinstance(message, Report):
             mesh.control.send(msgspec.msgpack.encode(mesh.traffic.rows()), "report")
         elif isinstance(message, Close):
@@ -332,6 +346,15 @@ def _build_worker(
         quantization = quantization or model_config.quantization.scheme
         model_config = replace(model_config, quantization=None)
     experts = ExpertPlacement.make(config.expert_placement, model_config, config.layout)
+    ops = ops_for(config.device, config)
+    fused.check(
+        config,
+        model_config,
+        experts,
+        ops.chip,
+        mesh.ranks_here,
+        int(os.environ.get("HCCL_BUFFSIZE", DEFAULT_BUFFER_MB)),
+    )
     placement = place(model_config, config.layout, mesh.rank, experts, quantization)
     # tqdm's own rule for `disable=None`: only a terminal gets a bar.
     with tqdm(

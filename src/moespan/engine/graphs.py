@@ -14,11 +14,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moespan.config import EngineConfig
 from moespan.engine.plan import StepPlan
+from moespan.engine.sampler import fill_in
 from moespan.memory import reserved_bytes
 from moespan.notice import notice
 from moespan.ops import AttentionBatch, Ops, Replay
@@ -107,11 +109,14 @@ class DecodeGraphs:
         """Tell, once, that steps run without graphs."""
         notice(f"decode steps are not recorded as graphs: {why}", from_any_rank)
 
-    def __call__(self, plan: StepPlan, size: int, hidden: Tensor | None) -> Tensor:
+    def __call__(
+        self, plan: StepPlan, size: int, hidden: Tensor | None, expected: Tensor | None = None
+    ) -> Tensor:
         """Run the decode step `plan`, padded to `size` sequences.
 
         Args:
             hidden: what the stage before sent, [L, H]; None on the first stage.
+            expected: int32 [R], the tokens that the plan names by their place; None if none.
 
         Returns:
             What the model returns for the padded step, in memory that the next step overwrites.
@@ -120,6 +125,8 @@ class DecodeGraphs:
         if recorded is None:
             recorded = self._recorded[size] = self._make(size)
         total_lens = self._fill(recorded, plan)
+        if expected is not None:
+            recorded.token_ids.copy_(fill_in(recorded.token_ids, expected))
         if recorded.hidden is not None:
             assert hidden is not None
             recorded.hidden.copy_(hidden)
@@ -173,26 +180,23 @@ class DecodeGraphs:
         """Send the plan's inputs, in one transfer; → tokens of each sequence after the step."""
         size, given = len(recorded.rows), len(plan.token_ids)
         added = size - given
-        # The first added row writes the slot that all of them read.
-        scratch = [self._first_scratch_block * self._block_size + i for i in range(added)]
-        context_lens = plan.context_lens + [0] * added
-        slots = [
-            table[length // self._block_size] * self._block_size + length % self._block_size
-            for table, length in zip(plan.block_tables, plan.context_lens, strict=True)
-        ]
-        total_lens = [length + 1 for length in context_lens]
-        tables = torch.zeros(size, self._width, dtype=torch.int32)
-        for row, table in enumerate(plan.block_tables):
-            tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
-        tables[given:] = self._first_scratch_block
         # Fresh memory, which the allocator keeps until it has been sent.
         sent = torch.zeros(
             recorded.inputs.shape, dtype=torch.int32, pin_memory=self._device.type != "cpu"
         )
-        at = 0
-        for values in (plan.token_ids + [0] * added, context_lens, slots + scratch, total_lens):
-            sent[at : at + size] = torch.tensor(values, dtype=torch.int32)
-            at += -(-size // _ALIGNMENT) * _ALIGNMENT
-        sent[at : at + tables.numel()] = tables.flatten()
+        inputs = sent.numpy()
+        room = -(-size // _ALIGNMENT) * _ALIGNMENT
+        token_ids, positions, slots, totals = inputs[: 4 * room].reshape(4, room)[:, :size]
+        tables = inputs[4 * room :][: size * self._width].reshape(size, self._width)
+        token_ids[:given] = plan.token_ids
+        positions[:given] = plan.context_lens
+        np.add(positions, 1, out=totals)
+        for row, table in zip(tables, plan.block_tables, strict=False):
+            row[: len(table)] = table
+        tables[given:] = self._first_scratch_block
+        blocks = tables[np.arange(size), positions // self._block_size]
+        slots[:] = blocks * self._block_size + positions % self._block_size
+        # The first added row writes the slot that all of them read.
+        slots[given:] += np.arange(added, dtype=np.int32)
         recorded.inputs.copy_(sent, non_blocking=True)
-        return total_lens
+        return [length + 1 for length in plan.context_lens] + [1] * added

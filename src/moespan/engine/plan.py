@@ -66,7 +66,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
     Attributes:
         step: counts plans from 0.
-        token_ids: the query tokens of all sequences, one sequence after the other [T].
+        token_ids: the query tokens of all sequences, one sequence after the other [T]; `~i` is
+            the token that `samples[i]` of this replica's plan before gets, which is in flight.
         query_lens: how many of them belong to each sequence [S]; their sum is T.
         context_lens: tokens of each sequence that are in the cache before this step [S].
         block_tables: cache blocks of each sequence, enough for context and query [S][blocks].
@@ -81,6 +82,11 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     block_tables: list[list[int]]
     samples: list[SampleRow]
     prompts: list[PromptRow] = []
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it names tokens that the plan before samples."""
+        return min(self.token_ids, default=0) < 0
 
     @property
     def is_decode(self) -> bool:

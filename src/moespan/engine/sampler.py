@@ -6,6 +6,7 @@ seed and position, picks from the cumulative distribution.
 
 from __future__ import annotations
 
+import math
 from hashlib import blake2b
 
 import torch
@@ -13,90 +14,142 @@ from torch import Tensor
 
 from moespan.engine.plan import Sampled, SampleRow
 from moespan.engine.request import TokenLogprobs
-from moespan.memory import to_device
+from moespan.memory import ToHost, to_device
 
 # Logits divided by less could overflow; it is as good as greedy.
 _LEAST_TEMPERATURE = 1e-6
 
 
-def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
-    """Choose one token for each row.
+class Sampling:
+    """One token for each row, which the device may still be choosing.
+
+    Attributes:
+        token_ids: int32 [R], on the device of the logits; any valid id where these are not finite.
 
     Args:
-        logits: float32 [R, V].
+        logits: float32 [R, V]; free to be overwritten by what the device is given next.
         rows: R descriptions of how to sample.
-
-    Returns:
-        One entry for each row; its token is None when its logits are not all finite.
     """
-    adjusted = logits
-    if any(_is_adjusted(row) for row in rows):
-        adjusted = logits.clone()
-        for values, row in zip(adjusted, rows, strict=True):
-            _adjust(values, row)
+
+    def __init__(self, logits: Tensor, rows: list[SampleRow]) -> None:
+        self._rows = rows
+        self.token_ids = _choose(logits, rows)
+        # 0 times what is not finite is not 0: one pass, where `isfinite` takes many.
+        finite = (logits * 0).sum(-1) == 0
+        chosen = torch.stack([self.token_ids, finite.int()])
+        self._reported = [i for i, row in enumerate(rows) if row.logprobs is not None]
+        scores: list[Tensor] = []
+        if self._reported:
+            at = _tensor(self._reported, torch.int64, logits)
+            most = max(rows[i].logprobs or 0 for i in self._reported)
+            scores = _scores(logits[at], self.token_ids[at], most)
+        self._to_host = ToHost([chosen, *scores])
+
+    def wait(self) -> list[Sampled]:
+        """One entry for each row; its token is None when its logits are not all finite."""
+        chosen, *scores = self._to_host.wait()
+        token_ids, finite = chosen.tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        if scores:
+            reported = [token_ids[i] for i in self._reported]
+            for i, score in zip(self._reported, _to_logprobs(reported, scores), strict=True):
+                if finite[i]:
+                    top = score.top[: self._rows[i].logprobs]
+                    logprobs[i] = TokenLogprobs(score.token_id, score.logprob, top)
+        return [
+            Sampled(token_id if is_finite else None, logprob)
+            for token_id, is_finite, logprob in zip(token_ids, finite, logprobs, strict=True)
+        ]
+
+
+def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
+    """Choose one token for each row of float32 logits [R, V], and wait for it."""
+    return Sampling(logits, rows).wait()
+
+
+def fill_in(token_ids: Tensor, sampled: Tensor) -> Tensor:
+    """Put `sampled[i]` where `token_ids` [T] names it, as `~i`; both int32."""
+    return torch.where(token_ids < 0, sampled[(~token_ids).clamp_(min=0)], token_ids)
+
+
+def _choose(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """The tokens of all rows, int32 [R]; the host does not wait for them."""
+    adjusted = _adjust(logits, rows)
     tokens = adjusted.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
     if drawn:
         at = _tensor(drawn, torch.int64, logits)
         tokens[at] = _draw(adjusted[at], [rows[i] for i in drawn])
-    # The only place of a step where the host waits for the device.
-    chosen, finite = torch.stack([tokens, logits.isfinite().all(-1)]).tolist()
-    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
-    reported = [i for i, row in enumerate(rows) if row.logprobs is not None and finite[i]]
-    if reported:
-        scores = token_logprobs(
-            logits[_tensor(reported, torch.int64, logits)],
-            [chosen[i] for i in reported],
-            max(rows[i].logprobs or 0 for i in reported),
-        )
-        for i, score in zip(reported, scores, strict=True):
-            logprobs[i] = TokenLogprobs(
-                score.token_id, score.logprob, score.top[: rows[i].logprobs]
-            )
-    return [
-        Sampled(token if is_finite else None, logprob)
-        for token, is_finite, logprob in zip(chosen, finite, logprobs, strict=True)
-    ]
+    return tokens.int()
 
 
 def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
     """Log probabilities of `token_ids` and of the `num_top` best under float32 logits [R, V]."""
+    targets = _tensor(token_ids, torch.int32, logits)
+    return _to_logprobs(token_ids, _scores(logits, targets, num_top))
+
+
+def _scores(logits: Tensor, token_ids: Tensor, num_top: int) -> list[Tensor]:
+    """Log probabilities of int32 `token_ids` [R], and values and ids of the best [R, num_top]."""
     logprobs = logits.log_softmax(-1)
-    targets = _tensor(token_ids, torch.int64, logits)
-    own = logprobs.gather(-1, targets[:, None])[:, 0].tolist()
-    best = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
-    values, ids = (part.tolist() for part in best)
+    own = logprobs.gather(-1, token_ids.long()[:, None])[:, 0]
+    return [own, *logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)]
+
+
+def _to_logprobs(token_ids: list[int], scores: list[Tensor]) -> list[TokenLogprobs]:
+    own, values, ids = (part.tolist() for part in scores)
     return [
         TokenLogprobs(token, logprob, list(zip(top_ids, top_values, strict=True)))
         for token, logprob, top_ids, top_values in zip(token_ids, own, ids, values, strict=True)
     ]
 
 
-def _is_adjusted(row: SampleRow) -> bool:
-    return bool(row.logit_bias or row.barred or row.seen_output or row.seen_prompt)
+def _adjust(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """Apply bias, penalties and bars, in this order; in a copy, if there are any."""
+    biased = [(i, row.logit_bias) for i, row in enumerate(rows) if row.logit_bias]
+    repeated = [
+        (i, dict.fromkeys(sorted({*row.seen_prompt, *row.seen_output}), row.repetition_penalty))
+        for i, row in enumerate(rows)
+        if row.repetition_penalty != 1 and (row.seen_prompt or row.seen_output)
+    ]
+    penalized = [(i, row) for i, row in enumerate(rows) if row.seen_output]
+    barred = [(i, dict.fromkeys(row.barred, -math.inf)) for i, row in enumerate(rows) if row.barred]
+    if not (biased or repeated or penalized or barred):
+        return logits
+    logits = logits.clone()
+    if biased:
+        at, biases = _entries(biased, logits)
+        logits[at] += biases
+    if repeated:
+        at, penalties = _entries(repeated, logits)
+        values = logits[at]
+        logits[at] = torch.where(values > 0, values / penalties, values * penalties)
+    if penalized:
+        at, penalties = _entries([(i, _penalties(row)) for i, row in penalized], logits)
+        logits[at] -= penalties
+    if barred:
+        at, bars = _entries(barred, logits)
+        logits[at] = bars
+    return logits
 
 
-def _adjust(logits: Tensor, row: SampleRow) -> None:
-    """Apply bias, bars and penalties to one row [V], in place."""
+def _penalties(row: SampleRow) -> dict[int, float]:
+    return {
+        token_id: row.frequency_penalty * count + row.presence_penalty
+        for token_id, count in row.seen_output.items()
+    }
 
-    def ids(tokens: list[int]) -> Tensor:
-        return _tensor(tokens, torch.int64, logits)
 
-    if row.logit_bias:
-        biases = _tensor(list(row.logit_bias.values()), torch.float32, logits)
-        logits[ids(list(row.logit_bias))] += biases
-    seen = ids(sorted({*row.seen_prompt, *row.seen_output}))
-    if len(seen) and row.repetition_penalty != 1:
-        values = logits[seen]
-        logits[seen] = torch.where(
-            values > 0, values / row.repetition_penalty, values * row.repetition_penalty
-        )
-    if row.seen_output:
-        counts = _tensor(list(row.seen_output.values()), torch.float32, logits)
-        penalty = row.frequency_penalty * counts + row.presence_penalty
-        logits[ids(list(row.seen_output))] -= penalty
-    if row.barred:
-        logits[ids(row.barred)] = -torch.inf
+def _entries(
+    values: list[tuple[int, dict[int, float]]], like: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Numbers for tokens of rows as (rows, token ids), which index logits, and float32 numbers."""
+    rows = [row for row, one in values for _ in one]
+    token_ids = [token_id for _, one in values for token_id in one]
+    at = torch.tensor([rows, token_ids])
+    numbers = torch.tensor([number for _, one in values for number in one.values()])
+    (at,), (numbers,) = to_device([at], like.device), to_device([numbers], like.device)
+    return (at[0], at[1]), numbers
 
 
 def _draw(logits: Tensor, rows: list[SampleRow]) -> Tensor:
@@ -146,11 +199,11 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     # Strictly past the target: a token of weight 0 is never picked.
     picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-    last = (weights > 0).int().cumsum(-1).argmax(-1)
-    return torch.minimum(picked, last)
+    # There is one, as `_uniform` stays below 1 by more than rounding; unless weights are NaN.
+    return picked.clamp_(max=weights.shape[-1] - 1)
 
 
 def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from 53 bits of BLAKE2b(seed, position)."""
+    """A number in [0, 1 − 2⁻⁵²] from 52 bits of BLAKE2b(seed, position)."""
     data = seed.to_bytes(8, "little", signed=False) + position.to_bytes(8, "little")
-    return (int.from_bytes(blake2b(data, digest_size=8).digest(), "little") >> 11) / (1 << 53)
+    return (int.from_bytes(blake2b(data, digest_size=8).digest(), "little") >> 12) / (1 << 52)

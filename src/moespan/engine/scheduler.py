@@ -13,6 +13,10 @@ The rules, all of them first come, first served:
   sequences in flight came after it, it waits for their results; it never gives up its own blocks,
   because whoever is older takes them when needed. Nothing is admitted in such a step.
 - A sequence is in at most one plan in flight, and holds its blocks until the plan is back.
+- With `plans_ahead` it may be in two: the second is made while the first runs, and names the token
+  that the first samples by its place. Limits of length are known ahead; of a sequence that turns
+  out to have stopped, the second plan's token is dropped. Where any sequence of the first plan
+  `needs_result`, the second waits for it, so that all go on at one pace.
 - `max_num_seqs` and `max_num_batched_tokens` bound each step; with several plans in flight, more
   sequences run at a time. With pp stages, a plan takes at most 1/pp of the sequences, and leaves as
   many to every other plan that is missing, so that there is one for every stage.
@@ -26,7 +30,8 @@ import bisect
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+
+import msgspec
 
 from moespan.config import EngineConfig
 from moespan.engine.blocks import BlockAllocator
@@ -36,16 +41,15 @@ from moespan.engine.sequence import Sequence, Status
 from moespan.errors import ConfigError, MoespanError, RequestError
 
 
-@dataclass(frozen=True)
-class SequenceUpdate:
+class SequenceUpdate(msgspec.Struct, frozen=True):
     """What one step's result brought to one sequence; the engine makes an `OutputDelta` of it.
 
     Fields mean what they mean there. The last token of a stopped sequence is among its tokens.
     """
 
     sequence: Sequence
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     prompt: PromptScores | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
@@ -92,6 +96,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_queried_tokens = 0
         self.num_prefix_hit_tokens = 0
+        self._plans_ahead = config.plans_ahead
         self._live: dict[str, list[Sequence]] = {}
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
         self._num_arrivals = 0
@@ -153,16 +158,20 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when nothing can go on before a result or a request comes."""
+        if self._plans_ahead and not self._can_plan_ahead():
+            return None
         batch: list[Sequence] = []
+        query_lens: list[int] = []
         num_tokens_left = self.config.max_num_batched_tokens
         most_sequences = min(self.config.max_num_seqs, self._fair_share)
         for sequence in self._ready_sequences():
-            sequence.num_scheduled_tokens = min(sequence.num_tokens_of_next_chunk, num_tokens_left)
-            num_tokens_left -= sequence.num_scheduled_tokens
+            num_tokens = min(sequence.num_tokens_of_next_chunk, num_tokens_left)
+            num_tokens_left -= num_tokens
             batch.append(sequence)
+            query_lens.append(num_tokens)
             if num_tokens_left == 0 or len(batch) == most_sequences:
                 break
-        return self._plan(batch) if batch else None
+        return self._plan(batch, query_lens) if batch else None
 
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
         """Take in the result of the oldest plan in flight, and say what it brought to whom.
@@ -179,11 +188,14 @@ class Scheduler:
 
         updates = []
         for row, sequence in enumerate(batch):
-            num_tokens, sequence.num_scheduled_tokens = sequence.num_scheduled_tokens, 0
+            num_tokens, sampled = plan.query_lens[row], samples.get(row)
+            sequence.num_scheduled_tokens -= num_tokens
+            sequence.num_expected_tokens -= sampled is not None
             if sequence.is_finished:  # while it was in flight
-                self._release(sequence)
+                if not sequence.in_flight:
+                    self._release(sequence)
                 continue
-            update = self._advance(sequence, num_tokens, samples.get(row), prompts.get(row))
+            update = self._advance(sequence, num_tokens, sampled, prompts.get(row))
             if update is not None:
                 updates.append(update)
         return updates
@@ -219,7 +231,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` if a block is leaked or used wrongly. For tests: O(blocks)."""
-        returning = [s for _, batch in self._in_flight for s in batch if s.is_finished]
+        returning = dict.fromkeys(s for _, batch in self._in_flight for s in batch if s.is_finished)
         self.allocator.check_integrity(s.block_table for s in (*self.running, *returning))
         for queue in (self.running, self.waiting):
             arrivals = [sequence.arrival for sequence in queue]
@@ -228,11 +240,22 @@ class Scheduler:
         if any(sequence.block_table for sequence in self.waiting):
             raise AssertionError(f"a waiting sequence holds blocks: {list(self.waiting)}")
 
+    def _can_plan_ahead(self) -> bool:
+        """Whether the next plan can be made now: every token that it may name is of the last."""
+        if not self._in_flight:
+            return True
+        if len(self._in_flight) == self.config.most_steps_in_flight:
+            return False
+        _, batch = self._in_flight[-1]
+        return not any(s.needs_result and not s.is_finished for s in batch)
+
     @property
     def _fair_share(self) -> int:
         """Sequences for one of as many plans as there are pipeline stages to keep busy: of all
         sequences, and of those that can go on, which the plans that are missing have to share."""
         pp = self.config.layout.pp
+        if pp == 1:
+            return self.config.max_num_seqs
         num_ready = len(self.waiting) + sum(not s.in_flight for s in self.running)
         num_missing = max(pp - self.num_in_flight, 1)
         return min(-(-(len(self.running) + len(self.waiting)) // pp), -(-num_ready // num_missing))
@@ -242,7 +265,9 @@ class Scheduler:
         ones, which are admitted as the caller comes to them."""
         num_preemptions = self.num_preemptions
         for sequence in tuple(self.running):
-            if sequence.in_flight or sequence.status is Status.WAITING:  # preempted just now
+            if sequence.in_flight and (not self._plans_ahead or sequence.is_all_planned):
+                continue
+            if sequence.status is Status.WAITING:  # preempted just now
                 continue
             if not self._make_room(sequence):
                 return
@@ -255,7 +280,8 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Get the blocks of all tokens of a running sequence, at the cost of younger ones."""
-        while len(sequence.block_table) < self.allocator.blocks_for(sequence.num_tokens):
+        num_tokens = sequence.num_tokens + sequence.num_expected_tokens
+        while len(sequence.block_table) < self.allocator.blocks_for(num_tokens):
             block = self.allocator.take(1)
             if block is not None:
                 sequence.block_table += block
@@ -302,25 +328,28 @@ class Scheduler:
             self.num_prefix_hit_tokens += sequence.num_cached_tokens
         return True
 
-    def _plan(self, batch: list[Sequence]) -> StepPlan:
+    def _plan(self, batch: list[Sequence], query_lens: list[int]) -> StepPlan:
         plan = StepPlan(
             step=self._num_steps,
             token_ids=[],
-            query_lens=[sequence.num_scheduled_tokens for sequence in batch],
-            context_lens=[sequence.num_computed_tokens for sequence in batch],
+            query_lens=query_lens,
+            context_lens=[s.num_computed_tokens + s.num_scheduled_tokens for s in batch],
             block_tables=[],
             samples=[],
             prompts=[],
         )
-        for row, sequence in enumerate(batch):
-            start = sequence.num_computed_tokens
-            end = start + sequence.num_scheduled_tokens
-            plan.token_ids.extend(sequence.token_ids[start:end])
-            plan.block_tables.append(sequence.block_table[: self.allocator.blocks_for(end)])
-            if (sample := sequence.sample_row(row)) is not None:
-                plan.samples.append(sample)
-            if (prompt := sequence.prompt_row(row)) is not None:
+        for row, (sequence, num_tokens) in enumerate(zip(batch, query_lens, strict=True)):
+            plan.token_ids.extend(sequence.next_tokens(num_tokens))
+            num_blocks = self.allocator.blocks_for(plan.context_lens[row] + num_tokens)
+            plan.block_tables.append(sequence.block_table[:num_blocks])
+            sample = sequence.sample_row(row, num_tokens)
+            if (prompt := sequence.prompt_row(row, num_tokens)) is not None:
                 plan.prompts.append(prompt)
+            sequence.num_scheduled_tokens += num_tokens
+            if sample is not None:
+                sequence.sample = len(plan.samples)
+                sequence.num_expected_tokens += 1
+                plan.samples.append(sample)
         self._num_steps += 1
         self._in_flight.append((plan.step, batch))
         return plan
@@ -355,9 +384,11 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence) -> None:
         """Let others use the full blocks that are computed."""
-        self.allocator.extend_digests(sequence.block_digests, sequence.token_ids)
         start = sequence.num_published_blocks
         end = sequence.num_computed_tokens // self.allocator.block_size
+        if start == end:
+            return
+        self.allocator.extend_digests(sequence.block_digests, sequence.token_ids)
         new = zip(sequence.block_table[start:end], sequence.block_digests[start:end], strict=False)
         for block, digest in new:
             self.allocator.publish(block, digest)

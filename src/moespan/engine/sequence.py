@@ -26,7 +26,9 @@ class Sequence:
         max_output_tokens: at this many it ends, by its own limit or the model's length.
         eos_token_ids: the EOS ids that end it; empty when it ignores them.
         num_computed_tokens: how many of its tokens are in the KV cache.
-        num_scheduled_tokens: how many more the plan in flight computes; 0 when not in flight.
+        num_scheduled_tokens: how many more the plans in flight compute; 0 when not in flight.
+        num_expected_tokens: how many tokens those plans sample for it, ids unknown as yet.
+        sample: its place among the samples of the last plan that samples for it.
         num_reported_tokens: prompt tokens whose scores are out, or were never asked for.
         num_cached_tokens: prompt tokens that the prefix cache held when it was first admitted.
         block_table: blocks of the KV cache, in the order of its tokens.
@@ -58,6 +60,8 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0
+        self.num_expected_tokens = 0
+        self.sample = 0
         # The n continuations have one prompt; the first of them reports on it.
         wants_report = self.params.prompt_logprobs is not None or self.prompt_logits
         self.num_reported_tokens = 0 if wants_report and index == 0 else self.num_prompt_tokens
@@ -98,14 +102,25 @@ class Sequence:
         return self.num_tokens - self.num_prompt_tokens
 
     @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens that are not in the KV cache yet."""
-        return self.num_tokens - self.num_computed_tokens
+    def num_unplanned_tokens(self) -> int:
+        """Tokens, expected ones among them, that no plan has computed or computes just now."""
+        known_or_expected = len(self.token_ids) + self.num_expected_tokens
+        return known_or_expected - self.num_computed_tokens - self.num_scheduled_tokens
 
     @property
     def in_flight(self) -> bool:
         """Whether a plan that computes it has no result yet."""
         return self.num_scheduled_tokens > 0
+
+    @property
+    def needs_result(self) -> bool:
+        """Whether its next step can only be planned when the result of the last one is known."""
+        return self.params.penalizes or self.owes_report
+
+    @property
+    def is_all_planned(self) -> bool:
+        """Whether it ends with the tokens that are expected, whatever they are."""
+        return self.num_output_tokens + self.num_expected_tokens >= self.max_output_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -129,7 +144,7 @@ class Sequence:
         before a preemption ends there, so that no step reports on only a part of its tokens."""
         if self.owes_report and self.num_computed_tokens < self.num_reported_tokens:
             return self.num_reported_tokens - self.num_computed_tokens
-        return self.num_uncomputed_tokens
+        return self.num_unplanned_tokens
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""
@@ -148,12 +163,19 @@ class Sequence:
             return "length", None
         return None, None
 
-    def sample_row(self, row: int) -> SampleRow | None:
-        """What sampling needs, if the scheduled tokens are the last ones; `row` is its index."""
-        if self.num_scheduled_tokens < self.num_uncomputed_tokens:
+    def next_tokens(self, num_tokens: int) -> list[int]:
+        """The next `num_tokens` unplanned tokens; an expected one as `~self.sample`."""
+        start = self.num_computed_tokens + self.num_scheduled_tokens
+        known = self.token_ids[start : start + num_tokens]
+        return known if len(known) == num_tokens else [*known, ~self.sample]
+
+    def sample_row(self, row: int, num_tokens: int) -> SampleRow | None:
+        """What sampling needs, if the next `num_tokens` are the last ones; `row` is its index."""
+        if num_tokens < self.num_unplanned_tokens:
             return None
         params = self.params
-        may_stop = self.num_output_tokens >= params.min_tokens
+        position = self.num_output_tokens + self.num_expected_tokens
+        may_stop = position >= params.min_tokens
         barred = [] if may_stop else sorted(self.eos_token_ids.union(params.stop_token_ids))
         return SampleRow(
             sequence=row,
@@ -162,7 +184,7 @@ class Sequence:
             top_k=params.top_k,
             min_p=params.min_p,
             seed=self.seed,
-            position=self.num_output_tokens,
+            position=position,
             repetition_penalty=params.repetition_penalty,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
@@ -173,12 +195,12 @@ class Sequence:
             logprobs=params.logprobs,
         )
 
-    def prompt_row(self, row: int) -> PromptRow | None:
-        """What is to be reported on the scheduled tokens, if anything."""
+    def prompt_row(self, row: int, num_tokens: int) -> PromptRow | None:
+        """What is to be reported on the next `num_tokens`, if anything."""
         start = self.num_computed_tokens
         if not self.owes_report or start < self.num_reported_tokens:
             return None
-        end = start + self.num_scheduled_tokens
+        end = start + num_tokens
         return PromptRow(
             sequence=row,
             targets=self.token_ids[start + 1 : end + 1],

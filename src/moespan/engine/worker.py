@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from moespan.checkpoint.placement import cache_heads
 from moespan.config import EngineConfig, ModelConfig
 from moespan.engine.graphs import DecodeGraphs, scratch_blocks
 from moespan.engine.plan import PromptRow, PromptScores, StepPlan, StepPlans, StepResult
-from moespan.engine.sampler import sample, token_logprobs
+from moespan.engine.sampler import Sampling, fill_in, token_logprobs
 from moespan.engine.trace import Observation
 from moespan.memory import to_device, zeros
 from moespan.model.network import Model, Observer, Weights
@@ -25,9 +27,34 @@ _EMPTY_PLAN = StepPlan(
 )
 
 
+class Pending:
+    """What a replica's speaker has to tell of a step, which its device may still be at.
+
+    Args:
+        logits: float32, of `_logit_rows`. Where the plan reports on no prompt they may be
+            overwritten by the next step.
+    """
+
+    def __init__(self, logits: Tensor, plan: StepPlan) -> None:
+        self._plan = plan
+        self.sampling = Sampling(logits[: len(plan.samples)], plan.samples)
+        self._prompt_logits = logits[len(plan.samples) :] if plan.prompts else None
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def wait(self) -> StepResult:
+        """The result, once it is there. The only place where the host waits for the device."""
+        prompts, at = [], 0
+        for prompt in self._plan.prompts:
+            assert self._prompt_logits is not None
+            count = self._plan.query_lens[prompt.sequence]
+            prompts.append(_score(self._prompt_logits[at : at + count], prompt))
+            at += count
+        return StepResult(self.sampling.wait(), prompts)
+
+
 class Worker:
     """One rank's part of the model, its cache, and its way through a step. It keeps no state of
-    requests.
+    requests but the last sampled tokens, which the next plan may name before the leader knows them.
 
     Attributes:
         trace: what the network computed inside in the last step, if its plan asked for it.
@@ -60,6 +87,8 @@ class Worker:
         shape = (total_blocks, config.block_size, heads, model_config.head_dim)
         cache_dtype = getattr(torch, config.cache_dtype)
         self.caches = [KVCache.zeros(shape, cache_dtype, mesh.device) for _ in self.model.layers]
+        self._num_sampled = 0
+        self._sampled: Tensor | None = None  # of the last plan; on the speaker
         self.graphs: DecodeGraphs | None = None
         if total_blocks > num_blocks:
             width = model_config.hidden_size
@@ -78,13 +107,17 @@ class Worker:
             )
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def execute(self, plans: StepPlans) -> StepResult | None:
-        """Run one step. The speaker of each replica with a plan gets the result, others None."""
+    def execute(self, plans: StepPlans, plan: StepPlan | None = None) -> Pending | None:
+        """Start one step. The speaker of each replica with a plan gets its result, others None.
+
+        Args:
+            plan: this replica's, where it is at hand; None takes it out of `plans`.
+        """
         self.trace.clear()
         at, layout = self.mesh.at, self.mesh.layout
         if not plans.num_tokens[at.dp] and layout.ep_blocks == 1:
             return None  # and nobody shares experts with this replica
-        plan = plans.plan(at.dp) or _EMPTY_PLAN
+        plan = plan or plans.plan(at.dp) or _EMPTY_PLAN
         size = self._padded_size(plans)
         tokens = [size] * layout.dp if size else plans.num_tokens
         self._dispatch.begin_step(block_tokens(layout, self.mesh.rank, tokens))
@@ -93,20 +126,42 @@ class Worker:
             if self.mesh.is_first_stage
             else self._link.receive(self._tokens_here(tokens[at.dp]))
         )
+        expected = self._share_sampled() if plan.is_ahead else None
         if size:
             assert self.graphs is not None
-            out = self.graphs(plan, size, received)
+            out = self.graphs(plan, size, received, expected)
         else:
-            out = self._run(plan, received, self._record if plans.trace else None)
+            out = self._run(plan, received, expected, self._record if plans.trace else None)
         if not self.mesh.is_last_stage:
             self._link.send(out)
-        if not self.mesh.is_speaker or plan is _EMPTY_PLAN:
+        if plan is _EMPTY_PLAN:
+            return None
+        self._num_sampled = len(plan.samples)
+        if not self.mesh.is_speaker:
             return None
         if size:
             out = self._rows(out, [row.sequence for row in plan.samples])
-        return _result(out, plan)
+        pending = Pending(out, plan)
+        self._sampled = pending.sampling.token_ids
+        return pending
 
-    def _run(self, plan: StepPlan, received: Tensor | None, observe: Observer | None) -> Tensor:
+    def _share_sampled(self) -> Tensor:
+        """The speaker's last tokens, int32 [R], on all ranks of the replica's only stage. Draws are
+        not repeated on each: kernels need not give two devices the same sums."""
+        sampled = self._sampled
+        if sampled is None:
+            sampled = torch.empty(self._num_sampled, dtype=torch.int32, device=self.mesh.device)
+        if self.mesh.at.sp == 0:
+            self.mesh.tp.broadcast(sampled, "sampled")
+        return self.mesh.sp.broadcast(sampled, "sampled")
+
+    def _run(
+        self,
+        plan: StepPlan,
+        received: Tensor | None,
+        expected: Tensor | None,
+        observe: Observer | None,
+    ) -> Tensor:
         """The model's answer to the plan as it is."""
         device = self.mesh.device
         batch = AttentionBatch.build(
@@ -117,6 +172,8 @@ class Worker:
             for values in (plan.token_ids, _logit_rows(plan))
         ]
         token_ids, rows = to_device(sent, device)
+        if expected is not None:
+            token_ids = fill_in(token_ids, expected)
         inputs = token_ids if received is None else received
         return self.model(inputs, self.caches, batch, rows, observe)
 
@@ -150,21 +207,9 @@ class Worker:
         return split_evenly(num_tokens, self.mesh.sp.size)[self.mesh.sp.rank]
 
 
-def _result(logits: Tensor, plan: StepPlan) -> StepResult:
-    """Sample and score from the logits of `_logit_rows`."""
-    at = len(plan.samples)
-    samples = sample(logits[:at], plan.samples)
-    prompts = []
-    for prompt in plan.prompts:
-        count = plan.query_lens[prompt.sequence]
-        prompts.append(_score(logits[at : at + count], prompt))
-        at += count
-    return StepResult(samples, prompts)
-
-
 def _logit_rows(plan: StepPlan) -> list[int]:
     """Tokens whose logits the plan needs: the sampling rows, then all rows of each prompt."""
-    ends = torch.tensor(plan.query_lens).cumsum(0).tolist()
+    ends = list(accumulate(plan.query_lens))
     rows = [ends[row.sequence] - 1 for row in plan.samples]
     for prompt in plan.prompts:
         end = ends[prompt.sequence]

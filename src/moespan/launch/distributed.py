@@ -50,10 +50,11 @@ def make_mesh(
     """This rank's mesh for an engine of `config`; all ranks make theirs together.
 
     HCCL's buffers are cut to what the layout sends. HCCL_BUFFSIZE, if the user has set it, holds
-    for all groups instead.
+    for all groups instead; but it is the fused dispatch's, where there is one.
     """
     buffers_mb: dict[str, int] = {}
-    if config.device == "npu" and config.model and "HCCL_BUFFSIZE" not in os.environ:
+    is_set = "HCCL_BUFFSIZE" in os.environ and config.moe_dispatch != "fused"
+    if config.device == "npu" and config.model and not is_set:
         buffers_mb = group_buffers_mb(config, ModelConfig.from_pretrained(config.model))
     ranks_here = os.environ.get("LOCAL_WORLD_SIZE")
     return Mesh.create(

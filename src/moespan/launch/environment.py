@@ -16,11 +16,11 @@ from pathlib import Path
 
 import msgspec
 
-from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, Layout, ModelConfig
+from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, ModelConfig
 from moespan.launch.job import started_by_torchrun
 from moespan.launch.network import address_towards, interface_of
 from moespan.launch.topology import npu_chip
-from moespan.parallel.buffers import group_buffers_mb, p2p_buffer_mb
+from moespan.parallel.buffers import fused_buffer_mb, group_buffers_mb, p2p_buffer_mb
 
 BACKEND_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
@@ -278,7 +278,19 @@ def _hccl(
     if model is not None:
         sizes = group_buffers_mb(config, model)
         words = ", ".join(f"{axis} {size} MB" for axis, size in sizes.items())
-        if words:
+        if fused_mb := fused_buffer_mb(config, model):
+            why = f"of the fused dispatch, whose operators read it here; the others: {words}"
+            yield (
+                Setting(
+                    name="HCCL_BUFFSIZE",
+                    value=str(fused_mb),
+                    set_by=US,
+                    why=why,
+                    source="torch_npu: npu_moe_distribute_dispatch_v2",
+                ),
+                (),
+            )
+        elif words:
             why = f"each group is given its own: {words}; the default of 200 MB is taken twice"
             yield _left("HCCL_BUFFSIZE", why, "CANN: HCCL_BUFFSIZE"), ()
         if config.layout.pp > 1:
@@ -292,7 +304,7 @@ def _hccl(
                 ),
                 (),
             )
-    yield _expansion_mode(config.layout, machine, user), ()
+    yield _expansion_mode(config, machine, user), ()
     timeout_s = int(COLLECTIVE_TIMEOUT_S)
     yield (
         Setting(
@@ -330,11 +342,13 @@ def _hccl(
         )
 
 
-def _expansion_mode(layout: Layout, machine: Machine, user: Mapping[str, str]) -> Setting:
+def _expansion_mode(config: EngineConfig, machine: Machine, user: Mapping[str, str]) -> Setting:
     """AIV where the rules allow it: they are about the whole process, not one collective."""
     name, source = "HCCL_OP_EXPANSION_MODE", "CANN: HCCL_OP_EXPANSION_MODE"
+    layout = config.layout
     axes = [axis for axis in ("tp", "sp", "pp") if layout.sizes[axis] > 1]
     axes += ["ep"] * (layout.ep_blocks > 1)
+    axes += ["ep_fused"] * (config.moe_dispatch == "fused")
     if machine.chip not in ("910B", "910C"):
         return _left(name, "AIV is for A2 and A3, and no such NPU was found", source)
     if machine.nnodes > 1:

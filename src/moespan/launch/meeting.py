@@ -35,6 +35,7 @@ from moespan.checkpoint.source import INDEX_FILE, SINGLE_FILE
 from moespan.config import EngineConfig, Nodes, is_wildcard
 from moespan.errors import MeetingError
 from moespan.launch.network import interfaces
+from moespan.launch.source import DIGEST_CHARACTERS, source_digest
 from moespan.launch.watch import Watch, write_first_words
 
 _POLL_S = 0.1
@@ -47,7 +48,6 @@ _VERDICT_READ_S = 2.0
 # Whoever waits longer than this for other nodes says so.
 _PATIENCE_S = 3.0
 
-_DIGEST_CHARACTERS = 12
 _LONGEST_VALUE = 60
 
 Facts = dict[str, str]
@@ -100,7 +100,7 @@ def facts(config: EngineConfig, nodes: Nodes) -> Facts:
     return {
         "nnodes": str(nodes.nnodes),
         "moespan": moespan.__version__,
-        "moespan's source": _source_digest(),
+        "moespan's source": source_digest(),
         "torch": str(torch.__version__),
         "torch_npu": _version("torch-npu"),
         "Python": ".".join(platform.python_version_tuple()[:2]),
@@ -362,7 +362,7 @@ def _short(text: str) -> str:
     """A table of experts is too long for a message; then by its hash."""
     if len(text) <= _LONGEST_VALUE:
         return text
-    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]}"
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARACTERS]}"
 
 
 def _version(package: str) -> str:
@@ -372,18 +372,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _source_digest() -> str:
-    root = Path(moespan.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:_DIGEST_CHARACTERS]
-
-
 def _digest(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:_DIGEST_CHARACTERS]
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:DIGEST_CHARACTERS]
     except FileNotFoundError:
         return "not there"
 
@@ -395,4 +386,4 @@ def _tensors_digest(folder: Path) -> str:
     with (folder / SINGLE_FILE).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         head = file.read(min(length, 100 << 20))
-    return hashlib.sha256(head).hexdigest()[:_DIGEST_CHARACTERS]
+    return hashlib.sha256(head).hexdigest()[:DIGEST_CHARACTERS]

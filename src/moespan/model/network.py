@@ -23,7 +23,7 @@ from moespan.checkpoint.placement import Share, head_shares
 from moespan.config import ModelConfig
 from moespan.ops import AttentionBatch, KVCache, Ops, Weight
 from moespan.parallel.dispatch import Dispatch, Slots
-from moespan.parallel.mesh import Mesh
+from moespan.parallel.mesh import Axis, Mesh
 from moespan.parallel.tokens import split_evenly
 
 Weights = Mapping[str, Weight]
@@ -80,8 +80,7 @@ class Attention:
         attended = self.ops.attention(q, cache, step.batch, self.head_dim**-0.5)
         if self.sp.size > 1:
             attended = self._to_tokens(attended, step.lengths)
-        out = self.ops.linear(attended.flatten(1), self.out)  # partial over tp
-        out = self.tp.all_reduce(out, "attention")
+        out = self.ops.linear_sum(attended.flatten(1), self.out, self.tp, "attention")
         return out if self.out_bias is None else out + self.out_bias
 
     def _heads_of(self, sp_rank: int) -> list[int]:
@@ -142,13 +141,14 @@ class Rope:
 class MLP:
     """SwiGLU. tp splits the width."""
 
-    def __init__(self, ops: Ops, weights: Weights, name: str) -> None:
-        self.ops = ops
+    def __init__(self, ops: Ops, tp: Axis, weights: Weights, name: str) -> None:
+        self.ops, self.tp = ops, tp
         self.gate_up, self.down = weights[f"{name}.gate_up"], weights[f"{name}.down"]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, H] replicated over tp → [T, H] partial over tp."""
-        return self.ops.mlp(x, self.gate_up, self.down)
+    def __call__(self, x: Tensor, module: str = "mlp", plus: Tensor | None = None) -> Tensor:
+        """[T, H] replicated over tp → [T, H] replicated over tp: one sum carries `plus`, which is
+        partial over tp, too."""
+        return self.ops.mlp_sum(x, self.gate_up, self.down, self.tp, module, plus)
 
 
 class MoE:
@@ -162,32 +162,42 @@ class MoE:
         self,
         config: ModelConfig,
         ops: Ops,
+        tp: Axis,
         weights: Weights,
         name: str,
         dispatch: Dispatch,
         slots: Slots,
     ) -> None:
-        self.ops, self.dispatch, self.slots = ops, dispatch, slots
+        self.ops, self.tp, self.dispatch, self.slots = ops, tp, dispatch, slots
         self.first_slot = dispatch.first_slot(slots)
         self.router = weights[f"{name}.router"]
         self.gate_up = weights[f"{name}.experts.gate_up"]
         self.down = weights[f"{name}.experts.down"]
         self.num_chosen, self.renormalize = config.num_experts_per_tok, config.norm_topk_prob
         has_shared = config.shared_intermediate_size > 0
-        self.shared = MLP(ops, weights, f"{name}.shared") if has_shared else None
+        self.shared = MLP(ops, tp, weights, f"{name}.shared") if has_shared else None
 
     def __call__(self, x: Tensor, observe: Callable[[str, Tensor], None] | None = None) -> Tensor:
-        """[L, H] replicated over tp → [L, H] partial over tp: one sum carries both kinds."""
+        """[L, H] replicated over tp → [L, H] replicated over tp: one sum carries both kinds."""
         weights, chosen = self.ops.route(x, self.router, self.num_chosen, self.renormalize)
         if observe:
             observe("router.experts", chosen)
             observe("router.weights", weights)
-        out = self.dispatch(x, weights, chosen, self.slots, self._experts)
-        return out if self.shared is None else out + self.shared(x)
+        routed = self.dispatch(
+            x, weights, chosen, self.slots, self._experts, self._experts_anywhere
+        )  # partial over tp
+        if self.shared is None:
+            return self.tp.all_reduce(routed, "moe")
+        return self.shared(x, "moe", routed)
 
     def _experts(self, x: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
         return self.ops.experts(
             x, weights, slots, self.gate_up, self.down, self.first_slot, self.slots.count
+        )
+
+    def _experts_anywhere(self, x: Tensor, weights: Tensor, slots: Tensor, axis: Axis) -> Tensor:
+        return self.ops.experts_anywhere(
+            x, weights, slots, self.gate_up, self.down, axis, self.slots.count
         )
 
 
@@ -206,16 +216,16 @@ class Layer:
     ) -> None:
         name = f"layers.{index}"
         self.index = index
-        self.ops, self.tp, self.eps = ops, mesh.tp, config.rms_norm_eps
+        self.ops, self.eps = ops, config.rms_norm_eps
         self.attention_norm = weights[f"{name}.attention.norm"]
         self.attention = Attention(config, ops, mesh, weights, f"{name}.attention")
         self.mlp_norm = weights[f"{name}.mlp.norm"]
         self.mlp: MLP | MoE
         if config.is_moe(index):
             slots = Slots(experts.of(index), config.n_routed_experts or 0, mesh.device)
-            self.mlp = MoE(config, ops, weights, f"{name}.mlp", dispatch, slots)
+            self.mlp = MoE(config, ops, mesh.tp, weights, f"{name}.mlp", dispatch, slots)
         else:
-            self.mlp = MLP(ops, weights, f"{name}.mlp")
+            self.mlp = MLP(ops, mesh.tp, weights, f"{name}.mlp")
 
     def __call__(
         self,
@@ -235,10 +245,7 @@ class Layer:
         if see:
             see("attention", x)
         x, residual = self.ops.add_rms_norm(x, residual, self.mlp_norm, self.eps)
-        if isinstance(self.mlp, MoE):
-            x = self.tp.all_reduce(self.mlp(x, see), "moe")
-        else:
-            x = self.tp.all_reduce(self.mlp(x), "mlp")
+        x = self.mlp(x, see) if isinstance(self.mlp, MoE) else self.mlp(x)
         if see:
             see("hidden", x + residual)
         return x, residual

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from moespan.config import EngineConfig
 from moespan.notice import notice
 from moespan.ops.base import AttentionBatch, KVCache, Ops, Replay, Weight
 from moespan.ops.cpu import CpuOps
@@ -21,19 +20,21 @@ __all__ = [
 ]
 
 
-def ops_for(device_type: str, dtype: torch.dtype = torch.bfloat16) -> Ops:
-    """The fastest implementation for a device type and a dtype of activations."""
+def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
+    """The fastest implementation for a device type, with the options that `config` asks for."""
     if device_type == "cpu":
-        return _cpu_ops(dtype)
+        return _cpu_ops(config.dtype if config else "bfloat16")
     if device_type == "npu":
         from moespan.ops.npu import NpuOps  # needs torch_npu
 
-        return NpuOps()
+        if config is None:
+            return NpuOps()
+        return NpuOps(None, config.npu_fused_all_reduce, config.npu_weight_format)
     return ReferenceOps()
 
 
-def _cpu_ops(dtype: torch.dtype) -> CpuOps:
-    if dtype != torch.bfloat16:
+def _cpu_ops(dtype: str) -> CpuOps:
+    if dtype != "bfloat16":
         return CpuOps()
     from moespan.ops.native.ops import BuildError, NativeCpuOps
 

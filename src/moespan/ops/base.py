@@ -14,11 +14,13 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.memory import to_device, zeros
+from moespan.parallel.mesh import Axis
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,18 @@ class AttentionBatch:
         device: torch.device,
     ) -> AttentionBatch:
         """Derive positions and slots; the tables may be ragged."""
+        # NumPy's operations on small arrays take a fraction of the time of torch's.
         width = max(map(len, block_tables), default=0)
-        tables = torch.tensor(
-            [row + [0] * (width - len(row)) for row in block_tables], dtype=torch.int32
-        ).view(len(block_tables), width)
-        queries = torch.tensor(query_lens, dtype=torch.int32)
-        contexts = torch.tensor(context_lens, dtype=torch.int32)
-        sequence = torch.repeat_interleave(torch.arange(len(query_lens)), queries)
-        starts = queries.cumsum(0, dtype=torch.int32) - queries
-        offsets = torch.arange(len(sequence), dtype=torch.int32) - starts[sequence]
-        positions = offsets + contexts[sequence]
+        tables = np.zeros((len(block_tables), width), np.int32)
+        for row, table in zip(tables, block_tables, strict=True):
+            row[: len(table)] = table
+        queries, contexts = np.array(query_lens, np.int32), np.array(context_lens, np.int32)
+        sequence = np.repeat(np.arange(len(queries)), queries)
+        shifts = contexts + queries - queries.cumsum(dtype=np.int32)
+        positions = np.arange(len(sequence), dtype=np.int32) + shifts[sequence]
         slots = tables[sequence, positions // block_size] * block_size + positions % block_size
-        parts = to_device([tables, slots, positions, contexts + queries], device)
+        arrays = (tables, slots, positions, contexts + queries)
+        parts = to_device([torch.from_numpy(array) for array in arrays], device)
         return cls(query_lens, context_lens, *parts)
 
     @cached_property
@@ -151,6 +153,8 @@ class Ops(Protocol):
     has_graphs: bool
     # Whether it takes weights (`QuantizedWeight`) and caches of 8-bit integers.
     has_integers: bool
+    # Of an NPU: 910B (A2), 910C (A3) or 310P; empty if it is another one, or none.
+    chip: str
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Lay out a parameter, by its name in the placement table, as the kernels here like it.
@@ -183,6 +187,9 @@ class Ops(Protocol):
         same of their two products, of which the second one's input is rounded to x's dtype first.
         """
 
+    def linear_sum(self, x: Tensor, weight: Weight, axis: Axis, module: str) -> Tensor:
+        """`linear`, summed over `axis`: [T, in], [out, in] → [T, out], replicated over it."""
+
     def rope(
         self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,6 +214,17 @@ class Ops(Protocol):
 
         swiglu is silu(first half) · second half: [T, 2·I] → [T, I].
         """
+
+    def mlp_sum(
+        self,
+        x: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        axis: Axis,
+        module: str,
+        plus: Tensor | None = None,
+    ) -> Tensor:
+        """`mlp`, plus what is partial like it, [T, H], summed over `axis`: → replicated over it."""
 
     def route(
         self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
@@ -233,4 +251,20 @@ class Ops(Protocol):
         → [T, H] in x's dtype, summed in float32. Of all `num_slots` slots of the layer this rank
         holds those from `first` on, E of them; the others are other ranks' and add nothing, nor
         does the number `num_slots` itself, which is nobody's.
+        """
+
+    def experts_anywhere(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        axis: Axis,
+        num_slots: int,
+    ) -> Tensor:
+        """`experts` over those of all ranks of `axis`: rank i holds the i-th equal part of the
+        slots. All ranks call it, with equally many tokens, at least one; no token has a slot twice.
+
+        Where there is no such operator it is not asked for (`moespan.parallel.fused`).
         """

@@ -10,6 +10,7 @@ What is particular here:
   of the activations' dtype. Experts' outputs are rounded to it before they are weighted and summed,
   both in float32. All of it is within the rounding of the 16-bit types.
 - Nothing waits for the device.
+- Options (`EngineConfig.npu_*`) are off unless asked for: nobody has measured them for this model.
 
 An Ascend 310P has no bfloat16, which is refused, and lacks the operators of attention, cache and
 router, so that it takes the plain ones.
@@ -30,6 +31,7 @@ from moespan.errors import ConfigError
 from moespan.notice import notice
 from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
 from moespan.ops.reference import ReferenceOps
+from moespan.parallel.mesh import Axis
 
 _ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
 _ATTENTION_HEAD_SIZE = 128
@@ -37,6 +39,11 @@ _ROTARY_HEAD_SIZES = (64, 128)
 # The causal mask of any lengths, as the attention kernel wants it: its corner of 2048 × 2048.
 _MASK_SIZE = 2048
 _FEWEST_COUNTED_ROWS = 4096
+# Names of chips in what a device calls itself.
+_CHIPS = {"910B": "910B", "910_93": "910C", "310P": "310P"}
+_FRACTAL_NZ = 29
+# What stays in rows: looked up, added, multiplied elementwise, or float32.
+_NEVER_TILED = ("embed", "norm", "router", "bias")
 
 
 class NpuOps(ReferenceOps):
@@ -46,13 +53,26 @@ class NpuOps(ReferenceOps):
     has_graphs = True
     has_integers = False
 
-    def __init__(self, soc: str | None = None) -> None:
-        """Use what `soc` has; None is the device that is there."""
+    def __init__(
+        self, soc: str | None = None, fused_all_reduce_rows: int = 0, weight_format: str = "nd"
+    ) -> None:
+        """Use what `soc` has; None is the device that is there.
+
+        Args:
+            fused_all_reduce_rows: from how many rows on a matmul takes its all-reduce along; 0 is
+                never.
+            weight_format: `nd`, or `nz` for matrices in tiles.
+        """
         import torch_npu  # type: ignore[import-not-found,unused-ignore]
 
         self._npu: Any = torch_npu
         self._soc = soc or str(torch_npu.npu.get_device_name())
-        self._is_310p = "310P" in self._soc
+        self.chip = next((chip for name, chip in _CHIPS.items() if name in self._soc), "")
+        self._is_310p = self.chip == "310P"
+        self._fused_rows = fused_all_reduce_rows
+        self._is_tiled = weight_format == "nz"
+        if self._is_tiled:
+            torch_npu.npu.config.allow_internal_format = True
         self._counts_are_ends = self._is_310p  # whatever is asked for
         schema = str(torch.ops.npu.npu_scatter_pa_kv_cache.default._schema)
         self._cache_mode = {"cache_mode": "Norm"} if "cache_mode" in schema else {}
@@ -63,13 +83,43 @@ class NpuOps(ReferenceOps):
         self._graph_pool: Any = None
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
-        """Experts' matrices lie as [E, in, out], which grouped matmuls read; others as they are."""
-        assert isinstance(weight, Tensor)
+        """Experts' matrices become [E, in, out], which grouped matmuls read; others stay as they
+        are. Either may be in tiles."""
+        assert isinstance(weight, Tensor)  # `has_integers` says so
         if self._is_310p and weight.dtype == torch.bfloat16:
             raise ConfigError(f"{self._soc} has no bfloat16; use --dtype float16")
-        if ".experts." not in name:
+        if ".experts." in name:
+            weight = weight.transpose(1, 2).contiguous()
+        if not self._is_tiled or any(part in name for part in _NEVER_TILED):
             return weight
-        return weight.transpose(1, 2).contiguous().transpose(1, 2)
+        tiled: Tensor = self._npu.npu_format_cast(weight, _FRACTAL_NZ)
+        if int(self._npu.get_npu_format(tiled)) != _FRACTAL_NZ:
+            raise ConfigError(
+                f"npu_weight_format=nz: this torch_npu keeps {name}, {weight.dtype} "
+                f"{list(weight.shape)}, in rows; leave it out"
+            )
+        return tiled
+
+    def linear_sum(self, x: Tensor, weight: Weight, axis: Axis, module: str) -> Tensor:
+        """[T, in], [out, in] → [T, out], replicated over `axis`."""
+        if not self._is_fused(x, axis):
+            return super().linear_sum(x, weight, axis, module)
+        return self._matmul_all_reduce(x, weight, axis, module)
+
+    def mlp_sum(
+        self,
+        x: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        axis: Axis,
+        module: str,
+        plus: Tensor | None = None,
+    ) -> Tensor:
+        """[T, H] replicated over `axis` → [T, H] replicated over it."""
+        if not self._is_fused(x, axis):
+            return super().mlp_sum(x, gate_up, down, axis, module, plus)
+        hidden = self.swiglu(self.linear(x, gate_up))
+        return self._matmul_all_reduce(hidden, down, axis, module, plus)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]."""
@@ -192,8 +242,7 @@ class NpuOps(ReferenceOps):
             active_expert_range=[first, first + len(gate_up)],
             row_idx_type=0,
         )
-        hidden = self.swiglu(self._grouped_matmul(rows, gate_up, sizes))
-        results = self._grouped_matmul(hidden, down, sizes)
+        results = self._mlp_of_each(rows, gate_up, down, sizes)
         if not is_whole:
             # Rows after those of this rank are whatever was in memory. If another rank's expert is
             # among the chosen, there is one at the end: its zeros are what that expert adds here.
@@ -201,6 +250,33 @@ class NpuOps(ReferenceOps):
             results.masked_fill_(self._numbered(len(rows), x.device) >= num_rows, 0)
             row_of = row_of.remainder(len(rows))  # -1 → the last
         out: Tensor = self._npu.npu_moe_token_unpermute(results, row_of, weights)
+        return out
+
+    def experts_anywhere(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        axis: Axis,
+        num_slots: int,
+    ) -> Tensor:
+        """[T, H] → [T, H], the same T on all ranks of `axis`."""
+        slots = slots.int()
+        sent_bytes = slots.numel() * x.shape[1] * x.element_size()
+        # A2 asks which algorithm it is to be; A3's default is the one that takes what we send.
+        way = {"comm_alg": "fullmesh"} if self.chip == "910B" else {}
+        name = axis.inside("dispatch", "moe", sent_bytes)
+        group = (name, axis.size, axis.rank, num_slots)
+        rows, _, origins, sizes, received, _, scales = self._npu.npu_moe_distribute_dispatch_v2(
+            x, slots, *group, expert_token_nums_type=1, **way
+        )
+        results = self._mlp_of_each(rows, gate_up, down, sizes)
+        axis.inside("combine", "moe", sent_bytes)
+        out: Tensor = self._npu.npu_moe_distribute_combine_v2(
+            results, slots, origins, received, weights, *group, expand_scales=scales, **way
+        )
         return out
 
     def record(self, run: Callable[[], object]) -> Replay:
@@ -226,11 +302,31 @@ class NpuOps(ReferenceOps):
         )
         return False
 
+    def _is_fused(self, x: Tensor, axis: Axis) -> bool:
+        """Whether an all-reduce over `axis` after a matmul of so many rows goes into its operator,
+        which is for prefill (`moespan.parallel.fused` has its other limits)."""
+        return axis.size > 1 and 0 < self._fused_rows <= len(x)
+
+    def _matmul_all_reduce(
+        self, x: Tensor, weight: Tensor, axis: Axis, module: str, plus: Tensor | None = None
+    ) -> Tensor:
+        """Σ over `axis` of x·Wᵀ + plus: [T, in], [out, in], [T, out] → [T, out]."""
+        sent_bytes = len(x) * len(weight) * x.element_size()
+        out: Tensor = self._npu.npu_mm_all_reduce_base(
+            x, weight.t(), axis.inside("all_reduce", module, sent_bytes), reduce_op="sum", x3=plus
+        )
+        return out
+
+    def _mlp_of_each(self, rows: Tensor, gate_up: Weight, down: Weight, sizes: Tensor) -> Tensor:
+        """Rows [R, H] in the order of experts, `sizes` for each → [R, H]; others are not set."""
+        hidden = self.swiglu(self._grouped_matmul(rows, gate_up, sizes))
+        return self._grouped_matmul(hidden, down, sizes)
+
     def _grouped_matmul(self, x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
-        """Rows of experts [R, in], [E, out, in] → [R, out]; rows beyond all groups are not set."""
+        """Rows of experts [R, in], [E, in, out] → [R, out]; rows beyond all groups are not set."""
         (out,) = self._npu.npu_grouped_matmul(
             [x],
-            [weight.transpose(1, 2)],
+            [weight],
             group_list=sizes,
             group_list_type=0 if self._counts_are_ends else 1,
             group_type=0,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moespan.checkpoint.quantization import QuantizedWeight, round_rows
 from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
+from moespan.parallel.mesh import Axis
 
 
 class ReferenceOps:
@@ -18,6 +19,7 @@ class ReferenceOps:
     block_size = 32
     has_graphs = False
     has_integers = True
+    chip = ""
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """The weight as it is."""
@@ -49,6 +51,10 @@ class ReferenceOps:
         if isinstance(weight, QuantizedWeight):
             return _quantized_linear(x, weight, bias)
         return F.linear(x, weight, bias)
+
+    def linear_sum(self, x: Tensor, weight: Weight, axis: Axis, module: str) -> Tensor:
+        """[T, in], [out, in] → [T, out], replicated over `axis`."""
+        return axis.all_reduce(self.linear(x, weight), module)
 
     def rope(
         self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
@@ -90,6 +96,19 @@ class ReferenceOps:
         """[T, H] → [T, H]."""
         return self.linear(self.swiglu(self.linear(x, gate_up)), down)
 
+    def mlp_sum(
+        self,
+        x: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        axis: Axis,
+        module: str,
+        plus: Tensor | None = None,
+    ) -> Tensor:
+        """[T, H] replicated over `axis` → [T, H] replicated over it."""
+        out = self.mlp(x, gate_up, down)
+        return axis.all_reduce(out if plus is None else plus + out, module)
+
     def swiglu(self, x: Tensor) -> Tensor:
         """silu(first half) · second half: [T, 2·I] → [T, I]."""
         gate, up = x.chunk(2, -1)
@@ -122,6 +141,19 @@ class ReferenceOps:
             result = self.mlp(x[tokens], gate_up[expert], down[expert]).float()
             out.index_add_(0, tokens, result * weights[tokens, place, None])
         return out.to(x.dtype)
+
+    def experts_anywhere(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        axis: Axis,
+        num_slots: int,
+    ) -> Tensor:
+        """Not here."""
+        raise NotImplementedError
 
 
 def gather(cache: KVCache, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ is sent. A message that is larger than the buffer travels in pieces.
 from __future__ import annotations
 
 from moespan.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from moespan.parallel import fused
 
 MB = 1 << 20
 DEFAULT_BUFFER_MB = 200
@@ -45,7 +46,7 @@ def largest_messages(config: EngineConfig, model: ModelConfig) -> dict[str, int]
             # Each tp rank sends its part of the tokens, each to as many ranks as it has experts.
             copies = min(model.num_experts_per_tok, layout.ep - layout.tp)
             found["ep"] = -(-hidden_bytes // layout.tp) * copies
-        if config.moe_dispatch != "all_to_all":
+        if config.moe_dispatch not in ("all_to_all", "fused"):
             found["ep_blocks"] = layout.ep_blocks * hidden_bytes
     if layout.pp > 1:
         found["pp"] = -(-hidden_bytes // layout.tp)
@@ -61,6 +62,16 @@ def group_buffers_mb(config: EngineConfig, model: ModelConfig) -> dict[str, int]
     }
 
 
+def fused_buffer_mb(config: EngineConfig, model: ModelConfig) -> int:
+    """MB of the buffer of the group that only the fused dispatch uses; 0 without it.
+
+    An A2's operators read its size from HCCL_BUFFSIZE, so that it is set there.
+    """
+    if config.moe_dispatch != "fused":
+        return 0
+    return max(-(-fused.buffer_bytes(config, model) // MB), _LEAST_BUFFER_MB)
+
+
 def p2p_buffer_mb(config: EngineConfig, model: ModelConfig) -> int:
     """MB of the buffer between two stages; 0 without stages."""
     message = largest_messages(config, model).get("pp")
@@ -72,5 +83,5 @@ def p2p_buffer_mb(config: EngineConfig, model: ModelConfig) -> int:
 def hccl_bytes(config: EngineConfig, model: ModelConfig) -> int:
     """Device memory that the communicators of the busiest rank take, twice each buffer."""
     neighbours = min(config.layout.pp - 1, 2)
-    groups_mb = sum(group_buffers_mb(config, model).values())
+    groups_mb = sum(group_buffers_mb(config, model).values()) + fused_buffer_mb(config, model)
     return 2 * MB * (groups_mb + neighbours * p2p_buffer_mb(config, model))

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.placement import cache_heads
 from moespan.config import DTYPE_BYTES, Layout, ModelConfig
-from moespan.parallel.tokens import block_tokens, blocks_of, choose_dispatch, split_evenly
+from moespan.parallel.fused import sent_tokens
+from moespan.parallel.tokens import block_tokens, blocks_of, split_evenly, way_of_step
 from moespan.parallel.traffic import Traffic, sent_bytes
 
 Choices = npt.NDArray[np.int64]
@@ -26,6 +27,7 @@ Choices = npt.NDArray[np.int64]
 _COUNT_BYTES = 8  # how many rows go to a rank, int64
 _CHOICE_BYTES = 4 + 4  # a weight, float32, and a slot, int32
 _LOGIT_BYTES = 4
+_TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class StepSize:
     Attributes:
         num_tokens: T of each replica.
         num_rows: logit rows of each replica.
+        num_sampled: tokens of each replica's step before, where its plan names them by their place;
+            empty if none does.
         choices: layer → of each replica, what its router chose. None for uniform routing: then
             `all_to_all` is given its expected bytes, rounded to whole ones in every call.
     """
@@ -42,6 +46,7 @@ class StepSize:
     num_tokens: Sequence[int]
     num_rows: Sequence[int]
     choices: Mapping[int, Sequence[Choices]] | None = None
+    num_sampled: Sequence[int] = ()
 
 
 def step_traffic(
@@ -64,7 +69,7 @@ def step_traffic(
     at = layout.coordinates(rank)
     if not step.num_tokens[at.dp] and layout.ep_blocks == 1:
         return traffic  # this replica sits the step out
-    ranks = {**layout.sizes, "ep_blocks": layout.ep_blocks}
+    ranks = {**layout.sizes, "ep_blocks": layout.ep_blocks, "ep_fused": layout.ep}
 
     def count(axis: str, collective: str, module: str, num_bytes: int) -> None:
         # Nothing is sent for an empty tensor; only all_to_all is called all the same.
@@ -84,11 +89,13 @@ def step_traffic(
     key_bytes = cache_heads(config, layout, rank) * config.head_dim * element_bytes
 
     blocks = block_tokens(layout, rank, step.num_tokens)
-    way = moe_dispatch
-    if way == "auto":
-        way = choose_dispatch(config, layout, element_bytes, blocks)
+    way = way_of_step(moe_dispatch, config, layout, element_bytes, blocks)
     experts = experts or ExpertPlacement.make("contiguous", config, layout)
 
+    if at.tp == 0 and at.sp == 0 and any(step.num_sampled):
+        count("tp", "broadcast", "sampled", step.num_sampled[at.dp] * _TOKEN_BYTES)
+    if at.sp == 0 and any(step.num_sampled):
+        count("sp", "broadcast", "sampled", step.num_sampled[at.dp] * _TOKEN_BYTES)
     # From here on in the order of the network.
     if at.pp == 0:
         count("tp", "all_reduce", "embed", held_bytes)
@@ -109,6 +116,10 @@ def step_traffic(
             count(
                 "ep_blocks", "reduce_scatter", "moe", layout.ep_blocks * max(blocks) * token_bytes
             )
+        elif way == "fused":
+            rows = sent_tokens(layout, blocks) * config.num_experts_per_tok
+            count("ep_fused", "dispatch", "moe", rows * token_bytes)
+            count("ep_fused", "combine", "moe", rows * token_bytes)
         elif way == "all_to_all":
             choices = None if step.choices is None else step.choices[layer]
             out, back = _rows_sent(config, layout, rank, step, experts.of(layer), choices)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -108,6 +109,14 @@ class Axis:
         dist.all_to_all_single(received, x.contiguous(), receive_rows, send_rows, group=self._group)
         return received
 
+    def broadcast(self, x: torch.Tensor, module: str) -> torch.Tensor:
+        """Overwrite `x` by that of the first rank, and return it."""
+        if self.size > 1 and x.numel():
+            if self.rank == 0:
+                self._count("broadcast", module, _bytes(x))
+            dist.broadcast(x, self._ranks[0], group=self._group)
+        return x
+
     def send(self, x: torch.Tensor, to: int, module: str) -> None:
         """Start sending `x` to the rank at place `to`.
 
@@ -129,6 +138,18 @@ class Axis:
         if x.numel():
             dist.recv(x, self._ranks[source], group=self._group)
         return x
+
+    def inside(self, collective: str, module: str, num_bytes: int) -> str:
+        """Count a collective that an operator of an NPU does by itself, and return the name under
+        which it finds this axis's communicator."""
+        self._count(collective, module, num_bytes)
+        return self._communicator
+
+    @cached_property
+    def _communicator(self) -> str:
+        assert self._group is not None
+        backend: Any = self._group._get_backend(torch.device("npu"))
+        return str(backend.get_hccl_comm_name(self.rank))
 
     def finish(self) -> None:
         """Wait until all that was sent has been received."""
@@ -153,6 +174,7 @@ class Mesh:
         tp, sp, pp: the axes of the same names.
         ep: the ranks over which one set of experts is spread (dispatch `all_to_all`).
         ep_blocks: those of them with this rank's place in tp (dispatch `all_gather`).
+        ep_fused: the ranks of ep, with a group that carries nothing else (dispatch `fused`).
         control: the leader's channel to all ranks.
     """
 
@@ -171,9 +193,9 @@ class Mesh:
         self.ranks_here = 1
         self.traffic = Traffic()
         self.control = Control()
-        self._groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
-        alone = range(rank, rank + 1)
-        self.tp = self.sp = self.pp = self.ep = self.ep_blocks = Axis(ranks=alone)
+        self._groups: dict[tuple[str, tuple[tuple[int, ...], ...]], dist.ProcessGroup] = {}
+        alone = Axis(ranks=range(rank, rank + 1))
+        self.tp = self.sp = self.pp = self.ep = self.ep_blocks = self.ep_fused = alone
 
     @classmethod
     def create(
@@ -246,7 +268,8 @@ class Mesh:
 
     def _axis(self, name: str, lines: list[tuple[int, ...]]) -> Axis:
         """The line through this rank; all ranks make all lines, as torch demands."""
-        key = tuple(lines)  # axes with the same lines share their groups
+        # Axes with the same lines share their groups, but for what must have one for itself.
+        key = name if name == "ep_fused" else "", tuple(lines)
         if len(lines[0]) > 1 and key not in self._groups:
             # What a DeviceMesh does inside. It would also make groups for axes that nothing is sent
             # along, and takes no timeout.
@@ -290,7 +313,9 @@ def _axes(layout: Layout, moe_dispatch: str) -> dict[str, list[tuple[int, ...]]]
         sets = [tuple(range(start, start + layout.ep)) for start in starts]
         if moe_dispatch != "all_gather":
             axes["ep"] = sets
-        if moe_dispatch != "all_to_all":
+        if moe_dispatch == "fused":
+            axes["ep_fused"] = sets
+        elif moe_dispatch != "all_to_all":
             axes["ep_blocks"] = [line[i :: layout.tp] for line in sets for i in range(layout.tp)]
     return axes
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from moespan.config import Layout, ModelConfig
+from moespan.parallel.fused import MOST_TOKENS, sent_tokens
 
 LEAST_SAVED_BYTES = 1 << 20
 
@@ -37,6 +38,22 @@ def mean_ranks_met(config: ModelConfig, layout: Layout) -> float:
     experts, chosen = config.n_routed_experts or 0, config.num_experts_per_tok
     held = split_evenly(experts, layout.ep)
     return sum(1 - math.comb(experts - n, chosen) / math.comb(experts, chosen) for n in held)
+
+
+def way_of_step(
+    asked: str,
+    config: ModelConfig,
+    layout: Layout,
+    element_bytes: int,
+    tokens_of_blocks: Sequence[int],
+) -> str:
+    """What `asked`, `auto` or a way, means for one step: `fused` is `all_to_all` where a rank would
+    send more tokens than its operators take."""
+    if asked == "auto":
+        return choose_dispatch(config, layout, element_bytes, tokens_of_blocks)
+    if asked == "fused" and sent_tokens(layout, tokens_of_blocks) > MOST_TOKENS:
+        return "all_to_all"
+    return asked
 
 
 def choose_dispatch(

@@ -19,8 +19,13 @@ def sent_bytes(collective: str, ranks: int, num_bytes: int) -> int:
     | `all_gather`     | its part                   | (n-1) · b       |
     | `reduce_scatter` | its tensor                 | (n-1) · ⌈b/n⌉   |
     | `all_to_all`     | what is for other ranks    | b               |
+    | `dispatch`       | a row for each expert      | b               |
+    | `combine`        | a row for each expert      | b               |
     | `send`           | its tensor                 | b               |
     | `broadcast`      | the message, at its source | (n-1) · b       |
+
+    Only the device knows how many of the rows that `dispatch` and `combine` carry are for experts
+    of the same rank, and it is not asked: all of them count.
 
     So over all ranks of an axis as much is sent as is received. The model never rounds up: tp and
     sp divide the heads and with them the hidden size, and ranks that reduce-scatter rows have
@@ -32,6 +37,8 @@ def sent_bytes(collective: str, ranks: int, num_bytes: int) -> int:
         "all_gather": others * num_bytes,
         "reduce_scatter": others * part,
         "all_to_all": num_bytes,
+        "dispatch": num_bytes,
+        "combine": num_bytes,
         "send": num_bytes,
         "broadcast": others * num_bytes,
     }[collective]

@@ -1,10 +1,15 @@
-"""Runs a function on several ranks, each a process with a pretend NPU of its own."""
+"""Runs a function on several ranks, each a process with a pretend NPU of its own.
+
+They are forked, which is fast, but only works as long as this process has touched no NPU.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import tempfile
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,41 +18,80 @@ import torch.distributed as dist
 
 
 def run_ranks(size, function, *args, timeout_s=60, **environ):
-    """What `function(rank, *args)` returned on each rank, or `Type: message` of what it raised.
-
-    Forked, which is fast, but only works as long as this process has touched no NPU.
-    """
-    context = multiprocessing.get_context("fork")
+    """What `function(rank, *args)` returned on each rank, in a group of all of them, or
+    `Type: message` of what it raised."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = []
-        for rank in range(size):
-            here, there = context.Pipe(duplex=False)
-            job = (there, rank, size, folder, environ, function, args)
-            process = context.Process(target=_main, args=job, daemon=True)
-            process.start()
-            ranks.append((process, here))
+
+        def on_rank(rank):
+            timeout = timedelta(seconds=int(environ.get("ASCEND_SIM_TIMEOUT", 60)))
+            torch.npu.set_device(rank)
+            store = dist.FileStore(str(Path(folder, "store")), size)
+            store.set_timeout(timeout)
+            dist.init_process_group(
+                "hccl", store=store, rank=rank, world_size=size, timeout=timeout
+            )
+            with torch.inference_mode():
+                return function(rank, *args)
+
+        return _fork(size, on_rank, timeout_s, lambda rank: environ)
+
+
+def run_program(size, function, *args, timeout_s=120, **environ):
+    """What `function(*args)` returned on rank 0 of a program that torchrun, as it seems, started
+    on all ranks; the others may end in it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    common = {
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        **environ,
+    }
+    return _fork(
+        size,
+        lambda rank: function(*args),
+        timeout_s,
+        lambda rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        answers=1,
+    )[0]
+
+
+def _fork(size, on_rank, timeout_s, environ_of, answers=None):
+    """What the first ranks (all, unless `answers` says how many) have to say."""
+    context = multiprocessing.get_context("fork")
+    ranks = []
+    for rank in range(size):
+        here, there = context.Pipe(duplex=False)
+        job = (there, rank, on_rank, environ_of(rank))
+        process = context.Process(target=_main, args=job, daemon=True)
+        process.start()
+        there.close()
+        ranks.append((process, here))
+    try:
         results = []
-        for rank, (_, here) in enumerate(ranks):
+        for rank, (_, here) in enumerate(ranks[:answers]):
             if not here.poll(timeout_s):
                 raise TimeoutError(f"rank {rank} has not answered in {timeout_s} s")
             results.append(here.recv())
+        return results
+    finally:
         for process, _ in ranks:
             process.kill()
-    return results
 
 
-def _main(pipe, rank, size, folder, environ, function, args):
+def _main(pipe, rank, on_rank, environ):
     os.environ.update(environ)
     torch.set_num_threads(1)
-    torch.npu.set_device(rank)
-    timeout = timedelta(seconds=int(environ.get("ASCEND_SIM_TIMEOUT", 60)))
-    store = dist.FileStore(str(Path(folder, "store")), size)
-    store.set_timeout(timeout)
-    dist.init_process_group("hccl", store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        with torch.inference_mode():
-            pipe.send(function(rank, *args))
+        pipe.send(on_rank(rank))
     except Exception as error:
+        if os.environ.get("RANK"):
+            traceback.print_exc()
         pipe.send(f"{type(error).__name__}: {error}")
+    except SystemExit:  # a rank that only served the first one
+        pass
     pipe.close()
     os._exit(0)

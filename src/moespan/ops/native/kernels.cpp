@@ -344,35 +344,36 @@ struct Prefetch {
     int64_t bytes;
 };
 
-// What the R rows of a packed tile times one panel give, in float32, handed to
-// `emit(row, channels 0-15, channels 16-31)`. `scales` are those of the rows.
-template <int KIND, int R, class Emit>
-inline void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const float* scales,
-                     Prefetch ahead, Emit emit) {
+// The R rows of a packed tile times one panel → float32 [R, 32], rows `ld` elements apart. `scales`
+// are those of the rows. With STRIDE, of bfloat16, rows are not packed but so many pairs apart.
+template <int KIND, int R, int STRIDE = 0>
+void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const float* scales,
+              Prefetch ahead, float* out, int64_t ld) {
     const char* p = w.panels + panel * w.panel_bytes(KIND);
     const char* next = ahead.at;
     if constexpr (KIND == BF16) {
         // A result waits for the one before it: few rows need more chains to keep busy.
         constexpr int CHAINS = R >= 4 ? 1 : R >= 2 ? 2 : 4;
+        constexpr int ROW = STRIDE ? STRIDE : 1, STEP = STRIDE ? 1 : R;
         f32x16 acc[CHAINS][R][2] = {};
         const int64_t steps = w.in / 2;
         int64_t k = 0;
         for (; k + CHAINS <= steps; k += CHAINS) {
 #pragma GCC unroll 4
-            for (int c = 0; c < CHAINS; c++, p += 128, x += R, next += ahead.bytes) {
+            for (int c = 0; c < CHAINS; c++, p += 128, x += STEP, next += ahead.bytes) {
                 __builtin_prefetch(next, 0, 2);
                 __builtin_prefetch(next + 64, 0, 2);
 #pragma GCC unroll 12
                 for (int r = 0; r < R; r++) {
-                    acc[c][r][0] = dot2(acc[c][r][0], p, x[r]);
-                    acc[c][r][1] = dot2(acc[c][r][1], p + 64, x[r]);
+                    acc[c][r][0] = dot2(acc[c][r][0], p, x[r * ROW]);
+                    acc[c][r][1] = dot2(acc[c][r][1], p + 64, x[r * ROW]);
                 }
             }
         }
-        for (; k < steps; k++, p += 128, x += R)
+        for (; k < steps; k++, p += 128, x += STEP)
             for (int r = 0; r < R; r++) {
-                acc[0][r][0] = dot2(acc[0][r][0], p, x[r]);
-                acc[0][r][1] = dot2(acc[0][r][1], p + 64, x[r]);
+                acc[0][r][0] = dot2(acc[0][r][0], p, x[r * ROW]);
+                acc[0][r][1] = dot2(acc[0][r][1], p + 64, x[r * ROW]);
             }
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
@@ -380,7 +381,8 @@ inline void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const fl
                 acc[0][r][0] += acc[c][r][0];
                 acc[0][r][1] += acc[c][r][1];
             }
-            emit(r, acc[0][r][0], acc[0][r][1]);
+            store(out + r * ld, acc[0][r][0]);
+            store(out + r * ld + LANES, acc[0][r][1]);
         }
     } else {
         constexpr int PLANES = planes<KIND>();
@@ -409,8 +411,7 @@ inline void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const fl
                     acc[0][b][r][1] = dot4(acc[0][b][r][1], p + 64, x[b * R + r]);
                 }
 #pragma GCC unroll 12
-        for (int r = 0; r < R; r++) {
-            f32x16 out[2];
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
                 for (int c = 1; c < CHAINS; c++)
@@ -420,20 +421,19 @@ inline void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const fl
                 f32x16 v = __builtin_convertvector(high, f32x16);
                 if constexpr (PLANES == 2)
                     v = v * 256.0f + __builtin_convertvector(acc[0][1][r][h], f32x16);
-                out[h] = v * load<f32x16>(w.scales + channel) * scales[r];
+                store(out + r * ld + h * LANES,
+                      v * load<f32x16>(w.scales + channel) * scales[r]);
             }
-            emit(r, out[0], out[1]);
-        }
     }
 }
 
-template <int KIND, class Emit>
-inline void multiply(int64_t rows, const Matrix& w, int64_t panel, const uint32_t* x,
-                     const float* scales, Prefetch ahead, Emit emit) {
+template <int KIND, int STRIDE = 0>
+void multiply(int64_t rows, const Matrix& w, int64_t panel, const uint32_t* x, const float* scales,
+              Prefetch ahead, float* out, int64_t ld) {
     switch (rows) {
 #define CASE(R) \
     case R:     \
-        return multiply<KIND, R>(w, panel, x, scales, ahead, emit);
+        return multiply<KIND, R, STRIDE>(w, panel, x, scales, ahead, out, ld);
         CASE(1) CASE(2) CASE(3)
 #if WIDE
         CASE(4) CASE(5) CASE(6)
@@ -446,14 +446,15 @@ inline void multiply(int64_t rows, const Matrix& w, int64_t panel, const uint32_
     }
 }
 
-// Some tiles of an input times one panel; `emit` gets the number of the row. A single tile waits for
-// memory, and asks for its own panel a little ahead. A few have time to bring the next panel, if the
+// Some tiles of an input times one panel; `emit(row, channels 0-15, channels 16-31)` gets each row's
+// results. A single tile waits for memory, and asks for its own panel a little ahead. A few have time to bring the next panel, if the
 // second-level cache has room for both. Many do not wait for memory.
 template <int KIND, class Emit>
 inline void tiles_times_panel(const Matrix& w, int64_t panel, const Input& input, const Tile* tiles,
                               int64_t count, Emit emit) {
     const int64_t bytes = w.panel_bytes(KIND);
     const char* at = w.panels + panel * bytes;
+    alignas(64) float out[MAX_ROWS * PANEL];
     for (int64_t i = 0; i < count; i++) {
         const Tile& t = tiles[i];
         Prefetch ahead{at, 0};
@@ -461,8 +462,9 @@ inline void tiles_times_panel(const Matrix& w, int64_t panel, const Input& input
             ahead = {at + PREFETCH_BYTES, 128};
         else if (count <= 4 && bytes <= NEXT_PANEL_BYTES)
             ahead = {at + bytes + bytes * i / count, 128 / count};
-        multiply<KIND>(t.rows, w, panel, input.tile(t), input.scales + t.row, ahead,
-                       [&](int r, f32x16 a, f32x16 b) { emit(t.row + r, a, b); });
+        multiply<KIND>(t.rows, w, panel, input.tile(t), input.scales + t.row, ahead, out, PANEL);
+        for (int64_t r = 0; r < t.rows; r++)
+            emit(t.row + r, load<f32x16>(out + r * PANEL), load<f32x16>(out + r * PANEL + LANES));
     }
 }
 
@@ -703,6 +705,14 @@ inline f32x16 load_cached(const T* p) {
 constexpr int CHUNK = 64;             // keys at a time
 constexpr int MOST_HEAD_VECTORS = 16; // heads of up to 256
 
+// A cached head of D elements as bfloat16: as it is, or computed into `room`.
+inline const bf16* as_bf16(const bf16* x, float, int64_t, bf16*) { return x; }
+
+inline const bf16* as_bf16(const int8_t* x, float scale, int64_t D, bf16* room) {
+    for (int64_t d = 0; d < D; d += LANES) store_bf16(room + d, load_i8(x + d) * scale);
+    return room;
+}
+
 // One query token of one sequence, query heads that read key heads h0 to h1.
 template <class T>
 void decode(const bf16* q, bf16* out, const Cache& c, const int32_t* table, int64_t length,
@@ -811,8 +821,7 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
     bf16* packed_values = packed_keys + CHUNK * D;            // [D / 32][CHUNK / 2][32][2]
     const int64_t width = ceil_div(D, PANEL) * PANEL;
     bf16* p = packed_values + CHUNK * width;                  // [MAX_ROWS, CHUNK]
-    bf16* packed_p = p + MAX_ROWS * CHUNK;                    // a tile
-    bf16* packed_queries = packed_p + MAX_ROWS * CHUNK;       // tiles of [rows, D]
+    bf16* packed_queries = p + MAX_ROWS * CHUNK;              // tiles of [rows, D]
     float* acc = (float*)(packed_queries + rows * D);         // [rows, padded D]
     float* scores = acc + rows * width;                       // [MAX_ROWS, CHUNK]
     float* most = scores + MAX_ROWS * CHUNK;                  // [rows]
@@ -838,29 +847,33 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
         const int here = (int)std::min<int64_t>(CHUNK, length - start);
         for (int t = 0; t < CHUNK; t++) {
             uint32_t* to = (uint32_t*)packed_keys + t / PANEL * (D / 2) * PANEL + t % PANEL;
-            bf16* value_to = packed_values + t / 2 * PANEL * 2 + t % 2;
+            alignas(64) bf16 floats[MOST_HEAD_VECTORS * LANES];
+            const bf16* key = floats;
             if (t >= here) {  // what memory holds there may be NaN
-                for (int64_t d = 0; d < D / 2; d++) to[d * PANEL] = 0;
-                for (int64_t d = 0; d < D; d++)
-                    value_to[d / PANEL * (CHUNK / 2) * PANEL * 2 + d % PANEL * 2] = 0;
-                continue;
-            }
-            const int64_t slot = slot_of(table, start + t, c);
-            const T* key = keys + (slot * c.heads + kv_head) * D;
-            const T* value = values + (slot * c.heads + kv_head) * D;
-            if constexpr (sizeof(T) == 1) {
-                const float ks = c.key_scales[slot * c.heads + kv_head];
-                const float vs = c.value_scales[slot * c.heads + kv_head];
-                for (int64_t d = 0; d < D / 2; d++)
-                    to[d * PANEL] = uint32_t(to_bf16(key[2 * d] * ks)) |
-                                    uint32_t(to_bf16(key[2 * d + 1] * ks)) << 16;
-                for (int64_t d = 0; d < D; d++)
-                    value_to[d / PANEL * (CHUNK / 2) * PANEL * 2 + d % PANEL * 2] =
-                        to_bf16(value[d] * vs);
+                std::memset(floats, 0, D * sizeof(bf16));
             } else {
-                for (int64_t d = 0; d < D / 2; d++) std::memcpy(to + d * PANEL, key + 2 * d, 4);
-                for (int64_t d = 0; d < D; d++)
-                    value_to[d / PANEL * (CHUNK / 2) * PANEL * 2 + d % PANEL * 2] = value[d];
+                const int64_t at = slot_of(table, start + t, c) * c.heads + kv_head;
+                key = as_bf16(keys + at * D, sizeof(T) == 1 ? c.key_scales[at] : 1, D, floats);
+            }
+            for (int64_t d = 0; d < D / 2; d++) std::memcpy(to + d * PANEL, key + 2 * d, 4);
+        }
+        for (int t = 0; t < CHUNK; t += 2) {
+            alignas(64) bf16 floats[2][MOST_HEAD_VECTORS * LANES];
+            const bf16* pair[2] = {floats[0], floats[1]};
+            for (int i = 0; i < 2; i++) {
+                if (t + i >= here) {
+                    std::memset(floats[i], 0, D * sizeof(bf16));
+                    continue;
+                }
+                const int64_t at = slot_of(table, start + t + i, c) * c.heads + kv_head;
+                pair[i] = as_bf16(values + at * D, sizeof(T) == 1 ? c.value_scales[at] : 1, D,
+                                  floats[i]);
+            }
+            for (int64_t d = 0; d < D; d += LANES) {
+                bf16* to = packed_values + (d / PANEL * (CHUNK / 2) + t / 2) * PANEL * 2;
+                // A float is a bfloat16 above 16 zeros.
+                const u32x16 low = (u32x16)load_bf16(pair[0] + d) >> 16;
+                store(to + d % PANEL * 2, low | (u32x16)load_bf16(pair[1] + d));
             }
         }
         for (const Tile& tile : tiles) {
@@ -870,10 +883,7 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
             if (position + (r0 + n - 1) / group < start) continue;
             for (int panel = 0; panel < CHUNK / PANEL; panel++)
                 multiply<BF16>(n, key_matrix, panel, queries.tile(tile), nullptr, here_only,
-                               [&](int r, f32x16 a, f32x16 b) {
-                                   store(scores + r * CHUNK + panel * PANEL, a);
-                                   store(scores + r * CHUNK + panel * PANEL + LANES, b);
-                               });
+                               scores + panel * PANEL, CHUNK);
             float shrink[MAX_ROWS];
             for (int r = 0; r < n; r++) {
                 float* row = scores + r * CHUNK;
@@ -889,24 +899,22 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
                 before = now;
                 f32x16 s = splat(0);
                 for (int t = 0; t < CHUNK; t += LANES) {
-                    f32x16 score = load<f32x16>(row + t);
-                    f32x16 e = vexp(score * scale - base);
-                    // What is hidden adds nothing at all, however small exp of it is.
-                    e = score == -INFINITY ? splat(0) : e;
+                    f32x16 e = vexp(load<f32x16>(row + t) * scale - base);
                     s += e;
                     store_bf16(p + r * CHUNK + t, e);
                 }
                 total[r0 + r] = total[r0 + r] * shrink[r] + sum(s);
             }
-            pack_tile<BF16>({0, n, 0}, CHUNK, (char*)packed_p,
-                            [&](int64_t r) { return p + r * CHUNK; });
-            for (int64_t panel = 0; panel < width / PANEL; panel++)
-                multiply<BF16>(n, value_matrix, panel, (const uint32_t*)packed_p, nullptr, here_only,
-                               [&](int r, f32x16 a, f32x16 b) {
-                                   float* to = acc + (r0 + r) * width + panel * PANEL;
-                                   store(to, load<f32x16>(to) * shrink[r] + a);
-                                   store(to + LANES, load<f32x16>(to + LANES) * shrink[r] + b);
-                               });
+            for (int64_t panel = 0; panel < width / PANEL; panel++) {
+                alignas(64) float part[MAX_ROWS * PANEL];
+                multiply<BF16, CHUNK / 2>(n, value_matrix, panel, (const uint32_t*)p, nullptr,
+                                          here_only, part, PANEL);
+                for (int r = 0; r < n; r++)
+                    for (int c = 0; c < PANEL; c += LANES) {
+                        float* to = acc + (r0 + r) * width + panel * PANEL + c;
+                        store(to, load<f32x16>(to) * shrink[r] + load<f32x16>(part + r * PANEL + c));
+                    }
+            }
         }
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -917,7 +925,7 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
 }
 
 // Query tokens of a sequence that are attended together.
-constexpr int64_t QUERY_BLOCK = 240;
+constexpr int64_t QUERY_BLOCK = 480;
 
 }  // namespace
 
@@ -1040,7 +1048,7 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
                      [](const Task& a, const Task& b) { return a.work > b.work; });
     const int64_t D = head_size, width = ceil_div(D, PANEL) * PANEL;
     const int64_t prefill_bytes =
-        (CHUNK * D + CHUNK * width + 2 * MAX_ROWS * CHUNK + most_rows * D) * 2 +
+        (CHUNK * D + CHUNK * width + MAX_ROWS * CHUNK + most_rows * D) * 2 +
         (most_rows * (width + 2) + MAX_ROWS * CHUNK) * 4;
     const int64_t decode_bytes = most_heads * (2 * D + CHUNK + 2) * 4;
 #pragma omp parallel num_threads(threads)

@@ -1,0 +1,203 @@
+"""What the engine itself costs in a decode step: microseconds on the host, without the model.
+
+    python benchmarks/engine_overhead.py --json build/engine_overhead.json
+
+The engine, its worker, and the socket to a front are the real ones, on the quickstart model's
+tokenizer and geometry; only the network is replaced, by one that returns fixed logits. README.md
+says how to read the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from moespan import SamplingParams, __version__
+from moespan.config import EngineConfig, Layout
+from moespan.engine import engine as leader
+from moespan.engine import worker
+from moespan.engine.plan import StepPlans
+from moespan.engine.request import Request
+from moespan.launch.protocol import Connection, Deltas, FromLeader
+from moespan.parallel.mesh import Mesh
+from moespan.roofline import machine_name
+
+MODEL = Path(__file__).parents[1] / "models" / "quickstart"
+PARTS = ("schedule", "encode", "inputs", "sample", "update", "deltas", "front")
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "drawn": {"temperature": 0.7, "top_p": 0.9},
+    "penalty": {"temperature": 0.0, "presence_penalty": 0.5},
+}
+
+
+class Clock:
+    """Adds up what calls take, by part; those inside another timed call count for the inner."""
+
+    def __init__(self) -> None:
+        self.spent_ns: Counter[str] = Counter()
+        self._inside_ns = 0
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with its time added to `part`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outside_ns, self._inside_ns = self._inside_ns, 0
+            started = time.perf_counter_ns()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took_ns = time.perf_counter_ns() - started
+                self.spent_ns[part] += took_ns - self._inside_ns
+                self._inside_ns = outside_ns + took_ns
+
+        return call
+
+
+def build(batch_size: int, context: int, num_steps: int) -> leader.Engine:
+    """An engine on one rank, whose network returns the same logits again and again."""
+    config = EngineConfig(
+        str(MODEL),
+        Layout(),
+        device="cpu",
+        load_format="dummy",
+        max_model_len=context + num_steps,
+        max_num_seqs=batch_size,
+        max_num_batched_tokens=batch_size * context,
+        enable_prefix_caching=True,
+    )
+    engine = leader.build_leader(config, Mesh.create(Layout(), torch.device("cpu")))
+    vocab_size = engine._worker.model.vocab_size
+    logits = torch.randn(batch_size, vocab_size, generator=torch.Generator().manual_seed(0))
+
+    def network(inputs: Any, caches: Any, batch: Any, rows: torch.Tensor, *_: Any) -> torch.Tensor:
+        return logits[: len(rows)]
+
+    engine._worker.model = network  # type: ignore[assignment]
+    return engine
+
+
+@contextmanager
+def watched(clock: Clock, engine: leader.Engine) -> Iterator[None]:
+    """Time the parts of the engine's steps meanwhile."""
+    places: list[tuple[Any, str, str]] = [
+        (engine._replicas, "schedule", "schedule"),
+        (StepPlans, "of", "encode"),
+        (engine, "_broadcast", "encode"),
+        (engine._worker, "_run", "inputs"),
+        (worker, "Pending", "sample"),
+        (worker.Pending, "wait", "sample"),
+        (engine._replicas, "update", "update"),
+        (engine, "_delta", "deltas"),
+    ]
+    with ExitStack() as stack:
+        for owner, name, part in places:
+            function = getattr(owner, name)
+            timed: Any = clock.timed(part, function)
+            if isinstance(owner, type) and hasattr(function, "__self__"):
+                timed = staticmethod(timed)  # a class method that is bound already
+            stack.enter_context(patch.object(owner, name, timed))
+        yield
+
+
+def measure(batch_size: int, sampling: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Mean microseconds of each part of a decode step, and of all of it, over its faster half."""
+    num_steps = args.warmup + args.steps + 1
+    engine = build(batch_size, args.context, num_steps)
+    clock = Clock()
+    here, there = socket.socketpair()
+    to_front: Connection[Any] = Connection(here, FromLeader)
+    front: Connection[Any] = Connection(there, FromLeader)
+
+    def tell(deltas: Any) -> None:
+        to_front.send(Deltas(deltas))
+        while not front.receive(0):
+            pass
+
+    tell = clock.timed("front", tell)
+    params = SamplingParams(max_tokens=None, ignore_eos=True, seed=1, **SAMPLINGS[sampling])
+    for number in range(batch_size):
+        prompt = [2 + (number * 7 + at * 3) % 500 for at in range(args.context)]
+        engine.add(Request(id=str(number), prompt_token_ids=prompt, params=params))
+    steps: list[Counter[str]] = []
+    with watched(clock, engine):
+        while engine.has_unfinished:
+            clock.spent_ns = Counter()
+            started = time.perf_counter_ns()
+            tell(engine.step())
+            clock.spent_ns["total"] = time.perf_counter_ns() - started
+            steps.append(clock.spent_ns)
+    measured = steps[args.warmup + 1 : args.warmup + 1 + args.steps]
+    # Others on the machine only ever add, so the faster half tells what the engine does.
+    measured = sorted(measured, key=lambda step: step["total"])[: max(args.steps // 2, 1)]
+    mean_us = {
+        part: statistics.fmean(step[part] for step in measured) / 1e3 for part in (*PARTS, "total")
+    }
+    total = mean_us.pop("total")
+    parts = {**mean_us, "rest": total - sum(mean_us.values())}
+    engine.close()
+    here.close()
+    there.close()
+    return {"batch": batch_size, "sampling": sampling, "total_us": total, "parts_us": parts}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All batch sizes and ways of sampling, one after the other."""
+    torch.set_num_threads(1)  # what is measured is one thread's work
+    return {
+        "machine": machine_name("cpu"),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {"moespan": __version__, "torch": torch.__version__},
+        "context": args.context,
+        "results": [
+            measure(batch_size, sampling, args)
+            for sampling in args.sampling
+            for batch_size in args.batch_sizes
+        ],
+    }
+
+
+def table(report: dict[str, Any]) -> Iterator[str]:
+    """The report, line by line."""
+    yield f"µs per decode step without the model, context {report['context']}"
+    yield f"{report['machine']}, {report['cores']} cores"
+    yield ""
+    names = (*PARTS, "rest")
+    yield f"{'sampling':<9}{'batch':>5}" + "".join(f"{name:>10}" for name in names) + "     total"
+    for row in report["results"]:
+        parts = "".join(f"{row['parts_us'][name]:>10.0f}" for name in names)
+        yield f"{row['sampling']:<9}{row['batch']:>5}{parts}{row['total_us']:>10.0f}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--sampling", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS))
+    parser.add_argument("--context", type=int, default=384, help="prompt tokens before decoding")
+    parser.add_argument("--steps", type=int, default=60, help="measured ones")
+    parser.add_argument("--warmup", type=int, default=20, help="steps before them")
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    args = parser.parse_args(argv)
+    report = run(args)
+    print(*table(report), sep="\n")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The engine on several pretend NPUs computes what the Hugging Face model computes, whatever the
+layout, the dispatch and the options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moespan import LLM
+from moespan.config import Layout
+from moespan.verify import Reference, verify
+from tests.ascend.inside.ranks import run_program
+from tests.support import DATA
+
+MODEL = DATA / "oracle" / "sixteen"
+# Prompts of the reference, and how many tokens are generated.
+PROMPTS, NUM_GREEDY = ("p1", "p2"), 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine.
+
+    Attributes:
+        dispatches: ways that tokens meet experts, one after the other.
+        uses: collectives that it must have used.
+    """
+
+    layout: Layout
+    dtype: str = "float32"
+    dispatches: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    uses: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [str(self.layout), self.dtype, *self.dispatches]
+        return " ".join(parts + [f"{name}={value}" for name, value in self.settings.items()])
+
+
+EAGER = {"enforce_eager": True}
+FUSED = {"dispatches": ("fused",), "uses": ("dispatch", "combine")}
+CASES = {
+    1: [Case(Layout()), Case(Layout(), "bfloat16"), Case(Layout(), "float16")],
+    4: [
+        Case(Layout(tp=2, dp=2, ep=4), settings=EAGER),
+        Case(Layout(pp=4), settings=EAGER),
+        Case(Layout(tp=2, pp=2, ep=2), "bfloat16"),
+        Case(Layout(tp=2, dp=2, ep=4), "bfloat16", ("all_gather", "fused"), {}, ("dispatch",)),
+        Case(Layout(tp=2, sp=2, ep=4), "bfloat16", **FUSED, settings=EAGER),
+        Case(Layout(tp=4), "bfloat16", settings={"npu_fused_all_reduce": 3}),
+        Case(Layout(tp=4, ep=2), "float16", settings={"npu_weight_format": "nz"}),
+    ],
+    8: [
+        Case(Layout(tp=8)),
+        Case(Layout(tp=8, ep=8)),
+        Case(Layout(tp=4, pp=2, ep=4)),
+        Case(Layout(tp=2, sp=4, ep=8)),
+    ],
+    16: [
+        Case(Layout(tp=2, dp=8, ep=16), "bfloat16", **FUSED),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some prompts of the reference, with short continuations: ranks share two cores."""
+    tensors = load_file(MODEL / "ref" / "ref_logits.safetensors")
+    kept = {name: x for name, x in tensors.items() if name.split(".")[0] in PROMPTS}
+    short = {n: x[:NUM_GREEDY] if n.endswith("greedy") else x for n, x in kept.items()}
+    path = tmp_path_factory.mktemp("reference") / "reference.safetensors"
+    save_file(short, path)
+    return path
+
+
+def failures(cases: list[Case], path: Path) -> list[str]:
+    """What is wrong with each case, and how often each collective was used by rank 0."""
+    first = cases[0].layout
+    names = ("tensor", "expert", "pipeline", "sequence", "data")
+    sizes = {
+        f"{name}_parallel_size": size
+        for name, size in zip(names, first.sizes.values(), strict=True)
+    }
+    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "num_blocks": 64, "bind": "off"}
+    wrong = []
+    with LLM(str(MODEL), **sizes, device="npu", dtype="float32", **settings) as llm:
+        start = llm.config
+        for case in cases:
+            for dispatch in case.dispatches or case.layout.dispatches:
+                llm.config = replace(start, moe_dispatch="auto", dtype=case.dtype, **case.settings)
+                llm.relayout(case.layout, dispatch)
+                report = verify(llm, Reference(path))
+                said = list(report.failures)
+                traffic = llm.traffic()
+                used = {row[1] for rows in traffic for row in rows}
+                said += [
+                    f"no {one}" for one in case.uses if dispatch == "fused" and one not in used
+                ]
+                graphs = llm._client._engine._worker.graphs  # type: ignore[attr-defined]
+                if graphs is not None and not graphs.num_recorded and dispatch != "all_to_all":
+                    said.append("no graph was recorded")
+                wrong += [f"{case} {dispatch}: {one}" for one in said]
+    return wrong
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_layouts_over_hccl_compute_what_the_hugging_face_model_computes(
+    world_size: int, reference: Path
+):
+    result = run_program(
+        world_size,
+        failures,
+        CASES[world_size],
+        reference,
+        ASCEND_SIM_DEVICES=str(world_size),
+        ASCEND_SIM_HBM_GIB="2",
+    )
+    assert result == []
