@@ -338,13 +338,14 @@ def _build_worker(
             f"max_position_embeddings={model_config.max_position_embeddings}"
         )
     dtype = getattr(torch, config.dtype)
+    ops = ops_for(config.device, config)
+    _check_integers(config, model_config, ops)
     quantization, source = config.quantization, _open(config, model_config, mesh.device)
     if config.load_format == "dummy" and model_config.quantization:
         # What is drawn is floats, to be rounded as the checkpoint of this config would be.
         quantization = quantization or model_config.quantization.scheme
         model_config = replace(model_config, quantization=None)
     experts = ExpertPlacement.make(config.expert_placement, model_config, config.layout)
-    ops = ops_for(config.device, config)
     fused.check(
         config,
         model_config,
@@ -391,6 +392,21 @@ def _build_worker(
         )
     worker = Worker(config, model_config, mesh, ops, prepared, num_blocks)
     return worker, num_blocks, report
+
+
+def _check_integers(config: EngineConfig, model_config: ModelConfig, ops: Ops) -> None:
+    """Refuse integers where the device has no operations for them, before anything is read."""
+    if ops.has_integers:
+        return
+    if config.quantization or model_config.quantization:
+        raise ConfigError(
+            f"matrices of 8-bit integers are not implemented for device={config.device}; leave "
+            "--quantization out, and use the checkpoint that the integers were made from"
+        )
+    if config.cache_dtype == "int8":
+        raise ConfigError(
+            f"kv_cache_dtype=int8 is not implemented for device={config.device}; use auto"
+        )
 
 
 def _open(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> Source:

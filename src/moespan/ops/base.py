@@ -151,6 +151,8 @@ class Ops(Protocol):
     block_size: int
     # Whether `record` works on this kind of device.
     has_graphs: bool
+    # Whether it takes weights (`QuantizedWeight`) and caches of 8-bit integers.
+    has_integers: bool
     # Of an NPU: 910B (A2), 910C (A3) or 310P; empty if it is another one, or none.
     chip: str
 

@@ -51,6 +51,7 @@ class NpuOps(ReferenceOps):
 
     block_size = 128
     has_graphs = True
+    has_integers = False
 
     def __init__(
         self, soc: str | None = None, fused_all_reduce_rows: int = 0, weight_format: str = "nd"
@@ -84,10 +85,7 @@ class NpuOps(ReferenceOps):
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Experts' matrices become [E, in, out], which grouped matmuls read; others stay as they
         are. Either may be in tiles."""
-        if not isinstance(weight, Tensor):
-            raise ConfigError(
-                "quantized weights are not implemented on NPUs; leave --quantization out"
-            )
+        assert isinstance(weight, Tensor)  # `has_integers` says so
         if self._is_310p and weight.dtype == torch.bfloat16:
             raise ConfigError(f"{self._soc} has no bfloat16; use --dtype float16")
         if ".experts." in name:

@@ -18,6 +18,7 @@ class ReferenceOps:
 
     block_size = 32
     has_graphs = False
+    has_integers = True
     chip = ""
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
