@@ -338,7 +338,7 @@ def _build_worker(
             f"max_position_embeddings={model_config.max_position_embeddings}"
         )
     dtype = getattr(torch, config.dtype)
-    ops = ops_for(config.device, dtype)
+    ops = ops_for(config.device, config)
     _check_integers(config, model_config, ops)
     quantization, source = config.quantization, _open(config, model_config)
     if config.load_format == "dummy" and model_config.quantization:
@@ -346,7 +346,6 @@ def _build_worker(
         quantization = quantization or model_config.quantization.scheme
         model_config = replace(model_config, quantization=None)
     experts = ExpertPlacement.make(config.expert_placement, model_config, config.layout)
-    ops = ops_for(config.device, config)
     fused.check(
         config,
         model_config,
