@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, settings
 
 # Before anything imports torch, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Before anything imports Triton: its kernels then run on the CPU, and take part wherever it is.
+os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile(
     "moespan",

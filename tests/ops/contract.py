@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moespan.checkpoint.quantization import QuantizedWeight, quantize, round_rows
 from moespan.ops import AttentionBatch, KVCache, Ops, ReferenceOps, Weight
+from moespan.parallel.mesh import Axis
 
 REFERENCE = ReferenceOps()
 # A share of the largest value: a few roundings, as the orders of operations differ.
@@ -114,6 +115,17 @@ class OpsContract(Contract):
         assert_close(ops.mlp(*self.to(x), *weights), expected, dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("num_tokens", [0, 2, 19])
+    def test_mlp_added_to_something(self, ops: Ops, num_tokens: int, dtype: torch.dtype):
+        x, onto = (self.random(num_tokens, 34, dtype=dtype, seed=seed) for seed in (0, 1))
+        gate_up = self.random(14, 34, dtype=dtype) / 8
+        down = self.random(34, 7, dtype=dtype) / 8
+        weights = self.prepared(ops, "layers.0.mlp", gate_up=gate_up, down=down)
+        expected = REFERENCE.mlp_sum(x, gate_up, down, Axis(), "mlp", onto.clone())
+        found = ops.mlp_sum(*self.to(x), *weights, Axis(), "mlp", *self.to(onto))
+        assert_close(found, expected, dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("has_bias", [False, True])
     def test_linear(self, ops: Ops, has_bias: bool, dtype: torch.dtype):
         x, weight = self.random(5, 48, dtype=dtype), self.random(7, 48, dtype=dtype)
@@ -142,6 +154,30 @@ class OpsContract(Contract):
             found = ops.rope(*self.to(qkv), num_heads, num_kv_heads, *rows)
             for ours, theirs in zip(found, expected, strict=True):
                 assert_close(ours, theirs.contiguous(), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("num_tokens", [0, 1, 9])
+    @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (10, 2)])
+    def test_rope_straight_to_the_cache(
+        self, ops: Ops, num_heads: int, num_kv_heads: int, num_tokens: int, dtype: torch.dtype
+    ):
+        for head_size in self.head_sizes:
+            qkv = self.random(num_tokens, num_heads + 2 * num_kv_heads, head_size, dtype=dtype)
+            angles = self.random(num_tokens, head_size // 2)
+            cos, sin = angles.cos(), angles.sin()
+            shape = (5, self.block_size, num_kv_heads, head_size)
+            caches = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)]
+            slots = torch.arange(num_tokens).flip(0) * 2 + 1
+            ours, theirs = KVCache(*self.to(*caches)), KVCache(*caches)
+            sizes = num_heads, num_kv_heads
+            expected = REFERENCE.rope_to_cache(qkv.clone(), *sizes, cos, sin, theirs, slots)
+            table = ops.rotary_table(*self.to(cos, sin), dtype)
+            at = slots.int().to(self.device)
+            found = ops.rope_to_cache(*self.to(qkv), *sizes, *table, ours, at)
+            assert_close(found, expected.contiguous(), dtype)
+            for our_cache, cache in zip(ours.tensors, theirs.tensors, strict=True):
+                assert torch.equal(our_cache.cpu().isnan(), cache.isnan())
+                assert_close(our_cache.nan_to_num(), cache.nan_to_num(), dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(

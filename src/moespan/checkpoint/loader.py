@@ -82,7 +82,7 @@ def load_weights(
         if placement.cut_rows:
             maxima = cut.split(maximum_over_tp(cut.maxima))
             for piece, values in cut.drain():
-                rows = maxima[piece.source][piece.source_index[0]]
+                rows = maxima[piece.source][piece.source_index[0]].to(values.device)
                 _store(weights[piece.parameter], piece, values, rows)
     held = sum(
         weight.num_bytes if isinstance(weight, QuantizedWeight) else weight.nbytes
@@ -117,7 +117,8 @@ def _store(
     elif values.dtype == torch.int8:
         weight.values[piece.index].copy_(values)
     else:
-        integers, scales = quantize(values, maxima)
+        known = None if maxima is None else maxima.to(values.device)
+        integers, scales = quantize(values, known)
         weight.values[piece.index].copy_(integers)
         weight.scales[piece.index[:-1]].copy_(scales)
 

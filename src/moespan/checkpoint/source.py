@@ -26,6 +26,8 @@ SINGLE_FILE = "model.safetensors"
 _FLOATS = ("F32", "BF16", "F16")
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
 _BATCH_BYTES = 64 << 20
+# Whose random numbers follow from seed and shape, whatever else it does.
+_DRAWING_DEVICES = ("cuda",)
 
 
 class Source(Protocol):
@@ -38,7 +40,7 @@ class Source(Protocol):
         """Cut `pieces` into lists that may be read in parallel, each in its best order."""
 
     def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """Yield each piece with its values, a CPU tensor that is valid until the next one."""
+        """Yield each piece with its values, a tensor that is valid until the next one."""
 
 
 class SafetensorsSource:
@@ -190,15 +192,28 @@ class RandomSource:
     So `--load-format dummy` gives the values that `make-checkpoint` writes, and every layout gives
     the same model. Standard deviations keep activations near one: 1/sqrt(fan-in) for matrices, 1
     for the embedding; norms are 1.
+
+    Args:
+        device: where the values are for. On a GPU they are drawn there, which takes seconds where a
+            CPU takes minutes. They are then others than the CPU's, but again the same in every
+            layout.
     """
 
     # Rows are drawn in blocks with a generator each, so that a rank draws little beyond its share.
     BLOCK_ROWS = 256
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        seed: int,
+        device: torch.device | None = None,
+    ) -> None:
         self.shapes = checkpoint_tensors(dataclasses.replace(config, quantization=None))
         self.dtype = dtype
         self.seed = seed
+        draws_there = device is not None and device.type in _DRAWING_DEVICES
+        self._options: dict[str, Any] = {"device": device if draws_there else torch.device("cpu")}
 
     def num_bytes(self, piece: Piece) -> int:
         """How many bytes `piece` has."""
@@ -218,7 +233,7 @@ class RandomSource:
         shape = self.shapes[name]
         rows = index[0] if index else slice(0, shape[0])
         if name.endswith("norm.weight"):
-            return torch.ones(rows.stop - rows.start, dtype=self.dtype)
+            return torch.ones(rows.stop - rows.start, dtype=self.dtype, **self._options)
         columns = tuple(index[1:]) if index else ()
         std = 1.0 if name == "model.embed_tokens.weight" else math.prod(shape[1:]) ** -0.5
         first = rows.start // self.BLOCK_ROWS
@@ -228,12 +243,15 @@ class RandomSource:
             start = block * self.BLOCK_ROWS
             stop = min(start + self.BLOCK_ROWS, shape[0])
             key = crc32(f"{self.seed}/{name}/{block}".encode()) + (self.seed << 32)
-            generator = torch.Generator().manual_seed(key % 2**63)
-            values = torch.empty((stop - start, *shape[1:])).normal_(0.0, std, generator=generator)
+            generator = torch.Generator(**self._options).manual_seed(key % 2**63)
+            values = torch.empty((stop - start, *shape[1:]), **self._options)
+            values.normal_(0.0, std, generator=generator)
             mine = slice(max(rows.start - start, 0), min(rows.stop, stop) - start)
             here = (mine, *columns)
             drawn.append(values[here].to(self.dtype))
-        return torch.cat(drawn) if drawn else torch.empty((0, *shape[1:]), dtype=self.dtype)
+        if not drawn:
+            return torch.empty((0, *shape[1:]), dtype=self.dtype, **self._options)
+        return torch.cat(drawn)
 
 
 def _row_blocks(piece: Piece, most_rows: int) -> Iterator[Piece]:

@@ -340,7 +340,7 @@ def _build_worker(
     dtype = getattr(torch, config.dtype)
     ops = ops_for(config.device, config)
     _check_integers(config, model_config, ops)
-    quantization, source = config.quantization, _open(config, model_config)
+    quantization, source = config.quantization, _open(config, model_config, mesh.device)
     if config.load_format == "dummy" and model_config.quantization:
         # What is drawn is floats, to be rounded as the checkpoint of this config would be.
         quantization = quantization or model_config.quantization.scheme
@@ -409,9 +409,9 @@ def _check_integers(config: EngineConfig, model_config: ModelConfig, ops: Ops) -
         )
 
 
-def _open(config: EngineConfig, model_config: ModelConfig) -> Source:
+def _open(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> Source:
     if config.load_format == "dummy":
-        return RandomSource(model_config, getattr(torch, config.dtype), config.seed)
+        return RandomSource(model_config, getattr(torch, config.dtype), config.seed, device)
     return SafetensorsSource(config.model, model_config)
 
 

@@ -262,7 +262,7 @@ def _is_lost_peer(error: Exception) -> bool:
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or any(
-        library in str(error).lower() for library in ("gloo", "hccl")
+        library in str(error).lower() for library in ("gloo", "hccl", "nccl")
     )
 
 

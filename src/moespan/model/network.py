@@ -73,10 +73,13 @@ class Attention:
     def __call__(self, x: Tensor, cache: KVCache, step: Step) -> Tensor:
         """[L, H] replicated over tp → [L, H] replicated over tp."""
         qkv = self.ops.linear(x, self.qkv, self.qkv_bias).unflatten(-1, (-1, self.head_dim))
-        q, k, v = self.ops.rope(qkv, self.num_heads, self.num_kv_heads, step.cos, step.sin)
-        if self.sp.size > 1:
+        turn = self.num_heads, self.num_kv_heads, step.cos, step.sin
+        if self.sp.size == 1:
+            q = self.ops.rope_to_cache(qkv, *turn, cache, step.batch.slots)
+        else:
+            q, k, v = self.ops.rope(qkv, *turn)
             q, k, v = self._to_heads(torch.cat([q, k, v], 1), step.lengths)
-        self.ops.write_cache(k, v, cache, step.batch.slots)
+            self.ops.write_cache(k, v, cache, step.batch.slots)
         attended = self.ops.attention(q, cache, step.batch, self.head_dim**-0.5)
         if self.sp.size > 1:
             attended = self._to_tokens(attended, step.lengths)
@@ -346,6 +349,7 @@ class Model:
             x = self.sp.all_reduce(x, "head")
             if self.sp.rank > 0:
                 return x.new_empty((0, self.vocab_size), dtype=torch.float32)
-        logits = self.ops.linear(x, self.head).float()  # split over tp
-        parts = self.tp.all_gather(logits, "head").chunk(self.tp.size)
-        return torch.cat(parts, -1)[:, : self.vocab_size]
+        logits = self.ops.linear(x, self.head)  # split over tp
+        if self.tp.size > 1:
+            logits = torch.cat(self.tp.all_gather(logits, "head").chunk(self.tp.size), -1)
+        return logits[:, : self.vocab_size].float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from moespan.config import EngineConfig
 from moespan.notice import notice
 from moespan.ops.base import AttentionBatch, KVCache, Ops, Replay, Weight
@@ -30,6 +32,13 @@ def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
         if config is None:
             return NpuOps()
         return NpuOps(None, config.npu_fused_all_reduce, config.npu_weight_format)
+    if device_type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            notice("every operation goes through plain torch, and is slow: Triton is not installed")
+            return ReferenceOps()
+        from moespan.ops.cuda import CudaOps  # needs Triton
+
+        return CudaOps()
     return ReferenceOps()
 
 

@@ -203,6 +203,18 @@ class Ops(Protocol):
         """Store k, v [T, KV, D] at `slots` of the cache, in place; in one of int8 as `round_rows`
         rounds each head of a token."""
 
+    def rope_to_cache(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+    ) -> Tensor:
+        """`rope`, then `write_cache` of what it gives → q [T, N, D]."""
+
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
         """Causal attention of q [T, N, D] over each sequence's cached keys, this step's included.
 
@@ -224,7 +236,10 @@ class Ops(Protocol):
         module: str,
         plus: Tensor | None = None,
     ) -> Tensor:
-        """`mlp`, plus what is partial like it, [T, H], summed over `axis`: → replicated over it."""
+        """`mlp`, plus what is partial like it, [T, H], summed over `axis`: → replicated over it.
+
+        `plus` is used up: it may be overwritten.
+        """
 
     def route(
         self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool

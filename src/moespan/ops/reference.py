@@ -77,6 +77,21 @@ class ReferenceOps:
                 x, scales.flatten(0, 1)[slots] = round_rows(x)
             target.flatten(0, 1)[slots] = x
 
+    def rope_to_cache(
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+    ) -> Tensor:
+        """[T, N + 2·KV, D] → [T, N, D]."""
+        q, k, v = self.rope(qkv, num_heads, num_kv_heads, cos, sin)
+        self.write_cache(k, v, cache, slots)
+        return q
+
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
         """[T, N, D] over the cache [B, block size, KV, D] → [T, N, D]."""
         outputs = [torch.empty_like(q, dtype=torch.float32)[:0]]  # there may be no sequence

@@ -26,7 +26,6 @@ Choices = npt.NDArray[np.int64]
 
 _COUNT_BYTES = 8  # how many rows go to a rank, int64
 _CHOICE_BYTES = 4 + 4  # a weight, float32, and a slot, int32
-_LOGIT_BYTES = 4
 _TOKEN_BYTES = 4
 
 
@@ -136,7 +135,7 @@ def step_traffic(
     count("sp", "all_reduce", "head", num_rows * token_bytes)
     if at.sp == 0:
         vocabulary = -(-config.vocab_size // layout.tp)
-        count("tp", "all_gather", "head", num_rows * vocabulary * _LOGIT_BYTES)
+        count("tp", "all_gather", "head", num_rows * vocabulary * element_bytes)
     return traffic
 
 

@@ -1,0 +1,293 @@
+"""CUDA operations compute what the reference computes; here on the CPU, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moespan.checkpoint.quantization import QuantizedWeight
+from moespan.config import ModelConfig
+from moespan.model.network import Step
+from moespan.ops import AttentionBatch, CpuOps, KVCache, Ops, ReferenceOps
+from tests.ops import interpreter
+from tests.ops.contract import (
+    DTYPES,
+    REFERENCE,
+    OpsContract,
+    QuantizedContract,
+    assert_close,
+    make_batch,
+)
+from tests.support import Oracle, geometry, make_worker, run_prompts
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from poison import Poisoned
+
+pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter.mend(monkeypatch)
+
+
+@pytest.fixture
+def ops() -> Ops:
+    from moespan.ops.cuda import CudaOps
+
+    return CudaOps()
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class TestCudaOps(OpsContract):
+    head_sizes = (80,)  # each takes its time in the interpreter
+
+    @pytest.fixture
+    def ops(self, ops: Ops) -> Iterator[Ops]:
+        with Poisoned():
+            yield ops
+
+
+class TestCudaOpsOfIntegers(QuantizedContract):
+    head_sizes = (6,)
+
+    @pytest.fixture
+    def ops(self, ops: Ops) -> Iterator[Ops]:
+        with Poisoned():
+            yield ops
+
+
+# Routing
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_chosen", "num_slots", "first", "held"),
+    [(1, 1, 1, 0, 1), (7, 6, 64, 0, 64), (300, 3, 40, 8, 13), (90, 6, 64, 63, 1)],
+)
+def test_pairs_are_sorted_by_expert_and_then_as_they_came(
+    num_tokens: int, num_chosen: int, num_slots: int, first: int, held: int
+):
+    from moespan.ops.triton_kernels.routing import sort_pairs
+
+    generator = torch.Generator().manual_seed(0)
+    slots = torch.randint(0, num_slots + 1, (num_tokens, num_chosen), generator=generator)
+    slots[::2] = first  # far more on one expert than on the others
+    with Poisoned():
+        order = sort_pairs(slots.int(), first, held, block_m=16)
+    flat = slots.flatten()
+    mine = ((flat >= first) & (flat < first + held)).nonzero()[:, 0]
+    expected = mine[flat[mine].argsort(stable=True)]
+    assert order.pairs[: len(mine)].tolist() == expected.tolist()
+    covered = 0
+    for expert, start, rows in order.tiles.tolist():
+        if rows:
+            assert start == covered and rows <= 16
+            assert flat[order.pairs[start : start + rows]].tolist() == [first + expert] * rows
+            covered += rows
+    assert covered == len(mine)
+
+
+def test_equal_logits_choose_the_first_experts(ops: Ops):
+    weights, chosen = ops.route(torch.ones(3, 8), torch.ones(6, 8), 2, True)
+    assert chosen.tolist() == [[0, 1]] * 3
+    assert weights.tolist() == [[0.5, 0.5]] * 3
+
+
+# The 8-bit cache
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [6, 80])
+def test_rotated_keys_are_rounded_on_their_way_to_an_int8_cache(
+    ops: Ops, head_size: int, dtype: torch.dtype
+):
+    shape = (3, 4, 2, head_size)
+    ours, theirs = (KVCache.zeros(shape, torch.int8, CPU) for _ in range(2))
+    slots = torch.tensor([5, 0, 11], dtype=torch.int32)
+    qkv = random(3, 4 + 2 * 2, head_size, dtype=dtype)
+    qkv[1, 5:] = 0
+    angles = random(3, head_size // 2)
+    q = ops.rope_to_cache(qkv.clone(), 4, 2, angles.cos(), angles.sin(), ours, slots)
+    expected = REFERENCE.rope_to_cache(qkv, 4, 2, angles.cos(), angles.sin(), theirs, slots)
+    assert_close(q, expected.contiguous(), dtype)
+    for found, wanted in zip(ours.tensors, theirs.tensors, strict=True):
+        # A rotated element that lies between two integers may go to either.
+        assert (found.float() - wanted.float()).abs().max() <= (
+            1 if found.dtype == torch.int8 else 1e-4
+        )
+
+
+def test_what_is_no_number_stays_so_through_8_bits(ops: Ops):
+    x = torch.ones(6, 16)
+    x[1, 3], x[4, 5] = torch.nan, torch.inf
+    weight = QuantizedWeight(torch.ones(8, 16, dtype=torch.int8), torch.ones(8), 8)
+    for tokens in (x, x[:2]):
+        finite = ops.linear(tokens, weight).isfinite().all(-1)
+        assert finite.tolist() == tokens.isfinite().all(-1).tolist()
+    cache = KVCache.zeros((2, 4, 1, 16), torch.int8, CPU)
+    ops.write_cache(x[:, None], x[:, None], cache, torch.arange(6, dtype=torch.int32))
+    assert cache.key_scales is not None
+    assert cache.key_scales.flatten()[:6].isfinite().tolist() == x.isfinite().all(-1).tolist()
+
+
+# Attention split over the keys of a sequence
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_decodes_are_split_and_joined(ops: Ops, dtype: torch.dtype):
+    from moespan.ops.triton_kernels import attention
+
+    context_lens = [511, 0, 130]
+    batch, num_blocks = make_batch([1, 1, 1], context_lens, 32, CPU)
+    assert attention._num_splits(3 * 2, batch.block_tables, 32) == 4
+    cache = KVCache(*(random(num_blocks, 32, 2, 16, dtype=dtype, seed=s) for s in (1, 2)))
+    q = random(3, 4, 16, dtype=dtype)
+    with Poisoned():
+        found = ops.attention(q, cache, batch, 0.3)
+    assert_close(found, REFERENCE.attention(q, cache, batch, 0.3), dtype)
+
+
+def test_decode_reads_lengths_from_the_device_only(ops: Ops):
+    # A recorded graph keeps the integers of the host that it was recorded with.
+    batch, num_blocks = make_batch([1, 1], [9, 4], 4, CPU)
+    stale = AttentionBatch(
+        [1, 1], [0, 0], batch.block_tables, batch.slots, batch.positions, batch.lengths
+    )
+    cache = KVCache(*(random(num_blocks, 4, 2, 16, seed=seed) for seed in (1, 2)))
+    q = random(2, 2, 16)
+    found = ops.attention(q, cache, stale, 0.3)
+    assert_close(found, REFERENCE.attention(q, cache, batch, 0.3), torch.float32)
+
+
+# The whole network
+
+
+@pytest.mark.parametrize("name", ["tiny_gqa", "sixteen"])
+def test_the_network_computes_the_hugging_face_models_logits(name: str, ops: Ops):
+    oracle = Oracle(name)
+    shortest = min(range(len(oracle.prompts)), key=lambda i: len(oracle.prompts[i]))
+    worker = make_worker(oracle.config, oracle.source(), ops=ops, enforce_eager=True)
+    prompt = oracle.prompts[shortest][:12]
+    (run,) = run_prompts(worker, [prompt], most_chunk=8)
+    theirs = oracle.logits[shortest][: len(prompt)]
+    assert abs(run.logits - theirs).max() <= 1e-5 * abs(theirs).max()
+
+
+def test_without_a_card_decode_steps_run_without_graphs_and_say_so(
+    ops: Ops, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    from moespan import notice
+
+    monkeypatch.setattr(notice, "_said", set())
+    config = ModelConfig.from_dict(geometry())
+    ours = make_worker(config, ops=ops)
+    theirs = make_worker(config)
+    prompt = [list(range(5))]
+    (found,) = run_prompts(ours, prompt, num_generated=2)
+    (expected,) = run_prompts(theirs, prompt, num_generated=2)
+    assert found.generated == expected.generated
+    assert capsys.readouterr().err.count("decode steps are not recorded as graphs") == 1
+
+
+# What a card would be given to do
+
+_NOT_LAUNCHED = {
+    *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute"),
+    *("select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unsqueeze"),
+    *("view", "empty", "empty_like", "empty_strided", "new_empty", "unbind", "chunk"),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Names of the kernels that a card would run: Triton's, and one for each operation of torch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        from triton.runtime.interpreter import GridExecutor
+
+        self.names: list[str] = []
+        self._in_kernel = False
+        call = GridExecutor.__call__
+
+        def note(executor: Any, *args: Any, **kwargs: Any) -> None:
+            self.names.append(executor.fn.__name__)
+            self._in_kernel = True  # the interpreter copies tensors
+            call(executor, *args, **kwargs)
+            self._in_kernel = False
+
+        monkeypatch.setattr(GridExecutor, "__call__", note)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in _NOT_LAUNCHED and not self._in_kernel:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def decode_launches(ops: Ops, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of one MoE layer with shared experts, in a decode step over 512 places of cache."""
+    config = ModelConfig.from_dict(geometry(n_routed_experts=16))
+    worker = make_worker(config, ops=ops, dtype="bfloat16", enforce_eager=True)
+    tables = [list(range(i * 128, (i + 1) * 128)) for i in range(num_tokens)]
+    # All blocks exist, whatever is in them: nothing is read past the lengths.
+    tables = [[block % 256 for block in table] for table in tables]
+    batch = AttentionBatch.build([1] * num_tokens, [3] * num_tokens, tables, 4, CPU)
+    step = Step(batch, [num_tokens], *worker.model.rope(batch.positions))
+    worker._dispatch.begin_step([num_tokens])
+    for cache in worker.caches[1].tensors:
+        cache.zero_()
+    x, residual = (random(num_tokens, 32, dtype=torch.bfloat16, seed=s) for s in (0, 1))
+    with Launches(monkeypatch) as launches:
+        worker.model.layers[1](x, residual, worker.caches[1], step)
+    return launches.names
+
+
+def test_one_token_takes_13_launches_in_a_moe_layer(ops: Ops, monkeypatch: pytest.MonkeyPatch):
+    assert decode_launches(ops, 1, monkeypatch) == [
+        "_norm_kernel",
+        "mm",
+        "_rope_kernel",
+        "_decode_kernel",
+        "_join_kernel",
+        "mm",
+        "_norm_kernel",
+        "_logits_kernel",
+        "_choose_kernel",
+        "_few_gate_up_kernel",
+        "_few_down_kernel",
+        "_few_gate_up_kernel",
+        "_few_down_kernel",
+    ]
+
+
+def test_larger_batches_take_16(ops: Ops, monkeypatch: pytest.MonkeyPatch):
+    names = decode_launches(ops, 8, monkeypatch)
+    assert names[9:] == [
+        "_order_kernel",
+        "_gate_up_kernel",
+        "_down_kernel",
+        "_sum_kernel",
+        "mm",
+        "_swiglu_kernel",
+        "addmm_",
+    ]
+    assert len(names) == 16
+    assert len(decode_launches(ReferenceOps(), 8, monkeypatch)) > 5 * 16
+    assert len(decode_launches(CpuOps(), 8, monkeypatch)) > 3 * 16
