@@ -658,3 +658,12 @@ def test_closing_twice_is_closing_once(small: Callable[..., LLM]):
     with llm:
         pass
     llm.close()
+
+
+@pytest.mark.parametrize("setting", [{"quantization": "int8"}, {"kv_cache_dtype": "int8"}], ids=str)
+def test_integers_are_refused_where_the_device_has_no_operations_for_them(
+    monkeypatch: pytest.MonkeyPatch, setting: dict[str, str]
+):
+    monkeypatch.setattr("moespan.ops.CpuOps.has_integers", False)
+    with pytest.raises(ConfigError, match="not implemented for device=cpu"):
+        LLM(str(QUICKSTART), device="cpu", **setting)

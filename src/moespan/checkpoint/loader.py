@@ -117,7 +117,8 @@ def _store(
     elif values.dtype == torch.int8:
         weight.values[piece.index].copy_(values)
     else:
-        integers, scales = quantize(values, maxima)
+        known = None if maxima is None else maxima.to(values.device)
+        integers, scales = quantize(values, known)
         weight.values[piece.index].copy_(integers)
         weight.scales[piece.index[:-1]].copy_(scales)
 
