@@ -36,6 +36,7 @@ def library() -> ctypes.CDLL:
     path = _path(_compiler())
     if not path.exists():
         _build(path)
+    _check_owner(path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -92,4 +93,15 @@ def _build(path: Path) -> None:
             if done.returncode:
                 lines = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
                 raise BuildError(f"{' '.join(command)}: {lines[0]}")
+            out.chmod(0o755)
             out.replace(path)
+
+
+def _check_owner(path: Path) -> None:
+    """Code is loaded only if nobody else could have written it."""
+    status = path.stat()
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
+        raise BuildError(
+            f"{path} belongs to another user, or others may write it; delete it, or set "
+            "MOESPAN_CACHE to a folder of your own"
+        )
