@@ -41,7 +41,6 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
-typedef int8_t i8x64 __attribute__((vector_size(64)));
 
 constexpr int LANES = 16;
 constexpr int PANEL = 32;
@@ -935,8 +934,6 @@ extern "C" {
 
 // Changes with every change of the interface below.
 int moespan_kernels_version() { return 3; }
-
-int moespan_is_wide() { return WIDE; }
 
 // Packs a matrix, or a bank of `count`, [out, in] of `bytes` (2: bfloat16, 1: int8) per element.
 // `to` may be `from` where out is a multiple of 32 and `gate_up` is 0. `sums` gets, for int8, the
