@@ -932,9 +932,6 @@ constexpr int64_t QUERY_BLOCK = 480;
 
 extern "C" {
 
-// Changes with every change of the interface below.
-int moespan_kernels_version() { return 3; }
-
 // Packs a matrix, or a bank of `count`, [out, in] of `bytes` (2: bfloat16, 1: int8) per element.
 // `to` may be `from` where out is a multiple of 32 and `gate_up` is 0. `sums` gets, for int8, the
 // sum of each channel, [count, padded out], in packed order; `scales` [count, out] go to

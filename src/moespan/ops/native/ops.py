@@ -16,7 +16,6 @@ from moespan.ops.base import AttentionBatch, KVCache, Weight
 from moespan.ops.cpu import CpuOps
 from moespan.ops.native.build import BuildError, library
 
-_VERSION = 3
 _LANES, _PANEL = 16, 32
 _MOST_HEAD_SIZE = 256
 _LINEAR = ("qkv", "out", "gate_up", "down", "head")
@@ -67,9 +66,6 @@ class NativeCpuOps(CpuOps):
     def __init__(self) -> None:
         """Build the kernels if this machine has none yet; raises `BuildError` if it cannot."""
         kernels = library()
-        version = kernels.moespan_kernels_version()
-        if version != _VERSION:
-            raise BuildError(f"the kernels are of version {version}, not {_VERSION}")
         for name, signature in _SIGNATURES.items():
             function = getattr(kernels, f"moespan_{name}")
             function.argtypes = [_TYPES[kind] for kind in signature]
