@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moespan import __version__
 from moespan.cli.flags import (
@@ -67,9 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"moespan {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    verb = verbs.add_parser(
-        "generate", help="continue prompts", description=generate.__doc__, allow_abbrev=False
-    )
+    verb = _add_verb(verbs, generate, "continue prompts")
     add_model_flags(verb)
     what = verb.add_mutually_exclusive_group()  # one is required, but not with --print-env
     what.add_argument(
@@ -96,14 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     verb.add_argument("--quiet", action="store_true", help="only answers and errors")
     add_sampling_flags(verb)
-    verb.set_defaults(run=generate, usage_error=verb.error)
 
-    verb = verbs.add_parser(
-        "verify",
-        help="compare with reference logits",
-        description=verify.__doc__,
-        allow_abbrev=False,
-    )
+    verb = _add_verb(verbs, verify, "compare with reference logits")
     add_model_flags(verb)
     verb.add_argument(
         "--reference",
@@ -144,14 +136,9 @@ def _parser() -> argparse.ArgumentParser:
         help="without --reference: the checkpoint of floats to compare with (MODEL itself)",
     )
     verb.add_argument("--json", action="store_true", help="print the report as JSON")
-    verb.set_defaults(run=verify, max_num_batched_tokens=256, usage_error=verb.error)
+    verb.set_defaults(max_num_batched_tokens=256)
 
-    verb = verbs.add_parser(
-        "bench",
-        help="measure speed against the machine's limits",
-        description=bench.__doc__,
-        allow_abbrev=False,
-    )
+    verb = _add_verb(verbs, bench, "measure speed against the machine's limits")
     add_model_flags(verb, model_is_required=False)
     verb.add_argument(
         "--preset",
@@ -183,21 +170,12 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=int, default=5, metavar="N", help="rounds after a warm-up (5)"
     )
     verb.add_argument("--json", action="store_true", help="print all figures as JSON")
-    verb.set_defaults(run=bench, usage_error=verb.error)
 
-    verb = verbs.add_parser(
-        "info", help="describe a model", description=info.__doc__, allow_abbrev=False
-    )
+    verb = _add_verb(verbs, info, "describe a model")
     add_common_flags(verb)
     verb.add_argument("--json", action="store_true", help="print as JSON")
-    verb.set_defaults(run=info)
 
-    verb = verbs.add_parser(
-        "make-checkpoint",
-        help="write random weights",
-        description=make_checkpoint.__doc__,
-        allow_abbrev=False,
-    )
+    verb = _add_verb(verbs, make_checkpoint, "write random weights")
     verb.add_argument("folder", type=Path, metavar="DIR")
     verb.add_argument("--preset", default="tiny", metavar="{16b,16b-4l,tiny}")
     verb.add_argument(
@@ -208,14 +186,8 @@ def _parser() -> argparse.ArgumentParser:
         help="replace a key of config.json; may be repeated",
     )
     verb.add_argument("--seed", type=int, default=0)
-    verb.set_defaults(run=make_checkpoint)
 
-    verb = verbs.add_parser(
-        "quantize",
-        help="write a checkpoint of 8-bit integers",
-        description=quantize.__doc__,
-        allow_abbrev=False,
-    )
+    verb = _add_verb(verbs, quantize, "write a checkpoint of 8-bit integers")
     verb.add_argument("model", metavar="MODEL", help="checkpoint folder, or a hub name")
     verb.add_argument("folder", type=Path, metavar="OUT", help="the new folder")
     verb.add_argument(
@@ -224,14 +196,8 @@ def _parser() -> argparse.ArgumentParser:
         default="int8",
         help="int8: weights alone; w8a8: activations, too, when it is run (int8)",
     )
-    verb.set_defaults(run=quantize)
 
-    verb = verbs.add_parser(
-        "doctor",
-        help="check this machine",
-        description=doctor.__doc__,
-        allow_abbrev=False,
-    )
+    verb = _add_verb(verbs, doctor, "check this machine")
     add_model_flags(verb, model_is_required=False)
     verb.add_argument(
         "--collectives",
@@ -244,5 +210,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also compare code and clocks with the other nodes, which run the same meanwhile",
     )
     verb.add_argument("--json", action="store_true", help="print the findings as JSON")
-    verb.set_defaults(run=doctor)
     return parser
+
+
+def _add_verb(verbs: Any, run: Callable[[argparse.Namespace], int], summary: str) -> Any:
+    """The parser of a verb, named for `run` and described by its docstring."""
+    name = run.__name__.replace("_", "-")
+    verb = verbs.add_parser(name, help=summary, description=run.__doc__, allow_abbrev=False)
+    verb.set_defaults(run=run, usage_error=verb.error)
+    return verb
