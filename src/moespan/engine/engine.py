@@ -346,13 +346,15 @@ def _build_worker(
         quantization = quantization or model_config.quantization.scheme
         model_config = replace(model_config, quantization=None)
     experts = ExpertPlacement.make(config.expert_placement, model_config, config.layout)
+    # What is not a number is too little for whatever asks for it, and nothing to others.
+    buffer_mb = os.environ.get("HCCL_BUFFSIZE", str(DEFAULT_BUFFER_MB))
     fused.check(
         config,
         model_config,
         experts,
         ops.chip,
         mesh.ranks_here,
-        int(os.environ.get("HCCL_BUFFSIZE", DEFAULT_BUFFER_MB)),
+        int(buffer_mb) if buffer_mb.isdecimal() else 0,
     )
     placement = place(model_config, config.layout, mesh.rank, experts, quantization)
     # tqdm's own rule for `disable=None`: only a terminal gets a bar.
