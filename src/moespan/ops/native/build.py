@@ -1,4 +1,4 @@
-"""The kernels of `kernels.cpp`: built once for this machine's processor, called through ctypes.
+"""The kernels of `kernels/`: built once for this machine's processor, called through ctypes.
 
 The library is built at first use by the C++ compiler that `CXX` names, or `c++`, into
 `$MOESPAN_CACHE`, or `$XDG_CACHE_HOME/moespan`, or `~/.cache/moespan`. Its name tells of which
@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FOLDER = Path(__file__).with_name("kernels")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
 _BUILD_TIMEOUT_S = 300
 
@@ -58,8 +58,10 @@ def _path(compiler: str) -> Path:
     if base is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         base = str(Path(home, "moespan"))
-    made_of = [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), os.path.realpath(compiler).encode()]
-    digest = hashlib.sha256(b"\0".join([*made_of, _processor().encode()])).hexdigest()[:16]
+    settings = [" ".join(_FLAGS), os.path.realpath(compiler), _processor()]
+    made_of = [file.read_bytes() for file in sorted(_FOLDER.iterdir())]
+    made_of += [setting.encode() for setting in settings]
+    digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     return Path(base, f"kernels-{platform.machine()}-{digest}.so")
 
 
@@ -83,7 +85,7 @@ def _build(path: Path) -> None:
             return
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             out = Path(folder, path.name)
-            command = [_compiler(), *_FLAGS, "-o", str(out), str(_SOURCE)]
+            command = [_compiler(), *_FLAGS, "-o", str(out), str(_FOLDER / "kernels.cpp")]
             try:
                 done = subprocess.run(
                     command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S

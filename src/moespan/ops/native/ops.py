@@ -1,4 +1,4 @@
-"""Operations for CPUs in bfloat16, through the kernels of `kernels.cpp`.
+"""Operations for CPUs in bfloat16, through the kernels of `kernels/`.
 
 What the kernels do not take (sizes that do not fill their vectors) goes through plain torch.
 """
@@ -21,7 +21,7 @@ _MOST_HEAD_SIZE = 256
 _LINEAR = ("qkv", "out", "gate_up", "down", "head")
 _BF16, _W8A8, _W8A16 = range(3)
 
-# The parameters of each kernel, as `kernels.cpp` declares them: p is a pointer, n an int64.
+# The parameters of each kernel, as `kernels/kernels.cpp` declares them: p is a pointer, n an int64.
 _SIGNATURES = {
     "pack": "ppnnniipppi",
     "linear": "ipnnnpppppippp",
@@ -37,7 +37,7 @@ _TYPES = {"p": c_void_p, "n": c_int64, "i": c_int, "f": c_float}
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A matrix [out, in], or a bank of `count`, in the panels that `kernels.cpp` describes.
+    """A matrix [out, in], or a bank of `count`, in the panels that `kernels/packing.h` describes.
 
     Attributes:
         kind: 0 bfloat16; 1 and 2 int8 for activations of 8 and of 16 bits.

@@ -1,0 +1,255 @@
+// Attention over the paged cache: one query token of many heads, or many query tokens of one head.
+
+#pragma once
+
+#include <vector>
+
+#include "products.h"
+
+namespace {
+
+struct Cache {
+    const void *keys, *values;        // [blocks, block size, KV, D]
+    const float *key_scales, *value_scales;  // [blocks, block size, KV], int8 only
+    int64_t block_size, heads, head_size;
+};
+
+inline int64_t slot_of(const int32_t* table, int64_t token, const Cache& c) {
+    return table[token / c.block_size] * c.block_size + token % c.block_size;
+}
+
+// D elements of a key or value head, as float32 vectors' sources.
+template <class T>
+inline f32x16 load_cached(const T* p) {
+    if constexpr (sizeof(T) == 1)
+        return load_i8(p);
+    else
+        return load_bf16(p);
+}
+
+constexpr int CHUNK = 64;             // keys at a time
+constexpr int MOST_HEAD_VECTORS = 16; // heads of up to 256
+
+// A cached head of D elements as bfloat16: as it is, or computed into `room`.
+inline const bf16* as_bf16(const bf16* x, float, int64_t, bf16*) { return x; }
+
+inline const bf16* as_bf16(const int8_t* x, float scale, int64_t D, bf16* room) {
+    for (int64_t d = 0; d < D; d += LANES) store_bf16(room + d, load_i8(x + d) * scale);
+    return room;
+}
+
+// One query token of one sequence, query heads that read key heads h0 to h1.
+template <class T>
+void decode(const bf16* q, bf16* out, const Cache& c, const int32_t* table, int64_t length,
+            int64_t h0, int64_t h1, int64_t group, float scale, float* scratch) {
+    const int64_t D = c.head_size, vectors = D / LANES, heads = (h1 - h0) * group;
+    float* query = scratch;                    // [heads, D]
+    float* acc = query + heads * D;            // [heads, D]
+    float* p = acc + heads * D;                // [heads, CHUNK]
+    float* most = p + heads * CHUNK;           // [heads]
+    float* total = most + heads;               // [heads]
+    for (int64_t h = 0; h < heads; h++) {
+        const bf16* from = q + (h0 * group + h) * D;
+        for (int64_t d = 0; d < D; d += LANES) {
+            store(query + h * D + d, load_bf16(from + d) * scale);
+            store(acc + h * D + d, splat(0));
+        }
+        most[h] = -INFINITY;
+        total[h] = 0;
+    }
+    const T* keys = (const T*)c.keys;
+    const T* values = (const T*)c.values;
+    for (int64_t start = 0; start < length; start += CHUNK) {
+        const int count = (int)std::min<int64_t>(CHUNK, length - start);
+        int64_t slot[CHUNK];
+        for (int t = 0; t < count; t++) slot[t] = slot_of(table, start + t, c);
+        for (int t = 0; t < count; t++) {
+            const T* key = keys + (slot[t] * c.heads + h0) * D;
+            const char* value = (const char*)(values + (slot[t] * c.heads + h0) * D);
+            // Values are read by head, keys by token: these lines are asked for in memory's order.
+            for (int64_t b = 0; b < (h1 - h0) * D * (int64_t)sizeof(T); b += 64)
+                __builtin_prefetch(value + b, 0, 2);
+            for (int64_t h = h0; h < h1; h++, key += D)
+                for (int64_t g = 0; g < group; g++) {
+                    const int64_t i = (h - h0) * group + g;
+                    f32x16 dot[2] = {splat(0), splat(0)};
+                    for (int64_t v = 0; v < vectors; v++)
+                        dot[v & 1] += load_cached(key + v * LANES) *
+                                      load<f32x16>(query + i * D + v * LANES);
+                    float score = sum(dot[0] + dot[1]);
+                    if (sizeof(T) == 1) score *= c.key_scales[slot[t] * c.heads + h];
+                    p[i * CHUNK + t] = score;
+                }
+        }
+        for (int64_t i = 0; i < heads; i++) {
+            float* row = p + i * CHUNK;
+            for (int t = count; t < CHUNK; t++) row[t] = -INFINITY;
+            f32x16 m = load<f32x16>(row);
+            for (int t = LANES; t < CHUNK; t += LANES) m = vmax(m, load<f32x16>(row + t));
+            const float now = std::max(most[i], largest(m));
+            // A first chunk has nothing to shrink; scores of -inf or NaN go the way that they must.
+            const float shrink = most[i] == -INFINITY ? 0.0f : std::exp(most[i] - now);
+            f32x16 s = splat(0);
+            for (int t = 0; t < CHUNK; t += LANES) {
+                f32x16 e = vexp(load<f32x16>(row + t) - now);
+                store(row + t, e);
+                s += e;
+            }
+            for (int t = count; t < CHUNK; t++) row[t] = 0;
+            float partial = 0;
+            for (int t = 0; t < count; t++) partial += row[t];
+            most[i] = now;
+            total[i] = total[i] * shrink + partial;
+            f32x16 sums[MOST_HEAD_VECTORS];
+            for (int64_t v = 0; v < vectors; v++)
+                sums[v] = load<f32x16>(acc + i * D + v * LANES) * shrink;
+            const int64_t h = h0 + i / group;
+            if (vectors == 8) {
+                f32x16 a[8];
+                for (int v = 0; v < 8; v++) a[v] = sums[v];
+                for (int t = 0; t < count; t++) {
+                    const T* value = values + (slot[t] * c.heads + h) * D;
+                    float weight = row[t];
+                    if (sizeof(T) == 1) weight *= c.value_scales[slot[t] * c.heads + h];
+#pragma GCC unroll 8
+                    for (int v = 0; v < 8; v++) a[v] += load_cached(value + v * LANES) * weight;
+                }
+                for (int v = 0; v < 8; v++) sums[v] = a[v];
+            } else {
+                for (int t = 0; t < count; t++) {
+                    const T* value = values + (slot[t] * c.heads + h) * D;
+                    float weight = row[t];
+                    if (sizeof(T) == 1) weight *= c.value_scales[slot[t] * c.heads + h];
+                    for (int64_t v = 0; v < vectors; v++)
+                        sums[v] += load_cached(value + v * LANES) * weight;
+                }
+            }
+            for (int64_t v = 0; v < vectors; v++) store(acc + i * D + v * LANES, sums[v]);
+        }
+    }
+    for (int64_t i = 0; i < heads; i++) {
+        bf16* to = out + (h0 * group + i) * D;
+        for (int64_t d = 0; d < D; d += LANES)
+            store_bf16(to + d, load<f32x16>(acc + i * D + d) * (1.0f / total[i]));
+    }
+}
+
+// `count` query tokens of one sequence from `position` on, all query heads of one key head. Queries
+// of one token and the next are `q_stride` elements apart, results `stride`.
+template <class T>
+void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const Cache& c, const int32_t* table,
+             int64_t position, int64_t count, int64_t kv_head, int64_t group, float scale,
+             char* scratch) {
+    const int64_t D = c.head_size, rows = count * group;
+    // Panels of keys (channels are keys) and of values (channels are elements of the head).
+    bf16* packed_keys = (bf16*)scratch;                       // [CHUNK / 32][D / 2][32][2]
+    bf16* packed_values = packed_keys + CHUNK * D;            // [D / 32][CHUNK / 2][32][2]
+    const int64_t width = ceil_div(D, PANEL) * PANEL;
+    bf16* p = packed_values + CHUNK * width;                  // [MAX_ROWS, CHUNK]
+    bf16* packed_queries = p + MAX_ROWS * CHUNK;              // tiles of [rows, D]
+    float* acc = (float*)(packed_queries + rows * D);         // [rows, padded D]
+    float* scores = acc + rows * width;                       // [MAX_ROWS, CHUNK]
+    float* most = scores + MAX_ROWS * CHUNK;                  // [rows]
+    float* total = most + rows;                               // [rows]
+    std::vector<Tile> tiles;
+    add_tiles<BF16>(tiles, 0, rows, 0);
+    for (const Tile& t : tiles)
+        pack_tile<BF16>(t, D, (char*)packed_queries, [&](int64_t r) {
+            return q + r / group * q_stride + (kv_head * group + r % group) * D;
+        });
+    std::fill(most, most + rows, -INFINITY);
+    std::fill(total, total + rows, 0.0f);
+    std::memset(acc, 0, rows * width * sizeof(float));
+    const Matrix key_matrix{(const char*)packed_keys, nullptr, nullptr, D};
+    const Matrix value_matrix{(const char*)packed_values, nullptr, nullptr, CHUNK};
+    const Input queries{(const char*)packed_queries, nullptr, 2 * D};
+    const Prefetch here_only{scratch, 0};  // all is in the cache
+    const T* keys = (const T*)c.keys;
+    const T* values = (const T*)c.values;
+    const int64_t length = position + count;
+    std::memset(packed_values, 0, CHUNK * width * sizeof(bf16));
+    for (int64_t start = 0; start < length; start += CHUNK) {
+        const int here = (int)std::min<int64_t>(CHUNK, length - start);
+        for (int t = 0; t < CHUNK; t++) {
+            uint32_t* to = (uint32_t*)packed_keys + t / PANEL * (D / 2) * PANEL + t % PANEL;
+            alignas(64) bf16 floats[MOST_HEAD_VECTORS * LANES];
+            const bf16* key = floats;
+            if (t >= here) {  // what memory holds there may be NaN
+                std::memset(floats, 0, D * sizeof(bf16));
+            } else {
+                const int64_t at = slot_of(table, start + t, c) * c.heads + kv_head;
+                key = as_bf16(keys + at * D, sizeof(T) == 1 ? c.key_scales[at] : 1, D, floats);
+            }
+            for (int64_t d = 0; d < D / 2; d++) std::memcpy(to + d * PANEL, key + 2 * d, 4);
+        }
+        for (int t = 0; t < CHUNK; t += 2) {
+            alignas(64) bf16 floats[2][MOST_HEAD_VECTORS * LANES];
+            const bf16* pair[2] = {floats[0], floats[1]};
+            for (int i = 0; i < 2; i++) {
+                if (t + i >= here) {
+                    std::memset(floats[i], 0, D * sizeof(bf16));
+                    continue;
+                }
+                const int64_t at = slot_of(table, start + t + i, c) * c.heads + kv_head;
+                pair[i] = as_bf16(values + at * D, sizeof(T) == 1 ? c.value_scales[at] : 1, D,
+                                  floats[i]);
+            }
+            for (int64_t d = 0; d < D; d += LANES) {
+                bf16* to = packed_values + (d / PANEL * (CHUNK / 2) + t / 2) * PANEL * 2;
+                // A float is a bfloat16 above 16 zeros.
+                const u32x16 low = (u32x16)load_bf16(pair[0] + d) >> 16;
+                store(to + d % PANEL * 2, low | (u32x16)load_bf16(pair[1] + d));
+            }
+        }
+        for (const Tile& tile : tiles) {
+            const int64_t r0 = tile.row;
+            const int n = (int)tile.rows;
+            // Queries before the chunk see nothing of it.
+            if (position + (r0 + n - 1) / group < start) continue;
+            for (int panel = 0; panel < CHUNK / PANEL; panel++)
+                multiply<BF16>(n, key_matrix, panel, queries.tile(tile), nullptr, here_only,
+                               scores + panel * PANEL, CHUNK);
+            float shrink[MAX_ROWS];
+            for (int r = 0; r < n; r++) {
+                float* row = scores + r * CHUNK;
+                const int64_t seen = position + (r0 + r) / group + 1 - start;
+                for (int64_t t = std::max<int64_t>(0, seen); t < CHUNK; t++) row[t] = -INFINITY;
+                f32x16 m = load<f32x16>(row);
+                for (int t = LANES; t < CHUNK; t += LANES) m = vmax(m, load<f32x16>(row + t));
+                float& before = most[r0 + r];
+                const float now = std::max(before, largest(m) * scale);
+                shrink[r] = before == -INFINITY ? 0.0f : std::exp(before - now);
+                // A query of this tile that sees nothing of the chunk has nothing to scale by.
+                const float base = now == -INFINITY ? 0.0f : now;
+                before = now;
+                f32x16 s = splat(0);
+                for (int t = 0; t < CHUNK; t += LANES) {
+                    f32x16 e = vexp(load<f32x16>(row + t) * scale - base);
+                    s += e;
+                    store_bf16(p + r * CHUNK + t, e);
+                }
+                total[r0 + r] = total[r0 + r] * shrink[r] + sum(s);
+            }
+            for (int64_t panel = 0; panel < width / PANEL; panel++) {
+                alignas(64) float part[MAX_ROWS * PANEL];
+                multiply<BF16, CHUNK / 2>(n, value_matrix, panel, (const uint32_t*)p, nullptr,
+                                          here_only, part, PANEL);
+                for (int r = 0; r < n; r++)
+                    for (int c = 0; c < PANEL; c += LANES) {
+                        float* to = acc + (r0 + r) * width + panel * PANEL + c;
+                        store(to, load<f32x16>(to) * shrink[r] + load<f32x16>(part + r * PANEL + c));
+                    }
+            }
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        bf16* to = out + r / group * stride + (kv_head * group + r % group) * D;
+        for (int64_t d = 0; d < D; d += LANES)
+            store_bf16(to + d, load<f32x16>(acc + r * width + d) * (1.0f / total[r]));
+    }
+}
+
+// Query tokens of a sequence that are attended together.
+constexpr int64_t QUERY_BLOCK = 480;
+
+}  // namespace

@@ -1,0 +1,156 @@
+// How weights and activations lie in memory for the products.
+//
+// Packed weights. A matrix [out, in] is cut into panels of 32 output channels, padded with zeros. A
+// panel holds, for each step along `in` (2 bfloat16 or 4 int8, which one dot-product instruction
+// takes per lane), two vectors of 16 channels. So one pass over a panel reads memory in order, and
+// keeps the results of up to MAX_ROWS rows of the input in registers until they are complete. A
+// panel takes the very bytes that its 32 rows took before, and is packed in their place.
+//
+// In a packed gate-up matrix a panel holds 16 channels of the gate and the same 16 of up, so that
+// silu(gate) * up is applied to registers.
+//
+// 8-bit products need unsigned activations: a row is stored as integer + 128, and 128 times the sum
+// of a channel's weights, kept beside its scale, is taken off again. Where activations have 16 bits
+// (weight-only quantisation) their high and low bytes are multiplied apart: the high ones carry the
+// sign, and the integer results are joined in float32.
+
+#pragma once
+
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+// Rows whose results fill the registers: 2 accumulators each.
+constexpr int MAX_ROWS = WIDE ? 12 : 3;
+
+enum Kind { BF16 = 0, W8A8 = 1, W8A16 = 2 };
+
+// A packed matrix [out, in], or one expert of a bank.
+struct Matrix {
+    const char* panels;
+    const float* scales;      // [padded out], quantised only
+    const int32_t* sums;      // [padded out], of a channel's integers, quantised only
+    int64_t in;
+
+    int64_t panel_bytes(int kind) const { return in * PANEL * (kind == BF16 ? 2 : 1); }
+};
+
+// Which row of a matrix is channel `c` of panel `p`; -1 is padding. In a gate-up matrix of `half`
+// channels each, a panel is 16 of the gate and the same 16 of up.
+inline int64_t source_row(int64_t p, int c, int64_t out, bool gate_up) {
+    if (!gate_up) {
+        int64_t row = p * PANEL + c;
+        return row < out ? row : -1;
+    }
+    int64_t half = out / 2, row = p * LANES + c % LANES;
+    return row >= half ? -1 : c < LANES ? row : half + row;
+}
+
+template <int STEP, class T>  // STEP elements of T make four bytes
+void pack_panel(const T* source, T* panel, int64_t p, int64_t out, int64_t in, bool gate_up) {
+    for (int c = 0; c < PANEL; c++) {
+        int64_t row = source_row(p, c, out, gate_up);
+        const T* from = row < 0 ? nullptr : source + row * in;
+        for (int64_t k = 0; k < in / STEP; k++) {
+            T* to = panel + (k * PANEL + c) * STEP;
+            if (from)
+                std::memcpy(to, from + k * STEP, 4);
+            else
+                std::memset(to, 0, 4);
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------- activation tiles
+
+// Up to MAX_ROWS rows of the input that are multiplied together, packed: for each step along `in`,
+// the four bytes of every row. So a product reads them in order, whatever lies between the rows.
+struct Tile {
+    int64_t row;                      // the first
+    int64_t rows;
+    int64_t matrix;                   // of a bank
+};
+
+// Packed tiles of one input, one after the other.
+struct Input {
+    const char* packed;
+    const float* scales;              // of each row, quantised only
+    int64_t row_bytes;
+
+    const uint32_t* tile(const Tile& t) const {
+        return (const uint32_t*)(packed + t.row * row_bytes);
+    }
+};
+
+template <int KIND>
+constexpr int planes() {
+    return KIND == W8A16 ? 2 : 1;
+}
+
+template <int KIND>
+constexpr int max_rows() {
+    // Two planes of activations have two results each.
+    return KIND == W8A16 && WIDE ? 6 : MAX_ROWS;
+}
+
+template <int KIND>
+inline int64_t row_bytes(int64_t in) {
+    return KIND == W8A8 ? in : 2 * in;
+}
+
+// Appends tiles of equal height for rows `first` to `first + count`.
+template <int KIND>
+void add_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t matrix) {
+    const int64_t number = (count + max_rows<KIND>() - 1) / max_rows<KIND>();
+    for (int64_t t = 0; t < number; t++) {
+        const int64_t from = count * t / number, to = count * (t + 1) / number;
+        tiles.push_back({first + from, to - from, matrix});
+    }
+}
+
+// One row to integers + 128: `PLANES` 1 → 8 bits, 2 → 16 bits, whose high bytes come before the low
+// ones. Returns the scale.
+template <int PLANES>
+float quantize_row(const bf16* x, int64_t n, uint8_t* out) {
+    f32x16 most = splat(0);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) most = vmax(most, absolute(load_bf16(x + i)));
+    float amax = largest(most);
+    for (; i < n; i++) amax = std::max(amax, std::fabs(to_float(x[i])));
+    const float scale = amax > 0 ? amax / (PLANES == 1 ? 127.0f : 32767.0f) : 1.0f;
+    for (i = 0; i < n; i += LANES) {
+        const int count = (int)std::min<int64_t>(LANES, n - i);
+        alignas(64) bf16 some[LANES] = {};
+        std::memcpy(some, x + i, count * sizeof(bf16));
+        const i32x16 q = round_to_int(load_bf16(some) / scale);
+        for (int j = 0; j < count; j++) {
+            if (PLANES == 1) {
+                out[i + j] = uint8_t(q[j] + 128);
+            } else {
+                out[i + j] = uint8_t((q[j] >> 8) + 128);
+                out[n + i + j] = uint8_t(q[j] & 255);
+            }
+        }
+    }
+    return std::isfinite(amax) ? scale : NAN;
+}
+
+// Packs tiles of `in` elements each row; `row_at(r)` is where row r begins. Quantised rows are read
+// from `integers`, as quantize_row left them, by the same number.
+template <int KIND, class RowAt>
+void pack_tile(const Tile& t, int64_t in, char* packed, RowAt row_at) {
+    constexpr int PLANES = planes<KIND>();
+    const int64_t steps = in * (KIND == BF16 ? 2 : 1) / 4;
+    uint32_t* to = (uint32_t*)(packed + t.row * row_bytes<KIND>(in));
+    for (int64_t r = 0; r < t.rows; r++) {
+        const char* from = (const char*)row_at(t.row + r);
+        for (int plane = 0; plane < PLANES; plane++)
+            for (int64_t k = 0; k < steps; k++)
+                std::memcpy(to + (k * PLANES + plane) * t.rows + r, from + (plane * steps + k) * 4,
+                            4);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,364 @@
+// Products of packed activations and packed weights: matrices, and mixtures of experts.
+
+#pragma once
+
+#include <omp.h>
+
+#include <vector>
+
+#include "packing.h"
+
+namespace {
+
+// Rows of the input that stay in the second-level cache while panels pass by, in bytes.
+constexpr int64_t ROW_BLOCK_BYTES = 512 << 10;
+constexpr int64_t PREFETCH_BYTES = 4096;
+// Two panels of so many bytes have room in the second-level cache beside the rows.
+constexpr int64_t NEXT_PANEL_BYTES = 160 << 10;
+
+// ------------------------------------------------------------------------------------------ tiles
+
+// What to ask of memory while a tile is computed: a run of addresses, so many bytes each step.
+struct Prefetch {
+    const char* at;
+    int64_t bytes;
+};
+
+// The R rows of a packed tile times one panel → float32 [R, 32], rows `ld` elements apart. `scales`
+// are those of the rows. With STRIDE, of bfloat16, rows are not packed but so many pairs apart.
+template <int KIND, int R, int STRIDE = 0>
+void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const float* scales,
+              Prefetch ahead, float* out, int64_t ld) {
+    const char* p = w.panels + panel * w.panel_bytes(KIND);
+    const char* next = ahead.at;
+    if constexpr (KIND == BF16) {
+        // A result waits for the one before it: few rows need more chains to keep busy.
+        constexpr int CHAINS = R >= 4 ? 1 : R >= 2 ? 2 : 4;
+        constexpr int ROW = STRIDE ? STRIDE : 1, STEP = STRIDE ? 1 : R;
+        f32x16 acc[CHAINS][R][2] = {};
+        const int64_t steps = w.in / 2;
+        int64_t k = 0;
+        for (; k + CHAINS <= steps; k += CHAINS) {
+#pragma GCC unroll 4
+            for (int c = 0; c < CHAINS; c++, p += 128, x += STEP, next += ahead.bytes) {
+                __builtin_prefetch(next, 0, 2);
+                __builtin_prefetch(next + 64, 0, 2);
+#pragma GCC unroll 12
+                for (int r = 0; r < R; r++) {
+                    acc[c][r][0] = dot2(acc[c][r][0], p, x[r * ROW]);
+                    acc[c][r][1] = dot2(acc[c][r][1], p + 64, x[r * ROW]);
+                }
+            }
+        }
+        for (; k < steps; k++, p += 128, x += STEP)
+            for (int r = 0; r < R; r++) {
+                acc[0][r][0] = dot2(acc[0][r][0], p, x[r * ROW]);
+                acc[0][r][1] = dot2(acc[0][r][1], p + 64, x[r * ROW]);
+            }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+            for (int c = 1; c < CHAINS; c++) {
+                acc[0][r][0] += acc[c][r][0];
+                acc[0][r][1] += acc[c][r][1];
+            }
+            store(out + r * ld, acc[0][r][0]);
+            store(out + r * ld + LANES, acc[0][r][1]);
+        }
+    } else {
+        constexpr int PLANES = planes<KIND>();
+        constexpr int CHAINS = R * PLANES >= 4 ? 1 : 2;
+        i32x16 acc[CHAINS][PLANES][R][2] = {};
+        const int64_t steps = w.in / 4;
+        int64_t k = 0;
+        for (; k + CHAINS <= steps; k += CHAINS) {
+#pragma GCC unroll 2
+            for (int c = 0; c < CHAINS; c++, p += 128, x += R * PLANES, next += ahead.bytes) {
+                __builtin_prefetch(next, 0, 2);
+                __builtin_prefetch(next + 64, 0, 2);
+#pragma GCC unroll 2
+                for (int b = 0; b < PLANES; b++)
+#pragma GCC unroll 12
+                    for (int r = 0; r < R; r++) {
+                        acc[c][b][r][0] = dot4(acc[c][b][r][0], p, x[b * R + r]);
+                        acc[c][b][r][1] = dot4(acc[c][b][r][1], p + 64, x[b * R + r]);
+                    }
+            }
+        }
+        for (; k < steps; k++, p += 128, x += R * PLANES)
+            for (int b = 0; b < PLANES; b++)
+                for (int r = 0; r < R; r++) {
+                    acc[0][b][r][0] = dot4(acc[0][b][r][0], p, x[b * R + r]);
+                    acc[0][b][r][1] = dot4(acc[0][b][r][1], p + 64, x[b * R + r]);
+                }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                for (int c = 1; c < CHAINS; c++)
+                    for (int b = 0; b < PLANES; b++) acc[0][b][r][h] += acc[c][b][r][h];
+                const int64_t channel = panel * PANEL + h * LANES;
+                i32x16 high = acc[0][0][r][h] - load<i32x16>(w.sums + channel) * 128;
+                f32x16 v = __builtin_convertvector(high, f32x16);
+                if constexpr (PLANES == 2)
+                    v = v * 256.0f + __builtin_convertvector(acc[0][1][r][h], f32x16);
+                store(out + r * ld + h * LANES,
+                      v * load<f32x16>(w.scales + channel) * scales[r]);
+            }
+    }
+}
+
+template <int KIND, int STRIDE = 0>
+void multiply(int64_t rows, const Matrix& w, int64_t panel, const uint32_t* x, const float* scales,
+              Prefetch ahead, float* out, int64_t ld) {
+    switch (rows) {
+#define CASE(R) \
+    case R:     \
+        return multiply<KIND, R, STRIDE>(w, panel, x, scales, ahead, out, ld);
+        CASE(1) CASE(2) CASE(3)
+#if WIDE
+        CASE(4) CASE(5) CASE(6)
+        default:
+            if constexpr (KIND != W8A16) switch (rows) {
+                CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+            }
+#endif
+#undef CASE
+    }
+}
+
+// Some tiles of an input times one panel; `emit(row, channels 0-15, channels 16-31)` gets each row's
+// results. A single tile waits for memory, and asks for its own panel a little ahead. A few have time to bring the next panel, if the
+// second-level cache has room for both. Many do not wait for memory.
+template <int KIND, class Emit>
+inline void tiles_times_panel(const Matrix& w, int64_t panel, const Input& input, const Tile* tiles,
+                              int64_t count, Emit emit) {
+    const int64_t bytes = w.panel_bytes(KIND);
+    const char* at = w.panels + panel * bytes;
+    alignas(64) float out[MAX_ROWS * PANEL];
+    for (int64_t i = 0; i < count; i++) {
+        const Tile& t = tiles[i];
+        Prefetch ahead{at, 0};
+        if (count == 1 || (i == 0 && bytes > NEXT_PANEL_BYTES))
+            ahead = {at + PREFETCH_BYTES, 128};
+        else if (count <= 4 && bytes <= NEXT_PANEL_BYTES)
+            ahead = {at + bytes + bytes * i / count, 128 / count};
+        multiply<KIND>(t.rows, w, panel, input.tile(t), input.scales + t.row, ahead, out, PANEL);
+        for (int64_t r = 0; r < t.rows; r++)
+            emit(t.row + r, load<f32x16>(out + r * PANEL), load<f32x16>(out + r * PANEL + LANES));
+    }
+}
+
+inline void store_some(bf16* p, f32x16 v, int64_t count) {
+    if (count >= LANES) {
+        store_bf16(p, v);
+    } else {
+        for (int64_t i = 0; i < count; i++) p[i] = to_bf16(v[i]);
+    }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Panels taken at a time: enough of them to balance the threads, few enough to stream.
+inline int64_t panels_at_once(int64_t panels, int threads) {
+    return std::clamp<int64_t>(panels / (threads * 8), 1, 16);
+}
+
+// --------------------------------------------------------------------------------------- products
+
+// A part of the work: tiles `first` to `last`, all of one matrix, times some panels.
+struct Item {
+    int64_t first, last, panel, panels;
+};
+
+// Cuts runs of tiles of one matrix so that the rows of each part stay in the second-level cache.
+template <int KIND, class Take>
+void in_blocks(const std::vector<Tile>& tiles, int64_t in, Take take) {
+    const int64_t most = std::max<int64_t>(ROW_BLOCK_BYTES / row_bytes<KIND>(in), 1);
+    for (size_t first = 0; first < tiles.size();) {
+        size_t last = first + 1;
+        int64_t rows = tiles[first].rows;
+        while (last < tiles.size() && tiles[last].matrix == tiles[first].matrix &&
+               rows + tiles[last].rows <= most)
+            rows += tiles[last++].rows;
+        take((int64_t)first, (int64_t)last);
+        first = last;
+    }
+}
+
+// Memory to work in; see the functions below for how much of it.
+struct Scratch {
+    char* packed;
+    float* scales;
+    uint8_t* integers;
+    bf16* hidden;
+    float* sums;
+};
+
+// Packs rows of x [rows, in], each where `tiles` has it. Call it inside a parallel region.
+template <int KIND>
+void pack_rows(const bf16* x, int64_t rows, int64_t in, const std::vector<Tile>& tiles,
+               const Scratch& s) {
+    if constexpr (KIND != BF16) {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            s.scales[r] =
+                quantize_row<planes<KIND>()>(x + r * in, in, s.integers + r * in * planes<KIND>());
+    }
+#pragma omp for schedule(static)
+    for (size_t i = 0; i < tiles.size(); i++)
+        pack_tile<KIND>(tiles[i], in, s.packed, [&](int64_t r) -> const void* {
+            if constexpr (KIND == BF16)
+                return x + r * in;
+            else
+                return s.integers + r * in * planes<KIND>();
+        });
+}
+
+template <int KIND>
+void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf16* bias, bf16* y,
+            int threads, const Scratch& s) {
+    const int64_t panels = ceil_div(out, PANEL), step = panels_at_once(panels, threads);
+    std::vector<Tile> tiles;
+    std::vector<Item> items;
+    add_tiles<KIND>(tiles, 0, rows, 0);
+    in_blocks<KIND>(tiles, w.in, [&](int64_t first, int64_t last) {
+        for (int64_t p = 0; p < panels; p += step)
+            items.push_back({first, last, p, std::min(step, panels - p)});
+    });
+    const Input input{s.packed, s.scales, row_bytes<KIND>(w.in)};
+#pragma omp parallel num_threads(threads)
+    {
+        pack_rows<KIND>(x, rows, w.in, tiles, s);
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < items.size(); i++) {
+            const Item& item = items[i];
+            for (int64_t p = item.panel; p < item.panel + item.panels; p++) {
+                const int64_t channel = p * PANEL, left = out - channel;
+                alignas(64) float added[PANEL] = {};
+                for (int c = 0; bias && c < std::min<int64_t>(PANEL, left); c++)
+                    added[c] = to_float(bias[channel + c]);
+                tiles_times_panel<KIND>(
+                    w, p, input, &tiles[item.first], item.last - item.first,
+                    [&](int64_t row, f32x16 a, f32x16 b) {
+                        bf16* to = y + row * out + channel;
+                        store_some(to, a + load<f32x16>(added), left);
+                        if (left > LANES)
+                            store_some(to + LANES, b + load<f32x16>(added + LANES), left - LANES);
+                    });
+            }
+        }
+    }
+}
+
+// Tokens' choices sorted by expert: rows `ends[e]` to `ends[e + 1]` are those of expert e.
+struct Groups {
+    std::vector<int64_t> ends;
+    std::vector<int64_t> pair_of;     // row → token * chosen + place
+
+    Groups(const int32_t* slots, int64_t tokens, int64_t chosen, int64_t first, int64_t experts)
+        : ends(experts + 1, 0) {
+        for (int64_t i = 0; i < tokens * chosen; i++) {
+            const int64_t e = slots[i] - first;
+            if (e >= 0 && e < experts) ends[e + 1]++;
+        }
+        for (int64_t e = 0; e < experts; e++) ends[e + 1] += ends[e];
+        pair_of.resize(ends[experts]);
+        std::vector<int64_t> next(ends.begin(), ends.end() - 1);
+        for (int64_t i = 0; i < tokens * chosen; i++) {
+            const int64_t e = slots[i] - first;
+            if (e >= 0 && e < experts) pair_of[next[e]++] = i;
+        }
+    }
+};
+
+struct Bank {
+    const char* panels;
+    const float* scales;
+    const int32_t* sums;
+    int64_t in, out;                  // of one expert; out is padded to whole panels
+
+    Matrix expert(int64_t e, int kind) const {
+        const int64_t bytes = in * out * (kind == BF16 ? 2 : 1);
+        return {panels + e * bytes, scales ? scales + e * out : nullptr,
+                sums ? sums + e * out : nullptr, in};
+    }
+};
+
+template <int KIND>
+void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, const int32_t* slots,
+             int64_t chosen, int64_t first, int64_t num_experts, const Bank& gate_up,
+             const Bank& down, int64_t width, bf16* y, int threads, const Scratch& s) {
+    constexpr int PLANES = planes<KIND>();
+    const Groups groups(slots, tokens, chosen, first, num_experts);
+    const int64_t rows = groups.pair_of.size();
+    const int64_t up_panels = gate_up.out / PANEL, down_panels = down.out / PANEL;
+    std::vector<Tile> tiles;
+    for (int64_t e = 0; e < num_experts; e++)
+        add_tiles<KIND>(tiles, groups.ends[e], groups.ends[e + 1] - groups.ends[e], e);
+    std::vector<Item> items, blocks;
+    const int64_t step = panels_at_once(up_panels * std::max<int64_t>(1, tiles.size()), threads);
+    in_blocks<KIND>(tiles, H, [&](int64_t from, int64_t to) {
+        for (int64_t p = 0; p < up_panels; p += step)
+            items.push_back({from, to, p, std::min(step, up_panels - p)});
+    });
+    in_blocks<KIND>(tiles, width,
+                    [&](int64_t from, int64_t to) { blocks.push_back({from, to, 0, 0}); });
+    // A thread sums up its channels of all experts, so that sums have one order and no races.
+    const int64_t down_step = std::clamp<int64_t>(down_panels / (threads * 2), 1, 8);
+    const Input input{s.packed, s.scales, row_bytes<KIND>(H)};
+    const Input hidden{s.packed, s.scales, row_bytes<KIND>(width)};
+    std::vector<float> token_scales(KIND == BF16 ? 0 : tokens);
+#pragma omp parallel num_threads(threads)
+    {
+        if constexpr (KIND != BF16) {
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < tokens; t++)
+                token_scales[t] = quantize_row<PLANES>(x + t * H, H, s.integers + t * H * PLANES);
+        }
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < tiles.size(); i++)
+            pack_tile<KIND>(tiles[i], H, s.packed, [&](int64_t r) -> const void* {
+                const int64_t token = groups.pair_of[r] / chosen;
+                if constexpr (KIND == BF16) return x + token * H;
+                s.scales[r] = token_scales[token];
+                return s.integers + token * H * PLANES;
+            });
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < items.size(); i++) {
+            const Item& item = items[i];
+            const Matrix w = gate_up.expert(tiles[item.first].matrix, KIND);
+            for (int64_t p = item.panel; p < item.panel + item.panels; p++)
+                tiles_times_panel<KIND>(w, p, input, &tiles[item.first], item.last - item.first,
+                                        [&](int64_t row, f32x16 gate, f32x16 up) {
+                                            store_some(s.hidden + row * width + p * LANES,
+                                                       silu(gate) * up, width - p * LANES);
+                                        });
+        }
+        pack_rows<KIND>(s.hidden, rows, width, tiles, s);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t p0 = 0; p0 < down_panels; p0 += down_step) {
+            const int64_t p1 = std::min(down_panels, p0 + down_step);
+            const int64_t from = p0 * PANEL, to = std::min(H, p1 * PANEL), ld = down.out;
+            for (int64_t t = 0; t < tokens; t++)
+                std::memset(s.sums + t * ld + from, 0, (p1 - p0) * PANEL * sizeof(float));
+            for (const Item& block : blocks) {
+                const Matrix w = down.expert(tiles[block.first].matrix, KIND);
+                for (int64_t p = p0; p < p1; p++)
+                    tiles_times_panel<KIND>(
+                        w, p, hidden, &tiles[block.first], block.last - block.first,
+                        [&](int64_t row, f32x16 a, f32x16 b) {
+                            const int64_t pair = groups.pair_of[row];
+                            const float weight = weights ? weights[pair] : 1.0f;
+                            float* at = s.sums + pair / chosen * ld + p * PANEL;
+                            store(at, load<f32x16>(at) + a * weight);
+                            store(at + LANES, load<f32x16>(at + LANES) + b * weight);
+                        });
+            }
+            for (int64_t t = 0; t < tokens; t++)
+                for (int64_t c = from; c < to; c += LANES)
+                    store_some(y + t * H + c, load<f32x16>(s.sums + t * ld + c), to - c);
+        }
+    }
+}
+
+}  // namespace

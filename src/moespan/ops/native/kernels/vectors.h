@@ -1,0 +1,180 @@
+// Vectors of 16 lanes: AVX-512 with bfloat16 and VNNI, or the compiler's own.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define WIDE 1
+#else
+#define WIDE 0
+#endif
+
+namespace {
+
+using bf16 = uint16_t;
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+
+constexpr int LANES = 16;
+constexpr int PANEL = 32;
+
+inline f32x16 splat(float x) { return f32x16{} + x; }
+
+template <class V, class T>
+inline V load(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V, class T>
+inline void store(T* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+inline float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+inline bf16 to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bf16(bits >> 16 | 64);  // NaN stays NaN
+    return bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline f32x16 load_bf16(const bf16* p) {
+#if WIDE
+    return (f32x16)_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+    return (f32x16)(__builtin_convertvector(load<u16x16>(p), u32x16) << 16);
+#endif
+}
+
+inline void store_bf16(bf16* p, f32x16 v) {
+#if WIDE
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+    u32x16 bits = (u32x16)v;
+    u32x16 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    i32x16 is_nan = v != v;
+    u32x16 out = ((u32x16)is_nan & (bits >> 16 | 64)) | (~(u32x16)is_nan & rounded);
+    store(p, __builtin_convertvector(out, u16x16));
+#endif
+}
+
+inline f32x16 load_i8(const int8_t* p) {
+#if WIDE
+    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+    return __builtin_convertvector(load<i8x16>(p), f32x16);
+#endif
+}
+
+inline f32x16 vmax(f32x16 a, f32x16 b) {
+#if WIDE
+    return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline float sum(f32x16 v) {
+#if WIDE
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += v[i];
+    return s;
+#endif
+}
+
+inline float largest(f32x16 v) {
+#if WIDE
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float m = v[0];
+    for (int i = 1; i < LANES; i++) m = std::max(m, v[i]);
+    return m;
+#endif
+}
+
+inline f32x16 absolute(f32x16 v) { return (f32x16)((u32x16)v & 0x7fffffffu); }
+
+inline i32x16 round_to_int(f32x16 v) {
+#if WIDE
+    return (i32x16)_mm512_cvtps_epi32((__m512)v);  // half to even
+#else
+    i32x16 r;
+    for (int i = 0; i < LANES; i++) r[i] = (int32_t)std::nearbyintf(v[i]);
+    return r;
+#endif
+}
+
+// exp for x <= 0 or so: 2^n * 2^f with a polynomial for 2^f, |f| <= 1/2; relative error 2e-7.
+inline f32x16 vexp(f32x16 x) {
+    x = vmax(x, splat(-87.3f));
+    f32x16 t = x * 1.44269504f;
+    i32x16 n = round_to_int(t);
+#if WIDE
+    f32x16 whole = (f32x16)_mm512_cvtepi32_ps((__m512i)n);
+#else
+    f32x16 whole = __builtin_convertvector(n, f32x16);
+#endif
+    f32x16 f = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    f32x16 p = splat(1.9875691500e-4f);
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * (f * f) + f + 1.0f;
+    return (f32x16)((i32x16)p + (n << 23));
+}
+
+inline f32x16 silu(f32x16 x) {
+    // x / (1 + exp(-x)); exp of large numbers is bounded, where silu is 0 anyway.
+    f32x16 e = vexp(-vmax(x, splat(-87.0f)) < 88.0f ? -vmax(x, splat(-87.0f)) : splat(88.0f));
+    return x / (e + 1.0f);
+}
+
+// acc + w[lane][0] * x[0] + w[lane][1] * x[1], for 16 lanes of two bfloat16.
+inline f32x16 dot2(f32x16 acc, const void* w, uint32_t x) {
+#if WIDE
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w),
+                                    (__m512bh)_mm512_set1_epi32((int)x));
+#else
+    u32x16 pairs = load<u32x16>((const uint32_t*)w);
+    acc += (f32x16)(pairs << 16) * to_float(bf16(x));
+    return acc + (f32x16)(pairs & 0xffff0000u) * to_float(bf16(x >> 16));
+#endif
+}
+
+// acc + the sum over j < 4 of w[lane][j] * x[j], for 16 lanes of four int8; x is unsigned.
+inline i32x16 dot4(i32x16 acc, const void* w, uint32_t x) {
+#if WIDE
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32((int)x),
+                                       _mm512_loadu_si512(w));
+#else
+    u32x16 quads = load<u32x16>((const uint32_t*)w);
+    for (int j = 0; j < 4; j++) {
+        i32x16 w_j = (i32x16)(quads << (24 - 8 * j)) >> 24;
+        acc += w_j * (int32_t)(x >> 8 * j & 255);
+    }
+    return acc;
+#endif
+}
+
+}  // namespace
