@@ -152,7 +152,7 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
     float* most = scores + MAX_ROWS * CHUNK;                  // [rows]
     float* total = most + rows;                               // [rows]
     std::vector<Tile> tiles;
-    add_tiles<BF16>(tiles, 0, rows, 0);
+    add_dot_tiles<BF16>(tiles, 0, rows, 0);
     for (const Tile& t : tiles)
         pack_tile<BF16>(t, D, (char*)packed_queries, [&](int64_t r) {
             return q + r / group * q_stride + (kv_head * group + r % group) * D;
@@ -207,7 +207,7 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
             // Queries before the chunk see nothing of it.
             if (position + (r0 + n - 1) / group < start) continue;
             for (int panel = 0; panel < CHUNK / PANEL; panel++)
-                multiply<BF16>(n, key_matrix, panel, queries.tile(tile), nullptr, here_only,
+                multiply<BF16>(n, key_matrix, panel, (const uint32_t*)queries.tile(tile), nullptr, here_only,
                                scores + panel * PANEL, CHUNK);
             float shrink[MAX_ROWS];
             for (int r = 0; r < n; r++) {

@@ -18,7 +18,7 @@
 
 #include <vector>
 
-#include "vectors.h"
+#include "amx.h"
 
 namespace {
 
@@ -65,12 +65,15 @@ void pack_panel(const T* source, T* panel, int64_t p, int64_t out, int64_t in, b
 
 // -------------------------------------------------------------------------------- activation tiles
 
-// Up to MAX_ROWS rows of the input that are multiplied together, packed: for each step along `in`,
-// the four bytes of every row. So a product reads them in order, whatever lies between the rows.
+// Rows of the input that are multiplied together, packed, so that a product reads them in order,
+// whatever lies between the rows. For dot products: up to MAX_ROWS of them; for each step along
+// `in`, the four bytes of every row. For matrix instructions: up to twice 16; for each 64 bytes
+// along `in`, and for the fewer that may be left, those of every row.
 struct Tile {
     int64_t row;                      // the first
     int64_t rows;
     int64_t matrix;                   // of a bank
+    bool is_amx;
 };
 
 // Packed tiles of one input, one after the other.
@@ -79,9 +82,7 @@ struct Input {
     const float* scales;              // of each row, quantised only
     int64_t row_bytes;
 
-    const uint32_t* tile(const Tile& t) const {
-        return (const uint32_t*)(packed + t.row * row_bytes);
-    }
+    const char* tile(const Tile& t) const { return packed + t.row * row_bytes; }
 };
 
 template <int KIND>
@@ -100,14 +101,24 @@ inline int64_t row_bytes(int64_t in) {
     return KIND == W8A8 ? in : 2 * in;
 }
 
-// Appends tiles of equal height for rows `first` to `first + count`.
+// Appends tiles of about equal height for rows `first` to `first + count`.
 template <int KIND>
-void add_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t matrix) {
+void add_dot_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t matrix) {
     const int64_t number = (count + max_rows<KIND>() - 1) / max_rows<KIND>();
     for (int64_t t = 0; t < number; t++) {
         const int64_t from = count * t / number, to = count * (t + 1) / number;
-        tiles.push_back({first + from, to - from, matrix});
+        tiles.push_back({first + from, to - from, matrix, false});
     }
+}
+
+// The same for the instructions that suit so many rows.
+template <int KIND>
+void add_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t matrix) {
+    if (count < LEAST_AMX_ROWS || !has_amx())
+        return add_dot_tiles<KIND>(tiles, first, count, matrix);
+    constexpr int64_t most = 2 * AMX_ROWS / planes<KIND>();
+    for (int64_t r = 0; r < count; r += most)
+        tiles.push_back({first + r, std::min(most, count - r), matrix, true});
 }
 
 // One row to integers + 128: `PLANES` 1 → 8 bits, 2 → 16 bits, whose high bytes come before the low
@@ -142,14 +153,22 @@ float quantize_row(const bf16* x, int64_t n, uint8_t* out) {
 template <int KIND, class RowAt>
 void pack_tile(const Tile& t, int64_t in, char* packed, RowAt row_at) {
     constexpr int PLANES = planes<KIND>();
-    const int64_t steps = in * (KIND == BF16 ? 2 : 1) / 4;
-    uint32_t* to = (uint32_t*)(packed + t.row * row_bytes<KIND>(in));
+    const int64_t plane_bytes = in * (KIND == BF16 ? 2 : 1), steps = plane_bytes / 4;
+    char* to = packed + t.row * row_bytes<KIND>(in);
     for (int64_t r = 0; r < t.rows; r++) {
         const char* from = (const char*)row_at(t.row + r);
-        for (int plane = 0; plane < PLANES; plane++)
-            for (int64_t k = 0; k < steps; k++)
-                std::memcpy(to + (k * PLANES + plane) * t.rows + r, from + (plane * steps + k) * 4,
-                            4);
+        for (int plane = 0; plane < PLANES; plane++, from += plane_bytes) {
+            if (t.is_amx) {
+                char* chunks = to + plane * t.rows * plane_bytes;
+                for (int64_t k = 0; k < plane_bytes; k += AMX_BYTES) {
+                    const int64_t bytes = std::min(AMX_BYTES, plane_bytes - k);
+                    std::memcpy(chunks + t.rows * k + r * bytes, from + k, bytes);
+                }
+            } else {
+                for (int64_t k = 0; k < steps; k++)
+                    std::memcpy(to + ((k * PLANES + plane) * t.rows + r) * 4, from + k * 4, 4);
+            }
+        }
     }
 }
 

@@ -12,6 +12,7 @@ namespace {
 
 // Rows of the input that stay in the second-level cache while panels pass by, in bytes.
 constexpr int64_t ROW_BLOCK_BYTES = 512 << 10;
+constexpr int64_t MOST_TILE_ROWS = 2 * AMX_ROWS;
 constexpr int64_t PREFETCH_BYTES = 4096;
 // Two panels of so many bytes have room in the second-level cache beside the rows.
 constexpr int64_t NEXT_PANEL_BYTES = 160 << 10;
@@ -23,6 +24,15 @@ struct Prefetch {
     const char* at;
     int64_t bytes;
 };
+
+// What 16 channels' sums of integers come to; `low` is that of the low bytes, if there are two.
+template <int KIND>
+inline f32x16 scaled(i32x16 sums, i32x16 low, const Matrix& w, int64_t channel, float row_scale) {
+    sums -= load<i32x16>(w.sums + channel) * 128;
+    f32x16 v = __builtin_convertvector(sums, f32x16);
+    if constexpr (KIND == W8A16) v = v * 256.0f + __builtin_convertvector(low, f32x16);
+    return v * load<f32x16>(w.scales + channel) * row_scale;
+}
 
 // The R rows of a packed tile times one panel → float32 [R, 32], rows `ld` elements apart. `scales`
 // are those of the rows. With STRIDE, of bfloat16, rows are not packed but so many pairs apart.
@@ -96,13 +106,9 @@ void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const float* sc
             for (int h = 0; h < 2; h++) {
                 for (int c = 1; c < CHAINS; c++)
                     for (int b = 0; b < PLANES; b++) acc[0][b][r][h] += acc[c][b][r][h];
-                const int64_t channel = panel * PANEL + h * LANES;
-                i32x16 high = acc[0][0][r][h] - load<i32x16>(w.sums + channel) * 128;
-                f32x16 v = __builtin_convertvector(high, f32x16);
-                if constexpr (PLANES == 2)
-                    v = v * 256.0f + __builtin_convertvector(acc[0][1][r][h], f32x16);
                 store(out + r * ld + h * LANES,
-                      v * load<f32x16>(w.scales + channel) * scales[r]);
+                      scaled<KIND>(acc[0][0][r][h], acc[0][PLANES - 1][r][h], w,
+                                   panel * PANEL + h * LANES, scales[r]));
             }
     }
 }
@@ -126,15 +132,65 @@ void multiply(int64_t rows, const Matrix& w, int64_t panel, const uint32_t* x, c
     }
 }
 
+#if AMX
+
+// Rows as AmxInput has them times one panel → float32 [rows, 32], close to each other.
+template <int KIND>
+void multiply_amx(const Matrix& w, int64_t panel, const AmxInput& x, const float* scales,
+                  Prefetch ahead, float* out) {
+    const int64_t bytes = w.panel_bytes(KIND);
+    alignas(64) int32_t sums[2 * AMX_ROWS * PANEL];
+    char* to = KIND == BF16 ? (char*)out : (char*)sums;
+    const auto run = x.second ? amx_product<KIND == BF16, true> : amx_product<KIND == BF16, false>;
+    run(x, w.panels + panel * bytes, bytes / PANEL, ahead.at, ahead.bytes * 16, to);
+    if constexpr (KIND != BF16) {
+        constexpr int PLANES = planes<KIND>();
+        const int64_t rows = PLANES == 2 ? x.first : x.first + x.second;
+        for (int64_t r = 0; r < rows; r++)
+            for (int c = 0; c < PANEL; c += LANES) {
+                const int32_t* row = sums + r * PANEL + c;
+                store(out + r * PANEL + c,
+                      scaled<KIND>(load<i32x16>(row),
+                                   load<i32x16>(row + (PLANES - 1) * rows * PANEL), w,
+                                   panel * PANEL + c, scales[r]));
+            }
+    }
+}
+
+template <int KIND>
+inline AmxInput amx_input(const Tile& t, const char* packed, int64_t in) {
+    const int64_t plane = t.rows * in * (KIND == BF16 ? 2 : 1), chunk = t.rows * AMX_BYTES;
+    if (planes<KIND>() == 2) return {packed, t.rows, t.rows, chunk, AMX_BYTES, plane, plane};
+    const int64_t first = std::min(t.rows, AMX_ROWS), rest = plane / t.rows % AMX_BYTES;
+    return {packed, first, t.rows - first, chunk, AMX_BYTES, first * AMX_BYTES, first * rest};
+}
+
+#endif
+
+// A packed tile times one panel → float32 [rows, 32].
+template <int KIND>
+inline void multiply(const Tile& t, const Matrix& w, int64_t panel, const Input& input,
+                     Prefetch ahead, float* out) {
+    const char* packed = input.tile(t);
+#if AMX
+    if (t.is_amx)
+        return multiply_amx<KIND>(w, panel, amx_input<KIND>(t, packed, w.in),
+                                  input.scales + t.row, ahead, out);
+#endif
+    multiply<KIND>(t.rows, w, panel, (const uint32_t*)packed, input.scales + t.row, ahead, out,
+                   PANEL);
+}
+
 // Some tiles of an input times one panel; `emit(row, channels 0-15, channels 16-31)` gets each row's
-// results. A single tile waits for memory, and asks for its own panel a little ahead. A few have time to bring the next panel, if the
-// second-level cache has room for both. Many do not wait for memory.
+// results. A single tile waits for memory, and asks for its own panel a little ahead. A few have
+// time to bring the next panel, if the second-level cache has room for both. Many do not wait for
+// memory.
 template <int KIND, class Emit>
 inline void tiles_times_panel(const Matrix& w, int64_t panel, const Input& input, const Tile* tiles,
                               int64_t count, Emit emit) {
     const int64_t bytes = w.panel_bytes(KIND);
     const char* at = w.panels + panel * bytes;
-    alignas(64) float out[MAX_ROWS * PANEL];
+    alignas(64) float out[MOST_TILE_ROWS * PANEL];
     for (int64_t i = 0; i < count; i++) {
         const Tile& t = tiles[i];
         Prefetch ahead{at, 0};
@@ -142,7 +198,7 @@ inline void tiles_times_panel(const Matrix& w, int64_t panel, const Input& input
             ahead = {at + PREFETCH_BYTES, 128};
         else if (count <= 4 && bytes <= NEXT_PANEL_BYTES)
             ahead = {at + bytes + bytes * i / count, 128 / count};
-        multiply<KIND>(t.rows, w, panel, input.tile(t), input.scales + t.row, ahead, out, PANEL);
+        multiply<KIND>(t, w, panel, input, ahead, out);
         for (int64_t r = 0; r < t.rows; r++)
             emit(t.row + r, load<f32x16>(out + r * PANEL), load<f32x16>(out + r * PANEL + LANES));
     }

@@ -1,0 +1,226 @@
+"""Each operation of a layer by itself, beside what the machine could do: on CPUs.
+
+    python benchmarks/operations.py --preset 16b --tokens 1,8,32,128,512,2048
+
+Weights are random, of the preset's geometry, and more of them than the caches hold are used in turn.
+Limits are measured before and after each line. README.md says how to read the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moespan.checkpoint.quantization import QuantizedWeight, quantize
+from moespan.checkpoint.random import PRESETS, preset
+from moespan.config import ModelConfig
+from moespan.ops import ops_for
+from moespan.ops.base import AttentionBatch, KVCache, Ops, Weight
+from moespan.roofline import Limits, Probe, Work, machine_name
+
+# Weights that are used in turn take at least so many bytes, more than any cache holds.
+_LEAST_BYTES = 1 << 30
+_ACTIVATION_BITS = {"none": None, "int8": 16, "w8a8": 8}
+_HALF = torch.bfloat16
+
+
+class Case(NamedTuple):
+    """An operation at one size: what one call does, and what it cannot avoid."""
+
+    name: str
+    tokens: int
+    run: Callable[[], object]
+    work: Work
+
+
+def cases(
+    ops: Ops, config: ModelConfig, sizes: list[int], bits: int | None, contexts: list[int]
+) -> Iterator[Case]:
+    """All of them, one after the other: their weights are made when they are asked for."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    hidden, head_size = config.hidden_size, config.head_dim
+    matrices = {
+        "qkv": ((heads + 2 * kv_heads) * head_size, hidden),
+        "out": (hidden, heads * head_size),
+        "head": (config.vocab_size, hidden),
+    }
+    for name, shape in matrices.items():
+        weights = _in_turn(lambda: _prepared(ops, name, shape, bits), _bytes(shape, bits))  # noqa: B023
+        for tokens in sizes:
+            x = _rows(tokens, hidden)
+            work = Work(2 * tokens * shape[0] * shape[1], _bytes(shape, bits))
+            yield Case(name, tokens, lambda: ops.linear(x, next(weights)), work)  # noqa: B023
+        del weights
+    widths = {
+        "shared": (config.n_shared_experts or 0) * config.moe_intermediate_size,
+        "dense": config.intermediate_size,
+    }
+    for name, width in widths.items():
+        up, down = (2 * width, hidden), (hidden, width)
+        size = _bytes(up, bits) + _bytes(down, bits)
+        pairs = _in_turn(
+            lambda: (_prepared(ops, "gate_up", up, bits), _prepared(ops, "down", down, bits)),  # noqa: B023
+            size,
+        )
+        for tokens in sizes:
+            x = _rows(tokens, hidden)
+            work = Work(2 * tokens * 3 * hidden * width, size)
+            yield Case(name, tokens, lambda: ops.mlp(x, *next(pairs)), work)  # noqa: B023
+        del pairs
+    yield from _experts(ops, config, sizes, bits)
+    yield from _attention(ops, config, sizes, contexts)
+
+
+def _experts(
+    ops: Ops, config: ModelConfig, sizes: list[int], bits: int | None
+) -> Iterator[Case]:
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    number, chosen = config.n_routed_experts or 1, config.num_experts_per_tok
+    up, down = (number, 2 * width, hidden), (number, hidden, width)
+    gate_up_bank, down_bank = _prepared(ops, "gate_up", up, bits), _prepared(ops, "down", down, bits)
+    router = ops.prepare("router", torch.randn(number, hidden))
+    for tokens in sizes:
+        x = _rows(tokens, hidden)
+        work = Work(2 * tokens * number * hidden, 4 * number * hidden)
+        yield Case("route", tokens, lambda: ops.route(x, router, chosen, False), work)  # noqa: B023
+        slots = [torch.rand(tokens, number).topk(chosen).indices.int() for _ in range(16)]
+        met = number * (1 - (1 - chosen / number) ** tokens)
+        size = (_bytes(up, bits) + _bytes(down, bits)) / number
+        work = Work(2 * tokens * chosen * 3 * hidden * width, met * size)
+        turns, weights = itertools.cycle(slots), torch.rand(tokens, chosen)
+
+        def run(
+            x: Tensor = x, weights: Tensor = weights, turns: Iterator[Tensor] = turns
+        ) -> Tensor:
+            return ops.experts(x, weights, next(turns), gate_up_bank, down_bank, 0, number)
+
+        yield Case("experts", tokens, run, work)
+
+
+def _attention(
+    ops: Ops, config: ModelConfig, sizes: list[int], contexts: list[int]
+) -> Iterator[Case]:
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    block = ops.block_size
+    for tokens, context in itertools.product(sizes, contexts):
+        yield from _attention_case(ops, heads, kv_heads, size, block, [1] * tokens, context)
+    for tokens in sizes:
+        if tokens >= 128:
+            yield from _attention_case(ops, heads, kv_heads, size, block, [tokens], 0)
+
+
+def _attention_case(
+    ops: Ops, heads: int, kv_heads: int, size: int, block: int, queries: list[int], context: int
+) -> Iterator[Case]:
+    blocks = -(-(context + queries[0]) // block)
+    token_bytes = 2 * 2 * kv_heads * size
+    one = len(queries) * (context + queries[0]) * token_bytes
+    caches = _in_turn(
+        lambda: KVCache(
+            *(torch.randn(len(queries) * blocks, block, kv_heads, size).to(_HALF) for _ in "kv")
+        ),
+        one,
+    )
+    tables = torch.randperm(len(queries) * blocks).view(len(queries), blocks).tolist()
+    contexts = [context] * len(queries)
+    batch = AttentionBatch.build(queries, contexts, tables, block, torch.device("cpu"))
+    tokens = sum(queries)
+    q = torch.randn(tokens, heads, size).to(_HALF)
+    pairs = tokens * (context + (queries[0] + 1) / 2)
+    name = "attention, prefill" if len(queries) < tokens else f"attention after {context}"
+    work = Work(4 * heads * size * pairs, one)
+    yield Case(name, tokens, lambda: ops.attention(q, next(caches), batch, size**-0.5), work)
+
+
+def _prepared(ops: Ops, name: str, shape: tuple[int, ...], bits: int | None) -> Weight:
+    values = torch.empty(shape, dtype=_HALF).normal_(std=0.02)
+    if bits is None:
+        return ops.prepare(name, values)
+    integers, scales = quantize(values.view(-1, shape[-1]))
+    quantized = QuantizedWeight(integers.view(shape), scales.view(shape[:-1]), bits)
+    return ops.prepare(name, quantized)
+
+
+def _in_turn(make: Callable[[], Any], num_bytes: float) -> Iterator[Any]:
+    return itertools.cycle([make() for _ in range(max(1, round(_LEAST_BYTES / num_bytes)))])
+
+
+def _bytes(shape: tuple[int, ...], bits: int | None) -> float:
+    elements = float(torch.Size(shape).numel())
+    return elements * (2 if bits is None else 1)
+
+
+def _rows(tokens: int, width: int) -> Tensor:
+    return torch.randn(tokens, width).to(_HALF)
+
+
+def measure(case: Case, probe: Probe, seconds: float) -> dict[str, Any]:
+    """The median of as many calls as fit into `seconds`, with the limits around them."""
+    case.run()
+    before = probe()
+    taken: list[float] = []
+    while sum(taken) < seconds or len(taken) < 3:
+        started = time.perf_counter()
+        case.run()
+        taken.append(time.perf_counter() - started)
+    limits = Limits.mean(before, probe())
+    median = statistics.median(taken)
+    return {
+        "operation": case.name,
+        "tokens": case.tokens,
+        "us": median * 1e6,
+        "bytes": case.work.num_bytes,
+        "operations": case.work.operations,
+        "limits": {"bytes_per_s": limits.bytes_per_s, "operations_per_s": limits.operations_per_s},
+        "bound": case.work.bound(limits),
+        "limit_share": case.work.least_s(limits) / median,
+    }
+
+
+def main() -> None:
+    """Measure, print a table, and leave the JSON that is asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", choices=list(PRESETS), default="16b")
+    parser.add_argument("--quantization", choices=list(_ACTIVATION_BITS), default="none")
+    parser.add_argument("--tokens", default="1,8,32,128,512,2048")
+    parser.add_argument("--contexts", default="160,1024", help="tokens before those that decode")
+    parser.add_argument("--only", help="operations whose name has this in it")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each line")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    config = ModelConfig.from_dict(preset(options.preset, {}))
+    sizes = [int(size) for size in options.tokens.split(",")]
+    contexts = [int(size) for size in options.contexts.split(",")]
+    torch.manual_seed(0)
+    print(f"{machine_name('cpu')}, {torch.get_num_threads()} threads, {options.quantization}")
+    print(f"{'operation':<22}{'tokens':>7}{'us':>10}{'GB/s':>8}{'TFLOP/s':>9}{'of limit':>10}  bound by")
+    lines = []
+    with Probe("cpu", "bfloat16") as probe:
+        bits = _ACTIVATION_BITS[options.quantization]
+        for case in cases(ops_for("cpu"), config, sizes, bits, contexts):
+            if options.only and options.only not in case.name:
+                continue
+            line = measure(case, probe, options.seconds)
+            lines.append(line)
+            print(
+                f"{case.name:<22}{case.tokens:>7}{line['us']:>10.0f}"
+                f"{line['bytes'] / line['us'] / 1e3:>8.1f}"
+                f"{line['operations'] / line['us'] / 1e6:>9.3f}"
+                f"{line['limit_share']:>10.1%}  {line['bound']}",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine_name("cpu"), "lines": lines}))
+
+
+if __name__ == "__main__":
+    main()

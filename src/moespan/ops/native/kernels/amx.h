@@ -1,0 +1,118 @@
+// Matrix instructions (Intel's AMX): products of two tiles of 16 rows by 64 bytes.
+
+#pragma once
+
+#include "vectors.h"
+
+#if WIDE && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define AMX 1
+#else
+#define AMX 0
+#endif
+
+namespace {
+
+constexpr int64_t AMX_ROWS = 16;
+constexpr int64_t AMX_BYTES = 64;
+// So many rows take less time than as dot products.
+constexpr int64_t LEAST_AMX_ROWS = 2;
+
+// Whether this process may use them: the system keeps their registers for those that ask.
+inline bool has_amx() {
+#if AMX
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    static const bool granted = !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+    return granted;
+#else
+    return false;
+#endif
+}
+
+// Rows of the input, in one tile or two: chunks of 64 bytes along the sum, `chunk` bytes apart, in
+// which rows are `row` bytes apart and the second tile begins `offset` bytes after the first. What
+// is left along the sum comes after the chunks, rows close to each other.
+struct AmxInput {
+    const char* at;
+    int64_t first, second;            // rows of each tile; no second one: 0
+    int64_t chunk, row, offset, offset_of_rest;
+};
+
+#if AMX
+
+// Results in tiles 0 to 3, the input in 4 and 5, weights in 6 and 7, `bytes` of each row.
+inline void configure(const AmxInput& x, int64_t bytes) {
+    struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    } config;
+    const int64_t rows[8] = {x.first,  x.first,  x.second,  x.second,
+                             x.first,  x.second, bytes / 4, bytes / 4};
+    for (int tile = 0; tile < 8; tile++) {
+        config.rows[tile] = uint8_t(rows[tile]);
+        config.bytes[tile] = !rows[tile] ? 0 : tile == 4 || tile == 5 ? bytes : 64;
+    }
+    _tile_loadconfig(&config);
+}
+
+template <bool IS_BF16, bool TWO>
+inline void amx_step(const char* x, int64_t row, int64_t offset, const char* panel) {
+    _tile_loadd(4, x, row);
+    _tile_loadd(6, panel, 128);
+    _tile_loadd(7, panel + 64, 128);
+    if constexpr (TWO) _tile_loadd(5, x + offset, row);
+    if constexpr (IS_BF16) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (TWO) _tile_dpbf16ps(2, 5, 6);
+        if constexpr (TWO) _tile_dpbf16ps(3, 5, 7);
+    } else {
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+        if constexpr (TWO) _tile_dpbusd(2, 5, 6);
+        if constexpr (TWO) _tile_dpbusd(3, 5, 7);
+    }
+}
+
+template <bool IS_BF16, bool TWO>
+void amx_product(const AmxInput& x, const char* panel, int64_t bytes, const char* next,
+                 int64_t ahead, char* out) {
+    constexpr int64_t ROW = PANEL * 4;
+    const int64_t rest = bytes % AMX_BYTES;
+    const char* from = x.at;
+    configure(x, std::min(bytes, AMX_BYTES));
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (TWO) _tile_zero(2);
+    if constexpr (TWO) _tile_zero(3);
+    for (int64_t k = 0; k + AMX_BYTES <= bytes; k += AMX_BYTES) {
+        for (int64_t b = 0; b < ahead; b += 64) __builtin_prefetch(next + b, 0, 2);
+        amx_step<IS_BF16, TWO>(from, x.row, x.offset, panel);
+        from += x.chunk;
+        panel += AMX_BYTES / 4 * 128;
+        next += ahead;
+    }
+    if (rest && bytes > AMX_BYTES) {  // tiles of another width lose what they hold
+        _tile_stored(0, out, ROW);
+        _tile_stored(1, out + 64, ROW);
+        if constexpr (TWO) _tile_stored(2, out + x.first * ROW, ROW);
+        if constexpr (TWO) _tile_stored(3, out + x.first * ROW + 64, ROW);
+        configure(x, rest);
+        _tile_loadd(0, out, ROW);
+        _tile_loadd(1, out + 64, ROW);
+        if constexpr (TWO) _tile_loadd(2, out + x.first * ROW, ROW);
+        if constexpr (TWO) _tile_loadd(3, out + x.first * ROW + 64, ROW);
+    }
+    if (rest) amx_step<IS_BF16, TWO>(from, rest, x.offset_of_rest, panel);
+    _tile_stored(0, out, ROW);
+    _tile_stored(1, out + 64, ROW);
+    if constexpr (TWO) _tile_stored(2, out + x.first * ROW, ROW);
+    if constexpr (TWO) _tile_stored(3, out + x.first * ROW + 64, ROW);
+    _tile_release();
+}
+
+#endif
+
+}  // namespace
