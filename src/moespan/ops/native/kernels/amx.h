@@ -41,21 +41,36 @@ struct AmxInput {
 
 #if AMX
 
-// Results in tiles 0 to 3, the input in 4 and 5, weights in 6 and 7, `bytes` of each row.
-inline void configure(const AmxInput& x, int64_t bytes) {
-    struct alignas(64) {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t rows[16] = {};
-    } config;
-    const int64_t rows[8] = {x.first,  x.first,  x.second,  x.second,
-                             x.first,  x.second, bytes / 4, bytes / 4};
-    for (int tile = 0; tile < 8; tile++) {
-        config.rows[tile] = uint8_t(rows[tile]);
-        config.bytes[tile] = !rows[tile] ? 0 : tile == 4 || tile == 5 ? bytes : 64;
+// The shapes of this thread's tiles, from their first use to the end of the scope: results in tiles
+// 0 to 3, the input in 4 and 5, weights in 6 and 7. They are set when they change: it takes as long
+// as a dozen products, and empties the tiles.
+class AmxShapes {
+  public:
+    ~AmxShapes() {
+        if (bytes_) _tile_release();
     }
-    _tile_loadconfig(&config);
-}
+
+    // `bytes` of each row.
+    void set(const AmxInput& x, int64_t bytes) {
+        if (x.first == first_ && x.second == second_ && bytes == bytes_) return;
+        first_ = x.first, second_ = x.second, bytes_ = bytes;
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t bytes[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        const int64_t rows[8] = {first_, first_,  second_,    second_,
+                                 first_, second_, bytes_ / 4, bytes_ / 4};
+        for (int tile = 0; tile < 8; tile++) {
+            config.rows[tile] = uint8_t(rows[tile]);
+            config.bytes[tile] = !rows[tile] ? 0 : tile == 4 || tile == 5 ? bytes_ : 64;
+        }
+        _tile_loadconfig(&config);
+    }
+
+  private:
+    int64_t first_ = 0, second_ = 0, bytes_ = 0;
+};
 
 template <bool IS_BF16, bool TWO>
 inline void amx_step(const char* x, int64_t row, int64_t offset, const char* panel) {
@@ -76,13 +91,15 @@ inline void amx_step(const char* x, int64_t row, int64_t offset, const char* pan
     }
 }
 
+// Rows times a panel of `bytes` along the sum → float32 or int32 [rows, 32], rows `ld` apart. In each
+// step `ahead` bytes are asked for, beginning with `next`.
 template <bool IS_BF16, bool TWO>
-void amx_product(const AmxInput& x, const char* panel, int64_t bytes, const char* next,
-                 int64_t ahead, char* out) {
-    constexpr int64_t ROW = PANEL * 4;
-    const int64_t rest = bytes % AMX_BYTES;
+void amx_product(AmxShapes& shapes, const AmxInput& x, const char* panel, int64_t bytes, const char* next,
+                 int64_t ahead, void* results, int64_t ld) {
+    char* out = (char*)results;
+    const int64_t row = ld * 4, rest = bytes % AMX_BYTES;
     const char* from = x.at;
-    configure(x, std::min(bytes, AMX_BYTES));
+    shapes.set(x, std::min(bytes, AMX_BYTES));
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (TWO) _tile_zero(2);
@@ -95,23 +112,26 @@ void amx_product(const AmxInput& x, const char* panel, int64_t bytes, const char
         next += ahead;
     }
     if (rest && bytes > AMX_BYTES) {  // tiles of another width lose what they hold
-        _tile_stored(0, out, ROW);
-        _tile_stored(1, out + 64, ROW);
-        if constexpr (TWO) _tile_stored(2, out + x.first * ROW, ROW);
-        if constexpr (TWO) _tile_stored(3, out + x.first * ROW + 64, ROW);
-        configure(x, rest);
-        _tile_loadd(0, out, ROW);
-        _tile_loadd(1, out + 64, ROW);
-        if constexpr (TWO) _tile_loadd(2, out + x.first * ROW, ROW);
-        if constexpr (TWO) _tile_loadd(3, out + x.first * ROW + 64, ROW);
+        _tile_stored(0, out, row);
+        _tile_stored(1, out + 64, row);
+        if constexpr (TWO) _tile_stored(2, out + x.first * row, row);
+        if constexpr (TWO) _tile_stored(3, out + x.first * row + 64, row);
+        shapes.set(x, rest);
+        _tile_loadd(0, out, row);
+        _tile_loadd(1, out + 64, row);
+        if constexpr (TWO) _tile_loadd(2, out + x.first * row, row);
+        if constexpr (TWO) _tile_loadd(3, out + x.first * row + 64, row);
     }
     if (rest) amx_step<IS_BF16, TWO>(from, rest, x.offset_of_rest, panel);
-    _tile_stored(0, out, ROW);
-    _tile_stored(1, out + 64, ROW);
-    if constexpr (TWO) _tile_stored(2, out + x.first * ROW, ROW);
-    if constexpr (TWO) _tile_stored(3, out + x.first * ROW + 64, ROW);
-    _tile_release();
+    _tile_stored(0, out, row);
+    _tile_stored(1, out + 64, row);
+    if constexpr (TWO) _tile_stored(2, out + x.first * row, row);
+    if constexpr (TWO) _tile_stored(3, out + x.first * row + 64, row);
 }
+
+#else
+
+class AmxShapes {};
 
 #endif
 

@@ -145,14 +145,14 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
     bf16* packed_keys = (bf16*)scratch;                       // [CHUNK / 32][D / 2][32][2]
     bf16* packed_values = packed_keys + CHUNK * D;            // [D / 32][CHUNK / 2][32][2]
     const int64_t width = ceil_div(D, PANEL) * PANEL;
-    bf16* p = packed_values + CHUNK * width;                  // [MAX_ROWS, CHUNK]
-    bf16* packed_queries = p + MAX_ROWS * CHUNK;              // tiles of [rows, D]
+    bf16* p = packed_values + CHUNK * width;                  // [MOST_TILE_ROWS, CHUNK]
+    bf16* packed_queries = p + MOST_TILE_ROWS * CHUNK;              // tiles of [rows, D]
     float* acc = (float*)(packed_queries + rows * D);         // [rows, padded D]
-    float* scores = acc + rows * width;                       // [MAX_ROWS, CHUNK]
-    float* most = scores + MAX_ROWS * CHUNK;                  // [rows]
+    float* scores = acc + rows * width;                       // [MOST_TILE_ROWS, CHUNK]
+    float* most = scores + MOST_TILE_ROWS * CHUNK;                  // [rows]
     float* total = most + rows;                               // [rows]
     std::vector<Tile> tiles;
-    add_dot_tiles<BF16>(tiles, 0, rows, 0);
+    add_tiles<BF16>(tiles, 0, rows, 0);
     for (const Tile& t : tiles)
         pack_tile<BF16>(t, D, (char*)packed_queries, [&](int64_t r) {
             return q + r / group * q_stride + (kv_head * group + r % group) * D;
@@ -164,6 +164,21 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
     const Matrix value_matrix{(const char*)packed_values, nullptr, nullptr, CHUNK};
     const Input queries{(const char*)packed_queries, nullptr, 2 * D};
     const Prefetch here_only{scratch, 0};  // all is in the cache
+    AmxShapes shapes;
+    const auto weigh_values = [&](const Tile& tile, int64_t panel, float* part) {
+#if AMX
+        if (tile.is_amx) {
+            constexpr int64_t ROW = CHUNK * sizeof(bf16);
+            const int64_t first = std::min(tile.rows, AMX_ROWS);
+            const AmxInput rows{(const char*)p, first, tile.rows - first, AMX_BYTES,
+                                ROW,            first * ROW, 0};
+            return multiply_amx<BF16>(shapes, value_matrix, panel, rows, nullptr, here_only, part,
+                                      PANEL);
+        }
+#endif
+        multiply<BF16, CHUNK / 2>(tile.rows, value_matrix, panel, (const uint32_t*)p, nullptr,
+                                  here_only, part, PANEL);
+    };
     const T* keys = (const T*)c.keys;
     const T* values = (const T*)c.values;
     const int64_t length = position + count;
@@ -207,9 +222,9 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
             // Queries before the chunk see nothing of it.
             if (position + (r0 + n - 1) / group < start) continue;
             for (int panel = 0; panel < CHUNK / PANEL; panel++)
-                multiply<BF16>(n, key_matrix, panel, (const uint32_t*)queries.tile(tile), nullptr, here_only,
+                multiply<BF16>(shapes, tile, key_matrix, panel, queries, here_only,
                                scores + panel * PANEL, CHUNK);
-            float shrink[MAX_ROWS];
+            float shrink[MOST_TILE_ROWS];
             for (int r = 0; r < n; r++) {
                 float* row = scores + r * CHUNK;
                 const int64_t seen = position + (r0 + r) / group + 1 - start;
@@ -231,9 +246,8 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
                 total[r0 + r] = total[r0 + r] * shrink[r] + sum(s);
             }
             for (int64_t panel = 0; panel < width / PANEL; panel++) {
-                alignas(64) float part[MAX_ROWS * PANEL];
-                multiply<BF16, CHUNK / 2>(n, value_matrix, panel, (const uint32_t*)p, nullptr,
-                                          here_only, part, PANEL);
+                alignas(64) float part[MOST_TILE_ROWS * PANEL];
+                weigh_values(tile, panel, part);
                 for (int r = 0; r < n; r++)
                     for (int c = 0; c < PANEL; c += LANES) {
                         float* to = acc + (r0 + r) * width + panel * PANEL + c;

@@ -11,7 +11,9 @@
 namespace {
 
 // Rows of the input that stay in the second-level cache while panels pass by, in bytes.
-constexpr int64_t ROW_BLOCK_BYTES = 512 << 10;
+constexpr int64_t ROW_BLOCK_BYTES = 1024 << 10;
+// Elements of a result that is written past the caches.
+constexpr int64_t LARGE_RESULT = 1 << 20;
 constexpr int64_t MOST_TILE_ROWS = 2 * AMX_ROWS;
 constexpr int64_t PREFETCH_BYTES = 4096;
 // Two panels of so many bytes have room in the second-level cache beside the rows.
@@ -134,22 +136,23 @@ void multiply(int64_t rows, const Matrix& w, int64_t panel, const uint32_t* x, c
 
 #if AMX
 
-// Rows as AmxInput has them times one panel → float32 [rows, 32], close to each other.
+// Rows as AmxInput has them times one panel → float32 [rows, 32], rows `ld` elements apart.
 template <int KIND>
-void multiply_amx(const Matrix& w, int64_t panel, const AmxInput& x, const float* scales,
-                  Prefetch ahead, float* out) {
+void multiply_amx(AmxShapes& shapes, const Matrix& w, int64_t panel, const AmxInput& x, const float* scales,
+                  Prefetch ahead, float* out, int64_t ld) {
     const int64_t bytes = w.panel_bytes(KIND);
     alignas(64) int32_t sums[2 * AMX_ROWS * PANEL];
-    char* to = KIND == BF16 ? (char*)out : (char*)sums;
+    void* to = KIND == BF16 ? (void*)out : (void*)sums;
     const auto run = x.second ? amx_product<KIND == BF16, true> : amx_product<KIND == BF16, false>;
-    run(x, w.panels + panel * bytes, bytes / PANEL, ahead.at, ahead.bytes * 16, to);
+    run(shapes, x, w.panels + panel * bytes, bytes / PANEL, ahead.at, ahead.bytes * 16, to,
+        KIND == BF16 ? ld : PANEL);
     if constexpr (KIND != BF16) {
         constexpr int PLANES = planes<KIND>();
         const int64_t rows = PLANES == 2 ? x.first : x.first + x.second;
         for (int64_t r = 0; r < rows; r++)
             for (int c = 0; c < PANEL; c += LANES) {
                 const int32_t* row = sums + r * PANEL + c;
-                store(out + r * PANEL + c,
+                store(out + r * ld + c,
                       scaled<KIND>(load<i32x16>(row),
                                    load<i32x16>(row + (PLANES - 1) * rows * PANEL), w,
                                    panel * PANEL + c, scales[r]));
@@ -167,18 +170,18 @@ inline AmxInput amx_input(const Tile& t, const char* packed, int64_t in) {
 
 #endif
 
-// A packed tile times one panel → float32 [rows, 32].
+// A packed tile times one panel → float32 [rows, 32], rows `ld` elements apart.
 template <int KIND>
-inline void multiply(const Tile& t, const Matrix& w, int64_t panel, const Input& input,
-                     Prefetch ahead, float* out) {
+inline void multiply(AmxShapes& shapes, const Tile& t, const Matrix& w, int64_t panel,
+                     const Input& input, Prefetch ahead, float* out, int64_t ld) {
     const char* packed = input.tile(t);
 #if AMX
     if (t.is_amx)
-        return multiply_amx<KIND>(w, panel, amx_input<KIND>(t, packed, w.in),
-                                  input.scales + t.row, ahead, out);
+        return multiply_amx<KIND>(shapes, w, panel, amx_input<KIND>(t, packed, w.in),
+                                  input.scales + t.row, ahead, out, ld);
 #endif
     multiply<KIND>(t.rows, w, panel, (const uint32_t*)packed, input.scales + t.row, ahead, out,
-                   PANEL);
+                   ld);
 }
 
 // Some tiles of an input times one panel; `emit(row, channels 0-15, channels 16-31)` gets each row's
@@ -186,8 +189,8 @@ inline void multiply(const Tile& t, const Matrix& w, int64_t panel, const Input&
 // time to bring the next panel, if the second-level cache has room for both. Many do not wait for
 // memory.
 template <int KIND, class Emit>
-inline void tiles_times_panel(const Matrix& w, int64_t panel, const Input& input, const Tile* tiles,
-                              int64_t count, Emit emit) {
+inline void tiles_times_panel(AmxShapes& shapes, const Matrix& w, int64_t panel,
+                              const Input& input, const Tile* tiles, int64_t count, Emit emit) {
     const int64_t bytes = w.panel_bytes(KIND);
     const char* at = w.panels + panel * bytes;
     alignas(64) float out[MOST_TILE_ROWS * PANEL];
@@ -196,9 +199,9 @@ inline void tiles_times_panel(const Matrix& w, int64_t panel, const Input& input
         Prefetch ahead{at, 0};
         if (count == 1 || (i == 0 && bytes > NEXT_PANEL_BYTES))
             ahead = {at + PREFETCH_BYTES, 128};
-        else if (count <= 4 && bytes <= NEXT_PANEL_BYTES)
-            ahead = {at + bytes + bytes * i / count, 128 / count};
-        multiply<KIND>(t, w, panel, input, ahead, out);
+        else if ((count <= 4 || t.is_amx) && bytes <= NEXT_PANEL_BYTES)
+            ahead = {at + bytes + bytes * i / count, t.is_amx ? (128 + count - 1) / count : 128 / count};
+        multiply<KIND>(shapes, t, w, panel, input, ahead, out, PANEL);
         for (int64_t r = 0; r < t.rows; r++)
             emit(t.row + r, load<f32x16>(out + r * PANEL), load<f32x16>(out + r * PANEL + LANES));
     }
@@ -282,8 +285,12 @@ void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf1
             items.push_back({first, last, p, std::min(step, panels - p)});
     });
     const Input input{s.packed, s.scales, row_bytes<KIND>(w.in)};
+    // What does not stay in the caches anyway would only wait for its old contents to be read.
+    const bool past_caches = WIDE && rows * out >= LARGE_RESULT && out % PANEL == 0 &&
+                             (uintptr_t)y % (PANEL * sizeof(bf16)) == 0;
 #pragma omp parallel num_threads(threads)
     {
+        AmxShapes shapes;
         pack_rows<KIND>(x, rows, w.in, tiles, s);
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < items.size(); i++) {
@@ -294,14 +301,20 @@ void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf1
                 for (int c = 0; bias && c < std::min<int64_t>(PANEL, left); c++)
                     added[c] = to_float(bias[channel + c]);
                 tiles_times_panel<KIND>(
-                    w, p, input, &tiles[item.first], item.last - item.first,
+                    shapes, w, p, input, &tiles[item.first], item.last - item.first,
                     [&](int64_t row, f32x16 a, f32x16 b) {
                         bf16* to = y + row * out + channel;
-                        store_some(to, a + load<f32x16>(added), left);
-                        if (left > LANES)
-                            store_some(to + LANES, b + load<f32x16>(added + LANES), left - LANES);
+                        a += load<f32x16>(added);
+                        b += load<f32x16>(added + LANES);
+                        if (past_caches) {
+                            store_past_caches(to, a, b);
+                            return;
+                        }
+                        store_some(to, a, left);
+                        if (left > LANES) store_some(to + LANES, b, left - LANES);
                     });
             }
+            if (past_caches) finish_past_caches();
         }
     }
 }
@@ -366,6 +379,7 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
     std::vector<float> token_scales(KIND == BF16 ? 0 : tokens);
 #pragma omp parallel num_threads(threads)
     {
+        AmxShapes shapes;
         if constexpr (KIND != BF16) {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tokens; t++)
@@ -384,7 +398,7 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
             const Item& item = items[i];
             const Matrix w = gate_up.expert(tiles[item.first].matrix, KIND);
             for (int64_t p = item.panel; p < item.panel + item.panels; p++)
-                tiles_times_panel<KIND>(w, p, input, &tiles[item.first], item.last - item.first,
+                tiles_times_panel<KIND>(shapes, w, p, input, &tiles[item.first], item.last - item.first,
                                         [&](int64_t row, f32x16 gate, f32x16 up) {
                                             store_some(s.hidden + row * width + p * LANES,
                                                        silu(gate) * up, width - p * LANES);
@@ -401,7 +415,7 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
                 const Matrix w = down.expert(tiles[block.first].matrix, KIND);
                 for (int64_t p = p0; p < p1; p++)
                     tiles_times_panel<KIND>(
-                        w, p, hidden, &tiles[block.first], block.last - block.first,
+                        shapes, w, p, hidden, &tiles[block.first], block.last - block.first,
                         [&](int64_t row, f32x16 a, f32x16 b) {
                             const int64_t pair = groups.pair_of[row];
                             const float weight = weights ? weights[pair] : 1.0f;

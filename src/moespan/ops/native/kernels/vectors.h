@@ -75,6 +75,23 @@ inline void store_bf16(bf16* p, f32x16 v) {
 #endif
 }
 
+// 32 elements at a multiple of 64 bytes, which are not going to be read soon.
+inline void store_past_caches(bf16* p, f32x16 a, f32x16 b) {
+#if WIDE
+    _mm512_stream_si512((__m512i*)p, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+#else
+    store_bf16(p, a);
+    store_bf16(p + LANES, b);
+#endif
+}
+
+// Other threads see what was written past the caches before this.
+inline void finish_past_caches() {
+#if WIDE
+    _mm_sfence();
+#endif
+}
+
 inline f32x16 load_i8(const int8_t* p) {
 #if WIDE
     return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
