@@ -132,18 +132,13 @@ float quantize_row(const bf16* x, int64_t n, uint8_t* out) {
     for (; i < n; i++) amax = std::max(amax, std::fabs(to_float(x[i])));
     const float scale = amax > 0 ? amax / (PLANES == 1 ? 127.0f : 32767.0f) : 1.0f;
     for (i = 0; i < n; i += LANES) {
-        const int count = (int)std::min<int64_t>(LANES, n - i);
+        const int64_t count = std::min<int64_t>(LANES, n - i);
         alignas(64) bf16 some[LANES] = {};
         std::memcpy(some, x + i, count * sizeof(bf16));
         const i32x16 q = round_to_int(load_bf16(some) / scale);
-        for (int j = 0; j < count; j++) {
-            if (PLANES == 1) {
-                out[i + j] = uint8_t(q[j] + 128);
-            } else {
-                out[i + j] = uint8_t((q[j] >> 8) + 128);
-                out[n + i + j] = uint8_t(q[j] & 255);
-            }
-        }
+        const u8x16 high = low_bytes(PLANES == 1 ? q : q >> 8) + 128, low = low_bytes(q);
+        std::memcpy(out + i, &high, count);
+        if (PLANES == 2) std::memcpy(out + n + i, &low, count);
     }
     return std::isfinite(amax) ? scale : NAN;
 }

@@ -149,8 +149,8 @@ void multiply_amx(AmxShapes& shapes, const Matrix& w, int64_t panel, const AmxIn
     if constexpr (KIND != BF16) {
         constexpr int PLANES = planes<KIND>();
         const int64_t rows = PLANES == 2 ? x.first : x.first + x.second;
-        for (int64_t r = 0; r < rows; r++)
-            for (int c = 0; c < PANEL; c += LANES) {
+        for (int c = 0; c < PANEL; c += LANES)
+            for (int64_t r = 0; r < rows; r++) {
                 const int32_t* row = sums + r * PANEL + c;
                 store(out + r * ld + c,
                       scaled<KIND>(load<i32x16>(row),

@@ -22,6 +22,7 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
 
 constexpr int LANES = 16;
 constexpr int PANEL = 32;
@@ -137,6 +138,14 @@ inline i32x16 round_to_int(f32x16 v) {
     i32x16 r;
     for (int i = 0; i < LANES; i++) r[i] = (int32_t)std::nearbyintf(v[i]);
     return r;
+#endif
+}
+
+inline u8x16 low_bytes(i32x16 v) {
+#if WIDE
+    return (u8x16)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+    return __builtin_convertvector(v, u8x16);
 #endif
 }
 
