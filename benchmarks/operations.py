@@ -2,8 +2,8 @@
 
     python benchmarks/operations.py --preset 16b --tokens 1,8,32,128,512,2048
 
-Weights are random, of the preset's geometry, and more of them than the caches hold are used in turn.
-Limits are measured before and after each line. README.md says how to read the table.
+Weights are random, of the preset's geometry, and more of them than the caches hold are used in
+turn. Limits are measured before and after each line. README.md says how to read the table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,10 @@ from moespan.ops import ops_for
 from moespan.ops.base import AttentionBatch, KVCache, Ops, Weight
 from moespan.roofline import Limits, Probe, Work, machine_name
 
-# Weights that are used in turn take at least so many bytes, more than any cache holds.
-_LEAST_BYTES = 1 << 30
 _ACTIVATION_BITS = {"none": None, "int8": 16, "w8a8": 8}
 _HALF = torch.bfloat16
+# Weights that are used in turn take about so many bytes, more than caches hold.
+_TURN_BYTES = 1 << 30
 
 
 class Case(NamedTuple):
@@ -48,61 +48,74 @@ def cases(
     """All of them, one after the other: their weights are made when they are asked for."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     hidden, head_size = config.hidden_size, config.head_dim
-    matrices = {
-        "qkv": ((heads + 2 * kv_heads) * head_size, hidden),
-        "out": (hidden, heads * head_size),
-        "head": (config.vocab_size, hidden),
-    }
-    for name, shape in matrices.items():
-        weights = _in_turn(lambda: _prepared(ops, name, shape, bits), _bytes(shape, bits))  # noqa: B023
-        for tokens in sizes:
-            x = _rows(tokens, hidden)
-            work = Work(2 * tokens * shape[0] * shape[1], _bytes(shape, bits))
-            yield Case(name, tokens, lambda: ops.linear(x, next(weights)), work)  # noqa: B023
-        del weights
-    widths = {
-        "shared": (config.n_shared_experts or 0) * config.moe_intermediate_size,
-        "dense": config.intermediate_size,
-    }
-    for name, width in widths.items():
-        up, down = (2 * width, hidden), (hidden, width)
-        size = _bytes(up, bits) + _bytes(down, bits)
-        pairs = _in_turn(
-            lambda: (_prepared(ops, "gate_up", up, bits), _prepared(ops, "down", down, bits)),  # noqa: B023
-            size,
-        )
-        for tokens in sizes:
-            x = _rows(tokens, hidden)
-            work = Work(2 * tokens * 3 * hidden * width, size)
-            yield Case(name, tokens, lambda: ops.mlp(x, *next(pairs)), work)  # noqa: B023
-        del pairs
+    shared = (config.n_shared_experts or 0) * config.moe_intermediate_size
+    yield from _matrix(ops, "qkv", ((heads + 2 * kv_heads) * head_size, hidden), sizes, bits)
+    yield from _matrix(ops, "out", (hidden, heads * head_size), sizes, bits)
+    yield from _mlp(ops, "shared", hidden, shared, sizes, bits)
+    yield from _mlp(ops, "dense", hidden, config.intermediate_size, sizes, bits)
     yield from _experts(ops, config, sizes, bits)
     yield from _attention(ops, config, sizes, contexts)
+    yield from _matrix(ops, "head", (config.vocab_size, hidden), sizes, bits)
 
 
-def _experts(
-    ops: Ops, config: ModelConfig, sizes: list[int], bits: int | None
+def _matrix(
+    ops: Ops, name: str, shape: tuple[int, int], sizes: list[int], bits: int | None
 ) -> Iterator[Case]:
+    weights = _in_turn(lambda: _prepared(ops, name, shape, bits), _bytes(shape, bits))
+    for tokens in sizes:
+        rows = _rows(tokens, shape[1])
+
+        def run(x: Tensor = rows) -> Tensor:
+            return ops.linear(x, next(weights))
+
+        yield Case(name, tokens, run, Work(2 * tokens * shape[0] * shape[1], _bytes(shape, bits)))
+
+
+def _mlp(
+    ops: Ops, name: str, hidden: int, width: int, sizes: list[int], bits: int | None
+) -> Iterator[Case]:
+    up, down = (2 * width, hidden), (hidden, width)
+    size = _bytes(up, bits) + _bytes(down, bits)
+
+    def make() -> tuple[Weight, Weight]:
+        return _prepared(ops, "gate_up", up, bits), _prepared(ops, "down", down, bits)
+
+    pairs = _in_turn(make, size)
+    for tokens in sizes:
+        rows = _rows(tokens, hidden)
+
+        def run(x: Tensor = rows) -> Tensor:
+            return ops.mlp(x, *next(pairs))
+
+        yield Case(name, tokens, run, Work(2 * tokens * 3 * hidden * width, size))
+
+
+def _experts(ops: Ops, config: ModelConfig, sizes: list[int], bits: int | None) -> Iterator[Case]:
     hidden, width = config.hidden_size, config.moe_intermediate_size
     number, chosen = config.n_routed_experts or 1, config.num_experts_per_tok
     up, down = (number, 2 * width, hidden), (number, hidden, width)
-    gate_up_bank, down_bank = _prepared(ops, "gate_up", up, bits), _prepared(ops, "down", down, bits)
+    banks = _prepared(ops, "gate_up", up, bits), _prepared(ops, "down", down, bits)
     router = ops.prepare("router", torch.randn(number, hidden))
     for tokens in sizes:
-        x = _rows(tokens, hidden)
+        x, weights = _rows(tokens, hidden), torch.rand(tokens, chosen)
+
+        def route(x: Tensor = x) -> object:
+            return ops.route(x, router, chosen, False)
+
         work = Work(2 * tokens * number * hidden, 4 * number * hidden)
-        yield Case("route", tokens, lambda: ops.route(x, router, chosen, False), work)  # noqa: B023
-        slots = [torch.rand(tokens, number).topk(chosen).indices.int() for _ in range(16)]
-        met = number * (1 - (1 - chosen / number) ** tokens)
-        size = (_bytes(up, bits) + _bytes(down, bits)) / number
-        work = Work(2 * tokens * chosen * 3 * hidden * width, met * size)
-        turns, weights = itertools.cycle(slots), torch.rand(tokens, chosen)
+        yield Case("route", tokens, route, work)
+        turns = itertools.cycle(
+            [torch.rand(tokens, number).topk(chosen).indices.int() for _ in range(16)]
+        )
 
         def run(
             x: Tensor = x, weights: Tensor = weights, turns: Iterator[Tensor] = turns
         ) -> Tensor:
-            return ops.experts(x, weights, next(turns), gate_up_bank, down_bank, 0, number)
+            return ops.experts(x, weights, next(turns), *banks, 0, number)
 
+        met = number * (1 - (1 - chosen / number) ** tokens)
+        size = (_bytes(up, bits) + _bytes(down, bits)) / number
+        work = Work(2 * tokens * chosen * 3 * hidden * width, met * size)
         yield Case("experts", tokens, run, work)
 
 
@@ -151,7 +164,7 @@ def _prepared(ops: Ops, name: str, shape: tuple[int, ...], bits: int | None) -> 
 
 
 def _in_turn(make: Callable[[], Any], num_bytes: float) -> Iterator[Any]:
-    return itertools.cycle([make() for _ in range(max(1, round(_LEAST_BYTES / num_bytes)))])
+    return itertools.cycle([make() for _ in range(max(1, round(_TURN_BYTES / num_bytes)))])
 
 
 def _bytes(shape: tuple[int, ...], bits: int | None) -> float:
@@ -186,7 +199,7 @@ def measure(case: Case, probe: Probe, seconds: float) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, and leave the JSON that is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=list(PRESETS), default="16b")
@@ -196,13 +209,14 @@ def main() -> None:
     parser.add_argument("--only", help="operations whose name has this in it")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each line")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     config = ModelConfig.from_dict(preset(options.preset, {}))
     sizes = [int(size) for size in options.tokens.split(",")]
     contexts = [int(size) for size in options.contexts.split(",")]
     torch.manual_seed(0)
     print(f"{machine_name('cpu')}, {torch.get_num_threads()} threads, {options.quantization}")
-    print(f"{'operation':<22}{'tokens':>7}{'us':>10}{'GB/s':>8}{'TFLOP/s':>9}{'of limit':>10}  bound by")
+    columns = f"{'operation':<22}{'tokens':>7}{'us':>10}{'GB/s':>8}{'TFLOP/s':>9}{'of limit':>10}"
+    print(f"{columns}  bound by")
     lines = []
     with Probe("cpu", "bfloat16") as probe:
         bits = _ACTIVATION_BITS[options.quantization]

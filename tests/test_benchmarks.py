@@ -14,6 +14,9 @@ import pytest
 # The scripts find each other where they lie, as when they are run.
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import engine_overhead
+import operations
+
+from moespan.roofline import Limits
 
 BENCHMARKS = Path(engine_overhead.__file__).parent
 
@@ -34,6 +37,39 @@ def test_the_engines_own_cost_is_told_by_its_parts(
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].split() == ["sampling", "batch", *engine_overhead.PARTS, "rest", "total"]
     assert len(lines) == 4 + len(results)
+
+
+class FixedProbe:
+    """A machine that reads 1 kB and computes 1000 operations in a microsecond."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> FixedProbe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self) -> Limits:
+        return Limits(1e9, 1e9)
+
+
+@pytest.mark.parametrize("quantization", ["none", "w8a8"])
+def test_each_operation_is_told_beside_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+):
+    monkeypatch.setattr(operations, "Probe", FixedProbe)
+    monkeypatch.setattr(operations, "_TURN_BYTES", 1)
+    file = tmp_path / "operations.json"
+    sizes = "--preset tiny --tokens 1,130 --contexts 8 --seconds 0.001"
+    operations.main([*sizes.split(), "--quantization", quantization, "--json", str(file)])
+    lines = json.loads(file.read_text())["lines"]
+    names = ["qkv", "out", "shared", "dense", "route", "experts", "attention after 8", "head"]
+    assert {line["operation"] for line in lines} == {*names, "attention, prefill"}
+    for line in lines:
+        least_us = max(line["bytes"], line["operations"]) / 1e3
+        assert line["limit_share"] == pytest.approx(least_us / line["us"])
 
 
 # The script for machines with NPUs
