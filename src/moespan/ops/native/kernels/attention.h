@@ -27,7 +27,8 @@ inline f32x16 load_cached(const T* p) {
         return load_bf16(p);
 }
 
-constexpr int CHUNK = 64;             // keys at a time
+constexpr int CHUNK = 64;             // keys at a time, of one query
+constexpr int KEYS = 256;             // the same of many queries
 constexpr int MOST_HEAD_VECTORS = 16; // heads of up to 256
 
 // A cached head of D elements as bfloat16: as it is, or computed into `room`.
@@ -134,22 +135,82 @@ void decode(const bf16* q, bf16* out, const Cache& c, const int32_t* table, int6
     }
 }
 
+// Keys `start` to `start + count` of one head → panels whose channels are keys, the last one padded
+// with zeros: what memory holds there may be NaN.
+template <class T>
+void pack_keys(const T* keys, const Cache& c, const int32_t* table, int64_t start, int64_t count,
+               int64_t head, bf16* packed) {
+    const int64_t D = c.head_size;
+    for (int64_t t = 0; t < ceil_div(count, PANEL) * PANEL; t++) {
+        uint32_t* to = (uint32_t*)packed + t / PANEL * (D / 2) * PANEL + t % PANEL;
+        alignas(64) bf16 room[MOST_HEAD_VECTORS * LANES] = {};
+        const bf16* key = room;
+        if (t < count) {
+            const int64_t at = slot_of(table, start + t, c) * c.heads + head;
+            key = as_bf16(keys + at * D, sizeof(T) == 1 ? c.key_scales[at] : 1, D, room);
+        }
+        for (int64_t d = 0; d < D / 2; d++) std::memcpy(to + d * PANEL, key + 2 * d, 4);
+    }
+}
+
+// The same of values → panels of KEYS along the sum, whose channels are elements of the head.
+template <class T>
+void pack_values(const T* values, const Cache& c, const int32_t* table, int64_t start,
+                 int64_t count, int64_t head, bf16* packed) {
+    const int64_t D = c.head_size;
+    for (int64_t t = 0; t < ceil_div(count, PANEL) * PANEL; t += 2) {
+        alignas(64) bf16 room[2][MOST_HEAD_VECTORS * LANES];
+        const bf16* pair[2] = {room[0], room[1]};
+        for (int i = 0; i < 2; i++) {
+            if (t + i >= count) {
+                std::memset(room[i], 0, D * sizeof(bf16));
+                continue;
+            }
+            const int64_t at = slot_of(table, start + t + i, c) * c.heads + head;
+            pair[i] = as_bf16(values + at * D, sizeof(T) == 1 ? c.value_scales[at] : 1, D, room[i]);
+        }
+        for (int64_t d = 0; d < D; d += LANES) {
+            bf16* to = packed + (d / PANEL * (KEYS / 2) + t / 2) * PANEL * 2;
+            // A float is a bfloat16 above 16 zeros.
+            const u32x16 low = (u32x16)load_bf16(pair[0] + d) >> 16;
+            store(to + d % PANEL * 2, low | (u32x16)load_bf16(pair[1] + d));
+        }
+    }
+}
+
+// Weights bfloat16 [a tile's rows, KEYS], of which w.in count, times a panel of values → [rows, 32].
+inline void weigh(AmxShapes& shapes, const Tile& tile, const Matrix& w, const bf16* weights,
+                  float* out) {
+    const Prefetch nothing{w.panels, 0};
+#if AMX
+    if (tile.is_amx) {
+        constexpr int64_t ROW = KEYS * sizeof(bf16);
+        const int64_t first = std::min(tile.rows, AMX_ROWS);
+        const AmxInput rows{(const char*)weights, first, tile.rows - first, AMX_BYTES, ROW,
+                            first * ROW,          0};
+        return multiply_amx<BF16>(shapes, w, 0, rows, nullptr, nothing, out, PANEL);
+    }
+#endif
+    multiply<BF16, KEYS / 2>(tile.rows, w, 0, (const uint32_t*)weights, nullptr, nothing, out,
+                             PANEL);
+}
+
 // `count` query tokens of one sequence from `position` on, all query heads of one key head. Queries
 // of one token and the next are `q_stride` elements apart, results `stride`.
 template <class T>
-void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const Cache& c, const int32_t* table,
-             int64_t position, int64_t count, int64_t kv_head, int64_t group, float scale,
-             char* scratch) {
+void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const Cache& c,
+             const int32_t* table, int64_t position, int64_t count, int64_t kv_head, int64_t group,
+             float scale, char* scratch) {
     const int64_t D = c.head_size, rows = count * group;
     // Panels of keys (channels are keys) and of values (channels are elements of the head).
-    bf16* packed_keys = (bf16*)scratch;                       // [CHUNK / 32][D / 2][32][2]
-    bf16* packed_values = packed_keys + CHUNK * D;            // [D / 32][CHUNK / 2][32][2]
+    bf16* packed_keys = (bf16*)scratch;                       // [KEYS / 32][D / 2][32][2]
+    bf16* packed_values = packed_keys + KEYS * D;             // [D / 32][KEYS / 2][32][2]
     const int64_t width = ceil_div(D, PANEL) * PANEL;
-    bf16* p = packed_values + CHUNK * width;                  // [MOST_TILE_ROWS, CHUNK]
-    bf16* packed_queries = p + MOST_TILE_ROWS * CHUNK;              // tiles of [rows, D]
+    bf16* p = packed_values + KEYS * width;                   // [MOST_TILE_ROWS, KEYS]
+    bf16* packed_queries = p + MOST_TILE_ROWS * KEYS;         // tiles of [rows, D]
     float* acc = (float*)(packed_queries + rows * D);         // [rows, padded D]
-    float* scores = acc + rows * width;                       // [MOST_TILE_ROWS, CHUNK]
-    float* most = scores + MOST_TILE_ROWS * CHUNK;                  // [rows]
+    float* scores = acc + rows * width;                       // [MOST_TILE_ROWS, KEYS]
+    float* most = scores + MOST_TILE_ROWS * KEYS;             // [rows]
     float* total = most + rows;                               // [rows]
     std::vector<Tile> tiles;
     add_tiles<BF16>(tiles, 0, rows, 0);
@@ -161,94 +222,53 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
     std::fill(total, total + rows, 0.0f);
     std::memset(acc, 0, rows * width * sizeof(float));
     const Matrix key_matrix{(const char*)packed_keys, nullptr, nullptr, D};
-    const Matrix value_matrix{(const char*)packed_values, nullptr, nullptr, CHUNK};
     const Input queries{(const char*)packed_queries, nullptr, 2 * D};
-    const Prefetch here_only{scratch, 0};  // all is in the cache
-    AmxShapes shapes;
-    const auto weigh_values = [&](const Tile& tile, int64_t panel, float* part) {
-#if AMX
-        if (tile.is_amx) {
-            constexpr int64_t ROW = CHUNK * sizeof(bf16);
-            const int64_t first = std::min(tile.rows, AMX_ROWS);
-            const AmxInput rows{(const char*)p, first, tile.rows - first, AMX_BYTES,
-                                ROW,            first * ROW, 0};
-            return multiply_amx<BF16>(shapes, value_matrix, panel, rows, nullptr, here_only, part,
-                                      PANEL);
-        }
-#endif
-        multiply<BF16, CHUNK / 2>(tile.rows, value_matrix, panel, (const uint32_t*)p, nullptr,
-                                  here_only, part, PANEL);
-    };
     const T* keys = (const T*)c.keys;
     const T* values = (const T*)c.values;
     const int64_t length = position + count;
-    std::memset(packed_values, 0, CHUNK * width * sizeof(bf16));
-    for (int64_t start = 0; start < length; start += CHUNK) {
-        const int here = (int)std::min<int64_t>(CHUNK, length - start);
-        for (int t = 0; t < CHUNK; t++) {
-            uint32_t* to = (uint32_t*)packed_keys + t / PANEL * (D / 2) * PANEL + t % PANEL;
-            alignas(64) bf16 floats[MOST_HEAD_VECTORS * LANES];
-            const bf16* key = floats;
-            if (t >= here) {  // what memory holds there may be NaN
-                std::memset(floats, 0, D * sizeof(bf16));
-            } else {
-                const int64_t at = slot_of(table, start + t, c) * c.heads + kv_head;
-                key = as_bf16(keys + at * D, sizeof(T) == 1 ? c.key_scales[at] : 1, D, floats);
-            }
-            for (int64_t d = 0; d < D / 2; d++) std::memcpy(to + d * PANEL, key + 2 * d, 4);
-        }
-        for (int t = 0; t < CHUNK; t += 2) {
-            alignas(64) bf16 floats[2][MOST_HEAD_VECTORS * LANES];
-            const bf16* pair[2] = {floats[0], floats[1]};
-            for (int i = 0; i < 2; i++) {
-                if (t + i >= here) {
-                    std::memset(floats[i], 0, D * sizeof(bf16));
-                    continue;
-                }
-                const int64_t at = slot_of(table, start + t + i, c) * c.heads + kv_head;
-                pair[i] = as_bf16(values + at * D, sizeof(T) == 1 ? c.value_scales[at] : 1, D,
-                                  floats[i]);
-            }
-            for (int64_t d = 0; d < D; d += LANES) {
-                bf16* to = packed_values + (d / PANEL * (CHUNK / 2) + t / 2) * PANEL * 2;
-                // A float is a bfloat16 above 16 zeros.
-                const u32x16 low = (u32x16)load_bf16(pair[0] + d) >> 16;
-                store(to + d % PANEL * 2, low | (u32x16)load_bf16(pair[1] + d));
-            }
-        }
+    AmxShapes shapes;
+    for (int64_t start = 0; start < length; start += KEYS) {
+        const int64_t here = std::min<int64_t>(KEYS, length - start);
+        pack_keys(keys, c, table, start, here, kv_head, packed_keys);
+        pack_values(values, c, table, start, here, kv_head, packed_values);
         for (const Tile& tile : tiles) {
-            const int64_t r0 = tile.row;
-            const int n = (int)tile.rows;
-            // Queries before the chunk see nothing of it.
-            if (position + (r0 + n - 1) / group < start) continue;
-            for (int panel = 0; panel < CHUNK / PANEL; panel++)
-                multiply<BF16>(shapes, tile, key_matrix, panel, queries, here_only,
-                               scores + panel * PANEL, CHUNK);
+            const int64_t r0 = tile.row, n = tile.rows;
+            // What the last query of the tile sees of these keys, in whole panels.
+            const int64_t last = position + (r0 + n - 1) / group + 1 - start;
+            if (last <= 0) continue;
+            const int64_t seen_by_tile = std::min<int64_t>(KEYS, ceil_div(last, PANEL) * PANEL);
+            for (int64_t panel = 0; panel < seen_by_tile / PANEL; panel++)
+                multiply<BF16>(shapes, tile, key_matrix, panel, queries, {scratch, 0},
+                               scores + panel * PANEL, KEYS);
             float shrink[MOST_TILE_ROWS];
-            for (int r = 0; r < n; r++) {
-                float* row = scores + r * CHUNK;
+            for (int64_t r = 0; r < n; r++) {
+                float* row = scores + r * KEYS;
                 const int64_t seen = position + (r0 + r) / group + 1 - start;
-                for (int64_t t = std::max<int64_t>(0, seen); t < CHUNK; t++) row[t] = -INFINITY;
+                for (int64_t t = std::max<int64_t>(0, seen); t < seen_by_tile; t++)
+                    row[t] = -INFINITY;
                 f32x16 m = load<f32x16>(row);
-                for (int t = LANES; t < CHUNK; t += LANES) m = vmax(m, load<f32x16>(row + t));
+                for (int64_t t = LANES; t < seen_by_tile; t += LANES)
+                    m = vmax(m, load<f32x16>(row + t));
                 float& before = most[r0 + r];
                 const float now = std::max(before, largest(m) * scale);
                 shrink[r] = before == -INFINITY ? 0.0f : std::exp(before - now);
-                // A query of this tile that sees nothing of the chunk has nothing to scale by.
+                // A query of this tile that sees none of the keys has nothing to scale by.
                 const float base = now == -INFINITY ? 0.0f : now;
                 before = now;
                 f32x16 s = splat(0);
-                for (int t = 0; t < CHUNK; t += LANES) {
-                    f32x16 e = vexp(load<f32x16>(row + t) * scale - base);
+                for (int64_t t = 0; t < seen_by_tile; t += LANES) {
+                    const f32x16 e = vexp(load<f32x16>(row + t) * scale - base);
                     s += e;
-                    store_bf16(p + r * CHUNK + t, e);
+                    store_bf16(p + r * KEYS + t, e);
                 }
                 total[r0 + r] = total[r0 + r] * shrink[r] + sum(s);
             }
             for (int64_t panel = 0; panel < width / PANEL; panel++) {
                 alignas(64) float part[MOST_TILE_ROWS * PANEL];
-                weigh_values(tile, panel, part);
-                for (int r = 0; r < n; r++)
+                const Matrix value_matrix{(const char*)(packed_values + panel * KEYS * PANEL),
+                                          nullptr, nullptr, seen_by_tile};
+                weigh(shapes, tile, value_matrix, p, part);
+                for (int64_t r = 0; r < n; r++)
                     for (int c = 0; c < PANEL; c += LANES) {
                         float* to = acc + (r0 + r) * width + panel * PANEL + c;
                         store(to, load<f32x16>(to) * shrink[r] + load<f32x16>(part + r * PANEL + c));

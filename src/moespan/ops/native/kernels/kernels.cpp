@@ -122,8 +122,8 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
                      [](const Task& a, const Task& b) { return a.work > b.work; });
     const int64_t D = head_size, width = ceil_div(D, PANEL) * PANEL;
     const int64_t prefill_bytes =
-        (CHUNK * D + CHUNK * width + MOST_TILE_ROWS * CHUNK + most_rows * D) * 2 +
-        (most_rows * (width + 2) + MOST_TILE_ROWS * CHUNK) * 4;
+        (KEYS * D + KEYS * width + MOST_TILE_ROWS * KEYS + most_rows * D) * 2 +
+        (most_rows * (width + 2) + MOST_TILE_ROWS * KEYS) * 4;
     const int64_t decode_bytes = most_heads * (2 * D + CHUNK + 2) * 4;
 #pragma omp parallel num_threads(threads)
     {
