@@ -14,7 +14,7 @@ and CUDASymmetricMemory-inl.cuh. Of the four operators that all-reduce
   before all threads of a block have written, without the __syncthreads that "Pattern 1" of the
   header asks for;
 - `two_shot_all_reduce_` is for sizes where NCCL does well;
-- `multimem_all_reduce_` has the switch add, in no order that anybody promises.
+- `multimem_all_reduce_` has the switch add, in an order that torch does not promise.
 
 They run on the current stream, and in recorded graphs once the memory is known to all ranks. Two
 at once on two streams may wait for each other for ever (pytorch issue 189228): a step has one
