@@ -189,8 +189,8 @@ def add_model_flags(parser: argparse.ArgumentParser, model_is_required: bool = T
         type=int,
         default=EngineConfig.cuda_one_shot_bytes,
         metavar="BYTES",
-        help="GPUs: sum up to so much over tp in one kernel of NVLink's; 0: always by NCCL "
-        f"({EngineConfig.cuda_one_shot_bytes >> 10} KiB)",
+        help="GPUs joined by NVLink: sum messages up to this size over tp in one kernel; 0 leaves "
+        f"them all to NCCL ({EngineConfig.cuda_one_shot_bytes})",
     )
     parser.add_argument(
         "--npu-weight-format",
