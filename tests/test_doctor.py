@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from moespan.checkpoint.random import preset
@@ -757,6 +758,12 @@ def test_collectives_are_held_against_published_rates_on_npus_only() -> None:
     assert slow.status == report.WARNING and "72 GB/s" in slow.found
     assert judge([timing(8, 20)], "cpu").status == report.OK
     assert judge([timing(3, 1)], "npu").status == report.OK
+
+
+def test_a_collective_in_one_shot_is_said_to_be_one() -> None:
+    short = msgspec.structs.replace(timing(8, 70), message_bytes=8 << 10, one_shot=True)
+    found = judge([short, timing(8, 70)], "cuda").found
+    assert "8 KB 1000 µs (70.00 GB/s, one shot), 64 MB 1000 µs (70.00 GB/s)" in found
 
 
 def test_collectives_of_real_ranks() -> None:

@@ -84,6 +84,8 @@ class LLM:
         enforce_eager: never run decode steps as recorded graphs, where the device has them.
         npu_fused_all_reduce: on NPUs, from how many rows on a matmul and its all-reduce are one
             operator; 0 is never.
+        cuda_one_shot_bytes: up to what size GPUs joined by NVLink sum over tp in one kernel instead
+            of NCCL's; 0 is never.
         npu_weight_format: on NPUs, `nd`, or `nz` for matrices in tiles.
         async_scheduling: plan a step while the one before runs; None: on NPUs and GPUs.
         trust_remote_code: refused: no code from a checkpoint is ever run.
@@ -128,6 +130,7 @@ class LLM:
         bind: str = "auto",
         enforce_eager: bool = False,
         npu_fused_all_reduce: int = 0,
+        cuda_one_shot_bytes: int = EngineConfig.cuda_one_shot_bytes,
         npu_weight_format: str = "nd",
         async_scheduling: bool | None = None,
         trust_remote_code: bool = False,
@@ -181,6 +184,7 @@ class LLM:
             bind=bind,
             enforce_eager=enforce_eager,
             npu_fused_all_reduce=npu_fused_all_reduce,
+            cuda_one_shot_bytes=cuda_one_shot_bytes,
             npu_weight_format=npu_weight_format,
             async_scheduling=async_scheduling,
         )

@@ -341,7 +341,7 @@ def test_a_buffer_of_the_users_holds_for_all_groups(
     monkeypatch: pytest.MonkeyPatch, users: str | None
 ) -> None:
     told: list[Mapping[str, int]] = []
-    monkeypatch.setattr(Mesh, "create", lambda *arguments: told.append(arguments[-1]))
+    monkeypatch.setattr(Mesh, "create", lambda *arguments: told.append(arguments[5]))
     if users is None:
         monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
     else:

@@ -58,6 +58,7 @@ def planned(args: argparse.Namespace) -> tuple[ModelConfig | None, EngineConfig]
         moe_dispatch=args.moe_dispatch,
         bind=args.bind,
         npu_fused_all_reduce=args.npu_fused_all_reduce,
+        cuda_one_shot_bytes=args.cuda_one_shot_bytes,
         npu_weight_format=args.npu_weight_format,
     )
     if model is not None:
@@ -182,6 +183,14 @@ def add_model_flags(parser: argparse.ArgumentParser, model_is_required: bool = T
         default=0,
         metavar="ROWS",
         help="NPUs: one operator for a matmul and its all-reduce, in steps of ROWS (512) or more",
+    )
+    parser.add_argument(
+        "--cuda-one-shot-bytes",
+        type=int,
+        default=EngineConfig.cuda_one_shot_bytes,
+        metavar="BYTES",
+        help="GPUs joined by NVLink: sum messages up to this size over tp in one kernel; 0 leaves "
+        f"them all to NCCL ({EngineConfig.cuda_one_shot_bytes})",
     )
     parser.add_argument(
         "--npu-weight-format",
@@ -382,6 +391,7 @@ def start_llm(args: argparse.Namespace) -> LLM:
         bind=args.bind,
         enforce_eager=args.enforce_eager,
         npu_fused_all_reduce=args.npu_fused_all_reduce,
+        cuda_one_shot_bytes=args.cuda_one_shot_bytes,
         npu_weight_format=args.npu_weight_format,
         async_scheduling=args.async_scheduling,
         nnodes=args.nnodes,

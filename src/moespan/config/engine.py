@@ -52,6 +52,8 @@ class EngineConfig:
         enforce_eager: never run decode steps as recorded graphs (`moespan.engine.graphs`).
         npu_fused_all_reduce: from how many rows on a matmul and its all-reduce are one operator of
             an NPU (`moespan.parallel.fused`); 0 is never.
+        cuda_one_shot_bytes: up to what size GPUs joined by NVLink sum over tp in one kernel
+            instead of NCCL's (`moespan.parallel.one_shot`); 0 is never.
         npu_weight_format: how matrices lie in an NPU's memory: `nd`, row after row, or `nz`, in
             tiles of 16 × 16.
         async_scheduling: plan a step while the one before runs; None does so on devices that work
@@ -78,6 +80,9 @@ class EngineConfig:
     bind: str = "auto"
     enforce_eager: bool = False
     npu_fused_all_reduce: int = 0
+    # Up to where c10d's IntraNodeComm takes the same kernel (kOneShotThreshBytes), and vLLM kernels
+    # of its own among 8 H100s. `benchmarks/all_reduce.py` measures it.
+    cuda_one_shot_bytes: int = 256 << 10
     npu_weight_format: str = "nd"
     async_scheduling: bool | None = None
 
@@ -98,6 +103,10 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         self._check_npu_options()
+        if self.cuda_one_shot_bytes < 0:
+            raise ConfigError(
+                f"cuda_one_shot_bytes={self.cuda_one_shot_bytes} must be a number of bytes, or 0"
+            )
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_seqs={self.max_num_seqs} exceeds "

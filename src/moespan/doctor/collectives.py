@@ -43,6 +43,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
         ranks: of the axis.
         median_s: seconds on the slowest rank.
         bus_bytes_per_s: 2·(n − 1)/n of the message in that time: what a link has to carry.
+        one_shot: whether the ranks summed it in one kernel (`moespan.parallel.one_shot`).
     """
 
     axis: str
@@ -50,6 +51,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     message_bytes: int
     median_s: float
     bus_bytes_per_s: float
+    one_shot: bool = False
 
 
 def measure(config: EngineConfig, timeout_s: float = 300.0) -> list[Timing]:
@@ -103,7 +105,7 @@ def judge(timings: list[Timing], device: str) -> Finding:
     """One axis's line, from its messages of rising size."""
     words = f"all-reduce over {timings[0].axis} of {timings[0].ranks}: " + ", ".join(
         f"{_size(one.message_bytes)} {one.median_s * 1e6:.0f} µs "
-        f"({one.bus_bytes_per_s / 1e9:.2f} GB/s)"
+        f"({one.bus_bytes_per_s / 1e9:.2f} GB/s{', one shot' if one.one_shot else ''})"
         for one in timings
     )
     expected = _PUBLISHED.get(timings[0].ranks) if device == "npu" else None
@@ -149,11 +151,11 @@ def _play(job: Job, rank: int, _: TextIO) -> None:
                 synchronize()
                 dist.barrier()
                 started = time.perf_counter()
-                axis.all_reduce(x, "doctor")
+                total = axis.all_reduce(x, "doctor")
                 synchronize()
                 if turn >= _WARMUP:
                     seconds.append(time.perf_counter() - started)
-            if not bool((x == axis.size).all()):
+            if not bool((total == axis.size).all()):
                 raise RuntimeError(f"the all-reduce over {name} gave a wrong sum on rank {rank}")
             slowest = torch.tensor(statistics.median(seconds))
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -166,6 +168,7 @@ def _play(job: Job, rank: int, _: TextIO) -> None:
                     message_bytes=message_bytes,
                     median_s=median_s,
                     bus_bytes_per_s=carried / median_s,
+                    one_shot=axis.one_shot is not None and axis.one_shot.takes(x),
                 )
             )
     if rank == 0:

@@ -64,6 +64,7 @@ def make_mesh(
         idle_timeout_s,
         None if ranks_here is None else int(ranks_here),
         buffers_mb,
+        config.cuda_one_shot_bytes,
     )
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from moespan.config import COLLECTIVE_TIMEOUT_S, Coordinates, Layout
 from moespan.errors import LayoutError
 from moespan.parallel.control import Control
+from moespan.parallel.one_shot import OneShotSum
 from moespan.parallel.traffic import Traffic, sent_bytes
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -40,6 +41,7 @@ class Axis:
         name: of the axis, for the counters.
         size: ranks along it.
         rank: this rank's place along it.
+        one_shot: what sums small messages, where there is something faster than the group.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Axis:
         rank: int = 0,
         group: dist.ProcessGroup | None = None,
         traffic: Traffic | None = None,
+        one_shot: OneShotSum | None = None,
     ) -> None:
         self.name = name
         self.size = len(ranks)
@@ -56,12 +59,15 @@ class Axis:
         self._ranks = ranks
         self._group = group
         self._traffic = traffic or Traffic()
+        self.one_shot = one_shot
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def all_reduce(self, x: torch.Tensor, module: str) -> torch.Tensor:
-        """Sum `x` over the axis, in place. in: partial → out: replicated."""
+        """The sum of `x` over the axis; `x` is used up. in: partial → out: replicated."""
         if self.size > 1 and x.numel():
             self._count("all_reduce", module, _bytes(x))
+            if self.one_shot is not None and self.one_shot.takes(x):
+                return self.one_shot(x)
             dist.all_reduce(x, group=self._group)
         return x
 
@@ -184,9 +190,10 @@ class Mesh:
         rank: int,
         device: torch.device,
         buffers_mb: Mapping[str, int] = _NO_BUFFERS,
+        one_shot_bytes: int = 0,
     ) -> None:
         self.layout = layout
-        self._buffers_mb = buffers_mb
+        self._buffers_mb, self._one_shot_bytes = buffers_mb, one_shot_bytes
         self.rank = rank
         self.at = layout.coordinates(rank)
         self.device = device
@@ -206,6 +213,7 @@ class Mesh:
         idle_timeout_s: float = COLLECTIVE_TIMEOUT_S,
         ranks_here: int | None = None,
         buffers_mb: Mapping[str, int] = _NO_BUFFERS,
+        one_shot_bytes: int = 0,
     ) -> Mesh:
         """Build the mesh of `layout`; with more than one rank, torch.distributed must be up.
 
@@ -215,6 +223,7 @@ class Mesh:
             ranks_here: ranks on this node; None is all of them.
             buffers_mb: buffer of each axis's groups, on devices that have such
                 (`moespan.parallel.buffers`); axes that are not in it keep the default.
+            one_shot_bytes: up to what size GPUs sum over tp in one shot, where they can.
 
         Raises:
             LayoutError: the world has another number of ranks than the layout.
@@ -224,7 +233,9 @@ class Mesh:
             raise LayoutError(
                 f"layout {layout} needs {layout.world_size} ranks, but {world_size} were started"
             )
-        mesh = cls(layout, dist.get_rank() if world_size > 1 else 0, device, buffers_mb)
+        mesh = cls(
+            layout, dist.get_rank() if world_size > 1 else 0, device, buffers_mb, one_shot_bytes
+        )
         mesh.ranks_here = ranks_here or world_size
         if world_size > 1:
             mesh.control = Control.create(mesh.traffic, idle_timeout_s)
@@ -281,7 +292,23 @@ class Mesh:
                 group_desc=name,
             )
         mine = next(line for line in lines if self.rank in line)
-        return Axis(name, mine, mine.index(self.rank), self._groups.get(key), self.traffic)
+        group = self._groups.get(key)
+        one_shot = self._one_shot(group, mine) if name == "tp" else None
+        return Axis(name, mine, mine.index(self.rank), group, self.traffic, one_shot)
+
+    def _one_shot(self, group: dist.ProcessGroup | None, ranks: Sequence[int]) -> OneShotSum | None:
+        """The short way over tp, where nearly all all-reduces are."""
+        if group is None or self.device.type != "cuda" or not self._one_shot_bytes:
+            return None
+        return OneShotSum.join(
+            str(group.group_name),
+            ranks,
+            self.rank,
+            self.ranks_here,
+            self.device,
+            self._one_shot_bytes,
+            self.control,
+        )
 
     def _options(self, axis: str) -> Any:
         """What the backend of this axis's groups is to be told; None for its defaults."""

@@ -24,6 +24,9 @@ def sent_bytes(collective: str, ranks: int, num_bytes: int) -> int:
     | `send`           | its tensor                 | b               |
     | `broadcast`      | the message, at its source | (n-1) · b       |
 
+    It is counted so whatever algorithm is taken: in one shot (`moespan.parallel.one_shot`) a rank's
+    b bytes are read by n-1 others.
+
     Only the device knows how many of the rows that `dispatch` and `combine` carry are for experts
     of the same rank, and it is not asked: all of them count.
 

@@ -6,7 +6,7 @@ by a second launch (Flash-Decoding), into how many follows from shapes alone. So
 
 Why kernels of our own. FlashAttention 2, which torch's `varlen_attn` calls, takes pages of 256
 tokens or more, which is too coarse for a prefix cache; FlashAttention 3 is another package.
-FlashInfer plans on the host in every step, which a recorded graph cannot. None of them takes
+FlashInfer plans on the host before every step, also where the step is a recorded graph. None takes
 float32, an int8 cache with a scale for each token and head, or head sizes such as 80 and 16, and
 the tests need the first. What is lost is small: of the 16B model's operations in a prompt of 2048
 tokens attention has one in twenty.
