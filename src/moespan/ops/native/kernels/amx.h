@@ -41,6 +41,10 @@ struct AmxInput {
 
 #if AMX
 
+// The compiler does not know that the instructions below read memory: without this it may write
+// later, or leave out, what they are to read at `p` and elsewhere.
+inline void finish_stores(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+
 // The shapes of this thread's tiles, from their first use to the end of the scope: results in tiles
 // 0 to 3, the input in 4 and 5, weights in 6 and 7. They are set when they change: it takes as long
 // as a dozen products, and empties the tiles.
@@ -65,6 +69,7 @@ class AmxShapes {
             config.rows[tile] = uint8_t(rows[tile]);
             config.bytes[tile] = !rows[tile] ? 0 : tile == 4 || tile == 5 ? bytes_ : 64;
         }
+        finish_stores(&config);
         _tile_loadconfig(&config);
     }
 
@@ -99,6 +104,7 @@ void amx_product(AmxShapes& shapes, const AmxInput& x, const char* panel, int64_
     char* out = (char*)results;
     const int64_t row = ld * 4, rest = bytes % AMX_BYTES;
     const char* from = x.at;
+    finish_stores(x.at);
     shapes.set(x, std::min(bytes, AMX_BYTES));
     _tile_zero(0);
     _tile_zero(1);
