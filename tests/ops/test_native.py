@@ -3,7 +3,9 @@ odd remainders, many rows and few, several chunks of keys."""
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +19,20 @@ REFERENCE = ReferenceOps()
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(scope="module")
-def ops() -> NativeCpuOps:
+def kinds_of_processors() -> list[tuple[str, ...]]:
+    """The compiler's flags for this processor, and for it without what not all have."""
+    kinds: list[tuple[str, ...]] = [()]
+    if "amx_bf16" in Path("/proc/cpuinfo").read_text():
+        kinds.append(("-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"))
+    if platform.machine() == "x86_64":
+        kinds.append(("-march=x86-64-v3",))
+    return kinds
+
+
+@pytest.fixture(scope="module", params=kinds_of_processors(), ids=" ".join)
+def ops(request: pytest.FixtureRequest) -> NativeCpuOps:
     try:
-        return NativeCpuOps()
+        return NativeCpuOps(*request.param)
     except BuildError as error:
         pytest.skip(str(error))
 

@@ -27,15 +27,19 @@ class BuildError(Exception):
     """The kernels cannot be built here; says why and what would help."""
 
 
-def library() -> ctypes.CDLL:
+def library(*flags: str) -> ctypes.CDLL:
     """The library, built if need be. Torch must have been imported: both share its OpenMP.
+
+    Args:
+        flags: more of the compiler's, such as `-march=x86-64-v3` for an older processor.
 
     Raises:
         BuildError: there is no compiler, or it fails.
     """
-    path = _path(_compiler())
+    command = [_compiler(), *_FLAGS, *flags]
+    path = _path(command)
     if not path.exists():
-        _build(path)
+        _build(path, command)
     _check_owner(path)
     try:
         return ctypes.CDLL(str(path))
@@ -53,12 +57,12 @@ def _compiler() -> str:
     return found
 
 
-def _path(compiler: str) -> Path:
+def _path(command: list[str]) -> Path:
     base = os.environ.get("MOESPAN_CACHE")
     if base is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         base = str(Path(home, "moespan"))
-    settings = [" ".join(_FLAGS), os.path.realpath(compiler), _processor()]
+    settings = [os.path.realpath(command[0]), *command[1:], _processor()]
     made_of = [file.read_bytes() for file in sorted(_FOLDER.iterdir())]
     made_of += [setting.encode() for setting in settings]
     digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
@@ -72,7 +76,7 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.split("\t")[0].strip() in names)
 
 
-def _build(path: Path) -> None:
+def _build(path: Path, command: list[str]) -> None:
     """Build into `path`; of many ranks that come at once, one does."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +89,7 @@ def _build(path: Path) -> None:
             return
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             out = Path(folder, path.name)
-            command = [_compiler(), *_FLAGS, "-o", str(out), str(_FOLDER / "kernels.cpp")]
+            command = [*command, "-o", str(out), str(_FOLDER / "kernels.cpp")]
             try:
                 done = subprocess.run(
                     command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S

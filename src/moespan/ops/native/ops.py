@@ -63,9 +63,13 @@ class PackedWeight:
 class NativeCpuOps(CpuOps):
     """See `moespan.ops.base.Ops` for what each operation promises."""
 
-    def __init__(self) -> None:
-        """Build the kernels if this machine has none yet; raises `BuildError` if it cannot."""
-        kernels = library()
+    def __init__(self, *flags: str) -> None:
+        """Build the kernels if this machine has none yet; raises `BuildError` if it cannot.
+
+        Args:
+            flags: see `library`.
+        """
+        kernels = library(*flags)
         for name, signature in _SIGNATURES.items():
             function = getattr(kernels, f"moespan_{name}")
             function.argtypes = [_TYPES[kind] for kind in signature]
