@@ -42,6 +42,11 @@ def to_device(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch
     return [room[: part.numel()].view(part.shape) for part, room in zip(parts, moved, strict=True)]
 
 
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return bool(tensor.device.type == "cpu")
+
+
 class ToHost:
     """Copies of tensors on their way to the host, which need not wait for what is queued later.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -123,6 +124,89 @@ def test_top_p_takes_its_share_of_what_top_k_leaves():
     logits = [1.0, 0.9, *[0.8] * 30]
     tokens = draws(logits, [row(position=i, top_k=2, top_p=0.5) for i in range(50)])
     assert set(tokens) == {0}
+
+
+def full_sort_draw(logits: Tensor, each: SampleRow) -> int:
+    """What a truncated draw from float32 logits [V] is: by sorting the whole vocabulary."""
+    temperature = max(each.temperature, 1e-6)
+    ordered, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    best = ordered[0].clone()
+    if each.top_k > 0:
+        ordered[each.top_k :] = 0
+    ordered[ordered < best * each.min_p] = 0
+    kept = ordered.double().numpy()
+    is_partial = 0 < each.top_k < len(kept) or each.min_p > 0
+    if each.top_p < 1:
+        mass_before = np.concatenate([[0.0], kept.cumsum()[:-1]])
+        share = float(np.float32(each.top_p)) * (kept.cumsum()[-1] if is_partial else 1.0)
+        kept[1:][mass_before[1:] >= share] = 0
+    mass = kept.cumsum()
+    target = sampler._uniform(each.seed, each.position) * mass[-1]
+    return int(order[np.searchsorted(mass, target, side="right")])
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    vocab_size=st.integers(1, 3000),
+    scale=st.sampled_from([0.0, 0.3, 2.0, 5.0, 40.0]),
+    # Few different values, as in bfloat16, make ties, also where candidates end.
+    step=st.sampled_from([0.0, 1 / 16, 1.0]),
+    first=st.sampled_from([1, 2, 30, 256]),
+    growth=st.sampled_from([2, 32]),
+)
+def test_candidates_give_the_token_that_sorting_the_vocabulary_gives(
+    seed: int, vocab_size: int, scale: float, step: float, first: int, growth: int
+):
+    rng = random.Random(seed)
+    logits = torch.randn(24, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+    if step:
+        logits = (logits / step).round() * step
+    rows = [
+        row(
+            temperature=rng.choice([0.3, 1.0, 1.5]),
+            top_k=rng.choice([0, 0, 1, 5, first, first + 1, 300]),
+            top_p=rng.choice([1.0, 0.1, 0.5, 0.95, 0.9999]),
+            min_p=rng.choice([0.0, 0.0, 0.02, 0.3, 1.0]),
+            seed=rng.getrandbits(62),
+        )
+        for _ in logits
+    ]
+    rows = [each for each in rows if sampler._is_truncated(each)]
+    expected = [full_sort_draw(*pair) for pair in zip(logits, rows, strict=False)]
+    with patch.multiple(sampler, _FIRST_CANDIDATES=first, _GROWTH=growth):
+        assert [one.token_id for one in sample(logits[: len(rows)], rows)] == expected
+    # As where the host cannot ask whether candidates suffice.
+    with patch.object(sampler, "on_host", lambda tensor: False):
+        assert [one.token_id for one in sample(logits[: len(rows)], rows)] == expected
+
+
+def test_rows_that_are_settled_early_are_not_looked_at_again():
+    looked_at = []
+
+    def spy(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        looked_at.append((len(probabilities), count))
+        return best(probabilities, count)
+
+    best = sampler._best
+    logits = torch.zeros(3, 20000)
+    logits[:2, 77] = 30.0
+    rows = [row(top_p=0.9), row(min_p=0.1), row(top_p=0.2)]
+    with patch.object(sampler, "_best", spy):
+        assert [one.token_id for one in sample(logits, rows)][:2] == [77, 77]
+    assert looked_at == [(3, 256), (1, 8192), (1, 20000)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_logits_are_sampled_like_the_numbers_that_they_are(dtype: torch.dtype):
+    rng = random.Random(3)
+    logits = torch.randn(200, 400, generator=torch.Generator().manual_seed(3)).to(dtype)
+    rows = [random_row(rng, 400) for _ in logits]
+    # So coarse that the best one is rarely alone.
+    coarse = logits.round()
+    assert sample(logits, rows) == sample(logits.float(), rows)
+    assert sample(coarse, rows) == sample(coarse.float(), rows)
+    firsts = [values.index(max(values)) for values in coarse.tolist()]
+    assert [one.token_id for one in sample(coarse, [row(temperature=0.0)] * 200)] == firsts
 
 
 def random_row(rng: random.Random, vocab_size: int) -> SampleRow:

@@ -7,6 +7,8 @@ seed and position, picks from the cumulative distribution.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Callable
 from hashlib import blake2b
 
 import torch
@@ -14,10 +16,13 @@ from torch import Tensor
 
 from moespan.engine.plan import Sampled, SampleRow
 from moespan.engine.request import TokenLogprobs
-from moespan.memory import ToHost, to_device
+from moespan.memory import ToHost, on_host, to_device
 
 # Logits divided by less could overflow; it is as good as greedy.
 _LEAST_TEMPERATURE = 1e-6
+# How many tokens are tried first, and how many times as many where these do not suffice: top_p
+# rarely leaves more than a few hundred of a language model's, and if it does, it may be anything.
+_FIRST_CANDIDATES, _GROWTH = 256, 32
 
 
 class Sampling:
@@ -27,22 +32,25 @@ class Sampling:
         token_ids: int32 [R], on the device of the logits; any valid id where these are not finite.
 
     Args:
-        logits: float32 [R, V]; free to be overwritten by what the device is given next.
+        logits: [R, V], of activations' dtype; whatever is computed from them is float32. Free to be
+            overwritten by what the device is given next.
         rows: R descriptions of how to sample.
     """
 
     def __init__(self, logits: Tensor, rows: list[SampleRow]) -> None:
         self._rows = rows
-        self.token_ids = _choose(logits, rows)
+        # Faster than argmax on CPUs; of equal ones it takes the first, too.
+        largest, best = logits.max(-1)
+        self.token_ids = _choose(logits, best.int(), rows)
         # A row's largest and smallest show what is not finite in it, NaN too, without a copy of it.
-        finite = logits.amax(-1).isfinite() & logits.amin(-1).isfinite()
+        finite = largest.isfinite() & logits.amin(-1).isfinite()
         chosen = torch.stack([self.token_ids, finite.int()])
         self._reported = [i for i, row in enumerate(rows) if row.logprobs is not None]
         scores: list[Tensor] = []
         if self._reported:
             at = _tensor(self._reported, torch.int64, logits)
             most = max(rows[i].logprobs or 0 for i in self._reported)
-            scores = _scores(logits[at], self.token_ids[at], most)
+            scores = _scores(logits[at].float(), self.token_ids[at], most)
         self._to_host = ToHost([chosen, *scores])
 
     def wait(self) -> list[Sampled]:
@@ -63,7 +71,7 @@ class Sampling:
 
 
 def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
-    """Choose one token for each row of float32 logits [R, V], and wait for it."""
+    """Choose one token for each row of logits [R, V], and wait for it."""
     return Sampling(logits, rows).wait()
 
 
@@ -72,15 +80,25 @@ def fill_in(token_ids: Tensor, sampled: Tensor) -> Tensor:
     return torch.where(token_ids < 0, sampled[(~token_ids).clamp_(min=0)], token_ids)
 
 
-def _choose(logits: Tensor, rows: list[SampleRow]) -> Tensor:
-    """The tokens of all rows, int32 [R]; the host does not wait for them."""
-    adjusted = _adjust(logits, rows)
-    tokens = adjusted.argmax(-1)
-    drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
-    if drawn:
-        at = _tensor(drawn, torch.int64, logits)
-        tokens[at] = _draw(adjusted[at], [rows[i] for i in drawn])
-    return tokens.int()
+def _choose(logits: Tensor, best: Tensor, rows: list[SampleRow]) -> Tensor:
+    """The tokens of all rows, int32 [R]; the host does not wait for them.
+
+    Args:
+        best: of each row the first of its largest logits, int32 [R]; overwritten.
+    """
+    by_way: defaultdict[Callable[[Tensor, list[SampleRow]], Tensor], list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        if row.temperature > 0:
+            by_way[_draw_truncated if _is_truncated(row) else _draw].append(i)
+        elif _is_adjusted(row):
+            by_way[_take_best].append(i)
+    # Rows pay for what they ask for, and none for another one's sake.
+    for choose, numbers in by_way.items():
+        at, chosen = _tensor(numbers, torch.int64, logits), [rows[i] for i in numbers]
+        copied = logits[at].float()
+        _adjust(copied, chosen)
+        best[at] = choose(copied, chosen).int()
+    return best
 
 
 def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:
@@ -104,8 +122,17 @@ def _to_logprobs(token_ids: list[int], scores: list[Tensor]) -> list[TokenLogpro
     ]
 
 
-def _adjust(logits: Tensor, rows: list[SampleRow]) -> Tensor:
-    """Apply bias, penalties and bars, in this order; in a copy, if there are any."""
+def _is_adjusted(row: SampleRow) -> bool:
+    return bool(
+        row.logit_bias
+        or row.barred
+        or row.seen_output
+        or (row.repetition_penalty != 1 and row.seen_prompt)
+    )
+
+
+def _adjust(logits: Tensor, rows: list[SampleRow]) -> None:
+    """Apply bias, penalties and bars, in this order, to float32 logits [R, V]."""
     biased = [(i, row.logit_bias) for i, row in enumerate(rows) if row.logit_bias]
     repeated = [
         (i, dict.fromkeys(sorted({*row.seen_prompt, *row.seen_output}), row.repetition_penalty))
@@ -114,9 +141,6 @@ def _adjust(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     ]
     penalized = [(i, row) for i, row in enumerate(rows) if row.seen_output]
     barred = [(i, dict.fromkeys(row.barred, -math.inf)) for i, row in enumerate(rows) if row.barred]
-    if not (biased or repeated or penalized or barred):
-        return logits
-    logits = logits.clone()
     if biased:
         at, biases = _entries(biased, logits)
         logits[at] += biases
@@ -130,7 +154,6 @@ def _adjust(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     if barred:
         at, bars = _entries(barred, logits)
         logits[at] = bars
-    return logits
 
 
 def _penalties(row: SampleRow) -> dict[int, float]:
@@ -152,37 +175,101 @@ def _entries(
     return (at[0], at[1]), numbers
 
 
+def _take_best(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """The best token of each row of float32 logits [R, V] → int64 [R]."""
+    return logits.max(-1).indices
+
+
 def _draw(logits: Tensor, rows: list[SampleRow]) -> Tensor:
-    """Draw one token for each row of [R, V] → int64 [R]."""
-    temperature = [max(row.temperature, _LEAST_TEMPERATURE) for row in rows]
-    probabilities = (logits / _column(temperature, logits)).softmax(-1)
-    numbers = [_uniform(row.seed, row.position) for row in rows]
-    uniform = _tensor(numbers, torch.float64, logits)[:, None]
-    tokens = _invert(probabilities, uniform)
-    # Sorting changes which token a number picks, so no row is sorted for another one's sake.
-    truncated = [i for i, row in enumerate(rows) if row.top_p < 1 or row.min_p > 0 or row.top_k > 0]
-    if truncated:
-        at = _tensor(truncated, torch.int64, logits)
-        tokens[at] = _draw_truncated(probabilities[at], uniform[at], [rows[i] for i in truncated])
+    """Draw from all tokens of each row of float32 logits [R, V], overwritten → int64 [R]."""
+    cumulative = _probabilities(logits, rows).cumsum(-1, dtype=torch.float64)
+    return _invert(cumulative, _uniforms(logits, rows) * cumulative[:, -1:])
+
+
+def _is_truncated(row: SampleRow) -> bool:
+    return row.top_p < 1 or row.min_p > 0 or row.top_k > 0
+
+
+def _draw_truncated(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """Draw from what min_p and top_k leave of each row of float32 logits [R, V], overwritten, and
+    top_p of that → int64 [R]."""
+    vocab_size = logits.shape[-1]
+    # Whether some candidates suffice depends on values, for which a device would be waited for.
+    num_candidates = min(_FIRST_CANDIDATES, vocab_size) if on_host(logits) else vocab_size
+    return _draw_from_best(
+        num_candidates,
+        _probabilities(logits, rows),
+        _uniforms(logits, rows),
+        _column([row.top_k if row.top_k > 0 else vocab_size for row in rows], logits),
+        _column([row.min_p for row in rows], logits),
+        _column([row.top_p if row.top_p < 1 else 2.0 for row in rows], logits),
+    )
+
+
+def _draw_from_best(
+    num_candidates: int,
+    probabilities: Tensor,
+    uniform: Tensor,
+    top_k: Tensor,
+    min_p: Tensor,
+    top_p: Tensor,
+) -> Tensor:
+    """Draw from the best of each row of [R, V] → int64 [R]: the same tokens for any number of
+    candidates, as rows are given more of them where these may not be all that count.
+
+    Args:
+        uniform, top_k, min_p, top_p: of each row [R, 1].
+    """
+    vocab_size = probabilities.shape[-1]
+    ordered, order = _best(probabilities, num_candidates)
+    left = torch.arange(num_candidates, device=ordered.device) < top_k
+    left &= ordered >= ordered[:, :1] * min_p
+    left &= ordered > 0
+    # In float64 and in order, so that those that follow don't change the sums.
+    cumulative = ordered.masked_fill(~left, 0).cumsum(-1, dtype=torch.float64)
+    # top_p is a share of what min_p and top_k leave; without them of all, which is 1.
+    is_partial = (top_k < vocab_size) | (min_p > 0)
+    whole = cumulative[:, -1:].masked_fill(~is_partial, 1)
+    # The mass before a token decides, so that the token that crosses top_p is kept.
+    num_kept = torch.searchsorted(cumulative, top_p * whole) + 1
+    num_kept = torch.minimum(num_kept, left.sum(-1, keepdim=True)).clamp_(min=1)
+    last_kept = num_kept - 1
+    picked = _invert(cumulative, uniform * cumulative.gather(-1, last_kept))
+    tokens = order.gather(-1, picked[:, None])[:, 0]
+    if num_candidates == vocab_size:
+        return tokens
+    # Others may be as good as the last candidate, and come before it.
+    is_settled = ordered.gather(-1, last_kept) > ordered[:, -1:]
+    is_settled &= ~(is_partial & left[:, -1:])
+    again = (~is_settled[:, 0]).nonzero()[:, 0]
+    if len(again):
+        more = (part[again] for part in (probabilities, uniform, top_k, min_p, top_p))
+        tokens[again] = _draw_from_best(min(num_candidates * _GROWTH, vocab_size), *more)
     return tokens
 
 
-def _draw_truncated(probabilities: Tensor, uniform: Tensor, rows: list[SampleRow]) -> Tensor:
-    """Draw from what min_p and top_k leave of each row of [R, V], and top_p of that → [R]."""
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    vocab_size = ordered.shape[-1]
-    ranks = torch.arange(vocab_size, device=ordered.device)
-    dropped = ranks >= _column(
-        [row.top_k if row.top_k > 0 else vocab_size for row in rows], ordered
-    )
-    dropped |= ordered < ordered[:, :1] * _column([row.min_p for row in rows], ordered)
-    kept = ordered.masked_fill(dropped, 0)
-    kept /= kept.sum(-1, keepdim=True)
-    # The mass before a token decides, so that the token that crosses top_p is kept.
-    mass_before = kept.cumsum(-1) - kept
-    dropped = mass_before >= _column([row.top_p if row.top_p < 1 else 2.0 for row in rows], ordered)
-    dropped[:, 0] = False
-    return order.gather(-1, _invert(kept.masked_fill(dropped, 0), uniform)[:, None])[:, 0]
+def _best(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest of each row of [R, V], those of equal ones first that come first, and their
+    places: [R, count] each. Any of those that equal the last may be missing for others."""
+    if count == probabilities.shape[-1]:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        return ordered, order
+    order = probabilities.topk(count, sorted=False).indices.sort(-1).values
+    ordered, at = probabilities.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return ordered, order.gather(-1, at)
+
+
+def _probabilities(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """Softmax of float32 logits [R, V], overwritten, at the rows' temperatures."""
+    temperatures = [max(row.temperature, _LEAST_TEMPERATURE) for row in rows]
+    return logits.div_(_column(temperatures, logits)).softmax(-1)
+
+
+def _uniforms(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """The number that each row draws with, float64 [R, 1]."""
+    return _tensor([_uniform(row.seed, row.position) for row in rows], torch.float64, logits)[
+        :, None
+    ]
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
@@ -194,13 +281,12 @@ def _tensor(values: list[float] | list[int], dtype: torch.dtype, like: Tensor) -
     return to_device([torch.tensor(values, dtype=dtype)], like.device)[0]
 
 
-def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Where the running sum of [R, V] passes its share `uniform` [R, 1] of the whole → [R]."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
+def _invert(cumulative: Tensor, targets: Tensor) -> Tensor:
+    """Where running sums float64 [R, V] pass `targets` [R, 1] → int64 [R]."""
     # Strictly past the target: a token of weight 0 is never picked.
-    picked = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-    # There is one, as `_uniform` stays below 1 by more than rounding; unless weights are NaN.
-    return picked.clamp_(max=weights.shape[-1] - 1)
+    picked = torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    # There is one, as `_uniform` stays below 1 by more than rounding; unless sums are NaN.
+    return picked.clamp_(max=cumulative.shape[-1] - 1)
 
 
 def _uniform(seed: int, position: int) -> float:

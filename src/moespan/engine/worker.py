@@ -31,8 +31,8 @@ class Pending:
     """What a replica's speaker has to tell of a step, which its device may still be at.
 
     Args:
-        logits: float32, of `_logit_rows`. Where the plan reports on no prompt they may be
-            overwritten by the next step.
+        logits: of `_logit_rows`, in the activations' dtype. Where the plan reports on no prompt
+            they may be overwritten by the next step.
     """
 
     def __init__(self, logits: Tensor, plan: StepPlan) -> None:
@@ -47,7 +47,7 @@ class Pending:
         for prompt in self._plan.prompts:
             assert self._prompt_logits is not None
             count = self._plan.query_lens[prompt.sequence]
-            prompts.append(_score(self._prompt_logits[at : at + count], prompt))
+            prompts.append(_score(self._prompt_logits[at : at + count].float(), prompt))
             at += count
         return StepResult(self.sampling.wait(), prompts)
 

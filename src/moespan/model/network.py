@@ -305,8 +305,8 @@ class Model:
                 `router.weights` and `hidden`, what the layer passes on.
 
         Returns:
-            On the last stage logits float32 [R, vocabulary], replicated over tp (none on sp ranks
-            but the first); on others the hidden state [L, H] for the next stage.
+            On the last stage logits [R, vocabulary] in the activations' dtype, replicated over tp
+            (none on sp ranks but the first); on others the hidden state [L, H] for the next stage.
         """
         lengths = split_evenly(len(batch.positions), self.sp.size)
         start = sum(lengths[: self.sp.rank])
@@ -334,7 +334,7 @@ class Model:
         return self.tp.all_reduce(x.masked_fill_(elsewhere[:, None], 0), "embed")
 
     def _logits(self, x: Tensor, residual: Tensor, rows: Tensor, mine: slice) -> Tensor:
-        """[L, H] twice → float32 [R, vocabulary] on the first sp rank, no rows on others."""
+        """[L, H] twice → [R, vocabulary] on the first sp rank, no rows on others."""
         assert self.norm is not None and self.head is not None
         if self.sp.size == 1:
             x, _ = self.ops.add_rms_norm(x[rows], residual[rows], self.norm, self.eps)
@@ -348,8 +348,8 @@ class Model:
                 x.masked_fill_((rows != local + mine.start)[:, None], 0)
             x = self.sp.all_reduce(x, "head")
             if self.sp.rank > 0:
-                return x.new_empty((0, self.vocab_size), dtype=torch.float32)
+                return x.new_empty((0, self.vocab_size))
         logits = self.ops.linear(x, self.head)  # split over tp
         if self.tp.size > 1:
             logits = torch.cat(self.tp.all_gather(logits, "head").chunk(self.tp.size), -1)
-        return logits[:, : self.vocab_size].float()
+        return logits[:, : self.vocab_size]
