@@ -25,18 +25,24 @@ def test_the_engines_own_cost_is_told_by_its_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     file = tmp_path / "engine.json"
-    sizes = "--batch-sizes 1 3 --context 8 --steps 4 --warmup 1"
+    sizes = "--batch-sizes 1 3 --context 8 --steps 4 --warmup 1 --vocab-size 400 --repetitions 2"
     engine_overhead.main([*sizes.split(), "--json", str(file)])
-    results = json.loads(file.read_text())["results"]
+    report = json.loads(file.read_text())
+    results, sampling = report["results"], report["sampling"]
     assert [(row["sampling"], row["batch"]) for row in results] == [
         (sampling, batch) for sampling in ("greedy", "drawn", "penalty") for batch in (1, 3)
     ]
     for row in results:
         assert sum(row["parts_us"].values()) == pytest.approx(row["total_us"])
         assert min(row["parts_us"].values()) > 0
+    assert [(row["way"], row["logits"], row["batch"]) for row in sampling] == [
+        *((way, "zipf", batch) for way in engine_overhead.WAYS for batch in (1, 3)),
+        *(("top_p 0.95", "flat", batch) for batch in (1, 3)),
+    ]
+    assert min(row["ms"] for row in sampling) > 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].split() == ["sampling", "batch", *engine_overhead.PARTS, "rest", "total"]
-    assert len(lines) == 4 + len(results)
+    assert len(lines) == 8 + len(results) + len(sampling)
 
 
 class FixedProbe:
