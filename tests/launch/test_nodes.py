@@ -263,7 +263,7 @@ def test_a_node_that_never_joins_is_named_to_all_that_did() -> None:
 def test_whoever_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "_PATIENCE_S", 0.2)
     for rank, missing in enumerate(("node 1", "node 0")):
-        node = job(2, join_timeout_s=2)[rank]
+        node = job(2, join_timeout_s=0.8)[rank]
         lines: list[str] = []
         with pytest.raises(MeetingError):
             meet(node, FACTS, lines.append)
@@ -522,25 +522,45 @@ class Pair:
         return agent
 
     def ends(self, within_s: float) -> list[tuple[int, str]]:
-        """Exit code of each node, and what it says besides that it joined."""
+        """Exit code of each node, and what it says besides that it waits or joined."""
         deadline = time.monotonic() + within_s
         ends = []
         for front in self.fronts:
             _, said = front.communicate(timeout=max(0.1, deadline - time.monotonic()))
-            words = [line for line in said.splitlines() if not line.startswith("moespan: node")]
+            words = [line for line in said.splitlines() if not line.startswith("moespan: ")]
             joined = [line for line in said.splitlines() if line.startswith("moespan: node")]
             assert len(joined) == (front is not self.fronts[0])
             ends.append((front.returncode, "\n".join(words)))
         return ends
 
+    def close(self) -> None:
+        for front in self.fronts:
+            front.kill()
+            front.communicate()
+
+
+@pytest.fixture(scope="module")
+def pairs(request: pytest.FixtureRequest) -> Iterator[Iterator[Pair]]:
+    """A pair for each test that wants one. It starts while the test before waits for something."""
+    wanted = sum("pair" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    with contextlib.ExitStack() as cleanup:
+
+        def supply() -> Iterator[Pair]:
+            following = Pair()
+            for left in reversed(range(wanted)):
+                nodes = following
+                cleanup.callback(nodes.close)
+                if left:
+                    following = Pair()
+                yield nodes
+
+        yield supply()
+
 
 @pytest.fixture
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    nodes = Pair(*getattr(request, "param", ()))
-    yield nodes
-    for front in nodes.fronts:
-        front.kill()
-        front.communicate()
+def pair(pairs: Iterator[Pair]) -> Iterator[Pair]:
+    with contextlib.closing(next(pairs)) as nodes:
+        yield nodes
 
 
 def children(pid: int) -> list[int]:
@@ -584,13 +604,6 @@ def test_a_dead_rank_ends_both_nodes_and_both_name_it(pair: Pair) -> None:
     assert pair.ends(DEATH_S) == [(1, words), (1, words)]
 
 
-@pytest.mark.parametrize("pair", [["load-error@1"]], indirect=True)
-def test_an_error_while_loading_keeps_its_class_on_both_nodes(pair: Pair) -> None:
-    for code, words in pair.ends(DEATH_S + 20):
-        assert code == 1
-        assert words.startswith("CheckpointError: node 1, rank 1: the fake checkpoint is broken")
-
-
 @pytest.mark.parametrize(
     ("victim", "says"),
     [
@@ -620,6 +633,14 @@ def test_a_killed_front_ends_the_other_node(pair: Pair, victim: int) -> None:
         pair.ask("one")
     code, words = pair.ends(DEATH_S)[1 - victim]
     assert (code, words) == (1, f"EngineDeadError: node {victim} lost its front")
+
+
+def test_an_error_while_loading_keeps_its_class_on_both_nodes() -> None:
+    with contextlib.closing(Pair("load-error@1")) as pair:
+        ends = pair.ends(DEATH_S + 20)
+    for code, words in ends:
+        assert code == 1
+        assert words.startswith("CheckpointError: node 1, rank 1: the fake checkpoint is broken")
 
 
 def test_a_node_that_is_told_to_end_says_so(pair: Pair) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -206,24 +207,31 @@ def test_a_dead_rank_ends_the_job_and_is_named(
     assert capfd.readouterr() == ("", "")  # the error is told once, by whoever catches it
 
 
-def test_a_stopped_rank_ends_the_job_after_the_collective_timeout() -> None:
-    message = death_of(start(collective_timeout_s=3), "sigstop@1", hangs_s=3)
-    assert message == "rank 1 is stopped (SIGSTOP or a debugger)"
-
-
-def test_a_rank_that_hangs_ends_the_job_after_the_collective_timeout_and_shows_where() -> None:
-    message = death_of(start(collective_timeout_s=3), "sleep@0", hangs_s=3)
-    assert message.startswith("rank 1 failed with RuntimeError")
-    assert "Timed out waiting 3000ms" in message
-    _, meanwhile = message.split("rank 0 meanwhile:")
-    assert "in <lambda>" in meanwhile
-    assert "in serve_front" in meanwhile
-
-
-def test_a_lone_leader_that_hangs_ends_the_job_and_shows_where() -> None:
+def hang_alone() -> str:
     client = start(collective_timeout_s=1, ranks=1)
     assert client.receive(2) == []  # being idle is not hanging
-    message = death_of(client, "sleep@0", hangs_s=1.25)
+    return death_of(client, "sleep@0", hangs_s=1.25)
+
+
+@pytest.fixture(scope="module")
+def hangs() -> Iterator[dict[str, Future[str]]]:
+    """What is said of ranks that hang: while other tests run, since most of it is waiting."""
+    with ThreadPoolExecutor() as pool:
+        yield {
+            "stopped": pool.submit(
+                lambda: death_of(start(collective_timeout_s=3), "sigstop@1", hangs_s=3)
+            ),
+            "asleep": pool.submit(
+                lambda: death_of(start(collective_timeout_s=3), "sleep@0", hangs_s=3)
+            ),
+            "alone": pool.submit(hang_alone),
+        }
+
+
+def test_a_lone_leader_that_hangs_ends_the_job_and_shows_where(
+    hangs: dict[str, Future[str]],
+) -> None:
+    message = hangs["alone"].result()
     assert message.startswith("rank 0 ended with exit code 1\nTimeout (0:00:01.25")
     assert "in <lambda>" in message
 
@@ -276,6 +284,23 @@ def test_time_is_up_for_a_start_that_hangs() -> None:
             EngineConfig("fake", Layout(tp=2)), 1.0, program=["-c", "import time; time.sleep(60)"]
         )
     assert time.monotonic() - started_at < 15
+
+
+def test_a_stopped_rank_ends_the_job_after_the_collective_timeout(
+    hangs: dict[str, Future[str]],
+) -> None:
+    assert hangs["stopped"].result() == "rank 1 is stopped (SIGSTOP or a debugger)"
+
+
+def test_a_rank_that_hangs_ends_the_job_after_the_collective_timeout_and_shows_where(
+    hangs: dict[str, Future[str]],
+) -> None:
+    message = hangs["asleep"].result()
+    assert message.startswith("rank 1 failed with RuntimeError")
+    assert "Timed out waiting 3000ms" in message
+    _, meanwhile = message.split("rank 0 meanwhile:")
+    assert "in <lambda>" in meanwhile
+    assert "in serve_front" in meanwhile
 
 
 def test_the_client_imports_no_torch() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,45 @@ def ends(fronts: list[subprocess.Popen[str]], within_s: float) -> list[tuple[int
         _, said = front.communicate(timeout=max(0.1, deadline - time.monotonic()))
         found.append((front.returncode, said.splitlines()[-1]))
     return found
+
+
+def kill_a_rank(folder: Path) -> None:
+    with two_hosts() as hosts:
+        fronts = start_batch(hosts, folder)
+        assert [host.listeners() for host in hosts] == [{host.address} for host in hosts]
+        (rank,) = hosts[1].processes("moespan.launch.rank /")
+        os.kill(rank, signal.SIGKILL)
+        words = "moespan: node 1, rank 1 was killed by SIGKILL"
+        assert ends(fronts, DEATH_S) == [(1, words), (1, words)]
+        assert [host.processes() for host in hosts] == [[], []]
+    assert (folder / "answers.jsonl").read_text().endswith("}\n")
+
+
+def cut_the_cable(folder: Path) -> None:
+    with two_hosts() as hosts:
+        fronts = start_batch(hosts, folder)
+        hosts[0].pull_cable()
+        found = ends(fronts, SILENCE_S + DEATH_S)
+        for (code, words), other in zip(found, (1, 0), strict=True):
+            name = f"node {other} ({hosts[other].address})"
+            assert (code, words) == (1, f"moespan: {name} has not been heard of for 10 s")
+        assert [host.processes() for host in hosts] == [[], []]
+    assert (folder / "answers.jsonl").read_text().endswith("}\n")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
+    """Batches that come to a bad end, each on hosts of its own: while other tests run, since most
+    of it is waiting."""
+    with ThreadPoolExecutor() as pool:
+        yield {
+            how.__name__: pool.submit(how, tmp_path_factory.mktemp("batch"))
+            for how in (kill_a_rank, cut_the_cable)
+        }
+
+
+def test_a_killed_rank_is_named_on_both_hosts(ended: dict[str, Future[None]]) -> None:
+    ended["kill_a_rank"].result()
 
 
 def test_every_layout_of_two_hosts_computes_what_one_rank_does(hosts: tuple[Host, Host]) -> None:
@@ -111,25 +151,7 @@ def test_two_ranks_on_each_of_two_hosts_compute_what_one_rank_does(
     ]
 
 
-def test_a_killed_rank_is_named_on_both_hosts(hosts: tuple[Host, Host], tmp_path: Path) -> None:
-    fronts = start_batch(hosts, tmp_path)
-    assert [host.listeners() for host in hosts] == [{host.address} for host in hosts]
-    (rank,) = hosts[1].processes("moespan.launch.rank /")
-    os.kill(rank, signal.SIGKILL)
-    words = "moespan: node 1, rank 1 was killed by SIGKILL"
-    assert ends(fronts, DEATH_S) == [(1, words), (1, words)]
-    assert [host.processes() for host in hosts] == [[], []]
-    assert (tmp_path / "answers.jsonl").read_text().endswith("}\n")
-
-
 def test_a_cut_cable_ends_both_hosts_and_each_names_the_other(
-    hosts: tuple[Host, Host], tmp_path: Path
+    ended: dict[str, Future[None]],
 ) -> None:
-    fronts = start_batch(hosts, tmp_path)
-    hosts[0].pull_cable()
-    found = ends(fronts, SILENCE_S + DEATH_S)
-    for (code, words), other in zip(found, (1, 0), strict=True):
-        name = f"node {other} ({hosts[other].address})"
-        assert (code, words) == (1, f"moespan: {name} has not been heard of for 10 s")
-    assert [host.processes() for host in hosts] == [[], []]
-    assert (tmp_path / "answers.jsonl").read_text().endswith("}\n")
+    ended["cut_the_cable"].result()
