@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 INSIDE = Path(__file__).with_name("inside")
@@ -10,9 +11,14 @@ FORKING = ("test_hccl.py", "test_fused.py", "test_layouts.py")
 
 
 def test_inside(ascend_sim):
-    """In one process: to start one, with torch_npu in it, takes longer than most of the tests."""
+    """In two processes: to start one, with torch_npu in it, takes longer than most of the tests."""
     others = sorted(path.name for path in INSIDE.glob("test_*.py") if path.name not in FORKING)
-    files = [str(INSIDE / name) for name in (*FORKING, *others)]
-    # Warnings are torch_npu's own there.
-    result = ascend_sim("--python", "-m", "pytest", "-q", "-W", "ignore", *files, timeout=300)
-    assert result.returncode == 0, result.stdout
+
+    def run(names):
+        files = (str(INSIDE / name) for name in names)
+        # Warnings are torch_npu's own there.
+        return ascend_sim("--python", "-m", "pytest", "-q", "-W", "ignore", *files, timeout=300)
+
+    with ThreadPoolExecutor() as pool:
+        for result in pool.map(run, (FORKING, others)):
+            assert result.returncode == 0, result.stdout

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo  # collectives and the stand-in's operators import it, in seconds: once for all
 import torch.distributed as dist
 
 
