@@ -19,7 +19,7 @@ tasks = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = tasks
 _spec.loader.exec_module(tasks)
 
-EXERCISES = [(task, prompt) for task in tasks.TASKS for prompt, _ in tasks.heldout(task, 16)]
+EXERCISES = [(task, prompt) for task in tasks.TASKS for prompt, _ in tasks.heldout(task, 8)]
 LAYOUTS = [
     Layout(tp=4, ep=4),
     Layout(tp=2, ep=4, sp=2),
