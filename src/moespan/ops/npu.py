@@ -297,8 +297,8 @@ class NpuOps(ReferenceOps):
             x, slots, *group, expert_token_nums_type=1, **way
         )
         if _rounds(gate_up, x):
-            rounded = self._npu.npu_dynamic_quant(rows)
-            results = self._rounded_mlp_of_each(*rounded, gate_up, down, sizes, x.dtype)
+            rows, row_scales = self._npu.npu_dynamic_quant(rows)
+            results = self._rounded_mlp_of_each(rows, row_scales, gate_up, down, sizes, x.dtype)
         else:
             results = self._mlp_of_each(rows, gate_up, down, sizes)
         axis.inside("combine", "moe", sent_bytes)
