@@ -78,9 +78,7 @@ def grouped(x, weight, **told):
         group_list_type=1,
         group_type=0,
         split_item=2,
-        **{
-            name: [value.npu()] if torch.is_tensor(value) else value for name, value in told.items()
-        },
+        **told,
     )[0]
 
 

@@ -48,7 +48,7 @@ FUSED = {"dispatches": ("fused",), "uses": ("dispatch", "combine")}
 CASES = {
     1: [
         *(Case(Layout(), dtype) for dtype in ("float32", "bfloat16", "float16")),
-        *(Case(Layout(), settings=settings) for settings in (INT8, W8A8)),
+        Case(Layout(), "float16", settings=INT8),
     ],
     4: [
         Case(Layout(tp=2, dp=2, ep=4), settings=EAGER),
@@ -60,8 +60,7 @@ CASES = {
         Case(Layout(tp=4, ep=2), "float16", settings={"npu_weight_format": "nz"}),
         Case(Layout(tp=4), settings=INT8),
         Case(Layout(tp=4, ep=4), "bfloat16", settings=W8A8),
-        Case(Layout(tp=2, dp=2, ep=4), "bfloat16", ("all_gather", "fused"), INT8, ("dispatch",)),
-        Case(Layout(dp=4, ep=4), "bfloat16", (*Layout(dp=4, ep=4).dispatches, "fused"), W8A8),
+        Case(Layout(dp=4, ep=4), "float16", ("all_to_all", "fused"), W8A8, ("dispatch",)),
     ],
     8: [
         Case(Layout(tp=8)),
