@@ -1,10 +1,8 @@
 """CPU numbers behind the fused operators of torch_npu that an inference engine needs.
 
 Importing this module registers them, so that `torch_npu.npu_rms_norm(x, g)` works on CPU tensors.
-The schemas, their defaults and the checks of arguments stay torch_npu's own. What CANN's kernels
-refuse, or compute undefined, as their documents say for an Atlas A2, is a `RefusedError`; what this
-module does not know is a `NotImplementedError`. What an NPU leaves uninitialised is NaN or -2**31,
-so that a program which reads it fails. A real NPU has the last word.
+The schemas, their defaults and the checks of arguments stay torch_npu's own. A real NPU has the last
+word.
 
 Shapes: T tokens, H hidden, N query heads, KV key heads, D head size, E experts, K experts per
 token, S sequences, B blocks of the cache.
