@@ -1,8 +1,8 @@
 """CPU numbers behind the fused operators of torch_npu that an inference engine needs.
 
 Importing this module registers them, so that `torch_npu.npu_rms_norm(x, g)` works on CPU tensors.
-The schemas, their defaults and the checks of arguments stay torch_npu's own. A real NPU has the last
-word.
+The schemas, their defaults and the checks of arguments stay torch_npu's own. A real NPU has the
+last word.
 
 Shapes: T tokens, H hidden, N query heads, KV key heads, D head size, E experts, K experts per
 token, S sequences, B blocks of the cache.

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import accumulate, groupby
 from typing import Any
@@ -320,7 +320,8 @@ class NpuOps(ReferenceOps):
         if not matrix.rounds:
             raise ConfigError(
                 f"npu_weight_format=nz: {name} is of 8-bit integers for activations of 16 bits, "
-                "whose operator takes rows only; leave it out, or use --quantization w8a8"
+                "whose operator takes rows only; leave it out, or use --quantization w8a8 on a "
+                "checkpoint of floats"
             )
         return replace(matrix, values=self._in_tiles(name, matrix.values.contiguous()))
 
@@ -390,28 +391,19 @@ class NpuOps(ReferenceOps):
     def _attention_over_integers(
         self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float
     ) -> Tensor:
-        """Neighbours of one query each together, and as many of the others as `_GATHER_BYTES`
-        allow."""
+        """[T, N, D] → [T, N, D]: sequences of one query in place, the others multiplied out."""
         block_bytes = 2 * cache.keys[0].numel() * q.element_size()
-        outs, row, first = [], 0, 0
-        for is_one, group in groupby(batch.query_lens, (1).__eq__):
-            query_lens = list(group)
-            last = first + len(query_lens)
-            width = -(-max(batch.total_lens[first:last]) // cache.block_size)
-            most = len(query_lens) if is_one else max(1, _GATHER_BYTES // (width * block_bytes))
-            for start in range(first, last, most):
-                some = slice(start, min(start + most, last))
-                lens = batch.query_lens[some]
-                queries = q[row : row + sum(lens)]
-                tables, total_lens = batch.block_tables[some], batch.total_lens[some]
-                if is_one:
-                    outs.append(self._decode_integers(queries, cache, tables, total_lens, scale))
-                else:
-                    floats, places = _blocks_in_floats(cache, tables[:, :width], q.dtype)
-                    ends = list(accumulate(lens))
-                    outs.append(self._attend(queries, floats, places, ends, total_lens, scale))
-                row += sum(lens)
-            first = last
+        outs, row = [], 0
+        for some, width in _neighbours(batch, cache.block_size, _GATHER_BYTES // block_bytes):
+            ends = list(accumulate(batch.query_lens[some]))
+            queries = q[row : row + ends[-1]]
+            row += ends[-1]
+            tables, total_lens = batch.block_tables[some], batch.total_lens[some]
+            if ends[-1] == len(ends):
+                outs.append(self._decode_integers(queries, cache, tables, total_lens, scale))
+            else:
+                floats, places = _blocks_in_floats(cache, tables[:, :width], q.dtype)
+                outs.append(self._attend(queries, floats, places, ends, total_lens, scale))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _decode_integers(
@@ -556,6 +548,21 @@ class _Graph:
 def _rounds(gate_up: Weight, x: Tensor) -> bool:
     """Whether experts take x in 8 bits, as operators round it."""
     return isinstance(gate_up, IntegerMatrix) and gate_up.rounds and x.dtype != torch.float32
+
+
+def _neighbours(
+    batch: AttentionBatch, block_size: int, most_blocks: int
+) -> Iterator[tuple[slice, int]]:
+    """Sequences that are attended together, and the most blocks that one of them has: neighbours of
+    one query each, and of several, these as many as have `most_blocks` together, or one."""
+    first = 0
+    for is_one, group in groupby(batch.query_lens, lambda length: length == 1):
+        last = first + len(list(group))
+        width = -(-max(batch.total_lens[first:last]) // block_size)
+        most = last - first if is_one else max(most_blocks // width, 1)
+        for start in range(first, last, most):
+            yield slice(start, min(start + most, last)), width
+        first = last
 
 
 def _blocks_in_floats(cache: KVCache, tables: Tensor, dtype: torch.dtype) -> tuple[KVCache, Tensor]:

@@ -107,13 +107,10 @@ class IntegerMatrix:
         if num_columns <= _MOST_COLUMNS:
             return multiply(self.values, scales, bias)
         # A whole head has more columns than the operators take.
-        parts = zip(
-            self.values.split(_MOST_COLUMNS, 1),
-            scales.split(_MOST_COLUMNS),
-            [None, None] if bias is None else bias.split(_MOST_COLUMNS),
-            strict=False,
-        )
-        return torch.cat([multiply(*part) for part in parts], 1)
+        parts = self.values.split(_MOST_COLUMNS, 1)
+        biases = [None] * len(parts) if bias is None else bias.split(_MOST_COLUMNS)
+        each = zip(parts, scales.split(_MOST_COLUMNS), biases, strict=True)
+        return torch.cat([multiply(*part) for part in each], 1)
 
     def _of(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scales of `dtype`, and as many zeros. Made once: recorded graphs hold the addresses."""
