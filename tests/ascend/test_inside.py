@@ -14,5 +14,5 @@ def test_inside(ascend_sim):
     others = sorted(path.name for path in INSIDE.glob("test_*.py") if path.name not in FORKING)
     files = [str(INSIDE / name) for name in (*FORKING, *others)]
     # Warnings are torch_npu's own there.
-    result = ascend_sim("--python", "-m", "pytest", "-q", "-W", "ignore", *files, timeout=300)
+    result = ascend_sim("--python", "-m", "pytest", "-q", "-W", "ignore", *files, timeout=400)
     assert result.returncode == 0, result.stdout
