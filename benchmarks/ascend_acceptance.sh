@@ -105,6 +105,28 @@ layout tp4-pp2-ep4 8 -tp 4 -pp 2 -ep 4
 layout dp4-tp2-ep8 8 -dp 4 -tp 2 -ep 8
 moespan verify-quickstart verify models/quickstart --dtype float32 \
     --reference models/quickstart/reference.safetensors
+# With weights and cache as 8-bit integers: the largest of the small checkpoints, and random weights
+# with heads of 128 and experts of 64, which the operators for them take.
+made="$(mktemp -d)"
+trap 'rm -rf "$made"' EXIT
+step make-checkpoint "$PYTHON" -m moespan make-checkpoint "$made/random" --preset tiny \
+    --set hidden_size=1024 --set moe_intermediate_size=128
+integers() { # NAME RANKS FLAGS...
+    local name="$1" ranks="$2" scheme
+    shift 2
+    [ "$ranks" -le "$NPUS" ] || return 0
+    for scheme in int8 w8a8; do
+        moespan "verify-$name-$scheme" verify tests/data/oracle/sixteen --dtype bfloat16 \
+            --quantization "$scheme" --kv-cache-dtype int8 \
+            --reference tests/data/oracle/sixteen/ref/ref_logits.safetensors "$@"
+        moespan "verify-random-$name-$scheme" verify "$made/random" --dtype bfloat16 \
+            --quantization "$scheme" --kv-cache-dtype int8 "$@"
+    done
+}
+integers one-rank 1
+integers tp2 2 -tp 2
+integers dp2-ep2 2 -dp 2 -ep 2
+integers tp8-ep8 8 -tp 8 -ep 8
 moespan generate-quickstart generate models/quickstart --prompt "681+734=" "sort c y r a f w:"
 
 # How fast is it? Random weights of the 16B geometry need no file.
@@ -115,11 +137,17 @@ else
     PRESET="${PRESET:-16b}"
     small=()
 fi
+bench() { # NAME FLAGS...
+    moespan "bench-$PRESET-$1" bench --preset "$PRESET" "${@:2}" --json "${small[@]}"
+    grep '^{' "$OUT/bench-$PRESET-$1.log" > "$OUT/bench-$1.json"
+}
 for ranks in 1 2 4 8 16; do
     [ "$ranks" -le "$NPUS" ] || break
-    moespan "bench-$PRESET-tp$ranks" bench --preset "$PRESET" -tp "$ranks" --json "${small[@]}"
-    grep '^{' "$OUT/bench-$PRESET-tp$ranks.log" > "$OUT/bench-tp$ranks.json"
+    bench "tp$ranks" -tp "$ranks"
 done
+bench tp1-int8 --quantization int8
+bench tp1-w8a8 --quantization w8a8
+bench tp1-int8-cache --kv-cache-dtype int8
 if [ -n "${MODEL:-}" ]; then
     moespan generate-model generate "$MODEL" -tp "$NPUS" --max-tokens 64 \
         --prompt "An attention function can be described as mapping a query" "人工智能的发展"

@@ -82,6 +82,8 @@ def test_limits_of_the_fused_all_reduce():
         check(config(Layout(tp=8), npu_fused_all_reduce=512), chip="910C")
     with pytest.raises(ConfigError, match="tp=8 crosses nodes of 4 ranks"):
         check(config(Layout(tp=8), npu_fused_all_reduce=512), ranks_here=4)
+    with pytest.raises(ConfigError, match="16-bit types, not of integers; leave it out"):
+        check(config(Layout(tp=8), npu_fused_all_reduce=512, quantization="int8"))
 
 
 @pytest.mark.parametrize(

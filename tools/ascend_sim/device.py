@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ascend_sim import fused_communication, graphs  # noqa: F401  registers CPU kernels
 from ascend_sim.graphs import COLLECTIVES, Graph
-from ascend_sim.kernels import FRACTAL_NZ, ND, RefusedError
+from ascend_sim.kernels import FRACTAL_NZ, ND
 from ascend_sim.memory import deliver, host, is_npu, on_cpu, poison, storages, to_meta
+from ascend_sim.rules import RefusedError
 
 aten, npu = torch.ops.aten, torch.ops.npu
 ALLOCATING = {
@@ -53,6 +54,7 @@ PRODUCTS = {
     npu.npu_linear,
     npu.npu_grouped_matmul,
     npu.npu_mm_all_reduce_base,
+    npu.npu_quant_matmul,
 }
 # Tensors in NZ format, by the address of their memory.
 tiled = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch_npu
 
-from ascend_sim.kernels import HALVES, demand, kernel, one_dtype, plain, uninitialised, unknown
+from ascend_sim.rules import HALVES, demand, kernel, one_dtype, plain, uninitialised, unknown
 
 HCCL_TYPES = {
     torch.int8: 0,

@@ -12,8 +12,8 @@ import torch
 import torch_npu
 from torch.utils._pytree import tree_map
 
-from ascend_sim.kernels import RefusedError
 from ascend_sim.memory import to_cpu, tree_leaves
+from ascend_sim.rules import RefusedError
 
 COLLECTIVES = ("c10d", "_c10d_functional", "npu_custom_dist")
 

@@ -1,10 +1,8 @@
 """CPU numbers behind the fused operators of torch_npu that an inference engine needs.
 
 Importing this module registers them, so that `torch_npu.npu_rms_norm(x, g)` works on CPU tensors.
-The schemas, their defaults and the checks of arguments stay torch_npu's own. What CANN's kernels
-refuse, or compute undefined, as their documents say for an Atlas A2, is a `RefusedError`; what this
-module does not know is a `NotImplementedError`. What an NPU leaves uninitialised is NaN or -2**31,
-so that a program which reads it fails. A real NPU has the last word.
+The schemas, their defaults and the checks of arguments stay torch_npu's own. A real NPU has the
+last word.
 
 Shapes: T tokens, H hidden, N query heads, KV key heads, D head size, E experts, K experts per
 token, S sequences, B blocks of the cache.
@@ -17,67 +15,21 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-HALVES = (torch.float16, torch.bfloat16)
-FLOATS = (*HALVES, torch.float32)
+from ascend_sim.integers import QUANTITIES, check_scales, integer_product, round_by_rows
+from ascend_sim.rules import (
+    FLOATS,
+    HALVES,
+    demand,
+    kernel,
+    one_dtype,
+    plain,
+    poison_of,
+    uninitialised,
+    unknown,
+)
+
 MASK_SIZE = 2048
 ND, FRACTAL_NZ = 2, 29
-
-_libraries = {space: torch.library.Library(space, "IMPL") for space in ("npu", "atb")}
-
-
-class RefusedError(RuntimeError):
-    """An NPU would refuse this call, or its result would be undefined."""
-
-
-def kernel(name):
-    """Register a function as the CPU kernel of `namespace::operator[.overload]`."""
-    space, operator = name.split("::")
-
-    def register(function):
-        _libraries[space].impl(operator, function, "CPU")
-        return function
-
-    return register
-
-
-def demand(holds, rule):
-    """Refuse unless `rule` holds."""
-    if not holds:
-        raise RefusedError(rule)
-
-
-def one_dtype(name, allowed, *tensors):
-    dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
-    demand(
-        dtypes[0] in allowed and len(set(dtypes)) == 1,
-        f"{name} takes {', '.join(map(str, allowed))}, one for all of its tensors, not {dtypes}",
-    )
-
-
-def plain(name, *tensors):
-    """Refuse empty and non-contiguous tensors."""
-    for tensor in tensors:
-        demand(tensor.numel(), f"{name} takes no empty tensor: {tuple(tensor.shape)}")
-        demand(tensor.is_contiguous(), f"{name} takes contiguous tensors only: {tensor.stride()}")
-
-
-def unknown(**arguments):
-    """Refuse what is not simulated, unless it has a value that means nothing."""
-    for name, value in arguments.items():
-        if value not in (None, 0, False, "", []):
-            raise NotImplementedError(f"the simulator does not know {name}={value}")
-
-
-def poison_of(dtype):
-    """What stands in memory that nobody has written: it must not be read."""
-    if dtype.is_floating_point:
-        return float("nan")
-    return max(-(2**31), torch.iinfo(dtype).min) if dtype != torch.bool else False
-
-
-def uninitialised(shape, dtype):
-    return torch.full(shape, poison_of(dtype), dtype=dtype)
-
 
 # ------------------------------------------------------------------ norm, activation, rotation
 
@@ -189,7 +141,8 @@ def init_routing(
     x_dtype=None,
 ):
     unknown(scale=scale, offset=offset, drop_pad_mode=drop_pad_mode, x_dtype=x_dtype)
-    unknown(quant_mode=quant_mode + 1)
+    if quant_mode not in (-1, 1):
+        raise NotImplementedError(f"the simulator does not know {quant_mode=}")
     one_dtype("npu_moe_init_routing_v2", FLOATS, x)
     demand(expert_idx.dtype == torch.int32, "npu_moe_init_routing_v2: expert_idx is int32")
     k, flat = expert_idx.size(1), expert_idx.flatten().long()
@@ -199,9 +152,15 @@ def init_routing(
     order = torch.where(active, flat, end).argsort(stable=True)[: int(active.sum())].int()
     rows = min(active_num, flat.numel()) if active_num > 0 else flat.numel()
 
+    scales = uninitialised((flat.numel(),), torch.float32)
+    row_scales = None
+    if quant_mode == 1:
+        x, row_scales = round_by_rows(x)
     expanded = uninitialised((rows, x.size(1)), x.dtype)
     kept = order[:rows]
     expanded[: kept.numel()] = x[kept // k]
+    if row_scales is not None:
+        scales[: kept.numel()] = row_scales[kept // k]
     if row_idx_type == 0:  # gather: where each (token, choice) went, -1 for the experts of others
         row_idx = torch.full((flat.numel(),), -1, dtype=torch.int32)
         row_idx[order.long()] = torch.arange(order.numel(), dtype=torch.int32)
@@ -218,7 +177,7 @@ def init_routing(
         tokens[used.numel() : used.numel() + 1] = 0
     else:
         tokens = counts if expert_tokens_num_type == 1 else counts.cumsum(0)
-    return expanded, row_idx, tokens, uninitialised((flat.numel(),), torch.float32)
+    return expanded, row_idx, tokens, scales
 
 
 @kernel("npu::npu_moe_token_permute")
@@ -281,25 +240,34 @@ def grouped_matmul(
     group_list_type=0,
     **others,
 ):
-    """Without quantisation; rows that no group covers stay unwritten."""
+    """Rows that no group covers stay unwritten."""
     others.pop("tuning_config", None)
-    unknown(**others)
     name = "npu_grouped_matmul"
-    one_dtype(name, FLOATS, *x, *weight)
+    quantities = {key: others.pop(key, None) for key in QUANTITIES}
+    output_dtype = others.pop("output_dtype", None)
+    unknown(**others)
     demand(max(len(x), len(weight)) <= 128, f"{name} takes lists of 128 at most")
     weights = [w for one in weight for w in (one.unbind() if one.dim() == 3 else [one])]
     biases = [None] * len(weights)
+    if weight[0].dtype == torch.int8:
+        demand(not bias and group_type == 0, f"the simulator knows {name} of int8 without bias")
+        product, dtype = integer_product(x[0], weight[0], quantities, output_dtype)
+    else:
+        unknown(output_dtype=output_dtype, **quantities)
+        one_dtype(name, FLOATS, *x, *weight)
+        dtype = x[0].dtype
+
+        def product(rows, i, places):
+            y = rows.float() @ weights[i].float()
+            return (y if biases[i] is None else y + biases[i]).to(rows.dtype)
+
     if bias:
         wanted = torch.float32 if x[0].dtype == torch.bfloat16 else x[0].dtype
         one_dtype(f"{name} (bias for {x[0].dtype})", (wanted,), *bias)
         biases = [b for one in bias for b in (one.unbind() if one.dim() == 2 else [one])]
 
-    def product(rows, i):
-        y = rows.float() @ weights[i].float()
-        return (y if biases[i] is None else y + biases[i]).to(rows.dtype)
-
     if group_type == -1:
-        return [product(rows, i) for i, rows in enumerate(x)]
+        return [product(rows, i, slice(None)) for i, rows in enumerate(x)]
     if group_type != 0 or split_item not in (2, 3) or len(x) != 1 or group_list_type not in (0, 1):
         raise NotImplementedError("the simulator knows group_type 0 with one x and one y, and -1")
     (rows,) = x
@@ -312,11 +280,11 @@ def grouped_matmul(
         (counts >= 0).all() and counts.sum() <= len(rows) and len(counts) == len(weights),
         f"{name}: groups {counts.tolist()} for {len(rows)} rows and {len(weights)} weights",
     )
-    y = uninitialised((len(rows), weights[0].size(1)), rows.dtype)
+    y = uninitialised((len(rows), weights[0].size(1)), dtype)
     ends = [0, *counts.cumsum(0).tolist()]
     for i, (start, end) in enumerate(itertools.pairwise(ends)):
         if end > start:
-            y[start:end] = product(rows[start:end], i)
+            y[start:end] = product(rows[start:end], i, slice(start, end))
     return [y]
 
 
@@ -342,8 +310,11 @@ def split_sequences(tensor, layout, heads, lengths):
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
-def paged_rows(cache, table, heads, lengths, block_size):
-    """The cached rows of each sequence; the cache is [B, size, KV·D] or [B, KV, size, D]."""
+def paged_rows(cache, table, heads, lengths, block_size, scales=None):
+    """The cached rows of each sequence; the cache is [B, size, KV·D] or [B, KV, size, D].
+
+    scales: of a cache of int8, float32 [B, KV, size].
+    """
     demand(cache.dim() in (3, 4), f"a paged cache has 3 or 4 dims: {tuple(cache.shape)}")
     if cache.dim() == 4:
         cache = cache.transpose(1, 2)
@@ -359,7 +330,10 @@ def paged_rows(cache, table, heads, lengths, block_size):
             f"sequence {i} has {length} keys in blocks {blocks.tolist()} of {len(cache)}: lengths "
             "of cached sequences are per sequence, not cumulative, for TND too",
         )
-        out.append(rows[used].flatten(0, 1)[:length])
+        mine = rows[used]
+        if scales is not None:
+            mine = mine.float() * scales[used].transpose(1, 2).unsqueeze(-1)
+        out.append(mine.flatten(0, 1)[:length])
     return out
 
 
@@ -407,12 +381,18 @@ def fused_infer_attention_score(
     inner_precise=0,
     block_size=0,
     softmax_lse_flag=False,
+    key_antiquant_scale=None,
+    value_antiquant_scale=None,
+    key_antiquant_mode=0,
+    value_antiquant_mode=0,
     **others,
 ):
     unknown(**others)
     if input_layout not in ("TND", "BSH", "BSND", "BNSD"):
         raise NotImplementedError(f"the simulator does not know input_layout={input_layout}")
-    one_dtype("npu_fused_infer_attention_score", HALVES, query, key, value)
+    is_integer = key.dtype == value.dtype == torch.int8
+    floats = (query,) if is_integer else (query, key, value)
+    one_dtype("npu_fused_infer_attention_score", HALVES, *floats)
     plain("npu_fused_infer_attention_score", query)
     if atten_mask is not None:
         one_dtype("atten_mask", (torch.bool, torch.int8, torch.uint8), atten_mask)
@@ -423,6 +403,12 @@ def fused_infer_attention_score(
         demand(query.size(2) in (128, 192), f"TND takes heads of 128, not {query.size(2)}")
         demand(len(actual_seq_lengths or []) <= 4096, "TND takes 4096 sequences at most")
     queries = split_sequences(query, input_layout, num_heads, actual_seq_lengths)
+    scales = (key_antiquant_scale, value_antiquant_scale)
+    modes = (key_antiquant_mode, value_antiquant_mode)
+    if is_integer:
+        check_scales(key, *scales, modes, input_layout, queries, block_table, kv_heads, block_size)
+    else:
+        demand(scales == (None, None) and modes == (0, 0), "scales of keys that are not int8")
     if block_table is None:
         keys = split_sequences(key, input_layout, kv_heads, actual_seq_lengths_kv)
         values = split_sequences(value, input_layout, kv_heads, actual_seq_lengths_kv)
@@ -436,12 +422,16 @@ def fused_infer_attention_score(
             f"{len(block_table)} rows of the block table",
         )
         multiple, most = (16, 1024) if input_layout == "TND" else (128, 512)
+        if input_layout != "TND" and all(len(one) == 1 for one in queries):
+            multiple = 32 if is_integer else 16
         demand(
             block_size % multiple == 0 and 0 < block_size <= most,
             f"block_size={block_size} is not a multiple of {multiple} up to {most}",
         )
-        keys = paged_rows(key, block_table, kv_heads, lengths, block_size)
-        values = paged_rows(value, block_table, kv_heads, lengths, block_size)
+        keys, values = (
+            paged_rows(cache, block_table, kv_heads, lengths, block_size, scale)
+            for cache, scale in zip((key, value), scales, strict=True)
+        )
 
     outs, lses = [], []
     for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ascend_sim.kernels import poison_of
+from ascend_sim.rules import poison_of
 
 # What a program allocates beyond this is not poisoned: caches may be larger than the host's memory.
 MOST_POISONED_BYTES = 64 << 20

@@ -400,15 +400,14 @@ def _check_integers(config: EngineConfig, model_config: ModelConfig, ops: Ops) -
     """Refuse integers where the device has no operations for them, before anything is read."""
     if ops.has_integers:
         return
+    device = f"device={config.device}" + (f" ({ops.chip})" if ops.chip else "")
     if config.quantization or model_config.quantization:
         raise ConfigError(
-            f"matrices of 8-bit integers are not implemented for device={config.device}; leave "
+            f"matrices of 8-bit integers are not implemented for {device}; leave "
             "--quantization out, and use the checkpoint that the integers were made from"
         )
     if config.cache_dtype == "int8":
-        raise ConfigError(
-            f"kv_cache_dtype=int8 is not implemented for device={config.device}; use auto"
-        )
+        raise ConfigError(f"kv_cache_dtype=int8 is not implemented for {device}; use auto")
 
 
 def _open(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> Source:

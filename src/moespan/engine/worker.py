@@ -16,7 +16,7 @@ from moespan.engine.sampler import Sampling, fill_in, token_logprobs
 from moespan.engine.trace import Observation
 from moespan.memory import to_device, zeros
 from moespan.model.network import Model, Observer, Weights
-from moespan.ops import AttentionBatch, KVCache, Ops
+from moespan.ops import AttentionBatch, Ops
 from moespan.parallel.dispatch import Dispatch
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.pipeline import StageLink
@@ -86,7 +86,7 @@ class Worker:
         total_blocks = num_blocks + scratch_blocks(config, ops)
         shape = (total_blocks, config.block_size, heads, model_config.head_dim)
         cache_dtype = getattr(torch, config.cache_dtype)
-        self.caches = [KVCache.zeros(shape, cache_dtype, mesh.device) for _ in self.model.layers]
+        self.caches = [ops.new_cache(shape, cache_dtype, mesh.device) for _ in self.model.layers]
         self._num_sampled = 0
         self._sampled: Tensor | None = None  # of the last plan; on the speaker
         self.graphs: DecodeGraphs | None = None

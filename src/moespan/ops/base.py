@@ -164,6 +164,12 @@ class Ops(Protocol):
         only.
         """
 
+    def new_cache(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """An empty cache of one layer, `shape` [B, block size, KV, D], as the kernels here like its
+        parts to lie in memory."""
+
     def rotary_table(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Tables for activations of `dtype` from float32 [positions, D/2]; `rope` gets rows."""
 

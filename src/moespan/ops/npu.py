@@ -9,28 +9,36 @@ What is particular here:
 - Norms round once, after scaling, where the reference rounds before it too. Cosines and sines are
   of the activations' dtype. Experts' outputs are rounded to it before they are weighted and summed,
   both in float32. All of it is within the rounding of the 16-bit types.
+- Matrices of integers take the operators that `moespan.ops.npu_integers` lists. In float32 they are
+  multiplied out first: that, too, is for comparing.
+- A cache of integers is attended in place by sequences of one query only. For the others the kernel
+  takes no such cache, so that what they read of it is multiplied out before.
 - Nothing waits for the device.
 - Options (`EngineConfig.npu_*`) are off unless asked for: nobody has measured them for this model.
 
-An Ascend 310P has no bfloat16, which is refused, and lacks the operators of attention, cache and
-router, so that it takes the plain ones.
+An Ascend 310P has no bfloat16, which is refused, as integers are, and lacks the operators of
+attention, cache and router, so that it takes the plain ones.
 """
 
 from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.quantization import QuantizedWeight
+from moespan.checkpoint.quantization import QuantizedWeight, round_rows
 from moespan.errors import ConfigError
+from moespan.memory import zeros
 from moespan.notice import notice
 from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
-from moespan.ops.reference import ReferenceOps
+from moespan.ops.npu_integers import IntegerMatrix
+from moespan.ops.reference import ReferenceOps, gather, multiplied_out
 from moespan.parallel.mesh import Axis
 
 _ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
@@ -38,6 +46,12 @@ _ATTENTION_HEAD_SIZE = 128
 _ROTARY_HEAD_SIZES = (64, 128)
 # The causal mask of any lengths, as the attention kernel wants it: its corner of 2048 × 2048.
 _MASK_SIZE = 2048
+# Blocks' sizes that the attention kernel takes: of a step and up to; of 16-bit types, of integers.
+_FLOAT_BLOCKS, _INTEGER_BLOCKS = (16, 1024), (32, 512)
+# A scale for each token and head, in blocks as the cache is.
+_PER_TOKEN_AND_HEAD = 5
+# Blocks of integers are multiplied out for as many sequences as keep the result this small.
+_GATHER_BYTES = 64 << 20
 _FEWEST_COUNTED_ROWS = 4096
 # Names of chips in what a device calls itself.
 _CHIPS = {"910B": "910B", "910_93": "910C", "310P": "310P"}
@@ -51,7 +65,6 @@ class NpuOps(ReferenceOps):
 
     block_size = 128
     has_graphs = True
-    has_integers = False
 
     def __init__(
         self, soc: str | None = None, fused_all_reduce_rows: int = 0, weight_format: str = "nd"
@@ -69,6 +82,7 @@ class NpuOps(ReferenceOps):
         self._soc = soc or str(torch_npu.npu.get_device_name())
         self.chip = next((chip for name, chip in _CHIPS.items() if name in self._soc), "")
         self._is_310p = self.chip == "310P"
+        self.has_integers = not self._is_310p
         self._fused_rows = fused_all_reduce_rows
         self._is_tiled = weight_format == "nz"
         if self._is_tiled:
@@ -85,20 +99,35 @@ class NpuOps(ReferenceOps):
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Experts' matrices become [E, in, out], which grouped matmuls read; others stay as they
         are. Either may be in tiles."""
-        assert isinstance(weight, Tensor)  # `has_integers` says so
+        if isinstance(weight, QuantizedWeight):
+            return self._prepare_integers(name, weight)
         if self._is_310p and weight.dtype == torch.bfloat16:
             raise ConfigError(f"{self._soc} has no bfloat16; use --dtype float16")
         if ".experts." in name:
             weight = weight.transpose(1, 2).contiguous()
         if not self._is_tiled or any(part in name for part in _NEVER_TILED):
             return weight
-        tiled: Tensor = self._npu.npu_format_cast(weight, _FRACTAL_NZ)
-        if int(self._npu.get_npu_format(tiled)) != _FRACTAL_NZ:
-            raise ConfigError(
-                f"npu_weight_format=nz: this torch_npu keeps {name}, {weight.dtype} "
-                f"{list(weight.shape)}, in rows; leave it out"
-            )
-        return tiled
+        return self._in_tiles(name, weight)
+
+    def new_cache(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """The scales of integers lie in memory as the attention kernel reads them."""
+        cache = super().new_cache(shape, dtype, device)
+        if not cache.is_quantized:
+            return cache
+        num_blocks, block_size, num_heads, _ = shape
+        key_scales, value_scales = (
+            zeros((num_blocks, num_heads, block_size), torch.float32, device).transpose(1, 2)
+            for _ in range(2)
+        )
+        return replace(cache, key_scales=key_scales, value_scales=value_scales)
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """[T, in], [out, in] → [T, out]."""
+        if isinstance(weight, IntegerMatrix):
+            return weight.times(self._npu, x, bias)
+        return super().linear(x, weight, bias)
 
     def linear_sum(self, x: Tensor, weight: Weight, axis: Axis, module: str) -> Tensor:
         """[T, in], [out, in] → [T, out], replicated over `axis`."""
@@ -167,6 +196,10 @@ class NpuOps(ReferenceOps):
         if not k.numel() or self._is_310p:
             super().write_cache(k, v, cache, slots)
             return
+        if cache.key_scales is not None and cache.value_scales is not None:
+            at = slots // cache.block_size, slots % cache.block_size
+            k, cache.key_scales[at] = self._round_rows(k)
+            v, cache.value_scales[at] = self._round_rows(v)
         self._npu.npu_scatter_pa_kv_cache(
             k.contiguous(), v.contiguous(), cache.keys, cache.values, slots, **self._cache_mode
         )
@@ -175,27 +208,14 @@ class NpuOps(ReferenceOps):
         """[T, N, D] over the cache [B, block size, KV, D] → [T, N, D]."""
         if not q.numel():
             return q
-        if not self._has_attention(q.dtype, q.shape[-1], cache.block_size):
+        if not self._has_attention(q, cache):
             if batch.is_decode:
                 return plain_decode(q, cache, batch, scale)
             return super().attention(q, cache, batch, scale)
-        out: Tensor = self._npu.npu_fused_infer_attention_score(
-            q.contiguous(),
-            cache.keys.flatten(2),
-            cache.values.flatten(2),
-            atten_mask=self._mask(q.device),
-            actual_seq_lengths=batch.query_ends,
-            # Of a paged cache these are lengths of sequences, not their running sum.
-            actual_seq_lengths_kv=batch.total_lens,
-            block_table=batch.block_tables,
-            num_heads=q.shape[1],
-            num_key_value_heads=cache.keys.shape[2],
-            scale=scale,
-            input_layout="TND",
-            sparse_mode=3,  # causal, the last query at the last key
-            block_size=cache.block_size,
-        )[0]
-        return out
+        if cache.is_quantized:
+            return self._attention_over_integers(q, cache, batch, scale)
+        tables = batch.block_tables
+        return self._attend(q, cache, tables, batch.query_ends, batch.total_lens, scale)
 
     def swiglu(self, x: Tensor) -> Tensor:
         """[T, 2·I] → [T, I]."""
@@ -230,7 +250,8 @@ class NpuOps(ReferenceOps):
         if not x.numel():
             return x
         is_whole = len(gate_up) == num_slots
-        rows, row_of, sizes, _ = self._npu.npu_moe_init_routing_v2(
+        rounds = _rounds(gate_up, x)
+        rows, row_of, sizes, row_scales = self._npu.npu_moe_init_routing_v2(
             x,
             slots.int(),
             active_num=slots.numel(),
@@ -238,11 +259,14 @@ class NpuOps(ReferenceOps):
             drop_pad_mode=0,
             expert_tokens_num_type=0 if self._counts_are_ends else 1,
             expert_tokens_num_flag=True,
-            quant_mode=-1,
+            quant_mode=1 if rounds else -1,
             active_expert_range=[first, first + len(gate_up)],
             row_idx_type=0,
         )
-        results = self._mlp_of_each(rows, gate_up, down, sizes)
+        if rounds:
+            results = self._rounded_mlp_of_each(rows, row_scales, gate_up, down, sizes, x.dtype)
+        else:
+            results = self._mlp_of_each(rows, gate_up, down, sizes)
         if not is_whole:
             # Rows after those of this rank are whatever was in memory. If another rank's expert is
             # among the chosen, there is one at the end: its zeros are what that expert adds here.
@@ -272,7 +296,11 @@ class NpuOps(ReferenceOps):
         rows, _, origins, sizes, received, _, scales = self._npu.npu_moe_distribute_dispatch_v2(
             x, slots, *group, expert_token_nums_type=1, **way
         )
-        results = self._mlp_of_each(rows, gate_up, down, sizes)
+        if _rounds(gate_up, x):
+            rows, row_scales = self._npu.npu_dynamic_quant(rows)
+            results = self._rounded_mlp_of_each(rows, row_scales, gate_up, down, sizes, x.dtype)
+        else:
+            results = self._mlp_of_each(rows, gate_up, down, sizes)
         axis.inside("combine", "moe", sent_bytes)
         out: Tensor = self._npu.npu_moe_distribute_combine_v2(
             results, slots, origins, received, weights, *group, expand_scales=scales, **way
@@ -285,22 +313,122 @@ class NpuOps(ReferenceOps):
             self._graph_pool = self._npu.npu.graph_pool_handle()
         return _Graph(run, self._graph_pool)
 
-    def _has_attention(self, dtype: torch.dtype, head_size: int, block_size: int) -> bool:
-        """Whether the attention kernel takes such heads; says so once where it does not."""
+    def _prepare_integers(self, name: str, weight: QuantizedWeight) -> IntegerMatrix:
+        matrix = IntegerMatrix.of(weight)
+        if not self._is_tiled:
+            return matrix
+        if not matrix.rounds:
+            raise ConfigError(
+                f"npu_weight_format=nz: {name} is of 8-bit integers for activations of 16 bits, "
+                "whose operator takes rows only; leave it out, or use --quantization w8a8 on a "
+                "checkpoint of floats"
+            )
+        return replace(matrix, values=self._in_tiles(name, matrix.values.contiguous()))
+
+    def _in_tiles(self, name: str, weight: Tensor) -> Tensor:
+        tiled: Tensor = self._npu.npu_format_cast(weight, _FRACTAL_NZ)
+        if int(self._npu.get_npu_format(tiled)) != _FRACTAL_NZ:
+            raise ConfigError(
+                f"npu_weight_format=nz: this torch_npu keeps {name}, {weight.dtype} "
+                f"{list(weight.shape)}, in rows; leave it out"
+            )
+        return tiled
+
+    def _round_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., D] → int8 [..., D] and float32 [...]."""
+        if x.dtype == torch.float32:
+            return round_rows(x)
+        values, scales = self._npu.npu_dynamic_quant(x)
+        return values, scales
+
+    def _has_attention(self, q: Tensor, cache: KVCache) -> bool:
+        """Whether the attention kernel takes them; says so once where it does not."""
+        step, most = _INTEGER_BLOCKS if cache.is_quantized else _FLOAT_BLOCKS
         if (
-            dtype in _ATTENTION_DTYPES
-            and head_size == _ATTENTION_HEAD_SIZE
-            and block_size % 16 == 0
-            and block_size <= 1024
+            q.dtype in _ATTENTION_DTYPES
+            and q.shape[-1] == _ATTENTION_HEAD_SIZE
+            and cache.block_size % step == 0
+            and cache.block_size <= most
             and not self._is_310p
         ):
             return True
         notice(
             f"attention goes through plain torch, and is slow: the kernel takes float16 and "
-            f"bfloat16, heads of 128 and blocks of 16 to 1024 tokens on A2 and A3, not {dtype}, "
-            f"heads of {head_size} and blocks of {block_size} on {self._soc}"
+            f"bfloat16, heads of 128 and blocks of {step} to {most} tokens, in steps of {step}, on "
+            f"A2 and A3, not {q.dtype}, heads of {q.shape[-1]} and blocks of {cache.block_size} on "
+            f"{self._soc}"
         )
         return False
+
+    def _attend(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        tables: Tensor,
+        query_ends: list[int],
+        total_lens: list[int],
+        scale: float,
+    ) -> Tensor:
+        """Over a cache of q's dtype."""
+        out: Tensor = self._npu.npu_fused_infer_attention_score(
+            q.contiguous(),
+            cache.keys.flatten(2),
+            cache.values.flatten(2),
+            atten_mask=self._mask(q.device),
+            actual_seq_lengths=query_ends,
+            # Of a paged cache these are lengths of sequences, not their running sum.
+            actual_seq_lengths_kv=total_lens,
+            block_table=tables,
+            num_heads=q.shape[1],
+            num_key_value_heads=cache.keys.shape[2],
+            scale=scale,
+            input_layout="TND",
+            sparse_mode=3,  # causal, the last query at the last key
+            block_size=cache.block_size,
+        )[0]
+        return out
+
+    def _attention_over_integers(
+        self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        """[T, N, D] → [T, N, D]: sequences of one query in place, the others multiplied out."""
+        block_bytes = 2 * cache.keys[0].numel() * q.element_size()
+        outs, row = [], 0
+        for some, width in _neighbours(batch, cache.block_size, _GATHER_BYTES // block_bytes):
+            ends = list(accumulate(batch.query_lens[some]))
+            queries = q[row : row + ends[-1]]
+            row += ends[-1]
+            tables, total_lens = batch.block_tables[some], batch.total_lens[some]
+            if ends[-1] == len(ends):
+                outs.append(self._decode_integers(queries, cache, tables, total_lens, scale))
+            else:
+                floats, places = _blocks_in_floats(cache, tables[:, :width], q.dtype)
+                outs.append(self._attend(queries, floats, places, ends, total_lens, scale))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _decode_integers(
+        self, q: Tensor, cache: KVCache, tables: Tensor, total_lens: list[int], scale: float
+    ) -> Tensor:
+        """One token of each sequence, [S, N, D] → [S, N, D]."""
+        assert cache.key_scales is not None and cache.value_scales is not None
+        out: Tensor = self._npu.npu_fused_infer_attention_score(
+            q[:, None].contiguous(),
+            cache.keys.flatten(2),
+            cache.values.flatten(2),
+            # As they lie, of a cache of `new_cache`.
+            key_antiquant_scale=cache.key_scales.transpose(1, 2).contiguous(),
+            value_antiquant_scale=cache.value_scales.transpose(1, 2).contiguous(),
+            key_antiquant_mode=_PER_TOKEN_AND_HEAD,
+            value_antiquant_mode=_PER_TOKEN_AND_HEAD,
+            actual_seq_lengths_kv=total_lens,
+            block_table=tables,
+            num_heads=q.shape[1],
+            num_key_value_heads=cache.keys.shape[2],
+            scale=scale,
+            input_layout="BSND",
+            block_size=cache.block_size,
+        )[0]
+        return out[:, 0]
 
     def _is_fused(self, x: Tensor, axis: Axis) -> bool:
         """Whether an all-reduce over `axis` after a matmul of so many rows goes into its operator,
@@ -319,10 +447,46 @@ class NpuOps(ReferenceOps):
 
     def _mlp_of_each(self, rows: Tensor, gate_up: Weight, down: Weight, sizes: Tensor) -> Tensor:
         """Rows [R, H] in the order of experts, `sizes` for each → [R, H]; others are not set."""
-        hidden = self.swiglu(self._grouped_matmul(rows, gate_up, sizes))
-        return self._grouped_matmul(hidden, down, sizes)
+        hidden = self.swiglu(self._product_of_each(rows, gate_up, sizes))
+        return self._product_of_each(hidden, down, sizes)
 
-    def _grouped_matmul(self, x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
+    def _rounded_mlp_of_each(
+        self,
+        rows: Tensor,
+        row_scales: Tensor,
+        gate_up: IntegerMatrix,
+        down: IntegerMatrix,
+        sizes: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The same of int8 [R, H] with float32 [R] → [R, H] of `dtype`."""
+        if gate_up.has_swiglu:
+            sums = self._grouped_matmul(rows, gate_up.values, sizes, output_dtype=torch.int32)
+            hidden, hidden_scales = self._npu.npu_dequant_swiglu_quant(
+                sums,
+                weight_scale=gate_up.scales,
+                activation_scale=row_scales[:, None],
+                group_index=sizes,
+                activate_left=True,
+                quant_mode=1,  # of each row anew
+            )
+        else:
+            told = gate_up.of_integers(row_scales, dtype)
+            gated = self.swiglu(self._grouped_matmul(rows, gate_up.values, sizes, **told))
+            hidden, hidden_scales = self._npu.npu_dynamic_quant(gated)
+        told = down.of_integers(hidden_scales, dtype)
+        return self._grouped_matmul(hidden, down.values, sizes, **told)
+
+    def _product_of_each(self, x: Tensor, weight: Weight, sizes: Tensor) -> Tensor:
+        """Rows of experts [R, in], [E, in, out] → [R, out] of x's dtype."""
+        if not isinstance(weight, IntegerMatrix):
+            return self._grouped_matmul(x, weight, sizes)
+        if x.dtype == torch.float32:
+            x, matrices = weight.in_float32(x)
+            return self._grouped_matmul(x, matrices, sizes)
+        return self._grouped_matmul(x, weight.values, sizes, **weight.of_floats(x.dtype))
+
+    def _grouped_matmul(self, x: Tensor, weight: Tensor, sizes: Tensor, **told: Any) -> Tensor:
         """Rows of experts [R, in], [E, in, out] → [R, out]; rows beyond all groups are not set."""
         (out,) = self._npu.npu_grouped_matmul(
             [x],
@@ -331,6 +495,7 @@ class NpuOps(ReferenceOps):
             group_list_type=0 if self._counts_are_ends else 1,
             group_type=0,
             split_item=2,
+            **told,
         )
         result: Tensor = out
         return result
@@ -380,19 +545,46 @@ class _Graph:
         self._done.record()
 
 
+def _rounds(gate_up: Weight, x: Tensor) -> bool:
+    """Whether experts take x in 8 bits, as operators round it."""
+    return isinstance(gate_up, IntegerMatrix) and gate_up.rounds and x.dtype != torch.float32
+
+
+def _neighbours(
+    batch: AttentionBatch, block_size: int, most_blocks: int
+) -> Iterator[tuple[slice, int]]:
+    """Sequences that are attended together, and the most blocks that one of them has: neighbours of
+    one query each, and of several, these as many as have `most_blocks` together, or one."""
+    first = 0
+    for is_one, group in groupby(batch.query_lens, lambda length: length == 1):
+        last = first + len(list(group))
+        width = -(-max(batch.total_lens[first:last]) // block_size)
+        most = last - first if is_one else max(most_blocks // width, 1)
+        for start in range(first, last, most):
+            yield slice(start, min(start + most, last)), width
+        first = last
+
+
+def _blocks_in_floats(cache: KVCache, tables: Tensor, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
+    """The blocks in tables [S, W] of a cache of integers, one after the other, as a cache of
+    `dtype`, and the tables of that."""
+    blocks = tables.flatten()
+    keys, values = (part.to(dtype) for part in multiplied_out(cache, blocks))
+    places = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device)
+    return KVCache(keys, values), places.view(tables.shape)
+
+
 def plain_decode(q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
     """One token of each sequence, [S, N, D] → [S, N, D]; lengths are read on the device only."""
     num_sequences, num_heads, head_size = q.shape
     num_kv_heads = cache.keys.shape[2]
-    k, v = (
-        part[batch.block_tables].flatten(1, 2).transpose(1, 2)
-        for part in (cache.keys, cache.values)
-    )  # [S, KV, length, D]
+    k, v = (part.transpose(1, 2) for part in gather(cache, batch.block_tables))
+    # [S, KV, length, D]
     grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_size)
-    scores = torch.matmul(grouped.float(), k.float().transpose(2, 3)) * scale
+    scores = torch.matmul(grouped.float(), k.transpose(2, 3)) * scale
     places = torch.arange(k.shape[2], device=q.device, dtype=torch.int32)
     hidden = (places >= batch.lengths[:, None])[:, None, None]
     probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     # What lies past a sequence's end may be NaN, and NaN times 0 is NaN.
-    values = v.float().masked_fill(hidden.transpose(2, 3), 0)
+    values = v.masked_fill(hidden.transpose(2, 3), 0)
     return torch.matmul(probabilities, values).to(q.dtype).view_as(q)

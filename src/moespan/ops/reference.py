@@ -25,6 +25,12 @@ class ReferenceOps:
         """The weight as it is."""
         return weight
 
+    def new_cache(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """As `KVCache.zeros` makes it."""
+        return KVCache.zeros(shape, dtype, device)
+
     def rotary_table(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The table as it is, float32."""
         return cos, sin
@@ -173,15 +179,20 @@ class ReferenceOps:
 
 def gather(cache: KVCache, table: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of the blocks in `table` [..., B], float32 [..., B · block size, KV, D]."""
+    dim = table.dim()
+    keys, values = (part.flatten(dim - 1, dim) for part in multiplied_out(cache, table))
+    return keys, values
+
+
+def multiplied_out(cache: KVCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values in `blocks` [...], float32 [..., block size, KV, D]."""
     parts = []
     for stored, scales in (
         (cache.keys, cache.key_scales),
         (cache.values, cache.value_scales),
     ):
-        part = stored[table].float()
-        if scales is not None:
-            part = part * scales[table][..., None]
-        parts.append(part.flatten(table.dim() - 1, table.dim()))
+        part = stored[blocks].float()
+        parts.append(part if scales is None else part * scales[blocks][..., None])
     return parts[0], parts[1]
 
 

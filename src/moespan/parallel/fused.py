@@ -89,7 +89,7 @@ def check(
             problems.append(f"it needs HCCL_BUFFSIZE={needed_mb} or more, not {hccl_buffer_mb}")
         _refuse("moe_dispatch=fused", problems, "use all_gather, all_to_all or auto")
     if config.npu_fused_all_reduce:
-        problems = list(_against_all_reduce(config, chip, ranks_here))
+        problems = list(_against_all_reduce(config, model, chip, ranks_here))
         option = f"npu_fused_all_reduce={config.npu_fused_all_reduce}"
         _refuse(option, problems, "leave it out")
 
@@ -119,8 +119,12 @@ def _against_dispatch(
             break
 
 
-def _against_all_reduce(config: EngineConfig, chip: str, ranks_here: int) -> Iterator[str]:
+def _against_all_reduce(
+    config: EngineConfig, model: ModelConfig, chip: str, ranks_here: int
+) -> Iterator[str]:
     tp = config.layout.tp
+    if config.quantization or model.quantization:
+        yield "it takes matrices of 16-bit types, not of integers"
     if chip != _A2:
         yield f"it is for A2, not {chip or 'this device'}"
     if tp not in _ALL_REDUCE_RANKS:

@@ -22,22 +22,28 @@ from moespan.parallel.mesh import Mesh
 from tests.support import Oracle, execute, geometry, greedy_row, make_worker, run_prompts
 
 NPU = torch.device("npu", 0)
-# Heads of 128, as the fused kernels want them.
+# Heads of 128 and experts of 64, as the fused kernels want them.
 FUSED = ModelConfig.from_dict(
     geometry(
         hidden_size=256,
         num_attention_heads=2,
         num_key_value_heads=2,
-        moe_intermediate_size=32,
+        moe_intermediate_size=64,
         intermediate_size=64,
     )
 )
 
 
-def npu_worker(config: ModelConfig, source: Any = None, **settings: Any) -> Worker:
+# Matrices, and the cache.
+INTEGERS = [{"quantization": "int8"}, {"quantization": "w8a8", "kv_cache_dtype": "int8"}]
+
+
+def npu_worker(
+    config: ModelConfig, source: Any = None, block_size: int = 16, **settings: Any
+) -> Worker:
     mesh = Mesh.create(Layout(), NPU)
     return make_worker(
-        config, source, mesh, ops=ops_for("npu"), block_size=16, num_blocks=64, **settings
+        config, source, mesh, ops=ops_for("npu"), block_size=block_size, num_blocks=64, **settings
     )
 
 
@@ -56,19 +62,18 @@ def test_greedy_continuations_are_those_of_the_hugging_face_model(name: str, enf
         assert 1 <= worker.graphs.num_recorded <= 4
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_graphs_change_no_bit(dtype: str):
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [("float16", {}), *(("bfloat16", settings) for settings in ({}, *INTEGERS))],
+    ids=str,
+)
+def test_graphs_change_no_bit(dtype: str, settings: dict[str, str]):
     prompts = [[(7 * i + start) % 61 for i in range(length)] for start, length in ((0, 29), (5, 8))]
-    runs = [
-        run_prompts(
-            npu_worker(FUSED, dtype=dtype, enforce_eager=eager),
-            prompts,
-            block_size=16,
-            num_blocks=64,
-            num_generated=12,
-        )
-        for eager in (False, True)
-    ]
+    runs = []
+    for eager in (False, True):
+        worker = npu_worker(FUSED, block_size=32, dtype=dtype, enforce_eager=eager, **settings)
+        runs.append(run_prompts(worker, prompts, block_size=32, num_blocks=64, num_generated=12))
+        assert worker.graphs is None or worker.graphs.num_recorded
     for captured, eager in zip(*runs, strict=True):
         assert captured.generated == eager.generated
         assert (captured.logits == eager.logits).all()
@@ -115,11 +120,17 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "integers"),
+    [({}, {}), ({"temperature": 0.7, "top_p": 0.9}, {}), *(({}, one) for one in INTEGERS)],
+    ids=str,
+)
 def test_decode_steps_are_started_ahead_without_a_wait_for_the_device(
-    enforce_eager: bool, settings: dict[str, float]
+    enforce_eager: bool, settings: dict[str, float], integers: dict[str, str]
 ):
-    worker = npu_worker(FUSED, dtype="bfloat16", enforce_eager=enforce_eager)
+    worker = npu_worker(
+        FUSED, block_size=32, dtype="bfloat16", enforce_eager=enforce_eager, **integers
+    )
     for pair in worker.caches:
         for cache in pair.tensors:
             cache.zero_()
@@ -148,10 +159,34 @@ KERNELS = {
     "MoeInitRoutingV3 GroupedMatmulV5 SwiGlu GroupedMatmulV5 "
     "ReduceSum GeTensor InplaceMaskedFillScalar RemainderTensorScalar MoeTokenUnpermute "
     "Matmul SwiGlu Matmul Add",
+    "int8": "AddRmsNorm WeightQuantBatchMatmulV2 InplaceCopy ApplyRotaryPosEmbV2 ScatterPaKvCache "
+    "FusedInferAttentionScoreV3 WeightQuantBatchMatmulV2 AddRmsNorm InplaceCopy Matmul "
+    "MoeGatingTopKSoftmax MoeInitRoutingV3 GroupedMatmulV5 SwiGlu GroupedMatmulV5 "
+    "MoeTokenUnpermute WeightQuantBatchMatmulV2 SwiGlu WeightQuantBatchMatmulV2 Add",
+    "w8a8": "AddRmsNorm DynamicQuantV2 QuantMatmulV5 InplaceCopy ApplyRotaryPosEmbV2 "
+    "ScatterPaKvCache FusedInferAttentionScoreV3 DynamicQuantV2 QuantMatmulV5 AddRmsNorm "
+    "InplaceCopy Matmul MoeGatingTopKSoftmax MoeInitRoutingV3 GroupedMatmulV5 DequantSwigluQuantV2 "
+    "GroupedMatmulV5 MoeTokenUnpermute DynamicQuantV2 QuantMatmulV5 SwiGlu DynamicQuantV2 "
+    "QuantMatmulV5 Add",
+    # and two IndexPut, which the stand-in does by itself
+    "cache": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 FloorDivides RemainderTensorScalar "
+    "DynamicQuantV2 DynamicQuantV2 ScatterPaKvCache FusedInferAttentionScoreV3 Matmul AddRmsNorm "
+    "InplaceCopy Matmul MoeGatingTopKSoftmax MoeInitRoutingV3 GroupedMatmulV5 SwiGlu "
+    "GroupedMatmulV5 MoeTokenUnpermute Matmul SwiGlu Matmul Add",
+}
+# Matrices of integers, and what else is launched with them.
+SETTINGS: dict[str, dict[str, str]] = {
+    "whole": {},
+    "half": {},
+    "int8": {"quantization": "int8"},
+    "w8a8": {"quantization": "w8a8"},
+    "cache": {"kv_cache_dtype": "int8"},
 }
 
 
-def test_a_decode_layer_launches_these_kernels_and_no_others():
+@pytest.fixture(scope="module")
+def launched() -> dict[str, str]:
+    """Names of the kernels of each part, of one process: only a new one can be traced."""
     result = subprocess.run(
         [sys.executable, "-m", "tests.ascend.inside.test_decode"],
         env={**os.environ, "ASCEND_SIM_TRACE": "1"},
@@ -160,30 +195,35 @@ def test_a_decode_layer_launches_these_kernels_and_no_others():
         text=True,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    said = result.stderr.split("---")
-    for part, second in zip(KERNELS, said[2::3], strict=True):
-        lines = second.splitlines()
+    found = {}
+    for traced in result.stderr.split("--- ")[1:]:
+        part, *lines = traced.splitlines()
         names = [line.split()[1].removeprefix("aclnn") for line in lines if "[cann] aclnn" in line]
-        found = [name for name in names if not name.endswith("GetWorkspaceSize")]
-        assert " ".join(found) == KERNELS[part], part
+        found[part] = " ".join(n for n in names if not n.endswith("GetWorkspaceSize"))
+    return found
+
+
+@pytest.mark.parametrize("part", SETTINGS)
+def test_a_decode_layer_launches_these_kernels_and_no_others(launched: dict[str, str], part: str):
+    assert launched[part] == KERNELS[part]
 
 
 def run_layer(part: str) -> None:
-    """One MoE layer of a decode step, twice, with a mark before, between and after."""
-    worker = npu_worker(FUSED, dtype="bfloat16")
+    """One MoE layer of a decode step, twice, with marks around the second."""
+    worker = npu_worker(FUSED, block_size=32, dtype="bfloat16", **SETTINGS[part])
     layer: Any = worker.model.layers[1]
     if part == "half":
         layer.mlp.gate_up, layer.mlp.down = layer.mlp.gate_up[:3], layer.mlp.down[:3]
     with torch.inference_mode():
-        batch = AttentionBatch.build([1] * 3, [4, 20, 0], [[1], [2, 3], [4]], 16, NPU)
+        batch = AttentionBatch.build([1] * 3, [4, 40, 0], [[1], [2, 3], [4]], 32, NPU)
         step = Step(batch, [3], *worker.model.rope(batch.positions))
         x = torch.ones(3, FUSED.hidden_size, device=NPU, dtype=torch.bfloat16)
-        for _ in range(2):
-            print("---", file=sys.stderr, flush=True)
-            layer(x, x, worker.caches[1], step)
-        print("---", file=sys.stderr, flush=True)
+        layer(x, x, worker.caches[1], step)
+        print(f"--- {part}", file=sys.stderr, flush=True)
+        layer(x, x, worker.caches[1], step)
+        print("--- nothing", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    for part in KERNELS:
-        run_layer(part)
+    for each in SETTINGS:
+        run_layer(each)

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moespan.checkpoint.experts import ExpertPlacement
-from moespan.checkpoint.placement import cache_bytes_per_token, cache_heads, place
+from moespan.checkpoint.placement import Parameter, cache_bytes_per_token, cache_heads, place
+from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.checkpoint.random import preset
 from moespan.config import Layout, ModelConfig, all_layouts
 from moespan.model.network import Model
-from moespan.ops import AttentionBatch, KVCache, ops_for
+from moespan.ops import AttentionBatch, Ops, Weight, ops_for
+from moespan.ops.npu_integers import IntegerMatrix
 from moespan.parallel.dispatch import Dispatch
 from moespan.parallel.mesh import Axis, Mesh
 from moespan.parallel.tokens import block_tokens, split_evenly
@@ -37,7 +39,11 @@ CHOSEN = [
     Layout(tp=4, ep=16, sp=2, dp=2),
     Layout(tp=4, pp=4),
 ]
-LAYOUTS = ALL if os.environ.get("MOESPAN_ALL_LAYOUTS") == "1" else CHOSEN
+IS_ALL = os.environ.get("MOESPAN_ALL_LAYOUTS") == "1"
+# Quantization, and the dtype of the cache.
+FLOATS, INTEGERS = (None, "bfloat16"), [("int8", "int8"), ("w8a8", "int8")]
+CASES = [(layout, *FLOATS) for layout in (ALL if IS_ALL else CHOSEN)]
+CASES += [(layout, *kind) for layout in (ALL if IS_ALL else CHOSEN[1:4]) for kind in INTEGERS]
 BLOCK, BLOCKS = 128, 600
 
 
@@ -71,6 +77,20 @@ def mesh_of(layout: Layout, rank: int) -> Mesh:
     return mesh
 
 
+def make_weight(ops: Ops, name: str, parameter: Parameter) -> Weight:
+    if parameter.activation_bits is None:
+        dtype = getattr(torch, parameter.dtype or "bfloat16")
+        return ops.prepare(name, torch.empty(parameter.shape, dtype=dtype, device=NPU))
+    values = torch.empty(parameter.shape, dtype=torch.int8, device=NPU)
+    scales = torch.empty(parameter.shape[:-1], device=NPU)
+    return ops.prepare(name, QuantizedWeight(values, scales, parameter.activation_bits))
+
+
+def num_bytes(weight: Weight) -> int:
+    parts = [weight.values, weight.scales] if isinstance(weight, IntegerMatrix) else [weight]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
 def kinds(layout: Layout) -> list[int]:
     """Ranks that hold parameters of different names or shapes, or more or fewer tokens."""
     found: dict[Any, int] = {}
@@ -96,35 +116,25 @@ def test_the_chosen_layouts_are_layouts():
     assert all(layout in ALL for layout in CHOSEN)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_decode_and_a_prefill_step(layout: Layout):
+@pytest.mark.parametrize(("layout", "quantization", "cache_dtype"), CASES, ids=str)
+def test_a_decode_and_a_prefill_step(layout: Layout, quantization: str | None, cache_dtype: str):
     experts = ExpertPlacement.make("contiguous", CONFIG, layout)
     for rank in kinds(layout):
-        ops, placement = ops_for("npu"), place(CONFIG, layout, rank)
+        ops, placement = ops_for("npu"), place(CONFIG, layout, rank, quantization=quantization)
         mesh = mesh_of(layout, rank)
         with FakeTensorMode(), torch.inference_mode():
             weights = {
-                name: ops.prepare(
-                    name,
-                    torch.empty(
-                        parameter.shape,
-                        dtype=getattr(torch, parameter.dtype or "bfloat16"),
-                        device=NPU,
-                    ),
-                )
+                name: make_weight(ops, name, parameter)
                 for name, parameter in placement.parameters.items()
             }
-            held = sum(w.numel() * w.element_size() for w in weights.values())
+            held = sum(map(num_bytes, weights.values()))
             assert held == placement.num_bytes("bfloat16")
             dispatch = Dispatch(CONFIG, mesh, layout.dispatches[0], 2)
             model = Model(CONFIG, ops, mesh, weights, 4096, dispatch, experts)
             shape = (BLOCKS, BLOCK, cache_heads(CONFIG, layout, rank), CONFIG.head_dim)
-            caches = [
-                KVCache(*(torch.empty(shape, dtype=torch.bfloat16, device=NPU) for _ in range(2)))
-                for _ in model.layers
-            ]
-            cached = sum(c.numel() * c.element_size() for pair in caches for c in pair.tensors)
-            token_bytes = cache_bytes_per_token(CONFIG, layout, rank, "bfloat16")
+            caches = [ops.new_cache(shape, getattr(torch, cache_dtype), NPU) for _ in model.layers]
+            cached = sum(num_bytes(part) for cache in caches for part in cache.tensors)
+            token_bytes = cache_bytes_per_token(CONFIG, layout, rank, cache_dtype)
             assert cached == BLOCKS * BLOCK * token_bytes
             for batch in (make_batch(1, 64, 1000), make_batch(1, 1, 0), make_batch(1000, 2, 24)):
                 total = len(batch.positions)

@@ -42,9 +42,14 @@ class Case:
 
 
 EAGER = {"enforce_eager": True}
+INT8 = {"quantization": "int8"}
+W8A8 = {"quantization": "w8a8", "kv_cache_dtype": "int8"}
 FUSED = {"dispatches": ("fused",), "uses": ("dispatch", "combine")}
 CASES = {
-    1: [Case(Layout()), Case(Layout(), "bfloat16"), Case(Layout(), "float16")],
+    1: [
+        *(Case(Layout(), dtype) for dtype in ("float32", "bfloat16", "float16")),
+        Case(Layout(), "float16", settings=INT8),
+    ],
     4: [
         Case(Layout(tp=2, dp=2, ep=4), settings=EAGER),
         Case(Layout(pp=4), settings=EAGER),
@@ -53,6 +58,9 @@ CASES = {
         Case(Layout(tp=2, sp=2, ep=4), "bfloat16", **FUSED, settings=EAGER),
         Case(Layout(tp=4), "bfloat16", settings={"npu_fused_all_reduce": 3}),
         Case(Layout(tp=4, ep=2), "float16", settings={"npu_weight_format": "nz"}),
+        Case(Layout(tp=4), settings=INT8),
+        Case(Layout(tp=4, ep=4), "bfloat16", settings=W8A8),
+        Case(Layout(dp=4, ep=4), "float16", ("all_to_all", "fused"), W8A8, ("dispatch",)),
     ],
     8: [
         Case(Layout(tp=8)),

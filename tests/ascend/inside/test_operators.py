@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_npu
-from ascend_sim.kernels import RefusedError
+from ascend_sim.rules import RefusedError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ascend.inside.layer import (

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
+from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.errors import ConfigError
-from moespan.ops import Ops, ops_for
+from moespan.ops import KVCache, Ops, ops_for
 from moespan.ops.npu import NpuOps
-from tests.ops.contract import OpsContract
+from tests.ops.contract import (
+    DTYPES,
+    REFERENCE,
+    OpsContract,
+    QuantizedContract,
+    make_batch,
+)
 
 
 class TestNpuOps(OpsContract):
@@ -18,6 +27,93 @@ class TestNpuOps(OpsContract):
     @pytest.fixture
     def ops(self) -> Ops:
         return ops_for("npu")
+
+
+class TestNpuOpsOfIntegers(QuantizedContract):
+    device = torch.device("npu", 0)
+    block_size = 32
+    # Swiglu is rounded once here, or not at all, where the reference rounds twice.
+    rounded_tolerance: ClassVar = {**QuantizedContract.rounded_tolerance, torch.float16: 1e-2}
+
+    @pytest.fixture
+    def ops(self) -> Ops:
+        return ops_for("npu")
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bits", [16, 8])
+    @pytest.mark.parametrize("hidden", [64, 88])
+    def test_experts_whose_width_the_fused_swiglu_takes_and_others(
+        self, ops: Ops, hidden: int, bits: int, dtype: torch.dtype
+    ):
+        x = self.random(9, 128, dtype=dtype)
+        weights, slots = self.random(9, 8).softmax(-1).topk(3)
+        gate_up = self.quantized(self.random(4, 2 * hidden, 128) / 8, bits)
+        down = self.quantized(self.random(4, 128, hidden) / 8, bits)
+        expected = REFERENCE.experts(x, weights, slots, gate_up, down, 2, 8)
+        banks = self.prepared_integers(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
+        found = ops.experts(*self.to(x, weights, slots), *banks, 2, 8)
+        self.assert_close_as_rounded(found, expected, dtype, bits)
+
+    @pytest.mark.parametrize("bits", [16, 8])
+    def test_a_head_of_more_columns_than_operators_take(self, ops: Ops, bits: int):
+        x = self.random(2, 8, dtype=torch.bfloat16)
+        weight, bias = self.quantized(self.random(65540, 8), bits), self.random(65540).bfloat16()
+        (prepared,) = self.prepared_integers(ops, "head", weight=weight)
+        found = ops.linear(*self.to(x), prepared, *self.to(bias))
+        expected = REFERENCE.linear(x, weight, bias)
+        self.assert_close_as_rounded(found, expected, torch.bfloat16, bits)
+
+    def test_scales_of_the_cache_lie_as_attention_reads_them(self, ops: Ops):
+        cache = ops.new_cache((3, self.block_size, 2, 128), torch.int8, self.device)
+        for scales in (cache.key_scales, cache.value_scales):
+            assert scales is not None
+            assert scales.shape == (3, self.block_size, 2)
+            assert scales.transpose(1, 2).is_contiguous()
+        floats = ops.new_cache((3, self.block_size, 2, 128), torch.bfloat16, self.device)
+        assert len(floats.tensors) == 2
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("gather_bytes", [64 << 20, 1])
+    def test_a_cache_that_it_made_itself_in_steps_of_all_kinds(
+        self,
+        ops: Ops,
+        monkeypatch: pytest.MonkeyPatch,
+        gather_bytes: int,
+        dtype: torch.dtype,
+    ):
+        monkeypatch.setattr("moespan.ops.npu._GATHER_BYTES", gather_bytes)
+        query_lens, context_lens = [1, 1, 5, 40, 1, 3], [0, 70, 0, 9, 33, 64]
+        batch, num_blocks = make_batch(query_lens, context_lens, self.block_size, self.device)
+        cpu = torch.device("cpu")
+        at_home, _ = make_batch(query_lens, context_lens, self.block_size, cpu)
+        for head_size in self.head_sizes:
+            shape = (num_blocks, self.block_size, 2, head_size)
+            ours = ops.new_cache(shape, torch.int8, self.device)
+            theirs = KVCache.zeros(shape, torch.int8, cpu)
+            q, k, v = (
+                self.random(51, heads, head_size, dtype=dtype, seed=seed)
+                for seed, heads in enumerate((4, 2, 2))
+            )
+            ops.write_cache(*self.to(k, v), ours, batch.slots)
+            REFERENCE.write_cache(k, v, theirs, at_home.slots)
+            for our_part, part in zip(ours.tensors[2:], theirs.tensors[2:], strict=True):
+                torch.testing.assert_close(our_part.cpu(), part)
+            found = ops.attention(*self.to(q), ours, batch, 0.3)
+            expected = REFERENCE.attention(q, theirs, at_home, 0.3)
+            # Rounding may have gone the other way here and there.
+            self.assert_close_as_rounded(found, expected, dtype, bits=8)
+
+    def test_tiles_are_for_integers_that_meet_integers(self):
+        ops = NpuOps(weight_format="nz")
+        x = self.random(3, 64, dtype=torch.bfloat16)
+        weight = self.quantized(self.random(32, 64), 8)
+        (prepared,) = self.prepared_integers(ops, "layers.0.attention", out=weight)
+        expected = REFERENCE.linear(x, weight)
+        self.assert_close_as_rounded(ops.linear(*self.to(x), prepared), expected, x.dtype, 8)
+        with pytest.raises(ConfigError, match=r"attention.out .* rows only; leave it out, or use"):
+            self.prepared_integers(
+                ops, "layers.0.attention", out=QuantizedWeight(weight.values, weight.scales)
+            )
 
 
 class TestNpuOpsOfA310P(TestNpuOps):
@@ -37,3 +133,7 @@ class TestNpuOpsOfA310P(TestNpuOps):
     def test_bfloat16_is_refused_by_name(self, ops: Ops):
         with pytest.raises(ConfigError, match="Ascend310P3 has no bfloat16; use --dtype float16"):
             ops.prepare("norm", torch.ones(2, dtype=torch.bfloat16))
+
+    def test_integers_are_not_for_it(self, ops: Ops):
+        assert not ops.has_integers
+        assert ops_for("npu").has_integers

@@ -1,0 +1,69 @@
+"""What the simulator's kernels say and refuse: the words they share.
+
+What CANN's kernels refuse, or compute undefined, as their documents say for an Atlas A2, is a
+`RefusedError`; what the simulator does not know is a `NotImplementedError`. What an NPU leaves
+uninitialised is NaN or -2**31, so that a program which reads it fails.
+"""
+
+from __future__ import annotations
+
+import torch
+
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (*HALVES, torch.float32)
+
+_libraries = {space: torch.library.Library(space, "IMPL") for space in ("npu", "atb")}
+
+
+class RefusedError(RuntimeError):
+    """An NPU would refuse this call, or its result would be undefined."""
+
+
+def kernel(name):
+    """Register a function as the CPU kernel of `namespace::operator[.overload]`."""
+    space, operator = name.split("::")
+
+    def register(function):
+        _libraries[space].impl(operator, function, "CPU")
+        return function
+
+    return register
+
+
+def demand(holds, rule):
+    """Refuse unless `rule` holds."""
+    if not holds:
+        raise RefusedError(rule)
+
+
+def one_dtype(name, allowed, *tensors):
+    dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
+    demand(
+        dtypes[0] in allowed and len(set(dtypes)) == 1,
+        f"{name} takes {', '.join(map(str, allowed))}, one for all of its tensors, not {dtypes}",
+    )
+
+
+def plain(name, *tensors):
+    """Refuse empty and non-contiguous tensors."""
+    for tensor in tensors:
+        demand(tensor.numel(), f"{name} takes no empty tensor: {tuple(tensor.shape)}")
+        demand(tensor.is_contiguous(), f"{name} takes contiguous tensors only: {tensor.stride()}")
+
+
+def unknown(**arguments):
+    """Refuse what is not simulated, unless it has a value that means nothing."""
+    for name, value in arguments.items():
+        if value not in (None, 0, False, "", []):
+            raise NotImplementedError(f"the simulator does not know {name}={value}")
+
+
+def poison_of(dtype):
+    """What stands in memory that nobody has written: it must not be read."""
+    if dtype.is_floating_point:
+        return float("nan")
+    return max(-(2**31), torch.iinfo(dtype).min) if dtype != torch.bool else False
+
+
+def uninitialised(shape, dtype):
+    return torch.full(shape, poison_of(dtype), dtype=dtype)
