@@ -15,7 +15,7 @@ from moespan.checkpoint.placement import Piece, checkpoint_tensors, place
 from moespan.checkpoint.quantization import QuantizedWeight, round_rows
 from moespan.checkpoint.random import make_checkpoint, preset
 from moespan.checkpoint.source import SafetensorsSource, Source
-from moespan.config import QUANTIZATIONS, Layout, ModelConfig
+from moespan.config import QUANTIZATIONS, SCHEMES, Layout, ModelConfig
 from moespan.errors import CheckpointError
 from tests.support import CPU, Oracle, altered_checkpoint, geometry
 
@@ -137,7 +137,9 @@ def read_of(weights: Loaded, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
     return weight.values[piece.index], weight.scales[piece.index[:-1]]
 
 
-def load_ranks_together(config: ModelConfig, source: Source, layout: Layout) -> list[Loaded]:
+def load_ranks_together(
+    config: ModelConfig, source: Source, layout: Layout, quantization: str
+) -> list[Loaded]:
     """What the ranks of one stage hold when they have told each other their maxima."""
     told: list[torch.Tensor] = []
 
@@ -149,7 +151,7 @@ def load_ranks_together(config: ModelConfig, source: Source, layout: Layout) -> 
     for maximum_over_tp in (tell, lambda _: torch.stack(told).amax(0)):
         loaded = [
             load_weights(
-                place(config, layout, rank, quantization="int8"),
+                place(config, layout, rank, quantization=quantization),
                 source,
                 torch.bfloat16,
                 CPU,
@@ -163,20 +165,23 @@ def load_ranks_together(config: ModelConfig, source: Source, layout: Layout) -> 
 @pytest.mark.parametrize(
     "layout", [Layout(), Layout(tp=2), Layout(tp=4, ep=2), Layout(tp=8, ep=8)], ids=str
 )
-def test_every_layout_rounds_to_the_integers_of_whole_rows(layout: Layout):
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_every_layout_rounds_as_whole_rows_are(layout: Layout, quantization: str):
     oracle = Oracle("sixteen")
-    source, whole = oracle.source(), place(oracle.config, Layout(), 0, quantization="int8")
+    source, whole = oracle.source(), place(oracle.config, Layout(), 0, quantization=quantization)
+    dtype = getattr(torch, SCHEMES[quantization].dtype)
     expected = {
-        piece.source: round_rows(values)
+        piece.source: round_rows(values, dtype=dtype)
         for batch in source.batches(whole.pieces)
         for piece, values in source.read(batch)
         if whole.parameters[piece.parameter].is_quantized
     }
     linear = [name for name in checkpoint_tensors(oracle.config) if "_proj" in name]
-    assert sorted(expected) == sorted([*linear, "lm_head.weight"])
-    ranks = load_ranks_together(oracle.config, source, layout)
+    head = ["lm_head.weight"] if quantization == "int8" else []
+    assert sorted(expected) == sorted([*linear, *head])
+    ranks = load_ranks_together(oracle.config, source, layout, quantization)
     for rank, weights in enumerate(ranks):
-        placement = place(oracle.config, layout, rank, quantization="int8")
+        placement = place(oracle.config, layout, rank, quantization=quantization)
         held = [weight for weight in weights.values() if isinstance(weight, QuantizedWeight)]
         num_bytes = sum(weight.num_bytes for weight in held)
         num_bytes += sum(w.nbytes for w in weights.values() if isinstance(w, torch.Tensor))
@@ -185,12 +190,13 @@ def test_every_layout_rounds_to_the_integers_of_whole_rows(layout: Layout):
             if placement.parameters[piece.parameter].is_quantized:
                 values, scales = expected[piece.source]
                 found_values, found_scales = read_of(weights, piece)
-                assert torch.equal(found_values, values[piece.source_index])
+                assert found_values.dtype == dtype
+                assert torch.equal(found_values.float(), values[piece.source_index].float())
                 assert torch.equal(found_scales, scales[piece.source_index[0]])
 
 
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
-def test_norms_router_and_embedding_stay_floats_and_activations_are_rounded_for_w8a8_alone(
+def test_norms_router_and_embedding_stay_floats_and_activations_are_rounded_but_for_int8(
     scheme: str,
 ):
     oracle = Oracle("tiny")
@@ -203,7 +209,7 @@ def test_norms_router_and_embedding_stay_floats_and_activations_are_rounded_for_
     }
     modules = ("qkv", "out", "gate_up", "down")
     expected = {
-        name: 8 if scheme == "w8a8" else 16
+        name: 16 if scheme == "int8" else 8
         for name in weights
         if name.rpartition(".")[2] in modules
     }

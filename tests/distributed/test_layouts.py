@@ -168,13 +168,14 @@ def test_integers_of_weights_are_the_same_in_every_layout(
         assert not report.failures, f"{layout}, {dispatch}"
 
 
+@pytest.mark.parametrize("quantization", ["w8a8", "fp8"])
 def test_rounded_activations_and_caches_stay_within_their_tolerance(
-    ranks: Ranks, references: dict[str, Reference]
+    ranks: Ranks, references: dict[str, Reference], quantization: str
 ):
     config = ModelConfig.from_pretrained(oracle("sixteen"))
     for layout, dispatch in cases(config, FOR_INTEGERS):
         llm = ranks.llm(
-            oracle("sixteen"), layout, dispatch, quantization="w8a8", kv_cache_dtype="int8"
+            oracle("sixteen"), layout, dispatch, quantization=quantization, kv_cache_dtype="int8"
         )
         report = verify(llm, references["sixteen"])
         assert report.cache_dtype == "int8"

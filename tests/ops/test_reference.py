@@ -1,4 +1,4 @@
-"""What integers mean: the reference against the plainest float64."""
+"""What 8 bits mean: the reference against the plainest float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.quantization import QuantizedWeight, quantize, round_rows
+from moespan.checkpoint.quantization import MOST, QuantizedWeight, quantize, round_rows
 from moespan.ops import KVCache, Ops, ReferenceOps
 from tests.ops.contract import QuantizedContract, make_batch
 
@@ -40,34 +40,56 @@ def test_rows_are_rounded_half_to_even_by_their_largest_magnitude():
     assert scales.tolist() == [1, 0, 2]
 
 
+def test_rows_become_floats_of_three_bits_after_the_first_up_to_448():
+    rows = torch.tensor([[448.0, 1.0625, 1.1875, -19, 2**-10], [0, 0, 0, 0, 0], [-896, 2, 0, 0, 1]])
+    values, scales = round_rows(rows, dtype=torch.float8_e4m3fn)
+    assert values.dtype == torch.float8_e4m3fn
+    assert values.tolist() == [[448, 1, 1.25, -20, 0], [0, 0, 0, 0, 0], [-448, 1, 0, 0, 0.5]]
+    assert scales.tolist() == [1, 0, 2]
+
+
+def test_no_quotient_is_too_large_for_8_bit_floats_even_where_the_scale_is_hardly_a_number():
+    values, scales = round_rows(torch.tensor([[1e-43, -4e-43]]), dtype=torch.float8_e4m3fn)
+    assert scales.isfinite().all() and values.float().isfinite().all()
+    parts, _ = round_rows(torch.tensor([[1e4, -1e4]]), torch.tensor([1.0]), torch.float8_e4m3fn)
+    assert parts.tolist() == [[448, -448]]
+
+
+@pytest.mark.parametrize("dtype", MOST)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_row_that_is_not_finite_has_a_scale_that_is_not(bad: float):
+def test_a_row_that_is_not_finite_has_a_scale_that_is_not(bad: float, dtype: torch.dtype):
     rows = torch.ones(2, 4)
     rows[1, 2] = bad
-    _, scales = round_rows(rows)
+    _, scales = round_rows(rows, dtype=dtype)
     assert scales.isfinite().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1 << 19), (1000, 700), (0, 4), (4, 0)])
-def test_large_matrices_are_rounded_as_small_ones_are(shape: tuple[int, int], dtype: torch.dtype):
+@pytest.mark.parametrize("target", MOST)
+def test_large_matrices_are_rounded_as_small_ones_are(
+    target: torch.dtype, shape: tuple[int, int], dtype: torch.dtype
+):
     weight = random(*shape).to(dtype)
-    for ours, theirs in zip(quantize(weight), round_rows(weight), strict=True):
-        assert torch.equal(ours, theirs)
+    found = quantize(weight, dtype=target)
+    for ours, theirs in zip(found, round_rows(weight, dtype=target), strict=True):
+        assert torch.equal(ours.float(), theirs.float())
 
 
-def test_parts_of_rows_are_rounded_with_the_scale_of_the_whole():
+@pytest.mark.parametrize("dtype", MOST)
+def test_parts_of_rows_are_rounded_with_the_scale_of_the_whole(dtype: torch.dtype):
     weight = random(6, 32)
     maxima = weight.abs().amax(-1)
-    values, scales = quantize(weight)
+    values, scales = quantize(weight, dtype=dtype)
     for columns in (slice(0, 10), slice(10, 32), slice(0, 0)):
-        part, part_scales = quantize(weight[:, columns], maxima)
-        assert torch.equal(part, values[:, columns])
+        part, part_scales = quantize(weight[:, columns], maxima, dtype)
+        assert torch.equal(part.float(), values[:, columns].float())
         assert torch.equal(part_scales, scales)
 
 
-def test_weights_of_integers_stand_for_integer_times_scale():
-    x, (values, scales) = random(5, 48), quantize(random(7, 48))
+@pytest.mark.parametrize("dtype", MOST)
+def test_weights_stand_for_value_times_scale(dtype: torch.dtype):
+    x, (values, scales) = random(5, 48), quantize(random(7, 48), dtype=dtype)
     weight = scales.double()[:, None] * values.double()
     expected = x.double() @ weight.T
     found = OPS.linear(x, QuantizedWeight(values, scales))
@@ -79,6 +101,18 @@ def test_rounded_activations_stand_for_integer_times_scale_too():
     steps = x.double().abs().amax(-1, keepdim=True) / 127
     rounded = (x.double() / steps).round() * steps
     expected = rounded @ (scales.double()[:, None] * values.double()).T
+    found = OPS.linear(x, QuantizedWeight(values, scales, activation_bits=8))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rounded_activations_of_8_bit_floats_stand_for_value_times_scale_too():
+    x, (values, scales) = random(5, 48), quantize(random(7, 48), dtype=torch.float8_e4m3fn)
+    most = x.abs().amax(-1, keepdim=True)
+    # Steps of 1/8 of the power of two below, or of the least normal number, 2⁻⁶.
+    scaled = x * 448 / most
+    steps = torch.exp2(scaled.abs().log2().floor().clamp(-6) - 3)
+    rounded = (scaled / steps).round() * steps * most / 448
+    expected = rounded.double() @ (scales.double()[:, None] * values.double()).T
     found = OPS.linear(x, QuantizedWeight(values, scales, activation_bits=8))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Fills a rank's parameters from a source of weights, slice by slice, and rounds to integers those
+"""Fills a rank's parameters from a source of weights, slice by slice, and rounds to 8 bits those
 that are to be held so."""
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def load_weights(
     def fill(pieces: list[Piece]) -> int:
         read_bytes = 0
         for piece, values in source.read(pieces):
-            if check_finite and values.is_floating_point() and not values.isfinite().all():
+            is_checked = check_finite and values.is_floating_point()
+            if is_checked and not values.float().isfinite().all():  # of 8 bits torch asks none
                 not_finite.append(f"{piece.source} holds NaN or Inf")
             if piece.source in placement.cut_rows:
                 cut.add(piece, values)
@@ -96,14 +97,12 @@ def _allocate(
 ) -> Tensor | QuantizedWeight:
     """Zeros, because padding must be."""
     parameter = placement.parameters[name]
-    if parameter.activation_bits is not None:
-        return QuantizedWeight(
-            zeros(parameter.shape, torch.int8, device),
-            zeros(parameter.shape[:-1], torch.float32, device),
-            parameter.activation_bits,
-        )
     own = getattr(torch, parameter.dtype) if parameter.dtype else dtype
-    return zeros(parameter.shape, own, device)
+    values = zeros(parameter.shape, own, device)
+    if parameter.activation_bits is None:
+        return values
+    scales = zeros(parameter.shape[:-1], torch.float32, device)
+    return QuantizedWeight(values, scales, parameter.activation_bits)
 
 
 def _store(
@@ -114,12 +113,12 @@ def _store(
         weight[piece.index].copy_(values)
     elif piece.is_scale:
         weight.scales[piece.index].copy_(values)
-    elif values.dtype == torch.int8:
+    elif values.dtype == weight.values.dtype:
         weight.values[piece.index].copy_(values)
     else:
         known = None if maxima is None else maxima.to(values.device)
-        integers, scales = quantize(values, known)
-        weight.values[piece.index].copy_(integers)
+        rounded, scales = quantize(values, known, weight.values.dtype)
+        weight.values[piece.index].copy_(rounded)
         weight.scales[piece.index[:-1]].copy_(scales)
 
 

@@ -27,10 +27,10 @@ experts the rank holds (`experts.py`), e = tp/ep over how many ranks each is cut
 KV heads fewer than tp are replicated: then each rank holds the one head that its queries read. sp
 and dp cut no weights, but the KV cache is split by heads over tp·sp.
 
-Of matrices of 8-bit integers (all but embed, router and, with W8A8, head) a rank has its slice, and
-the scales of that slice's rows: of (out, in) there are (out). A scale is of a whole row of the
-checkpoint's tensor, wherever its columns are cut, so that every layout computes with the same
-numbers.
+Of matrices of 8 bits (all but embed, router and, where activations are rounded, head) a rank has
+its slice, and the scales of that slice's rows: of (out, in) there are (out). A scale is of a whole
+row of the checkpoint's tensor, wherever its columns are cut, so that every layout computes with the
+same numbers.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from moespan.config import (
     DTYPE_BYTES,
     SCALE_BYTES,
     SCALE_SUFFIX,
+    SCHEMES,
     Layout,
     ModelConfig,
     QuantizationConfig,
@@ -78,8 +79,8 @@ class Parameter:
 
     Attributes:
         dtype: None is the engine's.
-        activation_bits: of a matrix of integers, with scales beside it, what
-            `QuantizedWeight.activation_bits` is to be; None for one of floats.
+        activation_bits: of a quantised matrix, with scales beside it, what
+            `QuantizedWeight.activation_bits` is to be; None for another.
     """
 
     shape: tuple[int, ...]
@@ -88,7 +89,7 @@ class Parameter:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it is held as 8-bit integers."""
+        """Whether it is held in 8 bits."""
         return self.activation_bits is not None
 
     def num_bytes(self, dtype: str) -> int:
@@ -205,7 +206,10 @@ def place(
 
     Args:
         experts: which ep rank holds which experts; None is contiguous.
-        quantization: `int8` or `w8a8`; None is as the checkpoint is.
+        quantization: one of `QUANTIZATIONS`; None is as the checkpoint is.
+
+    Raises:
+        ConfigError: the checkpoint holds weights of another quantization.
     """
     at = layout.coordinates(rank)
     tp, part = layout.tp, at.tp
@@ -217,7 +221,8 @@ def place(
     queries, keys = head_shares(config, tp, part)
     placement = Placement()
     stored, wanted = config.quantization, quantization and QuantizationConfig.of(quantization)
-    scheme = quantization or (stored.scheme if stored else None)
+    running = stored.running_as(quantization) if stored else quantization
+    scheme = SCHEMES[running] if running else None
 
     def is_stored(source: str) -> bool:
         return stored is not None and stored.holds(source.removesuffix(".weight"))
@@ -232,14 +237,14 @@ def place(
         expert: tuple[int, int] | None = None,
     ) -> None:
         # What the head reads is never rounded: its errors would be those of the logits.
-        rounded = 8 if scheme == "w8a8" and name != "head" else 16
-        bits = rounded if any(is_quantized(source) for source, _ in sources) else None
+        own = scheme if any(is_quantized(source) for source, _ in sources) else None
         placement._add(
             name,
             sources,
             columns=columns,
             expert=expert,
-            activation_bits=bits,
+            dtype=own.dtype if own else None,
+            activation_bits=(16 if name == "head" else own.activation_bits) if own else None,
             has_scales=is_stored,
         )
 

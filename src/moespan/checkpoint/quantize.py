@@ -1,4 +1,4 @@
-"""Turns a checkpoint of floats into one of 8-bit integers, which loads as fast as it is read."""
+"""Turns a checkpoint of floats into one of 8 bits, which loads as fast as it is read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from moespan.checkpoint.placement import place
@@ -16,6 +17,7 @@ from moespan.checkpoint.writer import write_json, write_shards
 from moespan.config import (
     SCALE_BYTES,
     SCALE_SUFFIX,
+    SCHEMES,
     Layout,
     ModelConfig,
     QuantizationConfig,
@@ -40,17 +42,17 @@ def quantize_checkpoint(
     is whole; until then it is a hidden one beside it, which is removed if anything fails.
 
     Args:
-        scheme: `int8` or `w8a8`.
+        scheme: one of `QUANTIZATIONS`.
         progress: called with the bytes of each shard written.
 
     Raises:
-        ConfigError: `target` exists, or the checkpoint holds integers already.
+        ConfigError: `target` exists, or the checkpoint is quantised already.
         CheckpointError: the checkpoint is not whole.
     """
     config = ModelConfig.from_pretrained(folder)
     if config.quantization is not None:
         raise ConfigError(
-            f"{folder} holds integers already ({config.quantization.scheme}); quantise the "
+            f"{folder} is quantised already ({config.quantization.scheme}); quantise the "
             "checkpoint that it was made from"
         )
     if target.exists():
@@ -58,6 +60,7 @@ def quantize_checkpoint(
     if not target.parent.is_dir():
         raise ConfigError(f"there is no folder {target.parent}; make it first")
     source = SafetensorsSource(folder, config)
+    dtype = getattr(torch, SCHEMES[scheme].dtype)
     placement = place(config, Layout(), 0, quantization=scheme)
     pieces = {piece.source: piece for piece in placement.pieces}
     is_quantized = {
@@ -68,8 +71,8 @@ def quantize_checkpoint(
         ((_, values),) = source.read([pieces[name]])
         if not is_quantized[name]:
             return {name: values.clone()}  # the file is unmapped when it is done with
-        integers, scales = quantize(values)
-        return {name: integers, name + SCALE_SUFFIX: scales[:, None]}
+        rounded, scales = quantize(values, dtype=dtype)
+        return {name: rounded, name + SCALE_SUFFIX: scales[:, None]}
 
     sizes = {
         name: piece.num_elements + SCALE_BYTES * piece.num_rows

@@ -315,7 +315,7 @@ def info(args: argparse.Namespace) -> int:
     dtype = config.dtype if args.dtype == "auto" else args.dtype
     cache_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
     stored = config.quantization
-    scheme = args.quantization or (stored.scheme if stored else None)
+    scheme = stored.running_as(args.quantization) if stored else args.quantization
     world = range(layout.world_size)
     ranks = [
         place(config, layout, rank, placement, args.quantization).num_bytes(dtype) for rank in world
@@ -323,7 +323,7 @@ def info(args: argparse.Namespace) -> int:
     cache = [cache_bytes_per_token(config, layout, rank, cache_dtype) for rank in world]
     quantized = {
         name: place(config, Layout(), 0, quantization=name).num_bytes(dtype)
-        for name in QUANTIZATIONS
+        for name in (stored.same_weights if stored else QUANTIZATIONS)
     }
     cache_dtypes = (*DTYPE_BYTES, "int8")
     facts: dict[str, Any] = {
@@ -417,7 +417,7 @@ def make_checkpoint(args: argparse.Namespace) -> int:
 
 
 def quantize(args: argparse.Namespace) -> int:
-    """Write a checkpoint of 8-bit integers, for this engine and others (compressed-tensors)."""
+    """Write a checkpoint of 8 bits, for this engine and others (compressed-tensors)."""
     from tqdm import tqdm
 
     from moespan.checkpoint.placement import place

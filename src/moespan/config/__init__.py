@@ -18,7 +18,9 @@ from moespan.config.quantization import (
     KV_CACHE_DTYPES,
     QUANTIZATIONS,
     SCALE_SUFFIX,
+    SCHEMES,
     QuantizationConfig,
+    Scheme,
 )
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "QUANTIZATIONS",
     "SCALE_BYTES",
     "SCALE_SUFFIX",
+    "SCHEMES",
     "WEIGHT_FORMATS",
     "Coordinates",
     "EngineConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "Nodes",
     "QuantizationConfig",
+    "Scheme",
     "all_layouts",
     "balanced_stages",
     "is_wildcard",

@@ -14,7 +14,7 @@ from moespan.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SCALE_BYTES = 4
-"""Scales of what is stored as int8 are float32."""
+"""Scales of what has 8 bits are float32."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ModelConfig:
     those of its `DeepseekConfig`.
 
     Attributes:
-        quantization: what the checkpoint holds as 8-bit integers; None if nothing.
+        quantization: what the checkpoint holds in 8 bits; None if nothing.
     """
 
     vocab_size: int

@@ -51,7 +51,8 @@ class NpuOps(ReferenceOps):
 
     block_size = 128
     has_graphs = True
-    has_integers = False
+    quantizations: tuple[str, ...] = ()
+    has_int8_cache = False
 
     def __init__(
         self, soc: str | None = None, fused_all_reduce_rows: int = 0, weight_format: str = "nd"
@@ -85,7 +86,7 @@ class NpuOps(ReferenceOps):
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Experts' matrices become [E, in, out], which grouped matmuls read; others stay as they
         are. Either may be in tiles."""
-        assert isinstance(weight, Tensor)  # `has_integers` says so
+        assert isinstance(weight, Tensor)  # `quantizations` says so
         if self._is_310p and weight.dtype == torch.bfloat16:
             raise ConfigError(f"{self._soc} has no bfloat16; use --dtype float16")
         if ".experts." in name:
