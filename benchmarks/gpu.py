@@ -735,7 +735,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--preset", choices=PRESETS, default="16b")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--quantization", choices=QUANTIZATIONS)
+    kinds = [name for name in QUANTIZATIONS if name != "int4"]  # of GPUs
+    parser.add_argument("--quantization", choices=kinds)
     parser.add_argument("--kv-cache-dtype", choices=["auto", "int8"], default="auto")
     parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--budget-s", type=float, default=540, help="parts begin within it")

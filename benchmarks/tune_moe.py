@@ -147,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--preset", choices=PRESETS, default="16b")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--quantization", choices=QUANTIZATIONS)
+    kinds = [name for name in QUANTIZATIONS if name != "int4"]  # of GPUs
+    parser.add_argument("--quantization", choices=kinds)
     parser.add_argument("--write", action="store_true", help="into tiles.json, for this card")
     args = parser.parse_args(argv)
     if args.device == "cpu":

@@ -383,7 +383,7 @@ def test_verify_passes_with_exit_code_0(cli: Cli):
     assert ran.out.endswith("passed\n")
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "fp8"])
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "int4"])
 def test_verify_without_a_file_compares_with_the_floats_that_8_bits_were_made_from(
     cli: Cli, tmp_path: Path, scheme: str
 ):
@@ -454,7 +454,7 @@ def test_info_on_the_16b_model(cli: Cli, sixteen_b: Path):
     assert facts["parameters"] == "16.376 B total, 2.83 B active for one token"
     assert facts["weights"] == (
         "65.50 GB float32, 32.75 GB bfloat16, 32.75 GB float16, 16.63 GB int8, 16.84 GB w8a8, "
-        "16.84 GB fp8"
+        "16.84 GB fp8, 9.62 GB int4"
     )
     assert facts["KV cache per token"] == (
         "448 KiB float32, 224 KiB bfloat16, 224 KiB float16, 115.5 KiB int8"
@@ -482,6 +482,16 @@ def test_info_says_what_a_rank_holds(cli: Cli, sixteen_b: Path):
     assert "4.11 GB of float16 weights, 28 KiB of float16 KV cache per token" in ran.out
     ran = cli("info", sixteen_b, "-tp", 8, "--quantization", "int8", "--kv-cache-dtype", "int8")
     assert "2.10 GB of int8 weights, 14.4375 KiB of int8 KV cache per token" in ran.out
+
+
+def test_info_leaves_out_the_bits_that_a_model_cannot_have(cli: Cli, sixteen_b: Path):
+    config = json.loads((sixteen_b / "config.json").read_text())
+    (sixteen_b / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 1400}))
+    ran = cli("info", sixteen_b)
+    assert "fp8" in ran.out and "int4" not in ran.out
+    ran = cli("info", sixteen_b, "--quantization", "int4")
+    assert ran.code == 1
+    assert "groups of 32, and moe_intermediate_size=1400 is no multiple of it; use int8" in ran.err
 
 
 def test_info_scales_its_units_to_small_models(cli: Cli):

@@ -678,6 +678,12 @@ def test_8_bit_floats_are_refused_with_what_takes_them_and_what_else_there_is(
         LLM(str(QUICKSTART), device="cpu", quantization="fp8")
 
 
+def test_4_bits_are_refused_with_what_else_there_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moespan.ops.CpuOps.quantizations", ("int8", "w8a8"))
+    with pytest.raises(ConfigError, match=r"=int4 is not .* device=cpu; use int8 or w8a8 or"):
+        LLM(str(QUICKSTART), device="cpu", quantization="int4")
+
+
 def test_a_variable_for_other_devices_is_not_read_into_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HCCL_BUFFSIZE", "much")
     with LLM(str(QUICKSTART), device="cpu") as llm:

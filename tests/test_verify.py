@@ -139,6 +139,15 @@ def test_8_bits_stay_within_their_tolerance_of_the_model_of_floats(
     assert report.quantization == settings.get("quantization")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_4_bits_stay_within_their_tolerance_of_the_model_of_floats(dtype: str):
+    with model(DATA / "oracle" / "tiny_gqa", dtype, quantization="int4") as llm:
+        report = verify(llm, Reference(reference_path("tiny_gqa")))
+    assert report.failures == []
+    assert report.top1 >= 0.7
+    assert report.max_relative_diff > 1e-2
+
+
 def test_a_reference_of_integers_is_held_to_the_contract_of_the_dtype(tmp_path: Path):
     path = tmp_path / "made.safetensors"
     with model(DATA / "oracle" / "tiny", quantization="int8") as llm:

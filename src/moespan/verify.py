@@ -50,13 +50,19 @@ _ROUNDINGS_PER_LAYER = 8
 _PRODUCTS_PER_LAYER = 4
 # The largest of a row's elements as a multiple of their standard deviation.
 _CREST = 4
-# Of the relative error of rounding to 8 bits: integers in steps of the row, floats in their own.
-_VARIANCE = {"int8": (_CREST / 127) ** 2 / 12, "float8_e4m3fn": 2.0**-8 / 3}
+# The same of 32 neighbours: the root of what its square comes to, on average, if they are normal.
+_GROUP_CREST = 2.3
+# Of the relative error of rounding: integers in steps of the row or group, floats in their own.
+_VARIANCE = {
+    "int8": (_CREST / 127) ** 2 / 12,
+    "float8_e4m3fn": 2.0**-8 / 3,
+    "int4": (_GROUP_CREST / 8) ** 2 / 12,
+}
 
 
 @dataclass(frozen=True)
 class EightBits:
-    """What is rounded to 8 bits in the engine that is verified, and is not in the reference.
+    """What is rounded to 8 or 4 bits in the engine that is verified, and is not in the reference.
 
     A result of other roundings is a jump that no order of operations explains, so what depends on
     the order falls under this even where the reference rounds it, too: activations and the cache.

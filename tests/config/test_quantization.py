@@ -79,10 +79,50 @@ def test_other_ways_to_8_bit_floats_are_refused(
         QuantizationConfig.from_dict(stored)
 
 
+def test_what_llm_compressor_writes_of_4_bits_is_read():
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32,
+        "actorder": None,
+        "dynamic": False,
+    }
+    stored = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}
+        },
+        "ignore": ["lm_head"],
+    }
+    assert QuantizationConfig.from_dict(stored) == QuantizationConfig("int4", ("lm_head",))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_bits", 8), ("group_size", 128), ("symmetric", False), ("actorder", "group")],
+)
+def test_other_ways_to_4_bits_are_refused(key: str, value: object):
+    stored = written("int4")
+    stored["config_groups"]["group_0"]["weights"][key] = value
+    with pytest.raises(ConfigError, match=f"{key}={value!r} is not implemented"):
+        QuantizationConfig.from_dict(stored)
+
+
+def test_4_bits_with_rounded_activations_are_refused():
+    stored = written("int4")
+    group = stored["config_groups"]["group_0"]
+    group["input_activations"] = written("w8a8")["config_groups"]["group_0"]["input_activations"]
+    with pytest.raises(ConfigError, match="'pack-quantized' with input_activations"):
+        QuantizationConfig.from_dict(stored)
+
+
 @pytest.mark.parametrize(
     ("scheme", "wanted", "running"),
     [("int8", "w8a8", "w8a8"), ("w8a8", "int8", "int8"), ("w8a8", None, "w8a8"),
-     ("fp8", "fp8", "fp8"), ("fp8", None, "fp8")],
+     ("fp8", "fp8", "fp8"), ("fp8", None, "fp8"), ("int4", None, "int4")],
 )  # fmt: skip
 def test_what_is_stored_runs_as_any_scheme_of_the_same_weights(
     scheme: str, wanted: str | None, running: str
@@ -90,7 +130,9 @@ def test_what_is_stored_runs_as_any_scheme_of_the_same_weights(
     assert QuantizationConfig.of(scheme).running_as(wanted) == running
 
 
-@pytest.mark.parametrize(("scheme", "wanted"), [("fp8", "w8a8"), ("int8", "fp8")])
+@pytest.mark.parametrize(
+    ("scheme", "wanted"), [("fp8", "w8a8"), ("int8", "fp8"), ("int8", "int4"), ("int4", "int8")]
+)
 def test_what_is_stored_runs_as_no_scheme_of_other_weights(scheme: str, wanted: str):
     with pytest.raises(ConfigError, match=f"quantization={wanted}.* holds weights of {scheme}"):
         QuantizationConfig.of(scheme).running_as(wanted)
@@ -100,7 +142,7 @@ def test_what_is_stored_runs_as_no_scheme_of_other_weights(scheme: str, wanted: 
     ("place", "key", "value"),
     [
         ((), "quant_method", "awq"),
-        ((), "format", "pack-quantized"),
+        ((), "format", "marlin-24"),
         ((), "kv_cache_scheme", {"num_bits": 8}),
         (("config_groups", "group_0"), "targets", ["Conv2d"]),
         (("config_groups", "group_0"), "output_activations", {}),

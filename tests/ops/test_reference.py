@@ -1,4 +1,4 @@
-"""What 8 bits mean: the reference against the plainest float64."""
+"""What 8 and 4 bits mean: the reference against the plainest float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.quantization import MOST, QuantizedWeight, quantize, round_rows
+from moespan.checkpoint.quantization import (
+    MOST,
+    QuantizedWeight,
+    pack,
+    quantize,
+    round_groups,
+    round_rows,
+    unpack,
+)
 from moespan.ops import KVCache, Ops, ReferenceOps
 from tests.ops.contract import QuantizedContract, make_batch
 
@@ -94,6 +102,44 @@ def test_weights_stand_for_value_times_scale(dtype: torch.dtype):
     expected = x.double() @ weight.T
     found = OPS.linear(x, QuantizedWeight(values, scales))
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_groups_are_rounded_so_that_their_largest_element_becomes_minus_8():
+    groups = torch.tensor([[-8.0, 7.5, 0.5, 1.5], [4, -3.75, 0.25, -1], [0, 0, 0, 0]])
+    packed, scales = round_groups(groups.repeat(1, 2).view(3, 8), 4)
+    assert scales.tolist() == [[1, 1], [-0.5, -0.5], [0, 0]]
+    # 7.5 rounds to 8, which there is not; of equal distances the even one is taken.
+    expected = [[-8, 7, 0, 2] * 2, [-8, 7, 0, 2] * 2, [0] * 8]
+    assert unpack(packed).tolist() == expected
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_group_that_is_not_finite_has_a_scale_that_is_not(bad: float):
+    groups = torch.ones(1, 96)
+    groups[0, 40] = bad
+    _, scales = round_groups(groups, 32)
+    assert scales.isfinite().tolist() == [[True, False, True]]
+
+
+def test_eight_integers_are_packed_into_a_word_the_first_in_its_lowest_bits():
+    integers = torch.tensor([[-8, -7, -6, -5, 7, 6, 5, 0]], dtype=torch.int8)
+    assert pack(integers).tolist() == [[0x8DEF3210 - (1 << 32)]]
+    assert torch.equal(unpack(pack(integers)), integers)
+
+
+@pytest.mark.parametrize("shape", [(3, 32), (1000, 704), (0, 32)])
+def test_large_matrices_are_rounded_to_4_bits_as_small_ones_are(shape: tuple[int, int]):
+    weight = random(*shape).bfloat16()
+    found = quantize(weight, group_size=32)
+    for ours, theirs in zip(found, round_groups(weight, 32), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_weights_of_4_bits_stand_for_integer_times_the_scale_of_their_group():
+    x, (values, scales) = random(5, 96), quantize(random(7, 96), group_size=32)
+    weight = unpack(values).double() * scales.double().repeat_interleave(32, 1)
+    found = OPS.linear(x, QuantizedWeight(values, scales))
+    torch.testing.assert_close(found.double(), x.double() @ weight.T, rtol=1e-5, atol=1e-5)
 
 
 def test_rounded_activations_stand_for_integer_times_scale_too():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moespan.checkpoint.placement import Piece, Placement
-from moespan.checkpoint.quantization import QuantizedWeight, quantize, row_maxima
+from moespan.checkpoint.quantization import QuantizedWeight, allocate, quantize, row_maxima
 from moespan.checkpoint.source import Source
 from moespan.errors import CheckpointError
 from moespan.memory import zeros
@@ -97,12 +97,17 @@ def _allocate(
 ) -> Tensor | QuantizedWeight:
     """Zeros, because padding must be."""
     parameter = placement.parameters[name]
+    if parameter.scheme is not None:
+        scheme = parameter.scheme
+        values, scales = allocate(
+            parameter.shape,
+            getattr(torch, scheme.storage),
+            scheme.group_size,
+            lambda shape, dtype: zeros(shape, dtype, device),
+        )
+        return QuantizedWeight(values, scales, scheme.activation_bits)
     own = getattr(torch, parameter.dtype) if parameter.dtype else dtype
-    values = zeros(parameter.shape, own, device)
-    if parameter.activation_bits is None:
-        return values
-    scales = zeros(parameter.shape[:-1], torch.float32, device)
-    return QuantizedWeight(values, scales, parameter.activation_bits)
+    return zeros(parameter.shape, own, device)
 
 
 def _store(
@@ -117,9 +122,11 @@ def _store(
         weight.values[piece.index].copy_(values)
     else:
         known = None if maxima is None else maxima.to(values.device)
-        rounded, scales = quantize(values, known, weight.values.dtype)
-        weight.values[piece.index].copy_(rounded)
-        weight.scales[piece.index[:-1]].copy_(scales)
+        parts = quantize(values, known, weight.values.dtype, weight.group_size)
+        for to, part in zip((weight.values, weight.scales), parts, strict=True):
+            # Columns begin at 0, whatever they are counted in.
+            columns = tuple(slice(0, size) for size in part.shape[1:])
+            to[piece.index[:-1] + columns].copy_(part)
 
 
 class _CutRows:

@@ -13,12 +13,14 @@ from moespan.config.engine import (
     is_wildcard,
 )
 from moespan.config.layout import Coordinates, Layout, all_layouts, balanced_stages, layer_cost
-from moespan.config.model import DTYPE_BYTES, SCALE_BYTES, ModelConfig, read_json
+from moespan.config.model import DTYPE_BYTES, ModelConfig, read_json
 from moespan.config.quantization import (
     KV_CACHE_DTYPES,
+    PACKED_SUFFIX,
     QUANTIZATIONS,
     SCALE_SUFFIX,
     SCHEMES,
+    SHAPE_SUFFIX,
     QuantizationConfig,
     Scheme,
 )
@@ -28,10 +30,11 @@ __all__ = [
     "DISPATCHES",
     "DTYPE_BYTES",
     "KV_CACHE_DTYPES",
+    "PACKED_SUFFIX",
     "QUANTIZATIONS",
-    "SCALE_BYTES",
     "SCALE_SUFFIX",
     "SCHEMES",
+    "SHAPE_SUFFIX",
     "WEIGHT_FORMATS",
     "Coordinates",
     "EngineConfig",

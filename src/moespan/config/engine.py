@@ -32,7 +32,7 @@ class EngineConfig:
         layout: degree of parallelism on each axis.
         device: `cpu`, `cuda` or `npu`.
         dtype: of weights, activations and KV cache, unless the next two say otherwise.
-        quantization: one of `QUANTIZATIONS` for matrices of 8 bits, made while loading from a
+        quantization: one of `QUANTIZATIONS` for matrices of few bits, made while loading from a
             checkpoint that has none; None for what the checkpoint holds. One that holds integers
             can be run as `int8` or `w8a8`: they are the same, and only what is done to activations
             differs.

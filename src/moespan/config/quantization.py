@@ -1,8 +1,9 @@
-"""Weights of 8 bits: the schemes, and how a checkpoint says that it holds them.
+"""Weights of 8 and of 4 bits: the schemes, and how a checkpoint says that it holds them.
 
 The words are those of compressed-tensors (`quantization_config` of `config.json`), which vLLM and
 llm-compressor read and write: formats `int-quantized` and `float-quantized`, 8 bits, symmetric, one
-scale for each output channel; activations, if they are rounded, anew for each token.
+scale for each output channel, activations, if they are rounded, anew for each token; and
+`pack-quantized`, integers of 4 bits, symmetric, one scale for each group of 32 along the input.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from typing import Any
 
 from moespan.errors import ConfigError
 
+SCALE_BYTES = 4
+"""Scales of rows are float32."""
+
+_GROUP_SCALE_BYTES = 2
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -24,18 +30,37 @@ class Scheme:
         activation_bits: 8 where activations are rounded to the same dtype; 16 where they stay.
         format: of a checkpoint, as compressed-tensors calls it.
         number_type: `int` or `float`, its word for what `num_bits` are.
+        weight_bits: of each number.
+        group_size: how many neighbours of a row have one scale, which is bfloat16 then; None is a
+            float32 scale for the whole row.
+        head: the scheme of a head that the checkpoint holds as floats; None leaves it so.
     """
 
     dtype: str
     activation_bits: int
     format: str
     number_type: str
+    weight_bits: int = 8
+    group_size: int | None = None
+    head: str | None = None
+
+    @property
+    def storage(self) -> str:
+        """The dtype of the tensor that holds weights, as torch calls it: 4 bits are packed."""
+        return "int32" if self.weight_bits < 8 else self.dtype
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of a row of `width` with its scales."""
+        groups = self.group_size and width // self.group_size
+        scale_bytes = SCALE_BYTES if groups is None else groups * _GROUP_SCALE_BYTES
+        return width * self.weight_bits // 8 + scale_bytes
 
 
 SCHEMES = {
     "int8": Scheme("int8", 16, "int-quantized", "int"),
     "w8a8": Scheme("int8", 8, "int-quantized", "int"),
     "fp8": Scheme("float8_e4m3fn", 8, "float-quantized", "float"),
+    "int4": Scheme("int4", 16, "pack-quantized", "int", weight_bits=4, group_size=32, head="int8"),
 }
 QUANTIZATIONS = tuple(SCHEMES)
 
@@ -44,6 +69,9 @@ KV_CACHE_DTYPES = ("auto", "int8")
 
 SCALE_SUFFIX = "_scale"
 """What the name of a quantised tensor gains to name its scales."""
+
+PACKED_SUFFIX, SHAPE_SUFFIX = "_packed", "_shape"
+"""What it gains, of 4 bits, to name its integers, eight to an int32, and the shape that it has."""
 
 _HEAD, _ROUTER = "lm_head", "re:.*mlp.gate$"
 # A pattern of `ignore` is run on every module's name, so it may only be one that ends soon.
@@ -66,10 +94,11 @@ class QuantizationConfig:
     @classmethod
     def of(cls, scheme: str) -> QuantizationConfig:
         """What this engine makes of a model: of all linear layers but the router, and where
-        activations are rounded but the head, as the published recipes have it, so that the
-        checkpoint can be read elsewhere."""
-        rounds_activations = SCHEMES[scheme].activation_bits == 8
-        return cls(scheme, (_ROUTER, *((_HEAD,) if rounds_activations else ())))
+        activations are rounded or weights have 4 bits but the head, as the published recipes have
+        it, so that the checkpoint can be read elsewhere."""
+        own = SCHEMES[scheme]
+        leaves_head = own.activation_bits == 8 or own.weight_bits < 8
+        return cls(scheme, (_ROUTER, *((_HEAD,) if leaves_head else ())))
 
     @property
     def same_weights(self) -> tuple[str, ...]:
@@ -108,7 +137,7 @@ class QuantizationConfig:
         formats = tuple(dict.fromkeys(scheme.format for scheme in SCHEMES.values()))
         _demand(raw, quant_method=("compressed-tensors",), format=formats, kv_cache_scheme=(None,))
         schemes = {name: one for name, one in SCHEMES.items() if one.format == raw["format"]}
-        numbers = _numbers(next(iter(schemes.values())).number_type)
+        first = next(iter(schemes.values()))
         groups = raw.get("config_groups")
         if not isinstance(groups, dict) or len(groups) != 1:
             raise ConfigError("quantization_config: config_groups must be an object of one group")
@@ -116,19 +145,19 @@ class QuantizationConfig:
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise ConfigError("quantization_config: the group has no weights")
         _demand(group, targets=(["Linear"],), output_activations=(None,))
-        _demand(group["weights"], **numbers, strategy=("channel",), dynamic=(False, None))
+        _demand(group["weights"], **_weights(first), dynamic=(False, None))
         activations = group.get("input_activations")
         bits = 16
         if activations is not None:
             if not isinstance(activations, dict):
                 raise ConfigError("quantization_config: input_activations must be an object")
-            _demand(activations, **numbers, strategy=("token",), dynamic=(True,))
+            _demand(activations, **_activations(first), dynamic=(True,))
             bits = 8
         scheme = next((name for name in schemes if schemes[name].activation_bits == bits), None)
         if scheme is None:
             raise ConfigError(
-                f"quantization_config: format={raw['format']!r} without input_activations is not "
-                "implemented"
+                f"quantization_config: format={raw['format']!r} "
+                f"{'without' if bits == 16 else 'with'} input_activations is not implemented"
             )
         ignore = raw.get("ignore") or []
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
@@ -142,24 +171,19 @@ class QuantizationConfig:
 
         scheme = SCHEMES[self.scheme]
 
-        def numbers(strategy: str, dynamic: bool) -> dict[str, Any]:
+        def numbers(kind: dict[str, tuple[Any, ...]], dynamic: bool) -> dict[str, Any]:
             return {
-                "num_bits": 8,
-                "type": scheme.number_type,
-                "symmetric": True,
-                "strategy": strategy,
+                **{key: value for key, (value,) in kind.items()},
                 "dynamic": dynamic,
-                "group_size": None,
                 "block_structure": None,
-                "actorder": None,
                 "observer": None if dynamic else "minmax",
                 "observer_kwargs": {},
             }
 
         group = {
             "targets": ["Linear"],
-            "weights": numbers("channel", dynamic=False),
-            "input_activations": numbers("token", dynamic=True)
+            "weights": numbers(_weights(scheme), dynamic=False),
+            "input_activations": numbers(_activations(scheme), dynamic=True)
             if scheme.activation_bits == 8
             else None,
             "output_activations": None,
@@ -184,15 +208,21 @@ class QuantizationConfig:
         )
 
 
-def _numbers(number_type: str) -> dict[str, tuple[Any, ...]]:
-    """What is implemented of weights and activations alike."""
+def _weights(scheme: Scheme) -> dict[str, tuple[Any, ...]]:
+    """What is implemented of a scheme's weights, in compressed-tensors' words."""
     return {
-        "num_bits": (8,),
-        "type": (number_type,),
+        "num_bits": (scheme.weight_bits,),
+        "type": (scheme.number_type,),
         "symmetric": (True,),
-        "group_size": (None,),
+        "strategy": ("channel" if scheme.group_size is None else "group",),
+        "group_size": (scheme.group_size,),
         "actorder": (None,),
     }
+
+
+def _activations(scheme: Scheme) -> dict[str, tuple[Any, ...]]:
+    """What is implemented of activations that are rounded."""
+    return {**_weights(scheme), "num_bits": (8,), "strategy": ("token",), "group_size": (None,)}
 
 
 def _demand(raw: Mapping[str, Any], **implemented: tuple[Any, ...]) -> None:
@@ -204,7 +234,8 @@ def _demand(raw: Mapping[str, Any], **implemented: tuple[Any, ...]) -> None:
                 f"quantization_config: {key}={found!r} is not implemented; only "
                 f"{' or '.join(repr(value) for value in values)} is (int-quantized or "
                 "float-quantized, 8 bits, symmetric, weights per channel, activations per token; "
-                "int-quantized also without these)"
+                "int-quantized also without these; pack-quantized, 4 bits, symmetric, weights in "
+                "groups of 32)"
             )
 
 
