@@ -119,9 +119,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def call_everything(quick: bool) -> Iterator[str]:
+def call_everything(quick: bool, capability: int) -> Iterator[str]:
     """Call every operation as the 16B model does; yields what was called."""
     from moespan.checkpoint.quantization import QuantizedWeight
+    from moespan.config import SCHEMES, Scheme
     from moespan.ops import AttentionBatch, KVCache, Weight
     from moespan.ops.cuda import CudaOps
     from moespan.parallel.mesh import Axis
@@ -131,12 +132,14 @@ def call_everything(quick: bool) -> Iterator[str]:
     heads, head_size, block_size, num_blocks = 16, 128, ops.block_size, 256
     dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float16, torch.float32]
 
-    def weight(kind: str, dtype: torch.dtype, *shape: int) -> Weight:
-        if kind == "as it is":
+    # Where the tensor cores take no 8-bit floats the engine refuses them.
+    schemes = [one for name, one in SCHEMES.items() if name != "fp8" or capability >= 89]
+
+    def weight(scheme: Scheme | None, dtype: torch.dtype, *shape: int) -> Weight:
+        if scheme is None:
             return torch.empty(shape, dtype=dtype)
-        bits = 8 if kind == "W8A8" else 16
-        values = torch.empty(shape, dtype=torch.int8)
-        return QuantizedWeight(values, torch.empty(shape[:-1]), bits)
+        values = torch.empty(shape, dtype=getattr(torch, scheme.dtype))
+        return QuantizedWeight(values, torch.empty(shape[:-1]), scheme.activation_bits)
 
     for dtype in dtypes:
         for tokens in (1, 8, 256, 2048):
@@ -150,20 +153,19 @@ def call_everything(quick: bool) -> Iterator[str]:
                 torch.zeros(tokens, chosen, dtype=torch.int32),
             )
             ops.route(x, torch.empty(num_experts, width), chosen, False)
-            kinds = ["as it is", "W8A16", "W8A8"] if dtype != torch.float32 else ["as it is"]
-            for kind in kinds:
+            for scheme in (None, *schemes) if dtype != torch.float32 else (None,):
                 banks = (
-                    weight(kind, dtype, num_experts, 2 * inner, width),
-                    weight(kind, dtype, num_experts, width, inner),
+                    weight(scheme, dtype, num_experts, 2 * inner, width),
+                    weight(scheme, dtype, num_experts, width, inner),
                 )
                 ops.experts(x, chosen_weights, slots, *banks, 0, num_experts)
                 for one in (2 * inner, dense):
-                    gate_up = weight(kind, dtype, 2 * one, width)
-                    down = weight(kind, dtype, width, one)
+                    gate_up = weight(scheme, dtype, 2 * one, width)
+                    down = weight(scheme, dtype, width, one)
                     ops.mlp(x, gate_up, down)
                     ops.mlp_sum(x, gate_up, down, Axis(), "mlp", residual)
-                if kind != "as it is":
-                    ops.linear(x, weight(kind, dtype, 3 * width, width))
+                if scheme is not None:
+                    ops.linear(x, weight(scheme, dtype, 3 * width, width))
             for cache_dtype in (dtype, torch.int8):
                 shape = (num_blocks, block_size, heads, head_size)
                 is_int8 = cache_dtype == torch.int8
@@ -195,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
     with torch.inference_mode(), Compiler(args.capability) as compiler:
-        for called in call_everything(args.quick):
+        for called in call_everything(args.quick, args.capability):
             print(called, flush=True)
     most = SHARED_BYTES[args.capability]
     print(f"{'kernel':<20}{'warps':>6}{'shared':>8}{'regs':>6}{'spilled':>8}  sizes")

@@ -19,6 +19,7 @@ import argparse
 import gc
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -38,16 +39,17 @@ from torch import Tensor
 from moespan import LLM, ModelConfig, SamplingParams, __version__
 from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import cache_bytes_per_token, place
+from moespan.checkpoint.quantization import QuantizedWeight, quantize
 from moespan.checkpoint.random import PRESETS, preset
 from moespan.checkpoint.source import RandomSource
-from moespan.config import EngineConfig, Layout
+from moespan.config import QUANTIZATIONS, SCHEMES, EngineConfig, Layout
 from moespan.engine.engine import Engine
 from moespan.engine.info import CACHE_SHARE, EngineInfo
 from moespan.engine.plan import SampleRow, StepPlan, StepPlans
 from moespan.engine.request import Request
 from moespan.engine.worker import Worker
 from moespan.memory import available_bytes
-from moespan.ops import AttentionBatch, KVCache, Ops, ReferenceOps, ops_for
+from moespan.ops import AttentionBatch, KVCache, Ops, ReferenceOps, Weight, ops_for
 from moespan.parallel.mesh import Axis, Mesh
 from moespan.roofline import Limits, Work, machine_name, step_work
 from moespan.verify import Reference, verify
@@ -55,6 +57,9 @@ from moespan.verify import Reference, verify
 ORACLES = Path(__file__).parents[1] / "tests" / "data" / "oracle"
 # A share of the largest value: roundings, as the orders of operations differ.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# At least so much where activations are rounded: one that falls on the other side of a half moves
+# by a step, of integers 1/127 of the row's largest, of floats up to an eighth of itself.
+ROUNDED = {"w8a8": 2e-3, "fp8": 2e-2}
 # Tokens of a decode that are timed through the scheduler and in transformers.
 DECODE_TOKENS = 32
 
@@ -109,58 +114,90 @@ ELSEWHERE = Sizes(
 # Is it right?
 
 
-def operation_checks(
-    ops: Ops, config: ModelConfig, dtype: torch.dtype, num_tokens: int, device: torch.device
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(operation, what it gives, what the reference gives on the same device) at the model's sizes.
+class Inputs:
+    """Random tensors for the operations, and the results of both implementations side by side.
 
     Every input is drawn anew; memory that is handed out unset is poisoned.
     """
-    reference = ReferenceOps()
-    width, inner = config.hidden_size, config.moe_intermediate_size
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    num_experts, num_chosen = config.n_routed_experts or 1, config.num_experts_per_tok
 
-    def draw(*shape: int, kind: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, device=device) * scale).to(kind)
+    def __init__(self, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
+        self._ops, self._reference = ops, ReferenceOps()
+        self._dtype, self._device = dtype, device
 
-    def both(name: str, run: Callable[[Any], Tensor]) -> tuple[str, Tensor, Tensor]:
+    def draw(self, *shape: int, kind: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
+        """Normally distributed."""
+        return (torch.randn(*shape, device=self._device) * scale).to(kind or self._dtype)
+
+    def matrix(self, quantization: str | None, *shape: int) -> Weight:
+        """[..., out, in] that keeps the size of what it is multiplied with."""
+        drawn = self.draw(*shape, scale=shape[-1] ** -0.5)
+        if quantization is None:
+            return drawn
+        scheme = SCHEMES[quantization]
+        values, scales = quantize(drawn.flatten(0, -2), dtype=getattr(torch, scheme.dtype))
+        return QuantizedWeight(values.view(shape), scales.view(shape[:-1]), scheme.activation_bits)
+
+    def both(self, name: str, run: Callable[[Any], Tensor]) -> tuple[str, Tensor, Tensor]:
+        """(name, what the operations give, what the reference gives on the same device)."""
         with Poisoned():
-            ours = run(ops)
-        return name, ours, run(reference)
+            ours = run(self._ops)
+        return name, ours, run(self._reference)
 
-    x, residual = draw(num_tokens, width), draw(num_tokens, width)
-    norm = draw(width)
-    yield both("rms_norm", lambda o: o.rms_norm(x, norm, 1e-6))
-    yield both("add_rms_norm", lambda o: o.add_rms_norm(x, residual, norm, 1e-6)[0])
-    projection = draw(2 * width, width, scale=width**-0.5)
-    yield both("linear", lambda o: o.linear(x, projection))
-    gate_up, down = draw(2 * inner, width, scale=width**-0.5), draw(width, inner, scale=inner**-0.5)
-    yield both("mlp", lambda o: o.mlp(x, gate_up, down))
-    added = (gate_up, down, Axis(), "mlp")
-    yield both("mlp, added", lambda o: o.mlp_sum(x, *added, residual.clone()))
-    router = draw(num_experts, width, kind=torch.float32, scale=width**-0.5)
-    yield both("route", lambda o: o.route(x, router, num_chosen, config.norm_topk_prob)[0])
 
-    banks = (
-        draw(num_experts, 2 * inner, width, scale=width**-0.5),
-        draw(num_experts, width, inner, scale=inner**-0.5),
-    )
-    weights, chosen = reference.route(x, router, num_chosen, config.norm_topk_prob)
+def product_checks(
+    ops: Ops,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    quantization: str | None,
+    num_tokens: int,
+    device: torch.device,
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """As `Inputs.both`, of products with matrices of the model's sizes."""
+    inputs = Inputs(ops, dtype, device)
+    width, inner = config.hidden_size, config.moe_intermediate_size
+    num_experts, num_chosen = config.n_routed_experts or 1, config.num_experts_per_tok
+    x, residual = inputs.draw(num_tokens, width), inputs.draw(num_tokens, width)
+    projection = inputs.matrix(quantization, 2 * width, width)
+    yield inputs.both("linear", lambda o: o.linear(x, projection))
+    pair = [inputs.matrix(quantization, *shape) for shape in ((2 * inner, width), (width, inner))]
+    yield inputs.both("mlp", lambda o: o.mlp(x, *pair))
+    yield inputs.both("mlp, added", lambda o: o.mlp_sum(x, *pair, Axis(), "mlp", residual.clone()))
+    banks = [
+        inputs.matrix(quantization, num_experts, *shape)
+        for shape in ((2 * inner, width), (width, inner))
+    ]
+    order = torch.rand(num_tokens, num_experts, device=device).argsort(-1)
+    weights, chosen = torch.rand(num_tokens, num_chosen, device=device), order[:, :num_chosen]
     one = torch.zeros_like(chosen)
     held = max(1, num_experts // 2)
-    parts = tuple(bank[held:].contiguous() for bank in banks)
-    for name, slots, held_banks, first in (
-        ("experts", chosen, banks, 0),
-        ("experts, all tokens on one", one, banks, 0),
-        ("experts, half of them here", chosen, parts, held),
+    for name, slots, first in (
+        ("experts", chosen, 0),
+        ("experts, all tokens on one", one, 0),
+        ("experts, half of them here", chosen, held),
     ):
-        yield both(
+        parts = [bank[first:] for bank in banks]
+        yield inputs.both(
             name,
-            lambda o, slots=slots, banks=held_banks, first=first: o.experts(  # type: ignore[misc]
-                x, weights, slots, *banks, first, num_experts
+            lambda o, slots=slots, parts=parts, first=first: o.experts(  # type: ignore[misc]
+                x, weights, slots, *parts, first, num_experts
             ),
         )
+
+
+def operation_checks(
+    ops: Ops, config: ModelConfig, dtype: torch.dtype, num_tokens: int, device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """As `Inputs.both`, of all else."""
+    inputs = Inputs(ops, dtype, device)
+    draw, both = inputs.draw, inputs.both
+    width, num_experts = config.hidden_size, config.n_routed_experts or 1
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    x, residual, norm = draw(num_tokens, width), draw(num_tokens, width), draw(width)
+    yield both("rms_norm", lambda o: o.rms_norm(x, norm, 1e-6))
+    yield both("add_rms_norm", lambda o: o.add_rms_norm(x, residual, norm, 1e-6)[0])
+    router = draw(num_experts, width, kind=torch.float32, scale=width**-0.5)
+    route = (router, config.num_experts_per_tok, config.norm_topk_prob)
+    yield both("route", lambda o: o.route(x, *route)[0])
 
     head_size, block_size = config.head_dim, ops.block_size
     draws = random.Random(num_tokens)
@@ -196,20 +233,32 @@ def operation_checks(
 
 
 def check_operations(
-    ops: Ops, config: ModelConfig, dtypes: Sequence[torch.dtype], sizes: Sizes, device: torch.device
+    ops: Ops,
+    config: ModelConfig,
+    dtypes: Sequence[torch.dtype],
+    quantizations: Sequence[str],
+    sizes: Sizes,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
-    """One row for each operation, dtype and number of tokens."""
+    """One row for each operation, dtype, quantization and number of tokens."""
     found = []
-    for dtype in dtypes:
-        for num_tokens in sizes.check_tokens:
-            checks = operation_checks(ops, config, dtype, num_tokens, device)
-            for name, ours, theirs in checks:
-                difference = (ours.float() - theirs.float()).abs().max()
-                worst = float(difference / theirs.float().abs().max().clamp(1e-6))
-                limit = TOLERANCE[dtype]
-                row = {"operation": name, "dtype": str(dtype), "tokens": num_tokens}
-                # Written so that a NaN fails.
-                found.append({**row, "worst": worst, "limit": limit, "passed": worst <= limit})
+
+    def note(check: tuple[str, Tensor, Tensor], limit: float, **row: Any) -> None:
+        name, ours, theirs = check
+        difference = (ours.float() - theirs.float()).abs().max()
+        worst = float(difference / theirs.float().abs().max().clamp(1e-6))
+        # Written so that a NaN fails.
+        passed = worst <= limit
+        found.append({"operation": name, **row, "worst": worst, "limit": limit, "passed": passed})
+
+    for dtype, num_tokens in itertools.product(dtypes, sizes.check_tokens):
+        row = {"dtype": str(dtype), "tokens": num_tokens}
+        for check in operation_checks(ops, config, dtype, num_tokens, device):
+            note(check, TOLERANCE[dtype], **row)
+        for quantization in (None, *quantizations):
+            limit = max(TOLERANCE[dtype], ROUNDED.get(quantization or "", 0.0))
+            for check in product_checks(ops, config, dtype, quantization, num_tokens, device):
+                note(check, limit, quantization=quantization, **row)
     return found
 
 
@@ -529,10 +578,14 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
     def checks() -> list[dict[str, Any]]:
         from moespan.ops.cuda import CudaOps
 
-        # The interpreter does not know how to multiply bfloat16.
-        dtypes = list(TOLERANCE) if on_a_card else [torch.float32, torch.float16]
+        ops = CudaOps()
+        dtypes, quantizations = list(TOLERANCE), ops.quantizations
+        if not on_a_card:
+            # The interpreter does not know how to multiply bfloat16, and rounds to 8-bit floats
+            # wrongly.
+            dtypes, quantizations = [torch.float32, torch.float16], ("int8", "w8a8")
         with torch.inference_mode():
-            return check_operations(CudaOps(), config, dtypes, sizes, device)
+            return check_operations(ops, config, dtypes, quantizations, sizes, device)
 
     part("operations", 60, checks)
     part("verify", 60, lambda: verify_oracles(args))
@@ -682,7 +735,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--preset", choices=PRESETS, default="16b")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--quantization", choices=["int8", "w8a8"])
+    kinds = [name for name in QUANTIZATIONS if name != "int4"]  # of GPUs
+    parser.add_argument("--quantization", choices=kinds)
     parser.add_argument("--kv-cache-dtype", choices=["auto", "int8"], default="auto")
     parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--budget-s", type=float, default=540, help="parts begin within it")

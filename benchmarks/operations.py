@@ -22,12 +22,12 @@ from torch import Tensor
 
 from moespan.checkpoint.quantization import QuantizedWeight, quantize
 from moespan.checkpoint.random import PRESETS, preset
-from moespan.config import ModelConfig
+from moespan.config import SCHEMES, ModelConfig, Scheme
 from moespan.ops import ops_for
 from moespan.ops.base import AttentionBatch, KVCache, Ops, Weight
 from moespan.roofline import Limits, Probe, Work, machine_name
 
-_ACTIVATION_BITS = {"none": None, "int8": 16, "w8a8": 8}
+_SCHEMES = {"none": None, **{name: SCHEMES[name] for name in ("int8", "w8a8", "int4")}}
 _HALF = torch.bfloat16
 # Weights that are used in turn take about so many bytes, more than caches hold.
 _TURN_BYTES = 1 << 30
@@ -43,42 +43,43 @@ class Case(NamedTuple):
 
 
 def cases(
-    ops: Ops, config: ModelConfig, sizes: list[int], bits: int | None, contexts: list[int]
+    ops: Ops, config: ModelConfig, sizes: list[int], scheme: Scheme | None, contexts: list[int]
 ) -> Iterator[Case]:
     """All of them, one after the other: their weights are made when they are asked for."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     hidden, head_size = config.hidden_size, config.head_dim
     shared = (config.n_shared_experts or 0) * config.moe_intermediate_size
-    yield from _matrix(ops, "qkv", ((heads + 2 * kv_heads) * head_size, hidden), sizes, bits)
-    yield from _matrix(ops, "out", (hidden, heads * head_size), sizes, bits)
-    yield from _mlp(ops, "shared", hidden, shared, sizes, bits)
-    yield from _mlp(ops, "dense", hidden, config.intermediate_size, sizes, bits)
-    yield from _experts(ops, config, sizes, bits)
+    yield from _matrix(ops, "qkv", ((heads + 2 * kv_heads) * head_size, hidden), sizes, scheme)
+    yield from _matrix(ops, "out", (hidden, heads * head_size), sizes, scheme)
+    yield from _mlp(ops, "shared", hidden, shared, sizes, scheme)
+    yield from _mlp(ops, "dense", hidden, config.intermediate_size, sizes, scheme)
+    yield from _experts(ops, config, sizes, scheme)
     yield from _attention(ops, config, sizes, contexts)
-    yield from _matrix(ops, "head", (config.vocab_size, hidden), sizes, bits)
+    of_head = SCHEMES[scheme.head] if scheme and scheme.head else scheme
+    yield from _matrix(ops, "head", (config.vocab_size, hidden), sizes, of_head)
 
 
 def _matrix(
-    ops: Ops, name: str, shape: tuple[int, int], sizes: list[int], bits: int | None
+    ops: Ops, name: str, shape: tuple[int, int], sizes: list[int], scheme: Scheme | None
 ) -> Iterator[Case]:
-    weights = _in_turn(lambda: _prepared(ops, name, shape, bits), _bytes(shape, bits))
+    weights = _in_turn(lambda: _prepared(ops, name, shape, scheme), _bytes(shape, scheme))
     for tokens in sizes:
         rows = _rows(tokens, shape[1])
 
         def run(x: Tensor = rows) -> Tensor:
             return ops.linear(x, next(weights))
 
-        yield Case(name, tokens, run, Work(2 * tokens * shape[0] * shape[1], _bytes(shape, bits)))
+        yield Case(name, tokens, run, Work(2 * tokens * shape[0] * shape[1], _bytes(shape, scheme)))
 
 
 def _mlp(
-    ops: Ops, name: str, hidden: int, width: int, sizes: list[int], bits: int | None
+    ops: Ops, name: str, hidden: int, width: int, sizes: list[int], scheme: Scheme | None
 ) -> Iterator[Case]:
     up, down = (2 * width, hidden), (hidden, width)
-    size = _bytes(up, bits) + _bytes(down, bits)
+    size = _bytes(up, scheme) + _bytes(down, scheme)
 
     def make() -> tuple[Weight, Weight]:
-        return _prepared(ops, "gate_up", up, bits), _prepared(ops, "down", down, bits)
+        return _prepared(ops, "gate_up", up, scheme), _prepared(ops, "down", down, scheme)
 
     pairs = _in_turn(make, size)
     for tokens in sizes:
@@ -90,11 +91,13 @@ def _mlp(
         yield Case(name, tokens, run, Work(2 * tokens * 3 * hidden * width, size))
 
 
-def _experts(ops: Ops, config: ModelConfig, sizes: list[int], bits: int | None) -> Iterator[Case]:
+def _experts(
+    ops: Ops, config: ModelConfig, sizes: list[int], scheme: Scheme | None
+) -> Iterator[Case]:
     hidden, width = config.hidden_size, config.moe_intermediate_size
     number, chosen = config.n_routed_experts or 1, config.num_experts_per_tok
     up, down = (number, 2 * width, hidden), (number, hidden, width)
-    banks = _prepared(ops, "gate_up", up, bits), _prepared(ops, "down", down, bits)
+    banks = _prepared(ops, "gate_up", up, scheme), _prepared(ops, "down", down, scheme)
     router = ops.prepare("router", torch.randn(number, hidden))
     for tokens in sizes:
         x, weights = _rows(tokens, hidden), torch.rand(tokens, chosen)
@@ -114,7 +117,7 @@ def _experts(ops: Ops, config: ModelConfig, sizes: list[int], bits: int | None) 
             return ops.experts(x, weights, next(turns), *banks, 0, number)
 
         met = number * (1 - (1 - chosen / number) ** tokens)
-        size = (_bytes(up, bits) + _bytes(down, bits)) / number
+        size = (_bytes(up, scheme) + _bytes(down, scheme)) / number
         work = Work(2 * tokens * chosen * 3 * hidden * width, met * size)
         yield Case("experts", tokens, run, work)
 
@@ -154,22 +157,23 @@ def _attention_case(
     yield Case(name, tokens, lambda: ops.attention(q, next(caches), batch, size**-0.5), work)
 
 
-def _prepared(ops: Ops, name: str, shape: tuple[int, ...], bits: int | None) -> Weight:
+def _prepared(ops: Ops, name: str, shape: tuple[int, ...], scheme: Scheme | None) -> Weight:
     values = torch.empty(shape, dtype=_HALF).normal_(std=0.02)
-    if bits is None:
+    if scheme is None:
         return ops.prepare(name, values)
-    integers, scales = quantize(values.view(-1, shape[-1]))
-    quantized = QuantizedWeight(integers.view(shape), scales.view(shape[:-1]), bits)
-    return ops.prepare(name, quantized)
+    dtype = getattr(torch, scheme.storage)
+    parts = quantize(values.view(-1, shape[-1]), dtype=dtype, group_size=scheme.group_size)
+    integers, scales = (part.view(*shape[:-1], *part.shape[1:]) for part in parts)
+    return ops.prepare(name, QuantizedWeight(integers, scales, scheme.activation_bits))
 
 
 def _in_turn(make: Callable[[], Any], num_bytes: float) -> Iterator[Any]:
     return itertools.cycle([make() for _ in range(max(1, round(_TURN_BYTES / num_bytes)))])
 
 
-def _bytes(shape: tuple[int, ...], bits: int | None) -> float:
-    elements = float(torch.Size(shape).numel())
-    return elements * (2 if bits is None else 1)
+def _bytes(shape: tuple[int, ...], scheme: Scheme | None) -> float:
+    row_bytes = 2 * shape[-1] if scheme is None else scheme.row_bytes(shape[-1])
+    return float(torch.Size(shape[:-1]).numel() * row_bytes)
 
 
 def _rows(tokens: int, width: int) -> Tensor:
@@ -203,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, and leave the JSON that is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=list(PRESETS), default="16b")
-    parser.add_argument("--quantization", choices=list(_ACTIVATION_BITS), default="none")
+    parser.add_argument("--quantization", choices=list(_SCHEMES), default="none")
     parser.add_argument("--tokens", default="1,8,32,128,512,2048")
     parser.add_argument("--contexts", default="160,1024", help="tokens before those that decode")
     parser.add_argument("--only", help="operations whose name has this in it")
@@ -219,8 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{columns}  bound by")
     lines = []
     with Probe("cpu", "bfloat16") as probe:
-        bits = _ACTIVATION_BITS[options.quantization]
-        for case in cases(ops_for("cpu"), config, sizes, bits, contexts):
+        scheme = _SCHEMES[options.quantization]
+        for case in cases(ops_for("cpu"), config, sizes, scheme, contexts):
             if options.only and options.only not in case.name:
                 continue
             line = measure(case, probe, options.seconds)

@@ -70,6 +70,7 @@ PEERS = {
     "moespan": Peer("moespan", "moespan"),
     "moespan-int8": Peer("moespan", "moespan", 8, options={"quantization": "int8"}),
     "moespan-w8a8": Peer("moespan", "moespan", 8, options={"quantization": "w8a8"}),
+    "moespan-int4": Peer("moespan", "moespan", 4, options={"quantization": "int4"}),
     "transformers": Peer("transformers", "transformers"),
     "llama.cpp": Peer("llama.cpp", "llama.cpp", model="bf16"),
     "llama.cpp-q8_0": Peer("llama.cpp", "llama.cpp", 8, "q8_0"),

@@ -27,6 +27,7 @@ import torch
 from moespan import ModelConfig
 from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.checkpoint.random import PRESETS, preset
+from moespan.config import QUANTIZATIONS, SCHEMES
 
 ROWS = (16, 32, 64, 128, 256)
 MOST_ROWS = 1 << 30
@@ -79,7 +80,11 @@ def measure(run: Callable[[], object], device: torch.device, times: int) -> floa
 
 
 def tune(
-    config: ModelConfig, dtype: torch.dtype, is_int8: bool, device: torch.device, quick: bool
+    config: ModelConfig,
+    dtype: torch.dtype,
+    quantization: str | None,
+    device: torch.device,
+    quick: bool,
 ) -> dict[str, list[dict[str, int]]]:
     """Shape → its table, as `tiles.json` holds it."""
     from moespan.ops.triton_kernels import matmul, tiles
@@ -88,11 +93,13 @@ def tune(
     num_experts, num_chosen = config.n_routed_experts or 1, config.num_experts_per_tok
 
     def bank(*shape: int) -> matmul.Matrix:
-        if is_int8:
-            values = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
-            scales = torch.rand(shape[:-1], device=device) / 1000
-            return matmul.Matrix.of(QuantizedWeight(values, scales))
-        return matmul.Matrix.of(torch.randn(shape, device=device).to(dtype))
+        drawn = torch.randn(shape, device=device)
+        if quantization is None:
+            return matmul.Matrix.of(drawn.to(dtype))
+        scheme = SCHEMES[quantization]
+        values = (30 * drawn).to(getattr(torch, scheme.dtype))
+        scales = torch.rand(shape[:-1], device=device) / 1000
+        return matmul.Matrix.of(QuantizedWeight(values, scales, scheme.activation_bits))
 
     gate_up, down = bank(num_experts, 2 * inner, width), bank(num_experts, width, inner)
     kind = gate_up.values.dtype
@@ -140,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--preset", choices=PRESETS, default="16b")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--int8", action="store_true", help="weights of 8-bit integers")
+    kinds = [name for name in QUANTIZATIONS if name != "int4"]  # of GPUs
+    parser.add_argument("--quantization", choices=kinds)
     parser.add_argument("--write", action="store_true", help="into tiles.json, for this card")
     args = parser.parse_args(argv)
     if args.device == "cpu":
@@ -151,7 +159,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = ModelConfig.from_dict(preset(args.preset, {}))
     with torch.inference_mode():
         found = tune(
-            config, getattr(torch, args.dtype), args.int8, device, quick=args.device == "cpu"
+            config,
+            getattr(torch, args.dtype),
+            args.quantization,
+            device,
+            quick=args.device == "cpu",
         )
     if args.write and args.device == "cuda":
         path = Path(str(files("moespan.ops.triton_kernels").joinpath("tiles.json")))

@@ -59,6 +59,10 @@ _GEOMETRY: dict[str, Any] = {
 }
 
 
+WHOLE_GROUPS = {"intermediate_size": 96, "moe_intermediate_size": 32}
+"""Overrides of a `geometry` whose rows are to be rounded in groups of 32."""
+
+
 def geometry(**overrides: Any) -> dict[str, Any]:
     """A `config.json` of a model so small that it runs in no time."""
     unknown = overrides.keys() - _GEOMETRY.keys()

@@ -383,17 +383,18 @@ def test_verify_passes_with_exit_code_0(cli: Cli):
     assert ran.out.endswith("passed\n")
 
 
-def test_verify_without_a_file_compares_with_the_floats_that_integers_were_made_from(
-    cli: Cli, tmp_path: Path
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "int4"])
+def test_verify_without_a_file_compares_with_the_floats_that_8_bits_were_made_from(
+    cli: Cli, tmp_path: Path, scheme: str
 ):
-    assert cli("quantize", TINY, tmp_path / "out", "--quantization", "w8a8").code == 0
+    assert cli("quantize", TINY, tmp_path / "out", "--quantization", scheme).code == 0
     same = ("--dtype", "float32", "--max-tokens", 2, "--json")
     stored = cli("verify", tmp_path / "out", "--against", TINY, *same)
-    made = cli("verify", TINY, "--quantization", "w8a8", *same)
-    assert stored == made
+    made = cli("verify", TINY, "--quantization", scheme, *same)
+    assert (stored.code, stored.records) == (made.code, made.records)
     report = json.loads(made.out)
     assert report["passed"] and made.code == 0
-    assert (report["quantization"], report["kv_cache_dtype"]) == ("w8a8", "float32")
+    assert (report["quantization"], report["kv_cache_dtype"]) == (scheme, "float32")
     assert 0 < report["mean_kl"] < report["max_kl"]
 
 
@@ -452,7 +453,8 @@ def test_info_on_the_16b_model(cli: Cli, sixteen_b: Path):
     facts = {name: value.strip() for name, value in facts.items()}
     assert facts["parameters"] == "16.376 B total, 2.83 B active for one token"
     assert facts["weights"] == (
-        "65.50 GB float32, 32.75 GB bfloat16, 32.75 GB float16, 16.63 GB int8, 16.84 GB w8a8"
+        "65.50 GB float32, 32.75 GB bfloat16, 32.75 GB float16, 16.63 GB int8, 16.84 GB w8a8, "
+        "16.84 GB fp8, 9.62 GB int4"
     )
     assert facts["KV cache per token"] == (
         "448 KiB float32, 224 KiB bfloat16, 224 KiB float16, 115.5 KiB int8"
@@ -480,6 +482,16 @@ def test_info_says_what_a_rank_holds(cli: Cli, sixteen_b: Path):
     assert "4.11 GB of float16 weights, 28 KiB of float16 KV cache per token" in ran.out
     ran = cli("info", sixteen_b, "-tp", 8, "--quantization", "int8", "--kv-cache-dtype", "int8")
     assert "2.10 GB of int8 weights, 14.4375 KiB of int8 KV cache per token" in ran.out
+
+
+def test_info_leaves_out_the_bits_that_a_model_cannot_have(cli: Cli, sixteen_b: Path):
+    config = json.loads((sixteen_b / "config.json").read_text())
+    (sixteen_b / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 1400}))
+    ran = cli("info", sixteen_b)
+    assert "fp8" in ran.out and "int4" not in ran.out
+    ran = cli("info", sixteen_b, "--quantization", "int4")
+    assert ran.code == 1
+    assert "groups of 32, and moe_intermediate_size=1400 is no multiple of it; use int8" in ran.err
 
 
 def test_info_scales_its_units_to_small_models(cli: Cli):
@@ -629,6 +641,12 @@ WRONG_INPUT: list[tuple[str, str]] = [
     ("verify {quick} --nnodes 2", "on many nodes verify needs --reference"),
     ("quantize {quick} {tmp}", "{tmp} exists; choose another folder"),
     ("quantize {quick} {tmp}/no/r", "there is no folder {tmp}/no"),
+    ("quantize {fp8} {tmp}/r --quantization fp8", "{fp8} is quantised already (fp8)"),
+    (
+        "generate {fp8} {sum} --quantization w8a8",
+        "quantization=w8a8: the checkpoint holds weights of fp8, which can be run as fp8 only",
+    ),
+    ("info {fp8} --quantization int8", "quantization=int8: the checkpoint holds weights of fp8"),
     ("verify {quick} --reference {ref} --write-reference", "exists; give a new file to write"),
     ("verify {quick} --reference {tmp}/no/r --write-reference", "there is no folder {tmp}/no"),
     (
@@ -687,6 +705,9 @@ def places(tmp_path: Path) -> dict[str, object]:
 def test_wrong_input_is_one_clear_line(
     cli: Cli, places: dict[str, object], tmp_path: Path, command: str, says: str
 ):
+    if "{fp8}" in command:
+        places["fp8"] = tmp_path / "fp8"
+        assert cli("quantize", QUICKSTART, tmp_path / "fp8", "--quantization", "fp8").code == 0
     if "{cut}" in command:
         places["cut"] = cut = altered_checkpoint(
             TINY, tmp_path / "cut", "model.norm.weight", lambda weight: None

@@ -17,6 +17,10 @@ import gpu
 import tune_moe
 from poison import Poisoned
 
+from moespan import ModelConfig
+from tests.ops import interpreter
+from tests.support import geometry
+
 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = replace(gpu.ELSEWHERE, check_tokens=(3,), contexts=(8,), repeats=1)
@@ -33,6 +37,8 @@ def test_one_command_checks_and_measures(
     gpu.main(["--device", "cpu", "--preset", "tiny", "--json", str(file)])
     report = json.loads(file.read_text())
     assert report["passed"] and len(report["operations"]) >= 20
+    kinds = {row.get("quantization") for row in report["operations"]}
+    assert kinds == {None, "int8", "w8a8"}
     assert report["skipped"] == ["transformers: not installed"]
     cases = [(row["engine"], row["phase"], row["batch"], row["new"]) for row in report["rows"]]
     assert cases == [
@@ -57,6 +63,21 @@ def test_a_wrong_operation_fails_the_command(
     assert "FAILED operation=mlp" in capsys.readouterr().out
 
 
+def test_products_of_8_bit_floats_are_checked_like_those_of_other_weights(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from moespan.ops.cuda import CudaOps
+
+    interpreter.mend(monkeypatch)
+    sizes = replace(gpu.ELSEWHERE, check_tokens=(3, 6))
+    config, cpu = ModelConfig.from_dict(geometry()), torch.device("cpu")
+    with torch.inference_mode():
+        rows = gpu.check_operations(CudaOps(), config, [torch.bfloat16], ["fp8"], sizes, cpu)
+    checked = [row for row in rows if row.get("quantization") == "fp8"]
+    assert len(checked) == 2 * 6
+    assert all(row["passed"] for row in rows)
+
+
 def test_what_is_handed_out_unset_is_poisoned():
     with Poisoned():
         assert torch.empty(3).isnan().all()
@@ -65,12 +86,11 @@ def test_what_is_handed_out_unset_is_poisoned():
         assert torch.zeros(2).tolist() == [0, 0]
 
 
-def test_tiles_are_found_for_every_kernel(monkeypatch: pytest.MonkeyPatch):
-    from moespan import ModelConfig
-    from tests.support import geometry
-
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_tiles_are_found_for_every_kernel(quantization: str | None):
     config = ModelConfig.from_dict(geometry())
-    found = tune_moe.tune(config, torch.float32, False, torch.device("cpu"), quick=True)
+    found = tune_moe.tune(config, torch.float32, quantization, torch.device("cpu"), quick=True)
+    assert {key.split()[2] for key in found} == {quantization or "float32"}
     kernels = {key.split()[0] for key in found}
     assert kernels == {"few_gate_up", "few_down", "gate_up", "down"}
     for table in found.values():

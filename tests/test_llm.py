@@ -664,9 +664,24 @@ def test_closing_twice_is_closing_once(small: Callable[..., LLM]):
 def test_integers_are_refused_where_the_device_has_no_operations_for_them(
     monkeypatch: pytest.MonkeyPatch, setting: dict[str, str]
 ):
-    monkeypatch.setattr("moespan.ops.CpuOps.has_integers", False)
+    monkeypatch.setattr("moespan.ops.CpuOps.quantizations", ())
+    monkeypatch.setattr("moespan.ops.CpuOps.has_int8_cache", False)
     with pytest.raises(ConfigError, match="not implemented for device=cpu"):
         LLM(str(QUICKSTART), device="cpu", **setting)
+
+
+def test_8_bit_floats_are_refused_with_what_takes_them_and_what_else_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("moespan.ops.CpuOps.quantizations", ("int8", "w8a8"))
+    with pytest.raises(ConfigError, match=r"capability 8\.9 and newer.*; use int8 or w8a8 or a"):
+        LLM(str(QUICKSTART), device="cpu", quantization="fp8")
+
+
+def test_4_bits_are_refused_with_what_else_there_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moespan.ops.CpuOps.quantizations", ("int8", "w8a8"))
+    with pytest.raises(ConfigError, match=r"=int4 is not .* device=cpu; use int8 or w8a8 or"):
+        LLM(str(QUICKSTART), device="cpu", quantization="int4")
 
 
 def test_a_variable_for_other_devices_is_not_read_into_an_error(monkeypatch: pytest.MonkeyPatch):

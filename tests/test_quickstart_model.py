@@ -40,12 +40,14 @@ def test_held_out_items_are_answered_exactly(llm: LLM, task: str, num_items: int
     [
         {"quantization": "int8"},
         {"quantization": "w8a8"},
+        {"quantization": "fp8"},
+        {"quantization": "int4"},
         {"kv_cache_dtype": "int8"},
         {"quantization": "w8a8", "kv_cache_dtype": "int8"},
     ],
     ids=str,
 )
-def test_integers_answer_held_out_items_nearly_as_well(settings: dict[str, str]):
+def test_8_and_4_bits_answer_held_out_items_nearly_as_well(settings: dict[str, str]):
     with LLM(str(MODEL), device="cpu", max_model_len=256, **settings) as llm:
         for task in ("sum", "sort"):
             prompts = [prompt for prompt, _ in tasks.heldout(task, 60)]

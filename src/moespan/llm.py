@@ -66,8 +66,9 @@ class LLM:
         expert_placement: `contiguous`, `round_robin`, or a JSON file.
         device: `auto`, `npu`, `cuda` or `cpu`.
         dtype: `auto` is the checkpoint's.
-        quantization: `int8` or `w8a8` holds matrices as 8-bit integers, and `w8a8` rounds what they
-            are multiplied with, too; None is the checkpoint's.
+        quantization: `int8` or `w8a8` holds matrices as 8-bit integers, `fp8` as 8-bit floats and
+            `int4` as 4-bit integers; `w8a8` and `fp8` round what they are multiplied with, too;
+            None is the checkpoint's.
         kv_cache_dtype: `auto` is the dtype; `int8` halves the KV cache, and more for float32.
         max_model_len: most tokens of one sequence; None is the model's own limit.
         max_num_seqs: most sequences in one step.

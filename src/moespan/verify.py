@@ -20,7 +20,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from moespan.config import Layout, ModelConfig
+from moespan.config import SCHEMES, Layout, ModelConfig
 from moespan.engine.request import Request, SamplingParams
 from moespan.errors import ConfigError, RequestError
 from moespan.llm import LLM
@@ -50,38 +50,53 @@ _ROUNDINGS_PER_LAYER = 8
 _PRODUCTS_PER_LAYER = 4
 # The largest of a row's elements as a multiple of their standard deviation.
 _CREST = 4
+# The same of 32 neighbours: the root of what its square comes to, on average, if they are normal.
+_GROUP_CREST = 2.3
+# Of the relative error of rounding: integers in steps of the row or group, floats in their own.
+_VARIANCE = {
+    "int8": (_CREST / 127) ** 2 / 12,
+    "float8_e4m3fn": 2.0**-8 / 3,
+    "int4": (_GROUP_CREST / 8) ** 2 / 12,
+}
 
 
 @dataclass(frozen=True)
-class Integers:
-    """What is rounded to 8 bits in the engine that is verified, and is not in the reference.
+class EightBits:
+    """What is rounded to 8 or 4 bits in the engine that is verified, and is not in the reference.
 
-    A result of other integers is a jump that no order of operations explains, so what depends on
+    A result of other roundings is a jump that no order of operations explains, so what depends on
     the order falls under this even where the reference rounds it, too: activations and the cache.
+
+    Attributes:
+        weights, activations, kv_cache: the dtype that they are rounded to; None if they are not.
     """
 
-    weights: bool = False
-    activations: bool = False
-    kv_cache: bool = False
+    weights: str | None = None
+    activations: str | None = None
+    kv_cache: str | None = None
 
     @classmethod
-    def of(cls, llm: LLM, reference: Reference) -> Integers:
-        """Those of `llm`, seen from `reference`."""
-        scheme = llm.info.quantization
+    def of(cls, llm: LLM, reference: Reference) -> EightBits:
+        """What `llm` rounds, seen from `reference`."""
+        ours, theirs = (
+            SCHEMES.get(name or "") for name in (llm.info.quantization, reference.quantization)
+        )
+        are_same = ours and theirs and ours.dtype == theirs.dtype
         return cls(
-            weights=scheme is not None and reference.quantization is None,
-            activations=scheme == "w8a8",
-            kv_cache=llm.info.cache_dtype == "int8",
+            weights=ours.dtype if ours and not are_same else None,
+            activations=ours.dtype if ours and ours.activation_bits == 8 else None,
+            kv_cache="int8" if llm.info.cache_dtype == "int8" else None,
         )
 
     @property
-    def count(self) -> int:
-        """How many kinds."""
-        return self.weights + self.activations + self.kv_cache
+    def variance(self) -> float:
+        """Of the relative error that they add to the result of a product."""
+        kinds = (self.weights, self.activations, self.kv_cache)
+        return sum(_VARIANCE[kind] for kind in kinds if kind is not None)
 
 
 def tolerance(
-    dtype: str, config: ModelConfig, logit_std: float, integers: Integers | None = None
+    dtype: str, config: ModelConfig, logit_std: float, eight_bits: EightBits | None = None
 ) -> Tolerance:
     """The tolerance for `dtype`.
 
@@ -93,22 +108,22 @@ def tolerance(
     - Experts that swap where the router is undecided by less than u: it happens to about one token
       in 1/u per MoE layer, and moves it by about the weight of one of the k chosen experts, 1/k.
 
-    Integers of 8 bits add to both. Rows whose largest element is c standard deviations are rounded
+    8 bits add to both. Rows whose largest element is c standard deviations are rounded to integers
     in steps of c/127 of them, a relative error of e = c/(127·√12) in the result of each of the four
-    products of a layer for each kind of integers; routers are undecided by e then.
+    products of a layer for each kind that is rounded; floats with three bits after the leading one
+    are rounded within 2⁻⁴ of themselves, e = 2⁻⁴/√3; routers are undecided by e then.
 
     An error of relative variance v in logits of standard deviation s costs s²·v/2 nats.
 
     Args:
         logit_std: standard deviation of the reference's logits over the vocabulary.
-        integers: what is rounded that the reference has not; None is nothing.
+        eight_bits: what is rounded that the reference has not; None is nothing.
     """
-    integers = integers or Integers()
-    if dtype == "float32" and not integers.count:
+    step_variance = (eight_bits or EightBits()).variance
+    if dtype == "float32" and not step_variance:
         return Tolerance(relative=2e-4, kl=None, top1=None, greedy=True)
     u = _UNIT_ROUNDOFF.get(dtype, 0.0)
     layers = config.num_hidden_layers
-    step_variance = integers.count * (_CREST / 127) ** 2 / 12
     sigma = math.sqrt(
         u**2 * _ROUNDINGS_PER_LAYER * layers / 3 + step_variance * _PRODUCTS_PER_LAYER * layers
     )
@@ -333,7 +348,7 @@ def verify(llm: LLM, reference: Reference) -> VerifyReport:
         llm.info.quantization,
         llm.info.cache_dtype,
         llm.config.layout,
-        tolerance(llm.config.dtype, llm.model_config, logit_std, Integers.of(llm, reference)),
+        tolerance(llm.config.dtype, llm.model_config, logit_std, EightBits.of(llm, reference)),
         [reports[name] for name in prompts],
     )
 

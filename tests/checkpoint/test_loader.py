@@ -12,12 +12,12 @@ import torch
 
 from moespan.checkpoint.loader import Loaded, load_weights
 from moespan.checkpoint.placement import Piece, checkpoint_tensors, place
-from moespan.checkpoint.quantization import QuantizedWeight, round_rows
+from moespan.checkpoint.quantization import QuantizedWeight, round_groups, round_rows
 from moespan.checkpoint.random import make_checkpoint, preset
 from moespan.checkpoint.source import SafetensorsSource, Source
-from moespan.config import QUANTIZATIONS, Layout, ModelConfig
-from moespan.errors import CheckpointError
-from tests.support import CPU, Oracle, altered_checkpoint, geometry
+from moespan.config import QUANTIZATIONS, SCHEMES, Layout, ModelConfig
+from moespan.errors import CheckpointError, LayoutError
+from tests.support import CPU, WHOLE_GROUPS, Oracle, altered_checkpoint, geometry
 
 LAYOUTS = [
     Layout(),
@@ -137,7 +137,9 @@ def read_of(weights: Loaded, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
     return weight.values[piece.index], weight.scales[piece.index[:-1]]
 
 
-def load_ranks_together(config: ModelConfig, source: Source, layout: Layout) -> list[Loaded]:
+def load_ranks_together(
+    config: ModelConfig, source: Source, layout: Layout, quantization: str
+) -> list[Loaded]:
     """What the ranks of one stage hold when they have told each other their maxima."""
     told: list[torch.Tensor] = []
 
@@ -149,7 +151,7 @@ def load_ranks_together(config: ModelConfig, source: Source, layout: Layout) -> 
     for maximum_over_tp in (tell, lambda _: torch.stack(told).amax(0)):
         loaded = [
             load_weights(
-                place(config, layout, rank, quantization="int8"),
+                place(config, layout, rank, quantization=quantization),
                 source,
                 torch.bfloat16,
                 CPU,
@@ -163,20 +165,23 @@ def load_ranks_together(config: ModelConfig, source: Source, layout: Layout) -> 
 @pytest.mark.parametrize(
     "layout", [Layout(), Layout(tp=2), Layout(tp=4, ep=2), Layout(tp=8, ep=8)], ids=str
 )
-def test_every_layout_rounds_to_the_integers_of_whole_rows(layout: Layout):
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_every_layout_rounds_as_whole_rows_are(layout: Layout, quantization: str):
     oracle = Oracle("sixteen")
-    source, whole = oracle.source(), place(oracle.config, Layout(), 0, quantization="int8")
+    source, whole = oracle.source(), place(oracle.config, Layout(), 0, quantization=quantization)
+    dtype = getattr(torch, SCHEMES[quantization].dtype)
     expected = {
-        piece.source: round_rows(values)
+        piece.source: round_rows(values, dtype=dtype)
         for batch in source.batches(whole.pieces)
         for piece, values in source.read(batch)
         if whole.parameters[piece.parameter].is_quantized
     }
     linear = [name for name in checkpoint_tensors(oracle.config) if "_proj" in name]
-    assert sorted(expected) == sorted([*linear, "lm_head.weight"])
-    ranks = load_ranks_together(oracle.config, source, layout)
+    head = ["lm_head.weight"] if quantization == "int8" else []
+    assert sorted(expected) == sorted([*linear, *head])
+    ranks = load_ranks_together(oracle.config, source, layout, quantization)
     for rank, weights in enumerate(ranks):
-        placement = place(oracle.config, layout, rank, quantization="int8")
+        placement = place(oracle.config, layout, rank, quantization=quantization)
         held = [weight for weight in weights.values() if isinstance(weight, QuantizedWeight)]
         num_bytes = sum(weight.num_bytes for weight in held)
         num_bytes += sum(w.nbytes for w in weights.values() if isinstance(w, torch.Tensor))
@@ -185,12 +190,13 @@ def test_every_layout_rounds_to_the_integers_of_whole_rows(layout: Layout):
             if placement.parameters[piece.parameter].is_quantized:
                 values, scales = expected[piece.source]
                 found_values, found_scales = read_of(weights, piece)
-                assert torch.equal(found_values, values[piece.source_index])
+                assert found_values.dtype == dtype
+                assert torch.equal(found_values.float(), values[piece.source_index].float())
                 assert torch.equal(found_scales, scales[piece.source_index[0]])
 
 
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
-def test_norms_router_and_embedding_stay_floats_and_activations_are_rounded_for_w8a8_alone(
+def test_norms_router_and_embedding_stay_floats_and_activations_are_rounded_where_the_scheme_is(
     scheme: str,
 ):
     oracle = Oracle("tiny")
@@ -203,16 +209,48 @@ def test_norms_router_and_embedding_stay_floats_and_activations_are_rounded_for_
     }
     modules = ("qkv", "out", "gate_up", "down")
     expected = {
-        name: 8 if scheme == "w8a8" else 16
+        name: SCHEMES[scheme].activation_bits
         for name in weights
         if name.rpartition(".")[2] in modules
     }
-    assert bits == expected | ({"head": 16} if scheme == "int8" else {})
+    assert bits == expected | ({"head": 16} if scheme in ("int8", "int4") else {})
+    assert scheme != "int4" or weights["head"].values.dtype == torch.int8
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=4, ep=2), Layout(tp=4, ep=4)], ids=str)
+def test_every_layout_cuts_between_groups_and_rounds_as_one_rank_does(layout: Layout):
+    oracle = Oracle("sixteen")
+    source, whole = oracle.source(), place(oracle.config, Layout(), 0, quantization="int4")
+    expected = {
+        piece.source: round_groups(values, 32)
+        for batch in source.batches(whole.pieces)
+        for piece, values in source.read(batch)
+        if "_proj" in piece.source
+    }
+    for rank in range(layout.tp):
+        placement = place(oracle.config, layout, rank, quantization="int4")
+        assert not placement.cut_rows
+        weights, report = load_weights(placement, source, torch.bfloat16, CPU)
+        assert report.held_bytes == placement.num_bytes("bfloat16")
+        for piece in (piece for piece in placement.pieces if "_proj" in piece.source):
+            weight = weights[piece.parameter]
+            rows, columns = piece.source_index
+            for per_column, found, theirs in zip(
+                (8, 32), (weight.values, weight.scales), expected[piece.source], strict=True
+            ):
+                start, stop = columns.start // per_column, columns.stop // per_column
+                here = (*piece.index[:-1], slice(0, stop - start))
+                assert torch.equal(found[here], theirs[rows, start:stop])
+
+
+def test_a_group_is_never_cut():
+    with pytest.raises(LayoutError, match=r"tp=8 gives a rank 16 columns .*use tp of 1, 2, 4"):
+        place(Oracle("sixteen").config, Layout(tp=8), 0, quantization="int4")
 
 
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
 def test_a_tied_head_stays_the_embedding_that_it_is(scheme: str):
-    config = ModelConfig.from_dict(geometry(tie_word_embeddings=True))
+    config = ModelConfig.from_dict(geometry(tie_word_embeddings=True, **WHOLE_GROUPS))
     parameters = place(config, Layout(), 0, quantization=scheme).parameters
     assert not parameters["embed"].is_quantized
     assert "head" not in parameters

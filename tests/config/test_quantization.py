@@ -41,11 +41,108 @@ def test_what_llm_compressor_writes_is_read():
     )
 
 
+def test_what_llm_compressor_writes_of_8_bit_floats_is_read():
+    floats = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
+    stored = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**floats, "strategy": "channel", "dynamic": False},
+                "input_activations": {**floats, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head"],
+    }
+    assert QuantizationConfig.from_dict(stored) == QuantizationConfig("fp8", ("lm_head",))
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value", "complaint"),
+    [
+        (("group_0", "weights"), "type", "int", "type='int' is not implemented; only 'float'"),
+        (("group_0", "weights"), "strategy", "tensor", "strategy='tensor' is not implemented"),
+        (("group_0", "input_activations"), "dynamic", False, "dynamic=False is not implemented"),
+        (("group_0",), "input_activations", None, "'float-quantized' without input_activations"),
+    ],
+)
+def test_other_ways_to_8_bit_floats_are_refused(
+    place: tuple[str, ...], key: str, value: object, complaint: str
+):
+    stored = written("fp8")
+    inner = stored["config_groups"]
+    for name in place:
+        inner = inner[name]
+    inner[key] = value
+    with pytest.raises(ConfigError, match=complaint):
+        QuantizationConfig.from_dict(stored)
+
+
+def test_what_llm_compressor_writes_of_4_bits_is_read():
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 32,
+        "actorder": None,
+        "dynamic": False,
+    }
+    stored = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}
+        },
+        "ignore": ["lm_head"],
+    }
+    assert QuantizationConfig.from_dict(stored) == QuantizationConfig("int4", ("lm_head",))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_bits", 8), ("group_size", 128), ("symmetric", False), ("actorder", "group")],
+)
+def test_other_ways_to_4_bits_are_refused(key: str, value: object):
+    stored = written("int4")
+    stored["config_groups"]["group_0"]["weights"][key] = value
+    with pytest.raises(ConfigError, match=f"{key}={value!r} is not implemented"):
+        QuantizationConfig.from_dict(stored)
+
+
+def test_4_bits_with_rounded_activations_are_refused():
+    stored = written("int4")
+    group = stored["config_groups"]["group_0"]
+    group["input_activations"] = written("w8a8")["config_groups"]["group_0"]["input_activations"]
+    with pytest.raises(ConfigError, match="'pack-quantized' with input_activations"):
+        QuantizationConfig.from_dict(stored)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "wanted", "running"),
+    [("int8", "w8a8", "w8a8"), ("w8a8", "int8", "int8"), ("w8a8", None, "w8a8"),
+     ("fp8", "fp8", "fp8"), ("fp8", None, "fp8"), ("int4", None, "int4")],
+)  # fmt: skip
+def test_what_is_stored_runs_as_any_scheme_of_the_same_weights(
+    scheme: str, wanted: str | None, running: str
+):
+    assert QuantizationConfig.of(scheme).running_as(wanted) == running
+
+
+@pytest.mark.parametrize(
+    ("scheme", "wanted"), [("fp8", "w8a8"), ("int8", "fp8"), ("int8", "int4"), ("int4", "int8")]
+)
+def test_what_is_stored_runs_as_no_scheme_of_other_weights(scheme: str, wanted: str):
+    with pytest.raises(ConfigError, match=f"quantization={wanted}.* holds weights of {scheme}"):
+        QuantizationConfig.of(scheme).running_as(wanted)
+
+
 @pytest.mark.parametrize(
     ("place", "key", "value"),
     [
         ((), "quant_method", "awq"),
-        ((), "format", "pack-quantized"),
+        ((), "format", "marlin-24"),
         ((), "kv_cache_scheme", {"num_bits": 8}),
         (("config_groups", "group_0"), "targets", ["Conv2d"]),
         (("config_groups", "group_0"), "output_activations", {}),

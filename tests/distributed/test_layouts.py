@@ -149,32 +149,43 @@ def test_every_geometry_gives_what_one_rank_gives(ranks: Ranks, tmp_path: Path, 
 FOR_INTEGERS = [Layout(tp=4, ep=2), Layout(tp=2, sp=2, ep=4), Layout(pp=2, dp=2, ep=2)]
 
 
+# Of 4 bits no layout may cut a group, and widths are padded to whole ones.
+WHOLE_GROUPS = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "intermediate_size": 160,
+    "moe_intermediate_size": 96,
+}
+
+
 @pytest.mark.parametrize("is_stored", [False, True], ids=["made while loading", "stored"])
+@pytest.mark.parametrize(("scheme", "sizes"), [("int8", {}), ("int4", WHOLE_GROUPS)])
 def test_integers_of_weights_are_the_same_in_every_layout(
-    ranks: Ranks, tmp_path: Path, is_stored: bool
+    ranks: Ranks, tmp_path: Path, scheme: str, sizes: dict[str, int], is_stored: bool
 ):
     folder = tmp_path / "model"
-    make_checkpoint(folder, geometry(num_key_value_heads=2))
-    settings = {"quantization": "int8"}
+    make_checkpoint(folder, geometry(num_key_value_heads=2, **sizes))
+    settings = {"quantization": scheme}
     if is_stored:
-        quantize_checkpoint(folder, tmp_path / "stored", "int8")
+        quantize_checkpoint(folder, tmp_path / "stored", scheme)
         folder, settings = tmp_path / "stored", {}
     write_reference(ranks.llm(folder, **settings), tmp_path / "one_rank.safetensors", PROMPTS, 5)
     reference = Reference(tmp_path / "one_rank.safetensors")
     for layout, dispatch in cases(ModelConfig.from_pretrained(folder), FOR_INTEGERS):
         report = verify(ranks.llm(folder, layout, dispatch, **settings), reference)
-        assert report.quantization == "int8"
+        assert report.quantization == scheme
         assert report.tolerance.relative == 2e-4
         assert not report.failures, f"{layout}, {dispatch}"
 
 
+@pytest.mark.parametrize("quantization", ["w8a8", "fp8"])
 def test_rounded_activations_and_caches_stay_within_their_tolerance(
-    ranks: Ranks, references: dict[str, Reference]
+    ranks: Ranks, references: dict[str, Reference], quantization: str
 ):
     config = ModelConfig.from_pretrained(oracle("sixteen"))
     for layout, dispatch in cases(config, FOR_INTEGERS):
         llm = ranks.llm(
-            oracle("sixteen"), layout, dispatch, quantization="w8a8", kv_cache_dtype="int8"
+            oracle("sixteen"), layout, dispatch, quantization=quantization, kv_cache_dtype="int8"
         )
         report = verify(llm, references["sixteen"])
         assert report.cache_dtype == "int8"

@@ -1,5 +1,6 @@
-"""Triton's interpreter, with its bfloat16 mended: it cuts float32 off instead of rounding it, and
-takes the bits of bfloat16 for integers in products of matrices and when integers become bfloat16.
+"""Triton's interpreter, with its small floats mended: it cuts float32 off on the way to bfloat16,
+takes the bits of bfloat16 for integers in products of matrices and when integers become bfloat16,
+rounds to 8-bit floats away from zero without a carry, and takes their NaN for a number.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+_WIDER = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 def mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until `monkeypatch` is undone, bfloat16 rounds as on a card, and products are of floats."""
+    """Until `monkeypatch` is undone, floats round as on a card, and products are of floats."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -20,6 +23,14 @@ def mend(monkeypatch: pytest.MonkeyPatch) -> None:
     convert, create_dot, cast = interpreter._convert_float, builder.create_dot, builder.cast_impl
 
     def mended_convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if (source, target) == (tl.float32, tl.float8e4nv):
+            # `cvt.rn.satfinite`
+            limited = torch.tensor(data.view(np.float32)).clamp(-448, 448)
+            return limited.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        if source == tl.float8e4nv:
+            read = torch.tensor(data.view(np.uint8)).view(torch.float8_e4m3fn)
+            bits = getattr(torch, f"uint{target.primitive_bitwidth}")
+            return read.to(_WIDER[target.name]).view(bits).numpy()
         if (source, target) == (tl.float32, tl.bfloat16):
             rounded = torch.tensor(data.view(np.float32)).bfloat16()
             return rounded.view(torch.int16).numpy().view(np.uint16)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moespan.checkpoint.quantization import QuantizedWeight
+from moespan.checkpoint.quantization import QuantizedWeight, quantize, round_rows
 from moespan.config import ModelConfig
 from moespan.model.network import Step
 from moespan.ops import AttentionBatch, CpuOps, KVCache, Ops, ReferenceOps
 from tests.ops import interpreter
 from tests.ops.contract import (
     DTYPES,
+    KINDS,
     REFERENCE,
     OpsContract,
     QuantizedContract,
@@ -61,7 +62,7 @@ class TestCudaOps(OpsContract):
             yield ops
 
 
-class TestCudaOpsOfIntegers(QuantizedContract):
+class TestCudaOpsOf8Bits(QuantizedContract):
     head_sizes = (6,)
     most_tokens = 21
 
@@ -131,17 +132,76 @@ def test_rotated_keys_are_rounded_on_their_way_to_an_int8_cache(
         )
 
 
-def test_what_is_no_number_stays_so_through_8_bits(ops: Ops):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_what_is_no_number_stays_so_through_8_bits(ops: Ops, dtype: torch.dtype):
     x = torch.ones(6, 16)
     x[1, 3], x[4, 5] = torch.nan, torch.inf
-    weight = QuantizedWeight(torch.ones(8, 16, dtype=torch.int8), torch.ones(8), 8)
+    weight = QuantizedWeight(torch.ones(8, 16).to(dtype), torch.ones(8), 8)
     for tokens in (x, x[:2]):
         finite = ops.linear(tokens, weight).isfinite().all(-1)
         assert finite.tolist() == tokens.isfinite().all(-1).tolist()
+
+
+def test_what_is_no_number_stays_so_in_an_int8_cache(ops: Ops):
+    x = torch.ones(6, 16)
+    x[1, 3], x[4, 5] = torch.nan, torch.inf
     cache = KVCache.zeros((2, 4, 1, 16), torch.int8, CPU)
     ops.write_cache(x[:, None], x[:, None], cache, torch.arange(6, dtype=torch.int32))
     assert cache.key_scales is not None
     assert cache.key_scales.flatten()[:6].isfinite().tolist() == x.isfinite().all(-1).tolist()
+
+
+# 8-bit floats
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("width", [1, 300, 4100])
+def test_rows_are_rounded_as_the_reference_rounds_them(width: int, dtype: torch.dtype):
+    from moespan.ops.triton_kernels.rows import quantize
+
+    x = random(4, width)
+    x[1] *= torch.logspace(-8, 4, width)  # subnormal numbers, too
+    x[2] = 0
+    x[3] = 1e-40  # whose scale is less than any that a quotient of 448 could come of
+    with Poisoned():
+        values, scales = quantize(x, dtype)
+    expected, expected_scales = round_rows(x, dtype=dtype)
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(values[:3].float(), expected[:3].float())
+    assert values.float().isfinite().all()
+
+
+@pytest.mark.parametrize("choice", ["random", "all on one", "none here"])
+@pytest.mark.parametrize("num_tokens", [1, 37])
+def test_experts_of_8_bit_floats_at_odd_sizes(ops: Ops, num_tokens: int, choice: str):
+    kind, (first, held, num_slots, width, hidden) = KINDS["fp8"], (3, 5, 11, 34, 7)
+    shapes = (held, 2 * hidden, width), (held, width, hidden)
+    banks = [
+        QuantizedWeight(values.view(shape), scales.view(shape[:-1]), kind.activation_bits)
+        for shape in shapes
+        for values, scales in [quantize(random(*shape).flatten(0, 1), dtype=kind.dtype)]
+    ]
+    x, weights = random(num_tokens, width, dtype=torch.bfloat16), random(num_tokens, 4).softmax(-1)
+    slots = random(num_tokens, num_slots).argsort(-1)[:, :4].int()
+    if choice != "random":
+        slots = torch.full_like(slots, first if choice == "all on one" else num_slots)
+    args = (x, weights, slots, *banks, first, num_slots)
+    with Poisoned():
+        found = ops.experts(*args)
+    kind.assert_close(found, REFERENCE.experts(*args), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "takes"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)]
+)
+def test_cards_without_8_bit_floats_do_not_take_them(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], takes: bool
+):
+    from moespan.ops.cuda import CudaOps
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert CudaOps().quantizations == (("int8", "w8a8", "fp8") if takes else ("int8", "w8a8"))
 
 
 # Attention split over the keys of a sequence
@@ -174,6 +234,17 @@ def test_decode_reads_lengths_from_the_device_only(ops: Ops):
 
 
 # The whole network
+
+
+def test_the_network_of_8_bit_floats_computes_what_plain_torch_does(ops: Ops):
+    oracle = Oracle("tiny_gqa")
+    ours, theirs = (
+        make_worker(oracle.config, oracle.source(), ops=one, quantization="fp8", enforce_eager=True)
+        for one in (ops, ReferenceOps())
+    )
+    prompt = oracle.prompts[-1][:6]  # of few tokens, and of one more than few
+    (found,), (expected,) = (run_prompts(one, [prompt], most_chunk=5) for one in (ours, theirs))
+    assert abs(found.logits - expected.logits).max() <= 1e-4 * abs(expected.logits).max()
 
 
 @pytest.mark.parametrize("name", ["tiny_gqa", "sixteen"])

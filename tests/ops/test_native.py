@@ -123,6 +123,42 @@ def test_experts_of_integers(ops: NativeCpuOps, num_tokens: int, bits: int):
     assert_close(ops.experts(x, weights, slots, *packed, 0, 4), expected, 2e-2)
 
 
+def int4(*shape: int, seed: int = 0) -> QuantizedWeight:
+    values, scales = quantize(random(*shape, seed=seed).flatten(0, -2), group_size=32)
+    return QuantizedWeight(values.view(*shape[:-1], -1), scales.view(*shape[:-1], -1))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 12, 13, 33, 130])
+@pytest.mark.parametrize(("out", "width"), [(96, 64), (7, 32), (33, 2080)])
+def test_linear_of_4_bits_for_any_number_of_rows(
+    ops: NativeCpuOps, rows: int, out: int, width: int
+):
+    x, weight, bias = random(rows, width), int4(out, width, seed=1), random(out, seed=2)
+    packed = ops.prepare("layers.0.attention.out", weight)
+    assert isinstance(packed, PackedWeight)
+    assert packed.panels.nbytes == -(-out // 32) * 32 * width * 4.5 / 8
+    assert_close(ops.linear(x, packed), REFERENCE.linear(x.float(), weight), 5e-3)
+    expected = REFERENCE.linear(x.float(), weight, bias.float())
+    assert_close(ops.linear(x, packed, bias), expected, 5e-3)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9, 150])
+@pytest.mark.parametrize("width", [32, 96])
+def test_experts_of_4_bits(ops: NativeCpuOps, num_tokens: int, width: int):
+    hidden_size, held = 64, 3
+    x = random(num_tokens, hidden_size)
+    banks = int4(held, 2 * width, hidden_size), int4(held, hidden_size, width, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    slots = torch.rand(num_tokens, 4, generator=generator).argsort(-1)[:, :2]
+    weights = torch.rand(num_tokens, 2, generator=generator)
+    packed = [
+        ops.prepare(f"mlp.experts.{name}", bank)
+        for name, bank in zip(("gate_up", "down"), banks, strict=True)
+    ]
+    expected = REFERENCE.experts(x, weights, slots, *banks, 0, 4)
+    assert_close(ops.experts(x, weights, slots, *packed, 0, 4), expected, 2e-2)
+
+
 def test_what_no_expert_here_is_chosen_for_is_zero(ops: NativeCpuOps):
     bank = [
         ops.prepare("mlp.experts.gate_up", random(2, 64, 32)),

@@ -1,4 +1,4 @@
-"""Fills a rank's parameters from a source of weights, slice by slice, and rounds to integers those
+"""Fills a rank's parameters from a source of weights, slice by slice, and rounds to 8 bits those
 that are to be held so."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moespan.checkpoint.placement import Piece, Placement
-from moespan.checkpoint.quantization import QuantizedWeight, quantize, row_maxima
+from moespan.checkpoint.quantization import QuantizedWeight, allocate, quantize, row_maxima
 from moespan.checkpoint.source import Source
 from moespan.errors import CheckpointError
 from moespan.memory import zeros
@@ -64,7 +64,8 @@ def load_weights(
     def fill(pieces: list[Piece]) -> int:
         read_bytes = 0
         for piece, values in source.read(pieces):
-            if check_finite and values.is_floating_point() and not values.isfinite().all():
+            is_checked = check_finite and values.is_floating_point()
+            if is_checked and not values.float().isfinite().all():  # of 8 bits torch asks none
                 not_finite.append(f"{piece.source} holds NaN or Inf")
             if piece.source in placement.cut_rows:
                 cut.add(piece, values)
@@ -96,12 +97,15 @@ def _allocate(
 ) -> Tensor | QuantizedWeight:
     """Zeros, because padding must be."""
     parameter = placement.parameters[name]
-    if parameter.activation_bits is not None:
-        return QuantizedWeight(
-            zeros(parameter.shape, torch.int8, device),
-            zeros(parameter.shape[:-1], torch.float32, device),
-            parameter.activation_bits,
+    if parameter.scheme is not None:
+        scheme = parameter.scheme
+        values, scales = allocate(
+            parameter.shape,
+            getattr(torch, scheme.storage),
+            scheme.group_size,
+            lambda shape, dtype: zeros(shape, dtype, device),
         )
+        return QuantizedWeight(values, scales, scheme.activation_bits)
     own = getattr(torch, parameter.dtype) if parameter.dtype else dtype
     return zeros(parameter.shape, own, device)
 
@@ -114,13 +118,15 @@ def _store(
         weight[piece.index].copy_(values)
     elif piece.is_scale:
         weight.scales[piece.index].copy_(values)
-    elif values.dtype == torch.int8:
+    elif values.dtype == weight.values.dtype:
         weight.values[piece.index].copy_(values)
     else:
         known = None if maxima is None else maxima.to(values.device)
-        integers, scales = quantize(values, known)
-        weight.values[piece.index].copy_(integers)
-        weight.scales[piece.index[:-1]].copy_(scales)
+        parts = quantize(values, known, weight.values.dtype, weight.group_size)
+        for to, part in zip((weight.values, weight.scales), parts, strict=True):
+            # Columns begin at 0, whatever they are counted in.
+            columns = tuple(slice(0, size) for size in part.shape[1:])
+            to[piece.index[:-1] + columns].copy_(part)
 
 
 class _CutRows:

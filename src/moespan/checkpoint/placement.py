@@ -27,30 +27,38 @@ experts the rank holds (`experts.py`), e = tp/ep over how many ranks each is cut
 KV heads fewer than tp are replicated: then each rank holds the one head that its queries read. sp
 and dp cut no weights, but the KV cache is split by heads over tp·sp.
 
-Of matrices of 8-bit integers (all but embed, router and, with W8A8, head) a rank has its slice, and
-the scales of that slice's rows: of (out, in) there are (out). A scale is of a whole row of the
-checkpoint's tensor, wherever its columns are cut, so that every layout computes with the same
-numbers.
+Of matrices of 8 or 4 bits (all but embed, router and, where activations are rounded, head) a rank
+has its slice and that slice's scales. Every layout computes with the same numbers: of 8 bits a
+scale is of a whole row of the checkpoint's tensor, wherever its columns are cut, and of (out, in)
+there are (out); of 4 bits it is of a group, (out, in / group), and columns are cut between groups,
+as are the widths I.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.config import (
     DTYPE_BYTES,
-    SCALE_BYTES,
+    PACKED_SUFFIX,
     SCALE_SUFFIX,
+    SCHEMES,
+    SHAPE_SUFFIX,
     Layout,
     ModelConfig,
     QuantizationConfig,
+    Scheme,
 )
+from moespan.errors import ConfigError, LayoutError
 
 Index = tuple[slice, ...]
+
+# See `tensors_of` of `Placement._add`.
+_FLOATS: tuple[tuple[str, int | None], ...] = (("", 1),)
 
 
 @dataclass(frozen=True)
@@ -78,23 +86,22 @@ class Parameter:
 
     Attributes:
         dtype: None is the engine's.
-        activation_bits: of a matrix of integers, with scales beside it, what
-            `QuantizedWeight.activation_bits` is to be; None for one of floats.
+        scheme: of a quantised matrix, how; None for another.
     """
 
     shape: tuple[int, ...]
     dtype: str | None = None
-    activation_bits: int | None = None
+    scheme: Scheme | None = None
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it is held as 8-bit integers."""
-        return self.activation_bits is not None
+        """Whether it is held in 8 or 4 bits."""
+        return self.scheme is not None
 
     def num_bytes(self, dtype: str) -> int:
         """Bytes that it takes, its scales included, when the engine's dtype is `dtype`."""
-        if self.is_quantized:
-            return math.prod(self.shape) + SCALE_BYTES * math.prod(self.shape[:-1])
+        if self.scheme is not None:
+            return math.prod(self.shape[:-1]) * self.scheme.row_bytes(self.shape[-1])
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype or dtype]
 
 
@@ -103,7 +110,9 @@ class Piece:
     """`source[source_index]` of the checkpoint goes to `parameter[index]`.
 
     `index` holds slices, of the same lengths as `source_index`, after an expert's number where the
-    parameter is a bank of experts. With `is_scale` it is the parameter's scales that are meant.
+    parameter is a bank of experts. With `is_scale` it is the parameter's scales that are meant. Of
+    stored integers of 4 bits columns count the words that they are packed in, and of their scales
+    groups.
     """
 
     source: str
@@ -155,27 +164,32 @@ class Placement:
         columns: Share,
         expert: tuple[int, int] | None = None,
         dtype: str | None = None,
-        activation_bits: int | None = None,
-        has_scales: Callable[[str], bool] = lambda source: False,
+        scheme: Scheme | None = None,
+        tensors_of: Callable[[str], Iterable[tuple[str, int | None]]] = lambda source: _FLOATS,
     ) -> None:
-        """Stack the row shares of `sources` into one matrix; `expert` is (number, how many)."""
+        """Stack the row shares of `sources` into one matrix; `expert` is (number, how many).
+
+        Args:
+            tensors_of: those that a source is in the checkpoint: what each adds to its name, and
+                how many columns it has one element for; None has one for a row.
+        """
         rows = sum(share.length for _, share in sources)
         shape = (rows, columns.length)
-        self.parameters[name] = Parameter(
-            (expert[1], *shape) if expert else shape, dtype, activation_bits
-        )
+        self.parameters[name] = Parameter((expert[1], *shape) if expert else shape, dtype, scheme)
         number = expert[:1] if expert else ()
         at = 0
         for source, share in sources:
-            source_index = (slice(share.start, share.stop), slice(columns.start, columns.stop))
-            index = (
-                slice(at, at + share.stop - share.start),
-                slice(0, columns.stop - columns.start),
-            )
-            self._append(Piece(source, source_index, name, (*number, *index)))
-            if has_scales(source):
-                scale = source + SCALE_SUFFIX
-                self._append(Piece(scale, source_index[:1], name, (*number, index[0]), True))
+            source_rows = slice(share.start, share.stop)
+            to_rows = slice(at, at + share.stop - share.start)
+            for suffix, unit in tensors_of(source):
+                source_index: Index = (source_rows,)
+                index: tuple[Any, ...] = (*number, to_rows)
+                if unit is not None:
+                    start, stop = columns.start // unit, columns.stop // unit
+                    source_index += (slice(start, stop),)
+                    index += (slice(0, stop - start),)
+                is_scale = suffix == SCALE_SUFFIX
+                self._append(Piece(source + suffix, source_index, name, index, is_scale))
             at += share.length
 
     def _add_vector(self, name: str, sources: list[tuple[str, Share]]) -> None:
@@ -205,7 +219,12 @@ def place(
 
     Args:
         experts: which ep rank holds which experts; None is contiguous.
-        quantization: `int8` or `w8a8`; None is as the checkpoint is.
+        quantization: one of `QUANTIZATIONS`; None is as the checkpoint is.
+
+    Raises:
+        ConfigError: the checkpoint holds weights of another quantization, or the model's rows are
+            not whole groups.
+        LayoutError: tp would cut through a group.
     """
     at = layout.coordinates(rank)
     tp, part = layout.tp, at.tp
@@ -217,7 +236,13 @@ def place(
     queries, keys = head_shares(config, tp, part)
     placement = Placement()
     stored, wanted = config.quantization, quantization and QuantizationConfig.of(quantization)
-    scheme = quantization or (stored.scheme if stored else None)
+    running = stored.running_as(quantization) if stored else quantization
+    scheme = SCHEMES[running] if running else None
+    group_size = scheme.group_size if scheme else None
+    if running is not None and group_size is not None:
+        _check_groups(config, layout, running, group_size)
+    # Widths are cut between groups, and padded to whole ones.
+    unit = group_size or 1
 
     def is_stored(source: str) -> bool:
         return stored is not None and stored.holds(source.removesuffix(".weight"))
@@ -225,26 +250,32 @@ def place(
     def is_quantized(source: str) -> bool:
         return is_stored(source) or bool(wanted and wanted.holds(source.removesuffix(".weight")))
 
+    def tensors_of(source: str) -> Iterable[tuple[str, int | None]]:
+        if not is_stored(source):
+            return _FLOATS
+        if group_size is None:
+            return (("", 1), (SCALE_SUFFIX, None))
+        return ((PACKED_SUFFIX, 8), (SCALE_SUFFIX, group_size))
+
     def add_linear(
         name: str,
         sources: list[tuple[str, Share]],
         columns: Share,
         expert: tuple[int, int] | None = None,
     ) -> None:
-        # What the head reads is never rounded: its errors would be those of the logits.
-        rounded = 8 if scheme == "w8a8" and name != "head" else 16
-        bits = rounded if any(is_quantized(source) for source, _ in sources) else None
+        own = scheme if any(is_quantized(source) for source, _ in sources) else None
+        if name == "head":
+            if own is not None:
+                # What the head reads is never rounded: its errors would be those of the logits.
+                own = replace(own, activation_bits=16)
+            elif scheme is not None and scheme.head is not None:
+                own = SCHEMES[scheme.head]
         placement._add(
-            name,
-            sources,
-            columns=columns,
-            expert=expert,
-            activation_bits=bits,
-            has_scales=is_stored,
+            name, sources, columns=columns, expert=expert, scheme=own, tensors_of=tensors_of
         )
 
     def add_cut_rows(source: str, parts: int) -> None:
-        if parts > 1 and is_quantized(source) and not is_stored(source):
+        if parts > 1 and group_size is None and is_quantized(source) and not is_stored(source):
             placement.cut_rows[source] = config.hidden_size
 
     def mlp(name: str, source: str, share: Share, expert: tuple[int, int] | None = None) -> None:
@@ -283,7 +314,7 @@ def place(
             mlp(
                 f"{layer}.mlp",
                 f"{source}.mlp",
-                Share.of(config.intermediate_size, tp, part),
+                Share.of(config.intermediate_size, tp, part, unit),
             )
             add_cut_rows(f"{source}.mlp.down_proj.weight", tp)
             continue
@@ -302,14 +333,14 @@ def place(
             mlp(
                 f"{layer}.mlp.experts",
                 f"{source}.mlp.experts.{e}",
-                Share.of(config.moe_intermediate_size, slices, part % slices),
+                Share.of(config.moe_intermediate_size, slices, part % slices, unit),
                 expert=(slot, len(held)),
             )
         if config.shared_intermediate_size:
             mlp(
                 f"{layer}.mlp.shared",
                 f"{source}.mlp.shared_experts",
-                Share.of(config.shared_intermediate_size, tp, part),
+                Share.of(config.shared_intermediate_size, tp, part, unit),
             )
             add_cut_rows(f"{source}.mlp.shared_experts.down_proj.weight", tp)
     if is_last:
@@ -317,6 +348,31 @@ def place(
     if is_last and not config.tie_word_embeddings:
         add_linear("head", [("lm_head.weight", vocabulary)], whole)
     return placement
+
+
+def _check_groups(config: ModelConfig, layout: Layout, name: str, group_size: int) -> None:
+    """Refuse what would leave a part of a group."""
+    sizes = {"hidden_size": config.hidden_size}
+    if config.num_moe_layers < config.num_hidden_layers:
+        sizes["intermediate_size"] = config.intermediate_size
+    if config.num_moe_layers:
+        sizes["moe_intermediate_size"] = config.moe_intermediate_size
+    for key, size in sizes.items():
+        if size % group_size:
+            raise ConfigError(
+                f"{name} rounds rows in groups of {group_size}, and {key}={size} is no multiple of "
+                "it; use int8"
+            )
+
+    def cut(tp: int) -> int:
+        return head_shares(config, tp, 0)[0].length
+
+    if cut(layout.tp) % group_size:
+        fitting = [str(tp) for tp in range(1, layout.tp) if not cut(tp) % group_size]
+        raise LayoutError(
+            f"tp={layout.tp} gives a rank {cut(layout.tp)} columns of o_proj, and cuts through "
+            f"{name}'s groups of {group_size}; use tp of {', '.join(fitting)}"
+        )
 
 
 def head_shares(config: ModelConfig, tp: int, part: int) -> tuple[Share, Share]:
@@ -363,7 +419,10 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def tolerated_tensors(config: ModelConfig) -> Iterator[str]:
-    """Names that HF checkpoints may hold beside the model's own, and that nothing reads."""
+    """Names that checkpoints may hold beside the model's own, and that nothing reads."""
+    for name in checkpoint_tensors(config):
+        if name.endswith(PACKED_SUFFIX):
+            yield name.removesuffix(PACKED_SUFFIX) + SHAPE_SUFFIX
     if config.tie_word_embeddings:
         yield "lm_head.weight"
     for i in range(config.num_hidden_layers):

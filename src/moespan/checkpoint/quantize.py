@@ -1,4 +1,4 @@
-"""Turns a checkpoint of floats into one of 8-bit integers, which loads as fast as it is read."""
+"""Turns a checkpoint of floats into one of 8 or 4 bits, which loads as fast as it is read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from moespan.checkpoint.placement import place
@@ -14,8 +15,10 @@ from moespan.checkpoint.quantization import quantize
 from moespan.checkpoint.source import INDEX_FILE, SafetensorsSource
 from moespan.checkpoint.writer import write_json, write_shards
 from moespan.config import (
-    SCALE_BYTES,
+    PACKED_SUFFIX,
     SCALE_SUFFIX,
+    SCHEMES,
+    SHAPE_SUFFIX,
     Layout,
     ModelConfig,
     QuantizationConfig,
@@ -40,17 +43,18 @@ def quantize_checkpoint(
     is whole; until then it is a hidden one beside it, which is removed if anything fails.
 
     Args:
-        scheme: `int8` or `w8a8`.
+        scheme: one of `QUANTIZATIONS`.
         progress: called with the bytes of each shard written.
 
     Raises:
-        ConfigError: `target` exists, or the checkpoint holds integers already.
+        ConfigError: `target` exists, the checkpoint is quantised already, or its rows are not whole
+            groups of the scheme's.
         CheckpointError: the checkpoint is not whole.
     """
     config = ModelConfig.from_pretrained(folder)
     if config.quantization is not None:
         raise ConfigError(
-            f"{folder} holds integers already ({config.quantization.scheme}); quantise the "
+            f"{folder} is quantised already ({config.quantization.scheme}); quantise the "
             "checkpoint that it was made from"
         )
     if target.exists():
@@ -58,21 +62,33 @@ def quantize_checkpoint(
     if not target.parent.is_dir():
         raise ConfigError(f"there is no folder {target.parent}; make it first")
     source = SafetensorsSource(folder, config)
+    own, stored = SCHEMES[scheme], QuantizationConfig.of(scheme)
+    if config.tie_word_embeddings:
+        stored = stored.with_ignored_head()
+    dtype = getattr(torch, own.storage)
     placement = place(config, Layout(), 0, quantization=scheme)
     pieces = {piece.source: piece for piece in placement.pieces}
     is_quantized = {
-        name: placement.parameters[piece.parameter].is_quantized for name, piece in pieces.items()
+        name: placement.parameters[piece.parameter].is_quantized
+        and stored.holds(name.removesuffix(".weight"))
+        for name, piece in pieces.items()
     }
 
     def make(name: str) -> dict[str, Tensor]:
         ((_, values),) = source.read([pieces[name]])
         if not is_quantized[name]:
             return {name: values.clone()}  # the file is unmapped when it is done with
-        integers, scales = quantize(values)
-        return {name: integers, name + SCALE_SUFFIX: scales[:, None]}
+        rounded, scales = quantize(values, dtype=dtype, group_size=own.group_size)
+        if own.group_size is None:
+            return {name: rounded, name + SCALE_SUFFIX: scales[:, None]}
+        return {
+            name + PACKED_SUFFIX: rounded,
+            name + SCALE_SUFFIX: scales,
+            name + SHAPE_SUFFIX: torch.tensor(values.shape),
+        }
 
     sizes = {
-        name: piece.num_elements + SCALE_BYTES * piece.num_rows
+        name: piece.num_rows * own.row_bytes(piece.num_elements // piece.num_rows)
         if is_quantized[name]
         else source.num_bytes(piece)
         for name, piece in pieces.items()
@@ -84,9 +100,6 @@ def quantize_checkpoint(
             for file in folder.glob(pattern):
                 if file.name not in _WRITTEN:
                     shutil.copyfile(file, partial / file.name)
-        stored = QuantizationConfig.of(scheme)
-        if config.tie_word_embeddings:
-            stored = stored.with_ignored_head()
         raw = read_json(folder / "config.json")
         write_json(partial / "config.json", {**raw, "quantization_config": stored.to_dict()})
         partial.chmod(0o755)  # what is made for a moment is its owner's only

@@ -18,13 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moespan.checkpoint.placement import Index, Piece, checkpoint_tensors, tolerated_tensors
-from moespan.config import SCALE_SUFFIX, ModelConfig, read_json
+from moespan.config import PACKED_SUFFIX, SCALE_SUFFIX, SCHEMES, ModelConfig, read_json
 from moespan.errors import CheckpointError, ConfigError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _FLOATS = ("F32", "BF16", "F16")
-_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
+_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1, "F8_E4M3": 1}
+# Of what has scales, as torch and as safetensors call it.
+_QUANTIZED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "int32": "I32"}
 _BATCH_BYTES = 64 << 20
 # Whose random numbers follow from seed and shape, whatever else it does.
 _DRAWING_DEVICES = ("cuda",)
@@ -60,6 +62,8 @@ class SafetensorsSource:
         self._item_bytes: dict[str, int] = {}
         problems: list[str] = []
         expected = checkpoint_tensors(config)
+        stored = config.quantization
+        self._quantized = (_QUANTIZED[SCHEMES[stored.scheme].storage],) if stored else ()
         for file, names in self._files(problems).items():
             self._read_header(file, names, expected, problems)
         tolerated = set(tolerated_tensors(config))
@@ -126,14 +130,15 @@ class SafetensorsSource:
                     self._item_bytes[name] = _ITEM_BYTES.get(dtype, 0)
                     if name not in expected:
                         continue
-                    # Scales are (out) or (out, 1).
+                    # Scales of rows are (out) or (out, 1).
                     if shape != expected[name] and not (
                         name.endswith(SCALE_SUFFIX) and shape == (*expected[name], 1)
                     ):
                         problems.append(
                             f"{file}: {name} has shape {list(shape)}, not {list(expected[name])}"
                         )
-                    dtypes = ("I8",) if name + SCALE_SUFFIX in expected else _FLOATS
+                    has_scales = name.removesuffix(PACKED_SUFFIX) + SCALE_SUFFIX in expected
+                    dtypes = self._quantized if has_scales else _FLOATS
                     if dtype not in dtypes:
                         problems.append(
                             f"{file}: {name} has dtype {dtype}, not one of {', '.join(dtypes)}"
@@ -183,7 +188,8 @@ class SafetensorsSource:
         with self._open(self._file_of[pieces[0].source]) as handle:
             for piece in pieces:
                 values = handle.get_slice(piece.source)[piece.source_index]
-                yield piece, values.flatten() if piece.is_scale else values
+                is_vector = len(piece.source_index) == 1
+                yield piece, values.flatten() if is_vector else values
 
 
 class RandomSource:

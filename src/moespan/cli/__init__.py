@@ -187,14 +187,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--seed", type=int, default=0)
 
-    verb = _add_verb(verbs, quantize, "write a checkpoint of 8-bit integers")
+    verb = _add_verb(verbs, quantize, "write a checkpoint of 8 or 4 bits")
     verb.add_argument("model", metavar="MODEL", help="checkpoint folder, or a hub name")
     verb.add_argument("folder", type=Path, metavar="OUT", help="the new folder")
     verb.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
         default="int8",
-        help="int8: weights alone; w8a8: activations, too, when it is run (int8)",
+        help="int8: integers for weights alone; w8a8: for activations, too, when it is run; fp8: "
+        "floats for both; int4: integers for weights alone, of 4 bits (int8)",
     )
 
     verb = _add_verb(verbs, doctor, "check this machine")

@@ -149,7 +149,7 @@ def add_common_flags(parser: argparse.ArgumentParser, model_is_required: bool = 
     parser.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
-        help="hold matrices as 8-bit integers (default: as the checkpoint does)",
+        help="hold matrices in 8 or 4 bits (default: as the checkpoint does)",
     )
     parser.add_argument(
         "--kv-cache-dtype",

@@ -114,7 +114,7 @@ def bench_table(report: dict[str, Any]) -> Iterator[str]:
 
 
 def kinds(report: VerifyReport) -> str:
-    """dtype, and what is of integers, in words."""
+    """dtype, and what is of 8 bits, in words."""
     parts = [report.dtype]
     if report.quantization is not None:
         parts.append(report.quantization)

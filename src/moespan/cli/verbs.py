@@ -35,7 +35,7 @@ from moespan.cli.show import (
     scaled,
 )
 from moespan.config import DTYPE_BYTES, QUANTIZATIONS, Layout, ModelConfig, all_layouts
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, LayoutError
 
 if TYPE_CHECKING:
     from moespan.llm import LLM
@@ -193,7 +193,11 @@ def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
     from moespan.verify_layouts import verify_layouts
 
     config = ModelConfig.from_pretrained(resolve(args.model))
-    layouts = all_layouts(args.all_layouts, config)
+    layouts = [
+        layout
+        for layout in all_layouts(args.all_layouts, config)
+        if _can_be_cut(config, layout, args.quantization)
+    ]
     if not layouts:
         raise ConfigError(f"--all-layouts {args.all_layouts}: no layout of so many ranks fits")
 
@@ -219,6 +223,16 @@ def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
         verdict = f"{failed} FAILED" if failed else "all passed"
         print(f"{len(layouts)} layouts, {len(reports)} runs in {seconds:.0f} s: {verdict}")
     return EXIT_FAILED if failed else 0
+
+
+def _can_be_cut(config: ModelConfig, layout: Layout, quantization: str | None) -> bool:
+    from moespan.checkpoint.placement import place
+
+    try:
+        place(config, layout, 0, quantization=quantization)
+    except LayoutError:
+        return False
+    return True
 
 
 def _write_reference(args: argparse.Namespace) -> int:
@@ -315,16 +329,16 @@ def info(args: argparse.Namespace) -> int:
     dtype = config.dtype if args.dtype == "auto" else args.dtype
     cache_dtype = dtype if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
     stored = config.quantization
-    scheme = args.quantization or (stored.scheme if stored else None)
+    scheme = stored.running_as(args.quantization) if stored else args.quantization
     world = range(layout.world_size)
     ranks = [
         place(config, layout, rank, placement, args.quantization).num_bytes(dtype) for rank in world
     ]
     cache = [cache_bytes_per_token(config, layout, rank, cache_dtype) for rank in world]
-    quantized = {
-        name: place(config, Layout(), 0, quantization=name).num_bytes(dtype)
-        for name in QUANTIZATIONS
-    }
+    quantized = {}
+    for name in stored.same_weights if stored else QUANTIZATIONS:
+        with contextlib.suppress(ConfigError):  # rows need not be whole groups
+            quantized[name] = place(config, Layout(), 0, quantization=name).num_bytes(dtype)
     cache_dtypes = (*DTYPE_BYTES, "int8")
     facts: dict[str, Any] = {
         "model": args.model,
@@ -417,7 +431,7 @@ def make_checkpoint(args: argparse.Namespace) -> int:
 
 
 def quantize(args: argparse.Namespace) -> int:
-    """Write a checkpoint of 8-bit integers, for this engine and others (compressed-tensors)."""
+    """Write a checkpoint of 8 or 4 bits, for this engine and others (compressed-tensors)."""
     from tqdm import tqdm
 
     from moespan.checkpoint.placement import place

@@ -13,12 +13,16 @@ from moespan.config.engine import (
     is_wildcard,
 )
 from moespan.config.layout import Coordinates, Layout, all_layouts, balanced_stages, layer_cost
-from moespan.config.model import DTYPE_BYTES, SCALE_BYTES, ModelConfig, read_json
+from moespan.config.model import DTYPE_BYTES, ModelConfig, read_json
 from moespan.config.quantization import (
     KV_CACHE_DTYPES,
+    PACKED_SUFFIX,
     QUANTIZATIONS,
     SCALE_SUFFIX,
+    SCHEMES,
+    SHAPE_SUFFIX,
     QuantizationConfig,
+    Scheme,
 )
 
 __all__ = [
@@ -26,9 +30,11 @@ __all__ = [
     "DISPATCHES",
     "DTYPE_BYTES",
     "KV_CACHE_DTYPES",
+    "PACKED_SUFFIX",
     "QUANTIZATIONS",
-    "SCALE_BYTES",
     "SCALE_SUFFIX",
+    "SCHEMES",
+    "SHAPE_SUFFIX",
     "WEIGHT_FORMATS",
     "Coordinates",
     "EngineConfig",
@@ -37,6 +43,7 @@ __all__ = [
     "ModelConfig",
     "Nodes",
     "QuantizationConfig",
+    "Scheme",
     "all_layouts",
     "balanced_stages",
     "is_wildcard",

@@ -32,9 +32,10 @@ class EngineConfig:
         layout: degree of parallelism on each axis.
         device: `cpu`, `cuda` or `npu`.
         dtype: of weights, activations and KV cache, unless the next two say otherwise.
-        quantization: `int8` or `w8a8` for matrices of 8-bit integers, made while loading from a
+        quantization: one of `QUANTIZATIONS` for matrices of few bits, made while loading from a
             checkpoint that has none; None for what the checkpoint holds. One that holds integers
-            can be run as either: they are the same, and only what is done to activations differs.
+            can be run as `int8` or `w8a8`: they are the same, and only what is done to activations
+            differs.
         kv_cache_dtype: `auto` for `dtype`, or `int8`.
         load_format: `safetensors`, or `dummy` for deterministic random weights without a file.
         seed: of dummy weights and of requests that bring no seed of their own.

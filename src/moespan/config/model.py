@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moespan.config.quantization import QuantizationConfig
+from moespan.config.quantization import SCALE_BYTES, QuantizationConfig
 from moespan.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SCALE_BYTES = 4
-"""Scales of what is stored as int8 are float32."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class ModelConfig:
     those of its `DeepseekConfig`.
 
     Attributes:
-        quantization: what the checkpoint holds as 8-bit integers; None if nothing.
+        quantization: what the checkpoint holds in 8 or 4 bits; None if nothing.
     """
 
     vocab_size: int

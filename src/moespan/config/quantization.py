@@ -1,8 +1,9 @@
-"""Weights as 8-bit integers: the schemes, and how a checkpoint says that it holds them.
+"""Weights of 8 and of 4 bits: the schemes, and how a checkpoint says that it holds them.
 
 The words are those of compressed-tensors (`quantization_config` of `config.json`), which vLLM and
-llm-compressor read and write: format `int-quantized`, 8 bits, symmetric, one scale for each output
-channel; activations, if they are rounded, anew for each token.
+llm-compressor read and write: formats `int-quantized` and `float-quantized`, 8 bits, symmetric, one
+scale for each output channel, activations, if they are rounded, anew for each token; and
+`pack-quantized`, integers of 4 bits, symmetric, one scale for each group of 32 along the input.
 """
 
 from __future__ import annotations
@@ -14,14 +15,63 @@ from typing import Any
 
 from moespan.errors import ConfigError
 
-QUANTIZATIONS = ("int8", "w8a8")
-"""`int8`: weights alone (W8A16). `w8a8`: the same weights, and what they are multiplied with."""
+SCALE_BYTES = 4
+"""Scales of rows are float32."""
+
+_GROUP_SCALE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What becomes of weights, and of what they are multiplied with.
+
+    Attributes:
+        dtype: of weights, as torch calls it.
+        activation_bits: 8 where activations are rounded to the same dtype; 16 where they stay.
+        format: of a checkpoint, as compressed-tensors calls it.
+        number_type: `int` or `float`, its word for what `num_bits` are.
+        weight_bits: of each number.
+        group_size: how many neighbours of a row have one scale, which is bfloat16 then; None is a
+            float32 scale for the whole row.
+        head: the scheme of a head that the checkpoint holds as floats; None leaves it so.
+    """
+
+    dtype: str
+    activation_bits: int
+    format: str
+    number_type: str
+    weight_bits: int = 8
+    group_size: int | None = None
+    head: str | None = None
+
+    @property
+    def storage(self) -> str:
+        """The dtype of the tensor that holds weights, as torch calls it: 4 bits are packed."""
+        return "int32" if self.weight_bits < 8 else self.dtype
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of a row of `width` with its scales."""
+        groups = self.group_size and width // self.group_size
+        scale_bytes = SCALE_BYTES if groups is None else groups * _GROUP_SCALE_BYTES
+        return width * self.weight_bits // 8 + scale_bytes
+
+
+SCHEMES = {
+    "int8": Scheme("int8", 16, "int-quantized", "int"),
+    "w8a8": Scheme("int8", 8, "int-quantized", "int"),
+    "fp8": Scheme("float8_e4m3fn", 8, "float-quantized", "float"),
+    "int4": Scheme("int4", 16, "pack-quantized", "int", weight_bits=4, group_size=32, head="int8"),
+}
+QUANTIZATIONS = tuple(SCHEMES)
 
 KV_CACHE_DTYPES = ("auto", "int8")
 """`auto`: the engine's dtype. `int8`: with a float32 scale for each token and head."""
 
 SCALE_SUFFIX = "_scale"
-"""What the name of a tensor of integers gains to name its scales."""
+"""What the name of a quantised tensor gains to name its scales."""
+
+PACKED_SUFFIX, SHAPE_SUFFIX = "_packed", "_shape"
+"""What it gains, of 4 bits, to name its integers, eight to an int32, and the shape that it has."""
 
 _HEAD, _ROUTER = "lm_head", "re:.*mlp.gate$"
 # A pattern of `ignore` is run on every module's name, so it may only be one that ends soon.
@@ -31,7 +81,7 @@ _MOST_WILDCARDS = 3
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Which matrices are integers, and what is done to what they are multiplied with.
+    """Which matrices are quantised, and how.
 
     Attributes:
         scheme: one of `QUANTIZATIONS`.
@@ -43,9 +93,33 @@ class QuantizationConfig:
 
     @classmethod
     def of(cls, scheme: str) -> QuantizationConfig:
-        """What this engine makes of a model: of all linear layers but the router, and with W8A8 but
-        the head, as the published recipes have it, so that the checkpoint can be read elsewhere."""
-        return cls(scheme, (_ROUTER, *((_HEAD,) if scheme == "w8a8" else ())))
+        """What this engine makes of a model: of all linear layers but the router, and where
+        activations are rounded or weights have 4 bits but the head, as the published recipes have
+        it, so that the checkpoint can be read elsewhere."""
+        own = SCHEMES[scheme]
+        leaves_head = own.activation_bits == 8 or own.weight_bits < 8
+        return cls(scheme, (_ROUTER, *((_HEAD,) if leaves_head else ())))
+
+    @property
+    def same_weights(self) -> tuple[str, ...]:
+        """Schemes whose weights are those that are stored."""
+        dtype = SCHEMES[self.scheme].dtype
+        return tuple(name for name, scheme in SCHEMES.items() if scheme.dtype == dtype)
+
+    def running_as(self, wanted: str | None) -> str:
+        """The scheme in which what is stored is run: its own, or `wanted` if the weights are the
+        same in both.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        if wanted not in (None, *self.same_weights):
+            raise ConfigError(
+                f"quantization={wanted}: the checkpoint holds weights of {self.scheme}, which can "
+                f"be run as {' or '.join(self.same_weights)} only; use the one that it was made "
+                "from"
+            )
+        return wanted or self.scheme
 
     def with_ignored_head(self) -> QuantizationConfig:
         """The same, but for the head."""
@@ -60,10 +134,10 @@ class QuantizationConfig:
         """
         if not isinstance(raw, dict):
             raise ConfigError(f"quantization_config={raw!r} must be an object")
-        _demand(
-            raw, quant_method=("compressed-tensors",), format=("int-quantized",),
-            kv_cache_scheme=(None,),
-        )  # fmt: skip
+        formats = tuple(dict.fromkeys(scheme.format for scheme in SCHEMES.values()))
+        _demand(raw, quant_method=("compressed-tensors",), format=formats, kv_cache_scheme=(None,))
+        schemes = {name: one for name, one in SCHEMES.items() if one.format == raw["format"]}
+        first = next(iter(schemes.values()))
         groups = raw.get("config_groups")
         if not isinstance(groups, dict) or len(groups) != 1:
             raise ConfigError("quantization_config: config_groups must be an object of one group")
@@ -71,45 +145,52 @@ class QuantizationConfig:
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise ConfigError("quantization_config: the group has no weights")
         _demand(group, targets=(["Linear"],), output_activations=(None,))
-        _demand(group["weights"], **_INTEGERS, strategy=("channel",), dynamic=(False, None))
+        _demand(group["weights"], **_weights(first), dynamic=(False, None))
         activations = group.get("input_activations")
+        bits = 16
         if activations is not None:
             if not isinstance(activations, dict):
                 raise ConfigError("quantization_config: input_activations must be an object")
-            _demand(activations, **_INTEGERS, strategy=("token",), dynamic=(True,))
+            _demand(activations, **_activations(first), dynamic=(True,))
+            bits = 8
+        scheme = next((name for name in schemes if schemes[name].activation_bits == bits), None)
+        if scheme is None:
+            raise ConfigError(
+                f"quantization_config: format={raw['format']!r} "
+                f"{'without' if bits == 16 else 'with'} input_activations is not implemented"
+            )
         ignore = raw.get("ignore") or []
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise ConfigError(f"quantization_config: ignore={ignore!r} must be a list of names")
         for name in ignore:
             _check_pattern(name)
-        return cls("int8" if activations is None else "w8a8", tuple(ignore))
+        return cls(scheme, tuple(ignore))
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` that `from_dict` reads, with all keys that others expect."""
 
-        def integers(strategy: str, dynamic: bool) -> dict[str, Any]:
+        scheme = SCHEMES[self.scheme]
+
+        def numbers(kind: dict[str, tuple[Any, ...]], dynamic: bool) -> dict[str, Any]:
             return {
-                "num_bits": 8,
-                "type": "int",
-                "symmetric": True,
-                "strategy": strategy,
+                **{key: value for key, (value,) in kind.items()},
                 "dynamic": dynamic,
-                "group_size": None,
                 "block_structure": None,
-                "actorder": None,
                 "observer": None if dynamic else "minmax",
                 "observer_kwargs": {},
             }
 
         group = {
             "targets": ["Linear"],
-            "weights": integers("channel", dynamic=False),
-            "input_activations": integers("token", dynamic=True) if self.scheme == "w8a8" else None,
+            "weights": numbers(_weights(scheme), dynamic=False),
+            "input_activations": numbers(_activations(scheme), dynamic=True)
+            if scheme.activation_bits == 8
+            else None,
             "output_activations": None,
         }
         return {
             "quant_method": "compressed-tensors",
-            "format": "int-quantized",
+            "format": scheme.format,
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": list(self.ignore),
@@ -118,7 +199,7 @@ class QuantizationConfig:
         }
 
     def holds(self, module: str) -> bool:
-        """Whether the weight of `module`, a linear layer by its HF name, is stored as integers."""
+        """Whether the weight of `module`, a linear layer by its HF name, is stored quantised."""
         return not any(
             re.match(name.removeprefix("re:"), module)
             if name.startswith("re:")
@@ -127,13 +208,21 @@ class QuantizationConfig:
         )
 
 
-_INTEGERS: dict[str, tuple[Any, ...]] = {
-    "num_bits": (8,),
-    "type": ("int",),
-    "symmetric": (True,),
-    "group_size": (None,),
-    "actorder": (None,),
-}
+def _weights(scheme: Scheme) -> dict[str, tuple[Any, ...]]:
+    """What is implemented of a scheme's weights, in compressed-tensors' words."""
+    return {
+        "num_bits": (scheme.weight_bits,),
+        "type": (scheme.number_type,),
+        "symmetric": (True,),
+        "strategy": ("channel" if scheme.group_size is None else "group",),
+        "group_size": (scheme.group_size,),
+        "actorder": (None,),
+    }
+
+
+def _activations(scheme: Scheme) -> dict[str, tuple[Any, ...]]:
+    """What is implemented of activations that are rounded."""
+    return {**_weights(scheme), "num_bits": (8,), "strategy": ("token",), "group_size": (None,)}
 
 
 def _demand(raw: Mapping[str, Any], **implemented: tuple[Any, ...]) -> None:
@@ -143,8 +232,10 @@ def _demand(raw: Mapping[str, Any], **implemented: tuple[Any, ...]) -> None:
         if not any(type(found) is type(value) and found == value for value in values):
             raise ConfigError(
                 f"quantization_config: {key}={found!r} is not implemented; only "
-                f"{' or '.join(repr(value) for value in values)} is (int-quantized, 8 bits, "
-                "symmetric, weights per channel, activations per token or not at all)"
+                f"{' or '.join(repr(value) for value in values)} is (int-quantized or "
+                "float-quantized, 8 bits, symmetric, weights per channel, activations per token; "
+                "int-quantized also without these; pack-quantized, 4 bits, symmetric, weights in "
+                "groups of 32)"
             )
 
 

@@ -339,7 +339,7 @@ def _build_worker(
         )
     dtype = getattr(torch, config.dtype)
     ops = ops_for(config.device, config)
-    _check_integers(config, model_config, ops)
+    _check_quantization(config, model_config, ops)
     quantization, source = config.quantization, _open(config, model_config, mesh.device)
     if config.load_format == "dummy" and model_config.quantization:
         # What is drawn is floats, to be rounded as the checkpoint of this config would be.
@@ -396,17 +396,19 @@ def _build_worker(
     return worker, num_blocks, report
 
 
-def _check_integers(config: EngineConfig, model_config: ModelConfig, ops: Ops) -> None:
-    """Refuse integers where the device has no operations for them, before anything is read."""
-    if ops.has_integers:
-        return
+def _check_quantization(config: EngineConfig, model_config: ModelConfig, ops: Ops) -> None:
+    """Refuse 8 bits where the device has no operations for them, before anything is read."""
     device = f"device={config.device}" + (f" ({ops.chip})" if ops.chip else "")
-    if config.quantization or model_config.quantization:
+    stored = model_config.quantization
+    scheme = config.quantization or (stored.scheme if stored else None)
+    if scheme is not None and scheme not in ops.quantizations:
+        needs = " (GPUs of compute capability 8.9 and newer, and CPUs, take it)"
+        others = " or ".join((*ops.quantizations, "a checkpoint of floats without --quantization"))
         raise ConfigError(
-            f"matrices of 8-bit integers are not implemented for {device}; leave "
-            "--quantization out, and use the checkpoint that the integers were made from"
+            f"quantization={scheme} is not implemented for {device}"
+            f"{needs if scheme == 'fp8' else ''}; use {others}"
         )
-    if config.cache_dtype == "int8":
+    if config.cache_dtype == "int8" and not ops.has_int8_cache:
         raise ConfigError(f"kv_cache_dtype=int8 is not implemented for {device}; use auto")
 
 

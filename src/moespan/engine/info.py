@@ -15,7 +15,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about a started engine.
 
     Attributes:
-        quantization: scheme of the matrices that are integers; None if none is.
+        quantization: scheme of the matrices that are of few bits; None if none is.
         cache_dtype: of the KV cache.
         num_blocks, block_size: blocks of the KV cache and tokens in each.
         load_s: seconds that reading the weights took on the slowest rank.

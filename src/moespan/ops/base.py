@@ -151,8 +151,10 @@ class Ops(Protocol):
     block_size: int
     # Whether `record` works on this kind of device.
     has_graphs: bool
-    # Whether it takes weights (`QuantizedWeight`) and caches of 8-bit integers.
-    has_integers: bool
+    # Quantizations whose weights (`QuantizedWeight`) it takes.
+    quantizations: tuple[str, ...]
+    # Whether it takes caches of 8-bit integers.
+    has_int8_cache: bool
     # Of an NPU: 910B (A2), 910C (A3) or 310P; empty if it is another one, or none.
     chip: str
 
@@ -187,10 +189,11 @@ class Ops(Protocol):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x·Wᵀ + bias: [T, in], [out, in] → [T, out].
 
-        With a `QuantizedWeight` of 16 activation bits W is its integers times its scales. With 8, x
-        is rounded too, each row for itself (`round_rows` in `moespan.checkpoint.quantization`); the
-        integers' products are summed exactly, then scaled by both. `mlp` and `experts` mean the
-        same of their two products, of which the second one's input is rounded to x's dtype first.
+        With a `QuantizedWeight` of 16 activation bits W is its values times its scales. With 8, x
+        is rounded too, each row for itself and to the dtype of the values (`round_rows` in
+        `moespan.checkpoint.quantization`); the products of 8 bits are summed, of integers exactly
+        and of floats in float32, then scaled by both. `mlp` and `experts` mean the same of their
+        two products, of which the second one's input is rounded to x's dtype first.
         """
 
     def linear_sum(self, x: Tensor, weight: Weight, axis: Axis, module: str) -> Tensor:

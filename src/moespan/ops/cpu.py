@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moespan.checkpoint.quantization import QuantizedWeight
+from moespan.notice import notice
 from moespan.ops.base import AttentionBatch, KVCache, Weight
 from moespan.ops.reference import ReferenceOps
 
@@ -15,6 +17,12 @@ _GATHER_BYTES = 64 << 20
 
 class CpuOps(ReferenceOps):
     """See `moespan.ops.base.Ops` for what each operation promises."""
+
+    def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
+        """The weight as it is."""
+        if isinstance(weight, QuantizedWeight) and weight.values.dtype == torch.float8_e4m3fn:
+            notice("products of 8-bit floats go through plain torch, which is slow on a CPU")
+        return super().prepare(name, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]; torch's kernel accumulates in float32 and rounds once, after scaling."""

@@ -8,7 +8,7 @@ What is particular here:
 - Sums have a fixed order: what a batch computes is the same in every run. It does depend, within
   rounding, on the number of tokens, as kernels for few and for many differ.
 - Weights may be `QuantizedWeight`s, as they lie in the checkpoint; an 8-bit cache likewise. 8-bit
-  floating point is not used.
+  floats are for weights and activations, on cards whose tensor cores take them.
 
 The kernels are in `moespan.ops.triton_kernels`, which says how they work.
 """
@@ -30,6 +30,9 @@ from moespan.ops.triton_kernels import attention, matmul, routing, rows
 from moespan.ops.triton_kernels.matmul import Matrix
 from moespan.parallel.mesh import Axis
 
+# From which on there are instructions for float8_e4m3fn (PTX ISA, `cvt` and `mma`).
+_FLOAT8_CAPABILITY = (8, 9)
+
 
 class CudaOps(ReferenceOps):
     """See `moespan.ops.base.Ops` for what each operation promises."""
@@ -38,6 +41,9 @@ class CudaOps(ReferenceOps):
     has_graphs = True
 
     def __init__(self) -> None:
+        self.quantizations = ("int8", "w8a8", "fp8")
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < _FLOAT8_CAPABILITY:
+            self.quantizations = ("int8", "w8a8")
         # Of the step that runs: its layers share them.
         self._tiles: attention.StepTiles | None = None
         # All graphs share their memory: they never run at the same time.

@@ -82,7 +82,8 @@ class NpuOps(ReferenceOps):
         self._soc = soc or str(torch_npu.npu.get_device_name())
         self.chip = next((chip for name, chip in _CHIPS.items() if name in self._soc), "")
         self._is_310p = self.chip == "310P"
-        self.has_integers = not self._is_310p
+        self.quantizations = () if self._is_310p else ("int8", "w8a8")
+        self.has_int8_cache = not self._is_310p
         self._fused_rows = fused_all_reduce_rows
         self._is_tiled = weight_format == "nz"
         if self._is_tiled:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moespan.checkpoint.quantization import QuantizedWeight, round_rows
+from moespan.config import QUANTIZATIONS
 from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
 from moespan.parallel.mesh import Axis
 
@@ -18,7 +19,8 @@ class ReferenceOps:
 
     block_size = 32
     has_graphs = False
-    has_integers = True
+    quantizations: tuple[str, ...] = QUANTIZATIONS
+    has_int8_cache = True
     chip = ""
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
@@ -201,8 +203,9 @@ def _quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -
     if weight.activation_bits == 16:
         out = F.linear(x.float(), weight.dequantize())
     else:
-        values, scales = round_rows(x)
-        # float64 holds every sum of so few products of 8-bit integers.
+        values, scales = round_rows(x, dtype=weight.values.dtype)
+        # float64 holds every sum of so few products of 8 bits: those of float8_e4m3fn, too, are
+        # multiples of 2⁻¹⁸ below 2¹⁸.
         sums = F.linear(values.double(), weight.values.double())
         out = sums.float() * (scales[:, None] * weight.scales)
     if bias is not None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.errors import ConfigError
@@ -13,9 +14,11 @@ from moespan.ops import KVCache, Ops, ops_for
 from moespan.ops.npu import NpuOps
 from tests.ops.contract import (
     DTYPES,
+    KINDS,
     REFERENCE,
     OpsContract,
     QuantizedContract,
+    assert_close,
     make_batch,
 )
 
@@ -32,36 +35,40 @@ class TestNpuOps(OpsContract):
 class TestNpuOpsOfIntegers(QuantizedContract):
     device = torch.device("npu", 0)
     block_size = 32
-    # Swiglu is rounded once here, or not at all, where the reference rounds twice.
-    rounded_tolerance: ClassVar = {**QuantizedContract.rounded_tolerance, torch.float16: 1e-2}
+    kinds: ClassVar = ("int8", "w8a8")
+
+    def assert_close(self, ours: Tensor, theirs: Tensor, dtype: torch.dtype, kind: str) -> None:
+        # Swiglu is rounded once here, or not at all, where the reference rounds twice.
+        is_rounded = kind == "w8a8" and dtype == torch.float16
+        assert_close(ours, theirs, dtype, 1e-2 if is_rounded else KINDS[kind].flip)
 
     @pytest.fixture
     def ops(self) -> Ops:
         return ops_for("npu")
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("bits", [16, 8])
+    @pytest.mark.parametrize("kind", ["int8", "w8a8"])
     @pytest.mark.parametrize("hidden", [64, 88])
     def test_experts_whose_width_the_fused_swiglu_takes_and_others(
-        self, ops: Ops, hidden: int, bits: int, dtype: torch.dtype
+        self, ops: Ops, hidden: int, kind: str, dtype: torch.dtype
     ):
         x = self.random(9, 128, dtype=dtype)
         weights, slots = self.random(9, 8).softmax(-1).topk(3)
-        gate_up = self.quantized(self.random(4, 2 * hidden, 128) / 8, bits)
-        down = self.quantized(self.random(4, 128, hidden) / 8, bits)
+        gate_up = self.quantized(self.random(4, 2 * hidden, 128) / 8, kind)
+        down = self.quantized(self.random(4, 128, hidden) / 8, kind)
         expected = REFERENCE.experts(x, weights, slots, gate_up, down, 2, 8)
-        banks = self.prepared_integers(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
+        banks = self.prepared_quantized(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
         found = ops.experts(*self.to(x, weights, slots), *banks, 2, 8)
-        self.assert_close_as_rounded(found, expected, dtype, bits)
+        self.assert_close(found, expected, dtype, kind)
 
-    @pytest.mark.parametrize("bits", [16, 8])
-    def test_a_head_of_more_columns_than_operators_take(self, ops: Ops, bits: int):
+    @pytest.mark.parametrize("kind", ["int8", "w8a8"])
+    def test_a_head_of_more_columns_than_operators_take(self, ops: Ops, kind: str):
         x = self.random(2, 8, dtype=torch.bfloat16)
-        weight, bias = self.quantized(self.random(65540, 8), bits), self.random(65540).bfloat16()
-        (prepared,) = self.prepared_integers(ops, "head", weight=weight)
+        weight, bias = self.quantized(self.random(65540, 8), kind), self.random(65540).bfloat16()
+        (prepared,) = self.prepared_quantized(ops, "head", weight=weight)
         found = ops.linear(*self.to(x), prepared, *self.to(bias))
         expected = REFERENCE.linear(x, weight, bias)
-        self.assert_close_as_rounded(found, expected, torch.bfloat16, bits)
+        self.assert_close(found, expected, torch.bfloat16, kind)
 
     def test_scales_of_the_cache_lie_as_attention_reads_them(self, ops: Ops):
         cache = ops.new_cache((3, self.block_size, 2, 128), torch.int8, self.device)
@@ -101,17 +108,17 @@ class TestNpuOpsOfIntegers(QuantizedContract):
             found = ops.attention(*self.to(q), ours, batch, 0.3)
             expected = REFERENCE.attention(q, theirs, at_home, 0.3)
             # Rounding may have gone the other way here and there.
-            self.assert_close_as_rounded(found, expected, dtype, bits=8)
+            self.assert_close(found, expected, dtype, "w8a8")
 
     def test_tiles_are_for_integers_that_meet_integers(self):
         ops = NpuOps(weight_format="nz")
         x = self.random(3, 64, dtype=torch.bfloat16)
-        weight = self.quantized(self.random(32, 64), 8)
-        (prepared,) = self.prepared_integers(ops, "layers.0.attention", out=weight)
+        weight = self.quantized(self.random(32, 64), "w8a8")
+        (prepared,) = self.prepared_quantized(ops, "layers.0.attention", out=weight)
         expected = REFERENCE.linear(x, weight)
-        self.assert_close_as_rounded(ops.linear(*self.to(x), prepared), expected, x.dtype, 8)
+        self.assert_close(ops.linear(*self.to(x), prepared), expected, x.dtype, "w8a8")
         with pytest.raises(ConfigError, match=r"attention.out .* rows only; leave it out, or use"):
-            self.prepared_integers(
+            self.prepared_quantized(
                 ops, "layers.0.attention", out=QuantizedWeight(weight.values, weight.scales)
             )
 
@@ -135,5 +142,5 @@ class TestNpuOpsOfA310P(TestNpuOps):
             ops.prepare("norm", torch.ones(2, dtype=torch.bfloat16))
 
     def test_integers_are_not_for_it(self, ops: Ops):
-        assert not ops.has_integers
-        assert ops_for("npu").has_integers
+        assert not ops.quantizations and not ops.has_int8_cache
+        assert ops_for("npu").quantizations == ("int8", "w8a8")

@@ -19,11 +19,13 @@ from moespan.ops.native.build import BuildError, library
 _LANES, _PANEL = 16, 32
 _MOST_HEAD_SIZE = 256
 _LINEAR = ("qkv", "out", "gate_up", "down", "head")
-_BF16, _W8A8, _W8A16 = range(3)
+_BF16, _W8A8, _W8A16, _INT4 = range(4)
+_INT4_GROUP = 32
 
 # The parameters of each kernel, as `kernels/kernels.cpp` declares them: p is a pointer, n an int64.
 _SIGNATURES = {
     "pack": "ppnnniipppi",
+    "pack_int4": "pppnnnii",
     "linear": "ipnnnpppppippp",
     "experts": "ipnnppnnnpppnpppnnpippppp",
     "attention": "pnpnnnppppinpnppnfi",
@@ -40,7 +42,7 @@ class PackedWeight:
     """A matrix [out, in], or a bank of `count`, in the panels that `kernels/packing.h` describes.
 
     Attributes:
-        kind: 0 bfloat16; 1 and 2 int8 for activations of 8 and of 16 bits.
+        kind: 0 bfloat16; 1 and 2 int8 for activations of 8 and of 16 bits; 3 of 4 bits.
         padded_out: channels with those that fill the last panel.
         scales, sums: float32 and int32 [count, padded_out], of int8 weights.
     """
@@ -85,8 +87,10 @@ class NativeCpuOps(CpuOps):
             return weight.t().contiguous().t()
         if leaf not in _LINEAR:
             return weight
-        values = weight.values if isinstance(weight, QuantizedWeight) else weight
         is_gate_up = leaf == "gate_up"
+        if isinstance(weight, QuantizedWeight) and weight.group_size == _INT4_GROUP:
+            return self._pack_int4(weight, is_gate_up)
+        values = weight.values if isinstance(weight, QuantizedWeight) else weight
         if values.dtype not in (torch.bfloat16, torch.int8):
             return super().prepare(name, weight)
         # One instruction takes four bytes of a row; what gate_up gives is a row for `down`.
@@ -100,8 +104,7 @@ class NativeCpuOps(CpuOps):
     ) -> PackedWeight:
         bank = values.contiguous().view(-1, *values.shape[-2:])
         count, out, width = bank.shape
-        unit, step = (2 * _LANES, 2) if is_gate_up else (_PANEL, 1)
-        padded_out = -(-(out // step) // (unit // step)) * unit
+        padded_out = _padded(out, is_gate_up)
         panels, scales, sums = bank, None, None
         if padded_out != out:
             panels = torch.empty((count, padded_out, width), dtype=bank.dtype)
@@ -128,6 +131,26 @@ class NativeCpuOps(CpuOps):
                 torch.get_num_threads(),
             )
         return PackedWeight(panels, kind, count, out, padded_out, width, scales, sums)
+
+    def _pack_int4(self, weight: QuantizedWeight, is_gate_up: bool) -> PackedWeight:
+        values = weight.values.contiguous()
+        out, count = values.shape[-2], values.shape[:-2].numel()
+        width = weight.scales.shape[-1] * _INT4_GROUP
+        padded_out = _padded(out, is_gate_up)
+        # Nibbles, and bfloat16 scales.
+        row_bytes = width // 2 + weight.scales.shape[-1] * 2
+        panels = torch.empty((count, padded_out, row_bytes), dtype=torch.uint8)
+        self._kernels.moespan_pack_int4(
+            values.data_ptr(),
+            weight.scales.contiguous().data_ptr(),
+            panels.data_ptr(),
+            count,
+            out,
+            width,
+            is_gate_up,
+            torch.get_num_threads(),
+        )
+        return PackedWeight(panels, _INT4, count, out, padded_out, width)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]."""
@@ -349,6 +372,12 @@ class NativeCpuOps(CpuOps):
         if buffer is None or len(buffer) < num_bytes:
             buffer = self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8)
         return int(buffer.data_ptr())
+
+
+def _padded(out: int, is_gate_up: bool) -> int:
+    """Channels of the panels that hold `out`; of a gate-up matrix both halves fill theirs."""
+    unit, step = (2 * _LANES, 2) if is_gate_up else (_PANEL, 1)
+    return -(-(out // step) // (unit // step)) * unit
 
 
 def _are_packed(gate_up: Weight, down: Weight) -> bool:

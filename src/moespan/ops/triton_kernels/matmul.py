@@ -10,9 +10,9 @@ In both the first product ends in swiglu, and the second in what is left: few su
 results of a token's experts itself; grouped leaves one row for each pair, rounded as the reference
 rounds it, and a third kernel sums them in the order of k.
 
-Weights may be int8 with a scale for each output (W8A16: they become 16-bit on the way), and
-activations too, with a scale for each row (W8A8: products of integers). Both are exact until the
-scales, which come last.
+Weights may be of 8 bits with a scale for each output (W8A16: they become 16-bit on the way), and
+activations too, with a scale for each row (W8A8: products of 8 bits). Sums of integers are exact,
+those of floats are in float32; the scales come last.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Matrix:
     """A weight as the kernels take it: [out, in] or a bank [E, out, in].
 
     Attributes:
-        scales: float32 [..., out] where `values` are int8.
-        rounds_activations: whether activations are to be rounded to int8 too.
+        scales: float32 [..., out] where `values` are int8 or float8_e4m3fn.
+        rounds_activations: whether activations are to be rounded to the dtype of `values` too.
     """
 
     values: Tensor
@@ -72,8 +72,9 @@ class Matrix:
         return int(self.values.shape[0])
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [R, in] as it meets this weight: int8 with a scale for each row, or as it is."""
-        return quantize(x.contiguous()) if self.rounds_activations else (x.contiguous(), None)
+        """x [R, in] as it meets this weight: of 8 bits with a scale for each row, or as it is."""
+        x = x.contiguous()
+        return quantize(x, self.values.dtype) if self.rounds_activations else (x, None)
 
 
 @triton.jit
@@ -89,9 +90,9 @@ def _few_rows(
 ):
     """Products of some elements of one row of x and of some rows of a matrix: [N, K]."""
     mask = columns < WIDTH
-    value = tl.load(x + columns, mask=mask, other=0).to(KIND)
+    value = tl.load(x + columns, mask=mask, other=0.0).to(KIND)
     at = (start + outs)[:, None] * WIDTH + columns[None, :]
-    matrix = tl.load(weight + at, mask=(outs < OUTS)[:, None] & mask[None, :], other=0)
+    matrix = tl.load(weight + at, mask=(outs < OUTS)[:, None] & mask[None, :], other=0.0)
     return matrix.to(KIND) * value[None, :]
 
 
@@ -111,7 +112,7 @@ def _few_gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
-    IS_INT8: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
     """Some elements of swiglu(gate_up(x)) of one pair; nothing for other ranks' experts."""
@@ -124,7 +125,7 @@ def _few_gate_up_kernel(
     outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = pair // NUM_CHOSEN
     matrix = weight + expert * (2 * INNER * WIDTH)
-    kind: tl.constexpr = tl.int32 if ROUNDS else tl.float32
+    kind: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     gate = tl.zeros([BLOCK_N, BLOCK_K], kind)
     up = tl.zeros([BLOCK_N, BLOCK_K], kind)
     for at in range(0, WIDTH, BLOCK_K):
@@ -134,7 +135,7 @@ def _few_gate_up_kernel(
     g = tl.sum(gate, 1).to(tl.float32)
     u = tl.sum(up, 1).to(tl.float32)
     mask = outs < INNER
-    if IS_INT8:
+    if HAS_SCALES:
         scales = weight_scales + expert * (2 * INNER) + outs
         g *= tl.load(scales, mask=mask, other=0.0)
         u *= tl.load(scales + INNER, mask=mask, other=0.0)
@@ -165,7 +166,7 @@ def _few_down_kernel(
     BLOCK_K: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     HAS_ONTO: tl.constexpr,
-    IS_INT8: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
     """Some elements of a token's output: its experts' weighted results, in the order of k."""
@@ -173,7 +174,7 @@ def _few_down_kernel(
     outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = outs < WIDTH
     total = tl.zeros([BLOCK_N], tl.float32)
-    kind: tl.constexpr = tl.int32 if ROUNDS else tl.float32
+    kind: tl.constexpr = tl.int32 if hidden.dtype.element_ty == tl.int8 else tl.float32
     for k in range(NUM_CHOSEN):
         pair = token * NUM_CHOSEN + k
         expert = pair * 0
@@ -187,7 +188,7 @@ def _few_down_kernel(
                 row = hidden + pair * INNER
                 acc += _few_rows(row, matrix, columns, outs, 0, INNER, WIDTH, kind)
             result = tl.sum(acc, 1).to(tl.float32)
-            if IS_INT8:
+            if HAS_SCALES:
                 result *= tl.load(weight_scales + expert * WIDTH + outs, mask=mask, other=0.0)
             if ROUNDS:
                 result *= tl.load(hidden_scales + pair)
@@ -211,6 +212,21 @@ def _tile_of(tiles, index, num_rows, BLOCK_M: tl.constexpr, IS_GROUPED: tl.const
         return tl.zeros([], tl.int64), start, tl.minimum(BLOCK_M, num_rows - start)
 
 
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a·b. A Hopper card sums products of 8-bit floats in fewer bits than float32 has; here
+    it does so within one tile only, as DeepSeek-V3 (arXiv:2412.19437, 3.3.2) found necessary."""
+    depth: tl.constexpr = a.shape[1] if a.dtype == tl.float8e4nv else 0
+    return tl.dot(
+        a,
+        b,
+        acc,
+        input_precision=PRECISION,
+        max_num_imprecise_acc=depth,
+        out_dtype=acc.dtype,
+    )
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _gate_up_kernel(
     x,
@@ -228,7 +244,7 @@ def _gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     IS_GROUPED: tl.constexpr,
-    IS_INT8: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     ROUNDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -251,7 +267,7 @@ def _gate_up_kernel(
     depth = tl.arange(0, BLOCK_K)
     left = x + token[:, None] * WIDTH + depth[None, :]
     right = weight + expert * (2 * INNER * WIDTH) + known[None, :] * WIDTH + depth[:, None]
-    kind: tl.constexpr = tl.int32 if ROUNDS else tl.float32
+    kind: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     gate = tl.zeros([BLOCK_M, BLOCK_N], kind)
     up = tl.zeros([BLOCK_M, BLOCK_N], kind)
     for at in range(0, WIDTH, BLOCK_K):
@@ -261,14 +277,14 @@ def _gate_up_kernel(
             u = tl.load(right + INNER * WIDTH + at)
         else:
             mask = depth < WIDTH - at
-            a = tl.load(left + at, mask=mask[None, :], other=0)
-            g = tl.load(right + at, mask=mask[:, None], other=0)
-            u = tl.load(right + INNER * WIDTH + at, mask=mask[:, None], other=0)
-        gate = tl.dot(a, g.to(a.dtype), gate, input_precision=PRECISION, out_dtype=kind)
-        up = tl.dot(a, u.to(a.dtype), up, input_precision=PRECISION, out_dtype=kind)
+            a = tl.load(left + at, mask=mask[None, :], other=0.0)
+            g = tl.load(right + at, mask=mask[:, None], other=0.0)
+            u = tl.load(right + INNER * WIDTH + at, mask=mask[:, None], other=0.0)
+        gate = _dot(a, g.to(a.dtype), gate, PRECISION)
+        up = _dot(a, u.to(a.dtype), up, PRECISION)
     g_value = gate.to(tl.float32)
     u_value = up.to(tl.float32)
-    if IS_INT8:
+    if HAS_SCALES:
         scales = weight_scales + expert * (2 * INNER) + known
         g_value *= tl.load(scales)[None, :]
         u_value *= tl.load(scales + INNER)[None, :]
@@ -300,7 +316,7 @@ def _down_kernel(
     BLOCK_K: tl.constexpr,
     IS_GROUPED: tl.constexpr,
     HAS_ONTO: tl.constexpr,
-    IS_INT8: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     ROUNDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -321,7 +337,7 @@ def _down_kernel(
     depth = tl.arange(0, BLOCK_K)
     left = hidden + row[:, None] * INNER + depth[None, :]
     right = weight + expert * (WIDTH * INNER) + known[None, :] * INNER + depth[:, None]
-    kind: tl.constexpr = tl.int32 if ROUNDS else tl.float32
+    kind: tl.constexpr = tl.int32 if hidden.dtype.element_ty == tl.int8 else tl.float32
     acc = tl.zeros([BLOCK_M, BLOCK_N], kind)
     for at in range(0, INNER, BLOCK_K):
         if INNER % BLOCK_K == 0:
@@ -329,11 +345,11 @@ def _down_kernel(
             b = tl.load(right + at)
         else:
             mask = depth < INNER - at
-            a = tl.load(left + at, mask=mask[None, :], other=0)
-            b = tl.load(right + at, mask=mask[:, None], other=0)
-        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION, out_dtype=kind)
+            a = tl.load(left + at, mask=mask[None, :], other=0.0)
+            b = tl.load(right + at, mask=mask[:, None], other=0.0)
+        acc = _dot(a, b.to(a.dtype), acc, PRECISION)
     value = acc.to(tl.float32)
-    if IS_INT8:
+    if HAS_SCALES:
         value *= tl.load(weight_scales + expert * WIDTH + known)[None, :]
     if ROUNDS:
         value *= tl.load(hidden_scales + row)[:, None]
@@ -466,7 +482,7 @@ def _few_gate_up(
         WIDTH=weight.in_width,
         INNER=inner,
         HAS_SLOTS=slots is not None,
-        IS_INT8=weight.scales is not None,
+        HAS_SCALES=weight.scales is not None,
         ROUNDS=x_scales is not None,
         **_fitting(sizes, weight.in_width),
     )
@@ -500,7 +516,7 @@ def _few_down(
         INNER=inner,
         HAS_SLOTS=slots is not None,
         HAS_ONTO=onto is not None,
-        IS_INT8=weight.scales is not None,
+        HAS_SCALES=weight.scales is not None,
         ROUNDS=hidden_scales is not None,
         **_fitting(sizes, inner),
     )
@@ -534,7 +550,7 @@ def _gate_up(
         WIDTH=weight.in_width,
         INNER=inner,
         IS_GROUPED=order is not None,
-        IS_INT8=weight.scales is not None,
+        HAS_SCALES=weight.scales is not None,
         ROUNDS=x_scales is not None,
         PRECISION=_precision(hidden),
         **sizes,
@@ -567,7 +583,7 @@ def _down(
         INNER=inner,
         IS_GROUPED=order is not None,
         HAS_ONTO=onto is not None,
-        IS_INT8=weight.scales is not None,
+        HAS_SCALES=weight.scales is not None,
         ROUNDS=hidden_scales is not None,
         PRECISION=_precision(out),
         **sizes,

@@ -1,4 +1,4 @@
-"""Kernels that treat each token by itself: norms, swiglu, rotary embedding, cache, int8."""
+"""Kernels that treat each token by itself: norms, swiglu, rotary embedding, cache, 8 bits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moespan.checkpoint.quantization import MOST
 from moespan.ops.base import KVCache
 
 # Elements of a row that one program of an elementwise kernel takes.
@@ -114,11 +115,16 @@ def _magnitude(x):
 
 
 @triton.jit
+def _quotients(x, scale):
+    """x / scale; as it is where that is no number."""
+    return x / tl.where((scale > 0) & (scale < float("inf")), scale, 1.0)
+
+
+@triton.jit
 def _integers(x, scale):
     """x / scale, rounded half to even. Where the scale is not finite it is what shows; then, and in
     rows that nobody has set, the integers are 0."""
-    divisor = tl.where((scale > 0) & (scale < float("inf")), scale, 1.0)
-    rounded = (x / divisor + _ROUNDER) - _ROUNDER
+    rounded = (_quotients(x, scale) + _ROUNDER) - _ROUNDER
     return tl.where(tl.abs(rounded) <= 127, rounded, 0.0)
 
 
@@ -308,30 +314,40 @@ def write_cache(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
 
 
 @triton.jit
-def _quantize_kernel(x, values, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_kernel(
+    x, values, scales, MOST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     most = tl.zeros([BLOCK], tl.float32)
     for at in range(0, WIDTH, BLOCK):
         columns = at + tl.arange(0, BLOCK)
         value = tl.load(x + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
         most = tl.maximum(most, _magnitude(value.to(tl.float32)))
-    scale = tl.max(most, 0) / 127.0
+    scale = tl.max(most, 0) / MOST
     tl.store(scales + row, scale)
     for at in range(0, WIDTH, BLOCK):
         columns = at + tl.arange(0, BLOCK)
         mask = columns < WIDTH
         value = tl.load(x + row * WIDTH + columns, mask=mask, other=0.0).to(tl.float32)
-        rounded = _integers(value, scale)
-        tl.store(values + row * WIDTH + columns, rounded.to(tl.int8), mask=mask)
+        if values.dtype.element_ty == tl.int8:
+            value = _integers(value, scale)
+        else:
+            value = tl.clamp(_quotients(value, scale), -MOST, MOST)
+        tl.store(values + row * WIDTH + columns, value.to(values.dtype.element_ty), mask=mask)
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[R, W] → int8 [R, W] and float32 [R]: rows as integers of -127 to 127 times their scale."""
-    values = torch.empty_like(x, dtype=torch.int8)
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[R, W] → `dtype` (int8 or float8_e4m3fn) [R, W] and float32 [R], as `round_rows`."""
+    values = torch.empty_like(x, dtype=dtype)
     scales = x.new_empty(len(x), dtype=torch.float32)
     if x.numel():
         width = x.shape[1]
         _quantize_kernel[(len(x),)](
-            x, values, scales, WIDTH=width, BLOCK=min(2048, triton.next_power_of_2(width))
+            x,
+            values,
+            scales,
+            MOST=float(MOST[dtype]),
+            WIDTH=width,
+            BLOCK=min(2048, triton.next_power_of_2(width)),
         )
     return values, scales

@@ -46,6 +46,19 @@ void moespan_pack(const void* from, void* to, int64_t count, int64_t out, int64_
     }
 }
 
+// Packs a matrix [out, in], or a bank of `count`, of 4-bit integers [out, in / 8], eight to a word,
+// with scales [out, in / 32]: see int4.h.
+void moespan_pack_int4(const uint32_t* integers, const bf16* scales, char* to, int64_t count,
+                       int64_t out, int64_t in, int gate_up, int threads) {
+    const int64_t panels = gate_up ? ceil_div(out / 2, LANES) : ceil_div(out, PANEL);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < count * panels; i++) {
+        const int64_t m = i / panels, p = i % panels;
+        pack_int4_panel(integers + m * out * (in / 8), scales + m * out * (in / GROUP),
+                        to + i * panel_bytes(INT4, in), p, out, in, gate_up);
+    }
+}
+
 // x [rows, in] · Wᵀ + bias → y [rows, out].
 // Scratch: packed [rows, in] times 2 bytes; for int8 row_scales [rows], integers like packed.
 void moespan_linear(int kind, const bf16* x, int64_t rows, int64_t in, int64_t out,
@@ -53,7 +66,10 @@ void moespan_linear(int kind, const bf16* x, int64_t rows, int64_t in, int64_t o
                     bf16* y, int threads, void* packed, float* row_scales, uint8_t* integers) {
     const Matrix w{(const char*)panels, scales, sums, in};
     const Scratch s{(char*)packed, row_scales, integers, nullptr, nullptr};
-    auto run = kind == BF16 ? linear<BF16> : kind == W8A8 ? linear<W8A8> : linear<W8A16>;
+    auto run = kind == BF16   ? linear<BF16>
+               : kind == W8A8 ? linear<W8A8>
+               : kind == INT4 ? linear<INT4>
+                              : linear<W8A16>;
     run(x, rows, w, out, bias, y, threads, s);
 }
 
@@ -71,7 +87,10 @@ void moespan_experts(int kind, const bf16* x, int64_t tokens, int64_t H, const f
     const Bank gate_up{(const char*)up_panels, up_scales, up_sums, H, up_out};
     const Bank down{(const char*)down_panels, down_scales, down_sums, width, down_out};
     const Scratch s{(char*)packed, row_scales, integers, hidden, sums};
-    auto run = kind == BF16 ? experts<BF16> : kind == W8A8 ? experts<W8A8> : experts<W8A16>;
+    auto run = kind == BF16   ? experts<BF16>
+               : kind == W8A8 ? experts<W8A8>
+               : kind == INT4 ? experts<INT4>
+                              : experts<W8A16>;
     run(x, tokens, H, weights, slots, chosen, first, num_experts, gate_up, down, width, y, threads,
         s);
 }

@@ -22,19 +22,34 @@
 
 namespace {
 
+// A panel of 4-bit integers: see int4.h.
+constexpr int GROUP = 32;                              // weights along `in` that have one scale
+constexpr int64_t GROUP_INTEGERS = GROUP * PANEL / 2;  // bytes
+constexpr int64_t GROUP_BYTES = GROUP_INTEGERS + PANEL * sizeof(bf16);
+
+// So many rows take less time as matrix instructions on a panel that is made bfloat16 for them.
+constexpr int64_t LEAST_INT4_AMX_ROWS = 6;
+
 // Rows whose results fill the registers: 2 accumulators each.
 constexpr int MAX_ROWS = WIDE ? 12 : 3;
 
-enum Kind { BF16 = 0, W8A8 = 1, W8A16 = 2 };
+enum Kind { BF16 = 0, W8A8 = 1, W8A16 = 2, INT4 = 3 };
+
+// As which kind rows of the input are packed that are multiplied with weights of `kind`.
+constexpr int rows_of(int kind) { return kind == INT4 ? BF16 : kind; }
+
+inline int64_t panel_bytes(int kind, int64_t in) {
+    return kind == INT4 ? in / GROUP * GROUP_BYTES : in * PANEL * (kind == BF16 ? 2 : 1);
+}
 
 // A packed matrix [out, in], or one expert of a bank.
 struct Matrix {
     const char* panels;
-    const float* scales;      // [padded out], quantised only
-    const int32_t* sums;      // [padded out], of a channel's integers, quantised only
+    const float* scales;      // [padded out], int8 only
+    const int32_t* sums;      // [padded out], of a channel's integers, int8 only
     int64_t in;
 
-    int64_t panel_bytes(int kind) const { return in * PANEL * (kind == BF16 ? 2 : 1); }
+    int64_t panel_bytes(int kind) const { return ::panel_bytes(kind, in); }
 };
 
 // Which row of a matrix is channel `c` of panel `p`; -1 is padding. In a gate-up matrix of `half`
@@ -114,7 +129,8 @@ void add_dot_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64
 // The same for the instructions that suit so many rows.
 template <int KIND>
 void add_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t matrix) {
-    if (count < LEAST_AMX_ROWS || !has_amx())
+    constexpr int64_t least = KIND == INT4 ? LEAST_INT4_AMX_ROWS : LEAST_AMX_ROWS;
+    if (count < least || !has_amx())
         return add_dot_tiles<KIND>(tiles, first, count, matrix);
     constexpr int64_t most = 2 * AMX_ROWS / planes<KIND>();
     for (int64_t r = 0; r < count; r += most)

@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "packing.h"
+#include "int4.h"
 
 namespace {
 
@@ -18,6 +18,8 @@ constexpr int64_t MOST_TILE_ROWS = 2 * AMX_ROWS;
 constexpr int64_t PREFETCH_BYTES = 4096;
 // Two panels of so many bytes have room in the second-level cache beside the rows.
 constexpr int64_t NEXT_PANEL_BYTES = 160 << 10;
+// So many tiles take a panel of 4-bit integers as it is; more are worth making it one of bfloat16.
+constexpr int64_t MOST_INT4_TILES = 2;
 
 // ------------------------------------------------------------------------------------------ tiles
 
@@ -43,7 +45,9 @@ void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const float* sc
               Prefetch ahead, float* out, int64_t ld) {
     const char* p = w.panels + panel * w.panel_bytes(KIND);
     const char* next = ahead.at;
-    if constexpr (KIND == BF16) {
+    if constexpr (KIND == INT4) {
+        multiply_int4<R>(p, w.in, x, next, ahead.bytes * GROUP_BYTES / 128, out, ld);
+    } else if constexpr (KIND == BF16) {
         // A result waits for the one before it: few rows need more chains to keep busy.
         constexpr int CHAINS = R >= 4 ? 1 : R >= 2 ? 2 : 4;
         constexpr int ROW = STRIDE ? STRIDE : 1, STEP = STRIDE ? 1 : R;
@@ -189,8 +193,16 @@ inline void multiply(AmxShapes& shapes, const Tile& t, const Matrix& w, int64_t 
 // time to bring the next panel, if the second-level cache has room for both. Many do not wait for
 // memory.
 template <int KIND, class Emit>
-inline void tiles_times_panel(AmxShapes& shapes, const Matrix& w, int64_t panel,
+inline void tiles_times_panel(AmxShapes& shapes, Room& room, const Matrix& w, int64_t panel,
                               const Input& input, const Tile* tiles, int64_t count, Emit emit) {
+    if constexpr (KIND == INT4) {
+        if (tiles->is_amx || count > MOST_INT4_TILES) {
+            char* unpacked = room.of(panel_bytes(BF16, w.in));
+            unpack_int4_panel(w.panels + panel * w.panel_bytes(INT4), w.in, unpacked);
+            const Matrix one{unpacked, nullptr, nullptr, w.in};
+            return tiles_times_panel<BF16>(shapes, room, one, 0, input, tiles, count, emit);
+        }
+    }
     const int64_t bytes = w.panel_bytes(KIND);
     const char* at = w.panels + panel * bytes;
     alignas(64) float out[MOST_TILE_ROWS * PANEL];
@@ -279,19 +291,21 @@ void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf1
     const int64_t panels = ceil_div(out, PANEL), step = panels_at_once(panels, threads);
     std::vector<Tile> tiles;
     std::vector<Item> items;
+    constexpr int ROWS = rows_of(KIND);
     add_tiles<KIND>(tiles, 0, rows, 0);
-    in_blocks<KIND>(tiles, w.in, [&](int64_t first, int64_t last) {
+    in_blocks<ROWS>(tiles, w.in, [&](int64_t first, int64_t last) {
         for (int64_t p = 0; p < panels; p += step)
             items.push_back({first, last, p, std::min(step, panels - p)});
     });
-    const Input input{s.packed, s.scales, row_bytes<KIND>(w.in)};
+    const Input input{s.packed, s.scales, row_bytes<ROWS>(w.in)};
     // What does not stay in the caches anyway would only wait for its old contents to be read.
     const bool past_caches = WIDE && rows * out >= LARGE_RESULT && out % PANEL == 0 &&
                              (uintptr_t)y % (PANEL * sizeof(bf16)) == 0;
 #pragma omp parallel num_threads(threads)
     {
         AmxShapes shapes;
-        pack_rows<KIND>(x, rows, w.in, tiles, s);
+        Room room;
+        pack_rows<ROWS>(x, rows, w.in, tiles, s);
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < items.size(); i++) {
             const Item& item = items[i];
@@ -301,7 +315,7 @@ void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf1
                 for (int c = 0; bias && c < std::min<int64_t>(PANEL, left); c++)
                     added[c] = to_float(bias[channel + c]);
                 tiles_times_panel<KIND>(
-                    shapes, w, p, input, &tiles[item.first], item.last - item.first,
+                    shapes, room, w, p, input, &tiles[item.first], item.last - item.first,
                     [&](int64_t row, f32x16 a, f32x16 b) {
                         bf16* to = y + row * out + channel;
                         a += load<f32x16>(added);
@@ -347,7 +361,7 @@ struct Bank {
     int64_t in, out;                  // of one expert; out is padded to whole panels
 
     Matrix expert(int64_t e, int kind) const {
-        const int64_t bytes = in * out * (kind == BF16 ? 2 : 1);
+        const int64_t bytes = panel_bytes(kind, in) * (out / PANEL);
         return {panels + e * bytes, scales ? scales + e * out : nullptr,
                 sums ? sums + e * out : nullptr, in};
     }
@@ -357,7 +371,7 @@ template <int KIND>
 void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, const int32_t* slots,
              int64_t chosen, int64_t first, int64_t num_experts, const Bank& gate_up,
              const Bank& down, int64_t width, bf16* y, int threads, const Scratch& s) {
-    constexpr int PLANES = planes<KIND>();
+    constexpr int ROWS = rows_of(KIND), PLANES = planes<ROWS>();
     const Groups groups(slots, tokens, chosen, first, num_experts);
     const int64_t rows = groups.pair_of.size();
     const int64_t up_panels = gate_up.out / PANEL, down_panels = down.out / PANEL;
@@ -366,30 +380,31 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
         add_tiles<KIND>(tiles, groups.ends[e], groups.ends[e + 1] - groups.ends[e], e);
     std::vector<Item> items, blocks;
     const int64_t step = panels_at_once(up_panels * std::max<int64_t>(1, tiles.size()), threads);
-    in_blocks<KIND>(tiles, H, [&](int64_t from, int64_t to) {
+    in_blocks<ROWS>(tiles, H, [&](int64_t from, int64_t to) {
         for (int64_t p = 0; p < up_panels; p += step)
             items.push_back({from, to, p, std::min(step, up_panels - p)});
     });
-    in_blocks<KIND>(tiles, width,
+    in_blocks<ROWS>(tiles, width,
                     [&](int64_t from, int64_t to) { blocks.push_back({from, to, 0, 0}); });
     // A thread sums up its channels of all experts, so that sums have one order and no races.
     const int64_t down_step = std::clamp<int64_t>(down_panels / (threads * 2), 1, 8);
-    const Input input{s.packed, s.scales, row_bytes<KIND>(H)};
-    const Input hidden{s.packed, s.scales, row_bytes<KIND>(width)};
-    std::vector<float> token_scales(KIND == BF16 ? 0 : tokens);
+    const Input input{s.packed, s.scales, row_bytes<ROWS>(H)};
+    const Input hidden{s.packed, s.scales, row_bytes<ROWS>(width)};
+    std::vector<float> token_scales(ROWS == BF16 ? 0 : tokens);
 #pragma omp parallel num_threads(threads)
     {
         AmxShapes shapes;
-        if constexpr (KIND != BF16) {
+        Room room;
+        if constexpr (ROWS != BF16) {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tokens; t++)
                 token_scales[t] = quantize_row<PLANES>(x + t * H, H, s.integers + t * H * PLANES);
         }
 #pragma omp for schedule(static)
         for (size_t i = 0; i < tiles.size(); i++)
-            pack_tile<KIND>(tiles[i], H, s.packed, [&](int64_t r) -> const void* {
+            pack_tile<ROWS>(tiles[i], H, s.packed, [&](int64_t r) -> const void* {
                 const int64_t token = groups.pair_of[r] / chosen;
-                if constexpr (KIND == BF16) return x + token * H;
+                if constexpr (ROWS == BF16) return x + token * H;
                 s.scales[r] = token_scales[token];
                 return s.integers + token * H * PLANES;
             });
@@ -398,13 +413,14 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
             const Item& item = items[i];
             const Matrix w = gate_up.expert(tiles[item.first].matrix, KIND);
             for (int64_t p = item.panel; p < item.panel + item.panels; p++)
-                tiles_times_panel<KIND>(shapes, w, p, input, &tiles[item.first], item.last - item.first,
+                tiles_times_panel<KIND>(shapes, room, w, p, input, &tiles[item.first],
+                                        item.last - item.first,
                                         [&](int64_t row, f32x16 gate, f32x16 up) {
                                             store_some(s.hidden + row * width + p * LANES,
                                                        silu(gate) * up, width - p * LANES);
                                         });
         }
-        pack_rows<KIND>(s.hidden, rows, width, tiles, s);
+        pack_rows<ROWS>(s.hidden, rows, width, tiles, s);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t p0 = 0; p0 < down_panels; p0 += down_step) {
             const int64_t p1 = std::min(down_panels, p0 + down_step);
@@ -415,7 +431,7 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
                 const Matrix w = down.expert(tiles[block.first].matrix, KIND);
                 for (int64_t p = p0; p < p1; p++)
                     tiles_times_panel<KIND>(
-                        shapes, w, p, hidden, &tiles[block.first], block.last - block.first,
+                        shapes, room, w, p, hidden, &tiles[block.first], block.last - block.first,
                         [&](int64_t row, f32x16 a, f32x16 b) {
                             const int64_t pair = groups.pair_of[row];
                             const float weight = weights ? weights[pair] : 1.0f;

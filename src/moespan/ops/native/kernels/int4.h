@@ -1,0 +1,170 @@
+// Weights of 4 bits: how their panels lie in memory, and products of bfloat16 rows with them.
+//
+// A panel of 32 channels holds, for each group of 32 along `in`, 512 bytes of integers and then 32
+// bfloat16 scales: 4.5 bits a weight, read in order. The integers of 8 elements along `in` are two
+// vectors of 16 channels of 32 bits. A channel's even elements are the four nibbles of its lower 16
+// bits, its odd ones those of its upper 16. So one table lookup of 16-bit words makes a vector of
+// pairs of bfloat16 of every nibble in turn, which is what a dot product takes.
+//
+// Few rows are multiplied with the integers, which bfloat16 holds exactly, and a group's sum is
+// scaled in float32. For many rows a panel is made a panel of bfloat16 once, each weight rounded
+// from integer times scale, in memory that stays in the second-level cache.
+
+#pragma once
+
+#include "packing.h"
+
+namespace {
+
+// Packs panel `p` of integers [out, in / 8], eight to a word, the first in its lowest bits and each
+// + 8, and of scales [out, in / 32].
+inline void pack_int4_panel(const uint32_t* integers, const bf16* scales, char* panel, int64_t p,
+                            int64_t out, int64_t in, bool gate_up) {
+    const int64_t groups = in / GROUP;
+    for (int c = 0; c < PANEL; c++) {
+        const int64_t row = source_row(p, c, out, gate_up);
+        char* to = panel;
+        for (int64_t g = 0; g < groups; g++, to += GROUP_BYTES) {
+            const bf16 scale = row < 0 ? 0 : scales[row * groups + g];
+            std::memcpy(to + GROUP_INTEGERS + c * sizeof scale, &scale, sizeof scale);
+            for (int k = 0; k < GROUP / 8; k++) {
+                uint32_t packed = 0;
+                for (int i = 0; row >= 0 && i < 8; i++) {
+                    const uint32_t nibble = integers[(row * groups + g) * (GROUP / 8) + k] >> 4 * i;
+                    packed |= (nibble & 15) << (i / 2 * 4 + i % 2 * 16);
+                }
+                std::memcpy(to + (k * PANEL + c) * sizeof packed, &packed, sizeof packed);
+            }
+        }
+    }
+}
+
+// bfloat16 of the integers -8 to 7, twice: a lookup reads one bit more than a nibble has.
+alignas(64) constexpr bf16 INTEGERS[32] = {
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+    0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+    0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+
+// 16 channels' eight elements as four vectors of pairs.
+struct Pairs {
+    u32x16 of[4];
+
+    explicit Pairs(const char* p) {
+#if WIDE
+        const __m512i table = _mm512_load_si512(INTEGERS);
+        // A byte further all words are shifted by 8 bits, which costs no instruction. The last load
+        // of a group reaches into its scales.
+        const __m512i low = _mm512_loadu_si512(p), high = _mm512_loadu_si512(p + 1);
+        of[0] = (u32x16)_mm512_permutexvar_epi16(low, table);
+        of[1] = (u32x16)_mm512_permutexvar_epi16(_mm512_srli_epi16(low, 4), table);
+        of[2] = (u32x16)_mm512_permutexvar_epi16(high, table);
+        of[3] = (u32x16)_mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4), table);
+#else
+        const u32x16 words = load<u32x16>((const uint32_t*)p);
+        for (int j = 0; j < 4; j++) {
+            const u32x16 even = words >> 4 * j & 15, odd = words >> (16 + 4 * j) & 15;
+            // Integers of so few bits are bfloat16 when the lower half of their float32 is left out.
+            const f32x16 first = __builtin_convertvector((i32x16)even - 8, f32x16);
+            const f32x16 second = __builtin_convertvector((i32x16)odd - 8, f32x16);
+            of[j] = (u32x16)first >> 16 | (u32x16)second;
+        }
+#endif
+    }
+};
+
+// acc + the products of 16 lanes of two bfloat16 with x's two.
+inline f32x16 dot2(f32x16 acc, u32x16 w, uint32_t x) {
+#if WIDE
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
+#else
+    return dot2(acc, (const void*)&w, x);
+#endif
+}
+
+// The R rows of a tile, packed as for BF16, times one panel → float32 [R, 32], rows `ld` elements
+// apart. Of what is `next` in memory, `ahead` bytes are asked for with each group.
+template <int R>
+void multiply_int4(const char* p, int64_t in, const uint32_t* x, const char* next, int64_t ahead,
+                   float* out, int64_t ld) {
+    // A result waits for the one before it: few rows need more chains to keep busy.
+    constexpr int CHAINS = R >= 4 ? 1 : 2;
+    f32x16 acc[R][2] = {};
+    for (int64_t g = 0; g < in / GROUP; g++, p += GROUP_BYTES, x += GROUP / 2 * R, next += ahead) {
+        for (int64_t b = 0; b < ahead; b += 64) __builtin_prefetch(next + b, 0, 2);
+        f32x16 sums[CHAINS][R][2] = {};
+#pragma GCC unroll 4
+        for (int k = 0; k < GROUP / 8; k++)
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                const Pairs pairs(p + (k * 2 + h) * 64);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+#pragma GCC unroll 12
+                    for (int r = 0; r < R; r++)
+                        sums[j % CHAINS][r][h] =
+                            dot2(sums[j % CHAINS][r][h], pairs.of[j], x[(k * 4 + j) * R + r]);
+            }
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            const f32x16 scale = load_bf16((const bf16*)(p + GROUP_INTEGERS) + h * LANES);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+                for (int c = 1; c < CHAINS; c++) sums[0][r][h] += sums[c][r][h];
+                acc[r][h] += sums[0][r][h] * scale;
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+        store(out + r * ld, acc[r][0]);
+        store(out + r * ld + LANES, acc[r][1]);
+    }
+}
+
+// 16 pairs of bfloat16, each from two float32.
+inline u32x16 joined(f32x16 first, f32x16 second) {
+#if WIDE
+    // Both halves in order, then one element of each in turn.
+    alignas(64) static constexpr uint16_t TURNS[32] = {
+        0, 16, 1, 17, 2, 18, 3, 19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (u32x16)_mm512_permutexvar_epi16(_mm512_load_si512(TURNS), halves);
+#else
+    u32x16 pairs;
+    for (int i = 0; i < LANES; i++)
+        pairs[i] = uint32_t(to_bf16(second[i])) << 16 | to_bf16(first[i]);
+    return pairs;
+#endif
+}
+
+// Memory for a panel of bfloat16, of one thread.
+struct Room {
+    std::vector<char> memory;
+
+    char* of(int64_t bytes) {
+        memory.resize(std::max<size_t>(memory.size(), bytes + 64));
+        return (char*)(((uintptr_t)memory.data() + 63) & ~uintptr_t(63));  // whole cache lines
+    }
+};
+
+// Makes a panel one of bfloat16, and asks for the panel after it meanwhile.
+inline void unpack_int4_panel(const char* p, int64_t in, char* to) {
+    const char* next = p + in / GROUP * GROUP_BYTES;
+    for (int64_t g = 0; g < in / GROUP; g++, p += GROUP_BYTES, next += GROUP_BYTES) {
+        for (int64_t b = 0; b < GROUP_BYTES; b += 64) __builtin_prefetch(next + b, 0, 2);
+        for (int h = 0; h < 2; h++) {
+            const f32x16 scale = load_bf16((const bf16*)(p + GROUP_INTEGERS) + h * LANES);
+            for (int k = 0; k < GROUP / 8; k++) {
+                const Pairs pairs(p + (k * 2 + h) * 64);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+                    store(to + (g * GROUP / 2 + k * 4 + j) * 128 + h * 64,
+                          joined((f32x16)(pairs.of[j] << 16) * scale,
+                                 (f32x16)(pairs.of[j] & 0xffff0000u) * scale));
+            }
+        }
+    }
+}
+
+}  // namespace
