@@ -6,24 +6,26 @@ What the kernels do not take (sizes that do not fill their vectors) goes through
 from __future__ import annotations
 
 from ctypes import c_float, c_int, c_int64, c_void_p
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moespan.checkpoint.building import Builder
+from moespan.checkpoint.placement import Parameter
 from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.ops.base import AttentionBatch, KVCache, Weight
 from moespan.ops.cpu import CpuOps
 from moespan.ops.native.build import BuildError, library
+from moespan.ops.native.packing import PackedBuilder, PackedWeight
 
-_LANES, _PANEL = 16, 32
+_LANES = 16
 _MOST_HEAD_SIZE = 256
 _LINEAR = ("qkv", "out", "gate_up", "down", "head")
-_BF16, _W8A8, _W8A16 = range(3)
 
 # The parameters of each kernel, as `kernels/kernels.cpp` declares them: p is a pointer, n an int64.
 _SIGNATURES = {
-    "pack": "ppnnniipppi",
+    "pack": "pnnnnnnipp",
+    "round": "pnnnppp",
     "linear": "ipnnnpppppippp",
     "experts": "ipnnppnnnpppnpppnnpippppp",
     "attention": "pnpnnnppppinpnppnfi",
@@ -33,31 +35,6 @@ _SIGNATURES = {
     "route": "ppnnnnippi",
 }
 _TYPES = {"p": c_void_p, "n": c_int64, "i": c_int, "f": c_float}
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A matrix [out, in], or a bank of `count`, in the panels that `kernels/packing.h` describes.
-
-    Attributes:
-        kind: 0 bfloat16; 1 and 2 int8 for activations of 8 and of 16 bits.
-        padded_out: channels with those that fill the last panel.
-        scales, sums: float32 and int32 [count, padded_out], of int8 weights.
-    """
-
-    panels: Tensor
-    kind: int
-    count: int
-    out: int
-    padded_out: int
-    width: int
-    scales: Tensor | None = None
-    sums: Tensor | None = None
-
-    @property
-    def pointers(self) -> tuple[int, int | None, int | None]:
-        """Where panels, scales and sums are."""
-        return self.panels.data_ptr(), _at(self.scales), _at(self.sums)
 
 
 class NativeCpuOps(CpuOps):
@@ -77,57 +54,28 @@ class NativeCpuOps(CpuOps):
         self._kernels = kernels
         self._buffers: dict[str, Tensor] = {}
 
+    def builder(
+        self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
+    ) -> Builder:
+        """Matrices are packed as they are read."""
+        if _takes(name, parameter, dtype):
+            return PackedBuilder(self._kernels, parameter, _leaf(name) == "gate_up")
+        return super().builder(name, parameter, dtype, device)
+
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
-        """Matrices are packed, in their own memory where they fill it; the router is transposed."""
-        leaf = name.rsplit(".", 1)[-1]
-        if leaf == "router":
+        """Matrices are packed; the router is transposed."""
+        if _leaf(name) == "router":
             assert isinstance(weight, Tensor)
             return weight.t().contiguous().t()
-        if leaf not in _LINEAR:
-            return weight
-        values = weight.values if isinstance(weight, QuantizedWeight) else weight
-        is_gate_up = leaf == "gate_up"
-        if values.dtype not in (torch.bfloat16, torch.int8):
+        is_quantized = isinstance(weight, QuantizedWeight)
+        values = weight.values if is_quantized else weight
+        bits = weight.activation_bits if is_quantized else None
+        parameter = Parameter(tuple(values.shape), None, bits)
+        if not _takes(name, parameter, values.dtype):
             return super().prepare(name, weight)
-        # One instruction takes four bytes of a row; what gate_up gives is a row for `down`.
-        rows = [values.shape[-1], values.shape[-2] // 2 if is_gate_up else 0]
-        if any(row * values.itemsize % 4 for row in rows):
-            return super().prepare(name, weight)
-        return self._pack(values, weight, is_gate_up)
-
-    def _pack(
-        self, values: Tensor, weight: Tensor | QuantizedWeight, is_gate_up: bool
-    ) -> PackedWeight:
-        bank = values.contiguous().view(-1, *values.shape[-2:])
-        count, out, width = bank.shape
-        unit, step = (2 * _LANES, 2) if is_gate_up else (_PANEL, 1)
-        padded_out = -(-(out // step) // (unit // step)) * unit
-        panels, scales, sums = bank, None, None
-        if padded_out != out:
-            panels = torch.empty((count, padded_out, width), dtype=bank.dtype)
-        kind = _BF16
-        if isinstance(weight, QuantizedWeight):
-            kind = _W8A8 if weight.activation_bits == 8 else _W8A16
-            scales = torch.empty((count, padded_out), dtype=torch.float32)
-            sums = torch.empty((count, padded_out), dtype=torch.int32)
-        for i in range(count):
-            # Halves of a gate-up matrix are interleaved, so that one is not packed where it lies.
-            source = bank[i].clone() if is_gate_up and panels is bank else bank[i]
-            given = weight.scales.view(count, out)[i] if scales is not None else None
-            self._kernels.moespan_pack(
-                source.data_ptr(),
-                panels[i].data_ptr(),
-                1,
-                out,
-                width,
-                bank.itemsize,
-                is_gate_up,
-                _at(given),
-                _at(None if scales is None else scales[i]),
-                _at(None if sums is None else sums[i]),
-                torch.get_num_threads(),
-            )
-        return PackedWeight(panels, kind, count, out, padded_out, width, scales, sums)
+        builder = PackedBuilder(self._kernels, parameter, _leaf(name) == "gate_up")
+        builder.put_all(values, weight.scales if is_quantized else None)
+        return builder.finish()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]."""
@@ -349,6 +297,21 @@ class NativeCpuOps(CpuOps):
         if buffer is None or len(buffer) < num_bytes:
             buffer = self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8)
         return int(buffer.data_ptr())
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _takes(name: str, parameter: Parameter, dtype: torch.dtype) -> bool:
+    """Whether the kernels take this parameter, of the engine's `dtype`, packed."""
+    if _leaf(name) not in _LINEAR or dtype not in (torch.bfloat16, torch.int8):
+        return False
+    item_bytes = 1 if parameter.is_quantized else 2
+    *_, out, width = parameter.shape
+    # One instruction takes four bytes of a row; what gate_up gives is a row for `down`.
+    rows = [width, out // 2 if _leaf(name) == "gate_up" else 0]
+    return not any(row * item_bytes % 4 for row in rows)
 
 
 def _are_packed(gate_up: Weight, down: Weight) -> bool:
