@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.placement import Parameter, Piece
+from moespan.checkpoint.loader import load_weights
+from moespan.checkpoint.placement import Parameter, Piece, place
 from moespan.checkpoint.quantization import QuantizedWeight, quantize
+from moespan.config import Layout
 from moespan.ops import AttentionBatch, KVCache, ReferenceOps
 from moespan.ops.native.ops import BuildError, NativeCpuOps, PackedWeight
 from moespan.ops.native.packing import PackedBuilder
+from tests.support import Oracle
 
 REFERENCE = ReferenceOps()
 BF16 = torch.bfloat16
@@ -126,6 +129,29 @@ def test_parts_of_rows_and_scales_are_packed_with_zeros_after_them(
         expected.values[held] = integers[piece.source_index]
         expected.scales[held[0]] = scales[held[0]]
     assert same_bits(builder.finish(), ops.prepare("down", expected))
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "w8a8"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=4, ep=2), Layout(pp=2, tp=2)], ids=str)
+def test_every_rank_loads_what_preparing_its_whole_parameters_gives(
+    ops: NativeCpuOps, layout: Layout, quantization: str | None
+):
+    oracle = Oracle("sixteen")
+    for rank in range(layout.world_size):
+        placement = place(oracle.config, layout, rank, quantization=quantization)
+        source, cpu = oracle.source(), torch.device("cpu")
+        ours, _ = load_weights(placement, source, BF16, cpu, new_builder=ops.builder)
+        theirs, _ = load_weights(placement, source, BF16, cpu)
+        assert ours.keys() == theirs.keys()
+        num_packed = 0
+        for name, weight in theirs.items():
+            expected = ops.prepare(name, weight)
+            if isinstance(expected, PackedWeight):
+                assert same_bits(ours[name], expected)
+                num_packed += 1
+            else:
+                assert torch.equal(ours[name], expected)
+        assert num_packed
 
 
 @pytest.mark.parametrize("width", [2, 33, 1030])

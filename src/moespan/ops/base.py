@@ -136,7 +136,7 @@ class KVCache:
 
 
 Weight = Any
-"""What `Ops.builder` and `Ops.prepare` make of a parameter: a tensor, or a form that only these operations read."""
+"""What `Ops.builder` makes of a parameter: a tensor, or a form that only these operations read."""
 
 
 class Replay(Protocol):
@@ -161,15 +161,14 @@ class Ops(Protocol):
     def builder(
         self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
     ) -> Builder:
-        """What lays out a parameter while it is loaded, and finishes with what `prepare` would make
-        of the whole of it."""
+        """What takes in a parameter while it is read, and makes of it what `prepare` would make of
+        the whole."""
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Lay out a parameter, by its name in the placement table, as the kernels here like it.
 
-        Called once, when it is whole; the memory of `weight` may be used for the result. Embeddings,
-        norms, biases and routers stay tensors; the others are read by `linear`, `mlp` and `experts`
-        only.
+        Called once, when it is whole; its memory may be used for the result. Embeddings, norms,
+        biases and routers stay tensors; the others are read by `linear`, `mlp` and `experts` only.
         """
 
     def new_cache(

@@ -67,14 +67,15 @@ class NativeCpuOps(CpuOps):
         if _leaf(name) == "router":
             assert isinstance(weight, Tensor)
             return weight.t().contiguous().t()
-        is_quantized = isinstance(weight, QuantizedWeight)
-        values = weight.values if is_quantized else weight
-        bits = weight.activation_bits if is_quantized else None
+        values, scales, bits = weight, None, None
+        if isinstance(weight, QuantizedWeight):
+            values, scales, bits = weight.values, weight.scales, weight.activation_bits
+        assert isinstance(values, Tensor)
         parameter = Parameter(tuple(values.shape), None, bits)
         if not _takes(name, parameter, values.dtype):
             return super().prepare(name, weight)
         builder = PackedBuilder(self._kernels, parameter, _leaf(name) == "gate_up")
-        builder.put_all(values, weight.scales if is_quantized else None)
+        builder.put_all(values, scales)
         return builder.finish()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
