@@ -90,10 +90,10 @@ class PackedBuilder:
 
     def put_all(self, values: Tensor, scales: Tensor | None) -> None:
         """Pack the whole parameter; `scales` [..., out] of integers."""
-        for i, matrix in enumerate(values.view(self._count, self._out, self._width)):
+        for i, matrix in enumerate(values.reshape(self._count, self._out, self._width)):
             self._pack(i, 0, matrix)
         if scales is not None:
-            self._scales.copy_(scales.view_as(self._scales))
+            self._scales.copy_(scales.reshape(self._scales.shape))
 
     def finish(self) -> PackedWeight:
         """The packed weight."""

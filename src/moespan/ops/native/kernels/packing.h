@@ -70,7 +70,8 @@ inline void pack_lanes(const char* from, int64_t stride, int64_t bytes, char* to
 inline float round_row(const bf16* x, int64_t n, const float* largest, int8_t* to) {
     // Magnitudes of bfloat16 are ordered as their bits are, with NaN above all.
     bf16 most = 0;
-    for (int64_t i = 0; !largest && i < n; i++) most = std::max(most, bf16(x[i] & 0x7fff));
+    if (!largest)
+        for (int64_t i = 0; i < n; i++) most = std::max(most, bf16(x[i] & 0x7fff));
     const float scale = (largest ? *largest : to_float(most)) / 127.0f;
     const float divisor = scale == 0 ? 1.0f : scale;
     int64_t i = 0;
