@@ -93,7 +93,7 @@ def load_weights(
             maxima = cut.split(maximum_over_tp(cut.maxima))
             list(pool.map(fill_cut, [maxima] * len(cut)))
     weights: Loaded = {}
-    while builders:  # a form may take the place of the one before
+    while builders:  # what is finished may be a copy: one at a time
         name, builder = builders.popitem()
         weights[name] = builder.finish()
         del builder

@@ -6,6 +6,7 @@ so that the loader does not care. Pickle checkpoints are refused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -169,12 +170,9 @@ class SafetensorsSource:
             for piece in pieces:
                 begin, row_bytes = self._begin[piece.source], self._row_bytes[piece.source]
                 rows = piece.source_index[0]
-                os.posix_fadvise(
-                    opened.fileno(),
-                    begin + rows.start * row_bytes,
-                    piece.num_rows * row_bytes,
-                    os.POSIX_FADV_WILLNEED,
-                )
+                start, length = begin + rows.start * row_bytes, piece.num_rows * row_bytes
+                with contextlib.suppress(OSError):  # advice that a file system may not take
+                    os.posix_fadvise(opened.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def num_bytes(self, piece: Piece) -> int:
         """How many bytes reading `piece` reads."""
