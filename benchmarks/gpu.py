@@ -370,17 +370,17 @@ class Bench:
         mesh = Mesh.create(Layout(), self.device)
         source = RandomSource(config, dtype, 0, self.device)
         placement = place(config, Layout(), 0, quantization=args.quantization)
-        weights, self.loaded = load_weights(placement, source, dtype, self.device)
         ops = ops_for(args.device, self.config)
-        prepared = {name: ops.prepare(name, weight) for name, weight in weights.items()}
-        del weights
+        weights, self.loaded = load_weights(
+            placement, source, dtype, self.device, new_builder=ops.builder
+        )
         block_bytes = self.config.block_size * cache_bytes_per_token(
             config, Layout(), 0, self.config.cache_dtype
         )
         room = int(available_bytes(self.device) * CACHE_SHARE[args.device] // block_bytes)
         wanted = max(sizes.decode_batch) * self.config.blocks_per_sequence
         self.num_blocks = max(min(room, wanted), self.config.blocks_per_sequence)
-        self.worker = Worker(self.config, config, mesh, ops, prepared, self.num_blocks)
+        self.worker = Worker(self.config, config, mesh, ops, weights, self.num_blocks)
         for cache in self.worker.caches:
             for part in cache.tensors:  # numbers such as keys and values are
                 part.random_(-127, 128) if part.dtype == torch.int8 else part.normal_()

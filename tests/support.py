@@ -130,8 +130,7 @@ def make_worker(
     ops = ops or CpuOps()
     source = source or RandomSource(config, torch_dtype, seed=0)
     placement = place(config, mesh.layout, mesh.rank, quantization=quantization)
-    loaded, _ = load_weights(placement, source, torch_dtype, mesh.device)
-    weights = {name: ops.prepare(name, weight) for name, weight in loaded.items()}
+    weights, _ = load_weights(placement, source, torch_dtype, mesh.device, new_builder=ops.builder)
     settings = EngineConfig(
         "unused",
         mesh.layout,

@@ -37,6 +37,23 @@ def test_zeros_take_no_memory_before_they_are_written():
     assert made[-1] == 1
 
 
+def test_large_zeros_begin_at_a_page_and_ask_for_huge_ones():
+    made = zeros((3 << 20,), torch.bfloat16, CPU)
+    assert made.data_ptr() % resource.getpagesize() == 0
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no huge pages to give")
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if not key.endswith(":"):
+            start, stop = (int(part, 16) for part in key.split("-"))
+            inside = start <= made.data_ptr() < stop
+        elif inside and key == "VmFlags:":
+            assert "hg" in values
+            return
+    raise AssertionError("it lies nowhere")
+
+
 def limits(
     monkeypatch: pytest.MonkeyPatch,
     *,

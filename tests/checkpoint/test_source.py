@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,28 @@ def test_every_slice_is_that_of_the_plain_file(
         assert sorted(piece.source for piece, _ in read) == sorted(p.source for p in pieces)
         for piece, part in read:
             assert torch.equal(part, values[piece.source][piece.source_index])
+
+
+def test_the_system_is_asked_for_the_rows_of_the_pieces_ahead_and_for_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    values = tensors()
+    weight_map = write_sharded(tmp_path, values)
+    asked: list[bytes] = []
+
+    def note(file: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append(os.pread(file, length, start))
+
+    monkeypatch.setattr("moespan.checkpoint.source.os.posix_fadvise", note)
+    source = SafetensorsSource(tmp_path, CONFIG)
+    for batch in source.batches(place(CONFIG, Layout(tp=2), 1).pieces):
+        asked.clear()
+        next(iter(source.read(batch)))
+        assert len({weight_map[piece.source] for piece in batch}) == 1
+        # Of columns whole rows: they lie in the same pages.
+        rows = [values[piece.source][piece.source_index[0]] for piece in batch]
+        assert asked == [part.numpy().tobytes() for part in rows]
 
 
 def test_batches_cover_every_piece_in_file_order_and_bounded_blocks(

@@ -6,8 +6,10 @@ so that the loader does not care. Pickle checkpoints are refused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +29,9 @@ _FLOATS = ("F32", "BF16", "F16")
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1, "F8_E4M3": 1}
 # Of what has scales, as torch and as safetensors call it.
 _QUANTIZED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "int32": "I32"}
-_BATCH_BYTES = 64 << 20
+_BATCH_BYTES = 32 << 20
+# Rows of one read are a multiple of this, which suits what packs rows into tiles.
+_ROWS_TOGETHER = 64
 # Whose random numbers follow from seed and shape, whatever else it does.
 _DRAWING_DEVICES = ("cuda",)
 
@@ -58,6 +62,7 @@ class SafetensorsSource:
         self.path = Path(path)
         self._file_of: dict[str, str] = {}
         self._order: dict[str, int] = {}
+        self._begin: dict[str, int] = {}  # bytes of the file before it
         self._row_bytes: dict[str, int] = {}
         self._item_bytes: dict[str, int] = {}
         problems: list[str] = []
@@ -120,14 +125,19 @@ class SafetensorsSource:
         try:
             with self._open(file) as handle:
                 names = handle.offset_keys()
+                # Eight bytes tell the length of the header; then data follow without holes.
+                with (self.path / file).open("rb") as opened:
+                    begin = 8 + int.from_bytes(opened.read(8), "little")
                 for at, name in enumerate(names):
                     if name in self._file_of:
                         problems.append(f"{file}: {name} is also in {self._file_of[name]}")
                     self._file_of[name], self._order[name] = file, at
                     tensor = handle.get_slice(name)
                     shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-                    self._row_bytes[name] = 4 * math.prod(shape[1:])
                     self._item_bytes[name] = _ITEM_BYTES.get(dtype, 0)
+                    self._row_bytes[name] = self._item_bytes[name] * math.prod(shape[1:])
+                    self._begin[name] = begin
+                    begin += shape[0] * self._row_bytes[name] if shape else 0
                     if name not in expected:
                         continue
                     # Scales of rows are (out) or (out, 1).
@@ -159,6 +169,16 @@ class SafetensorsSource:
     def _open(self, file: str) -> Any:
         return safe_open(str(self.path / file), framework="pt", device="cpu")
 
+    def _read_ahead(self, file: str, pieces: Sequence[Piece]) -> None:
+        """Have the system fetch the pieces' rows in large reads; a mapping asks page by page."""
+        with (self.path / file).open("rb") as opened:
+            for piece in pieces:
+                begin, row_bytes = self._begin[piece.source], self._row_bytes[piece.source]
+                rows = piece.source_index[0]
+                start, length = begin + rows.start * row_bytes, piece.num_rows * row_bytes
+                with contextlib.suppress(OSError):  # advice that a file system may not take
+                    os.posix_fadvise(opened.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
     def num_bytes(self, piece: Piece) -> int:
         """How many bytes reading `piece` reads."""
         return piece.num_elements * self._item_bytes[piece.source]
@@ -185,7 +205,9 @@ class SafetensorsSource:
 
     def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Yield each piece of one batch as a view of the mapped file."""
-        with self._open(self._file_of[pieces[0].source]) as handle:
+        file = self._file_of[pieces[0].source]
+        self._read_ahead(file, pieces)
+        with self._open(file) as handle:
             for piece in pieces:
                 values = handle.get_slice(piece.source)[piece.source_index]
                 is_vector = len(piece.source_index) == 1
@@ -262,6 +284,8 @@ class RandomSource:
 
 def _row_blocks(piece: Piece, most_rows: int) -> Iterator[Piece]:
     """Cut `piece` into pieces of at most `most_rows` rows (at least one)."""
+    if most_rows > _ROWS_TOGETHER:
+        most_rows -= most_rows % _ROWS_TOGETHER
     most_rows = max(most_rows, 1)
     axis = len(piece.index) - len(piece.source_index)  # an expert's number may come first
     source_rows, rows = piece.source_index[0], piece.index[axis]

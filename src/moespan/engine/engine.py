@@ -33,7 +33,7 @@ from moespan.engine.trace import Observation, join_rows
 from moespan.engine.worker import Pending, Worker
 from moespan.errors import ConfigError, RequestError
 from moespan.memory import available_bytes
-from moespan.ops import Ops, Weight, ops_for
+from moespan.ops import Ops, ops_for
 from moespan.parallel import fused
 from moespan.parallel.buffers import DEFAULT_BUFFER_MB
 from moespan.parallel.mesh import Mesh
@@ -371,16 +371,12 @@ def _build_worker(
             source,
             dtype,
             mesh.device,
+            new_builder=ops.builder,
             check_finite=config.check_finite,
             progress=bar.update,
             maximum_over_tp=lambda maxima: mesh.tp.maximum(maxima.to(mesh.device), "load").cpu(),
         )
     started = time.perf_counter()
-    prepared: dict[str, Weight] = {}
-    while weights:  # each form takes the place of the one before
-        name, weight = weights.popitem()
-        prepared[name] = ops.prepare(name, weight)
-        del weight
     num_blocks = config.num_blocks or _fitting_blocks(config, model_config, mesh, ops)
     num_blocks = mesh.control.smallest(num_blocks)
     # Waiting for the slowest rank is part of loading.
@@ -392,7 +388,7 @@ def _build_worker(
             f"tokens, but one sequence of max_model_len={config.max_model_len} takes "
             f"{config.blocks_per_sequence}; lower max_model_len, or use more ranks"
         )
-    worker = Worker(config, model_config, mesh, ops, prepared, num_blocks)
+    worker = Worker(config, model_config, mesh, ops, weights, num_blocks)
     return worker, num_blocks, report
 
 

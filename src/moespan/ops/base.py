@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moespan.checkpoint.building import Builder
+from moespan.checkpoint.placement import Parameter
 from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.memory import to_device, zeros
 from moespan.parallel.mesh import Axis
@@ -134,7 +136,7 @@ class KVCache:
 
 
 Weight = Any
-"""What `Ops.prepare` makes of a parameter: a tensor, or a form that only these operations read."""
+"""What `Ops.builder` makes of a parameter: a tensor, or a form that only these operations read."""
 
 
 class Replay(Protocol):
@@ -158,12 +160,17 @@ class Ops(Protocol):
     # Of an NPU: 910B (A2), 910C (A3) or 310P; empty if it is another one, or none.
     chip: str
 
+    def builder(
+        self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
+    ) -> Builder:
+        """What takes in a parameter while it is read, and makes of it what `prepare` would make of
+        the whole."""
+
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Lay out a parameter, by its name in the placement table, as the kernels here like it.
 
-        Called once, after loading; the memory of `weight` may be used for the result. Embeddings,
-        norms, biases and routers stay tensors; the others are read by `linear`, `mlp` and `experts`
-        only.
+        Called once, when it is whole; its memory may be used for the result. Embeddings, norms,
+        biases and routers stay tensors; the others are read by `linear`, `mlp` and `experts` only.
         """
 
     def new_cache(

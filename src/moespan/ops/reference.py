@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moespan.checkpoint.building import Builder, TensorBuilder
+from moespan.checkpoint.placement import Parameter
 from moespan.checkpoint.quantization import QuantizedWeight, round_rows
 from moespan.config import QUANTIZATIONS
 from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
@@ -22,6 +24,12 @@ class ReferenceOps:
     quantizations: tuple[str, ...] = QUANTIZATIONS
     has_int8_cache = True
     chip = ""
+
+    def builder(
+        self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
+    ) -> Builder:
+        """A tensor, to be prepared when it is whole."""
+        return TensorBuilder(name, parameter, dtype, device, self.prepare)
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """The weight as it is."""

@@ -6,26 +6,28 @@ What the kernels do not take (sizes that do not fill their vectors) goes through
 from __future__ import annotations
 
 from ctypes import c_float, c_int, c_int64, c_void_p
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moespan.checkpoint.building import Builder
+from moespan.checkpoint.placement import Parameter
 from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.ops.base import AttentionBatch, KVCache, Weight
 from moespan.ops.cpu import CpuOps
 from moespan.ops.native.build import BuildError, library
+from moespan.ops.native.packing import INT4, PackedBuilder, PackedWeight, padded
 
-_LANES, _PANEL = 16, 32
+_LANES = 16
 _MOST_HEAD_SIZE = 256
 _LINEAR = ("qkv", "out", "gate_up", "down", "head")
-_BF16, _W8A8, _W8A16, _INT4 = range(4)
 _INT4_GROUP = 32
 
 # The parameters of each kernel, as `kernels/kernels.cpp` declares them: p is a pointer, n an int64.
 _SIGNATURES = {
-    "pack": "ppnnniipppi",
+    "pack": "pnnnnnnipp",
     "pack_int4": "pppnnnii",
+    "round": "pnnnppp",
     "linear": "ipnnnpppppippp",
     "experts": "ipnnppnnnpppnpppnnpippppp",
     "attention": "pnpnnnppppinpnppnfi",
@@ -35,31 +37,6 @@ _SIGNATURES = {
     "route": "ppnnnnippi",
 }
 _TYPES = {"p": c_void_p, "n": c_int64, "i": c_int, "f": c_float}
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A matrix [out, in], or a bank of `count`, in the panels that `kernels/packing.h` describes.
-
-    Attributes:
-        kind: 0 bfloat16; 1 and 2 int8 for activations of 8 and of 16 bits; 3 of 4 bits.
-        padded_out: channels with those that fill the last panel.
-        scales, sums: float32 and int32 [count, padded_out], of int8 weights.
-    """
-
-    panels: Tensor
-    kind: int
-    count: int
-    out: int
-    padded_out: int
-    width: int
-    scales: Tensor | None = None
-    sums: Tensor | None = None
-
-    @property
-    def pointers(self) -> tuple[int, int | None, int | None]:
-        """Where panels, scales and sums are."""
-        return self.panels.data_ptr(), _at(self.scales), _at(self.sums)
 
 
 class NativeCpuOps(CpuOps):
@@ -79,64 +56,40 @@ class NativeCpuOps(CpuOps):
         self._kernels = kernels
         self._buffers: dict[str, Tensor] = {}
 
+    def builder(
+        self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
+    ) -> Builder:
+        """Matrices are packed as they are read."""
+        scheme = parameter.scheme
+        held = getattr(torch, scheme.storage) if scheme else dtype
+        if not _takes(name, parameter.shape, held):
+            return super().builder(name, parameter, dtype, device)
+        bits = scheme.activation_bits if scheme else None
+        return PackedBuilder(self._kernels, parameter.shape, bits, _leaf(name) == "gate_up")
+
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
-        """Matrices are packed, in their own memory where they fill it; the router is transposed."""
-        leaf = name.rsplit(".", 1)[-1]
-        if leaf == "router":
+        """Matrices are packed; the router is transposed."""
+        if _leaf(name) == "router":
             assert isinstance(weight, Tensor)
             return weight.t().contiguous().t()
-        if leaf not in _LINEAR:
-            return weight
-        is_gate_up = leaf == "gate_up"
-        if isinstance(weight, QuantizedWeight) and weight.group_size == _INT4_GROUP:
-            return self._pack_int4(weight, is_gate_up)
-        values = weight.values if isinstance(weight, QuantizedWeight) else weight
-        if values.dtype not in (torch.bfloat16, torch.int8):
-            return super().prepare(name, weight)
-        # One instruction takes four bytes of a row; what gate_up gives is a row for `down`.
-        rows = [values.shape[-1], values.shape[-2] // 2 if is_gate_up else 0]
-        if any(row * values.itemsize % 4 for row in rows):
-            return super().prepare(name, weight)
-        return self._pack(values, weight, is_gate_up)
-
-    def _pack(
-        self, values: Tensor, weight: Tensor | QuantizedWeight, is_gate_up: bool
-    ) -> PackedWeight:
-        bank = values.contiguous().view(-1, *values.shape[-2:])
-        count, out, width = bank.shape
-        padded_out = _padded(out, is_gate_up)
-        panels, scales, sums = bank, None, None
-        if padded_out != out:
-            panels = torch.empty((count, padded_out, width), dtype=bank.dtype)
-        kind = _BF16
+        is_gate_up = _leaf(name) == "gate_up"
+        values, scales, bits = weight, None, None
         if isinstance(weight, QuantizedWeight):
-            kind = _W8A8 if weight.activation_bits == 8 else _W8A16
-            scales = torch.empty((count, padded_out), dtype=torch.float32)
-            sums = torch.empty((count, padded_out), dtype=torch.int32)
-        for i in range(count):
-            # Halves of a gate-up matrix are interleaved, so that one is not packed where it lies.
-            source = bank[i].clone() if is_gate_up and panels is bank else bank[i]
-            given = weight.scales.view(count, out)[i] if scales is not None else None
-            self._kernels.moespan_pack(
-                source.data_ptr(),
-                panels[i].data_ptr(),
-                1,
-                out,
-                width,
-                bank.itemsize,
-                is_gate_up,
-                _at(given),
-                _at(None if scales is None else scales[i]),
-                _at(None if sums is None else sums[i]),
-                torch.get_num_threads(),
-            )
-        return PackedWeight(panels, kind, count, out, padded_out, width, scales, sums)
+            if weight.group_size == _INT4_GROUP and _leaf(name) in _LINEAR:
+                return self._pack_int4(weight, is_gate_up)
+            values, scales, bits = weight.values, weight.scales, weight.activation_bits
+        assert isinstance(values, Tensor)
+        if not _takes(name, tuple(values.shape), values.dtype):
+            return super().prepare(name, weight)
+        builder = PackedBuilder(self._kernels, tuple(values.shape), bits, is_gate_up)
+        builder.put_all(values, scales)
+        return builder.finish()
 
     def _pack_int4(self, weight: QuantizedWeight, is_gate_up: bool) -> PackedWeight:
         values = weight.values.contiguous()
         out, count = values.shape[-2], values.shape[:-2].numel()
         width = weight.scales.shape[-1] * _INT4_GROUP
-        padded_out = _padded(out, is_gate_up)
+        padded_out = padded(out, is_gate_up)
         # Nibbles, and bfloat16 scales.
         row_bytes = width // 2 + weight.scales.shape[-1] * 2
         panels = torch.empty((count, padded_out, row_bytes), dtype=torch.uint8)
@@ -150,7 +103,7 @@ class NativeCpuOps(CpuOps):
             is_gate_up,
             torch.get_num_threads(),
         )
-        return PackedWeight(panels, _INT4, count, out, padded_out, width)
+        return PackedWeight(panels, INT4, count, out, padded_out, width)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]."""
@@ -374,10 +327,18 @@ class NativeCpuOps(CpuOps):
         return int(buffer.data_ptr())
 
 
-def _padded(out: int, is_gate_up: bool) -> int:
-    """Channels of the panels that hold `out`; of a gate-up matrix both halves fill theirs."""
-    unit, step = (2 * _LANES, 2) if is_gate_up else (_PANEL, 1)
-    return -(-(out // step) // (unit // step)) * unit
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _takes(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the kernels take a parameter [..., out, in] of `dtype` packed by rows."""
+    if _leaf(name) not in _LINEAR or dtype not in (torch.bfloat16, torch.int8):
+        return False
+    *_, out, width = shape
+    # One instruction takes four bytes of a row; what gate_up gives is a row for `down`.
+    rows = [width, out // 2 if _leaf(name) == "gate_up" else 0]
+    return not any(row * dtype.itemsize % 4 for row in rows)
 
 
 def _are_packed(gate_up: Weight, down: Weight) -> bool:

@@ -16,6 +16,16 @@
 
 namespace {
 
+// Which row of a matrix is channel `c` of panel `p`; -1 is padding.
+inline int64_t source_row(int64_t p, int c, int64_t out, bool gate_up) {
+    if (!gate_up) {
+        const int64_t row = p * PANEL + c;
+        return row < out ? row : -1;
+    }
+    const int64_t half = out / 2, row = p * LANES + c % LANES;
+    return row >= half ? -1 : c < LANES ? row : half + row;
+}
+
 // Packs panel `p` of integers [out, in / 8], eight to a word, the first in its lowest bits and each
 // + 8, and of scales [out, in / 32].
 inline void pack_int4_panel(const uint32_t* integers, const bf16* scales, char* panel, int64_t p,

@@ -6,43 +6,31 @@
 
 #include <omp.h>
 
+#include <numeric>
 #include <vector>
 
 #include "attention.h"
 
 extern "C" {
 
-// Packs a matrix, or a bank of `count`, [out, in] of `bytes` (2: bfloat16, 1: int8) per element.
-// `to` may be `from` where out is a multiple of 32 and `gate_up` is 0. `sums` gets, for int8, the
-// sum of each channel, [count, padded out], in packed order; `scales` [count, out] go to
-// `packed_scales` in the same order.
-void moespan_pack(const void* from, void* to, int64_t count, int64_t out, int64_t in, int bytes,
-                  int gate_up, const float* scales, float* packed_scales, int32_t* sums,
-                  int threads) {
-    const int64_t panels = gate_up ? ceil_div(out / 2, LANES) : ceil_div(out, PANEL);
-    const int64_t panel_bytes = in * PANEL * bytes;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<char> panel(panel_bytes);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < count * panels; i++) {
-            const int64_t m = i / panels, p = i % panels;
-            const char* source = (const char*)from + m * out * in * bytes;
-            if (bytes == 2)
-                pack_panel<2>((const bf16*)source, (bf16*)panel.data(), p, out, in, gate_up);
-            else
-                pack_panel<4>((const int8_t*)source, (int8_t*)panel.data(), p, out, in, gate_up);
-            for (int c = 0; bytes == 1 && c < PANEL; c++) {
-                const int64_t row = source_row(p, c, out, gate_up), at = i * PANEL + c;
-                int32_t total = 0;
-                if (row >= 0)
-                    for (int64_t k = 0; k < in; k++)
-                        total += ((const int8_t*)source)[row * in + k];
-                sums[at] = total;
-                packed_scales[at] = row >= 0 ? scales[m * out + row] : 0.0f;
-            }
-            std::memcpy((char*)to + i * panel_bytes, panel.data(), panel_bytes);
-        }
+// Packs rows `first` to `first + rows` of a matrix [out, in] of `in_bytes` a row: the first `bytes` of
+// each, `stride` bytes apart. What no row fills in `panels` stays as it is. `sums`, of int8: the sum
+// of each row, [rows]. One thread does it: others pack other rows meanwhile.
+void moespan_pack(const void* from, int64_t stride, int64_t bytes, int64_t first, int64_t rows,
+                  int64_t out, int64_t in_bytes, int gate_up, void* panels, int32_t* sums) {
+    const int64_t half = gate_up ? out / 2 : out;
+    for (int64_t r = 0; r < rows;) {
+        const int64_t row = first + r, channel = channel_of(row, out, gate_up);
+        const char* at = (const char*)from + r * stride;
+        char* to = (char*)panels + channel / PANEL * PANEL * in_bytes + channel % PANEL * 4;
+        const int64_t left = std::min(rows - r, (row < half ? half : out) - row);
+        const bool are_lanes = channel % LANES == 0 && left >= LANES;
+        if (are_lanes)
+            pack_lanes(at, stride, bytes, to);
+        else
+            pack_row(at, bytes, to);
+        for (const int64_t end = r + (are_lanes ? LANES : 1); r < end; r++, at += stride)
+            if (sums) sums[r] = std::accumulate((int8_t*)at, (int8_t*)at + bytes, int32_t(0));
     }
 }
 
@@ -57,6 +45,14 @@ void moespan_pack_int4(const uint32_t* integers, const bf16* scales, char* to, i
         pack_int4_panel(integers + m * out * (in / 8), scales + m * out * (in / GROUP),
                         to + i * panel_bytes(INT4, in), p, out, in, gate_up);
     }
+}
+
+// Rounds rows [rows, n], `stride` elements apart, to int8 `to` [rows, n] with scales [rows]. `maxima`
+// [rows], where given, are the largest magnitudes of the rows that these are parts of.
+void moespan_round(const bf16* x, int64_t stride, int64_t rows, int64_t n, const float* maxima,
+                   int8_t* to, float* scales) {
+    for (int64_t r = 0; r < rows; r++)
+        scales[r] = round_row(x + r * stride, n, maxima ? maxima + r : nullptr, to + r * n);
 }
 
 // x [rows, in] · Wᵀ + bias → y [rows, out].

@@ -3,8 +3,8 @@
 // Packed weights. A matrix [out, in] is cut into panels of 32 output channels, padded with zeros. A
 // panel holds, for each step along `in` (2 bfloat16 or 4 int8, which one dot-product instruction
 // takes per lane), two vectors of 16 channels. So one pass over a panel reads memory in order, and
-// keeps the results of up to MAX_ROWS rows of the input in registers until they are complete. A
-// panel takes the very bytes that its 32 rows took before, and is packed in their place.
+// keeps the results of up to MAX_ROWS rows of the input in registers until they are complete. A row
+// has its place whatever the others hold, so that rows are packed as they are read.
 //
 // In a packed gate-up matrix a panel holds 16 channels of the gate and the same 16 of up, so that
 // silu(gate) * up is applied to registers.
@@ -52,30 +52,48 @@ struct Matrix {
     int64_t panel_bytes(int kind) const { return ::panel_bytes(kind, in); }
 };
 
-// Which row of a matrix is channel `c` of panel `p`; -1 is padding. In a gate-up matrix of `half`
-// channels each, a panel is 16 of the gate and the same 16 of up.
-inline int64_t source_row(int64_t p, int c, int64_t out, bool gate_up) {
-    if (!gate_up) {
-        int64_t row = p * PANEL + c;
-        return row < out ? row : -1;
-    }
-    int64_t half = out / 2, row = p * LANES + c % LANES;
-    return row >= half ? -1 : c < LANES ? row : half + row;
+// Which channel row `row` of a matrix [out, in] is, those of all panels numbered through. In a gate-up
+// matrix of `half` channels each, a panel is 16 of the gate and the same 16 of up.
+inline int64_t channel_of(int64_t row, int64_t out, bool gate_up) {
+    if (!gate_up) return row;
+    const int64_t half = out / 2, is_up = row >= half, i = row - is_up * half;
+    return i / LANES * PANEL + is_up * LANES + i % LANES;
 }
 
-template <int STEP, class T>  // STEP elements of T make four bytes
-void pack_panel(const T* source, T* panel, int64_t p, int64_t out, int64_t in, bool gate_up) {
-    for (int c = 0; c < PANEL; c++) {
-        int64_t row = source_row(p, c, out, gate_up);
-        const T* from = row < 0 ? nullptr : source + row * in;
-        for (int64_t k = 0; k < in / STEP; k++) {
-            T* to = panel + (k * PANEL + c) * STEP;
-            if (from)
-                std::memcpy(to, from + k * STEP, 4);
-            else
-                std::memset(to, 0, 4);
-        }
+// Puts the `bytes` of one row into its channel, whose first four bytes are at `to`.
+inline void pack_row(const char* from, int64_t bytes, char* to) {
+    for (int64_t k = 0; k < bytes; k += 4)
+        std::memcpy(to + k * PANEL, from + k, std::min<int64_t>(4, bytes - k));
+}
+
+// The same of 16 rows, `stride` bytes apart, whose channels are neighbours.
+inline void pack_lanes(const char* from, int64_t stride, int64_t bytes, char* to) {
+    constexpr int64_t BLOCK = 4 * LANES;
+    int64_t k = 0;
+    for (; k + BLOCK <= bytes; k += BLOCK) {
+        u32x16 block[LANES];
+        for (int i = 0; i < LANES; i++) block[i] = load<u32x16>(from + i * stride + k);
+        transpose(block);
+        for (int i = 0; i < LANES; i++) store(to + (k + 4 * i) * PANEL, block[i]);
     }
+    for (int i = 0; i < LANES; i++)
+        pack_row(from + i * stride + k, bytes - k, to + k * PANEL + 4 * i);
+}
+
+// One row to int8, as `round_rows` in `checkpoint/quantization.py` rounds it; returns the scale.
+// `largest` is the largest magnitude of the whole row; none: it is this one's.
+inline float round_row(const bf16* x, int64_t n, const float* largest, int8_t* to) {
+    // Magnitudes of bfloat16 are ordered as their bits are, with NaN above all.
+    bf16 most = 0;
+    if (!largest)
+        for (int64_t i = 0; i < n; i++) most = std::max(most, bf16(x[i] & 0x7fff));
+    const float scale = (largest ? *largest : to_float(most)) / 127.0f;
+    const float divisor = scale == 0 ? 1.0f : scale;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(to + i, __builtin_convertvector(round_to_int(load_bf16(x + i) / divisor), i8x16));
+    for (; i < n; i++) to[i] = int8_t(std::nearbyintf(to_float(x[i]) / divisor));
+    return scale;
 }
 
 // -------------------------------------------------------------------------------- activation tiles

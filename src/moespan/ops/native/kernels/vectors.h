@@ -149,6 +149,31 @@ inline u8x16 low_bytes(i32x16 v) {
 #endif
 }
 
+// Rows of a square become its columns.
+inline void transpose(u32x16 (&x)[LANES]) {
+#if WIDE
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    // Each round interleaves the upper half of the rows with the lower one.
+    for (int round = 0; round < 4; round++) {
+        u32x16 next[LANES];
+        for (int i = 0; i < LANES / 2; i++) {
+            const __m512i a = (__m512i)x[i], b = (__m512i)x[i + LANES / 2];
+            next[2 * i] = (u32x16)_mm512_permutex2var_epi32(a, low, b);
+            next[2 * i + 1] = (u32x16)_mm512_permutex2var_epi32(a, high, b);
+        }
+        for (int i = 0; i < LANES; i++) x[i] = next[i];
+    }
+#else
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) {
+            const uint32_t one = x[i][j];
+            x[i][j] = x[j][i];
+            x[j][i] = one;
+        }
+#endif
+}
+
 // exp for x <= 0 or so: 2^n * 2^f with a polynomial for 2^f, |f| <= 1/2; relative error 2e-7.
 inline f32x16 vexp(f32x16 x) {
     x = vmax(x, splat(-87.3f));
