@@ -37,8 +37,6 @@ def test_one_command_checks_and_measures(
     gpu.main(["--device", "cpu", "--preset", "tiny", "--json", str(file)])
     report = json.loads(file.read_text())
     assert report["passed"] and len(report["operations"]) >= 20
-    kinds = {row.get("quantization") for row in report["operations"]}
-    assert kinds == {None, "int8", "w8a8"}
     assert report["skipped"] == ["transformers: not installed"]
     cases = [(row["engine"], row["phase"], row["batch"], row["new"]) for row in report["rows"]]
     assert cases == [
@@ -58,6 +56,7 @@ def test_a_wrong_operation_fails_the_command(
     small(monkeypatch)
     wrong = ("mlp", torch.tensor([1.0, torch.nan]), torch.ones(2))
     monkeypatch.setattr(gpu, "operation_checks", lambda *args: [wrong])
+    monkeypatch.setattr(gpu, "product_checks", lambda *args: [])
     with pytest.raises(SystemExit):
         gpu.main(["--device", "cpu", "--preset", "tiny"])
     assert "FAILED operation=mlp" in capsys.readouterr().out
@@ -69,12 +68,12 @@ def test_products_of_8_bit_floats_are_checked_like_those_of_other_weights(
     from moespan.ops.cuda import CudaOps
 
     interpreter.mend(monkeypatch)
-    sizes = replace(gpu.ELSEWHERE, check_tokens=(3, 6))
+    sizes = replace(gpu.ELSEWHERE, check_tokens=(6,))
     config, cpu = ModelConfig.from_dict(geometry()), torch.device("cpu")
     with torch.inference_mode():
         rows = gpu.check_operations(CudaOps(), config, [torch.bfloat16], ["fp8"], sizes, cpu)
     checked = [row for row in rows if row.get("quantization") == "fp8"]
-    assert len(checked) == 2 * 6
+    assert len(checked) == 6
     assert all(row["passed"] for row in rows)
 
 

@@ -365,18 +365,19 @@ class QuantizedContract(Contract):
     def test_activations_are_rounded_for_each_token_if_and_only_if_they_are_to_be(
         self, ops: Ops, dtype: torch.dtype
     ):
-        # Beside 2¹⁵ a 2⁻⁶ is rounded to nothing; beside 0.5, in the next row, it is not.
-        x = torch.full((2, 64), 2.0**-6, dtype=dtype)
-        x[:, 0] = torch.tensor([2.0**15, 0.5], dtype=dtype)
         ones = torch.ones(32, 64)
         ones[:, 0] = 0
         for kind in self.kinds:
+            # Beside the first a 2⁻⁶ is rounded to nothing; beside 0.5, in the next row, it is not.
+            first = 2.0**15 if KINDS[kind].dtype.is_floating_point else 2.0**3
+            x = torch.full((2, 64), 2.0**-6, dtype=dtype)
+            x[:, 0] = torch.tensor([first, 0.5], dtype=dtype)
             (weight,) = self.prepared_quantized(
                 ops, "layers.0.attention", out=self.quantized(ones, kind)
             )
             sums = ops.linear(*self.to(x), weight).cpu().float()
-            first = 63 / 64 if KINDS[kind].activation_bits == 16 else 0
-            expected = torch.tensor([first, 63 / 64])[:, None].expand(2, 32)
+            kept = 63 / 64 if KINDS[kind].activation_bits == 16 else 0
+            expected = torch.tensor([kept, 63 / 64])[:, None].expand(2, 32)
             assert sums == pytest.approx(expected, abs=0.01)
 
     @pytest.mark.parametrize("dtype", DTYPES)
