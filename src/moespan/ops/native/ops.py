@@ -13,6 +13,7 @@ from torch import Tensor
 from moespan.checkpoint.building import Builder
 from moespan.checkpoint.placement import Parameter
 from moespan.checkpoint.quantization import QuantizedWeight
+from moespan.memory import zeros
 from moespan.ops.base import AttentionBatch, KVCache, Weight
 from moespan.ops.cpu import CpuOps
 from moespan.ops.native.build import BuildError, library
@@ -319,11 +320,11 @@ class NativeCpuOps(CpuOps):
         """Where so many bytes of scratch memory are, until the next call with this name.
 
         It is kept: fresh memory of this size is given page by page, which takes longer than some
-        of the work that is done in it.
+        of the work that is done in it. `zeros` has large pages.
         """
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < num_bytes:
-            buffer = self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8)
+            buffer = self._buffers[name] = zeros((num_bytes,), torch.uint8, torch.device("cpu"))
         return int(buffer.data_ptr())
 
 

@@ -240,10 +240,12 @@ void moespan_route(const bf16* x, const float* router, int64_t tokens, int64_t H
     constexpr int TOKENS = 4, VECTORS = 4;
 #pragma omp parallel num_threads(tokens > 4 ? threads : 1)
     {
-        std::vector<float> logits(TOKENS * experts);
+        std::vector<float> logits(TOKENS * experts), floats(TOKENS * H);
 #pragma omp for schedule(static)
         for (int64_t t0 = 0; t0 < tokens; t0 += TOKENS) {
             const int n = (int)std::min<int64_t>(TOKENS, tokens - t0);
+            for (int t = 0; t < n; t++)
+                for (int64_t k = 0; k < H; k++) floats[t * H + k] = to_float(x[(t0 + t) * H + k]);
             int64_t e0 = 0;
             for (; e0 + LANES * VECTORS <= experts; e0 += LANES * VECTORS) {
                 f32x16 acc[TOKENS][VECTORS] = {};
@@ -252,8 +254,7 @@ void moespan_route(const bf16* x, const float* router, int64_t tokens, int64_t H
                     for (int v = 0; v < VECTORS; v++) {
                         f32x16 w = load<f32x16>(router + k * experts + e0 + v * LANES);
 #pragma GCC unroll 4
-                        for (int t = 0; t < TOKENS; t++)
-                            acc[t][v] += w * to_float(x[std::min(t0 + t, tokens - 1) * H + k]);
+                        for (int t = 0; t < TOKENS; t++) acc[t][v] += w * floats[t * H + k];
                     }
                 for (int t = 0; t < n; t++)
                     for (int v = 0; v < VECTORS; v++)

@@ -12,6 +12,8 @@ namespace {
 
 // Rows of the input that stay in the second-level cache while panels pass by, in bytes.
 constexpr int64_t ROW_BLOCK_BYTES = 1024 << 10;
+// What a thread sums up at a time.
+constexpr int64_t SUMS_BYTES = 1 << 20;
 // Elements of a result that is written past the caches.
 constexpr int64_t LARGE_RESULT = 1 << 20;
 constexpr int64_t MOST_TILE_ROWS = 2 * AMX_ROWS;
@@ -386,8 +388,12 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
     });
     in_blocks<ROWS>(tiles, width,
                     [&](int64_t from, int64_t to) { blocks.push_back({from, to, 0, 0}); });
-    // A thread sums up its channels of all experts, so that sums have one order and no races.
-    const int64_t down_step = std::clamp<int64_t>(down_panels / (threads * 2), 1, 8);
+    // A thread sums up some channels of all experts, so that sums have one order and no races. They
+    // lie together, and stay in the second-level cache.
+    const int64_t down_step =
+        std::clamp<int64_t>(std::min(down_panels / (threads * 2),
+                                     SUMS_BYTES / (tokens * PANEL * (int64_t)sizeof(float) + 1)),
+                            1, 8);
     const Input input{s.packed, s.scales, row_bytes<ROWS>(H)};
     const Input hidden{s.packed, s.scales, row_bytes<ROWS>(width)};
     std::vector<float> token_scales(ROWS == BF16 ? 0 : tokens);
@@ -424,9 +430,9 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
 #pragma omp for schedule(dynamic, 1)
         for (int64_t p0 = 0; p0 < down_panels; p0 += down_step) {
             const int64_t p1 = std::min(down_panels, p0 + down_step);
-            const int64_t from = p0 * PANEL, to = std::min(H, p1 * PANEL), ld = down.out;
-            for (int64_t t = 0; t < tokens; t++)
-                std::memset(s.sums + t * ld + from, 0, (p1 - p0) * PANEL * sizeof(float));
+            const int64_t from = p0 * PANEL, to = std::min(H, p1 * PANEL), ld = (p1 - p0) * PANEL;
+            float* sums = s.sums + tokens * from;
+            std::memset(sums, 0, tokens * ld * sizeof(float));
             for (const Item& block : blocks) {
                 const Matrix w = down.expert(tiles[block.first].matrix, KIND);
                 for (int64_t p = p0; p < p1; p++)
@@ -435,14 +441,14 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
                         [&](int64_t row, f32x16 a, f32x16 b) {
                             const int64_t pair = groups.pair_of[row];
                             const float weight = weights ? weights[pair] : 1.0f;
-                            float* at = s.sums + pair / chosen * ld + p * PANEL;
+                            float* at = sums + pair / chosen * ld + (p - p0) * PANEL;
                             store(at, load<f32x16>(at) + a * weight);
                             store(at + LANES, load<f32x16>(at + LANES) + b * weight);
                         });
             }
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t c = from; c < to; c += LANES)
-                    store_some(y + t * H + c, load<f32x16>(s.sums + t * ld + c), to - c);
+                    store_some(y + t * H + c, load<f32x16>(sums + t * ld + c - from), to - c);
         }
     }
 }
