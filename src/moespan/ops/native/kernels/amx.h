@@ -99,8 +99,8 @@ inline void amx_step(const char* x, int64_t row, int64_t offset, const char* pan
 // Rows times a panel of `bytes` along the sum → float32 or int32 [rows, 32], rows `ld` apart. In each
 // step `ahead` bytes are asked for, beginning with `next`.
 template <bool IS_BF16, bool TWO>
-void amx_product(AmxShapes& shapes, const AmxInput& x, const char* panel, int64_t bytes, const char* next,
-                 int64_t ahead, void* results, int64_t ld) {
+void amx_product(AmxShapes& shapes, const AmxInput& x, const char* panel, int64_t bytes,
+                 const char* next, int64_t ahead, void* results, int64_t ld) {
     char* out = (char*)results;
     const int64_t row = ld * 4, rest = bytes % AMX_BYTES;
     const char* from = x.at;

@@ -93,8 +93,8 @@ void moespan_experts(int kind, const bf16* x, int64_t tokens, int64_t H, const f
 
 // See `Ops.attention`; q and out [T, N, D], tokens of q `q_stride` elements apart. `is_int8` tells
 // the cache's kind.
-void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_heads, int64_t head_size,
-                       int64_t num_kv_heads, const void* keys, const void* values,
+void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_heads,
+                       int64_t head_size, int64_t num_kv_heads, const void* keys, const void* values,
                        const float* key_scales, const float* value_scales, int is_int8,
                        int64_t block_size, const int32_t* tables, int64_t table_width,
                        const int64_t* query_lens, const int64_t* context_lens,
@@ -155,7 +155,8 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
                 run(from, to, c, table, t.position + 1, t.h0, t.h1, group, scale, (float*)scratch);
             } else {
                 auto run = is_int8 ? prefill<int8_t> : prefill<bf16>;
-                run(from, q_stride, to, stride, c, table, t.position, t.count, t.h0, group, scale, scratch);
+                run(from, q_stride, to, stride, c, table, t.position, t.count, t.h0, group, scale,
+                    scratch);
             }
         }
     }

@@ -10,8 +10,9 @@
 
 namespace {
 
-// Rows of the input that stay in the second-level cache while panels pass by, in bytes.
-constexpr int64_t ROW_BLOCK_BYTES = 1024 << 10;
+// Rows of the input that stay in the second-level cache while panels pass by, in bytes: of 2 MiB
+// where there are matrix instructions, else of 1 MiB.
+constexpr int64_t ROW_BLOCK_BYTES = (AMX ? 1024 : 512) << 10;
 // What a thread sums up at a time.
 constexpr int64_t SUMS_BYTES = 1 << 20;
 // Elements of a result that is written past the caches.
@@ -144,8 +145,8 @@ void multiply(int64_t rows, const Matrix& w, int64_t panel, const uint32_t* x, c
 
 // Rows as AmxInput has them times one panel → float32 [rows, 32], rows `ld` elements apart.
 template <int KIND>
-void multiply_amx(AmxShapes& shapes, const Matrix& w, int64_t panel, const AmxInput& x, const float* scales,
-                  Prefetch ahead, float* out, int64_t ld) {
+void multiply_amx(AmxShapes& shapes, const Matrix& w, int64_t panel, const AmxInput& x,
+                  const float* scales, Prefetch ahead, float* out, int64_t ld) {
     const int64_t bytes = w.panel_bytes(KIND);
     alignas(64) int32_t sums[2 * AMX_ROWS * PANEL];
     void* to = KIND == BF16 ? (void*)out : (void*)sums;
@@ -192,8 +193,8 @@ inline void multiply(AmxShapes& shapes, const Tile& t, const Matrix& w, int64_t 
 
 // Some tiles of an input times one panel; `emit(row, channels 0-15, channels 16-31)` gets each row's
 // results. A single tile waits for memory, and asks for its own panel a little ahead. A few have
-// time to bring the next panel, if the second-level cache has room for both. Many do not wait for
-// memory.
+// time to bring the next panel, if the second-level cache has room for both. Many dot products do
+// not wait for memory; matrix instructions always do.
 template <int KIND, class Emit>
 inline void tiles_times_panel(AmxShapes& shapes, Room& room, const Matrix& w, int64_t panel,
                               const Input& input, const Tile* tiles, int64_t count, Emit emit) {
@@ -214,7 +215,7 @@ inline void tiles_times_panel(AmxShapes& shapes, Room& room, const Matrix& w, in
         if (count == 1 || (i == 0 && bytes > NEXT_PANEL_BYTES))
             ahead = {at + PREFETCH_BYTES, 128};
         else if ((count <= 4 || t.is_amx) && bytes <= NEXT_PANEL_BYTES)
-            ahead = {at + bytes + bytes * i / count, t.is_amx ? (128 + count - 1) / count : 128 / count};
+            ahead = {at + bytes + bytes * i / count, ceil_div(128, count)};
         multiply<KIND>(shapes, t, w, panel, input, ahead, out, PANEL);
         for (int64_t r = 0; r < t.rows; r++)
             emit(t.row + r, load<f32x16>(out + r * PANEL), load<f32x16>(out + r * PANEL + LANES));
@@ -228,8 +229,6 @@ inline void store_some(bf16* p, f32x16 v, int64_t count) {
         for (int64_t i = 0; i < count; i++) p[i] = to_bf16(v[i]);
     }
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Panels taken at a time: enough of them to balance the threads, few enough to stream.
 inline int64_t panels_at_once(int64_t panels, int threads) {
@@ -301,7 +300,7 @@ void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf1
     });
     const Input input{s.packed, s.scales, row_bytes<ROWS>(w.in)};
     // What does not stay in the caches anyway would only wait for its old contents to be read.
-    const bool past_caches = WIDE && rows * out >= LARGE_RESULT && out % PANEL == 0 &&
+    const bool past_caches = AMX && rows * out >= LARGE_RESULT && out % PANEL == 0 &&
                              (uintptr_t)y % (PANEL * sizeof(bf16)) == 0;
 #pragma omp parallel num_threads(threads)
     {

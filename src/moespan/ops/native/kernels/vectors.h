@@ -27,6 +27,8 @@ typedef uint8_t u8x16 __attribute__((vector_size(16)));
 constexpr int LANES = 16;
 constexpr int PANEL = 32;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline f32x16 splat(float x) { return f32x16{} + x; }
 
 template <class V, class T>
