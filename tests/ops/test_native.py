@@ -197,6 +197,17 @@ def test_experts_of_a_shard(ops: NativeCpuOps, num_tokens: int, width: int):
     assert_close(ops.experts(x, weights, slots, *banks, first, num_slots), expected)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 33, 70])
+def test_mlp_whose_second_sum_is_long(ops: NativeCpuOps, num_tokens: int):
+    hidden_size, width = 64, 5024
+    x = random(num_tokens, hidden_size)
+    gate_up = random(2 * width, hidden_size, scale=0.3)
+    down = random(hidden_size, width, seed=1, scale=0.3)
+    expected = REFERENCE.mlp(x.float(), gate_up.float(), down.float())
+    prepared = ops.prepare("gate_up", gate_up.clone()), ops.prepare("down", down.clone())
+    assert_close(ops.mlp(x, *prepared), expected)
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("rows", [1, 2, 6, 7, 40, 130])
 @pytest.mark.parametrize(("out", "width"), [(96, 64), (100, 20), (33, 2052)])
@@ -265,6 +276,14 @@ def test_experts_of_4_bits(ops: NativeCpuOps, num_tokens: int, width: int):
     ]
     expected = REFERENCE.experts(x, weights, slots, *banks, 0, 4)
     assert_close(ops.experts(x, weights, slots, *packed, 0, 4), expected, 2e-2)
+
+
+def test_mlp_of_4_bits_whose_second_sum_is_long(ops: NativeCpuOps):
+    hidden_size, width = 64, 5024
+    x = random(70, hidden_size)
+    gate_up, down = int4(2 * width, hidden_size), int4(hidden_size, width, seed=1)
+    prepared = ops.prepare("gate_up", gate_up), ops.prepare("down", down)
+    assert_close(ops.mlp(x, *prepared), REFERENCE.mlp(x, gate_up, down), 2e-2)
 
 
 def test_what_no_expert_here_is_chosen_for_is_zero(ops: NativeCpuOps):

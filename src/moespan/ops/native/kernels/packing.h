@@ -48,8 +48,14 @@ struct Matrix {
     const float* scales;      // [padded out], int8 only
     const int32_t* sums;      // [padded out], of a channel's integers, int8 only
     int64_t in;
+    int64_t all = in;         // inputs of whole panels, where `in` of each are to be summed up
 
-    int64_t panel_bytes(int kind) const { return ::panel_bytes(kind, in); }
+    const char* panel(int kind, int64_t p) const { return panels + p * panel_bytes(kind, all); }
+
+    // Inputs `first` to `first + count` of all panels.
+    Matrix part(int kind, int64_t first, int64_t count) const {
+        return {panels + panel_bytes(kind, first), scales, sums, count, all};
+    }
 };
 
 // Which channel row `row` of a matrix [out, in] is, those of all panels numbered through. In a gate-up
@@ -114,8 +120,11 @@ struct Input {
     const char* packed;
     const float* scales;              // of each row, quantised only
     int64_t row_bytes;
+    int64_t skipped = 0;              // bytes of each row that are not to be summed up, of bfloat16
 
-    const char* tile(const Tile& t) const { return packed + t.row * row_bytes; }
+    const char* tile(const Tile& t) const {
+        return packed + t.row * row_bytes + t.rows * skipped;
+    }
 };
 
 template <int KIND>

@@ -13,6 +13,8 @@ namespace {
 // Rows of the input that stay in the second-level cache while panels pass by, in bytes: of 2 MiB
 // where there are matrix instructions, else of 1 MiB.
 constexpr int64_t ROW_BLOCK_BYTES = (AMX ? 1024 : 512) << 10;
+// Inputs of bfloat16 that are summed up at once; a multiple of 32, as tiles are.
+constexpr int64_t MOST_INPUTS = 2048;
 // What a thread sums up at a time.
 constexpr int64_t SUMS_BYTES = 1 << 20;
 // Elements of a result that is written past the caches.
@@ -46,7 +48,7 @@ inline f32x16 scaled(i32x16 sums, i32x16 low, const Matrix& w, int64_t channel, 
 template <int KIND, int R, int STRIDE = 0>
 void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const float* scales,
               Prefetch ahead, float* out, int64_t ld) {
-    const char* p = w.panels + panel * w.panel_bytes(KIND);
+    const char* p = w.panel(KIND, panel);
     const char* next = ahead.at;
     if constexpr (KIND == INT4) {
         multiply_int4<R>(p, w.in, x, next, ahead.bytes * GROUP_BYTES / 128, out, ld);
@@ -147,11 +149,11 @@ void multiply(int64_t rows, const Matrix& w, int64_t panel, const uint32_t* x, c
 template <int KIND>
 void multiply_amx(AmxShapes& shapes, const Matrix& w, int64_t panel, const AmxInput& x,
                   const float* scales, Prefetch ahead, float* out, int64_t ld) {
-    const int64_t bytes = w.panel_bytes(KIND);
+    const int64_t bytes = panel_bytes(KIND, w.in);
     alignas(64) int32_t sums[2 * AMX_ROWS * PANEL];
     void* to = KIND == BF16 ? (void*)out : (void*)sums;
     const auto run = x.second ? amx_product<KIND == BF16, true> : amx_product<KIND == BF16, false>;
-    run(shapes, x, w.panels + panel * bytes, bytes / PANEL, ahead.at, ahead.bytes * 16, to,
+    run(shapes, x, w.panel(KIND, panel), bytes / PANEL, ahead.at, ahead.bytes * 16, to,
         KIND == BF16 ? ld : PANEL);
     if constexpr (KIND != BF16) {
         constexpr int PLANES = planes<KIND>();
@@ -201,13 +203,13 @@ inline void tiles_times_panel(AmxShapes& shapes, Room& room, const Matrix& w, in
     if constexpr (KIND == INT4) {
         if (tiles->is_amx || count > MOST_INT4_TILES) {
             char* unpacked = room.of(panel_bytes(BF16, w.in));
-            unpack_int4_panel(w.panels + panel * w.panel_bytes(INT4), w.in, unpacked);
+            unpack_int4_panel(w.panel(INT4, panel), w.in, unpacked);
             const Matrix one{unpacked, nullptr, nullptr, w.in};
             return tiles_times_panel<BF16>(shapes, room, one, 0, input, tiles, count, emit);
         }
     }
-    const int64_t bytes = w.panel_bytes(KIND);
-    const char* at = w.panels + panel * bytes;
+    const int64_t bytes = panel_bytes(KIND, w.in);
+    const char *at = w.panel(KIND, panel), *next = w.panel(KIND, panel + 1);
     alignas(64) float out[MOST_TILE_ROWS * PANEL];
     for (int64_t i = 0; i < count; i++) {
         const Tile& t = tiles[i];
@@ -215,7 +217,7 @@ inline void tiles_times_panel(AmxShapes& shapes, Room& room, const Matrix& w, in
         if (count == 1 || (i == 0 && bytes > NEXT_PANEL_BYTES))
             ahead = {at + PREFETCH_BYTES, 128};
         else if ((count <= 4 || t.is_amx) && bytes <= NEXT_PANEL_BYTES)
-            ahead = {at + bytes + bytes * i / count, ceil_div(128, count)};
+            ahead = {next + bytes * i / count, ceil_div(128, count)};
         multiply<KIND>(shapes, t, w, panel, input, ahead, out, PANEL);
         for (int64_t r = 0; r < t.rows; r++)
             emit(t.row + r, load<f32x16>(out + r * PANEL), load<f32x16>(out + r * PANEL + LANES));
@@ -385,7 +387,10 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
         for (int64_t p = 0; p < up_panels; p += step)
             items.push_back({from, to, p, std::min(step, up_panels - p)});
     });
-    in_blocks<ROWS>(tiles, width,
+    // Long sums of many rows are cut, so that parts of panels stay in the cache while rows pass by.
+    const bool is_cut = ROWS == BF16 && width >= 2 * MOST_INPUTS && rows > MOST_TILE_ROWS;
+    const int64_t part = is_cut ? MOST_INPUTS : width;
+    in_blocks<ROWS>(tiles, part,
                     [&](int64_t from, int64_t to) { blocks.push_back({from, to, 0, 0}); });
     // A thread sums up some channels of all experts, so that sums have one order and no races. They
     // lie together, and stay in the second-level cache.
@@ -394,7 +399,6 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
                                      SUMS_BYTES / (tokens * PANEL * (int64_t)sizeof(float) + 1)),
                             1, 8);
     const Input input{s.packed, s.scales, row_bytes<ROWS>(H)};
-    const Input hidden{s.packed, s.scales, row_bytes<ROWS>(width)};
     std::vector<float> token_scales(ROWS == BF16 ? 0 : tokens);
 #pragma omp parallel num_threads(threads)
     {
@@ -433,17 +437,21 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
             float* sums = s.sums + tokens * from;
             std::memset(sums, 0, tokens * ld * sizeof(float));
             for (const Item& block : blocks) {
-                const Matrix w = down.expert(tiles[block.first].matrix, KIND);
-                for (int64_t p = p0; p < p1; p++)
-                    tiles_times_panel<KIND>(
-                        shapes, room, w, p, hidden, &tiles[block.first], block.last - block.first,
-                        [&](int64_t row, f32x16 a, f32x16 b) {
-                            const int64_t pair = groups.pair_of[row];
-                            const float weight = weights ? weights[pair] : 1.0f;
-                            float* at = sums + pair / chosen * ld + (p - p0) * PANEL;
-                            store(at, load<f32x16>(at) + a * weight);
-                            store(at + LANES, load<f32x16>(at + LANES) + b * weight);
-                        });
+                const Matrix whole = down.expert(tiles[block.first].matrix, KIND);
+                for (int64_t k = 0; k < width; k += part) {
+                    const Matrix w = whole.part(KIND, k, std::min(part, width - k));
+                    const Input some{s.packed, s.scales, row_bytes<ROWS>(width), row_bytes<ROWS>(k)};
+                    for (int64_t p = p0; p < p1; p++)
+                        tiles_times_panel<KIND>(
+                            shapes, room, w, p, some, &tiles[block.first], block.last - block.first,
+                            [&](int64_t row, f32x16 a, f32x16 b) {
+                                const int64_t pair = groups.pair_of[row];
+                                const float weight = weights ? weights[pair] : 1.0f;
+                                float* at = sums + pair / chosen * ld + (p - p0) * PANEL;
+                                store(at, load<f32x16>(at) + a * weight);
+                                store(at + LANES, load<f32x16>(at + LANES) + b * weight);
+                            });
+                }
             }
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t c = from; c < to; c += LANES)
