@@ -18,9 +18,9 @@ from moespan import LLM
 from moespan.config import Layout, ModelConfig
 from moespan.errors import ConfigError, RequestError
 from moespan.verify import (
-    EightBits,
     PromptReport,
     Reference,
+    Rounding,
     Tolerance,
     VerifyReport,
     tolerance,
@@ -321,7 +321,7 @@ def test_the_tolerance_of_float32_is_a_contract():
 def test_all_that_is_of_8_bits_widens_the_tolerance_and_ends_the_contract(kind: str, error: float):
     config = ModelConfig.from_dict(geometry())
     limits = [
-        tolerance("float32", config, 1.0, EightBits(*kinds))
+        tolerance("float32", config, 1.0, Rounding(*kinds))
         for kinds in ((), (kind,), (kind, kind), (kind, kind, "int8"))
     ]
     assert [limit.greedy for limit in limits] == [True, False, False, False]

@@ -61,7 +61,7 @@ _VARIANCE = {
 
 
 @dataclass(frozen=True)
-class EightBits:
+class Rounding:
     """What is rounded to 8 or 4 bits in the engine that is verified, and is not in the reference.
 
     A result of other roundings is a jump that no order of operations explains, so what depends on
@@ -76,7 +76,7 @@ class EightBits:
     kv_cache: str | None = None
 
     @classmethod
-    def of(cls, llm: LLM, reference: Reference) -> EightBits:
+    def of(cls, llm: LLM, reference: Reference) -> Rounding:
         """What `llm` rounds, seen from `reference`."""
         ours, theirs = (
             SCHEMES.get(name or "") for name in (llm.info.quantization, reference.quantization)
@@ -96,7 +96,7 @@ class EightBits:
 
 
 def tolerance(
-    dtype: str, config: ModelConfig, logit_std: float, eight_bits: EightBits | None = None
+    dtype: str, config: ModelConfig, logit_std: float, rounding: Rounding | None = None
 ) -> Tolerance:
     """The tolerance for `dtype`.
 
@@ -117,9 +117,9 @@ def tolerance(
 
     Args:
         logit_std: standard deviation of the reference's logits over the vocabulary.
-        eight_bits: what is rounded that the reference has not; None is nothing.
+        rounding: what is rounded that the reference has not; None is nothing.
     """
-    step_variance = (eight_bits or EightBits()).variance
+    step_variance = (rounding or Rounding()).variance
     if dtype == "float32" and not step_variance:
         return Tolerance(relative=2e-4, kl=None, top1=None, greedy=True)
     u = _UNIT_ROUNDOFF.get(dtype, 0.0)
@@ -348,7 +348,7 @@ def verify(llm: LLM, reference: Reference) -> VerifyReport:
         llm.info.quantization,
         llm.info.cache_dtype,
         llm.config.layout,
-        tolerance(llm.config.dtype, llm.model_config, logit_std, EightBits.of(llm, reference)),
+        tolerance(llm.config.dtype, llm.model_config, logit_std, Rounding.of(llm, reference)),
         [reports[name] for name in prompts],
     )
 
