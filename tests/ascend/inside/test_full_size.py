@@ -78,12 +78,12 @@ def mesh_of(layout: Layout, rank: int) -> Mesh:
 
 
 def make_weight(ops: Ops, name: str, parameter: Parameter) -> Weight:
-    if parameter.activation_bits is None:
+    if parameter.scheme is None:
         dtype = getattr(torch, parameter.dtype or "bfloat16")
         return ops.prepare(name, torch.empty(parameter.shape, dtype=dtype, device=NPU))
     values = torch.empty(parameter.shape, dtype=torch.int8, device=NPU)
     scales = torch.empty(parameter.shape[:-1], device=NPU)
-    return ops.prepare(name, QuantizedWeight(values, scales, parameter.activation_bits))
+    return ops.prepare(name, QuantizedWeight(values, scales, parameter.scheme.activation_bits))
 
 
 def num_bytes(weight: Weight) -> int:
