@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from queue import Queue
 from typing import Any, TypeVar
 
@@ -27,7 +27,10 @@ class _Line:
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=PATIENCE_S)
         self.values: list[Any] = [None] * size
-        self.queues: dict[tuple[int, int], Queue[Tensor]] = defaultdict(Queue)
+        # All of them now: a thread that sends and one that receives would each make its own.
+        self.queues: dict[tuple[int, int], Queue[Tensor]] = {
+            pair: Queue() for pair in product(range(size), repeat=2)
+        }
 
 
 class ThreadAxis(Axis):
