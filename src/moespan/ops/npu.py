@@ -371,21 +371,40 @@ class NpuOps(ReferenceOps):
         scale: float,
     ) -> Tensor:
         """Over a cache of q's dtype."""
+        return self._infer_attention(
+            q,
+            cache,
+            tables,
+            total_lens,
+            scale,
+            input_layout="TND",
+            atten_mask=self._mask(q.device),
+            actual_seq_lengths=query_ends,
+            sparse_mode=3,  # causal, the last query at the last key
+        )
+
+    def _infer_attention(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        tables: Tensor,
+        total_lens: list[int],
+        scale: float,
+        **how: Any,
+    ) -> Tensor:
+        """The operator on a paged cache; q [..., N, D], as `input_layout` has it."""
         out: Tensor = self._npu.npu_fused_infer_attention_score(
             q.contiguous(),
             cache.keys.flatten(2),
             cache.values.flatten(2),
-            atten_mask=self._mask(q.device),
-            actual_seq_lengths=query_ends,
             # Of a paged cache these are lengths of sequences, not their running sum.
             actual_seq_lengths_kv=total_lens,
             block_table=tables,
-            num_heads=q.shape[1],
+            num_heads=q.shape[-2],
             num_key_value_heads=cache.keys.shape[2],
             scale=scale,
-            input_layout="TND",
-            sparse_mode=3,  # causal, the last query at the last key
             block_size=cache.block_size,
+            **how,
         )[0]
         return out
 
@@ -412,24 +431,19 @@ class NpuOps(ReferenceOps):
     ) -> Tensor:
         """One token of each sequence, [S, N, D] → [S, N, D]."""
         assert cache.key_scales is not None and cache.value_scales is not None
-        out: Tensor = self._npu.npu_fused_infer_attention_score(
-            q[:, None].contiguous(),
-            cache.keys.flatten(2),
-            cache.values.flatten(2),
+        return self._infer_attention(
+            q[:, None],
+            cache,
+            tables,
+            total_lens,
+            scale,
+            input_layout="BSND",
             # As they lie, of a cache of `new_cache`.
             key_antiquant_scale=cache.key_scales.transpose(1, 2).contiguous(),
             value_antiquant_scale=cache.value_scales.transpose(1, 2).contiguous(),
             key_antiquant_mode=_PER_TOKEN_AND_HEAD,
             value_antiquant_mode=_PER_TOKEN_AND_HEAD,
-            actual_seq_lengths_kv=total_lens,
-            block_table=tables,
-            num_heads=q.shape[1],
-            num_key_value_heads=cache.keys.shape[2],
-            scale=scale,
-            input_layout="BSND",
-            block_size=cache.block_size,
-        )[0]
-        return out[:, 0]
+        )[:, 0]
 
     def _is_fused(self, x: Tensor, axis: Axis) -> bool:
         """Whether an all-reduce over `axis` after a matmul of so many rows goes into its operator,
