@@ -69,9 +69,11 @@ def load_weights(
     def fill(pieces: list[Piece]) -> int:
         read_bytes = 0
         for piece, values in source.read(pieces):
-            is_checked = check_finite and values.is_floating_point()
-            if is_checked and not values.float().isfinite().all():  # of 8 bits torch asks none
-                not_finite.append(f"{piece.source} holds NaN or Inf")
+            if check_finite and values.is_floating_point():
+                # torch does not ask floats of 8 bits.
+                asked = values.float() if values.itemsize == 1 else values
+                if not asked.isfinite().all():
+                    not_finite.append(f"{piece.source} holds NaN or Inf")
             if piece.source in placement.cut_rows:
                 cut.add(piece, values)
             else:
