@@ -96,6 +96,15 @@ inline void amx_step(const char* x, int64_t row, int64_t offset, const char* pan
     }
 }
 
+// The second tile's rows go `second` bytes after the first's.
+template <bool TWO>
+inline void store_results(char* out, int64_t second, int64_t row) {
+    _tile_stored(0, out, row);
+    _tile_stored(1, out + 64, row);
+    if constexpr (TWO) _tile_stored(2, out + second, row);
+    if constexpr (TWO) _tile_stored(3, out + second + 64, row);
+}
+
 // Rows times a panel of `bytes` along the sum → float32 or int32 [rows, 32], rows `ld` apart. In each
 // step `ahead` bytes are asked for, beginning with `next`.
 template <bool IS_BF16, bool TWO>
@@ -118,10 +127,7 @@ void amx_product(AmxShapes& shapes, const AmxInput& x, const char* panel, int64_
         next += ahead;
     }
     if (rest && bytes > AMX_BYTES) {  // tiles of another width lose what they hold
-        _tile_stored(0, out, row);
-        _tile_stored(1, out + 64, row);
-        if constexpr (TWO) _tile_stored(2, out + x.first * row, row);
-        if constexpr (TWO) _tile_stored(3, out + x.first * row + 64, row);
+        store_results<TWO>(out, x.first * row, row);
         shapes.set(x, rest);
         _tile_loadd(0, out, row);
         _tile_loadd(1, out + 64, row);
@@ -129,10 +135,7 @@ void amx_product(AmxShapes& shapes, const AmxInput& x, const char* panel, int64_
         if constexpr (TWO) _tile_loadd(3, out + x.first * row + 64, row);
     }
     if (rest) amx_step<IS_BF16, TWO>(from, rest, x.offset_of_rest, panel);
-    _tile_stored(0, out, row);
-    _tile_stored(1, out + 64, row);
-    if constexpr (TWO) _tile_stored(2, out + x.first * row, row);
-    if constexpr (TWO) _tile_stored(3, out + x.first * row + 64, row);
+    store_results<TWO>(out, x.first * row, row);
 }
 
 #else

@@ -143,25 +143,22 @@ inline int64_t row_bytes(int64_t in) {
     return KIND == W8A8 ? in : 2 * in;
 }
 
-// Appends tiles of about equal height for rows `first` to `first + count`.
+// Appends tiles for rows `first` to `first + count`: of matrix instructions where there are enough
+// rows for them, all but the last full; else of dot products, all of about one height.
 template <int KIND>
-void add_dot_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t matrix) {
+void add_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t matrix) {
+    constexpr int64_t least = KIND == INT4 ? LEAST_INT4_AMX_ROWS : LEAST_AMX_ROWS;
+    if (count >= least && has_amx()) {
+        constexpr int64_t most = 2 * AMX_ROWS / planes<KIND>();
+        for (int64_t r = 0; r < count; r += most)
+            tiles.push_back({first + r, std::min(most, count - r), matrix, true});
+        return;
+    }
     const int64_t number = (count + max_rows<KIND>() - 1) / max_rows<KIND>();
     for (int64_t t = 0; t < number; t++) {
         const int64_t from = count * t / number, to = count * (t + 1) / number;
         tiles.push_back({first + from, to - from, matrix, false});
     }
-}
-
-// The same for the instructions that suit so many rows.
-template <int KIND>
-void add_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t matrix) {
-    constexpr int64_t least = KIND == INT4 ? LEAST_INT4_AMX_ROWS : LEAST_AMX_ROWS;
-    if (count < least || !has_amx())
-        return add_dot_tiles<KIND>(tiles, first, count, matrix);
-    constexpr int64_t most = 2 * AMX_ROWS / planes<KIND>();
-    for (int64_t r = 0; r < count; r += most)
-        tiles.push_back({first + r, std::min(most, count - r), matrix, true});
 }
 
 // One row to integers + 128: `PLANES` 1 → 8 bits, 2 → 16 bits, whose high bytes come before the low
