@@ -38,6 +38,12 @@ class CountingSource(SafetensorsSource):
             yield piece, values
 
 
+def held_bytes(weight: torch.Tensor | QuantizedWeight) -> int:
+    if isinstance(weight, QuantizedWeight):
+        return weight.values.nbytes + weight.scales.nbytes
+    return weight.nbytes
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_rank_reads_its_slices_and_not_one_byte_more(layout: Layout):
     oracle = Oracle("sixteen")
@@ -47,7 +53,7 @@ def test_every_rank_reads_its_slices_and_not_one_byte_more(layout: Layout):
         weights, report = load_weights(placement, source, torch.float32, CPU, threads=1)
         # The file holds bfloat16.
         assert source.read_bytes == report.read_bytes == 2 * placement.num_elements_read
-        assert report.held_bytes == sum(weight.nbytes for weight in weights.values())
+        assert report.held_bytes == sum(map(held_bytes, weights.values()))
         assert {name: tuple(w.shape) for name, w in weights.items()} == {
             name: parameter.shape for name, parameter in placement.parameters.items()
         }
@@ -183,7 +189,7 @@ def test_every_layout_rounds_as_whole_rows_are(layout: Layout, quantization: str
     for rank, weights in enumerate(ranks):
         placement = place(oracle.config, layout, rank, quantization=quantization)
         held = [weight for weight in weights.values() if isinstance(weight, QuantizedWeight)]
-        num_bytes = sum(weight.num_bytes for weight in held)
+        num_bytes = sum(held_bytes(weight) for weight in held)
         num_bytes += sum(w.nbytes for w in weights.values() if isinstance(w, torch.Tensor))
         assert num_bytes == placement.num_bytes("bfloat16")
         for piece in placement.pieces:
@@ -231,10 +237,7 @@ def test_every_layout_cuts_between_groups_and_rounds_as_one_rank_does(layout: La
         placement = place(oracle.config, layout, rank, quantization="int4")
         assert not placement.cut_rows
         weights, report = load_weights(placement, source, torch.bfloat16, CPU)
-        assert report.held_bytes == sum(
-            weight.num_bytes if isinstance(weight, QuantizedWeight) else weight.nbytes
-            for weight in weights.values()
-        )
+        assert report.held_bytes == sum(map(held_bytes, weights.values()))
         for piece in (piece for piece in placement.pieces if "_proj" in piece.source):
             weight = weights[piece.parameter]
             rows, columns = piece.source_index

@@ -42,11 +42,6 @@ class QuantizedWeight:
             return None
         return int(self.values.shape[-1] * _PER_WORD // self.scales.shape[-1])
 
-    @property
-    def num_bytes(self) -> int:
-        """What it takes."""
-        return int(self.values.nbytes + self.scales.nbytes)
-
     def __len__(self) -> int:
         """Of a bank: how many matrices."""
         return len(self.values)
