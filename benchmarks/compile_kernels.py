@@ -121,10 +121,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def call_everything(quick: bool, capability: int) -> Iterator[str]:
     """Call every operation as the 16B model does; yields what was called."""
-    from moespan.checkpoint.quantization import QuantizedWeight
+    from moespan.checkpoint.rounding import QuantizedWeight
     from moespan.config import SCHEMES, Scheme
     from moespan.ops import AttentionBatch, KVCache, Weight
-    from moespan.ops.cuda import CudaOps
+    from moespan.ops.cuda.ops import CudaOps
     from moespan.parallel.mesh import Axis
 
     ops, device = CudaOps(), torch.device("cpu")

@@ -29,12 +29,12 @@ from moespan import SamplingParams, __version__
 from moespan.config import EngineConfig, Layout
 from moespan.engine import engine as leader
 from moespan.engine import worker
-from moespan.engine.plan import SampleRow, StepPlans
 from moespan.engine.request import Request
 from moespan.engine.sampler import sample
+from moespan.engine.step import SampleRow, StepPlans
 from moespan.launch.protocol import Connection, Deltas, FromLeader
+from moespan.measure.probe import machine_name
 from moespan.parallel.mesh import Mesh
-from moespan.roofline import machine_name
 
 MODEL = Path(__file__).parents[1] / "models" / "quickstart"
 PARTS = ("schedule", "encode", "inputs", "sample", "update", "deltas", "front")

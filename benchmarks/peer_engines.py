@@ -86,7 +86,7 @@ class Moespan:
 
     def run(self, prompts: list[list[int]], num_tokens: list[int]) -> Timeline:
         """All prompts in one call."""
-        from moespan.bench import timeline
+        from moespan.measure.bench import timeline
 
         return timeline(self._llm, prompts, num_tokens)
 

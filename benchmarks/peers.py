@@ -30,10 +30,10 @@ from typing import Any
 from peer_report import Report, draw, table
 
 import moespan
-from moespan.bench import Case, Speed, peak_rss_bytes, percentile
 from moespan.config import EngineConfig, ModelConfig
-from moespan.launch.cores import usable_cores
-from moespan.roofline import Limits, Probe, machine_name
+from moespan.machine.cores import usable_cores
+from moespan.measure.bench import Case, Speed, peak_rss_bytes, percentile
+from moespan.measure.probe import Limits, Probe, machine_name
 
 HERE = Path(__file__).parent
 MAX_TOKENS_PER_STEP = 2048

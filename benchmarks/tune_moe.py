@@ -5,7 +5,7 @@
     python benchmarks/tune_moe.py --device cpu --preset tiny    # its logic, in the interpreter
 
 For each number of rows that an expert gets, every candidate is timed on random tokens spread evenly
-over the experts; `moespan.ops.triton_kernels.tiles` says how the table is read.
+over the experts; `moespan.ops.cuda.tiles` says how the table is read.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from unittest.mock import patch
 import torch
 
 from moespan import ModelConfig
-from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.checkpoint.random import PRESETS, preset
+from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.config import QUANTIZATIONS, SCHEMES
 
 ROWS = (16, 32, 64, 128, 256)
@@ -87,7 +87,7 @@ def tune(
     quick: bool,
 ) -> dict[str, list[dict[str, int]]]:
     """Shape → its table, as `tiles.json` holds it."""
-    from moespan.ops.triton_kernels import matmul, tiles
+    from moespan.ops.cuda import matmul, tiles
 
     width, inner = config.hidden_size, config.moe_intermediate_size
     num_experts, num_chosen = config.n_routed_experts or 1, config.num_experts_per_tok
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             quick=args.device == "cpu",
         )
     if args.write and args.device == "cuda":
-        path = Path(str(files("moespan.ops.triton_kernels").joinpath("tiles.json")))
+        path = Path(str(files("moespan.ops.cuda").joinpath("tiles.json")))
         table = json.loads(path.read_text())
         table.setdefault(torch.cuda.get_device_name(), {}).setdefault("shapes", {}).update(found)
         path.write_text(json.dumps(table, indent=1) + "\n")

@@ -19,7 +19,7 @@ from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import place
 from moespan.checkpoint.source import RandomSource, SafetensorsSource, Source
 from moespan.config import EngineConfig, Layout, ModelConfig
-from moespan.engine.plan import PromptRow, SampleRow, StepPlan, StepPlans, StepResult
+from moespan.engine.step import PromptRow, SampleRow, StepPlan, StepPlans, StepResult
 from moespan.engine.worker import Worker
 from moespan.ops import CpuOps, Ops
 from moespan.parallel.mesh import Mesh

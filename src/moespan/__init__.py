@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from moespan.config import ModelConfig
     from moespan.engine.request import SamplingParams
     from moespan.errors import MoespanError
-    from moespan.llm import LLM
-    from moespan.outputs import CompletionOutput, RequestOutput
+    from moespan.front.llm import LLM
+    from moespan.front.outputs import CompletionOutput, RequestOutput
 
 
 def __getattr__(name: str) -> object:
     if name == "LLM":
-        from moespan.llm import LLM
+        from moespan.front.llm import LLM
 
         return LLM
     if name == "SamplingParams":
@@ -45,7 +45,7 @@ def __getattr__(name: str) -> object:
 
         return MoespanError
     if name in ("CompletionOutput", "RequestOutput"):
-        import moespan.outputs
+        import moespan.front.outputs
 
-        return getattr(moespan.outputs, name)
+        return getattr(moespan.front.outputs, name)
     raise AttributeError(f"module 'moespan' has no attribute {name!r}")

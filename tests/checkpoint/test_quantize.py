@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import Piece, place
-from moespan.checkpoint.quantization import QuantizedWeight, round_rows
 from moespan.checkpoint.quantize import quantize_checkpoint
 from moespan.checkpoint.random import make_checkpoint
+from moespan.checkpoint.rounding import QuantizedWeight, round_rows
 from moespan.checkpoint.source import INDEX_FILE, SafetensorsSource
 from moespan.config import QUANTIZATIONS, Layout, ModelConfig
 from moespan.errors import CheckpointError, ConfigError

@@ -17,9 +17,9 @@ from moespan import LLM
 from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
 from moespan.engine.client import EngineClient
 from moespan.errors import MoespanError
-from moespan.launch.client import RanksClient
 from moespan.launch.local import join
-from moespan.verify import Reference
+from moespan.launch.ranks import RanksClient
+from moespan.measure.verify import Reference
 from tests.support import DATA
 
 ONE_RANK = Layout()
@@ -52,7 +52,7 @@ class Ranks:
         self, model: Path, layout: Layout = ONE_RANK, moe_dispatch: str = "auto", **settings: Any
     ) -> LLM:
         """An engine, in float32 unless `settings` say otherwise. Only the next engine ends it."""
-        with mock.patch("moespan.llm._connect", self._connect):
+        with mock.patch("moespan.front.llm._connect", self._connect):
             return LLM(
                 str(model),
                 tensor_parallel_size=layout.tp,

@@ -12,7 +12,7 @@ import pytest
 from moespan.checkpoint.quantize import quantize_checkpoint
 from moespan.checkpoint.random import make_checkpoint
 from moespan.config import Layout, ModelConfig, all_layouts
-from moespan.verify import Reference, verify, write_reference
+from moespan.measure.verify import Reference, verify, write_reference
 from tests.distributed.ranks import Ranks, cases, oracle, oracle_reference
 from tests.support import ORACLES, geometry
 

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moespan.config import EngineConfig, Layout
-from moespan.engine.plan import StepPlan
 from moespan.engine.replicas import Replicas
 from moespan.engine.request import Request, SamplingParams
+from moespan.engine.step import StepPlan
 from tests.engine.paged_model import EOS, VOCAB, PagedModel
 
 

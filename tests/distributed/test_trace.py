@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from moespan.config import Layout
 from moespan.engine.trace import Observation
 from moespan.errors import LayoutError, RequestError
-from moespan.verify import Reference
-from moespan.verify_layouts import trace_against_reference, verify_layouts
+from moespan.measure.verify import Reference
+from moespan.measure.verify_layouts import trace_against_reference, verify_layouts
 from tests.distributed.buggy_rank import BUGS
 from tests.distributed.ranks import ONE_RANK, Ranks, oracle, oracle_reference
 from tests.support import ORACLES, assert_close

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from moespan.engine.plan import PromptScores, Sampled, SampleRow, StepPlan, StepResult
 from moespan.engine.request import Request, TokenLogprobs
+from moespan.engine.step import PromptScores, Sampled, SampleRow, StepPlan, StepResult
 
 VOCAB = 11
 EOS = 0

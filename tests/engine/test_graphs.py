@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moespan import notice
+from moespan import log
 from moespan.engine.graphs import padded_sizes
-from moespan.engine.plan import StepPlan, StepPlans
+from moespan.engine.step import StepPlan, StepPlans
 from moespan.ops import AttentionBatch, CpuOps, KVCache, Replay
-from moespan.ops.npu import plain_decode
-from moespan.parallel.traffic import Traffic
+from moespan.ops.npu.ops import plain_decode
+from moespan.parallel.counters import Traffic
 from tests.engine.test_worker import plan
 from tests.support import Oracle, execute, greedy_row, make_worker, run_prompts
 
@@ -113,7 +113,7 @@ def test_a_step_with_a_prompt_chunk_or_a_trace_is_no_decode():
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notice, "_said", set())
+    monkeypatch.setattr(log, "_said", set())
 
 
 @pytest.mark.usefixtures("said")

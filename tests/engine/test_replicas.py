@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moespan.config import EngineConfig, Layout
-from moespan.engine.plan import StepPlan
 from moespan.engine.replicas import Replicas
 from moespan.engine.request import Request, SamplingParams
 from moespan.engine.sequence import Sequence
+from moespan.engine.step import StepPlan
 from moespan.errors import RequestError
 from tests.engine.paged_model import EOS, VOCAB, PagedModel, expected_output
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moespan.engine import sampler
-from moespan.engine.plan import SampleRow
 from moespan.engine.sampler import sample, token_logprobs
+from moespan.engine.step import SampleRow
 from tests.support import greedy_row
 
 # 99.9 % of the chi-square distribution by degrees of freedom.

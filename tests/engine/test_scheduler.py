@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moespan.config import EngineConfig, Layout
-from moespan.engine.plan import StepPlan
 from moespan.engine.request import Request, SamplingParams, TokenLogprobs
 from moespan.engine.scheduler import Scheduler, SequenceUpdate
 from moespan.engine.sequence import Sequence, Status
+from moespan.engine.step import StepPlan
 from moespan.errors import ConfigError, MoespanError, RequestError
 from tests.engine.paged_model import EOS, VOCAB, PagedModel, expected_output, expected_states
 

@@ -11,7 +11,7 @@ import torch
 
 from moespan.checkpoint.source import RandomSource
 from moespan.config import ModelConfig
-from moespan.engine.plan import PromptRow, PromptScores, StepPlan, StepResult
+from moespan.engine.step import PromptRow, PromptScores, StepPlan, StepResult
 from moespan.engine.worker import Worker
 from tests.support import execute, geometry, greedy_row, make_worker
 

@@ -13,7 +13,7 @@ import msgspec
 from moespan.config import EngineConfig, Layout, Nodes
 from moespan.engine.request import Request, SamplingParams
 from moespan.errors import MoespanError
-from moespan.launch.client import RanksClient, serve_node
+from moespan.launch.ranks import RanksClient, serve_node
 
 PROGRAM = [str(Path(__file__).with_name("fake_rank.py"))]
 

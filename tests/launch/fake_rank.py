@@ -21,7 +21,7 @@ from moespan.engine.request import OutputDelta, Request
 from moespan.engine.trace import Observation
 from moespan.errors import CheckpointError, RequestError
 from moespan.launch.rank import run_rank
-from moespan.parallel.traffic import TrafficRows
+from moespan.parallel.counters import TrafficRows
 
 
 def fail() -> None:

@@ -24,12 +24,12 @@ from torch.distributed import TCPStore
 from moespan import LLM, cli
 from moespan.config import EngineConfig, Layout, Nodes
 from moespan.errors import ConfigError, LayoutError, MeetingError
+from moespan.front.llm import _warn_if_tp_crosses
 from moespan.launch import meeting, watch
 from moespan.launch.job import Failure
 from moespan.launch.meeting import Met, facts, meet
-from moespan.launch.network import interface_of, interface_towards, interfaces
 from moespan.launch.watch import NoPeers, Watch, write_first_words
-from moespan.llm import _warn_if_tp_crosses
+from moespan.machine.interfaces import interface_of, interface_towards, interfaces
 from tests.support import DATA
 
 FAKE_NODE = str(Path(__file__).with_name("fake_node.py"))

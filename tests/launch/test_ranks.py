@@ -19,8 +19,8 @@ import pytest
 from moespan.config import EngineConfig, Layout
 from moespan.engine.request import OutputDelta, Request, SamplingParams
 from moespan.errors import CheckpointError, EngineDeadError
-from moespan.launch.client import RanksClient
 from moespan.launch.job import Failure
+from moespan.launch.ranks import RanksClient
 
 FAKE_RANK = str(Path(__file__).with_name("fake_rank.py"))
 DEATH_S = 10.0
@@ -304,14 +304,14 @@ def test_a_rank_that_hangs_ends_the_job_after_the_collective_timeout_and_shows_w
 
 
 def test_the_client_imports_no_torch() -> None:
-    code = "import sys, moespan.launch.client; sys.exit('torch' in sys.modules)"
+    code = "import sys, moespan.launch.ranks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 FRONT = """
 import sys, tempfile, time
 from moespan.config import EngineConfig, Layout
-from moespan.launch.client import RanksClient
+from moespan.launch.ranks import RanksClient
 tempfile.tempdir = sys.argv[2]
 client = RanksClient(EngineConfig("fake", Layout(tp=2)), program=[sys.argv[1]])
 print("ready", flush=True)

@@ -122,7 +122,7 @@ TWO_RANKS_EACH = """
 import sys
 from moespan import LLM
 from moespan.config import Layout
-from moespan.verify import Reference, verify
+from moespan.measure.verify import Reference, verify
 
 folder, address, node_rank = sys.argv[1:]
 reference = Reference(folder + "/ref/ref_logits.safetensors")

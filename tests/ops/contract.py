@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.quantization import QuantizedWeight, quantize, round_rows
+from moespan.checkpoint.rounding import QuantizedWeight, quantize, round_rows
 from moespan.ops import AttentionBatch, KVCache, Ops, ReferenceOps, Weight
 from moespan.parallel.mesh import Axis
 

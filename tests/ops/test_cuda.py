@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moespan.checkpoint.quantization import QuantizedWeight, quantize, round_rows
+from moespan.checkpoint.rounding import QuantizedWeight, quantize, round_rows
 from moespan.config import ModelConfig
 from moespan.model.network import Step
 from moespan.ops import AttentionBatch, CpuOps, KVCache, Ops, ReferenceOps
@@ -42,7 +42,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ops() -> Ops:
-    from moespan.ops.cuda import CudaOps
+    from moespan.ops.cuda.ops import CudaOps
 
     return CudaOps()
 
@@ -82,7 +82,7 @@ class TestCudaOpsOf8Bits(QuantizedContract):
 def test_pairs_are_sorted_by_expert_and_then_as_they_came(
     num_tokens: int, num_chosen: int, num_slots: int, first: int, held: int
 ):
-    from moespan.ops.triton_kernels.routing import sort_pairs
+    from moespan.ops.cuda.routing import sort_pairs
 
     generator = torch.Generator().manual_seed(0)
     slots = torch.randint(0, num_slots + 1, (num_tokens, num_chosen), generator=generator)
@@ -157,7 +157,7 @@ def test_what_is_no_number_stays_so_in_an_int8_cache(ops: Ops):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 @pytest.mark.parametrize("width", [1, 300, 4100])
 def test_rows_are_rounded_as_the_reference_rounds_them(width: int, dtype: torch.dtype):
-    from moespan.ops.triton_kernels.rows import quantize
+    from moespan.ops.cuda.rows import quantize
 
     x = random(4, width)
     x[1] *= torch.logspace(-8, 4, width)  # subnormal numbers, too
@@ -197,7 +197,7 @@ def test_experts_of_8_bit_floats_at_odd_sizes(ops: Ops, num_tokens: int, choice:
 def test_cards_without_8_bit_floats_do_not_take_them(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], takes: bool
 ):
-    from moespan.ops.cuda import CudaOps
+    from moespan.ops.cuda.ops import CudaOps
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -209,7 +209,7 @@ def test_cards_without_8_bit_floats_do_not_take_them(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_decodes_are_split_and_joined(ops: Ops, dtype: torch.dtype):
-    from moespan.ops.triton_kernels import attention
+    from moespan.ops.cuda import attention
 
     context_lens = [511, 0, 130]
     batch, num_blocks = make_batch([1, 1, 1], context_lens, 32, CPU)
@@ -261,9 +261,9 @@ def test_the_network_computes_the_hugging_face_models_logits(name: str, ops: Ops
 def test_without_a_card_decode_steps_run_without_graphs_and_say_so(
     ops: Ops, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    from moespan import notice
+    from moespan import log
 
-    monkeypatch.setattr(notice, "_said", set())
+    monkeypatch.setattr(log, "_said", set())
     config = ModelConfig.from_dict(geometry())
     ours = make_worker(config, ops=ops)
     theirs = make_worker(config)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.quantization import (
+from moespan.checkpoint.rounding import (
     MOST,
     QuantizedWeight,
     pack,

@@ -12,9 +12,9 @@ from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.errors import ConfigError, LayoutError
 from moespan.parallel import fused
 from moespan.parallel.buffers import MB, fused_buffer_mb, group_buffers_mb, hccl_bytes
-from moespan.parallel.expected import StepSize, step_traffic
 from moespan.parallel.mesh import _axes
 from moespan.parallel.tokens import way_of_step
+from moespan.planner.traffic import StepSize, step_traffic
 from tests.support import geometry
 
 SIXTEEN_B = ModelConfig.from_dict(preset("16b", {}))

@@ -26,9 +26,9 @@ from moespan.errors import ConfigError
 from moespan.launch.distributed import make_mesh
 from moespan.parallel import one_shot
 from moespan.parallel.control import Control
+from moespan.parallel.counters import Traffic, sent_bytes
 from moespan.parallel.mesh import Axis, Mesh
 from moespan.parallel.one_shot import OneShotSum
-from moespan.parallel.traffic import Traffic, sent_bytes
 from tests.support import CPU
 
 Result = TypeVar("Result")

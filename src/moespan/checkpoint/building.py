@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moespan.checkpoint.placement import Parameter, Piece
-from moespan.checkpoint.quantization import QuantizedWeight, allocate, quantize
+from moespan.checkpoint.rounding import QuantizedWeight, allocate, quantize
 from moespan.memory import zeros
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moespan.checkpoint.building import NewBuilder, TensorBuilder
 from moespan.checkpoint.placement import Piece, Placement
-from moespan.checkpoint.quantization import row_maxima
+from moespan.checkpoint.rounding import row_maxima
 from moespan.checkpoint.source import Source
 from moespan.errors import CheckpointError
 

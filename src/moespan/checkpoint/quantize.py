@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moespan.checkpoint.placement import place
-from moespan.checkpoint.quantization import quantize
+from moespan.checkpoint.rounding import quantize
 from moespan.checkpoint.source import INDEX_FILE, SafetensorsSource
 from moespan.checkpoint.writer import write_json, write_shards
 from moespan.config import (

@@ -33,7 +33,7 @@ from moespan.cli.verbs import (
 )
 from moespan.config import QUANTIZATIONS
 from moespan.errors import MoespanError
-from moespan.launch.environment import keep_torch_npu_out
+from moespan.machine.environment import keep_torch_npu_out
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

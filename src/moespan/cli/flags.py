@@ -19,7 +19,7 @@ from moespan.config import (
 )
 
 if TYPE_CHECKING:
-    from moespan.llm import LLM
+    from moespan.front.llm import LLM
 
 
 def set_layout(args: argparse.Namespace, layout: Layout) -> None:
@@ -34,7 +34,7 @@ def nodes_of(args: argparse.Namespace) -> Nodes:
 
 def planned(args: argparse.Namespace) -> tuple[ModelConfig | None, EngineConfig]:
     """The model, if one is named, and what the flags say of a run that is not started."""
-    from moespan.hub import resolve
+    from moespan.front.hub import resolve
 
     folder = None if args.model is None else resolve(args.model)
     model = None if folder is None else ModelConfig.from_pretrained(folder)
@@ -367,7 +367,7 @@ SAMPLING = (
 
 
 def start_llm(args: argparse.Namespace) -> LLM:
-    from moespan.llm import LLM
+    from moespan.front.llm import LLM
 
     if args.model is None:
         args.usage_error("the following arguments are required: MODEL")
@@ -412,7 +412,7 @@ def max_num_seqs_of(args: argparse.Namespace) -> int:
 def serve_node(args: argparse.Namespace) -> None:
     """Serve node 0, which does what the verb says and reads and writes all files. Never returns."""
     if getattr(args, "all_layouts", None) is not None:
-        from moespan.hub import resolve
+        from moespan.front.hub import resolve
 
         config = ModelConfig.from_pretrained(resolve(args.model))
         for layout in all_layouts(args.all_layouts, config)[:1]:  # the first; others follow it

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moespan.llm import LLM
-    from moespan.verify import VerifyReport
-    from moespan.verify_layouts import LayoutReport
+    from moespan.front.llm import LLM
+    from moespan.measure.verify import VerifyReport
+    from moespan.measure.verify_layouts import LayoutReport
 
 
 LAYOUT_ROW = "{:<28}{:<12}{:>10}  {:<8}{:<8}{}"

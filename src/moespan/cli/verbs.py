@@ -38,9 +38,9 @@ from moespan.config import DTYPE_BYTES, QUANTIZATIONS, Layout, ModelConfig, all_
 from moespan.errors import ConfigError, LayoutError
 
 if TYPE_CHECKING:
-    from moespan.llm import LLM
-    from moespan.verify import Reference
-    from moespan.verify_layouts import LayoutReport
+    from moespan.front.llm import LLM
+    from moespan.measure.verify import Reference
+    from moespan.measure.verify_layouts import LayoutReport
 
 EXIT_FAILED = 1
 """Something was asked that could not be done, or a check did not pass."""
@@ -48,8 +48,8 @@ EXIT_FAILED = 1
 
 def generate(args: argparse.Namespace) -> int:
     """Continue prompts from the command line or from a JSONL file."""
-    from moespan.batch import answer
     from moespan.engine.request import SamplingParams
+    from moespan.front.batch import answer
 
     if args.prompt is None and args.input is None:
         args.usage_error("one of the arguments --prompt --input is required")
@@ -85,7 +85,7 @@ def generate(args: argparse.Namespace) -> int:
 def _generate_batch(args: argparse.Namespace, params: dict[str, Any]) -> int:
     from tqdm import tqdm
 
-    from moespan.batch import answered_ids, run_batch
+    from moespan.front.batch import answered_ids, run_batch
 
     if not args.input.is_file():
         raise ConfigError(f"--input {args.input} is not a file")
@@ -130,7 +130,7 @@ def _generate_batch(args: argparse.Namespace, params: dict[str, Any]) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Compare the engine with reference logits: of a file, which it can also write, or of what the
     same checkpoint gives in float32 without rounding to integers."""
-    from moespan import verify as verification
+    from moespan.measure import verify as verification
 
     if args.write_reference:
         if args.reference is None:
@@ -150,7 +150,7 @@ def verify(args: argparse.Namespace) -> int:
         report = verification.verify(llm, reference)
         differences = {}
         if args.trace:
-            from moespan.verify_layouts import trace_against_reference
+            from moespan.measure.verify_layouts import trace_against_reference
 
             differences = trace_against_reference(llm, reference, report.tolerance.relative)
     if args.json:
@@ -189,8 +189,8 @@ def _verify_against_floats(args: argparse.Namespace) -> int:
 
 
 def _verify_layouts(args: argparse.Namespace, reference: Reference) -> int:
-    from moespan.hub import resolve
-    from moespan.verify_layouts import verify_layouts
+    from moespan.front.hub import resolve
+    from moespan.measure.verify_layouts import verify_layouts
 
     config = ModelConfig.from_pretrained(resolve(args.model))
     layouts = [
@@ -253,7 +253,7 @@ def _write_reference(args: argparse.Namespace) -> int:
 
 def _make_reference(args: argparse.Namespace) -> int:
     """Write what an engine of these flags computes; returns how many prompts."""
-    from moespan.verify import write_reference
+    from moespan.measure.verify import write_reference
 
     num_tokens = 24 if args.max_tokens is None else args.max_tokens
     if num_tokens < 1:
@@ -267,8 +267,8 @@ def _make_reference(args: argparse.Namespace) -> int:
 def bench(args: argparse.Namespace) -> int:
     """Measure prefill and decode speed, latencies, memory and start-up, and what share of the
     machine's limits is reached. Random token ids, greedy, no prefix cache, medians."""
-    from moespan.bench import Settings, first_token_s
-    from moespan.bench import bench as run_bench
+    from moespan.measure.bench import Settings, first_token_s
+    from moespan.measure.bench import bench as run_bench
 
     settings = Settings(
         args.prefill, args.decode_batch, args.context, args.decode_tokens, args.repeats
@@ -320,7 +320,7 @@ def info(args: argparse.Namespace) -> int:
     """Describe a model in one page; reads no weights."""
     from moespan.checkpoint.experts import ExpertPlacement, expert_rule
     from moespan.checkpoint.placement import cache_bytes_per_token, count_parameters, place
-    from moespan.hub import resolve
+    from moespan.front.hub import resolve
 
     config = ModelConfig.from_pretrained(resolve(args.model))
     layout = Layout.make(config, **{name: getattr(args, name) for name in LAYOUT})
@@ -436,7 +436,7 @@ def quantize(args: argparse.Namespace) -> int:
 
     from moespan.checkpoint.placement import place
     from moespan.checkpoint.quantize import quantize_checkpoint
-    from moespan.hub import resolve
+    from moespan.front.hub import resolve
 
     folder = resolve(args.model)
     config = ModelConfig.from_pretrained(folder)
@@ -488,12 +488,12 @@ def doctor(args: argparse.Namespace) -> int:
 
 def print_environment(args: argparse.Namespace) -> int:
     """Show the environment variables that the ranks would get."""
-    from moespan.launch.binding import plan_binding
-    from moespan.launch.environment import describe, environment_here
-    from moespan.launch.network import address_towards, interface_of
+    from moespan.machine.binding import plan_binding
+    from moespan.machine.environment import describe, environment_here
+    from moespan.machine.interfaces import address_towards, interface_of
 
     if args.device == "auto":
-        from moespan.launch.device import choose_device
+        from moespan.machine.device import choose_device
 
         args.device = choose_device(args.device)
     _, config = planned(args)

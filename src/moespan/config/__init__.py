@@ -14,7 +14,7 @@ from moespan.config.engine import (
 )
 from moespan.config.layout import Coordinates, Layout, all_layouts, balanced_stages, layer_cost
 from moespan.config.model import DTYPE_BYTES, ModelConfig, read_json
-from moespan.config.quantization import (
+from moespan.config.schemes import (
     KV_CACHE_DTYPES,
     PACKED_SUFFIX,
     QUANTIZATIONS,

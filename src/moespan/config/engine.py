@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moespan.config.layout import Layout
 from moespan.config.model import DTYPE_BYTES
-from moespan.config.quantization import KV_CACHE_DTYPES, QUANTIZATIONS
+from moespan.config.schemes import KV_CACHE_DTYPES, QUANTIZATIONS
 from moespan.errors import ConfigError, LayoutError
 
 DISPATCHES = ("auto", "replicated", "all_gather", "all_to_all", "fused")

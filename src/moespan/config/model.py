@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moespan.config.quantization import SCALE_BYTES, QuantizationConfig
+from moespan.config.schemes import SCALE_BYTES, QuantizationConfig
 from moespan.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from moespan.doctor import connections, devices, machine, software
+from moespan.doctor import connections, devices, host_checks, software
 from moespan.doctor.host import Host
 from moespan.doctor.job_plan import JobPlan
 from moespan.doctor.report import Finding, skipped, warning
@@ -30,12 +30,12 @@ CHECKS: dict[str, Check] = {
     "RoCE links": devices.links,
     "ports": connections.ports,
     "network": connections.interfaces,
-    "shared memory": machine.shared_memory,
-    "limits": machine.limits,
-    "cores": machine.cores,
-    "host memory": machine.memory,
+    "shared memory": host_checks.shared_memory,
+    "limits": host_checks.limits,
+    "cores": host_checks.cores,
+    "host memory": host_checks.memory,
     "environment": software.environment,
-    "model": machine.model,
+    "model": host_checks.model,
 }
 
 

@@ -21,8 +21,8 @@ import msgspec
 from moespan.config import EngineConfig, Nodes
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.errors import EngineDeadError, MoespanError
-from moespan.launch.client import start_agent
 from moespan.launch.job import Job
+from moespan.launch.ranks import start_agent
 
 _RESULTS = "collectives.json"
 _SIZES = {

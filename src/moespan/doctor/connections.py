@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from moespan.doctor.host import Host
 from moespan.doctor.job_plan import JobPlan
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
-from moespan.launch.network import address_towards
-from moespan.launch.topology import format_list, parse_list
+from moespan.machine.interfaces import address_towards
+from moespan.machine.topology import format_list, parse_list
 
 _BASE_PORT, _NUM_PORTS = 60000, 32
 _CONNECT_S = 3.0

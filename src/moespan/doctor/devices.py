@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from moespan.doctor import outputs
+from moespan.doctor import ascend_tools
 from moespan.doctor.host import Host, Output, npu_smi
 from moespan.doctor.job_plan import JobPlan
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
-from moespan.launch.topology import format_list
+from moespan.machine.topology import format_list
 
 _IMPORT_S = 50.0
 _BUSY_MB = 4096  # a 910B that nobody uses shows 3.1 to 3.5 GB as taken
@@ -47,7 +47,7 @@ def links(host: Host, job: JobPlan) -> Iterator[Finding]:
         return
     must = problem if job.nodes.nnodes > 1 else warning
     only = "" if job.nodes.nnodes > 1 else " (needed between servers only)"
-    configured = outputs.parse_key_values(host.read("/etc/hccn.conf"))
+    configured = ascend_tools.parse_key_values(host.read("/etc/hccn.conf"))
     addresses = {key: value for key, value in configured.items() if key.startswith("address_")}
     doubled = {value for value in addresses.values() if list(addresses.values()).count(value) > 1}
     if doubled:
@@ -67,10 +67,10 @@ def links(host: Host, job: JobPlan) -> Iterator[Finding]:
     values: dict[str, list[str]] = {"link": [], "tls": [], "net_health": [], "address": []}
     for npu in range(count):
         for query, parse in (
-            ("link", outputs.parse_link),
-            ("tls", outputs.parse_tls),
-            ("net_health", outputs.parse_net_health),
-            ("ip", lambda text: outputs.parse_ip(text)[0]),
+            ("link", ascend_tools.parse_link),
+            ("tls", ascend_tools.parse_tls),
+            ("net_health", ascend_tools.parse_net_health),
+            ("ip", lambda text: ascend_tools.parse_ip(text)[0]),
         ):
             answer = host.ask("hccn_tool", "-i", str(npu), f"-{query}", "-g")
             if answer is None or answer.code is None:
@@ -149,7 +149,7 @@ def _npus(host: Host, job: JobPlan) -> Iterator[Finding]:
             "the driver hangs: see dmesg; a reset or a reboot of the server mends it",
         )
         return
-    report = outputs.parse_npu_smi(answer.text)
+    report = ascend_tools.parse_npu_smi(answer.text)
     if not report.npus:
         first = next((line for line in answer.text.splitlines() if line.strip()), "nothing")
         held = "-8020" in answer.text or "device is used" in answer.text

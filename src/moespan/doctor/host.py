@@ -19,8 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from moespan.doctor import outputs
-from moespan.launch.network import interfaces as own_interfaces
+from moespan.doctor import ascend_tools
+from moespan.machine.interfaces import interfaces as own_interfaces
 
 COMMAND_S = 10.0
 """What a program of the driver may take to answer; a healthy one needs less than two seconds."""
@@ -137,10 +137,10 @@ class Host:
             return Output(code=None, text="")
 
 
-def npu_smi(host: Host) -> outputs.NpuReport | None:
+def npu_smi(host: Host) -> ascend_tools.NpuReport | None:
     """What `npu-smi info` says; None without it."""
     answer = host.ask("npu-smi", "info")
-    return None if answer is None else outputs.parse_npu_smi(answer.text)
+    return None if answer is None else ascend_tools.parse_npu_smi(answer.text)
 
 
 def _installed() -> dict[str, str]:

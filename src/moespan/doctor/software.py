@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from moespan import __version__
-from moespan.doctor import compatibility, outputs
+from moespan.doctor import ascend_tools, compatibility
 from moespan.doctor.host import Host, npu_smi
 from moespan.doctor.job_plan import JobPlan
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
@@ -102,7 +102,9 @@ def cann(host: Host, job: JobPlan) -> Iterator[Finding]:
 
 def driver(host: Host, job: JobPlan) -> Iterator[Finding]:
     driver, firmware = (
-        outputs.parse_key_values(host.read(f"/usr/local/Ascend/{part}/version.info")).get("version")
+        ascend_tools.parse_key_values(host.read(f"/usr/local/Ascend/{part}/version.info")).get(
+            "version"
+        )
         for part in ("driver", "firmware")
     )
     smi = npu_smi(host)
@@ -150,8 +152,8 @@ def _cann_version(host: Host) -> tuple[str, str]:
         machine = f"{host.architecture}-linux"
         for folder in (f"{home}/{machine}", home):
             text = host.read(f"{folder}/ascend_toolkit_install.info")
-            if version := outputs.parse_key_values(text).get("version"):
+            if version := ascend_tools.parse_key_values(text).get("version"):
                 return version, home
-        if version := outputs.parse_version_cfg(host.read(f"{home}/version.cfg")):
+        if version := ascend_tools.parse_version_cfg(host.read(f"{home}/version.cfg")):
             return version, home
     return "", ""

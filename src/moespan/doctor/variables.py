@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from moespan.config import COLLECTIVE_TIMEOUT_S, Layout
 from moespan.doctor.report import Finding, problem, warning
-from moespan.launch.topology import format_list, parse_list
+from moespan.machine.topology import format_list, parse_list
 
 # HCCL's defaults, in seconds.
 _EXECUTE_S, _EVENT_S = 1836, 1868

@@ -1,6 +1,6 @@
 """How a front talks to an engine, wherever its ranks are; and the client for one in this process.
 
-The client for ranks in other processes is `moespan.launch.client.RanksClient`.
+The client for ranks in other processes is `moespan.launch.ranks.RanksClient`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request, refusal
 from moespan.engine.trace import Observation
 from moespan.errors import RequestError
-from moespan.parallel.traffic import TrafficRows
+from moespan.parallel.counters import TrafficRows
 
 
 class EngineClient(Protocol):

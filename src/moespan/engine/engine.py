@@ -23,11 +23,11 @@ from moespan.checkpoint.source import RandomSource, SafetensorsSource, Source
 from moespan.config import Coordinates, EngineConfig, ModelConfig
 from moespan.engine.graphs import scratch_blocks
 from moespan.engine.info import CACHE_SHARE, EngineInfo, EngineStats
-from moespan.engine.plan import StepPlan, StepPlans, StepResult
 from moespan.engine.replicas import Replicas
 from moespan.engine.request import OutputDelta, Request, SamplingParams, check_request
 from moespan.engine.scheduler import SequenceUpdate
 from moespan.engine.sequence import Sequence
+from moespan.engine.step import StepPlan, StepPlans, StepResult
 from moespan.engine.text import TextStream
 from moespan.engine.trace import Observation, join_rows
 from moespan.engine.worker import Pending, Worker
@@ -36,9 +36,9 @@ from moespan.memory import available_bytes
 from moespan.ops import Ops, ops_for
 from moespan.parallel import fused
 from moespan.parallel.buffers import DEFAULT_BUFFER_MB
+from moespan.parallel.counters import TrafficRows
 from moespan.parallel.mesh import Mesh
-from moespan.parallel.traffic import TrafficRows
-from moespan.tokenizer import Tokenizer
+from moespan.text.tokenizer import Tokenizer
 
 
 @dataclass

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from moespan.config import EngineConfig
-from moespan.engine.plan import StepPlan
 from moespan.engine.sampler import fill_in
+from moespan.engine.step import StepPlan
+from moespan.log import notice
 from moespan.memory import reserved_bytes
-from moespan.notice import notice
 from moespan.ops import AttentionBatch, Ops, Replay
-from moespan.parallel.traffic import Traffic
+from moespan.parallel.counters import Traffic
 
 # Each graph holds streams for each communicator of the device, which has not many.
 _MOST_SIZES = 40

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Iterable
 
 from moespan.config import EngineConfig
-from moespan.engine.plan import StepPlan, StepResult
 from moespan.engine.request import Request
 from moespan.engine.scheduler import Scheduler, SequenceUpdate
 from moespan.engine.sequence import Sequence
+from moespan.engine.step import StepPlan, StepResult
 from moespan.errors import RequestError
 
 

@@ -14,8 +14,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from moespan.engine.plan import Sampled, SampleRow
 from moespan.engine.request import TokenLogprobs
+from moespan.engine.step import Sampled, SampleRow
 from moespan.memory import ToHost, on_host, to_device
 
 # Logits divided by less could overflow; it is as good as greedy.

@@ -35,9 +35,9 @@ import msgspec
 
 from moespan.config import EngineConfig
 from moespan.engine.blocks import BlockAllocator
-from moespan.engine.plan import PromptScores, Sampled, StepPlan, StepResult
 from moespan.engine.request import Request, TokenLogprobs, check_request
 from moespan.engine.sequence import Sequence, Status
+from moespan.engine.step import PromptScores, Sampled, StepPlan, StepResult
 from moespan.errors import ConfigError, MoespanError, RequestError
 
 

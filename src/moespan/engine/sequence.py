@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 from collections import Counter
 
-from moespan.engine.plan import PromptRow, SampleRow
 from moespan.engine.request import Request
+from moespan.engine.step import PromptRow, SampleRow
 
 
 class Status(enum.Enum):

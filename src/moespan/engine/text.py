@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moespan.engine.request import SamplingParams
-from moespan.tokenizer import IncrementalDetokenizer, Tokenizer
+from moespan.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class TextStream:

@@ -11,8 +11,8 @@ from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.placement import cache_heads
 from moespan.config import EngineConfig, ModelConfig
 from moespan.engine.graphs import DecodeGraphs, scratch_blocks
-from moespan.engine.plan import PromptRow, PromptScores, StepPlan, StepPlans, StepResult
 from moespan.engine.sampler import Sampling, fill_in, token_logprobs
+from moespan.engine.step import PromptRow, PromptScores, StepPlan, StepPlans, StepResult
 from moespan.engine.trace import Observation
 from moespan.memory import to_device, zeros
 from moespan.model.network import Model, Observer, Weights

@@ -38,11 +38,11 @@ from torch.distributed.elastic.rendezvous import (
 
 from moespan.config import EngineConfig, Nodes
 from moespan.errors import ConfigError, MeetingError
-from moespan.launch import environment
-from moespan.launch.binding import BindingPlan, plan_binding
 from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
-from moespan.launch.network import interface_of
 from moespan.launch.watch import NoPeers, Peers
+from moespan.machine import environment
+from moespan.machine.binding import BindingPlan, plan_binding
+from moespan.machine.interfaces import interface_of
 
 _MONITOR_S = 0.1
 _SETTLE_S = 0.3

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, ModelConfig
 from moespan.errors import ConfigError
-from moespan.launch.device import load_torch_npu
+from moespan.machine.device import load_torch_npu
 from moespan.parallel.buffers import group_buffers_mb
 from moespan.parallel.mesh import Mesh
 

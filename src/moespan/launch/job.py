@@ -17,7 +17,7 @@ import msgspec
 from moespan import errors
 from moespan.config import EngineConfig, Nodes
 from moespan.errors import EngineDeadError, MoespanError
-from moespan.launch.binding import BindingPlan
+from moespan.machine.binding import BindingPlan
 
 STACK_SIGNAL = signal.SIGUSR1
 """Makes a rank write its Python stack to `Job.stack_path`, whatever it is in."""

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from moespan.config import EngineConfig
 from moespan.engine.client import LocalClient
 from moespan.engine.engine import Engine, build_leader, follow
-from moespan.launch.binding import bind, plan_binding
 from moespan.launch.distributed import init_distributed, make_mesh
 from moespan.launch.job import started_by_torchrun
+from moespan.machine.binding import bind, plan_binding
 
 # Followers wait in a broadcast while the program does other things between two calls; torchrun
 # itself ends them when the leader dies.

@@ -19,7 +19,7 @@ from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request
 from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, RequestError
-from moespan.parallel.traffic import TrafficRows
+from moespan.parallel.counters import TrafficRows
 
 # The largest message is one step's prompt logits: 5,000 rows of 102,400 float32 are just below.
 MAX_FRAME_BYTES = 2**31

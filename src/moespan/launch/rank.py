@@ -25,7 +25,6 @@ from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request, refusal
 from moespan.engine.trace import Observation
 from moespan.errors import MoespanError, RequestError
-from moespan.launch.binding import bind
 from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
 from moespan.launch.protocol import (
     Abort,
@@ -43,7 +42,8 @@ from moespan.launch.protocol import (
     TraceReport,
     TrafficReport,
 )
-from moespan.parallel.traffic import TrafficRows
+from moespan.machine.binding import bind
+from moespan.parallel.counters import TrafficRows
 
 if TYPE_CHECKING:
     import torch

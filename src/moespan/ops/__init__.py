@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 
 from moespan.config import EngineConfig
-from moespan.notice import notice
+from moespan.log import notice
 from moespan.ops.base import AttentionBatch, KVCache, Ops, Replay, Weight
-from moespan.ops.cpu import CpuOps
+from moespan.ops.cpu.plain import CpuOps
 from moespan.ops.reference import ReferenceOps
 
 __all__ = [
@@ -27,7 +27,7 @@ def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
     if device_type == "cpu":
         return _cpu_ops(config.dtype if config else "bfloat16")
     if device_type == "npu":
-        from moespan.ops.npu import NpuOps  # needs torch_npu
+        from moespan.ops.npu.ops import NpuOps  # needs torch_npu
 
         if config is None:
             return NpuOps()
@@ -36,7 +36,7 @@ def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
         if importlib.util.find_spec("triton") is None:
             notice("every operation goes through plain torch, and is slow: Triton is not installed")
             return ReferenceOps()
-        from moespan.ops.cuda import CudaOps  # needs Triton
+        from moespan.ops.cuda.ops import CudaOps  # needs Triton
 
         return CudaOps()
     return ReferenceOps()
@@ -45,7 +45,7 @@ def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
 def _cpu_ops(dtype: str) -> CpuOps:
     if dtype != "bfloat16":
         return CpuOps()
-    from moespan.ops.native.ops import BuildError, NativeCpuOps
+    from moespan.ops.cpu.native import BuildError, NativeCpuOps
 
     try:
         return NativeCpuOps()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moespan.checkpoint.building import Builder
 from moespan.checkpoint.placement import Parameter
-from moespan.checkpoint.quantization import QuantizedWeight
+from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.memory import to_device, zeros
 from moespan.parallel.mesh import Axis
 
@@ -198,7 +198,7 @@ class Ops(Protocol):
 
         With a `QuantizedWeight` of 16 activation bits W is its values times its scales. With 8, x
         is rounded too, each row for itself and to the dtype of the values (`round_rows` in
-        `moespan.checkpoint.quantization`); the products of 8 bits are summed, of integers exactly
+        `moespan.checkpoint.rounding`); the products of 8 bits are summed, of integers exactly
         and of floats in float32, then scaled by both. `mlp` and `experts` mean the same of their
         two products, of which the second one's input is rounded to x's dtype first.
         """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moespan.checkpoint.building import Builder, TensorBuilder
 from moespan.checkpoint.placement import Parameter
-from moespan.checkpoint.quantization import QuantizedWeight, round_rows
+from moespan.checkpoint.rounding import QuantizedWeight, round_rows
 from moespan.config import QUANTIZATIONS
 from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
 from moespan.parallel.mesh import Axis

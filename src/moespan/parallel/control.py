@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from moespan.parallel.traffic import Traffic, sent_bytes
+from moespan.parallel.counters import Traffic, sent_bytes
 
 # Most plans fit into one broadcast of this size; a longer one takes a second.
 _FRAME_BYTES = 16 << 10

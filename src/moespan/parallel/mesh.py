@@ -20,8 +20,8 @@ import torch.distributed as dist
 from moespan.config import COLLECTIVE_TIMEOUT_S, Coordinates, Layout
 from moespan.errors import LayoutError
 from moespan.parallel.control import Control
+from moespan.parallel.counters import Traffic, sent_bytes
 from moespan.parallel.one_shot import OneShotSum
-from moespan.parallel.traffic import Traffic, sent_bytes
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _NO_BUFFERS: Mapping[str, int] = MappingProxyType({})

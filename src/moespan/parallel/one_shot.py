@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from moespan.errors import ConfigError, MoespanError
-from moespan.notice import notice
+from moespan.log import notice
 from moespan.parallel.control import Control
 
 # What a thread of the kernel reads at once; it would take 4 bytes, but slower.

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moespan.config import Layout, ModelConfig
-from moespan.engine.plan import StepPlan, StepPlans
+from moespan.engine.step import StepPlan, StepPlans
 from moespan.engine.worker import Worker
 from moespan.model.network import Step
 from moespan.ops import AttentionBatch, ops_for

@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.placement import Parameter, cache_bytes_per_token, cache_heads, place
-from moespan.checkpoint.quantization import QuantizedWeight
 from moespan.checkpoint.random import preset
+from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.config import Layout, ModelConfig, all_layouts
 from moespan.model.network import Model
 from moespan.ops import AttentionBatch, Ops, Weight, ops_for
-from moespan.ops.npu_integers import IntegerMatrix
+from moespan.ops.npu.integers import IntegerMatrix
 from moespan.parallel.dispatch import Dispatch
 from moespan.parallel.mesh import Axis, Mesh
 from moespan.parallel.tokens import block_tokens, split_evenly

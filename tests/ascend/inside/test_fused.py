@@ -13,9 +13,9 @@ import torch_npu
 from torch import Tensor
 
 from moespan.ops import ReferenceOps
-from moespan.ops.npu import NpuOps
+from moespan.ops.npu.ops import NpuOps
+from moespan.parallel.counters import Traffic
 from moespan.parallel.mesh import Axis
-from moespan.parallel.traffic import Traffic
 from tests.ascend.inside.ranks import run_ranks
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, CHOSEN = 5, 64, 32, 8, 3

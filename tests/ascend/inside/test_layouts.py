@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from moespan import LLM
 from moespan.config import Layout
-from moespan.verify import Reference, verify
+from moespan.measure.verify import Reference, verify
 from tests.ascend.inside.ranks import run_program
 from tests.support import DATA
 

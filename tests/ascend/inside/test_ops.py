@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.quantization import QuantizedWeight
+from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.errors import ConfigError
 from moespan.ops import KVCache, Ops, ops_for
-from moespan.ops.npu import NpuOps
+from moespan.ops.npu.ops import NpuOps
 from tests.ops.contract import (
     DTYPES,
     KINDS,
@@ -88,7 +88,7 @@ class TestNpuOpsOfIntegers(QuantizedContract):
         gather_bytes: int,
         dtype: torch.dtype,
     ):
-        monkeypatch.setattr("moespan.ops.npu._GATHER_BYTES", gather_bytes)
+        monkeypatch.setattr("moespan.ops.npu.ops._GATHER_BYTES", gather_bytes)
         query_lens, context_lens = [1, 1, 5, 40, 1, 3], [0, 70, 0, 9, 33, 64]
         batch, num_blocks = make_batch(query_lens, context_lens, self.block_size, self.device)
         cpu = torch.device("cpu")

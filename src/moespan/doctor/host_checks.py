@@ -1,0 +1,191 @@
+"""Checks of the host: cores, memory, shared memory, limits; and whether the model fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from moespan.doctor.devices import free_bytes
+from moespan.doctor.host import Host
+from moespan.doctor.job_plan import JobPlan
+from moespan.doctor.report import Finding, ok, problem, skipped, warning
+from moespan.errors import ConfigError, MoespanError
+from moespan.machine.binding import make_plan
+from moespan.machine.cores import usable_cores
+from moespan.machine.topology import read_topology
+from moespan.planner.memory import Fit, fit
+
+_LEAST_SHM_BYTES = 1 << 30
+_LEAST_FILES = 4096
+
+
+def shared_memory(host: Host, job: JobPlan) -> Iterator[Finding]:
+    mounts = (line.split() for line in host.read("/proc/mounts").splitlines())
+    options = next(
+        (mount[3] for mount in mounts if len(mount) > 3 and mount[1] == "/dev/shm"), None
+    )
+    if options is None:
+        yield warning("/dev/shm is not mounted", "mount a tmpfs there; containers: --shm-size=16g")
+        return
+    size = next((part[5:] for part in options.split(",") if part.startswith("size=")), "")
+    total = _meminfo_bytes(host) // 2 if not size else _bytes(size)
+    words = f"/dev/shm has {total / 1e9:.2f} GB"
+    if total < _LEAST_SHM_BYTES and job.layout.world_size > 1 and job.device != "cpu":
+        yield warning(words, "start the container with --shm-size=16g or --ipc=host")
+    else:
+        yield ok(words)
+
+
+def limits(host: Host, job: JobPlan) -> Iterator[Finding]:
+    line = next(
+        (one for one in host.read("/proc/self/limits").splitlines() if one.startswith("Max open")),
+        "",
+    )
+    soft = next((word for word in line.split() if word.isdigit() or word == "unlimited"), "")
+    if soft.isdigit() and int(soft) < _LEAST_FILES:
+        yield warning(
+            f"{soft} open files for a process", "ulimit -n 65536, or --ulimit nofile=65536"
+        )
+    elif soft:
+        yield ok(f"{soft} open files for a process")
+    else:
+        yield skipped("/proc/self/limits cannot be read")
+    if "page_size:1g" in host.environ.get("PYTORCH_NPU_ALLOC_CONF", ""):
+        pages = host.read("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages")
+        if not pages.isdigit() or int(pages) == 0:
+            yield warning(
+                "PYTORCH_NPU_ALLOC_CONF asks for pages of 1 GB, and the host has none free",
+                "leave page_size:1g out if allocation fails",
+            )
+
+
+def cores(host: Host, job: JobPlan) -> Iterator[Finding]:
+    """Cores, quota and the plan of who gets which."""
+    topology_says = ""
+    if job.device == "npu" and job.bind == "auto":
+        answer = host.ask("npu-smi", "info", "-t", "topo")
+        topology_says = answer.text if answer is not None else ""
+    topology = read_topology(host.root, job.device, host.allowed, host.environ, topology_says)
+    quota = usable_cores(host.root / "sys/fs/cgroup", host.root / "proc/self/cgroup", host.allowed)
+    topology = msgspec.structs.replace(topology, usable_cores=quota)
+    try:
+        plan = make_plan(topology, job.ranks, job.bind, host.environ)
+    except ConfigError as error:
+        yield problem(str(error), "see docs/numa.md")
+        return
+    words = "; ".join(plan.summary() if job.ranks > 1 else plan.notes)
+    cpus = len(host.allowed)
+    nodes = len(topology.cores)
+    head = f"{cpus} CPUs in {nodes} NUMA node{'s' if nodes > 1 else ''}"
+    if quota < cpus:
+        head += f", of which the container's quota leaves {quota}"
+    head += f": {words}" if words else ""
+    least = 2 if job.device == "npu" else 1
+    if quota < least * job.ranks:
+        yield warning(
+            head,
+            f"give {job.ranks} ranks {least * job.ranks} cores or more: --cpus, --cpuset-cpus"
+            + (", since an NPU's rank launches kernels from a thread of its own" * (least > 1)),
+        )
+    elif plan.notes:
+        yield warning(head, "see docs/numa.md; --bind 0:NODE,1:NODE,... says it by hand")
+    else:
+        yield ok(head)
+    if job.device != "cpu":
+        yield from _host_tuning(host, nodes)
+
+
+def memory(host: Host, job: JobPlan) -> Iterator[Finding]:
+    total = _meminfo_bytes(host)
+    limit = _memory_limit(host)
+    if limit is not None and limit < total:
+        yield ok(
+            f"{total / 1e9:.1f} GB on the host, of which the container may use {limit / 1e9:.1f}"
+        )
+    elif total:
+        yield ok(f"{total / 1e9:.1f} GB on the host")
+    else:
+        yield skipped("/proc/meminfo cannot be read")
+
+
+def model(host: Host, job: JobPlan) -> Iterator[Finding]:
+    if job.config is None or job.model is None:
+        yield skipped("no MODEL named")
+        return
+    try:
+        fits = fit(job.config, job.model, _device_bytes(host, job))
+    except MoespanError as error:
+        yield problem(str(error), "use another layout")
+        return
+    yield _fit_finding(fits, job)
+
+
+def _host_tuning(host: Host, nodes: int) -> Iterator[Finding]:
+    if nodes > 1 and host.read("/proc/sys/kernel/numa_balancing") == "1":
+        yield warning(
+            "the kernel moves pages between NUMA nodes by itself, which costs time in bursts",
+            "sysctl -w kernel.numa_balancing=0",
+        )
+    governor = host.read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    if governor and governor != "performance":
+        yield warning(
+            f"CPU frequency governor is {governor}: launching kernels is what it slows down",
+            "cpupower frequency-set -g performance",
+        )
+
+
+def _fit_finding(fits: Fit, job: JobPlan) -> Finding:
+    words = (
+        f"{job.layout}, per rank: {fits.weight_bytes / 1e9:.2f} GB of weights"
+        + (f", {fits.hccl_bytes / 1e9:.2f} GB of HCCL buffers" if fits.hccl_bytes else "")
+        + f", {fits.cache_bytes_per_token / 1024:g} KiB of KV cache a token"
+    )
+    if fits.room_bytes is None:
+        return skipped(f"{words}; how much memory a device has is not known here")
+    words += f"; of {fits.room_bytes / 1e9:.1f} GB"
+    if fits.cache_tokens < fits.sequence_tokens:
+        return problem(
+            f"{words} {max(fits.cache_tokens, 0)} tokens of cache remain, but one sequence "
+            f"may have {fits.sequence_tokens}",
+            "use more ranks (-tp, -pp; -ep for experts), or a smaller --max-model-len",
+        )
+    sequences = fits.cache_tokens // fits.sequence_tokens
+    words += f" {fits.cache_tokens} tokens of cache remain: {sequences} full sequences"
+    if sequences < 4:
+        return warning(
+            words, "long requests will preempt each other: more ranks, or a smaller --max-model-len"
+        )
+    return ok(words)
+
+
+def _device_bytes(host: Host, job: JobPlan) -> int | None:
+    """Memory that one rank finds free."""
+    if job.device == "cpu":
+        limit = _memory_limit(host)
+        total = _meminfo_bytes(host)
+        return min(total, limit or total) // job.ranks if total else None
+    return free_bytes(host, job)
+
+
+def _memory_limit(host: Host) -> int | None:
+    own = host.read("/proc/self/cgroup").rpartition("0::")[2].strip("/\n")
+    for folder in (f"/sys/fs/cgroup/{own}", "/sys/fs/cgroup"):
+        text = host.read(f"{folder}/memory.max")
+        if text.isdigit():
+            return int(text)
+    return None
+
+
+def _meminfo_bytes(host: Host) -> int:
+    for line in host.read("/proc/meminfo").splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _bytes(size: str) -> int:
+    units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+    unit = units.get(size[-1:].lower(), 1)
+    digits = size.rstrip("kKmMgG")
+    return int(digits) * unit if digits.isdigit() else 0

@@ -1,0 +1,1 @@
+"""How a user reaches an engine: settings, prompts, the `LLM` class, batches of JSON lines."""

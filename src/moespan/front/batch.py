@@ -1,0 +1,222 @@
+"""Many prompts from a JSONL file, answered into a JSONL file; what is finished is never lost.
+
+Input lines are `{"prompt": text or token ids, "id": any, "params": {...}}`; `id` defaults to the
+number of the line, from 1. With chat, `"messages"` may stand instead of `"prompt"`, and a prompt
+is what the user says. Each answer is one line, written as soon as its request finishes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from moespan.engine.request import Request, SamplingParams
+from moespan.errors import ConfigError, RequestError
+from moespan.front.llm import LLM
+from moespan.front.outputs import RequestOutput
+
+
+@dataclass
+class BatchReport:
+    """What became of the lines: answered now, skipped because answered before, failed."""
+
+    num_answered: int = 0
+    num_skipped: int = 0
+    num_failed: int = 0
+    num_output_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Lines:
+    """Reads requests from an input file, one at a time, and reports the lines that are bad."""
+
+    llm: LLM
+    path: Path
+    defaults: dict[str, Any]
+    chat: bool
+    done: set[str]
+    report: BatchReport
+    complain: Callable[[str], object]
+    advance: Callable[[int], object]
+    ids: dict[str, Any] = field(default_factory=dict)
+    line_numbers: dict[str, int] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[tuple[str | None, Request]]:
+        seen: set[str] = set()
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    item = _parse(line)
+                    given_id = item.get("id", number)
+                    key = _key(given_id)
+                    if key in seen:
+                        raise RequestError(f"id {given_id!r} is on an earlier line too")
+                    seen.add(key)
+                    if key in self.done:
+                        self.report.num_skipped += 1
+                        self.advance(1)
+                        continue
+                    text, request = self._request(item)
+                except RequestError as error:
+                    self.fail(number, str(error))
+                    continue
+                self.ids[request.id] = given_id
+                self.line_numbers[request.id] = number
+                yield text, request
+
+    def fail(self, number: int, message: str) -> None:
+        self.report.num_failed += 1
+        self.complain(f"{self.path}:{number}: {message}")
+        self.advance(1)
+
+    def _request(self, item: dict[str, Any]) -> tuple[str | None, Request]:
+        raw = {} if item.get("params") is None else item["params"]
+        if not isinstance(raw, dict):
+            raise RequestError(f"params is {raw!r:.80}, not an object")
+        misplaced = sorted(item.keys() & {*SamplingParams.__struct_fields__})
+        if misplaced:
+            raise RequestError(f'{misplaced[0]} belongs in params: {{"params": {{...}}}}')
+        params = SamplingParams.from_dict({**self.defaults, **raw})
+        prompt: Any = item.get("prompt")
+        messages: Any = item.get("messages")
+        if messages is not None and not self.chat:
+            raise RequestError("messages are for chat; add --chat, or give a prompt")
+        if messages is None and prompt is None:
+            raise RequestError("the line has no prompt")
+        if messages is not None and prompt is not None:
+            raise RequestError("the line has both a prompt and messages; give one of them")
+        if self.chat and isinstance(prompt, str):
+            messages = [{"role": "user", "content": prompt}]
+        if messages is not None:
+            return self.llm.request(self.llm.chat_prompt(messages), params)
+        return self.llm.request(prompt, params)
+
+
+def run_batch(
+    llm: LLM,
+    input_path: Path,
+    output: IO[str],
+    defaults: dict[str, Any],
+    *,
+    chat: bool,
+    done: set[str],
+    complain: Callable[[str], object],
+    advance: Callable[[int], object] = lambda num_lines: None,
+) -> BatchReport:
+    """Answer every line of `input_path` into `output`.
+
+    Args:
+        defaults: sampling parameters for lines that do not set them.
+        done: keys of the ids that are answered already (`answered_ids`); they are skipped.
+        complain: told of each line that fails, with its number.
+        advance: told of each line that is through.
+
+    Raises:
+        EngineDeadError: the ranks are gone; every answer that was finished is in `output`.
+    """
+    started = time.perf_counter()
+    report = BatchReport()
+    lines = _Lines(llm, input_path, defaults, chat, done, report, complain, advance)
+    for result in llm.stream(lines):
+        given_id = lines.ids.pop(result.request_id)
+        number = lines.line_numbers.pop(result.request_id)
+        report.num_output_tokens += sum(len(one.token_ids) for one in result.outputs)
+        if result.error is not None:
+            lines.fail(number, result.error)
+        else:
+            report.num_answered += 1
+            output.write(json.dumps(answer(given_id, result), ensure_ascii=False) + "\n")
+            output.flush()
+            advance(1)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def answer(given_id: Any, result: RequestOutput) -> dict[str, Any]:
+    """One finished request as a JSON object; with n > 1, `outputs` holds all continuations."""
+    continuations = [
+        {
+            "text": one.text,
+            "token_ids": one.token_ids,
+            "finish_reason": one.finish_reason,
+            "stop_reason": one.stop_reason,
+            **({} if one.logprobs is None else {"logprobs": msgspec.to_builtins(one.logprobs)}),
+            **({} if one.error is None else {"error": one.error}),
+        }
+        for one in result.outputs
+    ]
+    record = {
+        "id": given_id,
+        **continuations[0],
+        "num_prompt_tokens": len(result.prompt_token_ids),
+        "num_cached_tokens": result.num_cached_tokens,
+    }
+    if len(continuations) > 1:
+        record["outputs"] = continuations
+    if result.prompt_logprobs is not None:
+        record["prompt_logprobs"] = msgspec.to_builtins(result.prompt_logprobs)
+    return record
+
+
+def answered_ids(path: Path) -> set[str]:
+    """Keys of the ids that an earlier run answered into `path`; a line cut short is removed.
+
+    Raises:
+        ConfigError: a line is not an answer; then nothing has changed.
+    """
+    keys: set[str] = set()
+    whole_bytes = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.endswith(b"\n"):
+                    keys.add(_key_of_answer(line))
+                    whole_bytes += len(line)
+                elif line[: len(_BEGIN)] != _BEGIN[: len(line)]:
+                    raise RequestError("not cut from an answer")
+            except RequestError:
+                raise ConfigError(
+                    f"{path}:{number} is not an answer of an earlier run; give another --output"
+                ) from None
+    os.truncate(path, whole_bytes)
+    return keys
+
+
+# How every answer begins.
+_BEGIN = b'{"id": '
+
+
+def _key_of_answer(line: bytes) -> str:
+    record = _parse(line)
+    if not {"id", "token_ids", "finish_reason"} <= record.keys():
+        raise RequestError("not an answer")
+    return _key(record["id"])
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"not JSON: {error}") from None
+    if not isinstance(item, dict):
+        raise RequestError(f"a JSON {type(item).__name__}, not an object")
+    return item
+
+
+def _key(given_id: Any) -> str:
+    """`given_id` as text: equal for equal ids, and only for these."""
+    try:
+        json.dumps(given_id, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:  # it could not be written into an answer
+        raise RequestError(f"id {given_id!r:.80} cannot be written as JSON: {error}") from None
+    return json.dumps(given_id, sort_keys=True)

@@ -1,0 +1,326 @@
+"""The front's view of the ranks: start them, send requests, receive what they add, end them.
+
+Imports no torch, so that the process of the user starts fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import NoReturn, TypeVar
+
+import msgspec
+
+from moespan.config import EngineConfig, Nodes
+from moespan.engine.info import EngineInfo, EngineStats
+from moespan.engine.request import OutputDelta, Request
+from moespan.engine.trace import Observation
+from moespan.errors import EngineDeadError, MoespanError, RequestError
+from moespan.launch.job import Job, debugging
+from moespan.launch.protocol import (
+    Abort,
+    Add,
+    AskStats,
+    AskTrace,
+    AskTraffic,
+    Connection,
+    Deltas,
+    FromFront,
+    FromLeader,
+    PeerGoneError,
+    Ready,
+    Reload,
+    StatsReport,
+    TraceReport,
+    TrafficReport,
+)
+from moespan.machine.environment import BACKEND_AUTOLOAD
+from moespan.parallel.counters import TrafficRows
+
+Answer = TypeVar("Answer", StatsReport, TrafficReport, TraceReport)
+
+START_TIMEOUT_S = 3600.0
+
+_ONE_NODE = Nodes()
+_PROGRAM = ("-m", "moespan.launch.rank")
+
+_VERDICT_S = 8.0  # the agent ends the ranks and says why in less
+_CLOSE_S = 5.0
+_TERMINATE_S = 6.0
+
+
+class RanksClient:
+    """The ranks of one engine, in processes of their own.
+
+    Any thread may call any method; only one at a time may `receive`. The ranks never outlive this
+    process, however it ends, and its signals and its Ctrl-C do not reach them.
+
+    Bounds: `start_timeout_s` for the start; `EngineDeadError` within 10 s of the death of a rank;
+    12 s for `close`, most of it only if ranks do not answer. What hangs inside a step is bounded
+    by the ranks (see `moespan.launch.rank`).
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        start_timeout_s: float | None = None,
+        *,
+        nodes: Nodes = _ONE_NODE,
+        program: Sequence[str] = _PROGRAM,
+    ) -> None:
+        """Start the ranks and wait until the model is loaded.
+
+        Args:
+            config: what to run, on as many ranks as its layout has.
+            start_timeout_s: most seconds to wait; None for `START_TIMEOUT_S`.
+            nodes: the machines to run on, this one being node 0. Those of the others come from
+                `serve_node` there.
+            program: what Python runs in each rank.
+
+        Raises:
+            LayoutError: the nodes cannot have equally many ranks.
+            MeetingError: the nodes did not come together.
+            MoespanError: the error that a rank raised on purpose while loading.
+            EngineDeadError: a rank died otherwise (with its traceback), or time is up.
+        """
+        deadline = time.monotonic() + (start_timeout_s or START_TIMEOUT_S)
+        cleanup = contextlib.ExitStack()
+        self._finalizer = weakref.finalize(self, cleanup.close)
+        self._death: MoespanError | None = None
+        try:
+            ranks = nodes.ranks_per_node(config.layout)
+            self._job = Job.create(config, nodes)
+            cleanup.callback(shutil.rmtree, self._job.directory, ignore_errors=True)
+            with self._job.listen() as listener:
+                self._agent = start_agent(self._job, ranks, program)
+                cleanup.callback(_end, self._agent)
+                sock = self._accept_leader(listener, deadline)
+            self._connection: Connection[FromLeader] = Connection(sock, FromLeader)
+            cleanup.callback(self._connection.close)
+            self.info = self._wait_until_ready(deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, request: Request) -> None:
+        """Send a request; returns at once. What the engine refuses comes back as error deltas.
+
+        Raises:
+            RequestError: the request is too large to be sent.
+            EngineDeadError: the ranks are known to be gone.
+        """
+        self._send(Add(request))
+
+    def abort(self, request_id: str) -> None:
+        """Tell the engine that nobody waits for this request any more; returns at once.
+
+        Raises:
+            EngineDeadError: the ranks are known to be gone.
+        """
+        self._send(Abort(request_id))
+
+    def receive(self, timeout_s: float | None = None) -> list[OutputDelta]:
+        """Wait for deltas: at least one, or [] when `timeout_s` is over.
+
+        Raises:
+            EngineDeadError: the ranks died, with the traceback of the one that failed first; all
+                they had sent before has been received.
+        """
+        return [
+            delta
+            for message in self._receive(timeout_s)
+            if isinstance(message, Deltas)
+            for delta in message.deltas
+        ]
+
+    def reload(self, config: EngineConfig, timeout_s: float | None = None) -> None:
+        """End the engine and build one of `config` from the same ranks, which is faster than to
+        start them anew. The layout must have as many ranks; what is unfinished is lost.
+
+        Raises:
+            MoespanError, EngineDeadError: as from the constructor; the ranks are gone then.
+        """
+        self._send(Reload(config))
+        self.info = self._wait_until_ready(time.monotonic() + (timeout_s or START_TIMEOUT_S))
+
+    def stats(self) -> EngineStats:
+        """How the engine is doing; deltas that come meanwhile are lost.
+
+        Raises:
+            EngineDeadError: the ranks died.
+        """
+        return self._ask(AskStats(), StatsReport).stats
+
+    def traffic(self) -> list[TrafficRows]:
+        """What each rank of this engine has sent to others; deltas that come meanwhile are lost.
+
+        Raises:
+            EngineDeadError: the ranks died.
+        """
+        return self._ask(AskTraffic(), TrafficReport).ranks
+
+    def trace(self, token_ids: list[int]) -> list[Observation]:
+        """What the network computes inside for one prompt; deltas that come meanwhile are lost.
+
+        Raises:
+            RequestError: the engine is not idle, or the prompt does not fit into one step.
+            EngineDeadError: the ranks died.
+        """
+        report = self._ask(AskTrace(token_ids), TraceReport)
+        if report.refusal is not None:
+            raise RequestError(report.refusal)
+        return report.observations
+
+    def close(self) -> None:
+        """End all ranks and remove what they left. Calling it again does nothing."""
+        self._death = self._death or EngineDeadError("the engine is closed")
+        self._finalizer()
+
+    def __enter__(self) -> RanksClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _receive(self, timeout_s: float | None) -> list[FromLeader]:
+        self._check_alive()
+        try:
+            return self._connection.receive(timeout_s)
+        except PeerGoneError:
+            self._death = self._learn_death(starting=False)
+            raise self._death from None
+
+    def _ask(self, question: FromFront, answer: type[Answer]) -> Answer:
+        self._send(question)
+        while True:
+            for message in self._receive(None):
+                if isinstance(message, answer):
+                    return message
+
+    def _send(self, message: FromFront) -> None:
+        self._check_alive()
+        with contextlib.suppress(PeerGoneError):  # `receive` finds out why
+            self._connection.send(message)
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise self._death
+
+    def _check_start(self, deadline: float) -> None:
+        if self._agent.poll() is not None:
+            raise self._learn_death(starting=True)
+        if time.monotonic() > deadline:
+            raise EngineDeadError(
+                "the ranks were not ready in time; a larger start_timeout_s gives them longer"
+            )
+
+    def _accept_leader(self, listener: socket.socket, deadline: float) -> socket.socket:
+        listener.settimeout(0.1)
+        try:
+            while True:
+                self._check_start(deadline)
+                with contextlib.suppress(TimeoutError):
+                    return listener.accept()[0]
+        except BaseException:
+            self._agent.terminate()  # ranks that load weights look at no socket
+            raise
+
+    def _wait_until_ready(self, deadline: float) -> EngineInfo:
+        while True:
+            self._check_start(deadline)
+            try:
+                for message in self._connection.receive(1):
+                    if isinstance(message, Ready):
+                        binding = self._job.read_binding().summary()
+                        return msgspec.structs.replace(message.info, binding=binding)
+            except PeerGoneError:
+                raise self._learn_death(starting=True) from None
+
+    def _learn_death(self, starting: bool) -> MoespanError:
+        """Ask the agent, which ends what is left of the ranks first, what ended them."""
+        if self._death is not None:  # closed by another thread
+            return self._death
+        try:
+            code = self._agent.wait(_VERDICT_S)
+        except subprocess.TimeoutExpired:
+            self._agent.kill()
+            code = self._agent.wait()
+        return _error(self._job, code, starting)
+
+
+def serve_node(
+    config: EngineConfig, nodes: Nodes, *, program: Sequence[str] = _PROGRAM
+) -> NoReturn:
+    """Run the ranks of a node other than node 0 until the job ends; then exit with code 0.
+
+    Raises:
+        LayoutError: the nodes cannot have equally many ranks.
+        MeetingError: the nodes did not come together.
+        MoespanError: what ended the job, on whatever node, if it did not end well.
+    """
+    ranks = nodes.ranks_per_node(config.layout)
+    with contextlib.ExitStack() as cleanup:
+        job = Job.create(config, nodes)
+        cleanup.callback(shutil.rmtree, job.directory, ignore_errors=True)
+        agent = start_agent(job, ranks, program)
+        try:
+            code = agent.wait()
+        except BaseException:
+            agent.terminate()
+            _end(agent)
+            raise
+        if code:
+            raise _error(job, code, starting=True)
+    sys.exit(0)
+
+
+def _error(job: Job, code: int, starting: bool) -> MoespanError:
+    """What the agent, which ended with `code`, has left word of."""
+    failure = job.read_failure()
+    if failure is not None:
+        return failure.to_error(starting)
+    return EngineDeadError(f"the agent that watches the ranks ended with exit code {code}")
+
+
+def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start the agent, and through it `ranks` ranks that run `program` in Python."""
+    arguments = [str(job.directory), str(ranks), str(os.getpid()), *program]
+    return subprocess.Popen(
+        [sys.executable, "-m", "moespan.launch.agent", *arguments],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C in the terminal is for the front alone
+        env=_environment(),
+    )
+
+
+def _environment() -> dict[str, str]:
+    # No module is imported from whatever directory the user happens to stand in.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    environment.setdefault(BACKEND_AUTOLOAD, "0")  # the agent itself imports torch
+    if not debugging():  # torch warns of addresses without a name, and such
+        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    return environment
+
+
+def _end(agent: subprocess.Popen[bytes]) -> None:
+    """Wait for the orderly end that closing the socket has begun, then use force."""
+    for wait_s, use_force in ((_CLOSE_S, agent.terminate), (_TERMINATE_S, agent.kill)):
+        try:
+            agent.wait(wait_s)
+            return
+        except subprocess.TimeoutExpired:
+            use_force()
+    agent.wait()

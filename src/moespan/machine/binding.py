@@ -1,0 +1,321 @@
+"""Which cores, how many threads and which memory each rank of one machine gets.
+
+`make_plan` decides (a pure function of a `Topology`), `apply` does it to the calling process;
+`plan_binding` is the plan for this machine. Imports no torch: a rank must be bound before OpenMP
+reads its mask. The rules as a table: docs/numa.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import itertools
+import os
+import platform
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from moespan.errors import ConfigError
+from moespan.machine.cores import usable_cores
+from moespan.machine.topology import Topology, ask_npu_smi, format_list, parse_list, read_topology
+
+_Item = TypeVar("_Item")
+
+# Whoever sets one of these binds threads to cores by number; our mask would take those away.
+_BINDS_ITSELF = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+_NPU_BINDS_ITSELF = "CPU_AFFINITY_CONF"
+
+_MPOL_DEFAULT, _MPOL_PREFERRED = 0, 1
+_SYSCALLS = {
+    "set_mempolicy": {"x86_64": 238, "aarch64": 237},
+    "get_mempolicy": {"x86_64": 239, "aarch64": 236},
+}
+_MASK_BITS = 8 * ctypes.sizeof(ctypes.c_ulong)
+
+
+class RankBinding(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank's part: `cpus` empty means that its cores are left alone."""
+
+    local_rank: int
+    threads: int
+    numa_nodes: list[int] = []
+    cpus: list[int] = []
+    memory_node: int | None = None
+
+    def describe(self) -> str:
+        """One line, as in `rank 3: NUMA 0, cores 12-15, 4 threads, memory preferred 0`."""
+        words = ["cores not bound"]
+        if self.cpus:
+            words = [f"NUMA {format_list(self.numa_nodes)}", f"cores {format_list(self.cpus)}"]
+        words.append(f"{self.threads} thread{'s' if self.threads > 1 else ''}")
+        if self.memory_node is not None:
+            words.append(f"memory preferred {self.memory_node}")
+        return f"rank {self.local_rank}: {', '.join(words)}"
+
+
+class BindingPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """The parts of all local ranks, and what is to be said about them."""
+
+    ranks: list[RankBinding]
+    notes: list[str] = []
+
+    def describe(self) -> list[str]:
+        """One line per rank, then the notes."""
+        return [*(rank.describe() for rank in self.ranks), *self.notes]
+
+    def summary(self) -> list[str]:
+        """The same, with all ranks in one line where there is no NUMA to speak of."""
+        nodes = {node for rank in self.ranks for node in rank.numa_nodes}
+        if len(nodes) > 1 or any(rank.memory_node is not None for rank in self.ranks):
+            return self.describe()
+        parts = [
+            f"rank {rank.local_rank}: {format_list(rank.cpus)}" for rank in self.ranks if rank.cpus
+        ]
+        return [line for line in (", ".join(parts), *self.notes) if line] or ["not bound"]
+
+
+def plan_binding(bind: str, device: str, ranks: int) -> BindingPlan:
+    """The plan for `ranks` ranks that inherit this process's cores, on this machine.
+
+    Args:
+        bind: `auto`, `off`, or a map such as `0:0,1:0,2:1,3:1` (local rank : NUMA node).
+
+    Raises:
+        ConfigError: `bind` is none of these, or does not fit this machine.
+    """
+    topology = read_topology(
+        Path("/"),
+        device,
+        os.sched_getaffinity(0),
+        os.environ,
+        npu_topology=ask_npu_smi() if device == "npu" and bind == "auto" else "",
+    )
+    topology = msgspec.structs.replace(
+        topology, usable_cores=usable_cores(), memory_refusal=_memory_refusal()
+    )
+    return make_plan(topology, ranks, bind, os.environ)
+
+
+def make_plan(
+    topology: Topology, ranks: int, bind: str = "auto", environ: Mapping[str, str] | None = None
+) -> BindingPlan:
+    """Deal the cores out to `ranks` ranks: in disjoint parts, or not at all and say why.
+
+    Raises:
+        ConfigError: `bind` is not `auto`, `off` or a map that this machine can follow.
+    """
+    environ = environ or {}
+    if bind not in ("auto", "off"):
+        wanted = _read_map(bind, ranks, topology)
+    else:
+        known = topology.device_nodes[:ranks]
+        wanted = known + [[]] * (ranks - len(known))
+    num_cores = sum(len(cores) for cores in topology.cores.values())
+    if bind == "off" or ranks > num_cores:
+        only = f"{num_cores} core{'s' if num_cores > 1 else ''}"
+        notes = [] if bind == "off" else [f"{ranks} ranks on {only}: not bound"]
+        threads = _threads(environ, num_cores // ranks, topology, ranks)
+        parts = [RankBinding(local_rank=rank, threads=threads) for rank in range(ranks)]
+        return BindingPlan(ranks=parts, notes=notes)
+
+    notes = []
+    if topology.device != "cpu" and len(topology.cores) > 1 and not all(wanted):
+        notes.append(
+            f"which NUMA node each {topology.device} device is near is not known; "
+            "--bind 0:NODE,1:NODE,... says it by hand"
+        )
+    places = _place({node: len(cores) for node, cores in topology.cores.items()}, wanted)
+    notes += [
+        f"rank {rank}: no core left on NUMA {format_list(near)}, which is near its device"
+        for rank, (near, nodes) in enumerate(zip(wanted, places, strict=True))
+        if near and not set(nodes) <= set(near)
+    ]
+    bound_by_user = [name for name in _BINDS_ITSELF if environ.get(name)]
+    if topology.device == "npu" and environ.get(_NPU_BINDS_ITSELF):
+        bound_by_user.append(_NPU_BINDS_ITSELF)
+    if bound_by_user:
+        notes.append(f"{bound_by_user[0]} is set: cores are left to it")
+    if topology.memory_refusal and len(topology.memory_nodes) > 1:
+        notes.append(f"memory is left where it falls: {topology.memory_refusal}")
+
+    parts = []
+    for rank, (nodes, cores) in enumerate(zip(places, _deal(topology.cores, places), strict=True)):
+        part = RankBinding(
+            local_rank=rank,
+            threads=_threads(environ, len(cores), topology, ranks),
+            numa_nodes=nodes,
+            cpus=[] if bound_by_user else sorted(cpu for core in cores for cpu in core),
+            memory_node=_memory_node(topology, nodes),
+        )
+        parts.append(part)
+    return BindingPlan(ranks=parts, notes=notes)
+
+
+def bind(part: RankBinding) -> None:
+    """Do this rank's part as far as this machine lets us, and say what it does not let us."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(part.threads))
+    for problem in apply(part):
+        print(f"rank {part.local_rank}: {problem}", file=sys.stderr)
+
+
+def apply(part: RankBinding) -> list[str]:
+    """Bind the calling process; returns what did not work. Threads it starts later inherit it.
+
+    Memory is preferred, not bound: with MPOL_BIND, which is `numactl --membind`, a rank dies when
+    its node is full although others have room.
+    """
+    problems = []
+    if part.cpus:
+        try:
+            for thread in Path("/proc/self/task").iterdir():
+                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.sched_setaffinity(int(thread.name), part.cpus)
+        except OSError as error:
+            problems.append(f"cores {format_list(part.cpus)} not bound: {error.strerror}")
+    if part.memory_node is not None:
+        words = part.memory_node // _MASK_BITS + 1
+        mask = (ctypes.c_ulong * words)()
+        mask[words - 1] = 1 << part.memory_node % _MASK_BITS
+        # The kernel reads one bit less than it is told.
+        failed = _call(
+            "set_mempolicy", _MPOL_PREFERRED, mask, ctypes.c_ulong(words * _MASK_BITS + 1)
+        )
+        if failed:
+            problems.append(f"memory of NUMA {part.memory_node} not preferred: {failed}")
+    return problems
+
+
+def _read_map(text: str, ranks: int, topology: Topology) -> list[list[int]]:
+    """The map as NUMA nodes per rank. More entries than ranks are fine: maps describe machines."""
+    way_out = "write LOCAL_RANK:NUMA_NODE for every rank, as in 0:0,1:0,2:1,3:1, or use --bind auto"
+    node_of: dict[int, int] = {}
+    for entry in text.split(","):
+        found = re.fullmatch(r"\s*(\d+):(\d+)\s*", entry)
+        if not found:
+            raise ConfigError(f"bind={text!r}: {entry!r} is not an entry; {way_out}")
+        rank, node = int(found[1]), int(found[2])
+        if rank in node_of:
+            raise ConfigError(f"bind={text!r}: {entry!r} names rank {rank} again; {way_out}")
+        if rank < ranks and node not in topology.cores:
+            raise ConfigError(
+                f"bind={text!r}: {entry!r} names NUMA node {node}, of which this process may use "
+                f"no core; use one of {format_list(list(topology.cores))}"
+            )
+        node_of[rank] = node
+    missing = [rank for rank in range(ranks) if rank not in node_of]
+    if missing:
+        raise ConfigError(f"bind={text!r} has no entry for rank {format_list(missing)}; {way_out}")
+    for node, count in Counter(node_of[rank] for rank in range(ranks)).items():
+        if count > len(topology.cores[node]):
+            raise ConfigError(
+                f"bind={text!r} puts {count} ranks on NUMA node {node}, of which this process may "
+                f"use {len(topology.cores[node])} cores; spread them, or use --bind off"
+            )
+    return [[node_of[rank]] for rank in range(ranks)]
+
+
+def _place(room: Mapping[int, int], wanted: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The NUMA nodes of each rank: one of those it wants (none: any) that still has a free core.
+
+    Neighbouring ranks with the same wish get neighbouring nodes. Ranks that are fewer than the
+    nodes they may have get several whole ones, since cores would lie idle otherwise.
+
+    Args:
+        room: cores of each node, together at least as many as ranks.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank, near in enumerate(wanted):
+        usable = tuple(node for node in near if node in room)
+        groups.setdefault(usable or tuple(room), []).append(rank)
+    taken: Counter[int] = Counter()
+    places: dict[int, list[int]] = {}
+    for nodes, ranks in sorted(
+        groups.items(), key=lambda group: len(group[0])
+    ):  # choosy ones first
+        chosen = []
+        for _ in ranks:
+            free = [node for node in nodes if taken[node] < room[node]]
+            free = free or [node for node in room if taken[node] < room[node]]
+            best = max(free, key=lambda node: (room[node] / (taken[node] + 1), -node))
+            taken[best] += 1
+            chosen.append(best)
+        places.update({rank: [node] for rank, node in zip(ranks, sorted(chosen), strict=True)})
+    for nodes, ranks in groups.items():
+        own = {places[rank][0] for rank in ranks}
+        if all(taken[node] == 1 for node in own):
+            whole = sorted(own | {node for node in nodes if not taken[node]})
+            taken.update(set(whole) - own)
+            places.update(zip(ranks, _split(whole, len(ranks)), strict=True))
+    return [places[rank] for rank in range(len(wanted))]
+
+
+def _deal(
+    cores: Mapping[int, list[list[int]]], places: Sequence[Sequence[int]]
+) -> list[list[list[int]]]:
+    """Each rank's cores: its equal part of every node it shares."""
+    dealt: list[list[list[int]]] = [[] for _ in places]
+    for node, own in cores.items():
+        ranks = [rank for rank, nodes in enumerate(places) if node in nodes]
+        for rank, part in zip(ranks, _split(own, len(ranks)), strict=True):
+            dealt[rank] += part
+    return dealt
+
+
+def _split(items: list[_Item], parts: int) -> list[list[_Item]]:
+    """`items` in order, in parts whose lengths differ by one at most."""
+    ends = [len(items) * part // parts for part in range(parts + 1)] if parts else [0]
+    return [items[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def _threads(environ: Mapping[str, str], cores: int, topology: Topology, ranks: int) -> int:
+    """OpenMP threads of a rank: as the user says, else one per core within the CPU quota."""
+    said = parse_list(environ.get("OMP_NUM_THREADS", "").partition(",")[0])
+    if said:
+        return said[0]
+    num_cpus = sum(len(core) for cores in topology.cores.values() for core in cores)
+    if topology.usable_cores is not None and topology.usable_cores < num_cpus:
+        cores = min(cores, topology.usable_cores // ranks)
+    return max(1, cores)
+
+
+def _memory_node(topology: Topology, nodes: Sequence[int]) -> int | None:
+    """The node to prefer. None where there is no choice, or several nodes fill by first touch."""
+    if topology.memory_refusal or len(topology.memory_nodes) < 2 or len(nodes) != 1:
+        return None
+    return nodes[0] if nodes[0] in topology.memory_nodes else None
+
+
+def _memory_refusal() -> str:
+    """Why the memory policy of this process is not to be changed; empty if it may be."""
+    mode = ctypes.c_int()
+    failed = _call("get_mempolicy", ctypes.byref(mode), None, ctypes.c_ulong(0), None, 0)
+    if failed:  # Docker allows none of these calls without CAP_SYS_NICE
+        return f"the kernel refuses a memory policy ({failed})"
+    return "" if mode.value == _MPOL_DEFAULT else "this process has a memory policy already"
+
+
+def _call(name: str, *arguments: object) -> str:
+    """Call into libnuma, or without it the kernel; returns what went wrong, or nothing."""
+    function = _function(name)
+    if function is None:
+        return os.strerror(errno.ENOSYS)
+    return os.strerror(ctypes.get_errno()) if function(*arguments) else ""
+
+
+def _function(name: str) -> Callable[..., int] | None:
+    try:
+        function: Callable[..., int] = getattr(ctypes.CDLL("libnuma.so.1", use_errno=True), name)
+        return function
+    except (OSError, AttributeError):
+        number = _SYSCALLS[name].get(platform.machine())
+    if number is None:
+        return None
+    return functools.partial(ctypes.CDLL(None, use_errno=True).syscall, ctypes.c_long(number))

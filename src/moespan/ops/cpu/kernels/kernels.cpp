@@ -1,0 +1,294 @@
+// Kernels for CPUs: matrix products on packed weights, mixtures of experts, attention over a paged
+// cache, norms, rotary embedding and routing, for bfloat16 activations.
+//
+// Everything is called from `moespan/ops/cpu/native.py` through a plain C interface, so that
+// nothing here needs a header of torch and any C++ compiler builds it in seconds.
+
+#include <omp.h>
+
+#include <numeric>
+#include <vector>
+
+#include "attention.h"
+
+extern "C" {
+
+// Packs rows `first` to `first + rows` of a matrix [out, in] of `in_bytes` a row: the first `bytes` of
+// each, `stride` bytes apart. What no row fills in `panels` stays as it is. `sums`, of int8: the sum
+// of each row, [rows]. One thread does it: others pack other rows meanwhile.
+void moespan_pack(const void* from, int64_t stride, int64_t bytes, int64_t first, int64_t rows,
+                  int64_t out, int64_t in_bytes, int gate_up, void* panels, int32_t* sums) {
+    const int64_t half = gate_up ? out / 2 : out;
+    for (int64_t r = 0; r < rows;) {
+        const int64_t row = first + r, channel = channel_of(row, out, gate_up);
+        const char* at = (const char*)from + r * stride;
+        char* to = (char*)panels + channel / PANEL * PANEL * in_bytes + channel % PANEL * 4;
+        const int64_t left = std::min(rows - r, (row < half ? half : out) - row);
+        const bool are_lanes = channel % LANES == 0 && left >= LANES;
+        if (are_lanes)
+            pack_lanes(at, stride, bytes, to);
+        else
+            pack_row(at, bytes, to);
+        for (const int64_t end = r + (are_lanes ? LANES : 1); r < end; r++, at += stride)
+            if (sums) sums[r] = std::accumulate((int8_t*)at, (int8_t*)at + bytes, int32_t(0));
+    }
+}
+
+// Packs a matrix [out, in], or a bank of `count`, of 4-bit integers [out, in / 8], eight to a word,
+// with scales [out, in / 32]: see int4.h.
+void moespan_pack_int4(const uint32_t* integers, const bf16* scales, char* to, int64_t count,
+                       int64_t out, int64_t in, int gate_up, int threads) {
+    const int64_t panels = gate_up ? ceil_div(out / 2, LANES) : ceil_div(out, PANEL);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < count * panels; i++) {
+        const int64_t m = i / panels, p = i % panels;
+        pack_int4_panel(integers + m * out * (in / 8), scales + m * out * (in / GROUP),
+                        to + i * panel_bytes(INT4, in), p, out, in, gate_up);
+    }
+}
+
+// Rounds rows [rows, n], `stride` elements apart, to int8 `to` [rows, n] with scales [rows]. `maxima`
+// [rows], where given, are the largest magnitudes of the rows that these are parts of.
+void moespan_round(const bf16* x, int64_t stride, int64_t rows, int64_t n, const float* maxima,
+                   int8_t* to, float* scales) {
+    for (int64_t r = 0; r < rows; r++)
+        scales[r] = round_row(x + r * stride, n, maxima ? maxima + r : nullptr, to + r * n);
+}
+
+// x [rows, in] · Wᵀ + bias → y [rows, out].
+// Scratch: packed [rows, in] times 2 bytes; for int8 row_scales [rows], integers like packed.
+void moespan_linear(int kind, const bf16* x, int64_t rows, int64_t in, int64_t out,
+                    const void* panels, const float* scales, const int32_t* sums, const bf16* bias,
+                    bf16* y, int threads, void* packed, float* row_scales, uint8_t* integers) {
+    const Matrix w{(const char*)panels, scales, sums, in};
+    const Scratch s{(char*)packed, row_scales, integers, nullptr, nullptr};
+    auto run = kind == BF16   ? linear<BF16>
+               : kind == W8A8 ? linear<W8A8>
+               : kind == INT4 ? linear<INT4>
+                              : linear<W8A16>;
+    run(x, rows, w, out, bias, y, threads, s);
+}
+
+// See `Ops.experts`. Banks are packed, gate_up as such, down with `down_out` >= H channels.
+// weights null means 1 for all. Scratch for up to R = tokens · chosen rows: packed
+// [R, max(H, width)] times 2 bytes; for int8 row_scales [R], integers [max(R · width, tokens · H)]
+// times 2 bytes; hidden [R, width]; sums [tokens, down_out].
+void moespan_experts(int kind, const bf16* x, int64_t tokens, int64_t H, const float* weights,
+                     const int32_t* slots, int64_t chosen, int64_t first, int64_t num_experts,
+                     const void* up_panels, const float* up_scales, const int32_t* up_sums,
+                     int64_t up_out, const void* down_panels, const float* down_scales,
+                     const int32_t* down_sums, int64_t down_out, int64_t width, bf16* y,
+                     int threads, void* packed, float* row_scales, uint8_t* integers, bf16* hidden,
+                     float* sums) {
+    const Bank gate_up{(const char*)up_panels, up_scales, up_sums, H, up_out};
+    const Bank down{(const char*)down_panels, down_scales, down_sums, width, down_out};
+    const Scratch s{(char*)packed, row_scales, integers, hidden, sums};
+    auto run = kind == BF16   ? experts<BF16>
+               : kind == W8A8 ? experts<W8A8>
+               : kind == INT4 ? experts<INT4>
+                              : experts<W8A16>;
+    run(x, tokens, H, weights, slots, chosen, first, num_experts, gate_up, down, width, y, threads,
+        s);
+}
+
+// See `Ops.attention`; q and out [T, N, D], tokens of q `q_stride` elements apart. `is_int8` tells
+// the cache's kind.
+void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_heads,
+                       int64_t head_size, int64_t num_kv_heads, const void* keys, const void* values,
+                       const float* key_scales, const float* value_scales, int is_int8,
+                       int64_t block_size, const int32_t* tables, int64_t table_width,
+                       const int64_t* query_lens, const int64_t* context_lens,
+                       int64_t num_sequences, float scale, int threads) {
+    const Cache c{keys, values, key_scales, value_scales, block_size, num_kv_heads, head_size};
+    const int64_t group = num_heads / num_kv_heads, stride = num_heads * head_size;
+    struct Task {
+        int64_t sequence, row, position, count, h0, h1, work;
+    };
+    std::vector<Task> tasks;
+    int64_t decodes = 0;
+    for (int64_t s = 0; s < num_sequences; s++) decodes += query_lens[s] == 1;
+    // Few sequences are shared by heads; but a task of many heads reads memory in longer pieces.
+    const int64_t splits = std::clamp<int64_t>(
+        ceil_div(4 * threads, std::max<int64_t>(decodes, 1)), 1, num_kv_heads);
+    const int64_t heads_each =
+        decodes >= 4 * threads ? num_kv_heads : ceil_div(num_kv_heads, splits);
+    int64_t row = 0, most_rows = 0, most_heads = 0;
+    for (int64_t s = 0; s < num_sequences; row += query_lens[s], s++) {
+        if (query_lens[s] == 1) {
+            for (int64_t h = 0; h < num_kv_heads; h += heads_each) {
+                const int64_t h1 = std::min(num_kv_heads, h + heads_each);
+                tasks.push_back({s, row, context_lens[s], 1, h, h1,
+                                 (context_lens[s] + 1) * (h1 - h) * group});
+                most_heads = std::max(most_heads, (h1 - h) * group);
+            }
+            continue;
+        }
+        const int64_t block = std::max<int64_t>(1, QUERY_BLOCK / group);
+        for (int64_t i = 0; i < query_lens[s]; i += block)
+            for (int64_t h = 0; h < num_kv_heads; h++) {
+                const int64_t n = std::min(block, query_lens[s] - i);
+                tasks.push_back({s, row + i, context_lens[s] + i, n, h, h + 1,
+                                 (context_lens[s] + i + n) * n * group});
+                most_rows = std::max(most_rows, n * group);
+            }
+    }
+    // The largest first, so that no thread is left alone with one at the end.
+    std::stable_sort(tasks.begin(), tasks.end(),
+                     [](const Task& a, const Task& b) { return a.work > b.work; });
+    const int64_t D = head_size, width = ceil_div(D, PANEL) * PANEL;
+    const int64_t prefill_bytes =
+        (KEYS * D + KEYS * width + MOST_TILE_ROWS * KEYS + most_rows * D) * 2 +
+        (most_rows * (width + 2) + MOST_TILE_ROWS * KEYS) * 4;
+    const int64_t decode_bytes = most_heads * (2 * D + CHUNK + 2) * 4;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<char> memory(std::max(prefill_bytes, decode_bytes) + 64);
+        char* scratch = (char*)(((uintptr_t)memory.data() + 63) & ~uintptr_t(63));
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < tasks.size(); i++) {
+            const Task& t = tasks[i];
+            const int32_t* table = tables + t.sequence * table_width;
+            const bf16* from = q + t.row * q_stride;
+            bf16* to = out + t.row * stride;
+            if (query_lens[t.sequence] == 1) {
+                auto run = is_int8 ? decode<int8_t> : decode<bf16>;
+                run(from, to, c, table, t.position + 1, t.h0, t.h1, group, scale, (float*)scratch);
+            } else {
+                auto run = is_int8 ? prefill<int8_t> : prefill<bf16>;
+                run(from, q_stride, to, stride, c, table, t.position, t.count, t.h0, group, scale,
+                    scratch);
+            }
+        }
+    }
+}
+
+// residual may be null; else total gets x + residual, rounded, and is what is normalised.
+void moespan_rms_norm(const bf16* x, const bf16* residual, const bf16* weight, int64_t rows,
+                      int64_t width, float eps, bf16* total, bf16* y, int threads) {
+#pragma omp parallel for num_threads(rows > 4 ? threads : 1) schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const bf16* from = x + r * width;
+        f32x16 squares = splat(0);
+        if (residual) {
+            bf16* to = total + r * width;
+            for (int64_t i = 0; i < width; i += LANES)
+                store_bf16(to + i,
+                           load_bf16(from + i) + load_bf16(residual + r * width + i));
+            from = to;
+        }
+        for (int64_t i = 0; i < width; i += LANES) {
+            f32x16 v = load_bf16(from + i);
+            squares += v * v;
+        }
+        const float factor = 1.0f / std::sqrt(sum(squares) / float(width) + eps);
+        for (int64_t i = 0; i < width; i += LANES) {
+            bf16 rounded[LANES];
+            store_bf16(rounded, load_bf16(from + i) * factor);
+            store_bf16(y + r * width + i, load_bf16(rounded) * load_bf16(weight + i));
+        }
+    }
+}
+
+// Rotates the first `rotated` of `heads` heads of each token in place, half-split; cos and sin
+// float32 [tokens, D / 2].
+void moespan_rope(bf16* qkv, int64_t tokens, int64_t heads, int64_t rotated, int64_t head_size,
+                  const float* cos, const float* sin, int threads) {
+    const int64_t half = head_size / 2;
+#pragma omp parallel for num_threads(tokens > 8 ? threads : 1) schedule(static)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < rotated; h++) {
+            bf16* a = qkv + (t * heads + h) * head_size;
+            bf16* b = a + half;
+            for (int64_t i = 0; i < half; i += LANES) {
+                const f32x16 c = load<f32x16>(cos + t * half + i);
+                const f32x16 s = load<f32x16>(sin + t * half + i);
+                const f32x16 first = load_bf16(a + i), second = load_bf16(b + i);
+                store_bf16(a + i, first * c - second * s);
+                store_bf16(b + i, second * c + first * s);
+            }
+        }
+}
+
+// Stores heads of k or v, [T, KV, D] with tokens `stride` elements apart, at slots of a cache: as
+// they are, or (scales not null) as integers with one scale for each head.
+void moespan_write_cache(const bf16* x, int64_t tokens, int64_t heads, int64_t head_size,
+                         int64_t stride, const int32_t* slots, void* cache, float* scales,
+                         int threads) {
+#pragma omp parallel for num_threads(tokens > 8 ? threads : 1) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+        const bf16* from = x + t * stride;
+        const int64_t to = int64_t(slots[t]) * heads;
+        if (!scales) {
+            std::memcpy((bf16*)cache + to * head_size, from, heads * head_size * sizeof(bf16));
+            continue;
+        }
+        for (int64_t h = 0; h < heads; h++, from += head_size) {
+            float most = 0;
+            for (int64_t d = 0; d < head_size; d++)
+                most = std::max(most, std::fabs(to_float(from[d])));
+            const float scale = most / 127.0f;
+            scales[to + h] = scale;
+            int8_t* out = (int8_t*)cache + (to + h) * head_size;
+            for (int64_t d = 0; d < head_size; d++)
+                out[d] = most > 0 ? int8_t(std::nearbyintf(to_float(from[d]) / scale)) : 0;
+        }
+    }
+}
+
+// See `Ops.route`; the router is transposed, float32 [H, experts].
+void moespan_route(const bf16* x, const float* router, int64_t tokens, int64_t H, int64_t experts,
+                   int64_t chosen, int renormalize, float* weights, int32_t* slots, int threads) {
+    constexpr int TOKENS = 4, VECTORS = 4;
+#pragma omp parallel num_threads(tokens > 4 ? threads : 1)
+    {
+        std::vector<float> logits(TOKENS * experts), floats(TOKENS * H);
+#pragma omp for schedule(static)
+        for (int64_t t0 = 0; t0 < tokens; t0 += TOKENS) {
+            const int n = (int)std::min<int64_t>(TOKENS, tokens - t0);
+            for (int t = 0; t < n; t++)
+                for (int64_t k = 0; k < H; k++) floats[t * H + k] = to_float(x[(t0 + t) * H + k]);
+            int64_t e0 = 0;
+            for (; e0 + LANES * VECTORS <= experts; e0 += LANES * VECTORS) {
+                f32x16 acc[TOKENS][VECTORS] = {};
+                for (int64_t k = 0; k < H; k++)
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; v++) {
+                        f32x16 w = load<f32x16>(router + k * experts + e0 + v * LANES);
+#pragma GCC unroll 4
+                        for (int t = 0; t < TOKENS; t++) acc[t][v] += w * floats[t * H + k];
+                    }
+                for (int t = 0; t < n; t++)
+                    for (int v = 0; v < VECTORS; v++)
+                        store(&logits[t * experts + e0 + v * LANES], acc[t][v]);
+            }
+            for (; e0 < experts; e0++)
+                for (int t = 0; t < n; t++) {
+                    float s = 0;
+                    for (int64_t k = 0; k < H; k++)
+                        s += to_float(x[(t0 + t) * H + k]) * router[k * experts + e0];
+                    logits[t * experts + e0] = s;
+                }
+            for (int t = 0; t < n; t++) {
+                float* row = &logits[t * experts];
+                float most = row[0], total = 0, kept = 0;
+                for (int64_t e = 1; e < experts; e++) most = std::max(most, row[e]);
+                for (int64_t e = 0; e < experts; e++) total += row[e] = std::exp(row[e] - most);
+                float* w = weights + (t0 + t) * chosen;
+                int32_t* to = slots + (t0 + t) * chosen;
+                for (int64_t c = 0; c < chosen; c++) {
+                    int64_t best = 0;
+                    for (int64_t e = 1; e < experts; e++)
+                        if (row[e] > row[best]) best = e;
+                    w[c] = row[best] / total;
+                    kept += w[c];
+                    to[c] = (int32_t)best;
+                    row[best] = -1;
+                }
+                for (int64_t c = 0; renormalize && chosen > 1 && c < chosen; c++)
+                    w[c] /= kept + 1e-20f;
+            }
+        }
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,210 @@
+// How weights and activations lie in memory for the products.
+//
+// Packed weights. A matrix [out, in] is cut into panels of 32 output channels, padded with zeros. A
+// panel holds, for each step along `in` (2 bfloat16 or 4 int8, which one dot-product instruction
+// takes per lane), two vectors of 16 channels. So one pass over a panel reads memory in order, and
+// keeps the results of up to MAX_ROWS rows of the input in registers until they are complete. A row
+// has its place whatever the others hold, so that rows are packed as they are read.
+//
+// In a packed gate-up matrix a panel holds 16 channels of the gate and the same 16 of up, so that
+// silu(gate) * up is applied to registers.
+//
+// 8-bit products need unsigned activations: a row is stored as integer + 128, and 128 times the sum
+// of a channel's weights, kept beside its scale, is taken off again. Where activations have 16 bits
+// (weight-only quantisation) their high and low bytes are multiplied apart: the high ones carry the
+// sign, and the integer results are joined in float32.
+
+#pragma once
+
+#include <vector>
+
+#include "amx.h"
+
+namespace {
+
+// A panel of 4-bit integers: see int4.h.
+constexpr int GROUP = 32;                              // weights along `in` that have one scale
+constexpr int64_t GROUP_INTEGERS = GROUP * PANEL / 2;  // bytes
+constexpr int64_t GROUP_BYTES = GROUP_INTEGERS + PANEL * sizeof(bf16);
+
+// So many rows take less time as matrix instructions on a panel that is made bfloat16 for them.
+constexpr int64_t LEAST_INT4_AMX_ROWS = 6;
+
+// Rows whose results fill the registers: 2 accumulators each.
+constexpr int MAX_ROWS = WIDE ? 12 : 3;
+
+enum Kind { BF16 = 0, W8A8 = 1, W8A16 = 2, INT4 = 3 };
+
+// As which kind rows of the input are packed that are multiplied with weights of `kind`.
+constexpr int rows_of(int kind) { return kind == INT4 ? BF16 : kind; }
+
+inline int64_t panel_bytes(int kind, int64_t in) {
+    return kind == INT4 ? in / GROUP * GROUP_BYTES : in * PANEL * (kind == BF16 ? 2 : 1);
+}
+
+// A packed matrix [out, in], or one expert of a bank.
+struct Matrix {
+    const char* panels;
+    const float* scales;      // [padded out], int8 only
+    const int32_t* sums;      // [padded out], of a channel's integers, int8 only
+    int64_t in;
+    int64_t all = in;         // inputs of whole panels, where `in` of each are to be summed up
+
+    const char* panel(int kind, int64_t p) const { return panels + p * panel_bytes(kind, all); }
+
+    // Inputs `first` to `first + count` of all panels.
+    Matrix part(int kind, int64_t first, int64_t count) const {
+        return {panels + panel_bytes(kind, first), scales, sums, count, all};
+    }
+};
+
+// Which channel row `row` of a matrix [out, in] is, those of all panels numbered through. In a gate-up
+// matrix of `half` channels each, a panel is 16 of the gate and the same 16 of up.
+inline int64_t channel_of(int64_t row, int64_t out, bool gate_up) {
+    if (!gate_up) return row;
+    const int64_t half = out / 2, is_up = row >= half, i = row - is_up * half;
+    return i / LANES * PANEL + is_up * LANES + i % LANES;
+}
+
+// Puts the `bytes` of one row into its channel, whose first four bytes are at `to`.
+inline void pack_row(const char* from, int64_t bytes, char* to) {
+    for (int64_t k = 0; k < bytes; k += 4)
+        std::memcpy(to + k * PANEL, from + k, std::min<int64_t>(4, bytes - k));
+}
+
+// The same of 16 rows, `stride` bytes apart, whose channels are neighbours.
+inline void pack_lanes(const char* from, int64_t stride, int64_t bytes, char* to) {
+    constexpr int64_t BLOCK = 4 * LANES;
+    int64_t k = 0;
+    for (; k + BLOCK <= bytes; k += BLOCK) {
+        u32x16 block[LANES];
+        for (int i = 0; i < LANES; i++) block[i] = load<u32x16>(from + i * stride + k);
+        transpose(block);
+        for (int i = 0; i < LANES; i++) store(to + (k + 4 * i) * PANEL, block[i]);
+    }
+    for (int i = 0; i < LANES; i++)
+        pack_row(from + i * stride + k, bytes - k, to + k * PANEL + 4 * i);
+}
+
+// One row to int8, as `round_rows` in `checkpoint/rounding.py` rounds it; returns the scale.
+// `largest` is the largest magnitude of the whole row; none: it is this one's.
+inline float round_row(const bf16* x, int64_t n, const float* largest, int8_t* to) {
+    // Magnitudes of bfloat16 are ordered as their bits are, with NaN above all.
+    bf16 most = 0;
+    if (!largest)
+        for (int64_t i = 0; i < n; i++) most = std::max(most, bf16(x[i] & 0x7fff));
+    const float scale = (largest ? *largest : to_float(most)) / 127.0f;
+    const float divisor = scale == 0 ? 1.0f : scale;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(to + i, __builtin_convertvector(round_to_int(load_bf16(x + i) / divisor), i8x16));
+    for (; i < n; i++) to[i] = int8_t(std::nearbyintf(to_float(x[i]) / divisor));
+    return scale;
+}
+
+// -------------------------------------------------------------------------------- activation tiles
+
+// Rows of the input that are multiplied together, packed, so that a product reads them in order,
+// whatever lies between the rows. For dot products: up to MAX_ROWS of them; for each step along
+// `in`, the four bytes of every row. For matrix instructions: up to twice 16; for each 64 bytes
+// along `in`, and for the fewer that may be left, those of every row.
+struct Tile {
+    int64_t row;                      // the first
+    int64_t rows;
+    int64_t matrix;                   // of a bank
+    bool is_amx;
+};
+
+// Packed tiles of one input, one after the other.
+struct Input {
+    const char* packed;
+    const float* scales;              // of each row, quantised only
+    int64_t row_bytes;
+    int64_t skipped = 0;              // bytes of each row that are not to be summed up, of bfloat16
+
+    const char* tile(const Tile& t) const {
+        return packed + t.row * row_bytes + t.rows * skipped;
+    }
+};
+
+template <int KIND>
+constexpr int planes() {
+    return KIND == W8A16 ? 2 : 1;
+}
+
+template <int KIND>
+constexpr int max_rows() {
+    // Two planes of activations have two results each.
+    return KIND == W8A16 && WIDE ? 6 : MAX_ROWS;
+}
+
+template <int KIND>
+inline int64_t row_bytes(int64_t in) {
+    return KIND == W8A8 ? in : 2 * in;
+}
+
+// Appends tiles for rows `first` to `first + count`: of matrix instructions where there are enough
+// rows for them, all but the last full; else of dot products, all of about one height.
+template <int KIND>
+void add_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t matrix) {
+    constexpr int64_t least = KIND == INT4 ? LEAST_INT4_AMX_ROWS : LEAST_AMX_ROWS;
+    if (count >= least && has_amx()) {
+        constexpr int64_t most = 2 * AMX_ROWS / planes<KIND>();
+        for (int64_t r = 0; r < count; r += most)
+            tiles.push_back({first + r, std::min(most, count - r), matrix, true});
+        return;
+    }
+    const int64_t number = (count + max_rows<KIND>() - 1) / max_rows<KIND>();
+    for (int64_t t = 0; t < number; t++) {
+        const int64_t from = count * t / number, to = count * (t + 1) / number;
+        tiles.push_back({first + from, to - from, matrix, false});
+    }
+}
+
+// One row to integers + 128: `PLANES` 1 → 8 bits, 2 → 16 bits, whose high bytes come before the low
+// ones. Returns the scale.
+template <int PLANES>
+float quantize_row(const bf16* x, int64_t n, uint8_t* out) {
+    f32x16 most = splat(0);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) most = vmax(most, absolute(load_bf16(x + i)));
+    float amax = largest(most);
+    for (; i < n; i++) amax = std::max(amax, std::fabs(to_float(x[i])));
+    const float scale = amax > 0 ? amax / (PLANES == 1 ? 127.0f : 32767.0f) : 1.0f;
+    for (i = 0; i < n; i += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, n - i);
+        alignas(64) bf16 some[LANES] = {};
+        std::memcpy(some, x + i, count * sizeof(bf16));
+        const i32x16 q = round_to_int(load_bf16(some) / scale);
+        const u8x16 high = low_bytes(PLANES == 1 ? q : q >> 8) + 128, low = low_bytes(q);
+        std::memcpy(out + i, &high, count);
+        if (PLANES == 2) std::memcpy(out + n + i, &low, count);
+    }
+    return std::isfinite(amax) ? scale : NAN;
+}
+
+// Packs tiles of `in` elements each row; `row_at(r)` is where row r begins. Quantised rows are read
+// from `integers`, as quantize_row left them, by the same number.
+template <int KIND, class RowAt>
+void pack_tile(const Tile& t, int64_t in, char* packed, RowAt row_at) {
+    constexpr int PLANES = planes<KIND>();
+    const int64_t plane_bytes = in * (KIND == BF16 ? 2 : 1), steps = plane_bytes / 4;
+    char* to = packed + t.row * row_bytes<KIND>(in);
+    for (int64_t r = 0; r < t.rows; r++) {
+        const char* from = (const char*)row_at(t.row + r);
+        for (int plane = 0; plane < PLANES; plane++, from += plane_bytes) {
+            if (t.is_amx) {
+                char* chunks = to + plane * t.rows * plane_bytes;
+                for (int64_t k = 0; k < plane_bytes; k += AMX_BYTES) {
+                    const int64_t bytes = std::min(AMX_BYTES, plane_bytes - k);
+                    std::memcpy(chunks + t.rows * k + r * bytes, from + k, bytes);
+                }
+            } else {
+                for (int64_t k = 0; k < steps; k++)
+                    std::memcpy(to + ((k * PLANES + plane) * t.rows + r) * 4, from + k * 4, 4);
+            }
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,359 @@
+"""Operations for CPUs in bfloat16, through the kernels of `kernels/`.
+
+What the kernels do not take (sizes that do not fill their vectors) goes through plain torch.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from moespan.checkpoint.building import Builder
+from moespan.checkpoint.placement import Parameter
+from moespan.checkpoint.rounding import QuantizedWeight
+from moespan.memory import zeros
+from moespan.ops.base import AttentionBatch, KVCache, Weight
+from moespan.ops.cpu.compiler import BuildError, library
+from moespan.ops.cpu.packing import INT4, PackedBuilder, PackedWeight, padded
+from moespan.ops.cpu.plain import CpuOps
+
+_LANES = 16
+_MOST_HEAD_SIZE = 256
+_LINEAR = ("qkv", "out", "gate_up", "down", "head")
+_INT4_GROUP = 32
+
+# The parameters of each kernel, as `kernels/kernels.cpp` declares them: p is a pointer, n an int64.
+_SIGNATURES = {
+    "pack": "pnnnnnnipp",
+    "pack_int4": "pppnnnii",
+    "round": "pnnnppp",
+    "linear": "ipnnnpppppippp",
+    "experts": "ipnnppnnnpppnpppnnpippppp",
+    "attention": "pnpnnnppppinpnppnfi",
+    "rms_norm": "pppnnfppi",
+    "rope": "pnnnnppi",
+    "write_cache": "pnnnnpppi",
+    "route": "ppnnnnippi",
+}
+_TYPES = {"p": c_void_p, "n": c_int64, "i": c_int, "f": c_float}
+
+
+class NativeCpuOps(CpuOps):
+    """See `moespan.ops.base.Ops` for what each operation promises."""
+
+    def __init__(self, *flags: str) -> None:
+        """Build the kernels if this machine has none yet; raises `BuildError` if it cannot.
+
+        Args:
+            flags: see `library`.
+        """
+        kernels = library(*flags)
+        for name, signature in _SIGNATURES.items():
+            function = getattr(kernels, f"moespan_{name}")
+            function.argtypes = [_TYPES[kind] for kind in signature]
+            function.restype = None
+        self._kernels = kernels
+        self._buffers: dict[str, Tensor] = {}
+
+    def builder(
+        self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
+    ) -> Builder:
+        """Matrices are packed as they are read."""
+        scheme = parameter.scheme
+        held = getattr(torch, scheme.storage) if scheme else dtype
+        if not _takes(name, parameter.shape, held):
+            return super().builder(name, parameter, dtype, device)
+        bits = scheme.activation_bits if scheme else None
+        return PackedBuilder(self._kernels, parameter.shape, bits, _leaf(name) == "gate_up")
+
+    def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
+        """Matrices are packed; the router is transposed."""
+        if _leaf(name) == "router":
+            assert isinstance(weight, Tensor)
+            return weight.t().contiguous().t()
+        is_gate_up = _leaf(name) == "gate_up"
+        values, scales, bits = weight, None, None
+        if isinstance(weight, QuantizedWeight):
+            if weight.group_size == _INT4_GROUP and _leaf(name) in _LINEAR:
+                return self._pack_int4(weight, is_gate_up)
+            values, scales, bits = weight.values, weight.scales, weight.activation_bits
+        assert isinstance(values, Tensor)
+        if not _takes(name, tuple(values.shape), values.dtype):
+            return super().prepare(name, weight)
+        builder = PackedBuilder(self._kernels, tuple(values.shape), bits, is_gate_up)
+        builder.put_all(values, scales)
+        return builder.finish()
+
+    def _pack_int4(self, weight: QuantizedWeight, is_gate_up: bool) -> PackedWeight:
+        values = weight.values.contiguous()
+        out, count = values.shape[-2], values.shape[:-2].numel()
+        width = weight.scales.shape[-1] * _INT4_GROUP
+        padded_out = padded(out, is_gate_up)
+        # Nibbles, and bfloat16 scales.
+        row_bytes = width // 2 + weight.scales.shape[-1] * 2
+        panels = torch.empty((count, padded_out, row_bytes), dtype=torch.uint8)
+        self._kernels.moespan_pack_int4(
+            values.data_ptr(),
+            weight.scales.contiguous().data_ptr(),
+            panels.data_ptr(),
+            count,
+            out,
+            width,
+            is_gate_up,
+            torch.get_num_threads(),
+        )
+        return PackedWeight(panels, INT4, count, out, padded_out, width)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[T, H] → [T, H]."""
+        if x.shape[-1] % _LANES:
+            return super().rms_norm(x, weight, eps)
+        return self._norm(x, None, weight, eps)[0]
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        if x.shape[-1] % _LANES:
+            return super().add_rms_norm(x, residual, weight, eps)
+        return self._norm(x, residual.contiguous(), weight, eps)
+
+    def _norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        normed = torch.empty_like(x)
+        total = x if residual is None else torch.empty_like(x)
+        self._kernels.moespan_rms_norm(
+            x.data_ptr(),
+            _at(residual),
+            weight.data_ptr(),
+            *x.shape,
+            eps,
+            total.data_ptr(),
+            normed.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return normed, total
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """[T, in], [out, in] → [T, out]."""
+        if not isinstance(weight, PackedWeight):
+            return super().linear(x, weight, bias)
+        x = x.contiguous()
+        rows = len(x)
+        out = torch.empty((rows, weight.out), dtype=x.dtype)
+        self._kernels.moespan_linear(
+            weight.kind,
+            x.data_ptr(),
+            rows,
+            weight.width,
+            weight.out,
+            *weight.pointers,
+            _at(bias),
+            out.data_ptr(),
+            torch.get_num_threads(),
+            self._buffer("packed", 2 * rows * weight.width),
+            self._buffer("row scales", 4 * rows),
+            self._buffer("integers", 2 * rows * weight.width),
+        )
+        return out
+
+    def rope(
+        self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, N + 2·KV, D], float32 [T, D/2] twice → views of qkv, which is rotated in place."""
+        if qkv.shape[-1] % (2 * _LANES):
+            return super().rope(qkv, num_heads, num_kv_heads, cos, sin)
+        qkv = qkv.contiguous()
+        num_tokens, heads, head_size = qkv.shape
+        self._kernels.moespan_rope(
+            qkv.data_ptr(),
+            num_tokens,
+            heads,
+            num_heads + num_kv_heads,
+            head_size,
+            cos.contiguous().data_ptr(),
+            sin.contiguous().data_ptr(),
+            torch.get_num_threads(),
+        )
+        q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
+        return q, k, v
+
+    def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """Store [T, KV, D] at `slots`."""
+        for heads, to, scales in (
+            (k, cache.keys, cache.key_scales),
+            (v, cache.values, cache.value_scales),
+        ):
+            heads = _with_dense_tokens(heads)
+            self._kernels.moespan_write_cache(
+                heads.data_ptr(),
+                *heads.shape,
+                heads.stride(0),
+                slots.data_ptr(),
+                to.data_ptr(),
+                _at(scales),
+                torch.get_num_threads(),
+            )
+
+    def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
+        """[T, N, D] over the cache → [T, N, D]."""
+        head_size = q.shape[-1]
+        if head_size % _LANES or head_size > _MOST_HEAD_SIZE:
+            return super().attention(q, cache, batch, scale)
+        q = _with_dense_tokens(q)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        tables = batch.block_tables.contiguous()
+        query_lens, context_lens = batch.lens_on_host
+        self._kernels.moespan_attention(
+            q.data_ptr(),
+            q.stride(0),
+            out.data_ptr(),
+            q.shape[1],
+            head_size,
+            cache.keys.shape[2],
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
+            _at(cache.key_scales),
+            _at(cache.value_scales),
+            cache.keys.dtype == torch.int8,
+            cache.block_size,
+            tables.data_ptr(),
+            tables.shape[-1],
+            query_lens.data_ptr(),
+            context_lens.data_ptr(),
+            len(query_lens),
+            scale,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def route(
+        self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[T, H] → float32 [T, K], int32 [T, K]."""
+        transposed = router.t()
+        if not transposed.is_contiguous():
+            return super().route(x, router, num_chosen, renormalize)
+        x = x.contiguous()
+        weights = torch.empty((len(x), num_chosen), dtype=torch.float32)
+        chosen = torch.empty((len(x), num_chosen), dtype=torch.int32)
+        self._kernels.moespan_route(
+            x.data_ptr(),
+            transposed.data_ptr(),
+            *x.shape,
+            len(router),
+            num_chosen,
+            renormalize,
+            weights.data_ptr(),
+            chosen.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return weights, chosen
+
+    def mlp(self, x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+        """[T, H] → [T, H]: an expert that every token chooses."""
+        if not _are_packed(gate_up, down):
+            return super().mlp(x, gate_up, down)
+        slots = torch.zeros((len(x), 1), dtype=torch.int32)
+        return self._experts(x, None, slots, gate_up, down, 0)
+
+    def experts(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        first: int,
+        num_slots: int,
+    ) -> Tensor:
+        """[T, H] → [T, H]; touches the weights of chosen experts only, each once."""
+        if not _are_packed(gate_up, down):
+            return super().experts(x, weights, slots, gate_up, down, first, num_slots)
+        return self._experts(
+            x, weights.contiguous(), slots.int().contiguous(), gate_up, down, first
+        )
+
+    def _experts(
+        self,
+        x: Tensor,
+        weights: Tensor | None,
+        slots: Tensor,
+        gate_up: PackedWeight,
+        down: PackedWeight,
+        first: int,
+    ) -> Tensor:
+        x = x.contiguous()
+        num_tokens, hidden_size = x.shape
+        rows, width, kind = slots.numel(), down.width, gate_up.kind
+        out = torch.empty_like(x)
+        self._kernels.moespan_experts(
+            kind,
+            x.data_ptr(),
+            num_tokens,
+            hidden_size,
+            _at(weights),
+            slots.data_ptr(),
+            slots.shape[1],
+            first,
+            gate_up.count,
+            *gate_up.pointers,
+            gate_up.padded_out,
+            *down.pointers,
+            down.padded_out,
+            width,
+            out.data_ptr(),
+            torch.get_num_threads(),
+            self._buffer("packed", 2 * rows * max(hidden_size, width)),
+            self._buffer("row scales", 4 * rows),
+            self._buffer("integers", 2 * max(rows * width, num_tokens * hidden_size)),
+            self._buffer("hidden", 2 * rows * width),
+            self._buffer("sums", 4 * num_tokens * down.padded_out),
+        )
+        return out
+
+    def _buffer(self, name: str, num_bytes: int) -> int:
+        """Where so many bytes of scratch memory are, until the next call with this name.
+
+        It is kept: fresh memory of this size is given page by page, which takes longer than some
+        of the work that is done in it. `zeros` has large pages.
+        """
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < num_bytes:
+            buffer = self._buffers[name] = zeros((num_bytes,), torch.uint8, torch.device("cpu"))
+        return int(buffer.data_ptr())
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _takes(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the kernels take a parameter [..., out, in] of `dtype` packed by rows."""
+    if _leaf(name) not in _LINEAR or dtype not in (torch.bfloat16, torch.int8):
+        return False
+    *_, out, width = shape
+    # One instruction takes four bytes of a row; what gate_up gives is a row for `down`.
+    rows = [width, out // 2 if _leaf(name) == "gate_up" else 0]
+    return not any(row * dtype.itemsize % 4 for row in rows)
+
+
+def _are_packed(gate_up: Weight, down: Weight) -> bool:
+    return isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight)
+
+
+def _with_dense_tokens(heads: Tensor) -> Tensor:
+    """[T, heads, D] with each token's elements in one piece."""
+    is_dense = heads.stride(2) == 1 and heads.stride(1) == heads.shape[2]
+    return heads if is_dense else heads.contiguous()
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+__all__ = ["BuildError", "NativeCpuOps", "PackedWeight"]

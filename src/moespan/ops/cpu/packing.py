@@ -1,0 +1,161 @@
+"""Matrices in the panels that the kernels read (`kernels/packing.h`), filled row by row."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moespan.checkpoint.placement import Piece
+from moespan.checkpoint.rounding import quantize
+from moespan.memory import zeros
+
+_LANES, _PANEL = 16, 32
+_BF16, _W8A8, _W8A16, INT4 = range(4)
+
+# Rows are rounded in blocks of about so many elements, to be packed while a cache has them.
+_BLOCK = 1 << 18
+
+
+def padded(out: int, is_gate_up: bool) -> int:
+    """Channels of the panels that hold `out`; of a gate-up matrix both halves fill theirs."""
+    halves = 2 if is_gate_up else 1
+    return _PANEL * -(-out // halves // (_PANEL // halves))
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A matrix [out, in], or a bank of `count`, in the panels that `kernels/packing.h` describes.
+
+    Attributes:
+        kind: 0 bfloat16; 1 and 2 int8 for activations of 8 and of 16 bits; 3 of 4 bits.
+        padded_out: channels with those that fill the last panel.
+        scales, sums: float32 and int32 [count, padded_out], of int8 weights.
+    """
+
+    panels: Tensor
+    kind: int
+    count: int
+    out: int
+    padded_out: int
+    width: int
+    scales: Tensor | None = None
+    sums: Tensor | None = None
+
+    @property
+    def pointers(self) -> tuple[int, int | None, int | None]:
+        """Where panels, scales and sums are."""
+        scales, sums = (
+            None if part is None else part.data_ptr() for part in (self.scales, self.sums)
+        )
+        return self.panels.data_ptr(), scales, sums
+
+
+class PackedBuilder:
+    """Packs the pieces of a matrix [out, in], or of a bank of them, as they are read: one pass over
+    memory. See `moespan.checkpoint.building.Builder`.
+
+    Args:
+        kernels: the library.
+        shape: [..., out, in].
+        activation_bits: see `QuantizedWeight`, where it is of 8-bit integers; None for bfloat16.
+    """
+
+    def __init__(
+        self,
+        kernels: ctypes.CDLL,
+        shape: tuple[int, ...],
+        activation_bits: int | None,
+        is_gate_up: bool,
+    ) -> None:
+        self._kernels, self._bits, self._is_gate_up = kernels, activation_bits, is_gate_up
+        *bank, self._out, self._width = shape
+        self._count = bank[0] if bank else 1
+        self._padded_out = padded(self._out, is_gate_up)
+        cpu = torch.device("cpu")
+        dtype = torch.bfloat16 if self._bits is None else torch.int8
+        # Zeros: padding is never written.
+        self._panels = zeros((self._count, self._padded_out, self._width), dtype, cpu)
+        # By rows of the matrix, until all are there.
+        self._scales = torch.zeros(self._count, self._out)
+        self._sums = torch.zeros(self._count, self._out, dtype=torch.int32)
+
+    def put(self, piece: Piece, values: Tensor, maxima: Tensor | None = None) -> None:
+        """Rows of one matrix, from its first column on; what is left of them is padding."""
+        *bank, rows = piece.index if piece.is_scale else piece.index[:-1]
+        matrix, first = bank[0] if bank else 0, rows.start
+        if piece.is_scale:
+            self._scales[matrix, rows] = values
+        elif self._bits is None or values.dtype == torch.int8:
+            self._pack(matrix, first, values.to(self._panels.dtype))
+        else:
+            step = max(_BLOCK // values.shape[1], _LANES)
+            for at in range(0, len(values), step):
+                block = slice(at, at + step)
+                known = None if maxima is None else maxima[block]
+                integers, scales = self._round(values[block], known)
+                self._scales[matrix, first + at : first + at + len(scales)] = scales
+                self._pack(matrix, first + at, integers)
+
+    def put_all(self, values: Tensor, scales: Tensor | None) -> None:
+        """Pack the whole parameter; `scales` [..., out] of integers."""
+        for i, matrix in enumerate(values.reshape(self._count, self._out, self._width)):
+            self._pack(i, 0, matrix)
+        if scales is not None:
+            self._scales.copy_(scales.reshape(self._scales.shape))
+
+    def finish(self) -> PackedWeight:
+        """The packed weight."""
+        kind, scales, sums = _BF16, None, None
+        if self._bits is not None:
+            kind = _W8A8 if self._bits == 8 else _W8A16
+            scales, sums = self._by_channel(self._scales), self._by_channel(self._sums)
+        return PackedWeight(
+            self._panels, kind, self._count, self._out, self._padded_out, self._width, scales, sums
+        )
+
+    def _pack(self, matrix: int, first: int, rows: Tensor) -> None:
+        """Rows of the panels' dtype [rows, columns], from row `first` of `matrix` on."""
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        sums = self._sums[matrix, first:]
+        self._kernels.moespan_pack(
+            rows.data_ptr(),
+            rows.stride(0) * rows.itemsize,
+            rows.shape[1] * rows.itemsize,
+            first,
+            len(rows),
+            self._out,
+            self._width * rows.itemsize,
+            self._is_gate_up,
+            self._panels[matrix].data_ptr(),
+            None if self._bits is None else sums.data_ptr(),
+        )
+
+    def _round(self, rows: Tensor, maxima: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `quantize` gives."""
+        if rows.dtype != torch.bfloat16:
+            return quantize(rows, maxima)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        maxima = None if maxima is None else maxima.contiguous()
+        integers = torch.empty(rows.shape, dtype=torch.int8)
+        scales = torch.empty(len(rows))
+        self._kernels.moespan_round(
+            rows.data_ptr(),
+            rows.stride(0),
+            *rows.shape,
+            None if maxima is None else maxima.data_ptr(),
+            integers.data_ptr(),
+            scales.data_ptr(),
+        )
+        return integers, scales
+
+    def _by_channel(self, x: Tensor) -> Tensor:
+        """[count, out] by rows → [count, padded out] by channels of the panels."""
+        halves = 2 if self._is_gate_up else 1
+        panels, lanes = self._padded_out // _PANEL, _PANEL // halves
+        padded = x.new_zeros(self._count, halves, panels * lanes)
+        padded[..., : self._out // halves] = x.view(self._count, halves, -1)
+        by_panel = padded.view(self._count, halves, panels, lanes).transpose(1, 2)
+        return by_panel.reshape(self._count, self._padded_out)

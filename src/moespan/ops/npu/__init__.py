@@ -1,0 +1,1 @@
+"""Operations for Ascend NPUs, through torch_npu."""

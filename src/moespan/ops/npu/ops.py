@@ -1,0 +1,605 @@
+"""Operations for Ascend NPUs, through the fused operators of torch_npu.
+
+What is particular here:
+
+- Calls name every argument whose default changed between releases of torch_npu, and ask an
+  operator's schema, never a version, for what only some of them have.
+- Attention (`npu_fused_infer_attention_score`) takes 16-bit types and heads of 128. Anything else
+  goes through plain torch, which is said once; float32 does, for comparing with a reference.
+- Norms round once, after scaling, where the reference rounds before it too. Cosines and sines are
+  of the activations' dtype. Experts' outputs are rounded to it before they are weighted and summed,
+  both in float32. All of it is within the rounding of the 16-bit types.
+- Matrices of integers take the operators that `moespan.ops.npu.integers` lists. In float32 they are
+  multiplied out first: that, too, is for comparing.
+- A cache of integers is attended in place by sequences of one query only. For the others the kernel
+  takes no such cache, so that what they read of it is multiplied out before.
+- Nothing waits for the device.
+- Options (`EngineConfig.npu_*`) are off unless asked for: nobody has measured them for this model.
+
+An Ascend 310P has no bfloat16, which is refused, as integers are, and lacks the operators of
+attention, cache and router, so that it takes the plain ones.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moespan.checkpoint.rounding import QuantizedWeight, round_rows
+from moespan.errors import ConfigError
+from moespan.log import notice
+from moespan.memory import zeros
+from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
+from moespan.ops.npu.integers import IntegerMatrix
+from moespan.ops.reference import ReferenceOps, gather, multiplied_out
+from moespan.parallel.mesh import Axis
+
+_ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
+_ATTENTION_HEAD_SIZE = 128
+_ROTARY_HEAD_SIZES = (64, 128)
+# The causal mask of any lengths, as the attention kernel wants it: its corner of 2048 × 2048.
+_MASK_SIZE = 2048
+# Blocks' sizes that the attention kernel takes: of a step and up to; of 16-bit types, of integers.
+_FLOAT_BLOCKS, _INTEGER_BLOCKS = (16, 1024), (32, 512)
+# A scale for each token and head, in blocks as the cache is.
+_PER_TOKEN_AND_HEAD = 5
+# Blocks of integers are multiplied out for as many sequences as keep the result this small.
+_GATHER_BYTES = 64 << 20
+_FEWEST_COUNTED_ROWS = 4096
+# Names of chips in what a device calls itself.
+_CHIPS = {"910B": "910B", "910_93": "910C", "310P": "310P"}
+_FRACTAL_NZ = 29
+# What stays in rows: looked up, added, multiplied elementwise, or float32.
+_NEVER_TILED = ("embed", "norm", "router", "bias")
+
+
+class NpuOps(ReferenceOps):
+    """See `moespan.ops.base.Ops` for what each operation promises."""
+
+    block_size = 128
+    has_graphs = True
+
+    def __init__(
+        self, soc: str | None = None, fused_all_reduce_rows: int = 0, weight_format: str = "nd"
+    ) -> None:
+        """Use what `soc` has; None is the device that is there.
+
+        Args:
+            fused_all_reduce_rows: from how many rows on a matmul takes its all-reduce along; 0 is
+                never.
+            weight_format: `nd`, or `nz` for matrices in tiles.
+        """
+        import torch_npu  # type: ignore[import-not-found,unused-ignore]
+
+        self._npu: Any = torch_npu
+        self._soc = soc or str(torch_npu.npu.get_device_name())
+        self.chip = next((chip for name, chip in _CHIPS.items() if name in self._soc), "")
+        self._is_310p = self.chip == "310P"
+        self.quantizations = () if self._is_310p else ("int8", "w8a8")
+        self.has_int8_cache = not self._is_310p
+        self._fused_rows = fused_all_reduce_rows
+        self._is_tiled = weight_format == "nz"
+        if self._is_tiled:
+            torch_npu.npu.config.allow_internal_format = True
+        self._counts_are_ends = self._is_310p  # whatever is asked for
+        schema = str(torch.ops.npu.npu_scatter_pa_kv_cache.default._schema)
+        self._cache_mode = {"cache_mode": "Norm"} if "cache_mode" in schema else {}
+        # Recorded graphs hold the addresses of constants, so that these are never freed.
+        self._masks: dict[torch.device, Tensor] = {}
+        self._row_numbers: list[Tensor] = []
+        # All graphs share their memory: they never run at the same time.
+        self._graph_pool: Any = None
+
+    def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
+        """Experts' matrices become [E, in, out], which grouped matmuls read; others stay as they
+        are. Either may be in tiles."""
+        if isinstance(weight, QuantizedWeight):
+            return self._prepare_integers(name, weight)
+        if self._is_310p and weight.dtype == torch.bfloat16:
+            raise ConfigError(f"{self._soc} has no bfloat16; use --dtype float16")
+        if ".experts." in name:
+            weight = weight.transpose(1, 2).contiguous()
+        if not self._is_tiled or any(part in name for part in _NEVER_TILED):
+            return weight
+        return self._in_tiles(name, weight)
+
+    def new_cache(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """The scales of integers lie in memory as the attention kernel reads them."""
+        cache = super().new_cache(shape, dtype, device)
+        if not cache.is_quantized:
+            return cache
+        num_blocks, block_size, num_heads, _ = shape
+        key_scales, value_scales = (
+            zeros((num_blocks, num_heads, block_size), torch.float32, device).transpose(1, 2)
+            for _ in range(2)
+        )
+        return replace(cache, key_scales=key_scales, value_scales=value_scales)
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """[T, in], [out, in] → [T, out]."""
+        if isinstance(weight, IntegerMatrix):
+            return weight.times(self._npu, x, bias)
+        return super().linear(x, weight, bias)
+
+    def linear_sum(self, x: Tensor, weight: Weight, axis: Axis, module: str) -> Tensor:
+        """[T, in], [out, in] → [T, out], replicated over `axis`."""
+        if not self._is_fused(x, axis):
+            return super().linear_sum(x, weight, axis, module)
+        return self._matmul_all_reduce(x, weight, axis, module)
+
+    def mlp_sum(
+        self,
+        x: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        axis: Axis,
+        module: str,
+        plus: Tensor | None = None,
+    ) -> Tensor:
+        """[T, H] replicated over `axis` → [T, H] replicated over it."""
+        if not self._is_fused(x, axis):
+            return super().mlp_sum(x, gate_up, down, axis, module, plus)
+        hidden = self.swiglu(self.linear(x, gate_up))
+        return self._matmul_all_reduce(hidden, down, axis, module, plus)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[T, H] → [T, H]."""
+        if not x.numel():
+            return super().rms_norm(x, weight, eps)
+        normed: Tensor = self._npu.npu_rms_norm(x, weight, eps)[0]
+        return normed
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        if not x.numel():
+            return super().add_rms_norm(x, residual, weight, eps)
+        normed, _, total = self._npu.npu_add_rms_norm(x, residual, weight, eps)
+        return normed, total
+
+    def rotary_table(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """float32 [P, D/2] twice → of `dtype`, [P, 1, D] twice, where the kernel takes D."""
+        if 2 * cos.shape[-1] not in _ROTARY_HEAD_SIZES:
+            return cos, sin
+        whole = (torch.cat([half, half], -1)[:, None].to(dtype) for half in (cos, sin))
+        return next(whole), next(whole)
+
+    def rope(
+        self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, N + 2·KV, D], rows of the table → [T, N, D], [T, KV, D] twice, all contiguous."""
+        if qkv.shape[-1] not in _ROTARY_HEAD_SIZES:
+            q, k, v = super().rope(qkv, num_heads, num_kv_heads, cos, sin)
+            return q.contiguous(), k.contiguous(), v.contiguous()
+        # The kernel writes into q and k, whatever its schema says.
+        if num_heads == num_kv_heads:
+            q, k, v = qkv.unflatten(1, (3, num_heads)).transpose(0, 1).contiguous()
+        else:
+            parts = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
+            q, k, v = (part.contiguous() for part in parts)
+        if not qkv.numel():
+            return q, k, v
+        q, k = self._npu.npu_apply_rotary_pos_emb(q, k, cos, sin, layout="TND", rotary_mode="half")
+        return q, k, v
+
+    def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """Store [T, KV, D] at `slots`."""
+        if not k.numel() or self._is_310p:
+            super().write_cache(k, v, cache, slots)
+            return
+        if cache.key_scales is not None and cache.value_scales is not None:
+            at = slots // cache.block_size, slots % cache.block_size
+            k, cache.key_scales[at] = self._round_rows(k)
+            v, cache.value_scales[at] = self._round_rows(v)
+        self._npu.npu_scatter_pa_kv_cache(
+            k.contiguous(), v.contiguous(), cache.keys, cache.values, slots, **self._cache_mode
+        )
+
+    def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
+        """[T, N, D] over the cache [B, block size, KV, D] → [T, N, D]."""
+        if not q.numel():
+            return q
+        if not self._has_attention(q, cache):
+            if batch.is_decode:
+                return plain_decode(q, cache, batch, scale)
+            return super().attention(q, cache, batch, scale)
+        if cache.is_quantized:
+            return self._attention_over_integers(q, cache, batch, scale)
+        tables = batch.block_tables
+        return self._attend(q, cache, tables, batch.query_ends, batch.total_lens, scale)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """[T, 2·I] → [T, I]."""
+        if not x.numel():
+            return super().swiglu(x)
+        out: Tensor = self._npu.npu_swiglu(x, dim=-1)
+        return out
+
+    def route(
+        self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[T, H] → float32 [T, K], int32 [T, K]."""
+        if not x.numel() or self._is_310p:
+            return super().route(x, router, num_chosen, renormalize)
+        logits = self.linear(x.float(), router)
+        weights, chosen, _ = self._npu.npu_moe_gating_top_k_softmax(logits, None, num_chosen)
+        if renormalize and num_chosen > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights, chosen
+
+    def experts(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        first: int,
+        num_slots: int,
+    ) -> Tensor:
+        """[T, H] → [T, H]."""
+        if not x.numel():
+            return x
+        is_whole = len(gate_up) == num_slots
+        rounds = _rounds(gate_up, x)
+        rows, row_of, sizes, row_scales = self._npu.npu_moe_init_routing_v2(
+            x,
+            slots.int(),
+            active_num=slots.numel(),
+            expert_num=num_slots + (not is_whole),  # and nobody's
+            drop_pad_mode=0,
+            expert_tokens_num_type=0 if self._counts_are_ends else 1,
+            expert_tokens_num_flag=True,
+            quant_mode=1 if rounds else -1,
+            active_expert_range=[first, first + len(gate_up)],
+            row_idx_type=0,
+        )
+        if rounds:
+            results = self._rounded_mlp_of_each(rows, row_scales, gate_up, down, sizes, x.dtype)
+        else:
+            results = self._mlp_of_each(rows, gate_up, down, sizes)
+        if not is_whole:
+            # Rows after those of this rank are whatever was in memory. If another rank's expert is
+            # among the chosen, there is one at the end: its zeros are what that expert adds here.
+            num_rows = sizes[-1] if self._counts_are_ends else sizes.sum()
+            results.masked_fill_(self._numbered(len(rows), x.device) >= num_rows, 0)
+            row_of = row_of.remainder(len(rows))  # -1 → the last
+        out: Tensor = self._npu.npu_moe_token_unpermute(results, row_of, weights)
+        return out
+
+    def experts_anywhere(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        slots: Tensor,
+        gate_up: Weight,
+        down: Weight,
+        axis: Axis,
+        num_slots: int,
+    ) -> Tensor:
+        """[T, H] → [T, H], the same T on all ranks of `axis`."""
+        slots = slots.int()
+        sent_bytes = slots.numel() * x.shape[1] * x.element_size()
+        # A2 asks which algorithm it is to be; A3's default is the one that takes what we send.
+        way = {"comm_alg": "fullmesh"} if self.chip == "910B" else {}
+        name = axis.inside("dispatch", "moe", sent_bytes)
+        group = (name, axis.size, axis.rank, num_slots)
+        rows, _, origins, sizes, received, _, scales = self._npu.npu_moe_distribute_dispatch_v2(
+            x, slots, *group, expert_token_nums_type=1, **way
+        )
+        if _rounds(gate_up, x):
+            rows, row_scales = self._npu.npu_dynamic_quant(rows)
+            results = self._rounded_mlp_of_each(rows, row_scales, gate_up, down, sizes, x.dtype)
+        else:
+            results = self._mlp_of_each(rows, gate_up, down, sizes)
+        axis.inside("combine", "moe", sent_bytes)
+        out: Tensor = self._npu.npu_moe_distribute_combine_v2(
+            results, slots, origins, received, weights, *group, expand_scales=scales, **way
+        )
+        return out
+
+    def record(self, run: Callable[[], object]) -> Replay:
+        """Record what `run` does; replaying it gives the attention kernels their lengths anew."""
+        if self._graph_pool is None:
+            self._graph_pool = self._npu.npu.graph_pool_handle()
+        return _Graph(run, self._graph_pool)
+
+    def _prepare_integers(self, name: str, weight: QuantizedWeight) -> IntegerMatrix:
+        matrix = IntegerMatrix.of(weight)
+        if not self._is_tiled:
+            return matrix
+        if not matrix.rounds:
+            raise ConfigError(
+                f"npu_weight_format=nz: {name} is of 8-bit integers for activations of 16 bits, "
+                "whose operator takes rows only; leave it out, or use --quantization w8a8 on a "
+                "checkpoint of floats"
+            )
+        return replace(matrix, values=self._in_tiles(name, matrix.values.contiguous()))
+
+    def _in_tiles(self, name: str, weight: Tensor) -> Tensor:
+        tiled: Tensor = self._npu.npu_format_cast(weight, _FRACTAL_NZ)
+        if int(self._npu.get_npu_format(tiled)) != _FRACTAL_NZ:
+            raise ConfigError(
+                f"npu_weight_format=nz: this torch_npu keeps {name}, {weight.dtype} "
+                f"{list(weight.shape)}, in rows; leave it out"
+            )
+        return tiled
+
+    def _round_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., D] → int8 [..., D] and float32 [...]."""
+        if x.dtype == torch.float32:
+            return round_rows(x)
+        values, scales = self._npu.npu_dynamic_quant(x)
+        return values, scales
+
+    def _has_attention(self, q: Tensor, cache: KVCache) -> bool:
+        """Whether the attention kernel takes them; says so once where it does not."""
+        step, most = _INTEGER_BLOCKS if cache.is_quantized else _FLOAT_BLOCKS
+        if (
+            q.dtype in _ATTENTION_DTYPES
+            and q.shape[-1] == _ATTENTION_HEAD_SIZE
+            and cache.block_size % step == 0
+            and cache.block_size <= most
+            and not self._is_310p
+        ):
+            return True
+        notice(
+            f"attention goes through plain torch, and is slow: the kernel takes float16 and "
+            f"bfloat16, heads of 128 and blocks of {step} to {most} tokens, in steps of {step}, on "
+            f"A2 and A3, not {q.dtype}, heads of {q.shape[-1]} and blocks of {cache.block_size} on "
+            f"{self._soc}"
+        )
+        return False
+
+    def _attend(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        tables: Tensor,
+        query_ends: list[int],
+        total_lens: list[int],
+        scale: float,
+    ) -> Tensor:
+        """Over a cache of q's dtype."""
+        return self._infer_attention(
+            q,
+            cache,
+            tables,
+            total_lens,
+            scale,
+            input_layout="TND",
+            atten_mask=self._mask(q.device),
+            actual_seq_lengths=query_ends,
+            sparse_mode=3,  # causal, the last query at the last key
+        )
+
+    def _infer_attention(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        tables: Tensor,
+        total_lens: list[int],
+        scale: float,
+        **how: Any,
+    ) -> Tensor:
+        """The operator on a paged cache; q [..., N, D], as `input_layout` has it."""
+        out: Tensor = self._npu.npu_fused_infer_attention_score(
+            q.contiguous(),
+            cache.keys.flatten(2),
+            cache.values.flatten(2),
+            # Of a paged cache these are lengths of sequences, not their running sum.
+            actual_seq_lengths_kv=total_lens,
+            block_table=tables,
+            num_heads=q.shape[-2],
+            num_key_value_heads=cache.keys.shape[2],
+            scale=scale,
+            block_size=cache.block_size,
+            **how,
+        )[0]
+        return out
+
+    def _attention_over_integers(
+        self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        """[T, N, D] → [T, N, D]: sequences of one query in place, the others multiplied out."""
+        block_bytes = 2 * cache.keys[0].numel() * q.element_size()
+        outs, row = [], 0
+        for some, width in _neighbours(batch, cache.block_size, _GATHER_BYTES // block_bytes):
+            ends = list(accumulate(batch.query_lens[some]))
+            queries = q[row : row + ends[-1]]
+            row += ends[-1]
+            tables, total_lens = batch.block_tables[some], batch.total_lens[some]
+            if ends[-1] == len(ends):
+                outs.append(self._decode_integers(queries, cache, tables, total_lens, scale))
+            else:
+                floats, places = _blocks_in_floats(cache, tables[:, :width], q.dtype)
+                outs.append(self._attend(queries, floats, places, ends, total_lens, scale))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _decode_integers(
+        self, q: Tensor, cache: KVCache, tables: Tensor, total_lens: list[int], scale: float
+    ) -> Tensor:
+        """One token of each sequence, [S, N, D] → [S, N, D]."""
+        assert cache.key_scales is not None and cache.value_scales is not None
+        return self._infer_attention(
+            q[:, None],
+            cache,
+            tables,
+            total_lens,
+            scale,
+            input_layout="BSND",
+            # As they lie, of a cache of `new_cache`.
+            key_antiquant_scale=cache.key_scales.transpose(1, 2).contiguous(),
+            value_antiquant_scale=cache.value_scales.transpose(1, 2).contiguous(),
+            key_antiquant_mode=_PER_TOKEN_AND_HEAD,
+            value_antiquant_mode=_PER_TOKEN_AND_HEAD,
+        )[:, 0]
+
+    def _is_fused(self, x: Tensor, axis: Axis) -> bool:
+        """Whether an all-reduce over `axis` after a matmul of so many rows goes into its operator,
+        which is for prefill (`moespan.parallel.fused` has its other limits)."""
+        return axis.size > 1 and 0 < self._fused_rows <= len(x)
+
+    def _matmul_all_reduce(
+        self, x: Tensor, weight: Tensor, axis: Axis, module: str, plus: Tensor | None = None
+    ) -> Tensor:
+        """Σ over `axis` of x·Wᵀ + plus: [T, in], [out, in], [T, out] → [T, out]."""
+        sent_bytes = len(x) * len(weight) * x.element_size()
+        out: Tensor = self._npu.npu_mm_all_reduce_base(
+            x, weight.t(), axis.inside("all_reduce", module, sent_bytes), reduce_op="sum", x3=plus
+        )
+        return out
+
+    def _mlp_of_each(self, rows: Tensor, gate_up: Weight, down: Weight, sizes: Tensor) -> Tensor:
+        """Rows [R, H] in the order of experts, `sizes` for each → [R, H]; others are not set."""
+        hidden = self.swiglu(self._product_of_each(rows, gate_up, sizes))
+        return self._product_of_each(hidden, down, sizes)
+
+    def _rounded_mlp_of_each(
+        self,
+        rows: Tensor,
+        row_scales: Tensor,
+        gate_up: IntegerMatrix,
+        down: IntegerMatrix,
+        sizes: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The same of int8 [R, H] with float32 [R] → [R, H] of `dtype`."""
+        if gate_up.has_swiglu:
+            sums = self._grouped_matmul(rows, gate_up.values, sizes, output_dtype=torch.int32)
+            hidden, hidden_scales = self._npu.npu_dequant_swiglu_quant(
+                sums,
+                weight_scale=gate_up.scales,
+                activation_scale=row_scales[:, None],
+                group_index=sizes,
+                activate_left=True,
+                quant_mode=1,  # of each row anew
+            )
+        else:
+            told = gate_up.of_integers(row_scales, dtype)
+            gated = self.swiglu(self._grouped_matmul(rows, gate_up.values, sizes, **told))
+            hidden, hidden_scales = self._npu.npu_dynamic_quant(gated)
+        told = down.of_integers(hidden_scales, dtype)
+        return self._grouped_matmul(hidden, down.values, sizes, **told)
+
+    def _product_of_each(self, x: Tensor, weight: Weight, sizes: Tensor) -> Tensor:
+        """Rows of experts [R, in], [E, in, out] → [R, out] of x's dtype."""
+        if not isinstance(weight, IntegerMatrix):
+            return self._grouped_matmul(x, weight, sizes)
+        if x.dtype == torch.float32:
+            x, matrices = weight.in_float32(x)
+            return self._grouped_matmul(x, matrices, sizes)
+        return self._grouped_matmul(x, weight.values, sizes, **weight.of_floats(x.dtype))
+
+    def _grouped_matmul(self, x: Tensor, weight: Tensor, sizes: Tensor, **told: Any) -> Tensor:
+        """Rows of experts [R, in], [E, in, out] → [R, out]; rows beyond all groups are not set."""
+        (out,) = self._npu.npu_grouped_matmul(
+            [x],
+            [weight],
+            group_list=sizes,
+            group_list_type=0 if self._counts_are_ends else 1,
+            group_type=0,
+            split_item=2,
+            **told,
+        )
+        result: Tensor = out
+        return result
+
+    def _mask(self, device: torch.device) -> Tensor:
+        """int8 [2048, 2048], 1 where a key is hidden."""
+        if device not in self._masks:
+            ones = torch.ones(_MASK_SIZE, _MASK_SIZE, dtype=torch.int8)
+            self._masks[device] = ones.triu(1).to(device)
+        return self._masks[device]
+
+    def _numbered(self, num_rows: int, device: torch.device) -> Tensor:
+        """int64 [num_rows, 1]: 0, 1, 2, ..."""
+        numbers = next((n for n in self._row_numbers if len(n) >= num_rows), None)
+        if numbers is None:
+            room = max(_FEWEST_COUNTED_ROWS, 1 << (num_rows - 1).bit_length())
+            numbers = torch.arange(room, device=device)[:, None]
+            self._row_numbers.append(numbers)
+        return numbers[:num_rows]
+
+
+class _Graph:
+    """A recorded NPU graph. Lengths are the host's integers inside it, so that each replay is told
+    new ones, by torch_npu's own way of rewriting recorded attention calls."""
+
+    def __init__(self, run: Callable[[], object], pool: Any) -> None:
+        npu: Any = torch.get_device_module("npu")
+        if "auto_dispatch_capture" not in inspect.signature(npu.graph.__init__).parameters:
+            raise RuntimeError("this torch_npu cannot update the lengths of recorded attention")
+        self._graph = npu.NPUGraph()
+        self._done = npu.Event()
+        # A graph of an engine that is gone must not be collected while another one is recorded.
+        gc.collect()
+        gc.disable()
+        try:
+            with npu.graph(self._graph, pool=pool, auto_dispatch_capture=True):
+                run()
+        finally:
+            gc.enable()
+
+    def __call__(self, total_lens: list[int]) -> None:
+        # The lengths must not change under a replay that still runs. As a rule none does: its
+        # result has been read, or has come back through a rank whose result has been.
+        self._done.synchronize()
+        self._graph.update(cpu_update_input=[{"actual_seq_lengths_kv": total_lens}])
+        self._graph.replay()
+        self._done.record()
+
+
+def _rounds(gate_up: Weight, x: Tensor) -> bool:
+    """Whether experts take x in 8 bits, as operators round it."""
+    return isinstance(gate_up, IntegerMatrix) and gate_up.rounds and x.dtype != torch.float32
+
+
+def _neighbours(
+    batch: AttentionBatch, block_size: int, most_blocks: int
+) -> Iterator[tuple[slice, int]]:
+    """Sequences that are attended together, and the most blocks that one of them has: neighbours of
+    one query each, and of several, these as many as have `most_blocks` together, or one."""
+    first = 0
+    for is_one, group in groupby(batch.query_lens, lambda length: length == 1):
+        last = first + len(list(group))
+        width = -(-max(batch.total_lens[first:last]) // block_size)
+        most = last - first if is_one else max(most_blocks // width, 1)
+        for start in range(first, last, most):
+            yield slice(start, min(start + most, last)), width
+        first = last
+
+
+def _blocks_in_floats(cache: KVCache, tables: Tensor, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
+    """The blocks in tables [S, W] of a cache of integers, one after the other, as a cache of
+    `dtype`, and the tables of that."""
+    blocks = tables.flatten()
+    keys, values = (part.to(dtype) for part in multiplied_out(cache, blocks))
+    places = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device)
+    return KVCache(keys, values), places.view(tables.shape)
+
+
+def plain_decode(q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
+    """One token of each sequence, [S, N, D] → [S, N, D]; lengths are read on the device only."""
+    num_sequences, num_heads, head_size = q.shape
+    num_kv_heads = cache.keys.shape[2]
+    k, v = (part.transpose(1, 2) for part in gather(cache, batch.block_tables))
+    # [S, KV, length, D]
+    grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_size)
+    scores = torch.matmul(grouped.float(), k.transpose(2, 3)) * scale
+    places = torch.arange(k.shape[2], device=q.device, dtype=torch.int32)
+    hidden = (places >= batch.lengths[:, None])[:, None, None]
+    probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    # What lies past a sequence's end may be NaN, and NaN times 0 is NaN.
+    values = v.masked_fill(hidden.transpose(2, 3), 0)
+    return torch.matmul(probabilities, values).to(q.dtype).view_as(q)

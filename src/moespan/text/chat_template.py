@@ -1,0 +1,323 @@
+"""Chat templates: from messages to a prompt, whatever the template does.
+
+A chat template is a program that comes with a checkpoint. It runs in a child process that the
+kernel holds to a time and a memory limit: see `ChatTemplate`. The child imports this module too, so
+it imports little, and jinja2 only there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from moespan.errors import RequestError, TokenizerError
+
+if TYPE_CHECKING:
+    import subprocess
+
+    import jinja2
+
+__all__ = ["ChatTemplate", "check_unicode"]
+
+# The limits of one rendering. Memory is counted on top of what the child maps at rest, and holds
+# the largest conversation, even one of nothing but tiny messages, several times over.
+_RENDER_SECONDS: Final = 1.5
+_RENDER_MEMORY_BYTES: Final = 64 << 20
+_MAX_CONVERSATION_BYTES: Final = 2 << 20
+_MAX_PROMPT_CHARACTERS: Final = 4 << 20
+_MAX_REPLY_BYTES: Final = 6 * _MAX_PROMPT_CHARACTERS + 1024  # JSON spends up to 6 bytes on one
+
+
+class ChatTemplate:
+    """Renders one chat template, whatever is in it, in bounded time and memory.
+
+    Jinja's sandbox keeps a template from Python's inner parts, but not from asking for 10^10 steps
+    or bytes, and most ways to ask end in one uninterruptible call of C code: `"a" * 10**9`,
+    `|center`, `"%999999999d"`, the text of a list that holds itself twice, forty levels deep. So a
+    child process renders, and the kernel keeps the limits: an alarm that ends it, and RLIMIT_AS on
+    its memory. A RLIMIT_NOFILE of 0 leaves it no way to open a file or a socket either. The child
+    sets all of them on itself before it looks at the template.
+
+    The child starts with the first rendering, waits for the next, and goes when this object or this
+    process does. One that breaks a limit is replaced. Renderings take turns.
+    """
+
+    def __init__(self, source: str, named_tokens: Mapping[str, str], folder: Path) -> None:
+        self._source = source
+        self._named_tokens = named_tokens
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        """The prompt; see `Tokenizer.apply_chat_template`."""
+        request = _json_line(
+            {
+                "messages": _checked_messages(messages),
+                "add_generation_prompt": add_generation_prompt,
+                # Templates ask whether these are none, which what is missing is not.
+                "tools": None,
+                "documents": None,
+                **self._named_tokens,
+            }
+        )
+        if len(request) > _MAX_CONVERSATION_BYTES:
+            raise RequestError(
+                f"the messages take {len(request)} bytes as JSON; "
+                f"at most {_MAX_CONVERSATION_BYTES} can be rendered"
+            )
+        with self._lock:
+            if self._child is None or not self._child.is_usable:
+                self._child = _Child(self._source)
+            reply = self._child.ask(request)
+        match reply:
+            case {"text": text}:
+                return text
+            case {"refusal": reason}:
+                raise RequestError(f"the chat template refuses the messages: {reason}")
+        raise TokenizerError(
+            f"the chat template of {self._folder} cannot be used: {reply['fault']}. Put one that "
+            "can beside tokenizer.json as chat_template.jinja, or complete plain prompts"
+        )
+
+
+def _checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """`messages` as plain dicts, or a RequestError that names the first one that is malformed."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise RequestError(
+            f"messages is {type(messages).__name__}; it must be a list of "
+            '{"role": ..., "content": ...}'
+        )
+    if not messages:
+        raise RequestError("messages is empty; it must hold at least one message")
+    for index, message in enumerate(messages):
+        name = f"messages[{index}]"
+        if not isinstance(message, Mapping):
+            raise RequestError(
+                f'{name} is {type(message).__name__}; it must be {{"role": ..., "content": ...}}'
+            )
+        for key in ("role", "content"):
+            if key not in message:
+                raise RequestError(f"{name} has no {key!r}; every message needs a role and content")
+        for key, value in message.items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise RequestError(
+                    f"{name}[{key!r}] is {type(value).__name__}; it must be a string"
+                )
+            check_unicode(key, f"a key of {name}")
+            check_unicode(value, f"{name}[{key!r}]")
+    return [dict(message) for message in messages]
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Refuses half a surrogate pair, which JSON can carry and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} has {text[error.start]!r} at character {error.start}, half of a surrogate "
+            "pair; send whole characters"
+        ) from None
+
+
+class _Child:
+    """The process that renders a template, seen from its parent. It ends with this object."""
+
+    def __init__(self, source: str) -> None:
+        import subprocess
+
+        # It gets our search path, so that it finds what we found, and of our environment only what
+        # the interpreter and its clock need: no keys and tokens, no preloaded libraries.
+        path = [str(Path(__file__).resolve().parents[2]), *map(str, sys.path)]
+        kept = ("LD_LIBRARY_PATH", "TZ")
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _CHILD_PROGRAM, *path],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in kept if name in os.environ},
+            )
+        except OSError as error:
+            raise TokenizerError(
+                f"cannot start {sys.executable} to render the chat template: {error}"
+            ) from error
+        self._end = weakref.finalize(self, _end_process, self._process)
+        setup = {
+            "source": source,
+            "seconds": _RENDER_SECONDS,
+            "memory_bytes": _RENDER_MEMORY_BYTES,
+            "characters": _MAX_PROMPT_CHARACTERS,
+        }
+        reply = self.ask(_json_line(setup))
+        if reply:
+            raise TokenizerError(
+                f"cannot render the chat template, which takes Linux and jinja2: {reply['fault']}"
+            )
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it still runs, as a child of this process: a fork of this process has none."""
+        return self._process.poll() is None
+
+    def ask(self, request: bytes) -> dict[str, str]:
+        """Sends one line, returns the line that answers it; no longer usable after a broken limit.
+
+        The reply has one item: "text", "refusal" (of the messages, by the template) or "fault".
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # then there is no reply either
+                self._process.stdin.write(request)
+                self._process.stdin.flush()
+            line = self._process.stdout.readline(_MAX_REPLY_BYTES)
+            reply: dict[str, str] = json.loads(line) if line.endswith(b"\n") else {"limit": ""}
+        except BaseException:
+            self._end()  # or the reply that is still to come would answer the next request
+            raise
+        if "limit" not in reply:
+            return reply
+        status = self._end()
+        if status == -signal.SIGALRM:
+            return {"fault": f"it takes longer than {_RENDER_SECONDS} s"}
+        return {"fault": reply["limit"] or f"the process that renders it ended, status {status}"}
+
+
+def _end_process(process: subprocess.Popen[bytes]) -> int:
+    """Ends the process if it still runs; returns its exit status."""
+    process.kill()
+    status = process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what could not be sent cannot be flushed
+            pipe.close()  # type: ignore[union-attr]
+    return status
+
+
+def _json_line(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+
+# What follows runs in the child, which imports this module anew.
+_CHILD_PROGRAM: Final = (
+    "import sys; sys.path[:] = sys.argv[1:]; "
+    "from moespan.text.chat_template import _serve_template; _serve_template()"
+)
+
+
+class _RefusalError(Exception):
+    """The template called `raise_exception`."""
+
+
+def _serve_template() -> None:
+    """Reads what to serve and says that it is ready; then answers every request until the last."""
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    setup = json.loads(requests.readline())
+    environment = _template_environment()
+    _limit_this_process(setup["memory_bytes"])
+    template: jinja2.Template | None = None
+    reply = _json_line({})
+    while True:
+        replies.write(reply)
+        replies.flush()
+        request = requests.readline()
+        if not request:
+            return
+        signal.setitimer(signal.ITIMER_REAL, setup["seconds"])
+        try:
+            template = template or environment.from_string(setup["source"])
+            reply = _json_line(
+                {"text": _limited_text(template.generate(json.loads(request)), setup["characters"])}
+            )
+        except MemoryError:
+            reply = _json_line({"limit": f"it needs over {setup['memory_bytes'] >> 20} MiB"})
+        except OverflowError as error:
+            reply = _json_line({"limit": str(error).rstrip(".")})
+        except _RefusalError as error:
+            reply = _json_line({"refusal": str(error)[:1000]})
+        except Exception as error:  # a template can raise anything
+            reply = _json_line({"fault": f"{type(error).__name__}: {error}"[:1000]})
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _template_environment() -> jinja2.Environment:
+    """An environment like the one that chat templates are written for, Hugging Face's."""
+    import datetime
+
+    import jinja2
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Environment(ImmutableSandboxedEnvironment):
+        def unsafe_undefined(self, obj: object, attribute: str) -> jinja2.Undefined:
+            # Jinja's own would let the template print it, as nothing, and go on.
+            raise SecurityError(f"no access to {attribute!r} of a {type(obj).__name__}")
+
+    def raise_exception(message: object) -> None:
+        raise _RefusalError(message)
+
+    def strftime_now(format: str) -> str:
+        return datetime.datetime.now().strftime(format)
+
+    def tojson(
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    # Jinja and Python import some of their parts at first use, when no file can be opened any more.
+    strftime_now("%c")
+    with contextlib.suppress(jinja2.UndefinedError):
+        environment.from_string(r"{{ '\n'|wordwrap|pprint|tojson }}{{ x.y }}").render()
+    return environment
+
+
+def _limit_this_process(memory_bytes: int) -> None:
+    """Leaves this process `memory_bytes` beyond what it maps now, no new files, and its alarm."""
+    import resource
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to act on
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    mapped_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    for limit, value in (
+        (resource.RLIMIT_AS, mapped_pages * resource.getpagesize() + memory_bytes),
+        (resource.RLIMIT_NOFILE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        ceiling = resource.getrlimit(limit)[1]
+        value = value if ceiling == resource.RLIM_INFINITY else min(value, ceiling)
+        resource.setrlimit(limit, (value, value))
+
+
+def _limited_text(pieces: Iterable[str], limit_characters: int) -> str:
+    """The pieces, joined; stops at the one that goes beyond the limit."""
+    text = []
+    left = limit_characters
+    for piece in pieces:
+        left -= len(piece)
+        if left < 0:
+            raise OverflowError(f"it writes over {limit_characters} characters")
+        text.append(piece)
+    return "".join(text)

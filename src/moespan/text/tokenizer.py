@@ -1,0 +1,438 @@
+"""From text to token ids and back: the tokenizer and its streaming twin.
+
+Everything here rests on one fact of this family: its BPE is byte-level, so a token stands for a
+fixed run of bytes, and a text is the UTF-8 reading of the runs of its tokens. Encoding is left to
+the `tokenizers` library; decoding is one table look-up per token. A tokenizer that does not give
+back the text it is given is refused at load.
+
+`moespan.text.chat_template` renders a chat template; its result is text to this module.
+
+Nothing here knows of models or devices, and importing it loads neither `tokenizers` nor `jinja2`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from moespan.errors import RequestError, TokenizerError
+from moespan.text.chat_template import ChatTemplate, check_unicode
+
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["IncrementalDetokenizer", "Tokenizer"]
+
+_MAX_FILE_BYTES: Final = 256 << 20
+
+# The tokens a chat template may name, by their keys in tokenizer_config.json.
+_NAMED_TOKENS: Final = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+# What goes through the tokenizer and back at load, by what is lost when it does not come back.
+_SELF_TEST: Final = {
+    "spaces": "  two before, two  between, one after ",
+    "line breaks": "one\n\ntwo\r\n\tthree\n",
+    "code": "def f(x):\n    return {'k': x[0] ** 2}  # ok?\n",
+    "accented letters": "Größe, þú, cœur, naïve, Ångström",
+    "CJK text": "混合专家模型，こんにちは、안녕하세요。",
+    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇨🇳",
+    # ASCII, every continuation byte, then every lead byte of two, three and four.
+    "rare bytes": "".join(
+        map(
+            chr,
+            (
+                *range(0xC0),
+                *range(0xE1, 0x800, 0x40),
+                *(0x905, *range(0x1010, 0x10000, 0x1000)),
+                *(0x10010, *range(0x40010, 0x110000, 0x40000)),
+            ),
+        )
+    ),
+}
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint. Threads may share it.
+
+    Attributes:
+        eos_token_ids: the ids that end a generation: that of `eos_token`, and those that
+            generation_config.json lists. May be empty.
+        bos_token_id: the id of `bos_token`, or None where there is none.
+        vocab_size: the highest id + 1, added tokens included. A model's vocabulary may be padded
+            beyond it; those ids have no text.
+        has_chat_template: whether `apply_chat_template` has a template to apply.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, object],
+        eos_token_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        """Use `from_pretrained`.
+
+        Args:
+            folder: where it all comes from, for error messages.
+            backend: what tokenizer.json holds.
+            settings: what tokenizer_config.json holds.
+            eos_token_ids: ids that end a generation besides that of `eos_token`.
+            chat_template: its source.
+        """
+        self._folder = folder
+        self._backend = backend
+        added_tokens = backend.get_added_tokens_decoder()
+        self._bytes_of = {id_: _token_bytes(token) for token, id_ in backend.get_vocab().items()}
+        # An added token is found in the text as it is written, so it must come back as it is
+        # written, though its letters may also be letters of the byte alphabet: DeepSeek adds "ü"
+        # and a dozen more, which the decoder of `tokenizers` reads as bytes and so turns into �.
+        self._bytes_of.update((id_, token.content.encode()) for id_, token in added_tokens.items())
+        self.vocab_size = max(self._bytes_of, default=-1) + 1
+
+        self._named_tokens = dict(_named_tokens(folder, settings))
+        named_ids = map(backend.token_to_id, self._named_tokens.values())
+        self._special_ids = {id_ for id_, token in added_tokens.items() if token.special}
+        self._special_ids.update(id_ for id_ in named_ids if id_ is not None)
+
+        self.bos_token_id = self._id_of("bos_token")
+        self._eos_token_id = self._id_of("eos_token")
+        own_eos = () if self._eos_token_id is None else (self._eos_token_id,)
+        self.eos_token_ids = frozenset((*own_eos, *eos_token_ids))
+
+        # Where tokenizer_config.json does not say what to add, tokenizer.json does.
+        probe = self._backend_ids("a", add_special_tokens=True)
+        self._first = self._token_to_add("add_bos_token", settings, self.bos_token_id, probe[:1])
+        self._last = self._token_to_add("add_eos_token", settings, self._eos_token_id, probe[-1:])
+
+        self.has_chat_template = chat_template is not None
+        self._chat_template: ChatTemplate | None = None
+        if chat_template is not None:
+            self._chat_template = ChatTemplate(chat_template, self._named_tokens, folder)
+        self._self_test()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Tokenizer | None:
+        """Loads the tokenizer of the checkpoint folder `path`; None if it has no tokenizer.json.
+
+        Raises:
+            TokenizerError: a file cannot be read, two files contradict each other, or text does
+                not survive the way to token ids and back.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise TokenizerError(f"{folder} is not a folder; give the folder of a checkpoint")
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            return None
+        config = _read_json(folder / "tokenizer_config.json")
+        return cls(
+            folder,
+            _read_backend(file),
+            {
+                **_read_json(folder / "special_tokens_map.json"),
+                **{key: value for key, value in config.items() if value is not None},
+            },
+            _read_eos_token_ids(folder / "generation_config.json"),
+            _read_chat_template(folder / "chat_template.jinja", config),
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of `text`; special tokens written out in it become their ids.
+
+        With `add_special_tokens`, the begin token comes first and the end token last, where the
+        checkpoint's configuration wants them and where the text does not already have them.
+
+        Raises:
+            RequestError: `text` holds half a surrogate pair, which is no character.
+        """
+        check_unicode(text, "text")
+        ids = self._backend_ids(text, add_special_tokens=False)
+        if add_special_tokens:
+            if self._first is not None and ids[:1] != [self._first]:
+                ids.insert(0, self._first)
+            if self._last is not None and ids[-1:] != [self._last]:
+                ids.append(self._last)
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`. Bytes that are no UTF-8 become �; unknown ids have no text."""
+        return self.decode_bytes(token_ids, skip_special_tokens).decode("utf-8", "replace")
+
+    def decode_bytes(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> bytes:
+        """The bytes of `token_ids`, which may begin or end in the middle of a character."""
+        hidden = self._special_ids if skip_special_tokens else ()
+        return b"".join(
+            [
+                self._bytes_of.get(id_, b"")
+                for id_ in map(operator.index, token_ids)  # a tensor's items are no dict keys
+                if id_ not in hidden
+            ]
+        )
+
+    def token_text(self, token_id: int) -> str:
+        r"""One token, special or not, as lists of log probabilities show it. Never raises.
+
+        A token that is not whole characters is shown as its bytes, `bytes:\xe6\xb7`, and an id
+        that has no token as `token_id:102399`: � would hide which of many tokens it is.
+        """
+        data = self._bytes_of.get(token_id)
+        if data is None:
+            return f"token_id:{token_id}"
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt that the checkpoint's chat template makes of `messages`.
+
+        It already begins with the begin token if the template wants one, so encode it with
+        `add_special_tokens=False`.
+
+        Args:
+            messages: each has a "role" and a "content"; what other keys mean is the template's.
+            add_generation_prompt: end with what makes the model answer.
+
+        Raises:
+            RequestError: there is no template, the messages are malformed or too long, or the
+                template itself refuses them.
+            TokenizerError: the template is faulty, or breaks its time or memory limit.
+        """
+        if self._chat_template is None:
+            raise RequestError(
+                f"the tokenizer of {self._folder} has no chat template; put one beside it as "
+                "chat_template.jinja, or complete a plain prompt"
+            )
+        return self._chat_template.render(messages, add_generation_prompt)
+
+    def _id_of(self, name: str) -> int | None:
+        """The id of the token that is called `name`, e.g. "bos_token"; None if none is."""
+        token = self._named_tokens.get(name)
+        if token is None:
+            return None
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise TokenizerError(
+                f"{self._folder}: {name} is {token!r}, which tokenizer.json does not know; "
+                "take both files from the same checkpoint"
+            )
+        return token_id
+
+    def _backend_ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        with _backend_errors(f"{self._folder}/tokenizer.json cannot encode {text[:40]!r}"):
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _token_to_add(
+        self, setting: str, settings: Mapping[str, object], token_id: int | None, probe: list[int]
+    ) -> int | None:
+        """`token_id` if `setting` asks `encode` to add it; `probe` is what tokenizer.json adds."""
+        asked = settings.get(setting, probe == [token_id])
+        if not isinstance(asked, bool):
+            raise TokenizerError(
+                f"{self._folder}/tokenizer_config.json: {setting} is {asked!r}; "
+                "it must be true or false"
+            )
+        if asked and token_id is None:
+            raise TokenizerError(
+                f"{self._folder}/tokenizer_config.json: {setting} is true, but there is no "
+                f"{setting.removeprefix('add_')}; name one or set it to false"
+            )
+        return token_id if asked else None
+
+    def _self_test(self) -> None:
+        """Refuses a tokenizer that does not give back the text it is given."""
+        returned = {
+            kind: self.decode(self.encode(text, add_special_tokens=False), False)
+            for kind, text in _SELF_TEST.items()
+        }
+        lost = [kind for kind, text in _SELF_TEST.items() if returned[kind] != text]
+        if lost:
+            raise TokenizerError(
+                f"{self._folder}/tokenizer.json loses {', '.join(lost)}: "
+                f"{_SELF_TEST[lost[0]]!r} comes back as {returned[lost[0]]!r}. It is not the "
+                "byte-level tokenizer of this model family; most likely it was saved anew by a "
+                "library that takes it for Llama's, as transformers 5.3 to 5.21 do. Use the "
+                "tokenizer.json of the original checkpoint"
+            )
+
+
+class IncrementalDetokenizer:
+    """Turns token ids into text as they come: the text of a prefix, then of what follows it.
+
+    Whatever way a sequence is cut into calls of `push`, the pieces and the last one, from
+    `finish`, join to `Tokenizer.decode` of the whole. Only bytes can be cut in the middle, so all
+    that is ever held back is a character's first bytes, three at most, until the next token
+    completes them or shows that they are none.
+
+    If the prompt ends in the middle of a character, its completion begins the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        prompt_token_ids: Sequence[int] = (),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._pieces: list[str] = []
+        # Three bytes settle what is pending; anything before them is text already.
+        tail = b""
+        for token_id in reversed(prompt_token_ids):
+            tail = tokenizer.decode_bytes((token_id,), skip_special_tokens) + tail
+            if len(tail) >= 3:
+                break
+        self._decoder.decode(tail[-3:])
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        self._pieces = ["".join(self._pieces)]
+        return self._pieces[0]
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Takes the next tokens; returns the text that they complete."""
+        return self._take(self._tokenizer.decode_bytes(token_ids, self._skip_special_tokens))
+
+    def finish(self) -> str:
+        """Returns what is left at the end of the sequence: � for an unfinished character."""
+        return self._take(b"", final=True)
+
+    def _take(self, data: bytes, final: bool = False) -> str:
+        text = self._decoder.decode(data, final)
+        self._pieces.append(text)
+        return text
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The letters that byte-level BPE writes bytes in: printable ones as they are, others moved."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }
+
+
+_BYTE_OF_LETTER: Final = _byte_alphabet()
+
+
+def _token_bytes(token: str) -> bytes:
+    """The bytes that a token of the vocabulary stands for; a name outside the alphabet, its own."""
+    try:
+        return bytes([_BYTE_OF_LETTER[letter] for letter in token])
+    except KeyError:
+        return token.encode()
+
+
+def _read_text(file: Path) -> str:
+    try:
+        size_bytes = file.stat().st_size
+        if size_bytes > _MAX_FILE_BYTES:
+            raise TokenizerError(
+                f"{file} has {size_bytes} bytes; no such file of a tokenizer has more than "
+                f"{_MAX_FILE_BYTES}"
+            )
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"cannot read {file}: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; an empty one if there is no such file."""
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(_read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{file} holds {type(content).__name__}; it must hold a JSON object")
+    return content
+
+
+@contextlib.contextmanager
+def _backend_errors(complaint: str) -> Iterator[None]:
+    """Turns what the `tokenizers` library raises into a TokenizerError that opens with `complaint`.
+
+    It raises bare Exceptions, and where Rust code panics, a bare BaseException.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{complaint}: {error}") from error
+
+
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    content = _read_text(file)
+    with _backend_errors(f"{file} is not a tokenizer that can be read"):
+        backend = Backend.from_str(content)
+    # Both are leftovers of training that the file may carry, and would cut or pad every prompt.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read_eos_token_ids(file: Path) -> list[int]:
+    """The `eos_token_id` of generation_config.json, which is absent, null, one id or several."""
+    value = _read_json(file).get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(id_) is int and id_ >= 0 for id_ in ids):
+        raise TokenizerError(f"{file}: eos_token_id is {value!r}; it must be one id or a list")
+    return ids
+
+
+def _read_chat_template(file: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template in `file`, else the one in tokenizer_config.json, else None.
+
+    The latter is a string, or a list of {"name", "template"} of which "default" is meant.
+    """
+    if file.exists():
+        return _read_text(file)
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {
+            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
+        }
+        value = named.get("default", value)
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(
+            f"{file.parent}/tokenizer_config.json: chat_template is {type(value).__name__}; it "
+            'must be a string, or a list of {"name", "template"} with one named "default"'
+        )
+    return value or None
+
+
+def _named_tokens(folder: Path, settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """The tokens that `settings` name, each as (key, content)."""
+    for key in _NAMED_TOKENS:
+        value = settings.get(key)
+        content = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(content, str):
+            if content:
+                yield key, content
+        elif value is not None:
+            raise TokenizerError(
+                f"{folder}: {key} is {value!r}; it must be a string or an object with a string "
+                '"content"'
+            )

@@ -1,0 +1,113 @@
+"""The script for machines with NPUs says how it is used and goes on after what fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+# The scripts find each other where they lie, as when they are run.
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import engine_overhead
+import operations
+
+from moespan.measure.probe import Limits
+
+BENCHMARKS = Path(engine_overhead.__file__).parent
+
+
+def test_the_engines_own_cost_is_told_by_its_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "engine.json"
+    sizes = "--batch-sizes 1 3 --context 8 --steps 4 --warmup 1 --vocab-size 400 --repetitions 2"
+    engine_overhead.main([*sizes.split(), "--json", str(file)])
+    report = json.loads(file.read_text())
+    results, sampling = report["results"], report["sampling"]
+    assert [(row["sampling"], row["batch"]) for row in results] == [
+        (sampling, batch) for sampling in ("greedy", "drawn", "penalty") for batch in (1, 3)
+    ]
+    for row in results:
+        assert sum(row["parts_us"].values()) == pytest.approx(row["total_us"])
+        assert min(row["parts_us"].values()) > 0
+    assert [(row["way"], row["logits"], row["batch"]) for row in sampling] == [
+        *((way, "zipf", batch) for way in engine_overhead.WAYS for batch in (1, 3)),
+        *(("top_p 0.95", "flat", batch) for batch in (1, 3)),
+    ]
+    assert min(row["ms"] for row in sampling) > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split() == ["sampling", "batch", *engine_overhead.PARTS, "rest", "total"]
+    assert len(lines) == 8 + len(results) + len(sampling)
+
+
+class FixedProbe:
+    """A machine that reads 1 kB and computes 1000 operations in a microsecond."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> FixedProbe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self) -> Limits:
+        return Limits(1e9, 1e9)
+
+
+@pytest.mark.parametrize("quantization", ["none", "w8a8"])
+def test_each_operation_is_told_beside_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+):
+    monkeypatch.setattr(operations, "Probe", FixedProbe)
+    monkeypatch.setattr(operations, "_TURN_BYTES", 1)
+    file = tmp_path / "operations.json"
+    sizes = "--preset tiny --tokens 1,130 --contexts 8 --seconds 0.001"
+    operations.main([*sizes.split(), "--quantization", quantization, "--json", str(file)])
+    lines = json.loads(file.read_text())["lines"]
+    names = ["qkv", "out", "shared", "dense", "route", "experts", "attention after 8", "head"]
+    assert {line["operation"] for line in lines} == {*names, "attention, prefill"}
+    for line in lines:
+        least_us = max(line["bytes"], line["operations"]) / 1e3
+        assert line["limit_share"] == pytest.approx(least_us / line["us"])
+
+
+# The script for machines with NPUs
+
+
+def accept(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = BENCHMARKS / "ascend_acceptance.sh"
+    return subprocess.run(
+        ["bash", str(script), *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_acceptance_says_how_it_is_used(tmp_path: Path) -> None:
+    asked = accept()
+    assert asked.returncode == 2 and "ascend_acceptance.sh OUT" in asked.stderr
+    assert accept(tmp_path).returncode == 2  # the folder exists
+    nothing = accept(tmp_path / "out", DEVICE="npu", NPUS="0")
+    assert nothing.returncode == 2 and "NPUS=N" in nothing.stderr
+
+
+def test_acceptance_goes_on_after_what_fails_and_packs_it(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho broken\nexit 3\n")
+    python.chmod(0o755)
+    ran = accept(tmp_path / "out", DEVICE="cpu", NPUS="1", PYTHON=str(python))
+    assert ran.returncode == 1
+    lines = (tmp_path / "out/summary.jsonl").read_text().splitlines()
+    steps = {one["step"]: one["exit_code"] for one in map(json.loads, lines)}
+    assert set(steps.values()) == {3} and {"doctor", "verify-tiny-one-rank-float32"} <= set(steps)
+    with tarfile.open(tmp_path / "out.tar.gz") as packed:
+        assert {"out/summary.txt", "out/doctor.json"} <= set(packed.getnames())

@@ -1,0 +1,71 @@
+"""A whole engine's counters, those of the control channel too, equal their formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from moespan.config import Coordinates, Layout, ModelConfig
+from moespan.engine.request import SamplingParams
+from moespan.engine.step import Sampled, StepResult
+from moespan.front.llm import LLM
+from moespan.parallel.counters import Traffic
+from moespan.planner.traffic import StepSize, step_traffic
+from tests.support import geometry, write_config
+
+CONFIG = ModelConfig.from_dict(geometry())
+PROMPT = [3, 14, 15, 9, 26, 5, 35]
+FRAME_BYTES = 16 << 10
+LAYOUTS = [
+    Layout(tp=2, pp=2),
+    Layout(pp=2, sp=2),
+    Layout(tp=2, dp=2, ep=4),  # the second replica is idle, and keeps up
+    Layout(dp=4),  # three replicas have nothing to do
+]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    folder = write_config(tmp_path_factory.mktemp("model") / "model")
+    with LLM(
+        str(folder),
+        data_parallel_size=4,
+        dtype="float32",
+        load_format="dummy",
+        num_blocks=64,
+        max_model_len=64,
+    ) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_one_request(layout: Layout, llm: LLM) -> None:
+    llm.relayout(layout)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    token_ids = llm.generate([PROMPT], params)[0].outputs[0].token_ids
+    counted = [[tuple(row) for row in rows] for rows in llm.traffic()]
+
+    idle = [0] * (layout.dp - 1)
+    steps = [StepSize([len(PROMPT), *idle], [1, *idle])] + 3 * [StepSize([1, *idle], [1, *idle])]
+    speaker = layout.rank(Coordinates(pp=layout.pp - 1, dp=0, sp=0, tp=0))
+    for rank, rows in enumerate(counted):
+        expected = Traffic()
+        for step in steps:
+            for axis, collective, module, calls, sent in step_traffic(
+                CONFIG, layout, rank, "float32", step
+            ).rows():
+                expected.calls[axis, collective, module] += calls
+                expected.sent_bytes[axis, collective, module] += sent
+        others = layout.world_size - 1
+        expected.count("control", "all_reduce", "smallest", 2 * others * 8 // layout.world_size)
+        if rank == 0:
+            for _ in steps:
+                expected.count("control", "broadcast", "step", others * FRAME_BYTES)
+            expected.count("control", "broadcast", "report", others * FRAME_BYTES)
+        elif rank == speaker:
+            for token in token_ids:
+                result = msgspec.msgpack.encode(StepResult([Sampled(token)], []))
+                expected.count("control", "send", "result", 8 + len(result))
+        assert rows == expected.rows(), f"rank {rank}"

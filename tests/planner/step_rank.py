@@ -1,0 +1,76 @@
+"""One rank of `test_expected.py`: executes steps under many layouts, one layout after the other.
+
+Reads `cases.json` in the folder on its command line, writes what it counted to `rank<r>.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moespan.checkpoint.experts import ExpertPlacement
+from moespan.checkpoint.loader import load_weights
+from moespan.checkpoint.placement import place
+from moespan.checkpoint.source import RandomSource
+from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.engine.step import StepPlan, StepPlans
+from moespan.engine.worker import Worker
+from moespan.launch.distributed import init_distributed
+from moespan.ops import CpuOps
+from moespan.parallel.mesh import Mesh
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    rank = int(os.environ["RANK"])
+    device = init_distributed("cpu", folder / "store", timeout_s=60)
+    given = json.loads((folder / "cases.json").read_text())
+    model = ModelConfig.from_dict(given["model"])
+    results = [run(case, model, device) for case in given["cases"]]
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def run(case: dict[str, Any], model: ModelConfig, device: torch.device) -> list[dict[str, Any]]:
+    """Of each step: the rows counted in it, and layer → what this rank's router chose."""
+    config = EngineConfig(
+        "unused",
+        Layout(**case["layout"]),
+        dtype=case["dtype"],
+        block_size=4,
+        max_model_len=64,
+        moe_dispatch=case["dispatch"],
+        expert_placement=case["placement"],
+    )
+    dtype = getattr(torch, config.dtype)
+    mesh = Mesh.create(config.layout, device, config.moe_dispatch)
+    experts = ExpertPlacement.make(config.expert_placement, model, config.layout)
+    placement = place(model, config.layout, mesh.rank, experts)
+    weights, _ = load_weights(placement, RandomSource(model, dtype, 0), dtype, device)
+    worker = Worker(config, model, mesh, CpuOps(), weights, num_blocks=64)
+    results = []
+    for step in case["steps"]:
+        plans = [msgspec.convert(plan, StepPlan | None) for plan in step]
+        mesh.traffic.calls.clear()
+        mesh.traffic.sent_bytes.clear()
+        worker.execute(StepPlans.of(plans, trace=True))
+        chosen = {
+            str(seen.layer): seen.values.astype(np.int64).tolist()
+            for seen in worker.trace
+            if seen.module == "router.experts"
+        }
+        results.append({"traffic": mesh.traffic.rows(), "chosen": chosen})
+    mesh.close()
+    return results
+
+
+if __name__ == "__main__":
+    main()
