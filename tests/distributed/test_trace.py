@@ -179,7 +179,7 @@ def test_ranks_without_a_bug_pass_and_no_one_rank_engine_is_started(
     ]
     assert not any(one.report.failures or one.first_difference for one in reports)
     assert [set(one.sent_bytes_per_token) for one in reports] == [
-        {"tp", "sp", "ep_blocks"},
+        {"tp", "sp", "ep_tp_groups"},
         {"tp", "sp", "ep"},
         {"tp", "pp"},
     ]

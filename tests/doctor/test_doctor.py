@@ -24,7 +24,7 @@ from moespan.doctor import ascend_tools, checks, collectives, compatibility, nod
 from moespan.doctor.checks import examine
 from moespan.doctor.collectives import Timing, judge
 from moespan.doctor.host import Host
-from moespan.doctor.job_plan import JobPlan
+from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding
 from moespan.doctor.variables import contradictions
 from moespan.planner.memory import fit
@@ -283,7 +283,7 @@ class Made:
             **{"command_s": 5.0, **settings},
         )
 
-    def examine(self, job: JobPlan | None = None, **settings: Any) -> list[Finding]:
+    def examine(self, job: JobSpec | None = None, **settings: Any) -> list[Finding]:
         return examine(self.host(**settings), job or npu_job())
 
 
@@ -294,8 +294,8 @@ NPU1       HCCS       X          4-7
 """
 
 
-def npu_job(layout: Layout | None = None, **settings: Any) -> JobPlan:
-    return JobPlan(device="npu", layout=layout or Layout(tp=2), **settings)
+def npu_job(layout: Layout | None = None, **settings: Any) -> JobSpec:
+    return JobSpec(device="npu", layout=layout or Layout(tp=2), **settings)
 
 
 def two_nodes(node_rank: int = 1, master_addr: str = "10.0.0.1", port: int = 29500) -> Nodes:
@@ -362,7 +362,7 @@ def test_a_server_in_order_has_no_complaint(made: Made) -> None:
 
 def test_a_machine_without_anything_is_fine_for_cpus(tmp_path: Path) -> None:
     host = Host(tmp_path, {"PATH": ""}, packages={"torch": "2.13.0"}, interfaces=[])
-    findings = examine(host, JobPlan(device="cpu"))
+    findings = examine(host, JobSpec(device="cpu"))
     assert not [one for one in findings if one.status == report.PROBLEM]
     assert only(findings, "devices", report.SKIPPED).found
 
@@ -556,15 +556,15 @@ def test_hccls_ports(made: Made) -> None:
 
 def test_the_master_port_on_node_0(made: Made, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
-    job = JobPlan("cpu", Layout(tp=2), nodes=two_nodes(0, "127.0.0.1", port))
+    job = JobSpec("cpu", Layout(tp=2), nodes=two_nodes(0, "127.0.0.1", port))
     assert "in use" in only(made.examine(job), "ports", report.PROBLEM).found
-    job = JobPlan("cpu", Layout(tp=2), nodes=two_nodes(0, "192.0.2.1", port))
+    job = JobSpec("cpu", Layout(tp=2), nodes=two_nodes(0, "192.0.2.1", port))
     assert "address of node 0" in only(made.examine(job), "ports", report.PROBLEM).mend
 
 
 def test_the_master_port_from_another_node(made: Made, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
-    job = JobPlan("cpu", Layout(tp=2), nodes=two_nodes(1, "127.0.0.1", port))
+    job = JobSpec("cpu", Layout(tp=2), nodes=two_nodes(1, "127.0.0.1", port))
     assert "answers" in only(made.examine(job), "ports", report.OK).found
     listener.close()
     assert "nothing is started" in only(made.examine(job), "ports", report.OK).found

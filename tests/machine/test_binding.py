@@ -19,7 +19,7 @@ from moespan.errors import ConfigError
 from moespan.launch.job import Job
 from moespan.launch.ranks import RanksClient
 from moespan.machine import binding
-from moespan.machine.binding import BindingPlan, RankBinding, make_plan, plan_binding
+from moespan.machine.binding import Binding, RankBinding, choose_binding, make_plan
 from moespan.machine.topology import (
     Topology,
     format_list,
@@ -131,11 +131,11 @@ def kunpeng(root: Path) -> Machine:
     return machine
 
 
-def cpus_of(plan: BindingPlan) -> list[str]:
+def cpus_of(plan: Binding) -> list[str]:
     return [format_list(rank.cpus) for rank in plan.ranks]
 
 
-def memory_of(plan: BindingPlan) -> list[int | None]:
+def memory_of(plan: Binding) -> list[int | None]:
     return [rank.memory_node for rank in plan.ranks]
 
 
@@ -501,7 +501,7 @@ FAKE_RANK = str(Path(__file__).parents[1] / "launch" / "fake_rank.py")
 
 
 def test_started_ranks_have_the_cores_that_the_plan_says() -> None:
-    expected = plan_binding("auto", "cpu", 2)
+    expected = choose_binding("auto", "cpu", 2)
     config = EngineConfig("fake", Layout(tp=2))
     with RanksClient(config, start_timeout_s=60, program=[FAKE_RANK]) as client:
         assert client.info.binding == expected.summary()

@@ -285,7 +285,7 @@ def test_buffers_hold_what_the_layout_sends() -> None:
     prefill = config(Layout(tp=8), max_num_batched_tokens=16384)
     assert group_buffers_mb(prefill, MODEL) == {"tp": 64}
     both = largest_messages(config(Layout(tp=2, dp=4, ep=8)), MODEL)
-    assert both["ep_blocks"] == 4 * 8 * MB
+    assert both["ep_tp_groups"] == 4 * 8 * MB
     assert both["ep"] == 4 * MB * 6  # each token of a rank's half to six ranks
     assert largest_messages(config(Layout(sp=4)), MODEL)["sp"] == 512 * 3 * 2048 * 2
     assert largest_messages(config(Layout(tp=4, pp=2)), MODEL)["pp"] == 2 * MB
@@ -295,7 +295,7 @@ def test_the_chosen_dispatch_leaves_the_other_ones_groups_out() -> None:
     layout = Layout(tp=2, dp=4, ep=8)
     gather = largest_messages(config(layout, moe_dispatch="all_gather"), MODEL)
     to_all = largest_messages(config(layout, moe_dispatch="all_to_all"), MODEL)
-    assert gather.keys() == {"tp", "ep_blocks"} and to_all.keys() == {"tp", "ep"}
+    assert gather.keys() == {"tp", "ep_tp_groups"} and to_all.keys() == {"tp", "ep"}
 
 
 @given(
@@ -314,7 +314,7 @@ def test_no_buffer_is_larger_than_hccls_own(layout: Layout, tokens: int) -> None
 
 def test_buffers_are_for_each_group_and_hccl_buffsize_is_the_users() -> None:
     found = settings(Layout(tp=2, dp=4, ep=8))["HCCL_BUFFSIZE"]
-    assert found.value is None and "tp 25 MB, ep 24 MB, ep_blocks 32 MB" in found.why
+    assert found.value is None and "tp 25 MB, ep 24 MB, ep_tp_groups 32 MB" in found.why
     assert values(Layout(tp=4, pp=2))["P2P_HCCL_BUFFSIZE"] == "2"
 
 

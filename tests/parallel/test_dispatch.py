@@ -74,8 +74,14 @@ def steps(draw: st.DrawFn) -> tuple[Layout, str, str | dict, list[int], int]:
     if layout.ep > NUM_EXPERTS:
         rules = [{"default": [[rank % NUM_EXPERTS] for rank in range(layout.ep)]}]
     num_blocks = layout.world_size // layout.tp
-    block_tokens = draw(st.lists(st.integers(0, 7), min_size=num_blocks, max_size=num_blocks))
-    return layout, dispatch, draw(st.sampled_from(rules)), block_tokens, draw(st.integers(0, 999))
+    tp_group_tokens = draw(st.lists(st.integers(0, 7), min_size=num_blocks, max_size=num_blocks))
+    return (
+        layout,
+        dispatch,
+        draw(st.sampled_from(rules)),
+        tp_group_tokens,
+        draw(st.integers(0, 999)),
+    )
 
 
 @settings(max_examples=80)
@@ -83,7 +89,7 @@ def steps(draw: st.DrawFn) -> tuple[Layout, str, str | dict, list[int], int]:
 def test_every_token_gets_the_weighted_sum_of_its_experts(
     step: tuple[Layout, str, str | dict, list[int], int],
 ):
-    layout, dispatch, rule, block_tokens, seed = step
+    layout, dispatch, rule, tp_group_tokens, seed = step
     placement = ExpertPlacement.make(rule, CONFIG, layout)
     experts = placement.default
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +99,7 @@ def test_every_token_gets_the_weighted_sum_of_its_experts(
             torch.rand(count, NUM_CHOSEN, generator=generator),
             torch.rand(count, NUM_EXPERTS, generator=generator).topk(NUM_CHOSEN).indices,
         )
-        for count in block_tokens
+        for count in tp_group_tokens
     ]
     table = slots([list(held) for held in experts])
     meshes = thread_meshes(layout, dispatch)
@@ -102,8 +108,8 @@ def test_every_token_gets_the_weighted_sum_of_its_experts(
     def run(mesh: Mesh) -> Tensor:
         way = Dispatch(CONFIG, mesh, dispatch, 4)
         block = mesh.rank // layout.tp
-        first = block - block % layout.ep_blocks
-        way.begin_step(block_tokens[first : first + layout.ep_blocks])
+        first = block - block % layout.ep_tp_groups
+        way.begin_step(tp_group_tokens[first : first + layout.ep_tp_groups])
         assert way.way == dispatch
         rank = layout.ep_rank(mesh.rank)
         assert way.first_slot(table) == table.starts[rank]
@@ -129,7 +135,7 @@ def test_every_token_gets_the_weighted_sum_of_its_experts(
 def num_met(holders: Tensor, block: int, layout: Layout) -> int:
     """Pairs of a token of `block` and a rank of another block that holds one of its experts;
     `holders` are the ranks of all its experts."""
-    own = block % layout.ep_blocks
+    own = block % layout.ep_tp_groups
     return sum(len({rank for rank in row if rank // layout.tp != own}) for row in holders.tolist())
 
 

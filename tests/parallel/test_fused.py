@@ -13,7 +13,7 @@ from moespan.errors import ConfigError, LayoutError
 from moespan.parallel import fused
 from moespan.parallel.buffers import MB, fused_buffer_mb, group_buffers_mb, hccl_bytes
 from moespan.parallel.mesh import _axes
-from moespan.parallel.tokens import way_of_step
+from moespan.parallel.tokens import dispatch_of_step
 from moespan.planner.traffic import StepSize, step_traffic
 from tests.support import geometry
 
@@ -115,19 +115,19 @@ def test_the_buffer_is_what_the_operators_pages_say():
     assert fused_buffer_mb(asked, SIXTEEN_B) == 156
     assert fused_buffer_mb(config(), SIXTEEN_B) == 0
     groups = group_buffers_mb(asked, SIXTEEN_B)
-    assert "ep_blocks" not in groups
+    assert "ep_tp_groups" not in groups
     assert hccl_bytes(asked, SIXTEEN_B) == 2 * MB * (sum(groups.values()) + 156)
 
 
 def test_the_group_of_the_fused_dispatch_is_another_one_than_that_of_all_to_all():
     axes = _axes(TWO_SERVERS, "fused")
     assert axes["ep_fused"] == axes["ep"] == [tuple(range(16))]
-    assert "ep_blocks" not in axes
+    assert "ep_tp_groups" not in axes
 
 
 def test_a_step_too_large_for_the_operators_goes_by_all_to_all():
     def way(*tokens: int) -> str:
-        return way_of_step("fused", SIXTEEN_B, TWO_SERVERS, 2, tokens)
+        return dispatch_of_step("fused", SIXTEEN_B, TWO_SERVERS, 2, tokens)
 
     assert way(0, 512) == way(0, 0) == "fused"
     assert way(0, 513) == "all_to_all"

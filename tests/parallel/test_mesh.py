@@ -24,7 +24,7 @@ CASES = [
 def test_every_line_of_an_axis_has_its_size_and_all_lines_share_out_the_world():
     for layout, dispatch in CASES:
         for name, lines in _axes(layout, dispatch).items():
-            size = layout.ep_blocks if name == "ep_blocks" else layout.sizes[name]
+            size = layout.ep_tp_groups if name == "ep_tp_groups" else layout.sizes[name]
             assert {len(line) for line in lines} == {size}, (layout, name)
             assert sorted(itertools.chain(*lines)) == list(range(layout.world_size))
 
@@ -45,15 +45,19 @@ def test_ranks_of_an_ep_line_hold_the_sets_of_experts_in_order_and_are_of_one_st
         for line in _axes(layout, dispatch).get("ep", []):
             assert [layout.ep_rank(rank) for rank in line] == list(range(layout.ep))
             assert len({layout.coordinates(rank).pp for rank in line}) == 1
-        for line in _axes(layout, dispatch).get("ep_blocks", []):
+        for line in _axes(layout, dispatch).get("ep_tp_groups", []):
             assert len({layout.coordinates(rank).tp for rank in line}) == 1
 
 
 def test_ep_has_lines_only_across_blocks_and_only_for_the_ways_that_may_be_taken():
     for layout, dispatch in CASES:
         found = set(_axes(layout, dispatch)) - {"tp", "sp", "pp"}
-        across = {"auto": {"ep", "ep_blocks"}, "all_gather": {"ep_blocks"}, "all_to_all": {"ep"}}
-        assert found == (across[dispatch] if layout.ep_blocks > 1 else set()), layout
+        across = {
+            "auto": {"ep", "ep_tp_groups"},
+            "all_gather": {"ep_tp_groups"},
+            "all_to_all": {"ep"},
+        }
+        assert found == (across[dispatch] if layout.ep_tp_groups > 1 else set()), layout
 
 
 @pytest.fixture
@@ -127,7 +131,7 @@ def test_a_rank_knows_its_place_on_every_axis(
     layout = Layout(tp=2, ep=4, pp=2, dp=2)
     mesh = create(monkeypatch, layout, 7)
     assert (mesh.tp.rank, mesh.sp.rank, mesh.pp.rank) == (1, 0, 1)
-    assert (mesh.ep.rank, mesh.ep_blocks.rank) == (3, 1)
+    assert (mesh.ep.rank, mesh.ep_tp_groups.rank) == (3, 1)
     assert not mesh.is_leader and not mesh.is_first_stage and mesh.is_last_stage
     assert not mesh.is_speaker
     assert mesh.speakers == [4, 6]

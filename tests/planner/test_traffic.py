@@ -198,8 +198,8 @@ def test_counters_equal_formulas(number: int, results: Results) -> None:
             total.update({row[0]: row[-1] for row in counted})
     # What an axis is for was in fact sent over it, and nothing over others.
     used = {axis for axis in ("tp", "sp", "pp") if case.layout.sizes[axis] > 1}
-    if case.layout.ep_blocks > 1:
-        used.add("ep" if case.dispatch == "all_to_all" else "ep_blocks")
+    if case.layout.ep_tp_groups > 1:
+        used.add("ep" if case.dispatch == "all_to_all" else "ep_tp_groups")
     assert {axis for axis, sent in total.items() if sent} == used
 
 
@@ -227,7 +227,7 @@ def test_all_to_all_never_sends_more_than_all_gather(
                     sent[module] += num_bytes
                     calls += count if module == "counts" else 0
             for axis, _, _, _, num_bytes in results[rank][theirs][step]["traffic"]:
-                sent["all_gather"] += num_bytes if axis == "ep_blocks" else 0
+                sent["all_gather"] += num_bytes if axis == "ep_tp_groups" else 0
         assert 0 < sent["moe"] + sent["router"] <= sent["all_gather"]
         assert sent["counts"] == calls * 8 * (layout.ep - 1)
 
@@ -264,7 +264,7 @@ def test_all_to_all_is_below_all_gather_by_the_share_of_theory(layout: Layout) -
             for axis, _, module, _, sent in step_traffic(
                 SIXTEEN_B, layout, rank, "bfloat16", step, way
             ).rows()
-            if axis in ("ep", "ep_blocks") and module != "counts"
+            if axis in ("ep", "ep_tp_groups") and module != "counts"
         )
 
     rng = np.random.default_rng(0)

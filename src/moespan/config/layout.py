@@ -112,7 +112,7 @@ class Layout:
         return self.tp // self.ep if self.ep < self.tp else 1
 
     @property
-    def ep_blocks(self) -> int:
+    def ep_tp_groups(self) -> int:
         """How many tp blocks, each with tokens of its own, one set of experts is spread over."""
         return max(self.ep // self.tp, 1)
 
@@ -132,7 +132,7 @@ class Layout:
         at = self.coordinates(rank)
         if self.ep < self.tp:
             return at.tp // self.expert_slices
-        return (at.dp * self.sp + at.sp) % self.ep_blocks * self.tp + at.tp
+        return (at.dp * self.sp + at.sp) % self.ep_tp_groups * self.tp + at.tp
 
     def stages(self, config: ModelConfig) -> list[range]:
         """The layers of each stage."""
@@ -170,7 +170,7 @@ class Layout:
             yield f"ep={self.ep}, but the model has no routed experts", ("ep",)
         elif self.ep > 1 and self.ep > experts:
             yield f"ep={self.ep} exceeds n_routed_experts={experts}", ("ep",)
-        elif self.tp % self.ep and (self.ep % self.tp or self.sp * self.dp % self.ep_blocks):
+        elif self.tp % self.ep and (self.ep % self.tp or self.sp * self.dp % self.ep_tp_groups):
             yield (
                 f"ep={self.ep} neither divides tp={self.tp} nor is tp times a divisor of "
                 f"sp·dp={self.sp * self.dp}",
@@ -211,7 +211,7 @@ class Layout:
     @property
     def dispatches(self) -> tuple[str, ...]:
         """How tokens can meet experts here, the default first (`moespan.parallel.dispatch`)."""
-        return ("replicated",) if self.ep_blocks == 1 else ("all_gather", "all_to_all")
+        return ("replicated",) if self.ep_tp_groups == 1 else ("all_gather", "all_to_all")
 
     def check_dispatch(self, dispatch: str) -> None:
         """Raise `LayoutError` if `dispatch`, unless it is `auto`, does not apply here."""
@@ -223,7 +223,7 @@ class Layout:
 
     @property
     def _dispatches_of_npus(self) -> tuple[str, ...]:
-        return ("fused",) if self.ep_blocks > 1 else ()
+        return ("fused",) if self.ep_tp_groups > 1 else ()
 
 
 def all_layouts(world_size: int, config: ModelConfig) -> list[Layout]:

@@ -13,13 +13,13 @@ import msgspec
 
 from moespan.doctor import connections, devices, host_checks, software
 from moespan.doctor.host import Host
-from moespan.doctor.job_plan import JobPlan
+from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, skipped, warning
 
 CHECK_S = 60.0
 """What one check may take, all its programs together."""
 
-Check = Callable[[Host, JobPlan], Iterable[Finding]]
+Check = Callable[[Host, JobSpec], Iterable[Finding]]
 
 CHECKS: dict[str, Check] = {
     "software": software.software,
@@ -39,7 +39,7 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def examine(host: Host, job: JobPlan, limit_s: float = CHECK_S) -> list[Finding]:
+def examine(host: Host, job: JobSpec, limit_s: float = CHECK_S) -> list[Finding]:
     """All checks, each under its name and within `limit_s`."""
     findings: list[Finding] = []
     for name, check in CHECKS.items():
@@ -48,7 +48,7 @@ def examine(host: Host, job: JobPlan, limit_s: float = CHECK_S) -> list[Finding]
     return findings
 
 
-def _bounded(check: Check, host: Host, job: JobPlan, limit_s: float) -> list[Finding]:
+def _bounded(check: Check, host: Host, job: JobSpec, limit_s: float) -> list[Finding]:
     results: list[list[Finding]] = []
 
     def run() -> None:

@@ -141,7 +141,7 @@ def _play(job: Job, rank: int, _: TextIO) -> None:
         (lambda: None) if device.type == "cpu" else torch.get_device_module(device).synchronize
     )
     timings = []
-    for name in ("tp", "sp", "pp", "ep", "ep_blocks"):
+    for name in ("tp", "sp", "pp", "ep", "ep_tp_groups"):
         axis = getattr(mesh, name)
         for message_bytes in _SIZES[device.type] if axis.size > 1 else ():
             x = torch.zeros(message_bytes // 4, dtype=torch.float32, device=device)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 from moespan.doctor.host import Host
-from moespan.doctor.job_plan import JobPlan
+from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.machine.interfaces import address_towards
 from moespan.machine.topology import format_list, parse_list
@@ -18,7 +18,7 @@ _BASE_PORT, _NUM_PORTS = 60000, 32
 _CONNECT_S = 3.0
 
 
-def ports(host: Host, job: JobPlan) -> Iterator[Finding]:
+def ports(host: Host, job: JobSpec) -> Iterator[Finding]:
     if job.device == "npu":
         yield from _hccl_ports(host)
     if job.nodes.nnodes > 1:
@@ -27,7 +27,7 @@ def ports(host: Host, job: JobPlan) -> Iterator[Finding]:
         yield ok("one node, no NPUs: ranks meet through a file and the loopback interface")
 
 
-def interfaces(host: Host, job: JobPlan) -> Iterator[Finding]:
+def interfaces(host: Host, job: JobSpec) -> Iterator[Finding]:
     outward = [
         (name, address)
         for name, address in host.interfaces
@@ -88,7 +88,7 @@ def _hccl_ports(host: Host) -> Iterator[Finding]:
         yield ok(f"HCCL's ports {first}-{last} are free")
 
 
-def _master_port(job: JobPlan) -> Finding:
+def _master_port(job: JobSpec) -> Finding:
     point = job.nodes.meeting_point
     if job.nodes.node_rank == 0:
         reason = _why_not_bound(job.nodes.master_addr, job.nodes.master_port)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from moespan.doctor import ascend_tools
 from moespan.doctor.host import Host, Output, npu_smi
-from moespan.doctor.job_plan import JobPlan
+from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.machine.topology import format_list
 
@@ -30,7 +30,7 @@ def find_device(host: Host) -> str:
     return "cuda" if host.glob("/dev/nvidia[0-9]*") else "cpu"
 
 
-def devices(host: Host, job: JobPlan) -> Iterator[Finding]:
+def devices(host: Host, job: JobSpec) -> Iterator[Finding]:
     if job.device == "cpu":
         yield skipped("the job runs on CPUs")
         return
@@ -40,7 +40,7 @@ def devices(host: Host, job: JobPlan) -> Iterator[Finding]:
         yield _torch_sees(host, job)
 
 
-def links(host: Host, job: JobPlan) -> Iterator[Finding]:
+def links(host: Host, job: JobSpec) -> Iterator[Finding]:
     """The NPUs' own network ports, which carry what goes between servers."""
     if job.device != "npu":
         yield skipped("the job has no NPUs")
@@ -121,7 +121,7 @@ def links(host: Host, job: JobPlan) -> Iterator[Finding]:
             )
 
 
-def _npus(host: Host, job: JobPlan) -> Iterator[Finding]:
+def _npus(host: Host, job: JobSpec) -> Iterator[Finding]:
     present = host.glob("/dev/davinci[0-9]*")
     managers = ("/dev/davinci_manager", "/dev/devmm_svm", "/dev/hisi_hdc")
     missing = [path for path in managers if not host.exists(path)]
@@ -192,7 +192,7 @@ def _npus(host: Host, job: JobPlan) -> Iterator[Finding]:
         yield ok(f"{len(report.npus)} × {report.npus[0].name}, {sizes} GB, health OK")
 
 
-def free_bytes(host: Host, job: JobPlan) -> int | None:
+def free_bytes(host: Host, job: JobSpec) -> int | None:
     """Memory that is free on the fullest NPU, or on the first device as torch sees it; None if
     that is not known."""
     if job.device == "npu" and (report := npu_smi(host)) and report.npus:
@@ -205,16 +205,16 @@ def free_bytes(host: Host, job: JobPlan) -> int | None:
         return None
 
 
-def _can_ask_torch(host: Host, job: JobPlan) -> bool:
+def _can_ask_torch(host: Host, job: JobSpec) -> bool:
     return "torch" in host.packages and (job.device == "cuda" or "torch-npu" in host.packages)
 
 
-def _ask_torch(host: Host, job: JobPlan) -> Output:
+def _ask_torch(host: Host, job: JobSpec) -> Output:
     extra = "import torch_npu" if job.device == "npu" else ""
     return host.python_says(_IMPORT_SCRIPT.format(extra=extra, device=job.device), _IMPORT_S)
 
 
-def _torch_sees(host: Host, job: JobPlan) -> Finding:
+def _torch_sees(host: Host, job: JobSpec) -> Finding:
     answer = _ask_torch(host, job)
     if answer.code is None:
         return problem(

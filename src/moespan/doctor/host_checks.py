@@ -8,7 +8,7 @@ import msgspec
 
 from moespan.doctor.devices import free_bytes
 from moespan.doctor.host import Host
-from moespan.doctor.job_plan import JobPlan
+from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.errors import ConfigError, MoespanError
 from moespan.machine.binding import make_plan
@@ -20,7 +20,7 @@ _LEAST_SHM_BYTES = 1 << 30
 _LEAST_FILES = 4096
 
 
-def shared_memory(host: Host, job: JobPlan) -> Iterator[Finding]:
+def shared_memory(host: Host, job: JobSpec) -> Iterator[Finding]:
     mounts = (line.split() for line in host.read("/proc/mounts").splitlines())
     options = next(
         (mount[3] for mount in mounts if len(mount) > 3 and mount[1] == "/dev/shm"), None
@@ -37,7 +37,7 @@ def shared_memory(host: Host, job: JobPlan) -> Iterator[Finding]:
         yield ok(words)
 
 
-def limits(host: Host, job: JobPlan) -> Iterator[Finding]:
+def limits(host: Host, job: JobSpec) -> Iterator[Finding]:
     line = next(
         (one for one in host.read("/proc/self/limits").splitlines() if one.startswith("Max open")),
         "",
@@ -60,7 +60,7 @@ def limits(host: Host, job: JobPlan) -> Iterator[Finding]:
             )
 
 
-def cores(host: Host, job: JobPlan) -> Iterator[Finding]:
+def cores(host: Host, job: JobSpec) -> Iterator[Finding]:
     """Cores, quota and the plan of who gets which."""
     topology_says = ""
     if job.device == "npu" and job.bind == "auto":
@@ -96,7 +96,7 @@ def cores(host: Host, job: JobPlan) -> Iterator[Finding]:
         yield from _host_tuning(host, nodes)
 
 
-def memory(host: Host, job: JobPlan) -> Iterator[Finding]:
+def memory(host: Host, job: JobSpec) -> Iterator[Finding]:
     total = _meminfo_bytes(host)
     limit = _memory_limit(host)
     if limit is not None and limit < total:
@@ -109,7 +109,7 @@ def memory(host: Host, job: JobPlan) -> Iterator[Finding]:
         yield skipped("/proc/meminfo cannot be read")
 
 
-def model(host: Host, job: JobPlan) -> Iterator[Finding]:
+def model(host: Host, job: JobSpec) -> Iterator[Finding]:
     if job.config is None or job.model is None:
         yield skipped("no MODEL named")
         return
@@ -135,7 +135,7 @@ def _host_tuning(host: Host, nodes: int) -> Iterator[Finding]:
         )
 
 
-def _fit_finding(fits: Fit, job: JobPlan) -> Finding:
+def _fit_finding(fits: Fit, job: JobSpec) -> Finding:
     words = (
         f"{job.layout}, per rank: {fits.weight_bytes / 1e9:.2f} GB of weights"
         + (f", {fits.hccl_bytes / 1e9:.2f} GB of HCCL buffers" if fits.hccl_bytes else "")
@@ -159,7 +159,7 @@ def _fit_finding(fits: Fit, job: JobPlan) -> Finding:
     return ok(words)
 
 
-def _device_bytes(host: Host, job: JobPlan) -> int | None:
+def _device_bytes(host: Host, job: JobSpec) -> int | None:
     """Memory that one rank finds free."""
     if job.device == "cpu":
         limit = _memory_limit(host)

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from moespan import __version__
 from moespan.doctor import ascend_tools, compatibility
 from moespan.doctor.host import Host, npu_smi
-from moespan.doctor.job_plan import JobPlan
+from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.doctor.variables import contradictions
 
 
-def software(host: Host, job: JobPlan) -> Iterator[Finding]:
+def software(host: Host, job: JobSpec) -> Iterator[Finding]:
     version = sys.version_info
     torch = host.packages.get("torch", "")
     words = (
@@ -30,7 +30,7 @@ def software(host: Host, job: JobPlan) -> Iterator[Finding]:
         yield ok(words)
 
 
-def torch_npu(host: Host, job: JobPlan) -> Iterator[Finding]:
+def torch_npu(host: Host, job: JobSpec) -> Iterator[Finding]:
     torch_npu, torch = host.packages.get("torch-npu"), host.packages.get("torch", "")
     if torch_npu is None:
         if job.device == "npu":
@@ -75,7 +75,7 @@ def torch_npu(host: Host, job: JobPlan) -> Iterator[Finding]:
         yield ok(f"torch_npu {torch_npu} with torch {torch} and CANN {cann}")
 
 
-def cann(host: Host, job: JobPlan) -> Iterator[Finding]:
+def cann(host: Host, job: JobSpec) -> Iterator[Finding]:
     home = host.environ.get("ASCEND_HOME_PATH")
     version, where = _cann_version(host)
     if home and not host.exists(home):
@@ -100,7 +100,7 @@ def cann(host: Host, job: JobPlan) -> Iterator[Finding]:
         yield ok(f"CANN {version} in {where}")
 
 
-def driver(host: Host, job: JobPlan) -> Iterator[Finding]:
+def driver(host: Host, job: JobSpec) -> Iterator[Finding]:
     driver, firmware = (
         ascend_tools.parse_key_values(host.read(f"/usr/local/Ascend/{part}/version.info")).get(
             "version"
@@ -129,7 +129,7 @@ def driver(host: Host, job: JobPlan) -> Iterator[Finding]:
         yield ok(words)
 
 
-def environment(host: Host, job: JobPlan) -> Iterator[Finding]:
+def environment(host: Host, job: JobSpec) -> Iterator[Finding]:
     addresses = [address for _, address in host.interfaces]
     found = list(
         contradictions(host.environ, job.layout, job.nodes.nnodes, host.allowed, addresses)

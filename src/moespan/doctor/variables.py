@@ -120,7 +120,7 @@ def _expansion(environ: Mapping[str, str], layout: Layout, nnodes: int) -> Itera
     if environ.get("HCCL_OP_EXPANSION_MODE", "").upper() != "AIV":
         return
     axes = [name for name in ("tp", "sp", "pp") if layout.sizes[name] > 1]
-    axes += ["ep"] * (layout.ep_blocks > 1)
+    axes += ["ep"] * (layout.ep_tp_groups > 1)
     if len(axes) > 1:
         yield warning(
             f"HCCL_OP_EXPANSION_MODE=AIV allows one communicator at a time, and {layout} has "

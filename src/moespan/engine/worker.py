@@ -20,7 +20,7 @@ from moespan.ops import AttentionBatch, Ops
 from moespan.parallel.dispatch import Dispatch
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.pipeline import StageLink
-from moespan.parallel.tokens import block_tokens, split_evenly
+from moespan.parallel.tokens import split_evenly, tp_group_tokens
 
 _EMPTY_PLAN = StepPlan(
     step=0, token_ids=[], query_lens=[], context_lens=[], block_tables=[], samples=[]
@@ -115,12 +115,12 @@ class Worker:
         """
         self.trace.clear()
         at, layout = self.mesh.at, self.mesh.layout
-        if not plans.num_tokens[at.dp] and layout.ep_blocks == 1:
+        if not plans.num_tokens[at.dp] and layout.ep_tp_groups == 1:
             return None  # and nobody shares experts with this replica
         plan = plan or plans.plan(at.dp) or _EMPTY_PLAN
         size = self._padded_size(plans)
         tokens = [size] * layout.dp if size else plans.num_tokens
-        self._dispatch.begin_step(block_tokens(layout, self.mesh.rank, tokens))
+        self._dispatch.begin_step(tp_group_tokens(layout, self.mesh.rank, tokens))
         received = (
             None
             if self.mesh.is_first_stage
@@ -182,11 +182,11 @@ class Worker:
         if self.graphs is None or not plans.is_decode or plans.trace:
             return None
         layout, at = self.mesh.layout, self.mesh.at
-        meeting = plans.num_tokens if layout.ep_blocks > 1 else [plans.num_tokens[at.dp]]
+        meeting = plans.num_tokens if layout.ep_tp_groups > 1 else [plans.num_tokens[at.dp]]
         size = self.graphs.size_for(max(meeting))
         if size is None:
             return None
-        tokens = block_tokens(layout, self.mesh.rank, [size] * layout.dp)
+        tokens = tp_group_tokens(layout, self.mesh.rank, [size] * layout.dp)
         if self._dispatch.way_of(tokens) != "all_to_all":
             return size
         self.graphs.say("all_to_all waits for the device to know how much goes where")

@@ -41,7 +41,7 @@ from moespan.errors import ConfigError, MeetingError
 from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
 from moespan.launch.watch import NoPeers, Peers
 from moespan.machine import environment
-from moespan.machine.binding import BindingPlan, plan_binding
+from moespan.machine.binding import Binding, choose_binding
 from moespan.machine.interfaces import interface_of
 
 _MONITOR_S = 0.1
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
     nodes, config = job.read_nodes(), job.read_config()
     try:
-        plan = plan_binding(config.bind, config.device, ranks)
+        plan = choose_binding(config.bind, config.device, ranks)
         job.write_binding(plan)
         peers, master = _meet(config, nodes, plan)
     except (ConfigError, MeetingError) as error:
@@ -87,9 +87,7 @@ def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
         return 1
 
 
-def _meet(
-    config: EngineConfig, nodes: Nodes, plan: BindingPlan
-) -> tuple[Peers, RendezvousStoreInfo]:
+def _meet(config: EngineConfig, nodes: Nodes, plan: Binding) -> tuple[Peers, RendezvousStoreInfo]:
     """The other nodes, and where the ranks find each other. Sets what the ranks inherit."""
     ranks, threads = len(plan.ranks), [part.threads for part in plan.ranks]
     if nodes.nnodes == 1:

@@ -17,7 +17,7 @@ import msgspec
 from moespan import errors
 from moespan.config import EngineConfig, Nodes
 from moespan.errors import EngineDeadError, MoespanError
-from moespan.machine.binding import BindingPlan
+from moespan.machine.binding import Binding
 
 STACK_SIGNAL = signal.SIGUSR1
 """Makes a rank write its Python stack to `Job.stack_path`, whatever it is in."""
@@ -89,14 +89,14 @@ class Job:
         """The nodes of the job, as the front left them."""
         return msgspec.json.decode((self.directory / "nodes.json").read_bytes(), type=Nodes)
 
-    def write_binding(self, plan: BindingPlan) -> None:
+    def write_binding(self, plan: Binding) -> None:
         """Leave the plan of cores and memory for the ranks, before they start."""
         (self.directory / "binding.json").write_bytes(msgspec.json.encode(plan))
 
-    def read_binding(self) -> BindingPlan:
+    def read_binding(self) -> Binding:
         """The plan that the agent left."""
         data = (self.directory / "binding.json").read_bytes()
-        return msgspec.json.decode(data, type=BindingPlan)
+        return msgspec.json.decode(data, type=Binding)
 
     @property
     def store_path(self) -> Path:

@@ -15,7 +15,7 @@ from moespan.engine.client import LocalClient
 from moespan.engine.engine import Engine, build_leader, follow
 from moespan.launch.distributed import init_distributed, make_mesh
 from moespan.launch.job import started_by_torchrun
-from moespan.machine.binding import bind, plan_binding
+from moespan.machine.binding import bind, choose_binding
 
 # Followers wait in a broadcast while the program does other things between two calls; torchrun
 # itself ends them when the leader dies.
@@ -68,7 +68,7 @@ def _bind(config: EngineConfig) -> list[str]:
     is_bound = os.sched_getaffinity(0) != os.sched_getaffinity(os.getppid())
     if config.bind == "off" or (config.bind == "auto" and (alone or is_bound)):
         return []
-    plan = plan_binding(config.bind, config.device, ranks)
+    plan = choose_binding(config.bind, config.device, ranks)
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
         torch.set_num_threads(plan.ranks[local_rank].threads)
     bind(plan.ranks[local_rank])

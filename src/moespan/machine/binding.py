@@ -1,7 +1,7 @@
 """Which cores, how many threads and which memory each rank of one machine gets.
 
 `make_plan` decides (a pure function of a `Topology`), `apply` does it to the calling process;
-`plan_binding` is the plan for this machine. Imports no torch: a rank must be bound before OpenMP
+`choose_binding` is the plan for this machine. Imports no torch: a rank must be bound before OpenMP
 reads its mask. The rules as a table: docs/numa.md.
 """
 
@@ -61,7 +61,7 @@ class RankBinding(msgspec.Struct, frozen=True, kw_only=True):
         return f"rank {self.local_rank}: {', '.join(words)}"
 
 
-class BindingPlan(msgspec.Struct, frozen=True, kw_only=True):
+class Binding(msgspec.Struct, frozen=True, kw_only=True):
     """The parts of all local ranks, and what is to be said about them."""
 
     ranks: list[RankBinding]
@@ -82,7 +82,7 @@ class BindingPlan(msgspec.Struct, frozen=True, kw_only=True):
         return [line for line in (", ".join(parts), *self.notes) if line] or ["not bound"]
 
 
-def plan_binding(bind: str, device: str, ranks: int) -> BindingPlan:
+def choose_binding(bind: str, device: str, ranks: int) -> Binding:
     """The plan for `ranks` ranks that inherit this process's cores, on this machine.
 
     Args:
@@ -106,7 +106,7 @@ def plan_binding(bind: str, device: str, ranks: int) -> BindingPlan:
 
 def make_plan(
     topology: Topology, ranks: int, bind: str = "auto", environ: Mapping[str, str] | None = None
-) -> BindingPlan:
+) -> Binding:
     """Deal the cores out to `ranks` ranks: in disjoint parts, or not at all and say why.
 
     Raises:
@@ -124,7 +124,7 @@ def make_plan(
         notes = [] if bind == "off" else [f"{ranks} ranks on {only}: not bound"]
         threads = _threads(environ, num_cores // ranks, topology, ranks)
         parts = [RankBinding(local_rank=rank, threads=threads) for rank in range(ranks)]
-        return BindingPlan(ranks=parts, notes=notes)
+        return Binding(ranks=parts, notes=notes)
 
     notes = []
     if topology.device != "cpu" and len(topology.cores) > 1 and not all(wanted):
@@ -156,7 +156,7 @@ def make_plan(
             memory_node=_memory_node(topology, nodes),
         )
         parts.append(part)
-    return BindingPlan(ranks=parts, notes=notes)
+    return Binding(ranks=parts, notes=notes)
 
 
 def bind(part: RankBinding) -> None:

@@ -347,7 +347,7 @@ def _expansion_mode(config: EngineConfig, machine: Machine, user: Mapping[str, s
     name, source = "HCCL_OP_EXPANSION_MODE", "CANN: HCCL_OP_EXPANSION_MODE"
     layout = config.layout
     axes = [axis for axis in ("tp", "sp", "pp") if layout.sizes[axis] > 1]
-    axes += ["ep"] * (layout.ep_blocks > 1)
+    axes += ["ep"] * (layout.ep_tp_groups > 1)
     axes += ["ep_fused"] * (config.moe_dispatch == "fused")
     if machine.chip not in ("910B", "910C"):
         return _left(name, "AIV is for A2 and A3, and no such NPU was found", source)

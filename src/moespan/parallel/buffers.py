@@ -41,13 +41,13 @@ def largest_messages(config: EngineConfig, model: ModelConfig) -> dict[str, int]
         queries = model.num_attention_heads // layout.tp
         keys = max(model.num_key_value_heads // (layout.tp * layout.sp), 1) * layout.sp
         found["sp"] = tokens * (queries + 2 * keys) * model.head_dim * element_bytes
-    if layout.ep_blocks > 1:
+    if layout.ep_tp_groups > 1:
         if config.moe_dispatch != "all_gather":
             # Each tp rank sends its part of the tokens, each to as many ranks as it has experts.
             copies = min(model.num_experts_per_tok, layout.ep - layout.tp)
             found["ep"] = -(-hidden_bytes // layout.tp) * copies
         if config.moe_dispatch not in ("all_to_all", "fused"):
-            found["ep_blocks"] = layout.ep_blocks * hidden_bytes
+            found["ep_tp_groups"] = layout.ep_tp_groups * hidden_bytes
     if layout.pp > 1:
         found["pp"] = -(-hidden_bytes // layout.tp)
     return found

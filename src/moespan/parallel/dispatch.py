@@ -31,7 +31,7 @@ from torch import Tensor
 from moespan.config import ModelConfig
 from moespan.parallel.fused import sent_tokens
 from moespan.parallel.mesh import Axis, Mesh
-from moespan.parallel.tokens import split_evenly, way_of_step
+from moespan.parallel.tokens import dispatch_of_step, split_evenly
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """x [T, H], weights float32 [T, K], slots [T, K] → Σ weight · expert(x), [T, H], over experts of
@@ -94,21 +94,21 @@ class Dispatch:
     def __init__(self, config: ModelConfig, mesh: Mesh, way: str, element_bytes: int) -> None:
         layout = mesh.layout
         layout.check_dispatch(way)
-        self._layout, self._tp, self._ep, self._blocks = layout, mesh.tp, mesh.ep, mesh.ep_blocks
+        self._layout, self._tp, self._ep, self._blocks = layout, mesh.tp, mesh.ep, mesh.ep_tp_groups
         self._ep_fused = mesh.ep_fused
         self._ep_rank = layout.ep_rank(mesh.rank)
-        self._way_of_step = partial(way_of_step, way, config, layout, element_bytes)
-        self._block_tokens: list[int] = []
+        self._dispatch_of_step = partial(dispatch_of_step, way, config, layout, element_bytes)
+        self._group_tokens: list[int] = []
         self.way = layout.dispatches[0] if way == "auto" else way
 
-    def begin_step(self, block_tokens: list[int]) -> None:
-        """Choose the way for a step in which block i of the ep group has `block_tokens[i]`."""
-        self._block_tokens = block_tokens
-        self.way = self.way_of(block_tokens)
+    def begin_step(self, tp_group_tokens: list[int]) -> None:
+        """Choose the way for a step in which block i of the ep group has `tp_group_tokens[i]`."""
+        self._group_tokens = tp_group_tokens
+        self.way = self.way_of(tp_group_tokens)
 
-    def way_of(self, block_tokens: list[int]) -> str:
+    def way_of(self, tp_group_tokens: list[int]) -> str:
         """What `begin_step` would choose."""
-        return self._way_of_step(block_tokens)
+        return self._dispatch_of_step(tp_group_tokens)
 
     def first_slot(self, slots: Slots) -> int:
         """The first of this rank's slots."""
@@ -144,7 +144,7 @@ class Dispatch:
         self, x: Tensor, weights: Tensor, placed: Tensor, slots: Slots, compute: Compute
     ) -> Tensor:
         num_tokens = len(x)
-        added = max(self._block_tokens) - num_tokens
+        added = max(self._group_tokens) - num_tokens
         if added:
             x, weights = (F.pad(part, (0, 0, 0, added)) for part in (x, weights))
             placed = F.pad(placed, (0, 0, 0, added), value=slots.count)
@@ -194,7 +194,7 @@ class Dispatch:
         slots: Slots,
         compute_anywhere: ComputeAnywhere,
     ) -> Tensor:
-        num_sent = sent_tokens(self._layout, self._block_tokens)
+        num_sent = sent_tokens(self._layout, self._group_tokens)
         if not num_sent:
             return x  # on no rank of the ep group is there a token
         num_tokens = len(x)

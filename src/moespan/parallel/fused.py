@@ -42,9 +42,9 @@ _DISPATCH = {
 }
 
 
-def sent_tokens(layout: Layout, tokens_of_blocks: Sequence[int]) -> int:
+def sent_tokens(layout: Layout, group_tokens: Sequence[int]) -> int:
     """Tokens that every rank of an ep group sends in a step: as many as the one that has most."""
-    return max(-(-tokens // layout.tp) for tokens in tokens_of_blocks)
+    return max(-(-tokens // layout.tp) for tokens in group_tokens)
 
 
 def buffer_bytes(config: EngineConfig, model: ModelConfig) -> int:

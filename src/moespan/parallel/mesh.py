@@ -179,7 +179,7 @@ class Mesh:
         traffic: what it has sent over all axes.
         tp, sp, pp: the axes of the same names.
         ep: the ranks over which one set of experts is spread (dispatch `all_to_all`).
-        ep_blocks: those of them with this rank's place in tp (dispatch `all_gather`).
+        ep_tp_groups: those of them with this rank's place in tp (dispatch `all_gather`).
         ep_fused: the ranks of ep, with a group that carries nothing else (dispatch `fused`).
         control: the leader's channel to all ranks.
     """
@@ -202,7 +202,7 @@ class Mesh:
         self.control = Control()
         self._groups: dict[tuple[str, tuple[tuple[int, ...], ...]], dist.ProcessGroup] = {}
         alone = Axis(ranks=range(rank, rank + 1))
-        self.tp = self.sp = self.pp = self.ep = self.ep_blocks = self.ep_fused = alone
+        self.tp = self.sp = self.pp = self.ep = self.ep_tp_groups = self.ep_fused = alone
 
     @classmethod
     def create(
@@ -335,7 +335,7 @@ def _axes(layout: Layout, moe_dispatch: str) -> dict[str, list[tuple[int, ...]]]
         ]
 
     axes = {name: lines(name) for name in ("tp", "sp", "pp")}
-    if layout.ep_blocks > 1:
+    if layout.ep_tp_groups > 1:
         starts = range(0, layout.world_size, layout.ep)
         sets = [tuple(range(start, start + layout.ep)) for start in starts]
         if moe_dispatch != "all_gather":
@@ -343,7 +343,7 @@ def _axes(layout: Layout, moe_dispatch: str) -> dict[str, list[tuple[int, ...]]]
         if moe_dispatch == "fused":
             axes["ep_fused"] = sets
         elif moe_dispatch != "all_to_all":
-            axes["ep_blocks"] = [line[i :: layout.tp] for line in sets for i in range(layout.tp)]
+            axes["ep_tp_groups"] = [line[i :: layout.tp] for line in sets for i in range(layout.tp)]
     return axes
 
 

@@ -17,18 +17,18 @@ def split_evenly(total: int, parts: int) -> list[int]:
     return [size + (part < extra) for part in range(parts)]
 
 
-def blocks_of(layout: Layout, rank: int) -> list[tuple[int, int]]:
+def tp_groups_of(layout: Layout, rank: int) -> list[tuple[int, int]]:
     """(dp, sp) of each block, that is of tp ranks with the same tokens, that shares one set of
     experts with `rank`."""
     at = layout.coordinates(rank)
     own = at.dp * layout.sp + at.sp
-    first = own - own % layout.ep_blocks
-    return [divmod(block, layout.sp) for block in range(first, first + layout.ep_blocks)]
+    first = own - own % layout.ep_tp_groups
+    return [divmod(block, layout.sp) for block in range(first, first + layout.ep_tp_groups)]
 
 
-def block_tokens(layout: Layout, rank: int, num_tokens: Sequence[int]) -> list[int]:
-    """Tokens of each of `blocks_of`, from those of every replica."""
-    return [split_evenly(num_tokens[dp], layout.sp)[sp] for dp, sp in blocks_of(layout, rank)]
+def tp_group_tokens(layout: Layout, rank: int, num_tokens: Sequence[int]) -> list[int]:
+    """Tokens of each of `tp_groups_of`, from those of every replica."""
+    return [split_evenly(num_tokens[dp], layout.sp)[sp] for dp, sp in tp_groups_of(layout, rank)]
 
 
 def mean_ranks_met(config: ModelConfig, layout: Layout) -> float:
@@ -40,33 +40,33 @@ def mean_ranks_met(config: ModelConfig, layout: Layout) -> float:
     return sum(1 - math.comb(experts - n, chosen) / math.comb(experts, chosen) for n in held)
 
 
-def way_of_step(
+def dispatch_of_step(
     asked: str,
     config: ModelConfig,
     layout: Layout,
     element_bytes: int,
-    tokens_of_blocks: Sequence[int],
+    group_tokens: Sequence[int],
 ) -> str:
     """What `asked`, `auto` or a way, means for one step: `fused` is `all_to_all` where a rank would
     send more tokens than its operators take."""
     if asked == "auto":
-        return choose_dispatch(config, layout, element_bytes, tokens_of_blocks)
-    if asked == "fused" and sent_tokens(layout, tokens_of_blocks) > MOST_TOKENS:
+        return choose_dispatch(config, layout, element_bytes, group_tokens)
+    if asked == "fused" and sent_tokens(layout, group_tokens) > MOST_TOKENS:
         return "all_to_all"
     return asked
 
 
 def choose_dispatch(
-    config: ModelConfig, layout: Layout, element_bytes: int, tokens_of_blocks: Sequence[int]
+    config: ModelConfig, layout: Layout, element_bytes: int, group_tokens: Sequence[int]
 ) -> str:
     """The rule of `auto` for one step: `replicated` where all ranks of the ep group have the same
     tokens; else `all_to_all` as soon as it saves a rank `LEAST_SAVED_BYTES` in every layer against
     `all_gather`, which needs fewer calls, and no word from the device on how much goes where."""
-    if layout.ep_blocks == 1:
+    if layout.ep_tp_groups == 1:
         return "replicated"
     # What one tp rank sends of each token of its block, to and fro, on average.
-    all_gather = layout.ep_blocks - 1
+    all_gather = layout.ep_tp_groups - 1
     all_to_all = all_gather * mean_ranks_met(config, layout) / layout.ep
     saved_per_token = 2 * (all_gather - all_to_all) * config.hidden_size * element_bytes
-    saved_bytes = saved_per_token * max(tokens_of_blocks)
+    saved_bytes = saved_per_token * max(group_tokens)
     return "all_to_all" if saved_bytes >= LEAST_SAVED_BYTES else "all_gather"

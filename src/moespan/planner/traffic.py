@@ -19,7 +19,7 @@ from moespan.checkpoint.placement import cache_heads
 from moespan.config import DTYPE_BYTES, Layout, ModelConfig
 from moespan.parallel.counters import Traffic, sent_bytes
 from moespan.parallel.fused import sent_tokens
-from moespan.parallel.tokens import block_tokens, blocks_of, split_evenly, way_of_step
+from moespan.parallel.tokens import dispatch_of_step, split_evenly, tp_group_tokens, tp_groups_of
 
 Choices = npt.NDArray[np.int64]
 """The experts that tokens chose, [T, K]."""
@@ -66,9 +66,9 @@ def step_traffic(
     """
     traffic = Traffic()
     at = layout.coordinates(rank)
-    if not step.num_tokens[at.dp] and layout.ep_blocks == 1:
+    if not step.num_tokens[at.dp] and layout.ep_tp_groups == 1:
         return traffic  # this replica sits the step out
-    ranks = {**layout.sizes, "ep_blocks": layout.ep_blocks, "ep_fused": layout.ep}
+    ranks = {**layout.sizes, "ep_tp_groups": layout.ep_tp_groups, "ep_fused": layout.ep}
 
     def count(axis: str, collective: str, module: str, num_bytes: int) -> None:
         # Nothing is sent for an empty tensor; only all_to_all is called all the same.
@@ -87,8 +87,8 @@ def step_traffic(
     query_bytes *= element_bytes
     key_bytes = cache_heads(config, layout, rank) * config.head_dim * element_bytes
 
-    blocks = block_tokens(layout, rank, step.num_tokens)
-    way = way_of_step(moe_dispatch, config, layout, element_bytes, blocks)
+    blocks = tp_group_tokens(layout, rank, step.num_tokens)
+    way = dispatch_of_step(moe_dispatch, config, layout, element_bytes, blocks)
     experts = experts or ExpertPlacement.make("contiguous", config, layout)
 
     if at.tp == 0 and at.sp == 0 and any(step.num_sampled):
@@ -109,11 +109,14 @@ def step_traffic(
             count("tp", "all_reduce", "mlp", held_bytes)
             continue
         if way == "all_gather":
-            count("ep_blocks", "all_gather", "moe", max(blocks) * token_bytes)
+            count("ep_tp_groups", "all_gather", "moe", max(blocks) * token_bytes)
             choice_bytes = config.num_experts_per_tok * _CHOICE_BYTES
-            count("ep_blocks", "all_gather", "router", max(blocks) * choice_bytes)
+            count("ep_tp_groups", "all_gather", "router", max(blocks) * choice_bytes)
             count(
-                "ep_blocks", "reduce_scatter", "moe", layout.ep_blocks * max(blocks) * token_bytes
+                "ep_tp_groups",
+                "reduce_scatter",
+                "moe",
+                layout.ep_tp_groups * max(blocks) * token_bytes,
             )
         elif way == "fused":
             rows = sent_tokens(layout, blocks) * config.num_experts_per_tok
@@ -153,7 +156,7 @@ def _rows_sent(
     """
     ep_rank, tp_rank = layout.ep_rank(rank), layout.coordinates(rank).tp
     own_block, out, back = ep_rank // layout.tp, 0.0, 0.0
-    for block, (dp, sp) in enumerate(blocks_of(layout, rank)):
+    for block, (dp, sp) in enumerate(tp_groups_of(layout, rank)):
         lengths = split_evenly(step.num_tokens[dp], layout.sp)
         first, length = sum(lengths[:sp]), lengths[sp]
         chosen = None if choices is None else choices[dp][first : first + length]

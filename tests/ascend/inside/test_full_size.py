@@ -21,7 +21,7 @@ from moespan.ops import AttentionBatch, Ops, Weight, ops_for
 from moespan.ops.npu.integers import IntegerMatrix
 from moespan.parallel.dispatch import Dispatch
 from moespan.parallel.mesh import Axis, Mesh
-from moespan.parallel.tokens import block_tokens, split_evenly
+from moespan.parallel.tokens import split_evenly, tp_group_tokens
 
 NPU = torch.device("npu", 0)
 # As wide as the whole model; a dense layer and three with experts.
@@ -70,8 +70,8 @@ class Shapes(Axis):
 def mesh_of(layout: Layout, rank: int) -> Mesh:
     mesh = Mesh(layout, rank, NPU)
     at = mesh.at
-    places = {"tp": at.tp, "sp": at.sp, "pp": at.pp, "ep": 0, "ep_blocks": 0}
-    sizes = {**layout.sizes, "ep_blocks": layout.ep_blocks}
+    places = {"tp": at.tp, "sp": at.sp, "pp": at.pp, "ep": 0, "ep_tp_groups": 0}
+    sizes = {**layout.sizes, "ep_tp_groups": layout.ep_tp_groups}
     for name, place_ in places.items():
         setattr(mesh, name, Shapes(name, range(sizes[name]), place_))
     return mesh
@@ -140,7 +140,7 @@ def test_a_decode_and_a_prefill_step(layout: Layout, quantization: str | None, c
                 total = len(batch.positions)
                 lengths = split_evenly(total, layout.sp)
                 mine = lengths[mesh.at.sp]
-                dispatch.begin_step(block_tokens(layout, rank, [total] * layout.dp))
+                dispatch.begin_step(tp_group_tokens(layout, rank, [total] * layout.dp))
                 inputs = (
                     torch.zeros(total, dtype=torch.int32, device=NPU)
                     if mesh.is_first_stage

@@ -8,7 +8,7 @@ from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
 
 
 @dataclass(frozen=True)
-class JobPlan:
+class JobSpec:
     """What is to be run.
 
     Attributes:
