@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-
 __all__ = [
     "LLM",
     "CompletionOutput",
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from moespan.errors import MoespanError
     from moespan.front.llm import LLM
     from moespan.front.outputs import CompletionOutput, RequestOutput
+    from moespan.version import __version__
 
 
 def __getattr__(name: str) -> object:
@@ -45,7 +44,11 @@ def __getattr__(name: str) -> object:
 
         return MoespanError
     if name in ("CompletionOutput", "RequestOutput"):
-        import moespan.front.outputs
+        from moespan.front import outputs
 
-        return getattr(moespan.front.outputs, name)
+        return getattr(outputs, name)
+    if name == "__version__":
+        from moespan.version import __version__
+
+        return __version__
     raise AttributeError(f"module 'moespan' has no attribute {name!r}")

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from moespan import LLM, SamplingParams, __version__
 from moespan.checkpoint.random import preset
 from moespan.cli import _parser, main
+from moespan.cli.flags import settings_of
 from moespan.cli.show import BYTES, COUNTS, scaled
 from moespan.engine.client import LocalClient
 from moespan.errors import EngineDeadError
@@ -138,7 +139,8 @@ def test_info_takes_every_spelling(flag: str):
     ],
 )
 def test_the_prefix_cache_is_on_unless_told(flags: list[str], is_on: bool):
-    assert parse("generate", "M", "--prompt", "a", *flags).enable_prefix_caching is is_on
+    args = parse("generate", "M", "--prompt", "a", *flags)
+    assert settings_of(args).enable_prefix_caching is is_on
 
 
 def test_every_sampling_parameter_that_has_a_flag_is_the_engines():

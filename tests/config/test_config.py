@@ -381,13 +381,13 @@ def test_ranks_have_a_place_each_with_tp_fastest_and_pp_slowest(layout: Layout):
 
 def test_the_largest_expert_parallelism_of_a_stage_is_taken_on_demand():
     def largest(experts: int = 8, **sizes: int) -> int:
-        return Layout.make(moe_config(experts), enable_expert_parallel=True, **sizes).ep
+        return Layout(**sizes).with_largest_ep(moe_config(experts)).ep
 
-    assert largest(tensor_parallel_size=4) == 4
-    assert largest(tensor_parallel_size=2, data_parallel_size=4) == 8
-    assert largest(tensor_parallel_size=2, data_parallel_size=8) == 8  # as many as experts
-    assert largest(data_parallel_size=3) == 3
-    assert largest(experts=5, sequence_parallel_size=2, data_parallel_size=2) == 4
+    assert largest(tp=4) == 4
+    assert largest(tp=2, dp=4) == 8
+    assert largest(tp=2, dp=8) == 8  # as many as experts
+    assert largest(dp=3) == 3
+    assert largest(experts=5, sp=2, dp=2) == 4
 
 
 @pytest.mark.parametrize("pp", range(1, 13))
@@ -426,7 +426,7 @@ def test_tokens_can_meet_experts_where_they_are_or_be_sent_to_them():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"device": "tpu"}, "device='tpu' is not one of cpu, cuda, npu"),
+        ({"device": "tpu"}, "device='tpu' is not one of npu, cuda, cpu"),
         ({"dtype": "int8"}, "dtype='int8' is not one of"),
         ({"load_format": "pickle"}, "load_format='pickle' is not one of safetensors, dummy"),
         ({"max_model_len": 0}, "max_model_len=0 must be at least 1"),

@@ -299,7 +299,7 @@ def npu_job(layout: Layout | None = None, **settings: Any) -> JobSpec:
 
 
 def two_nodes(node_rank: int = 1, master_addr: str = "10.0.0.1", port: int = 29500) -> Nodes:
-    return Nodes(2, node_rank, master_addr, port)
+    return Nodes(nnodes=2, node_rank=node_rank, master_addr=master_addr, master_port=port)
 
 
 @pytest.fixture
@@ -839,7 +839,16 @@ def test_the_doctor_needs_no_torch() -> None:
 
 def compared(master_port: int, skew_s: float = 0.0) -> list[list[Finding]]:
     """What both nodes report, when node 1's clock is ahead by `skew_s`."""
-    places = [Nodes(2, node, "127.0.0.1", master_port, join_timeout_s=10) for node in range(2)]
+    places = [
+        Nodes(
+            nnodes=2,
+            node_rank=node,
+            master_addr="127.0.0.1",
+            master_port=master_port,
+            join_timeout_s=10,
+        )
+        for node in range(2)
+    ]
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(nodes.findings, places[0])
         second = pool.submit(nodes.findings, places[1], lambda: time.time() + skew_s)
@@ -874,9 +883,25 @@ def test_nodes_with_different_code():
 
 
 def test_a_node_alone_says_what_it_missed(free_port: int):
-    (finding,) = nodes.findings(Nodes(2, 1, "127.0.0.1", free_port, join_timeout_s=0.1))
+    (finding,) = nodes.findings(
+        Nodes(
+            nnodes=2,
+            node_rank=1,
+            master_addr="127.0.0.1",
+            master_port=free_port,
+            join_timeout_s=0.1,
+        )
+    )
     assert finding.status == "problem" and "nothing was compared" in finding.found
-    (finding,) = nodes.findings(Nodes(2, 0, "127.0.0.1", free_port, join_timeout_s=0.1))
+    (finding,) = nodes.findings(
+        Nodes(
+            nnodes=2,
+            node_rank=0,
+            master_addr="127.0.0.1",
+            master_port=free_port,
+            join_timeout_s=0.1,
+        )
+    )
     assert "node 1 of 2 did not come" in finding.found
 
 

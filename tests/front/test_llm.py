@@ -631,7 +631,7 @@ def test_remote_code_is_refused():
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_seqs=9 exceeds"),
         ({"num_blocks": 0}, "num_blocks=0 of 32 tokens cannot hold one sequence"),
         ({"dtype": "int8"}, "dtype='int8' is not one of"),
-        ({"device": "tpu"}, "device 'tpu' is not usable"),
+        ({"device": "tpu"}, "device='tpu' is not one of auto, npu, cuda, cpu"),
         ({"load_format": "pickle"}, "load_format='pickle' is not one of"),
     ],
 )

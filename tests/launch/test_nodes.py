@@ -24,7 +24,7 @@ from torch.distributed import TCPStore
 from moespan import LLM, cli
 from moespan.config import EngineConfig, Layout, Nodes
 from moespan.errors import ConfigError, LayoutError, MeetingError
-from moespan.front.llm import _warn_if_tp_crosses
+from moespan.front.start import warn_if_tp_crosses_nodes
 from moespan.launch import meeting, watch
 from moespan.launch.job import Failure
 from moespan.launch.meeting import Met, facts, meet
@@ -58,7 +58,7 @@ def free_port() -> int:
 def job(nnodes: int = 2, **settings: Any) -> list[Nodes]:
     """The nodes of one job, as each is told of them."""
     settings = {"master_port": free_port(), "join_timeout_s": 20.0, "silence_s": 2.0, **settings}
-    return [Nodes(nnodes, rank, **settings) for rank in range(nnodes)]
+    return [Nodes(nnodes=nnodes, node_rank=rank, **settings) for rank in range(nnodes)]
 
 
 def meet_all(*parts: tuple[Nodes, dict[str, str]]) -> list[Met | str]:
@@ -99,9 +99,9 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], says: str
 
 
 def test_every_node_runs_equally_many_ranks() -> None:
-    assert Nodes(4).ranks_per_node(Layout(8)) == 2
+    assert Nodes(nnodes=4).ranks_per_node(Layout(8)) == 2
     with pytest.raises(LayoutError, match="nnodes=3 does not divide the 8 ranks of tp=8"):
-        Nodes(3).ranks_per_node(Layout(8))
+        Nodes(nnodes=3).ranks_per_node(Layout(8))
 
 
 def test_the_meeting_point_is_written_as_in_a_url() -> None:
@@ -110,10 +110,10 @@ def test_the_meeting_point_is_written_as_in_a_url() -> None:
 
 
 def test_tp_that_crosses_nodes_is_said_aloud_by_node_0(capsys: pytest.CaptureFixture[str]) -> None:
-    _warn_if_tp_crosses(Layout(tp=4, dp=2), Nodes(2))
-    _warn_if_tp_crosses(Layout(tp=4), Nodes(2, 1))
+    warn_if_tp_crosses_nodes(Layout(tp=4, dp=2), Nodes(nnodes=2))
+    warn_if_tp_crosses_nodes(Layout(tp=4), Nodes(nnodes=2, node_rank=1))
     assert capsys.readouterr().err == ""
-    _warn_if_tp_crosses(Layout(tp=4), Nodes(2))
+    warn_if_tp_crosses_nodes(Layout(tp=4), Nodes(nnodes=2))
     assert capsys.readouterr().err.startswith("moespan: tp=4 crosses nodes, which have 2 of the 4")
 
 
@@ -151,15 +151,15 @@ def test_interfaces_are_found_by_address() -> None:
 def test_facts_name_what_differs_but_not_where_the_checkpoint_lies(tmp_path: Path) -> None:
     folder = DATA / "oracle" / "tiny"
     config = EngineConfig(str(folder), Layout(2))
-    ours = facts(config, Nodes(2))
+    ours = facts(config, Nodes(nnodes=2))
     for name in ("config.json", "model.safetensors.index.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     moved = dataclasses.replace(config, model=str(tmp_path), bind="off")
-    assert facts(moved, Nodes(2, 1)) == ours
+    assert facts(moved, Nodes(nnodes=2, node_rank=1)) == ours
     assert {"nnodes", "torch", "Python", "moespan", "moespan's source", "tp", "seed"} <= set(ours)
 
     def differing(**changes: Any) -> list[str]:
-        theirs = facts(dataclasses.replace(moved, **changes), Nodes(2, 1))
+        theirs = facts(dataclasses.replace(moved, **changes), Nodes(nnodes=2, node_rank=1))
         return [name for name in ours if ours[name] != theirs[name]]
 
     assert differing(layout=Layout(4), max_num_seqs=3) == ["tp", "max_num_seqs"]
@@ -168,9 +168,9 @@ def test_facts_name_what_differs_but_not_where_the_checkpoint_lies(tmp_path: Pat
     (tmp_path / "model.safetensors.index.json").unlink()
     assert differing() == ["config.json", "list of tensors"]
     (tmp_path / "model.safetensors").write_bytes((5).to_bytes(8, "little") + b"head rest")
-    one = facts(moved, Nodes(2))["list of tensors"]
+    one = facts(moved, Nodes(nnodes=2))["list of tensors"]
     (tmp_path / "model.safetensors").write_bytes((5).to_bytes(8, "little") + b"head other")
-    assert facts(moved, Nodes(2))["list of tensors"] == one != "not there"
+    assert facts(moved, Nodes(nnodes=2))["list of tensors"] == one != "not there"
 
 
 # Meeting

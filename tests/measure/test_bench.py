@@ -13,7 +13,7 @@ from moespan import LLM, cli
 from moespan.errors import ConfigError, MoespanError
 from moespan.measure.bench import (
     Case,
-    Settings,
+    Workload,
     bench,
     decode_speed,
     measure,
@@ -97,7 +97,7 @@ def test_a_cache_of_prefixes_is_refused():
         LLM(str(QUICKSTART), device="cpu") as llm,
         pytest.raises(ConfigError, match="prefix cache"),
     ):
-        bench(llm, Settings())
+        bench(llm, Workload())
 
 
 def test_all_sequences_decode_together_for_as_long_as_wanted():

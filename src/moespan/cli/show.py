@@ -1,17 +1,25 @@
-"""What the verbs print for people."""
+"""What the verbs print for people, and the checks of files that they share."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moespan.errors import ConfigError
+
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from moespan.front.llm import LLM
     from moespan.measure.verify import VerifyReport
     from moespan.measure.verify_layouts import LayoutReport
 
+
+EXIT_FAILED = 1
+"""Exit code of a verb that could not do what was asked, or whose check did not pass."""
 
 LAYOUT_ROW = "{:<28}{:<12}{:>10}  {:<8}{:<8}{}"
 
@@ -47,6 +55,26 @@ def scaled(number: float, units: Sequence[str], digits: int = 2) -> str:
         number /= 1000
         power += 1
     return f"{number:.{digits if power else 0}f}{units[power]}"
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Refuse now a file that could not be written after a long run."""
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+
+
+def progress_bytes(total_bytes: int) -> tqdm[Any]:
+    """A bar on stderr that counts bytes, on a terminal only."""
+    from tqdm import tqdm
+
+    return tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False)
+
+
+def say_written(folder: Path, total_bytes: int, seconds: float) -> None:
+    """Say on stderr what was written."""
+    print(f"wrote {folder}: {scaled(total_bytes, BYTES)} in {seconds:.1f} s", file=sys.stderr)
 
 
 def say_start(args: argparse.Namespace, llm: LLM) -> None:

@@ -1,6 +1,6 @@
-"""What is run and how: the model's geometry, the layout, the engine's settings.
+"""What a user asks for: the model's geometry, the layout, the engine's options, the nodes.
 
-Typed, validated, and free of torch, so that everything which only plans or prints stays fast.
+Typed, checked, and free of torch, so that code that only plans or prints starts fast.
 """
 
 from moespan.config.engine import (
@@ -8,12 +8,12 @@ from moespan.config.engine import (
     DISPATCHES,
     WEIGHT_FORMATS,
     EngineConfig,
+    EngineOptions,
     ExpertTable,
-    Nodes,
-    is_wildcard,
 )
 from moespan.config.layout import Coordinates, Layout, all_layouts, balanced_stages, layer_cost
 from moespan.config.model import DTYPE_BYTES, ModelConfig, read_json
+from moespan.config.nodes import Nodes, is_wildcard
 from moespan.config.schemes import (
     KV_CACHE_DTYPES,
     PACKED_SUFFIX,
@@ -38,6 +38,7 @@ __all__ = [
     "WEIGHT_FORMATS",
     "Coordinates",
     "EngineConfig",
+    "EngineOptions",
     "ExpertTable",
     "Layout",
     "ModelConfig",

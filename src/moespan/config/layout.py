@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -57,39 +57,9 @@ class Layout:
         parts = [f"{axis}={size}" for axis, size in self.sizes.items() if size > 1]
         return "×".join(parts) or "tp=1"
 
-    @classmethod
-    def make(
-        cls,
-        config: ModelConfig,
-        *,
-        tensor_parallel_size: int = 1,
-        expert_parallel_size: int = 1,
-        pipeline_parallel_size: int = 1,
-        sequence_parallel_size: int = 1,
-        data_parallel_size: int = 1,
-        enable_expert_parallel: bool = False,
-        pipeline_layers: Sequence[int] | None = None,
-    ) -> Layout:
-        """A layout that fits the model, by the long names of the axes.
-
-        Args:
-            enable_expert_parallel: take the largest ep that the other axes allow.
-
-        Raises:
-            LayoutError: it does not fit.
-        """
-        layout = cls(
-            tensor_parallel_size,
-            expert_parallel_size,
-            pipeline_parallel_size,
-            sequence_parallel_size,
-            data_parallel_size,
-            None if pipeline_layers is None else tuple(pipeline_layers),
-        )
-        if enable_expert_parallel:
-            layout = replace(layout, ep=max(layout._usable("ep", config), default=layout.ep))
-        layout.check(config)
-        return layout
+    def with_largest_ep(self, config: ModelConfig) -> Layout:
+        """This layout with the largest ep that its other axes and the model allow."""
+        return replace(self, ep=max(self._usable("ep", config), default=self.ep))
 
     @property
     def sizes(self) -> dict[str, int]:

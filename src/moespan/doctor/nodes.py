@@ -16,10 +16,9 @@ from typing import TypeVar
 
 import msgspec
 
-from moespan import __version__
 from moespan.config import Nodes
 from moespan.doctor.report import Finding, ok, problem, warning
-from moespan.launch.source import source_digest
+from moespan.version import __version__, source_digest
 
 LARGEST_SKEW_S = 1.0
 """Clocks that differ by more make the logs of two nodes hard to read together."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from moespan import __version__
 from moespan.doctor import ascend_tools, compatibility
 from moespan.doctor.host import Host, npu_smi
 from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.doctor.variables import contradictions
+from moespan.version import __version__
 
 
 def software(host: Host, job: JobSpec) -> Iterator[Finding]:

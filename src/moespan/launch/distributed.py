@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, ModelConfig
 from moespan.errors import ConfigError
-from moespan.machine.device import load_torch_npu
+from moespan.machine.device import load_plugin
 from moespan.parallel.buffers import group_buffers_mb
 from moespan.parallel.mesh import Mesh
 
@@ -71,8 +71,7 @@ def make_mesh(
 def _take_device(device: str, local_rank: int) -> torch.device:
     if device == "cpu":
         return torch.device("cpu")
-    if device == "npu":
-        load_torch_npu()
+    load_plugin(device)
     module = getattr(torch, device)
     if local_rank >= module.device_count():
         raise ConfigError(

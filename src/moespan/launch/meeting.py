@@ -34,9 +34,9 @@ import moespan
 from moespan.checkpoint.source import INDEX_FILE, SINGLE_FILE
 from moespan.config import EngineConfig, Nodes, is_wildcard
 from moespan.errors import MeetingError
-from moespan.launch.source import DIGEST_CHARACTERS, source_digest
 from moespan.launch.watch import Watch, write_first_words
 from moespan.machine.interfaces import interfaces
+from moespan.version import DIGEST_CHARACTERS, source_digest
 
 _POLL_S = 0.1
 _CONNECT_S = 2.0

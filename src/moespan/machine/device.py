@@ -1,42 +1,49 @@
-"""Which device to run on, found without importing torch where there is nothing to find."""
+"""Which device to run on: found by the driver's files, and tried with torch where one is found.
+
+Torch is imported only where there is a device to try.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from moespan.device import DEVICES
 from moespan.errors import ConfigError
-
-# Devices that `auto` looks for, the one it prefers first.
-_DEVICE_FILES = {"npu": "davinci[0-9]*", "cuda": "nvidia[0-9]*"}
 
 
 def choose_device(wanted: str) -> str:
-    """`wanted`, or the best that this machine and this torch can use for `auto`.
+    """`wanted`, or for `auto` the best device that this machine has and this torch can use.
 
     Raises:
         ConfigError: the wanted device is not there, or torch cannot use it.
     """
-    if wanted == "cpu":
-        return wanted
     if wanted == "auto":
-        present = [d for d, files in _DEVICE_FILES.items() if any(Path("/dev").glob(files))]
-        return next((device for device in present if _is_usable(device)), "cpu")
-    if wanted == "npu":
-        load_torch_npu()
-    if not _is_usable(wanted):
-        raise ConfigError(
-            f"device {wanted!r} is not usable: torch finds none; check its driver and that torch "
-            "was built for it, or use --device cpu"
-        )
+        return next(name for name in _present() if DEVICES[name].is_host or _is_usable(name))
+    if not DEVICES[wanted].is_host:
+        load_plugin(wanted)
+        if not _is_usable(wanted):
+            raise ConfigError(
+                f"device {wanted!r} is not usable: torch finds none; check its driver and that "
+                "torch was built for it, or use --device cpu"
+            )
     return wanted
 
 
-def load_torch_npu() -> None:
-    """Make `torch.npu` exist. Torch would do so by itself, but then never start without CANN.
+def present_device(root: Path = Path("/")) -> str:
+    """The best device whose driver is on this machine, whether or not torch can use it."""
+    return _present(root)[0]
+
+
+def load_plugin(device: str) -> None:
+    """Make `torch.<device>` exist where torch has it from another package (torch_npu).
+
+    Torch would load the package by itself, but would then never start without CANN.
 
     Raises:
-        ConfigError: torch_npu is not there, or cannot load the libraries of CANN.
+        ConfigError: the package is not there, or cannot load the libraries that it needs.
     """
+    if device != "npu":
+        return
     try:
         import torch_npu  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
@@ -47,13 +54,22 @@ def load_torch_npu() -> None:
         ) from None
 
 
+def _present(root: Path = Path("/")) -> list[str]:
+    """Names of the devices whose driver is here, the best one first; the host is always there."""
+    folder = root / "dev"
+    return [
+        name
+        for name, device in DEVICES.items()
+        if device.is_host or any(folder.glob(device.driver_files))
+    ]
+
+
 def _is_usable(device: str) -> bool:
     import torch
 
-    if device == "npu":
-        try:
-            load_torch_npu()
-        except ConfigError:
-            return False
+    try:
+        load_plugin(device)
+    except ConfigError:
+        return False
     module = getattr(torch, device, None)
     return module is not None and bool(module.is_available())

@@ -17,12 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from moespan import __version__
 from moespan.config import EngineConfig, ModelConfig
 from moespan.engine.request import OutputDelta, SamplingParams
 from moespan.errors import ConfigError, MoespanError
 from moespan.front.llm import LLM
 from moespan.measure.probe import Limits, Probe, Work, machine_name, step_work
+from moespan.version import __version__
 
 Timeline = list[list[float]]
 """For each prompt, the seconds after the start at which each of its tokens came."""
@@ -35,7 +35,7 @@ _SETTLE_S = 0.1
 
 
 @dataclass(frozen=True)
-class Settings:
+class Workload:
     """What to measure.
 
     Attributes:
@@ -187,8 +187,8 @@ def check_room(llm: LLM, case: Case) -> None:
         )
 
 
-def bench(llm: LLM, settings: Settings, nnodes: int = 1) -> dict[str, Any]:
-    """Measure everything in turns, `settings.repeats` times after a round that only warms up.
+def bench(llm: LLM, workload: Workload, nnodes: int = 1) -> dict[str, Any]:
+    """Measure everything in turns, `workload.repeats` times after a round that only warms up.
 
     Token ids are random and new each time. The limits are those right before and after each
     measurement, so that a neighbour who takes bandwidth takes it from both. Of every figure it is
@@ -207,8 +207,8 @@ def bench(llm: LLM, settings: Settings, nnodes: int = 1) -> dict[str, Any]:
     if llm.config.enable_prefix_caching:
         raise ConfigError("the prefix cache would keep what is measured; start without it")
     cases = [
-        *(Case(1, length) for length in settings.prefill),
-        *(Case(batch, settings.context, settings.decode_tokens) for batch in settings.decode_batch),
+        *(Case(1, length) for length in workload.prefill),
+        *(Case(batch, workload.context, workload.decode_tokens) for batch in workload.decode_batch),
     ]
     for case in cases:
         check_room(llm, case)
@@ -223,7 +223,7 @@ def bench(llm: LLM, settings: Settings, nnodes: int = 1) -> dict[str, Any]:
     num_devices = nnodes if engine.device == "cpu" else engine.layout.world_size
     with Probe(engine.device, engine.dtype, num_devices) as probe:
         probes.append(probe())
-        for _ in range(settings.repeats):
+        for _ in range(workload.repeats):
             for case in cases:
                 time.sleep(_SETTLE_S)
                 speeds[case].append(measure(llm, case, draw))
@@ -245,7 +245,7 @@ def bench(llm: LLM, settings: Settings, nnodes: int = 1) -> dict[str, Any]:
         "kv_cache_dtype": info.cache_dtype,
         "layout": engine.layout.sizes,
         "versions": versions(),
-        "settings": asdict(settings),
+        "settings": asdict(workload),
         "prefill": {str(case.length): rows[case] for case in cases if not case.num_tokens},
         "decode": {str(case.batch): rows[case] for case in cases if case.num_tokens},
         "bandwidth_GBps": statistics.median(one.bytes_per_s for one in probes) / 1e9,

@@ -1,18 +1,21 @@
-"""Which code this is: the same digest on two machines means the same package."""
+"""Which code this is: its version, and a digest of its files."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-import moespan
+__version__ = "0.2.0"
 
 DIGEST_CHARACTERS = 12
 
 
 def source_digest() -> str:
-    """The beginning of the SHA-256 of the package's Python files, with their names."""
-    root = Path(moespan.__file__).parent
+    """The beginning of the SHA-256 over the names and contents of the package's Python files.
+
+    The same digest on two machines means the same code.
+    """
+    root = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         content = path.read_bytes()

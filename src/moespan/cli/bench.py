@@ -1,0 +1,115 @@
+"""`moespan bench`: speed against the machine's limits."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from moespan.cli.flags import add_print_env_flag, add_settings_flags, integers, settings_of
+from moespan.cli.show import bench_table
+from moespan.cli.starting import serve_unless_first_node, start_llm
+from moespan.config import EngineConfig
+from moespan.errors import ConfigError
+from moespan.front.settings import Settings
+
+SUMMARY = "measure speed against the machine's limits"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `bench`."""
+    add_settings_flags(parser, model_is_required=False)
+    add_print_env_flag(parser)
+    parser.add_argument(
+        "--preset",
+        metavar="{16b,16b-4l,tiny}",
+        help="random weights of this geometry instead of MODEL; takes --load-format dummy",
+    )
+    group = parser.add_argument_group("what to measure")
+    group.add_argument(
+        "--prefill",
+        type=integers,
+        default=(128, 512, 2048),
+        metavar="N,N,...",
+        help="lengths of single prompts (128,512,2048)",
+    )
+    group.add_argument(
+        "--decode-batch",
+        type=integers,
+        default=(1, 8, 32),
+        metavar="N,N,...",
+        help="sequences that decode together (1,8,32)",
+    )
+    group.add_argument(
+        "--context", type=int, default=128, metavar="N", help="prompt tokens of these (128)"
+    )
+    group.add_argument(
+        "--decode-tokens", type=int, default=32, metavar="N", help="timed tokens of these (32)"
+    )
+    group.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="rounds after a warm-up (5)"
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure prefill and decode speed, latencies, memory and start-up, and what share of the
+    machine's limits is reached. Random token ids, greedy, no prefix cache, medians."""
+    from moespan.measure.bench import Workload, bench, first_token_s
+
+    workload = Workload(
+        args.prefill, args.decode_batch, args.context, args.decode_tokens, args.repeats
+    )
+    settings = _for_bench(settings_of(args), workload.decode_batch)
+    if settings.model is None and (args.preset is None or settings.node_rank > 0):
+        args.usage_error("the following arguments are required: MODEL")
+    serve_unless_first_node(settings)
+    with contextlib.ExitStack() as stack:
+        if args.preset is not None:
+            settings = stack.enter_context(_preset_model(args.preset, settings))
+        started = time.perf_counter()
+        llm = stack.enter_context(start_llm(settings))
+        start_s = time.perf_counter() - started
+        start_up_s = first_token_s(llm)
+        report = bench(llm, workload, settings.nnodes)
+    if args.preset is not None:
+        report["model"] = args.preset
+    report |= {"engine_start_s": start_s, "start_to_first_token_s": start_up_s}
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print(*bench_table(report), sep="\n")
+    return 0
+
+
+def _for_bench(settings: Settings, decode_batch: tuple[int, ...]) -> Settings:
+    """No prefix cache, and room for the largest batch unless `--max-num-seqs` says otherwise."""
+    max_num_seqs = settings.max_num_seqs
+    if max_num_seqs is None:
+        fitting = min(EngineConfig.max_num_seqs, settings.max_num_batched_tokens)
+        max_num_seqs = max(fitting, *decode_batch, 1)
+    return replace(settings, enable_prefix_caching=False, max_num_seqs=max_num_seqs)
+
+
+@contextlib.contextmanager
+def _preset_model(name: str, settings: Settings) -> Iterator[Settings]:
+    """`settings` with a model folder that holds the config of a preset, while the engine runs."""
+    from moespan.checkpoint.random import preset
+
+    if settings.model is not None:
+        raise ConfigError(f"both {settings.model} and --preset {name} are given; leave one out")
+    if settings.load_format == "safetensors":
+        raise ConfigError("--preset has no file to read; it goes with --load-format dummy")
+    if settings.nnodes > 1:
+        raise ConfigError(
+            "--preset makes its config on one node only; give MODEL, a folder with a config.json "
+            "on every node, and --load-format dummy"
+        )
+    with tempfile.TemporaryDirectory(prefix="moespan-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(preset(name, {})))
+        yield replace(settings, model=folder, load_format="dummy")

@@ -1,0 +1,61 @@
+"""`moespan doctor`: what on this machine would stop a job, or slow it down."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
+from moespan.cli.show import EXIT_FAILED
+
+SUMMARY = "check this machine"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `doctor`."""
+    add_settings_flags(parser, model_is_required=False)
+    add_print_env_flag(parser)
+    parser.add_argument(
+        "--collectives",
+        action="store_true",
+        help="also start the layout's ranks, and time all-reduces over each axis",
+    )
+    parser.add_argument(
+        "--compare-nodes",
+        action="store_true",
+        help="also compare code and clocks with the other nodes, which run the same meanwhile",
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look for what would stop a job on this machine or slow it down; exit code 1 if something
+    would stop it."""
+    from moespan.doctor import report
+    from moespan.doctor.checks import examine
+    from moespan.doctor.host import Host
+    from moespan.doctor.job_spec import JobSpec
+
+    model, config, nodes = settings_of(args).resolve(to_run=False)
+    job = JobSpec(
+        device=config.device,
+        layout=config.layout,
+        config=config if model else None,
+        model=model,
+        bind=config.bind,
+        nodes=nodes,
+    )
+    findings = examine(Host(), job)
+    if args.collectives:
+        from moespan.doctor.collectives import findings as time_collectives
+
+        findings += time_collectives(config, nodes.nnodes)
+    if args.compare_nodes:
+        from moespan.doctor.nodes import findings as compare_nodes
+
+        findings += compare_nodes(nodes)
+    if args.json:
+        print(json.dumps(report.to_dict(findings, job.device, str(job.layout))))
+    else:
+        print(*report.table(findings), sep="\n")
+    return EXIT_FAILED if any(one.status == report.PROBLEM for one in findings) else 0

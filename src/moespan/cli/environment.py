@@ -1,0 +1,28 @@
+"""`--print-env`: the environment variables that the ranks would get."""
+
+from __future__ import annotations
+
+import argparse
+
+from moespan.cli.flags import settings_of
+
+
+def print_environment(args: argparse.Namespace) -> int:
+    """Show the environment variables that the ranks would get."""
+    from moespan.machine.binding import choose_binding
+    from moespan.machine.environment import describe, environment_here
+    from moespan.machine.interfaces import address_towards, interface_of
+
+    _, config, nodes = settings_of(args).resolve(to_run=False)
+    ranks = nodes.ranks_per_node(config.layout)
+    threads = (
+        [part.threads for part in choose_binding(config.bind, config.device, ranks).ranks]
+        if config.layout.world_size > 1
+        else []
+    )
+    address, interface = "", "lo"
+    if nodes.nnodes > 1:
+        address = address_towards(nodes.master_addr) or ""
+        interface = (interface_of(address) if address else None) or ""
+    print(*describe(environment_here(config, threads, nodes.nnodes, address, interface)), sep="\n")
+    return 0

@@ -1,0 +1,197 @@
+"""`moespan generate`: prompts from the command line or from a JSONL file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
+from moespan.cli.show import EXIT_FAILED, check_writable, print_text, say_speed, say_start
+from moespan.cli.starting import serve_unless_first_node, start_llm
+from moespan.errors import ConfigError
+from moespan.front.settings import Settings
+
+SUMMARY = "continue prompts"
+
+SAMPLING = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "logprobs",
+    "prompt_logprobs",
+    "n",
+)
+"""Sampling parameters that have a flag."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `generate`."""
+    add_settings_flags(parser)
+    add_print_env_flag(parser)
+    # One of the two is required, but not with --print-env.
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts"
+    )
+    prompts.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='lines {"prompt": text or ids, "id": any, "params": {...}}',
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="answers, a line each as they finish (default: stdout)",
+    )
+    parser.add_argument("--resume", action="store_true", help="skip ids that --output has already")
+    parser.add_argument("--chat", action="store_true", help="treat each prompt as a user message")
+    parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
+    parser.add_argument("--quiet", action="store_true", help="only answers and errors")
+    _add_sampling_flags(parser)
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (defaults for lines that do not set them)")
+    group.add_argument("--max-tokens", "--max-new-tokens", type=int, metavar="N", default=128)
+    group.add_argument("--min-tokens", type=int, metavar="N")
+    group.add_argument(
+        "--temperature", type=float, metavar="F", default=0.0, help="0 is greedy (0)"
+    )
+    group.add_argument("--top-p", type=float, metavar="F")
+    group.add_argument("--top-k", type=int, metavar="N")
+    group.add_argument("--min-p", type=float, metavar="F")
+    group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    group.add_argument("--repetition-penalty", type=float, metavar="F")
+    group.add_argument("--presence-penalty", type=float, metavar="F")
+    group.add_argument("--frequency-penalty", type=float, metavar="F")
+    group.add_argument(
+        "--stop", nargs="+", action="extend", metavar="TEXT", help="strings that end the output"
+    )
+    group.add_argument("--stop-token-ids", nargs="+", action="extend", type=int, metavar="ID")
+    group.add_argument("--ignore-eos", action="store_true", default=None)
+    group.add_argument("--logprobs", type=int, metavar="N", help="with --json or --input")
+    group.add_argument("--prompt-logprobs", type=int, metavar="N", help="with --json or --input")
+    group.add_argument("-n", type=int, metavar="N", help="continuations of each prompt (1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Continue prompts from the command line or from a JSONL file."""
+    from moespan.engine.request import SamplingParams
+
+    settings = settings_of(args)
+    serve_unless_first_node(settings)
+    if args.prompt is None and args.input is None:
+        args.usage_error("one of the arguments --prompt --input is required")
+    params = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    sampling = SamplingParams.from_dict(params)
+    if args.input is not None:
+        return _answer_file(args, settings, params)
+    if args.output is not None or args.resume:
+        raise ConfigError("--output and --resume go with --input FILE.jsonl")
+    return _answer_prompts(args, settings, sampling)
+
+
+def _answer_prompts(args: argparse.Namespace, settings: Settings, sampling: Any) -> int:
+    from moespan.front.batch import answer
+
+    with start_llm(settings) as llm:
+        say_start(args, llm)
+        started = time.perf_counter()
+        if args.chat:
+            conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+            outputs = llm.chat(conversations, sampling)
+        else:
+            outputs = llm.generate(args.prompt, sampling)
+        seconds = time.perf_counter() - started
+    num_failed = 0
+    for number, output in enumerate(outputs):
+        if output.error is not None:
+            num_failed += 1
+            print(f"moespan: prompt {number}: {output.error}", file=sys.stderr)
+        elif args.json:
+            print(json.dumps(answer(number, output), ensure_ascii=False))
+        else:
+            print_text(args.prompt[number], output)
+    num_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+    say_speed(args, len(outputs) - num_failed, num_tokens, seconds)
+    return EXIT_FAILED if num_failed else 0
+
+
+def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str, Any]) -> int:
+    from tqdm import tqdm
+
+    from moespan.front.batch import run_batch
+
+    done = _answered_before(args)
+    with args.input.open("rb") as file:
+        num_lines = sum(1 for line in file if line.strip())
+    with (
+        start_llm(settings) as llm,
+        _opened(args.output) as output,
+        tqdm(total=num_lines, unit="prompt", disable=args.quiet or None) as bar,
+    ):
+        say_start(args, llm)
+        report = run_batch(
+            llm,
+            args.input,
+            output,
+            params,
+            chat=args.chat,
+            done=done,
+            complain=lambda message: tqdm.write(f"moespan: {message}", file=sys.stderr),
+            advance=bar.update,
+        )
+    if report.num_skipped and not args.quiet:
+        print(f"{report.num_skipped} were answered before", file=sys.stderr)
+    say_speed(args, report.num_answered, report.num_output_tokens, report.seconds)
+    if report.num_failed:
+        print(f"moespan: {report.num_failed} of {num_lines} lines failed", file=sys.stderr)
+    return EXIT_FAILED if report.num_failed else 0
+
+
+def _answered_before(args: argparse.Namespace) -> set[str]:
+    """Ids that `--output` has already; refuses files that could not be read or written later."""
+    from moespan.front.batch import answered_ids
+
+    if not args.input.is_file():
+        raise ConfigError(f"--input {args.input} is not a file")
+    if args.output is None:
+        if args.resume:
+            raise ConfigError("--resume needs --output FILE.jsonl, where the answers so far are")
+        return set()
+    check_writable(args.output, "--output")
+    if not args.output.exists():
+        return set()
+    if not args.resume:
+        raise ConfigError(
+            f"--output {args.output} exists; add --resume to answer only what is missing in it, or "
+            "give another file"
+        )
+    return answered_ids(args.output)
+
+
+@contextlib.contextmanager
+def _opened(path: Path | None) -> Iterator[Any]:
+    if path is None:
+        yield sys.stdout
+        return
+    with path.open("a", encoding="utf-8") as file:
+        yield file

@@ -1,0 +1,118 @@
+"""`moespan info`: a model in one page."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from moespan.cli.flags import add_model_flags, settings_of
+from moespan.cli.show import BYTES, COUNTS, scaled
+from moespan.config import DTYPE_BYTES, QUANTIZATIONS, EngineConfig, Layout, ModelConfig
+from moespan.errors import ConfigError
+
+SUMMARY = "describe a model"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `info`."""
+    add_model_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Describe a model in one page; reads no weights."""
+    model, config, _ = settings_of(args).resolve(to_run=False)
+    assert model is not None
+    facts = {"model": args.model, **_facts(model, config), "config": asdict(model)}
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    lines = list(_lines(model, config.layout, facts))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _lines(model: ModelConfig, layout: Layout, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and value of each line."""
+    experts = (
+        f"{model.n_routed_experts} routed, top {model.num_experts_per_tok}, "
+        f"{model.n_shared_experts or 0} shared, width {model.moe_intermediate_size}, "
+        f"in {model.num_moe_layers} layers"
+        if model.n_routed_experts
+        else "none"
+    )
+    total, active = facts["parameters"], facts["active_parameters"]
+    yield "model", facts["model"]
+    yield (
+        "parameters",
+        f"{scaled(total, COUNTS, 3)} total, {scaled(active, COUNTS)} active for one token",
+    )
+    yield "layers", f"{model.num_hidden_layers}, hidden size {model.hidden_size}"
+    yield (
+        "attention",
+        f"{model.num_attention_heads} heads × {model.head_dim}, "
+        f"{model.num_key_value_heads} KV heads",
+    )
+    yield "experts", experts
+    yield "dense MLP width", str(model.intermediate_size)
+    yield "vocabulary", str(model.vocab_size)
+    yield "longest sequence", f"{model.max_position_embeddings} tokens"
+    yield (
+        "weights",
+        ", ".join(f"{scaled(size, BYTES)} {name}" for name, size in facts["bytes"].items()),
+    )
+    yield (
+        "KV cache per token",
+        ", ".join(
+            f"{size / 1024:g} KiB {name}" for name, size in facts["kv_bytes_per_token"].items()
+        ),
+    )
+    weights = max(facts["weight_bytes_per_rank"])
+    cache = max(facts["kv_bytes_per_token_per_rank"])
+    yield (
+        f"per rank, {layout}",
+        f"{scaled(weights, BYTES)} of {facts['quantization'] or facts['dtype']} weights, "
+        f"{cache / 1024:g} KiB of {facts['kv_cache_dtype']} KV cache per token",
+    )
+
+
+def _facts(config: ModelConfig, engine: EngineConfig) -> dict[str, Any]:
+    from moespan.checkpoint.experts import ExpertPlacement
+    from moespan.checkpoint.placement import cache_bytes_per_token, count_parameters, place
+
+    layout = engine.layout
+    placement = ExpertPlacement.make(engine.expert_placement, config, layout)
+    total, active = count_parameters(config)
+    stored = config.quantization
+    scheme = stored.running_as(engine.quantization) if stored else engine.quantization
+    world = range(layout.world_size)
+    quantized = {}
+    for name in stored.same_weights if stored else QUANTIZATIONS:
+        with contextlib.suppress(ConfigError):  # rows need not be whole groups
+            quantized[name] = place(config, Layout(), 0, quantization=name).num_bytes(engine.dtype)
+    return {
+        "parameters": total,
+        "active_parameters": active,
+        "bytes": {**{name: total * size for name, size in DTYPE_BYTES.items()}, **quantized},
+        "kv_bytes_per_token": {
+            name: config.kv_bytes_per_token(name) for name in (*DTYPE_BYTES, "int8")
+        },
+        "dtype": engine.dtype,
+        "quantization": scheme,
+        "kv_cache_dtype": engine.cache_dtype,
+        "layout": layout.sizes,
+        "pipeline_layers": [len(stage) for stage in layout.stages(config)],
+        "weight_bytes_per_rank": [
+            place(config, layout, rank, placement, engine.quantization).num_bytes(engine.dtype)
+            for rank in world
+        ],
+        "kv_bytes_per_token_per_rank": [
+            cache_bytes_per_token(config, layout, rank, engine.cache_dtype) for rank in world
+        ],
+    }

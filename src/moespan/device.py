@@ -1,0 +1,80 @@
+"""The devices that moespan runs on: one row of facts for each. Imports no torch.
+
+Code outside `ops/` and `machine/` that depends on the device reads a field of its row, and never
+compares names. A new device is a row here, a folder in `ops/`, and rules in `machine/` and
+`doctor/` if it has any (`docs/extending.md`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Facts about one kind of device.
+
+    Attributes:
+        name: the device's name in torch.
+        backend: back end of torch.distributed for collectives between such devices.
+        driver_files: glob below `/dev` of the files that the driver makes, one for each device;
+            empty for the host's own processor.
+        block_size: default tokens in one block of the KV cache.
+        cache_share: part of the memory left beside the weights that the KV cache may take; the
+            rest is for activations.
+        is_host: whether the device is the host's processor: its memory is the host's, all ranks of
+            a node share both, and operations have finished when their call returns.
+        is_small_sum_one_shot: whether small all-reduces may take one kernel of our own
+            (`moespan.parallel.one_shot`).
+        has_group_buffers: whether every process group allocates buffers whose size we choose
+            (`moespan.parallel.buffers`).
+        draws_weights: whether random weights are drawn on the device; elsewhere the host draws
+            them.
+        host_cores_per_rank: fewest cores that one rank needs on the host.
+        timed_bytes: message sizes in bytes for which the doctor times an all-reduce.
+    """
+
+    name: str
+    backend: str
+    driver_files: str
+    block_size: int
+    cache_share: float
+    is_host: bool = False
+    is_small_sum_one_shot: bool = False
+    has_group_buffers: bool = False
+    draws_weights: bool = False
+    host_cores_per_rank: int = 1
+    timed_bytes: tuple[int, ...] = (8 << 10, 1 << 20, 64 << 20)
+
+
+NPU = Device(
+    name="npu",
+    backend="hccl",
+    driver_files="davinci[0-9]*",
+    block_size=128,
+    cache_share=0.85,
+    has_group_buffers=True,
+    # torch_npu launches kernels from a thread of its own.
+    host_cores_per_rank=2,
+)
+CUDA = Device(
+    name="cuda",
+    backend="nccl",
+    driver_files="nvidia[0-9]*",
+    block_size=32,
+    cache_share=0.85,
+    is_small_sum_one_shot=True,
+    draws_weights=True,
+)
+CPU = Device(
+    name="cpu",
+    backend="gloo",
+    driver_files="",
+    block_size=32,
+    cache_share=0.5,
+    is_host=True,
+    timed_bytes=(8 << 10, 1 << 20, 8 << 20),
+)
+
+DEVICES = {device.name: device for device in (NPU, CUDA, CPU)}
+"""All devices by name, in the order in which `auto` prefers them."""
