@@ -31,6 +31,8 @@ class Device:
         draws_weights: whether random weights are drawn on the device; elsewhere the host draws
             them.
         host_cores_per_rank: fewest cores that one rank needs on the host.
+        own_options: options of the engine that are refused on every device without them; all of
+            them take 16-bit dtypes only.
         timed_bytes: message sizes in bytes for which the doctor times an all-reduce.
     """
 
@@ -44,6 +46,7 @@ class Device:
     has_group_buffers: bool = False
     draws_weights: bool = False
     host_cores_per_rank: int = 1
+    own_options: tuple[str, ...] = ()
     timed_bytes: tuple[int, ...] = (8 << 10, 1 << 20, 64 << 20)
 
 
@@ -56,6 +59,7 @@ NPU = Device(
     has_group_buffers=True,
     # torch_npu launches kernels from a thread of its own.
     host_cores_per_rank=2,
+    own_options=("moe_dispatch=fused", "npu_fused_all_reduce", "npu_weight_format"),
 )
 CUDA = Device(
     name="cuda",

@@ -122,7 +122,7 @@ class EngineConfig(EngineOptions):
         check_choice("load_format", self.load_format, ("safetensors", "dummy"))
         for name in ("max_model_len", "max_num_seqs", "block_size"):
             check_positive(name, getattr(self, name))
-        self._check_npu_options()
+        self._check_device_options()
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_seqs={self.max_num_seqs} exceeds "
@@ -136,19 +136,23 @@ class EngineConfig(EngineOptions):
                 f"{self.blocks_per_sequence} or a shorter max_model_len"
             )
 
-    def _check_npu_options(self) -> None:
-        """Refuse the options that only NPUs have, and only for 16-bit dtypes."""
-        asked = {
+    def _check_device_options(self) -> None:
+        """Refuse options that only other devices have, and those that need a 16-bit dtype."""
+        is_asked = {
             "moe_dispatch=fused": self.moe_dispatch == "fused",
-            f"npu_fused_all_reduce={self.npu_fused_all_reduce}": self.npu_fused_all_reduce > 0,
-            f"npu_weight_format={self.npu_weight_format}": self.npu_weight_format != "nd",
+            "npu_fused_all_reduce": self.npu_fused_all_reduce > 0,
+            "npu_weight_format": self.npu_weight_format != EngineOptions.npu_weight_format,
         }
-        for option in (option for option, is_asked in asked.items() if is_asked):
-            if self.device != "npu":
-                raise ConfigError(f"{option} is for device=npu, not {self.device}; leave it out")
+        for option in (name for name, asked in is_asked.items() if asked):
+            shown = option if "=" in option else f"{option}={getattr(self, option)}"
+            takers = [one.name for one in DEVICES.values() if option in one.own_options]
+            if self.device not in takers:
+                raise ConfigError(
+                    f"{shown} is for device={' or '.join(takers)}, not {self.device}; leave it out"
+                )
             if DTYPE_BYTES[self.dtype] != 2:
                 raise ConfigError(
-                    f"{option} takes float16 and bfloat16, not dtype={self.dtype}; leave it out"
+                    f"{shown} takes float16 and bfloat16, not dtype={self.dtype}; leave it out"
                 )
 
     @property

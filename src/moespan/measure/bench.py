@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moespan.config import EngineConfig, ModelConfig
+from moespan.device import DEVICES
 from moespan.engine.request import OutputDelta, SamplingParams
 from moespan.errors import ConfigError, MoespanError
 from moespan.front.llm import LLM
@@ -219,8 +220,8 @@ def bench(llm: LLM, workload: Workload, nnodes: int = 1) -> dict[str, Any]:
     probes: list[Limits] = []
     for case in cases:
         measure(llm, case, draw)
-    # Ranks on CPUs share their machine; elsewhere each has a device of its own.
-    num_devices = nnodes if engine.device == "cpu" else engine.layout.world_size
+    # Ranks on the host share one machine; elsewhere each has a device of its own.
+    num_devices = nnodes if DEVICES[engine.device].is_host else engine.layout.world_size
     with Probe(engine.device, engine.dtype, num_devices) as probe:
         probes.append(probe())
         for _ in range(workload.repeats):
