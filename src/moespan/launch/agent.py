@@ -36,10 +36,12 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
+from moespan import log
 from moespan.config import EngineConfig, Nodes
 from moespan.errors import ConfigError, MeetingError
-from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
+from moespan.launch.job import STACK_SIGNAL, Failure, Job
 from moespan.launch.watch import NoPeers, Peers
+from moespan.log import logger
 from moespan.machine import environment
 from moespan.machine.binding import Binding, choose_binding
 from moespan.machine.interfaces import interface_of
@@ -56,9 +58,10 @@ def main(argv: list[str]) -> int:
     """Run the job to its end; leave word of what ended it, if that was a failure."""
     directory, ranks, front_pid, *program = argv
     job = Job(directory)
+    log.set_up()
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_front, args=(int(front_pid),), daemon=True).start()
-    if not debugging():
+    if log.level() != "debug":
         _silence("torch.distributed.elastic")
     try:
         return _run(job, int(ranks), int(front_pid), program)
@@ -95,7 +98,7 @@ def _meet(config: EngineConfig, nodes: Nodes, plan: Binding) -> tuple[Peers, Ren
         return NoPeers(), RendezvousStoreInfo("localhost", 0)
     from moespan.launch import meeting
 
-    met = meeting.meet(nodes, meeting.facts(config, nodes), _say)
+    met = meeting.meet(nodes, meeting.facts(config, nodes), logger.info)
     interface = interface_of(met.address) or ""
     environment.apply(
         environment.environment_here(config, threads, nodes.nnodes, met.address, interface)
@@ -103,7 +106,7 @@ def _meet(config: EngineConfig, nodes: Nodes, plan: Binding) -> tuple[Peers, Ren
     if nodes.node_rank > 0:
         first = nodes.node_rank * ranks
         ours = f"rank {first}" if ranks == 1 else f"ranks {first} to {first + ranks - 1}"
-        _say(
+        logger.info(
             f"node {nodes.node_rank} of {nodes.nnodes} ({met.address}, {interface}) joined "
             f"{nodes.meeting_point} with {ours}"
         )
@@ -269,10 +272,6 @@ class _Met(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
         return True
 
 
-def _say(line: str) -> None:
-    print(f"moespan: {line}", file=sys.stderr, flush=True)
-
-
 def _stop(number: int, _: FrameType | None) -> None:
     """End as torch's agent does, also before it is there."""
     raise SignalException("stopped", signal.Signals(number))
@@ -280,9 +279,9 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 def _silence(name: str) -> None:
     """Drop what loggers below `name` say."""
-    logger = logging.getLogger(name)
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False
+    silenced = logging.getLogger(name)
+    silenced.addHandler(logging.NullHandler())
+    silenced.propagate = False
 
 
 def _end_with_front(front_pid: int) -> None:

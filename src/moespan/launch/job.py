@@ -138,11 +138,6 @@ class Job:
         return self.directory / ("failure.json" if rank is None else f"failure-{rank}.json")
 
 
-def debugging() -> bool:
-    """Whether the user asked for everything that is known: `MOESPAN_LOG=debug`."""
-    return os.environ.get("MOESPAN_LOG", "").lower() == "debug"
-
-
 def started_by_torchrun() -> bool:
     """Whether this process is one of several that a torch launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ

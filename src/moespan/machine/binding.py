@@ -15,7 +15,6 @@ import itertools
 import os
 import platform
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import TypeVar
 import msgspec
 
 from moespan.errors import ConfigError
+from moespan.log import logger
 from moespan.machine.cores import usable_cores
 from moespan.machine.topology import Topology, ask_npu_smi, format_list, parse_list, read_topology
 
@@ -163,7 +163,7 @@ def bind(part: RankBinding) -> None:
     """Do this rank's part as far as this machine lets us, and say what it does not let us."""
     os.environ.setdefault("OMP_NUM_THREADS", str(part.threads))
     for problem in apply(part):
-        print(f"rank {part.local_rank}: {problem}", file=sys.stderr)
+        logger.warning(problem)
 
 
 def apply(part: RankBinding) -> list[str]:
