@@ -632,6 +632,15 @@ def test_memory_of_the_container(made: Made) -> None:
     assert "may use 64.0" in only(made.examine(), "host memory", report.OK).found
 
 
+def test_the_tightest_limit_of_all_groups_counts(made: Made) -> None:
+    made.write("proc/self/cgroup", "0::/slurm/job\n")
+    made.write("sys/fs/cgroup/slurm/job/memory.max", "max")
+    made.write("sys/fs/cgroup/slurm/memory.max", "32000000000")
+    assert "may use 32.0" in only(made.examine(), "host memory", report.OK).found
+    made.write("sys/fs/cgroup/memory/memory.limit_in_bytes", "16000000000")  # v1
+    assert "may use 16.0" in only(made.examine(), "host memory", report.OK).found
+
+
 # The model
 
 
