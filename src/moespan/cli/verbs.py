@@ -488,7 +488,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def print_environment(args: argparse.Namespace) -> int:
     """Show the environment variables that the ranks would get."""
-    from moespan.machine.binding import choose_binding
+    from moespan.machine.binding import binding_here
     from moespan.machine.environment import describe, environment_here
     from moespan.machine.interfaces import address_towards, interface_of
 
@@ -500,7 +500,7 @@ def print_environment(args: argparse.Namespace) -> int:
     nnodes = args.nnodes
     ranks = nodes_of(args).ranks_per_node(config.layout)
     threads = (
-        [part.threads for part in choose_binding(config.bind, config.device, ranks).ranks]
+        [part.threads for part in binding_here(config.bind, config.device, ranks).ranks]
         if config.layout.world_size > 1
         else []
     )

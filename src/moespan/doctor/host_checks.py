@@ -12,7 +12,7 @@ from moespan.doctor.host import Host
 from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.errors import ConfigError, MoespanError
-from moespan.machine.binding import make_plan
+from moespan.machine.binding import choose_binding
 from moespan.machine.cores import usable_cores
 from moespan.machine.topology import read_topology
 from moespan.planner.memory import Fit, fit
@@ -62,7 +62,7 @@ def limits(host: Host, job: JobSpec) -> Iterator[Finding]:
 
 
 def cores(host: Host, job: JobSpec) -> Iterator[Finding]:
-    """Cores, quota and the plan of who gets which."""
+    """Cores, CPU quota, and the binding of ranks to cores."""
     topology_says = ""
     if job.device == "npu" and job.bind == "auto":
         answer = host.ask("npu-smi", "info", "-t", "topo")
@@ -71,11 +71,11 @@ def cores(host: Host, job: JobSpec) -> Iterator[Finding]:
     quota = usable_cores(host.root, host.allowed)
     topology = msgspec.structs.replace(topology, usable_cores=quota)
     try:
-        plan = make_plan(topology, job.ranks, job.bind, host.environ)
+        binding = choose_binding(topology, job.ranks, job.bind, host.environ)
     except ConfigError as error:
         yield problem(str(error), "see docs/numa.md")
         return
-    words = "; ".join(plan.summary() if job.ranks > 1 else plan.notes)
+    words = "; ".join(binding.summary() if job.ranks > 1 else binding.notes)
     cpus = len(host.allowed)
     nodes = len(topology.cores)
     head = f"{cpus} CPUs in {nodes} NUMA node{'s' if nodes > 1 else ''}"
@@ -89,7 +89,7 @@ def cores(host: Host, job: JobSpec) -> Iterator[Finding]:
             f"give {job.ranks} ranks {least * job.ranks} cores or more: --cpus, --cpuset-cpus"
             + (", since an NPU's rank launches kernels from a thread of its own" * (least > 1)),
         )
-    elif plan.notes:
+    elif binding.notes:
         yield warning(head, "see docs/numa.md; --bind 0:NODE,1:NODE,... says it by hand")
     else:
         yield ok(head)

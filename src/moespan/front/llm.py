@@ -422,7 +422,7 @@ def _connect(config: EngineConfig, nodes: Nodes) -> EngineClient:
 
     Torch is imported only where this process computes.
     """
-    from moespan.launch.job import started_by_torchrun
+    from moespan.machine.environment import started_by_torchrun
 
     if nodes.nnodes > 1:
         if started_by_torchrun():

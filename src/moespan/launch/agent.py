@@ -43,7 +43,7 @@ from moespan.launch.job import STACK_SIGNAL, Failure, Job
 from moespan.launch.watch import NoPeers, Peers
 from moespan.log import logger
 from moespan.machine import environment
-from moespan.machine.binding import Binding, choose_binding
+from moespan.machine.binding import Binding, binding_here
 from moespan.machine.interfaces import interface_of
 
 _MONITOR_S = 0.1
@@ -75,9 +75,9 @@ def main(argv: list[str]) -> int:
 def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
     nodes, config = job.read_nodes(), job.read_config()
     try:
-        plan = choose_binding(config.bind, config.device, ranks)
-        job.write_binding(plan)
-        peers, master = _meet(config, nodes, plan)
+        binding = binding_here(config.bind, config.device, ranks)
+        job.write_binding(binding)
+        peers, master = _meet(config, nodes, binding)
     except (ConfigError, MeetingError) as error:
         job.write_failure(Failure(rank=None, kind=type(error).__name__, message=str(error)))
         return 1
@@ -90,9 +90,11 @@ def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
         return 1
 
 
-def _meet(config: EngineConfig, nodes: Nodes, plan: Binding) -> tuple[Peers, RendezvousStoreInfo]:
+def _meet(
+    config: EngineConfig, nodes: Nodes, binding: Binding
+) -> tuple[Peers, RendezvousStoreInfo]:
     """The other nodes, and where the ranks find each other. Sets what the ranks inherit."""
-    ranks, threads = len(plan.ranks), [part.threads for part in plan.ranks]
+    ranks, threads = len(binding.ranks), [part.threads for part in binding.ranks]
     if nodes.nnodes == 1:
         environment.apply(environment.environment_here(config, threads))
         return NoPeers(), RendezvousStoreInfo("localhost", 0)

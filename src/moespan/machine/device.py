@@ -1,4 +1,4 @@
-"""Which device to run on, found without importing torch where there is nothing to find."""
+"""The choice of the device. torch is imported only for a device that has a file or is asked for."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 
 from moespan.errors import ConfigError
 
-# Devices that `auto` looks for, the one it prefers first.
+# Devices that `auto` looks for, the preferred one first.
 _DEVICE_FILES = {"npu": "davinci[0-9]*", "cuda": "nvidia[0-9]*"}
 
 
 def choose_device(wanted: str) -> str:
-    """`wanted`, or the best that this machine and this torch can use for `auto`.
+    """`wanted`; for `auto` the best device that this machine has and this torch can use.
 
     Raises:
-        ConfigError: the wanted device is not there, or torch cannot use it.
+        ConfigError: the wanted device does not exist, or torch cannot use it.
     """
     if wanted == "cpu":
         return wanted
@@ -32,10 +32,12 @@ def choose_device(wanted: str) -> str:
 
 
 def load_torch_npu() -> None:
-    """Make `torch.npu` exist. Torch would do so by itself, but then never start without CANN.
+    """Make `torch.npu` exist.
+
+    Torch could load torch_npu by itself, but `import torch` would then fail without CANN.
 
     Raises:
-        ConfigError: torch_npu is not there, or cannot load the libraries of CANN.
+        ConfigError: torch_npu is not installed, or cannot load the libraries of CANN.
     """
     try:
         import torch_npu  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
