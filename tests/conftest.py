@@ -6,10 +6,15 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+from moespan import log
+
 # Before anything imports torch, and for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Before anything imports Triton: its kernels then run on the CPU, and take part wherever it is.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# Messages go to stderr, where tests look for them, as in our own programs.
+log.set_up()
 
 settings.register_profile(
     "moespan",

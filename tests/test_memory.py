@@ -54,51 +54,27 @@ def test_large_zeros_begin_at_a_page_and_ask_for_huge_ones():
     raise AssertionError("it lies nowhere")
 
 
-def limits(
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    machine: int,
-    limit: int | None = None,
-    used: int = 0,
-    page_cache: int = 0,
+def set_memory(
+    monkeypatch: pytest.MonkeyPatch, *, machine: int, within_limits: int | None = None
 ) -> None:
-    """Make the machine and the container look like this."""
-    files = {"/sys/fs/cgroup/memory.max": limit, "/sys/fs/cgroup/memory.current": used}
+    """Make the machine and its cgroups look like this."""
     monkeypatch.setattr(memory, "_meminfo_bytes", lambda key: machine)
-    monkeypatch.setattr(memory, "_read_integer", files.get)
-    monkeypatch.setattr(memory, "_cgroup_statistic", lambda key: page_cache)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: within_limits)
 
 
 def test_without_a_container_the_machines_memory_counts(monkeypatch: pytest.MonkeyPatch):
-    limits(monkeypatch, machine=1000)
+    set_memory(monkeypatch, machine=1000)
     assert available_bytes(CPU) == 1000
 
 
 def test_the_containers_limit_counts_where_it_is_tighter(monkeypatch: pytest.MonkeyPatch):
-    limits(monkeypatch, machine=1000, limit=500, used=200)
+    set_memory(monkeypatch, machine=1000, within_limits=300)
     assert available_bytes(CPU) == 300
-    limits(monkeypatch, machine=100, limit=500, used=200)
+    set_memory(monkeypatch, machine=100, within_limits=300)
     assert available_bytes(CPU) == 100
-
-
-def test_the_page_cache_of_a_container_gives_way(monkeypatch: pytest.MonkeyPatch):
-    limits(monkeypatch, machine=1000, limit=500, used=400, page_cache=250)
-    assert available_bytes(CPU) == 350
-
-
-def test_free_memory_is_never_negative(monkeypatch: pytest.MonkeyPatch):
-    limits(monkeypatch, machine=1000, limit=500, used=600)
+    set_memory(monkeypatch, machine=100, within_limits=0)
     assert available_bytes(CPU) == 0
 
 
 def test_this_machine_has_memory():
     assert available_bytes(CPU) > 1 << 20
-
-
-def test_a_limit_is_a_number_or_none(tmp_path: Path):
-    file = tmp_path / "memory.max"
-    assert memory._read_integer(str(file)) is None
-    file.write_text("max\n")
-    assert memory._read_integer(str(file)) is None
-    file.write_text("1073741824\n")
-    assert memory._read_integer(str(file)) == 1 << 30

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from moespan.cgroups import available_memory_bytes
+
 # What is smaller than a huge page gets ordinary ones; there is not much of it.
 _HUGE_PAGE_BYTES = 2 << 20
 
@@ -80,18 +82,13 @@ class ToHost:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on `device`; for CPUs within the container's limit."""
+    """Memory that can still be allocated on `device`; for CPUs within the limits of cgroups."""
     if device.type != "cpu":
         free_bytes, _ = torch.get_device_module(device).mem_get_info(device)
         return int(free_bytes)
     available = _meminfo_bytes("MemAvailable")
-    limit = _read_integer("/sys/fs/cgroup/memory.max")
-    used = _read_integer("/sys/fs/cgroup/memory.current")
-    if limit is not None and used is not None:
-        # Page cache counts as used there, though it gives way.
-        reclaimable = _cgroup_statistic("inactive_file")
-        available = min(available, limit - used + reclaimable)
-    return max(available, 0)
+    within_limits = available_memory_bytes()
+    return available if within_limits is None else min(available, within_limits)
 
 
 def reserved_bytes(device: torch.device) -> int:
@@ -106,18 +103,3 @@ def _meminfo_bytes(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/meminfo has no {key}")
-
-
-def _cgroup_statistic(key: str) -> int:
-    for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
-        if line.startswith(key + " "):
-            return int(line.split()[1])
-    return 0
-
-
-def _read_integer(path: str) -> int | None:
-    try:
-        text = Path(path).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None

@@ -337,7 +337,7 @@ def of(findings: list[Finding], check: str, status: str | None = None) -> list[F
 def only(findings: list[Finding], check: str, status: str) -> Finding:
     found = of(findings, check)
     assert [one.status for one in found] == [status], found
-    assert bool(found[0].mend) == (status in (report.WARNING, report.PROBLEM))
+    assert bool(found[0].fix) == (status in (report.WARNING, report.PROBLEM))
     return found[0]
 
 
@@ -435,7 +435,7 @@ def test_cann_in_its_old_place_without_set_env(made: Made) -> None:
     del made.environ["ASCEND_HOME_PATH"]
     findings = made.examine()
     finding = only(findings, "CANN", report.WARNING)
-    assert "8.3.RC1" in finding.found and "set_env.sh" in finding.mend
+    assert "8.3.RC1" in finding.found and "set_env.sh" in finding.fix
     assert "has 8.3.RC1" in only(findings, "torch_npu", report.PROBLEM).found
 
 
@@ -467,7 +467,7 @@ def test_old_torch_and_missing_torch(made: Made) -> None:
 def test_npus_that_another_container_holds(made: Made) -> None:
     made.program("npu-smi", {"info": SMI_HELD})
     (finding,) = of(made.examine(), "devices", report.PROBLEM)
-    assert "-8020" not in finding.mend and "another container" in finding.mend
+    assert "-8020" not in finding.fix and "another container" in finding.fix
 
 
 def test_a_sick_npu_and_too_few_of_them(made: Made) -> None:
@@ -481,7 +481,7 @@ def test_a_sick_npu_and_too_few_of_them(made: Made) -> None:
 def test_npus_in_use(made: Made) -> None:
     made.program("npu-smi", {"info": SMI_910C})
     (finding,) = of(made.examine(), "devices", report.WARNING)
-    assert "7: python3.1 (632268)" in finding.found and "16666" in finding.mend
+    assert "7: python3.1 (632268)" in finding.found and "16666" in finding.fix
     made.program("npu-smi", {"info": SMI_910B.replace("3379 / 65536", "31000 / 65536")})
     (finding,) = of(made.examine(), "devices", report.WARNING)
     assert "0: 31000 MB" in finding.found
@@ -548,8 +548,8 @@ def test_hccls_ports(made: Made) -> None:
     assert f": {first + 3} in use" in finding.found
     made.write("proc/sys/net/ipv4/ip_local_port_range", f"{first} 65000")
     made.write("proc/sys/net/ipv4/ip_local_reserved_ports", "")
-    mend = only(made.examine(), "ports", report.WARNING).mend
-    assert mend == f"sysctl -w net.ipv4.ip_local_reserved_ports={first}-{first + 31}"
+    fix = only(made.examine(), "ports", report.WARNING).fix
+    assert fix == f"sysctl -w net.ipv4.ip_local_reserved_ports={first}-{first + 31}"
     made.environ["HCCL_IF_BASE_PORT"] = "70000"
     assert only(made.examine(), "ports", report.PROBLEM)
 
@@ -559,7 +559,7 @@ def test_the_master_port_on_node_0(made: Made, listener: socket.socket) -> None:
     job = JobSpec("cpu", Layout(tp=2), nodes=two_nodes(0, "127.0.0.1", port))
     assert "in use" in only(made.examine(job), "ports", report.PROBLEM).found
     job = JobSpec("cpu", Layout(tp=2), nodes=two_nodes(0, "192.0.2.1", port))
-    assert "address of node 0" in only(made.examine(job), "ports", report.PROBLEM).mend
+    assert "address of node 0" in only(made.examine(job), "ports", report.PROBLEM).fix
 
 
 def test_the_master_port_from_another_node(made: Made, listener: socket.socket) -> None:
@@ -585,7 +585,7 @@ def test_which_interface_leads_to_the_others(made: Made) -> None:
 def test_shared_memory(made: Made) -> None:
     made.write("proc/mounts", "shm /dev/shm tmpfs rw,nosuid,size=65536k 0 0\n")
     finding = only(made.examine(), "shared memory", report.WARNING)
-    assert "0.07 GB" in finding.found and "--shm-size" in finding.mend
+    assert "0.07 GB" in finding.found and "--shm-size" in finding.fix
     made.write("proc/mounts", "tmpfs /dev/shm tmpfs rw,nosuid 0 0\n")
     assert "541.07 GB" in only(made.examine(), "shared memory", report.OK).found
     made.write("proc/mounts", "")
@@ -606,7 +606,7 @@ def test_cores_and_quota(made: Made) -> None:
     made.write("sys/fs/cgroup/cpu.max", "200000 100000")
     made.write("proc/self/cgroup", "0::/\n")
     finding = only(made.examine(), "cores", report.WARNING)
-    assert "quota leaves 2" in finding.found and "4 cores or more" in finding.mend
+    assert "quota leaves 2" in finding.found and "4 cores or more" in finding.fix
     finding = only(made.examine(npu_job(bind="0:9")), "cores", report.PROBLEM)
     assert "NUMA" in finding.found
 
@@ -620,8 +620,8 @@ def test_npus_of_unknown_nodes(made: Made) -> None:
 def test_host_tuning(made: Made) -> None:
     made.write("proc/sys/kernel/numa_balancing", "1")
     made.write("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "powersave")
-    mends = {one.mend for one in of(made.examine(), "cores", report.WARNING)}
-    assert mends == {
+    fixes = {one.fix for one in of(made.examine(), "cores", report.WARNING)}
+    assert fixes == {
         "sysctl -w kernel.numa_balancing=0",
         "cpupower frequency-set -g performance",
     }
@@ -630,6 +630,15 @@ def test_host_tuning(made: Made) -> None:
 def test_memory_of_the_container(made: Made) -> None:
     made.write("sys/fs/cgroup/memory.max", "64000000000")
     assert "may use 64.0" in only(made.examine(), "host memory", report.OK).found
+
+
+def test_the_tightest_limit_of_all_groups_counts(made: Made) -> None:
+    made.write("proc/self/cgroup", "0::/slurm/job\n")
+    made.write("sys/fs/cgroup/slurm/job/memory.max", "max")
+    made.write("sys/fs/cgroup/slurm/memory.max", "32000000000")
+    assert "may use 32.0" in only(made.examine(), "host memory", report.OK).found
+    made.write("sys/fs/cgroup/memory/memory.limit_in_bytes", "16000000000")  # v1
+    assert "may use 16.0" in only(made.examine(), "host memory", report.OK).found
 
 
 # The model
@@ -725,7 +734,7 @@ def test_good_environments(environ: dict[str, str]) -> None:
 @pytest.mark.parametrize(("environ", "status", "words"), BAD_ENVIRONMENTS)
 def test_bad_environments(environ: dict[str, str], status: str, words: str) -> None:
     (finding,) = contradict(environ)
-    assert finding.status == status and words in finding.found and finding.mend
+    assert finding.status == status and words in finding.found and finding.fix
 
 
 def test_aiv_that_the_layout_forbids() -> None:
@@ -807,7 +816,7 @@ def test_json_and_exit_codes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == (1 if told["counts"]["problem"] else 0)
     assert told["device"] == "cpu" and told["layout"] == "tp=2"
     assert set(told["counts"]) == {"ok", "warning", "problem", "skipped"}
-    assert all(set(one) == {"check", "status", "found", "mend"} for one in told["findings"])
+    assert all(set(one) == {"check", "status", "found", "fix"} for one in told["findings"])
     monkeypatch.setenv("HCCL_BUFFSIZE", "none")
     code, out = run("--device", "cpu")
     assert code == 1 and "problem  environment" in out and "→ unset it" in out
@@ -867,7 +876,7 @@ def test_nodes_with_different_clocks(free_port: int, skew_s: float, words: str):
     first, second = compared(free_port, skew_s)
     assert first == second
     assert [one.status for one in first] == ["warning"]
-    assert words in first[0].found and "NTP" in first[0].mend
+    assert words in first[0].found and "NTP" in first[0].fix
 
 
 def test_nodes_with_different_code():

@@ -1,4 +1,4 @@
-"""Cores and memory of ranks, on machines written down as trees of files, and on this one."""
+"""Cores and memory of ranks, on machines made of files, and on this one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moespan.errors import ConfigError
 from moespan.launch.job import Job
 from moespan.launch.ranks import RanksClient
 from moespan.machine import binding
-from moespan.machine.binding import Binding, RankBinding, choose_binding, make_plan
+from moespan.machine.binding import Binding, RankBinding, binding_here, choose_binding
 from moespan.machine.topology import (
     Topology,
     format_list,
@@ -28,7 +28,7 @@ from moespan.machine.topology import (
     read_topology,
 )
 
-# As users of 910B servers have published it: 8 NPUs, 4 sockets, 8 NUMA nodes of 24 cores.
+# Published by users of 910B servers: 8 NPUs, 4 sockets, 8 NUMA nodes of 24 cores.
 # The legend is shortened.
 TOPO_910B = """\
 \t   NPU0       NPU1       NPU2       NPU3       NPU4       NPU5       NPU6       NPU7       CPU Affinity
@@ -51,7 +51,7 @@ ADDRESSES_910B = ["c1", "c2", "81", "82", "01", "02", "41", "42"]
 NODES_910B = [6, 6, 4, 4, 0, 0, 2, 2]
 
 # Written from the documented format, not recorded: an x86 server with PCIe cards, SMT siblings in a
-# second range, escape codes of a terminal, and a column behind the one we read.
+# second range, a terminal's escape codes, and a column after the one we read.
 TOPO_X86 = """\
 \x1b[4m\tNPU0    NPU1    CPU Affinity    NUMA Affinity\x1b[0m
 NPU0     X      SYS     0-3,8-11        0
@@ -131,19 +131,19 @@ def kunpeng(root: Path) -> Machine:
     return machine
 
 
-def cpus_of(plan: Binding) -> list[str]:
-    return [format_list(rank.cpus) for rank in plan.ranks]
+def cpus_of(found: Binding) -> list[str]:
+    return [format_list(rank.cpus) for rank in found.ranks]
 
 
-def memory_of(plan: Binding) -> list[int | None]:
-    return [rank.memory_node for rank in plan.ranks]
+def memory_of(found: Binding) -> list[int | None]:
+    return [rank.memory_node for rank in found.ranks]
 
 
 def test_npus_of_a_socket_share_its_cores(tmp_path: Path) -> None:
     machine = two_sockets(tmp_path)
     machine.add_npus([0] * 4 + [1] * 4, [f"0{bus}" for bus in range(1, 9)], numbered=True)
-    plan = make_plan(machine.read("npu"), 8)
-    assert plan.describe() == [
+    found = choose_binding(machine.read("npu"), 8)
+    assert found.describe() == [
         "rank 0: NUMA 0, cores 0-3, 4 threads, memory preferred 0",
         "rank 1: NUMA 0, cores 4-7, 4 threads, memory preferred 0",
         "rank 2: NUMA 0, cores 8-11, 4 threads, memory preferred 0",
@@ -153,21 +153,21 @@ def test_npus_of_a_socket_share_its_cores(tmp_path: Path) -> None:
         "rank 6: NUMA 1, cores 24-27, 4 threads, memory preferred 1",
         "rank 7: NUMA 1, cores 28-31, 4 threads, memory preferred 1",
     ]
-    assert plan.summary() == plan.describe()
-    first_two = make_plan(machine.read("npu"), 2)
+    assert found.summary() == found.describe()
+    first_two = choose_binding(machine.read("npu"), 2)
     assert cpus_of(first_two) == ["0-7", "8-15"]
 
 
-def test_npu_smi_says_where_the_npus_of_a_four_socket_server_are(tmp_path: Path) -> None:
+def test_npu_smi_gives_the_nodes_of_npus_on_a_four_socket_server(tmp_path: Path) -> None:
     topology = kunpeng(tmp_path).read("npu", npu_topology=TOPO_910B)
-    plan = make_plan(topology, 8)
-    assert [rank.numa_nodes for rank in plan.ranks] == [[node] for node in NODES_910B]
-    assert memory_of(plan) == NODES_910B
-    assert cpus_of(plan)[:4] == ["144-155", "156-167", "96-107", "108-119"]
-    assert plan.notes == []
+    found = choose_binding(topology, 8)
+    assert [rank.numa_nodes for rank in found.ranks] == [[node] for node in NODES_910B]
+    assert memory_of(found) == NODES_910B
+    assert cpus_of(found)[:4] == ["144-155", "156-167", "96-107", "108-119"]
+    assert found.notes == []
 
 
-def test_the_driver_says_it_where_npu_smi_is_missing(tmp_path: Path) -> None:
+def test_without_npu_smi_the_driver_gives_the_nodes(tmp_path: Path) -> None:
     machine = kunpeng(tmp_path)
     machine.add_npus(NODES_910B, ADDRESSES_910B, numbered=True)
     assert machine.read("npu").device_nodes == [[node] for node in NODES_910B]
@@ -176,26 +176,26 @@ def test_the_driver_says_it_where_npu_smi_is_missing(tmp_path: Path) -> None:
 def test_addresses_alone_are_not_taken_for_the_order_of_npus(tmp_path: Path) -> None:
     topology = kunpeng(tmp_path).read("npu")
     assert topology.device_nodes == [[]] * 8
-    plan = make_plan(topology, 8)
-    assert len(plan.notes) == 1 and "npu device is near is not known" in plan.notes[0]
-    assert [len(rank.cpus) for rank in plan.ranks] == [24] * 8
+    found = choose_binding(topology, 8)
+    assert len(found.notes) == 1 and "NUMA node of each npu device is not known" in found.notes[0]
+    assert [len(rank.cpus) for rank in found.ranks] == [24] * 8
 
 
 def test_on_one_node_the_order_of_npus_does_not_matter(tmp_path: Path) -> None:
     machine = two_sockets(tmp_path)
     machine.add_npus([1, 1], ["01", "02"])
-    assert cpus_of(make_plan(machine.read("npu"), 2)) == ["16-23", "24-31"]
+    assert cpus_of(choose_binding(machine.read("npu"), 2)) == ["16-23", "24-31"]
 
 
 @pytest.mark.parametrize("npu_topology", ["", TOPO_WITHOUT_AFFINITY, "npu-smi: error\n"])
-def test_devices_without_a_node_get_what_ranks_on_cpus_get(
+def test_devices_without_a_node_are_bound_like_ranks_on_cpus(
     tmp_path: Path, npu_topology: str
 ) -> None:
     machine = two_sockets(tmp_path)
     machine.add_npus([-1, -1], ["01", "02"], numbered=True)
-    plan = make_plan(machine.read("npu", npu_topology=npu_topology), 2)
-    assert cpus_of(plan) == ["0-15", "16-31"]
-    assert len(plan.notes) == 1
+    found = choose_binding(machine.read("npu", npu_topology=npu_topology), 2)
+    assert cpus_of(found) == ["0-15", "16-31"]
+    assert len(found.notes) == 1
 
 
 def test_visible_devices_choose_and_a_container_counts_from_0(tmp_path: Path) -> None:
@@ -223,26 +223,26 @@ def test_gpus_are_counted_by_address_and_chosen_by_index_or_uuid(tmp_path: Path)
 
 def test_smt_siblings_stay_together_and_count_once(tmp_path: Path) -> None:
     machine = Machine(tmp_path, {0: "0-7"}, smt={0: 4, 1: 5, 2: 6, 3: 7})
-    plan = make_plan(machine.read(), 2)
-    assert cpus_of(plan) == ["0-1,4-5", "2-3,6-7"]
-    assert [rank.threads for rank in plan.ranks] == [2, 2]
-    assert memory_of(plan) == [None, None]  # there is no choice
-    assert plan.summary() == ["rank 0: 0-1,4-5, rank 1: 2-3,6-7"]
+    found = choose_binding(machine.read(), 2)
+    assert cpus_of(found) == ["0-1,4-5", "2-3,6-7"]
+    assert [rank.threads for rank in found.ranks] == [2, 2]
+    assert memory_of(found) == [None, None]  # there is no choice
+    assert found.summary() == ["rank 0: 0-1,4-5, rank 1: 2-3,6-7"]
 
 
 def test_ranks_without_devices_share_whole_nodes(tmp_path: Path) -> None:
     topology = two_sockets(tmp_path).read()
-    assert cpus_of(make_plan(topology, 4)) == ["0-7", "8-15", "16-23", "24-31"]
-    assert cpus_of(make_plan(topology, 3)) == ["0-7", "8-15", "16-31"]
-    assert cpus_of(make_plan(topology, 2)) == ["0-15", "16-31"]
-    alone = make_plan(topology, 1)
+    assert cpus_of(choose_binding(topology, 4)) == ["0-7", "8-15", "16-23", "24-31"]
+    assert cpus_of(choose_binding(topology, 3)) == ["0-7", "8-15", "16-31"]
+    assert cpus_of(choose_binding(topology, 2)) == ["0-15", "16-31"]
+    alone = choose_binding(topology, 1)
     assert cpus_of(alone) == ["0-31"]
     assert memory_of(alone) == [None]  # both nodes fill, by first touch
 
 
 def test_fewer_ranks_than_nodes_get_neighbouring_nodes(tmp_path: Path) -> None:
     topology = kunpeng(tmp_path).read()
-    assert [rank.numa_nodes for rank in make_plan(topology, 3).ranks] == [
+    assert [rank.numa_nodes for rank in choose_binding(topology, 3).ranks] == [
         [0, 1],
         [2, 3, 4],
         [5, 6, 7],
@@ -254,10 +254,10 @@ def test_fewer_ranks_than_nodes_get_neighbouring_nodes(tmp_path: Path) -> None:
     [(1, ["0-1"], 2), (2, ["0", "1"], 1), (4, [""] * 4, 1), (8, [""] * 8, 1)],
 )
 def test_a_box_of_two_cores(tmp_path: Path, ranks: int, cpus: list[str], threads: int) -> None:
-    plan = make_plan(Machine(tmp_path, {0: "0-1"}).read(), ranks)
-    assert cpus_of(plan) == cpus
-    assert {rank.threads for rank in plan.ranks} == {threads}
-    assert plan.notes == ([f"{ranks} ranks on 2 cores: not bound"] if ranks > 2 else [])
+    found = choose_binding(Machine(tmp_path, {0: "0-1"}).read(), ranks)
+    assert cpus_of(found) == cpus
+    assert {rank.threads for rank in found.ranks} == {threads}
+    assert found.notes == ([f"{ranks} ranks on 2 cores: not bound"] if ranks > 2 else [])
 
 
 def test_a_container_of_odd_cores(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_container_of_odd_cores(tmp_path: Path) -> None:
     machine.write("proc/self/status", "Name:\tpython\nMems_allowed_list:\t1\nCpus:\t1")
     topology = machine.read("npu", allowed=range(1, 32, 2))
     assert topology.memory_nodes == [1]
-    assert cpus_of(make_plan(topology, 4)) == [
+    assert cpus_of(choose_binding(topology, 4)) == [
         "1,3,5,7",
         "9,11,13,15",
         "17,19,21,23",
@@ -274,16 +274,16 @@ def test_a_container_of_odd_cores(tmp_path: Path) -> None:
     ]
 
 
-def test_ranks_move_on_when_their_node_has_no_core_for_them(tmp_path: Path) -> None:
+def test_ranks_get_another_node_when_theirs_has_no_core_left(tmp_path: Path) -> None:
     machine = two_sockets(tmp_path)
     machine.add_npus([0] * 4, ["01", "02", "03", "04"], numbered=True)
-    plan = make_plan(machine.read("npu", allowed=[1, 2, 20, 21, 22]), 4)
-    assert sorted(",".join(cpus_of(plan)).split(",")) == ["1", "2", "20", "21-22"]
-    assert [note[:30] for note in plan.notes] == [
+    found = choose_binding(machine.read("npu", allowed=[1, 2, 20, 21, 22]), 4)
+    assert sorted(",".join(cpus_of(found)).split(",")) == ["1", "2", "20", "21-22"]
+    assert [note[:30] for note in found.notes] == [
         "rank 2: no core left on NUMA 0",
         "rank 3: no core left on NUMA 0",
     ]
-    elsewhere = make_plan(machine.read("npu", allowed=range(20, 24)), 4)
+    elsewhere = choose_binding(machine.read("npu", allowed=range(20, 24)), 4)
     assert cpus_of(elsewhere) == ["20", "21", "22", "23"]
     assert len(elsewhere.notes) == 4
 
@@ -294,64 +294,66 @@ def test_offline_nodes_and_nodes_without_memory_or_cores(tmp_path: Path) -> None
     machine.write("sys/devices/system/node/has_memory", "0,3")
     topology = machine.read()
     assert list(topology.cores) == [0, 2]
-    assert memory_of(make_plan(topology, 2)) == [0, None]
+    assert memory_of(choose_binding(topology, 2)) == [0, None]
 
 
 def test_a_kernel_that_shows_nothing(tmp_path: Path) -> None:
     topology = read_topology(tmp_path, "npu", {2, 3}, {})
     assert topology == Topology(cores={0: [[2], [3]]}, memory_nodes=[], device="npu")
-    assert cpus_of(make_plan(topology, 2)) == ["2", "3"]
+    assert cpus_of(choose_binding(topology, 2)) == ["2", "3"]
 
 
 def test_a_cpu_quota_limits_threads_only(tmp_path: Path) -> None:
     machine = two_sockets(tmp_path)
     topology = Topology(cores=machine.read().cores, memory_nodes=[0, 1], usable_cores=6)
-    plan = make_plan(topology, 2)
-    assert [rank.threads for rank in plan.ranks] == [3, 3]
-    assert cpus_of(plan) == ["0-15", "16-31"]
+    found = choose_binding(topology, 2)
+    assert [rank.threads for rank in found.ranks] == [3, 3]
+    assert cpus_of(found) == ["0-15", "16-31"]
 
 
-def test_what_the_user_set_stays(tmp_path: Path) -> None:
+def test_variables_of_the_user_are_respected(tmp_path: Path) -> None:
     machine = two_sockets(tmp_path)
     machine.add_npus([0, 1], ["01", "02"], numbered=True)
     topology = machine.read("npu")
     assert [
-        r.threads for r in make_plan(topology, 2, "auto", {"OMP_NUM_THREADS": "5,2"}).ranks
+        r.threads for r in choose_binding(topology, 2, "auto", {"OMP_NUM_THREADS": "5,2"}).ranks
     ] == [
         5,
         5,
     ]
-    plan = make_plan(topology, 2, "auto", {"CPU_AFFINITY_CONF": "1"})
-    assert plan.describe() == [
+    found = choose_binding(topology, 2, "auto", {"CPU_AFFINITY_CONF": "1"})
+    assert found.describe() == [
         "rank 0: cores not bound, 16 threads, memory preferred 0",
         "rank 1: cores not bound, 16 threads, memory preferred 1",
-        "CPU_AFFINITY_CONF is set: cores are left to it",
+        "CPU_AFFINITY_CONF is set and binds the cores: moespan does not",
     ]
-    assert cpus_of(make_plan(machine.read(), 2, "auto", {"CPU_AFFINITY_CONF": "1"}))[0] == "0-15"
-    assert cpus_of(make_plan(machine.read(), 1, "auto", {"GOMP_CPU_AFFINITY": "0"})) == [""]
+    assert (
+        cpus_of(choose_binding(machine.read(), 2, "auto", {"CPU_AFFINITY_CONF": "1"}))[0] == "0-15"
+    )
+    assert cpus_of(choose_binding(machine.read(), 1, "auto", {"GOMP_CPU_AFFINITY": "0"})) == [""]
 
 
 def test_off_binds_nothing_and_still_shares_the_cores(tmp_path: Path) -> None:
-    plan = make_plan(two_sockets(tmp_path).read(), 4, "off")
-    assert plan.ranks[3] == RankBinding(local_rank=3, threads=8)
-    assert plan.summary() == ["not bound"]
+    found = choose_binding(two_sockets(tmp_path).read(), 4, "off")
+    assert found.ranks[3] == RankBinding(local_rank=3, threads=8)
+    assert found.summary() == ["not bound"]
 
 
-def test_a_refused_memory_policy_is_said_once(tmp_path: Path) -> None:
+def test_a_refused_memory_policy_is_one_note(tmp_path: Path) -> None:
     topology = two_sockets(tmp_path).read()
     topology = Topology(cores=topology.cores, memory_nodes=[0, 1], memory_refusal="EPERM")
-    plan = make_plan(topology, 2)
-    assert memory_of(plan) == [None, None]
-    assert cpus_of(plan) == ["0-15", "16-31"]
-    assert plan.notes == ["memory is left where it falls: EPERM"]
+    found = choose_binding(topology, 2)
+    assert memory_of(found) == [None, None]
+    assert cpus_of(found) == ["0-15", "16-31"]
+    assert found.notes == ["no memory node is preferred: EPERM"]
 
 
 def test_a_map_by_hand(tmp_path: Path) -> None:
     topology = kunpeng(tmp_path).read("npu")
-    plan = make_plan(topology, 4, "0:0,1:0,2:0,3:0,4:1,5:1,6:1,7:1")
-    assert cpus_of(plan) == ["0-5", "6-11", "12-17", "18-23"]
-    assert plan.notes == []
-    assert memory_of(make_plan(topology, 2, " 0:7, 1:0")) == [7, 0]
+    found = choose_binding(topology, 4, "0:0,1:0,2:0,3:0,4:1,5:1,6:1,7:1")
+    assert cpus_of(found) == ["0-5", "6-11", "12-17", "18-23"]
+    assert found.notes == []
+    assert memory_of(choose_binding(topology, 2, " 0:7, 1:0")) == [7, 0]
 
 
 @pytest.mark.parametrize(
@@ -370,14 +372,14 @@ def test_a_map_by_hand(tmp_path: Path) -> None:
 )
 def test_a_bad_map_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        make_plan(two_sockets(tmp_path).read(), 2, text)
+        choose_binding(two_sockets(tmp_path).read(), 2, text)
     assert message in str(caught.value)
 
 
 def test_a_map_that_crowds_a_node_is_an_error(tmp_path: Path) -> None:
     topology = Machine(tmp_path, {0: "0", 1: "1-4"}).read()
     with pytest.raises(ConfigError, match="puts 2 ranks on NUMA node 0, of which this process may"):
-        make_plan(topology, 2, "0:0,1:0")
+        choose_binding(topology, 2, "0:0,1:0")
 
 
 @pytest.mark.parametrize(
@@ -421,21 +423,21 @@ def topologies(draw: st.DrawFn) -> Topology:
 
 
 @given(topologies(), st.integers(1, 20))
-def test_parts_are_allowed_disjoint_and_non_empty_or_the_plan_says_why_not(
+def test_parts_are_allowed_disjoint_and_non_empty_or_a_note_says_why_not(
     topology: Topology, ranks: int
 ) -> None:
     cores = [core for own in topology.cores.values() for core in own]
-    plan = make_plan(topology, ranks)
-    assert [rank.local_rank for rank in plan.ranks] == list(range(ranks))
-    assert all(rank.threads >= 1 for rank in plan.ranks)
+    found = choose_binding(topology, ranks)
+    assert [rank.local_rank for rank in found.ranks] == list(range(ranks))
+    assert all(rank.threads >= 1 for rank in found.ranks)
     if ranks > len(cores):
-        assert not any(rank.cpus for rank in plan.ranks)
-        assert [note[-11:] for note in plan.notes] == [": not bound"]
+        assert not any(rank.cpus for rank in found.ranks)
+        assert [note[-11:] for note in found.notes] == [": not bound"]
         return
-    dealt = [cpu for rank in plan.ranks for cpu in rank.cpus]
+    dealt = [cpu for rank in found.ranks for cpu in rank.cpus]
     assert len(dealt) == len(set(dealt))
     assert set(dealt) <= {cpu for core in cores for cpu in core}
-    for rank in plan.ranks:
+    for rank in found.ranks:
         assert rank.cpus
         whole = [core for core in cores if set(core) <= set(rank.cpus)]
         assert sorted(cpu for core in whole for cpu in core) == rank.cpus  # no core is torn
@@ -443,11 +445,11 @@ def test_parts_are_allowed_disjoint_and_non_empty_or_the_plan_says_why_not(
         within = {c for n in rank.numa_nodes for core in topology.cores[n] for c in core}
         assert set(rank.cpus) <= within
         assert rank.memory_node is None or [rank.memory_node] == rank.numa_nodes
-        if len(rank.numa_nodes) > 1:  # it crosses nodes only where it has them for itself
+        if len(rank.numa_nodes) > 1:  # a rank spans nodes only if it has them to itself
             assert set(rank.cpus) == within
     if not any(topology.device_nodes[:ranks]):
-        assert len(plan.ranks) < len(topology.cores) or all(
-            len(rank.numa_nodes) == 1 for rank in plan.ranks
+        assert len(found.ranks) < len(topology.cores) or all(
+            len(rank.numa_nodes) == 1 for rank in found.ranks
         )
 
 
@@ -464,12 +466,12 @@ print(binding.apply(binding.RankBinding(local_rank=0, threads=1, memory_node=100
 """
 
 
-@pytest.mark.parametrize("way", ["libnuma", "kernel"])
-def test_the_kernel_takes_the_memory_policy(way: str) -> None:
+@pytest.mark.parametrize("library", ["libnuma", "kernel"])
+def test_the_kernel_takes_the_memory_policy(library: str) -> None:
     if refusal := binding._memory_refusal():
         pytest.skip(refusal)
     done = subprocess.run(
-        [sys.executable, "-c", POLICY, way], capture_output=True, text=True, check=True
+        [sys.executable, "-c", POLICY, library], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
         "this process has a memory policy already",
@@ -477,7 +479,9 @@ def test_the_kernel_takes_the_memory_policy(way: str) -> None:
     ]
 
 
-def test_without_the_right_to_set_a_policy_cores_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_right_to_set_a_policy_only_cores_are_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(*_: object) -> int:
         ctypes.set_errno(errno.EPERM)
         return -1
@@ -492,7 +496,7 @@ def test_without_the_right_to_set_a_policy_cores_are_bound(monkeypatch: pytest.M
     assert binding.apply(part) == ["memory of NUMA 0 not preferred: Function not implemented"]
 
 
-def test_cores_that_are_gone_are_said_and_survived() -> None:
+def test_cores_that_do_not_exist_are_reported_and_not_fatal() -> None:
     part = RankBinding(local_rank=0, threads=1, cpus=[4000])
     assert binding.apply(part) == ["cores 4000 not bound: Invalid argument"]
 
@@ -500,8 +504,8 @@ def test_cores_that_are_gone_are_said_and_survived() -> None:
 FAKE_RANK = str(Path(__file__).parents[1] / "launch" / "fake_rank.py")
 
 
-def test_started_ranks_have_the_cores_that_the_plan_says() -> None:
-    expected = choose_binding("auto", "cpu", 2)
+def test_started_ranks_have_the_cores_of_their_binding() -> None:
+    expected = binding_here("auto", "cpu", 2)
     config = EngineConfig("fake", Layout(tp=2))
     with RanksClient(config, start_timeout_s=60, program=[FAKE_RANK]) as client:
         assert client.info.binding == expected.summary()
@@ -515,7 +519,7 @@ def test_started_ranks_have_the_cores_that_the_plan_says() -> None:
             assert masks == {frozenset(part.cpus or os.sched_getaffinity(0))}
 
 
-def test_the_front_hears_of_a_bad_map() -> None:
+def test_a_bad_map_is_an_error_of_the_front() -> None:
     config = EngineConfig("fake", Layout(tp=2), bind="0:0,1:99")
     with pytest.raises(ConfigError, match="'1:99' names NUMA node 99"):
         RanksClient(config, start_timeout_s=60, program=[FAKE_RANK])

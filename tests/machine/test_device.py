@@ -1,4 +1,4 @@
-"""Which device is used."""
+"""The choice of the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks' environment: what is set where, and that nothing of the user's is ever changed."""
+"""The environment of the ranks: which variables are set; those of the user are never changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from moespan.checkpoint.random import preset
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, Layout, ModelConfig, Nodes
 from moespan.launch.distributed import make_mesh
 from moespan.machine import environment
-from moespan.machine.environment import Machine, Setting, rank_environment
+from moespan.machine.environment import rank_environment
+from moespan.machine.setting import Machine, Setting
 from moespan.machine.topology import npu_chip
 from moespan.parallel.buffers import (
     DEFAULT_BUFFER_MB,
@@ -116,7 +117,7 @@ def test_torch_npu_beside_another_device_is_not_loaded() -> None:
     assert values(Layout(), "npu", machine)["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
 
 
-def test_what_this_process_has_set_itself_is_not_the_users(
+def test_a_variable_that_this_process_has_set_is_not_the_users(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(environment, "_set_here", set())
@@ -125,7 +126,7 @@ def test_what_this_process_has_set_itself_is_not_the_users(
     names = [one.name for one in environment.environment_here(config(Layout(), "cpu"))]
     assert environment.BACKEND_AUTOLOAD not in names  # no torch-npu here
     monkeypatch.setattr(environment, "_set_here", set())
-    environment.keep_torch_npu_out()  # now it was there before
+    environment.keep_torch_npu_out()  # now the variable existed before
     (found,) = (
         one
         for one in environment.environment_here(config(Layout(), "cpu"))
@@ -142,12 +143,12 @@ def test_one_npu_rank_needs_nothing_of_hccl() -> None:
     }
 
 
-def test_ranks_with_different_cores_set_their_threads_themselves() -> None:
+def test_ranks_with_different_cores_set_their_own_threads() -> None:
     found = settings(Layout(tp=2), "cpu", Machine(threads=(2, 3)))["OMP_NUM_THREADS"]
     assert found.per_rank and found.value == "2 or 3"
 
 
-def test_many_nodes_take_the_way_that_leads_to_the_others() -> None:
+def test_several_nodes_use_the_interface_that_connects_them() -> None:
     machine = replace(A2, nnodes=2, address="10.0.0.7", interface="enp1")
     found = values(Layout(tp=16), machine=machine)
     assert found["GLOO_SOCKET_IFNAME"] == "enp1"
@@ -156,7 +157,7 @@ def test_many_nodes_take_the_way_that_leads_to_the_others() -> None:
     assert cuda["NCCL_SOCKET_IFNAME"] == "=enp1"
 
 
-def test_under_a_launcher_of_the_users_the_network_is_not_chosen() -> None:
+def test_under_the_users_launcher_the_network_is_not_chosen() -> None:
     found = values(Layout(tp=16), machine=replace(A2, nnodes=2, interface=""))
     assert not {"GLOO_SOCKET_IFNAME", "HCCL_IF_IP"} & found.keys()
 
@@ -182,7 +183,7 @@ def test_libgomp_is_preloaded_on_aarch64_only() -> None:
         (Layout(tp=8), A2, {"HCCL_DETERMINISTIC": "true"}, "HCCL_DETERMINISTIC"),
     ],
 )
-def test_aiv_is_left_where_its_rules_forbid_it(
+def test_aiv_is_not_set_where_its_rules_forbid_it(
     layout: Layout, machine: Machine, user: dict[str, str], why: str
 ) -> None:
     found = settings(layout, machine=machine, user=user)["HCCL_OP_EXPANSION_MODE"]
@@ -193,28 +194,28 @@ def test_aiv_is_left_where_its_rules_forbid_it(
 @pytest.mark.parametrize(
     "layout", [Layout(tp=8), Layout(tp=8, ep=4), Layout(sp=4), Layout(dp=8, ep=8)]
 )
-def test_aiv_is_taken_for_a_single_communicator(layout: Layout) -> None:
+def test_aiv_is_set_for_a_single_communicator(layout: Layout) -> None:
     assert values(layout, machine=replace(A2, chip="910C"))["HCCL_OP_EXPANSION_MODE"] == "AIV"
 
 
-# Time limits
+# Timeouts
 
 
-def test_hccl_gives_up_before_torch_and_the_event_after_it() -> None:
+def test_hccls_timeout_is_shorter_than_torchs_and_its_events_longer() -> None:
     found = values(Layout(tp=8))
     execute, event = int(found["HCCL_EXEC_TIMEOUT"] or 0), int(found["HCCL_EVENT_TIMEOUT"] or 0)
     assert execute < COLLECTIVE_TIMEOUT_S < event
-    assert execute % 68 == 0  # what older chips round to
+    assert execute % 68 == 0  # older chips round down to this
 
 
 @given(st.sampled_from(["HCCL_EXEC_TIMEOUT", "HCCL_EVENT_TIMEOUT"]), st.integers(2, 5000))
-def test_the_other_time_limit_fits_to_one_of_the_users(name: str, seconds: int) -> None:
+def test_a_timeout_of_the_user_decides_the_other_one(name: str, seconds: int) -> None:
     found = values(Layout(tp=8), user={name: str(seconds)})
     assert found[name] == str(seconds)
     assert int(found["HCCL_EXEC_TIMEOUT"] or 0) < int(found["HCCL_EVENT_TIMEOUT"] or 0)
 
 
-def test_a_user_who_waits_forever_waits_forever() -> None:
+def test_no_timeout_of_the_user_means_none_of_ours() -> None:
     assert values(Layout(tp=8), user={"HCCL_EXEC_TIMEOUT": "0"})["HCCL_EVENT_TIMEOUT"] == "0"
 
 
@@ -227,7 +228,7 @@ def test_a_user_who_waits_forever_waits_forever() -> None:
     st.sampled_from([Layout(), Layout(tp=8), Layout(tp=4, pp=2, dp=2, ep=8)]),
     st.text(max_size=5),
 )
-def test_nothing_of_the_users_is_changed(
+def test_variables_of_the_user_are_not_changed(
     names: set[str], device: str, layout: Layout, value: str
 ) -> None:
     machine = replace(A2, nnodes=2, address="10.0.0.1", libgomp="/libgomp.so")
@@ -237,7 +238,7 @@ def test_nothing_of_the_users_is_changed(
         assert found[name].set_by == "you"
 
 
-def test_variables_that_exclude_ours_keep_them_away() -> None:
+def test_variables_that_exclude_ours_leave_them_unset() -> None:
     machine = replace(A2, nnodes=2, address="10.0.0.1")
     for name, ours in (
         ("PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF"),
@@ -248,12 +249,12 @@ def test_variables_that_exclude_ours_keep_them_away() -> None:
         assert found.value is None and found.why == f"{name} is set"
 
 
-def test_the_users_other_variables_are_shown_and_strangers_are_not() -> None:
+def test_other_variables_of_the_user_are_shown_if_they_concern_us() -> None:
     found = settings(Layout(), "cpu", Machine(), {"HCCL_ALGO": "x", "HOME": "/", "MY_KEY": "y"})
     assert found == {"HCCL_ALGO": Setting(name="HCCL_ALGO", value="x", set_by="you")}
 
 
-def test_only_what_is_ours_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_our_own_settings_are_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(os.environ)
     monkeypatch.setattr(os, "environ", dict(before))
     environment.apply(
@@ -267,7 +268,7 @@ def test_only_what_is_ours_is_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dict(os.environ) == {**before, "M_OURS": "1"}
 
 
-def test_the_table_has_a_line_for_each() -> None:
+def test_the_table_has_a_line_for_each_variable() -> None:
     found = rank_environment(config(Layout(tp=8)), MODEL, A2, {"TASK_QUEUE_ENABLE": "2"})
     lines = environment.describe(found)
     assert len(lines) == len(found) + 1
@@ -278,7 +279,7 @@ def test_the_table_has_a_line_for_each() -> None:
 # Buffers
 
 
-def test_buffers_hold_what_the_layout_sends() -> None:
+def test_buffers_hold_the_largest_message_of_the_layout() -> None:
     # 2048 tokens × 2048 × 2 bytes = 8 MB; 64 rows of logits × 102400 × 4 = 25 MB.
     assert largest_messages(config(Layout(tp=8)), MODEL) == {"tp": 64 * 102400 * 4}
     assert group_buffers_mb(config(Layout(tp=8)), MODEL) == {"tp": 25}
@@ -291,7 +292,7 @@ def test_buffers_hold_what_the_layout_sends() -> None:
     assert largest_messages(config(Layout(tp=4, pp=2)), MODEL)["pp"] == 2 * MB
 
 
-def test_the_chosen_dispatch_leaves_the_other_ones_groups_out() -> None:
+def test_groups_of_another_dispatch_get_no_buffer() -> None:
     layout = Layout(tp=2, dp=4, ep=8)
     gather = largest_messages(config(layout, moe_dispatch="all_gather"), MODEL)
     to_all = largest_messages(config(layout, moe_dispatch="all_to_all"), MODEL)
@@ -312,19 +313,19 @@ def test_no_buffer_is_larger_than_hccls_own(layout: Layout, tokens: int) -> None
     assert hccl_bytes(settings, MODEL) == 2 * MB * expected
 
 
-def test_buffers_are_for_each_group_and_hccl_buffsize_is_the_users() -> None:
+def test_each_group_has_a_buffer_and_hccl_buffsize_is_left_to_the_user() -> None:
     found = settings(Layout(tp=2, dp=4, ep=8))["HCCL_BUFFSIZE"]
     assert found.value is None and "tp 25 MB, ep 24 MB, ep_tp_groups 32 MB" in found.why
     assert values(Layout(tp=4, pp=2))["P2P_HCCL_BUFFSIZE"] == "2"
 
 
 class FakeOptions:
-    """What torch_npu's options of a group are to us."""
+    """The one field of torch_npu's group options that we use."""
 
     hccl_config: dict[str, int]
 
 
-def test_each_npu_group_is_told_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_npu_group_gets_its_buffer_size(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("torch_npu._C._distributed_c10d")
     backend = type("ProcessGroupHCCL", (), {"Options": FakeOptions})
     monkeypatch.setattr(module, "ProcessGroupHCCL", backend, raising=False)
@@ -337,17 +338,17 @@ def test_each_npu_group_is_told_its_buffer(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("users", [None, "120"])
-def test_a_buffer_of_the_users_holds_for_all_groups(
+def test_a_buffer_size_of_the_user_holds_for_all_groups(
     monkeypatch: pytest.MonkeyPatch, users: str | None
 ) -> None:
-    told: list[Mapping[str, int]] = []
-    monkeypatch.setattr(Mesh, "create", lambda *arguments: told.append(arguments[5]))
+    given: list[Mapping[str, int]] = []
+    monkeypatch.setattr(Mesh, "create", lambda *arguments: given.append(arguments[5]))
     if users is None:
         monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
     else:
         monkeypatch.setenv("HCCL_BUFFSIZE", users)
     make_mesh(EngineConfig(str(QUICKSTART), Layout(tp=2), "npu"), torch.device("cpu"))
-    assert told == [{"tp": 16} if users is None else {}]
+    assert given == [{"tp": 16} if users is None else {}]
 
 
 # This machine
@@ -368,7 +369,7 @@ def test_the_chip_is_known_by_pci(tmp_path: Path) -> None:
 
 
 def test_ranks_get_the_environment_that_is_printed(tmp_path: Path) -> None:
-    """A fake rank writes down what it was started with."""
+    """A fake rank writes its environment to a file."""
     program = tmp_path / "rank.py"
     program.write_text(
         "import json, os, sys\n"

@@ -109,7 +109,7 @@ class Machine:
         self._barrier.wait()  # and nobody writes again before all have read
         return total.view(part.shape) + self.adds_wrongly * (rank == 1)
 
-    def notice(self, message: str, from_any_rank: bool) -> None:
+    def once(self, message: str, from_any_rank: bool) -> None:
         assert from_any_rank
         self.heard.append(f"{self._here.rank}: {message}")
 
@@ -144,7 +144,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         "_detect_dma_connectivity",
         lambda device, kind: SimpleNamespace(matrix=machine.links),
     )
-    monkeypatch.setattr(one_shot, "notice", machine.notice)
+    monkeypatch.setattr(one_shot, "once", machine.once)
     with torch.library._scoped_library("symm_mem", "IMPL") as library:
         library.impl("one_shot_all_reduce", machine.one_shot_all_reduce, "CPU")
         yield machine

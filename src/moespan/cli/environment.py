@@ -9,14 +9,14 @@ from moespan.cli.flags import settings_of
 
 def print_environment(args: argparse.Namespace) -> int:
     """Show the environment variables that the ranks would get."""
-    from moespan.machine.binding import choose_binding
+    from moespan.machine.binding import binding_here
     from moespan.machine.environment import describe, environment_here
     from moespan.machine.interfaces import address_towards, interface_of
 
     _, config, nodes = settings_of(args).resolve(to_run=False)
     ranks = nodes.ranks_per_node(config.layout)
     threads = (
-        [part.threads for part in choose_binding(config.bind, config.device, ranks).ranks]
+        [part.threads for part in binding_here(config.bind, config.device, ranks).ranks]
         if config.layout.world_size > 1
         else []
     )

@@ -93,8 +93,8 @@ def _findings(config: EngineConfig, nnodes: int) -> list[Finding]:
     try:
         timings = measure(config)
     except MoespanError as error:
-        mend = "its last lines say where; the lines above may say why"
-        return [problem(f"all-reduces over {config.layout} failed: {error}", mend)]
+        fix = "its last lines say where; the lines above may say why"
+        return [problem(f"all-reduces over {config.layout} failed: {error}", fix)]
     if not timings:
         return [skipped(f"{config.layout} has no axis that anything is sent along")]
     axes = dict.fromkeys(timing.axis for timing in timings)

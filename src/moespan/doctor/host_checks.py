@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import msgspec
 
+from moespan.cgroups import memory_limit_bytes
 from moespan.doctor.devices import free_bytes
 from moespan.doctor.host import Host
 from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.errors import ConfigError, MoespanError
-from moespan.machine.binding import make_plan
+from moespan.machine.binding import choose_binding
 from moespan.machine.cores import usable_cores
 from moespan.machine.topology import read_topology
 from moespan.planner.memory import Fit, fit
@@ -61,20 +62,20 @@ def limits(host: Host, job: JobSpec) -> Iterator[Finding]:
 
 
 def cores(host: Host, job: JobSpec) -> Iterator[Finding]:
-    """Cores, quota and the plan of who gets which."""
+    """Cores, CPU quota, and the binding of ranks to cores."""
     topology_says = ""
     if job.device == "npu" and job.bind == "auto":
         answer = host.ask("npu-smi", "info", "-t", "topo")
         topology_says = answer.text if answer is not None else ""
     topology = read_topology(host.root, job.device, host.allowed, host.environ, topology_says)
-    quota = usable_cores(host.root / "sys/fs/cgroup", host.root / "proc/self/cgroup", host.allowed)
+    quota = usable_cores(host.root, host.allowed)
     topology = msgspec.structs.replace(topology, usable_cores=quota)
     try:
-        plan = make_plan(topology, job.ranks, job.bind, host.environ)
+        binding = choose_binding(topology, job.ranks, job.bind, host.environ)
     except ConfigError as error:
         yield problem(str(error), "see docs/numa.md")
         return
-    words = "; ".join(plan.summary() if job.ranks > 1 else plan.notes)
+    words = "; ".join(binding.summary() if job.ranks > 1 else binding.notes)
     cpus = len(host.allowed)
     nodes = len(topology.cores)
     head = f"{cpus} CPUs in {nodes} NUMA node{'s' if nodes > 1 else ''}"
@@ -88,7 +89,7 @@ def cores(host: Host, job: JobSpec) -> Iterator[Finding]:
             f"give {job.ranks} ranks {least * job.ranks} cores or more: --cpus, --cpuset-cpus"
             + (", since an NPU's rank launches kernels from a thread of its own" * (least > 1)),
         )
-    elif plan.notes:
+    elif binding.notes:
         yield warning(head, "see docs/numa.md; --bind 0:NODE,1:NODE,... says it by hand")
     else:
         yield ok(head)
@@ -98,7 +99,7 @@ def cores(host: Host, job: JobSpec) -> Iterator[Finding]:
 
 def memory(host: Host, job: JobSpec) -> Iterator[Finding]:
     total = _meminfo_bytes(host)
-    limit = _memory_limit(host)
+    limit = memory_limit_bytes(host.root)
     if limit is not None and limit < total:
         yield ok(
             f"{total / 1e9:.1f} GB on the host, of which the container may use {limit / 1e9:.1f}"
@@ -162,19 +163,10 @@ def _fit_finding(fits: Fit, job: JobSpec) -> Finding:
 def _device_bytes(host: Host, job: JobSpec) -> int | None:
     """Memory that one rank finds free."""
     if job.device == "cpu":
-        limit = _memory_limit(host)
+        limit = memory_limit_bytes(host.root)
         total = _meminfo_bytes(host)
         return min(total, limit or total) // job.ranks if total else None
     return free_bytes(host, job)
-
-
-def _memory_limit(host: Host) -> int | None:
-    own = host.read("/proc/self/cgroup").rpartition("0::")[2].strip("/\n")
-    for folder in (f"/sys/fs/cgroup/{own}", "/sys/fs/cgroup"):
-        text = host.read(f"{folder}/memory.max")
-        if text.isdigit():
-            return int(text)
-    return None
 
 
 def _meminfo_bytes(host: Host) -> int:

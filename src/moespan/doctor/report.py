@@ -21,13 +21,13 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         status: `ok`; `warning`: it may run, slower or less surely than it could; `problem`: it will
             fail; `skipped`: it could not be looked at, or does not apply.
         found: what there is, or why nothing was looked at.
-        mend: what to do about it.
+        fix: what to do about it.
     """
 
     check: str
     status: str
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def ok(found: str) -> Finding:
@@ -35,14 +35,14 @@ def ok(found: str) -> Finding:
     return Finding(check="", status=OK, found=found)
 
 
-def warning(found: str, mend: str) -> Finding:
+def warning(found: str, fix: str) -> Finding:
     """It may run, slower or less surely than it could."""
-    return Finding(check="", status=WARNING, found=found, mend=mend)
+    return Finding(check="", status=WARNING, found=found, fix=fix)
 
 
-def problem(found: str, mend: str) -> Finding:
+def problem(found: str, fix: str) -> Finding:
     """It will fail."""
-    return Finding(check="", status=PROBLEM, found=found, mend=mend)
+    return Finding(check="", status=PROBLEM, found=found, fix=fix)
 
 
 def skipped(why: str) -> Finding:
@@ -57,8 +57,8 @@ def table(findings: Sequence[Finding]) -> list[str]:
     for one in findings:
         head = f"{one.status:<8} {one.check:<{width}}  "
         lines += _wrapped(head, one.found)
-        if one.mend:
-            lines += _wrapped(" " * len(head) + "→ ", one.mend)
+        if one.fix:
+            lines += _wrapped(" " * len(head) + "→ ", one.fix)
     counts = [
         f"{sum(one.status == status for one in findings)} {status}"
         for status in (PROBLEM, WARNING, OK, SKIPPED)

@@ -21,7 +21,7 @@ from torch import Tensor
 from moespan.config import EngineConfig
 from moespan.engine.sampler import fill_in
 from moespan.engine.step import StepPlan
-from moespan.log import notice
+from moespan.log import once
 from moespan.memory import reserved_bytes
 from moespan.ops import AttentionBatch, Ops, Replay
 from moespan.parallel.counters import Traffic
@@ -107,7 +107,7 @@ class DecodeGraphs:
 
     def say(self, why: str, from_any_rank: bool = False) -> None:
         """Tell, once, that steps run without graphs."""
-        notice(f"decode steps are not recorded as graphs: {why}", from_any_rank)
+        once(f"decode steps are not recorded as graphs: {why}", from_any_rank)
 
     def __call__(
         self, plan: StepPlan, size: int, hidden: Tensor | None, expected: Tensor | None = None

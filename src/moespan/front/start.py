@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moespan import log
 from moespan.config import EngineConfig, Layout, Nodes
 from moespan.errors import ConfigError
-from moespan.launch.job import started_by_torchrun
+from moespan.machine.environment import started_by_torchrun
 
 if TYPE_CHECKING:
     from moespan.engine.client import EngineClient
@@ -57,7 +57,7 @@ def warn_if_tp_crosses_nodes(layout: Layout, nodes: Nodes) -> None:
     """Warn, on node 0, of a tp axis whose ranks are on several nodes."""
     ranks = nodes.ranks_per_node(layout)
     if ranks % layout.tp and nodes.node_rank == 0:
-        log.notice(
+        log.logger.warning(
             f"tp={layout.tp} crosses nodes, which have {ranks} of the {layout.world_size} ranks "
             "each: every layer waits for the network; it would not if each node had a multiple of "
             "tp ranks"

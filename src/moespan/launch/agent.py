@@ -36,12 +36,14 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
+from moespan import log
 from moespan.config import EngineConfig, Nodes
 from moespan.errors import ConfigError, MeetingError
-from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
+from moespan.launch.job import STACK_SIGNAL, Failure, Job
 from moespan.launch.watch import NoPeers, Peers
+from moespan.log import logger
 from moespan.machine import environment
-from moespan.machine.binding import Binding, choose_binding
+from moespan.machine.binding import Binding, binding_here
 from moespan.machine.interfaces import interface_of
 
 _MONITOR_S = 0.1
@@ -56,9 +58,10 @@ def main(argv: list[str]) -> int:
     """Run the job to its end; leave word of what ended it, if that was a failure."""
     directory, ranks, front_pid, *program = argv
     job = Job(directory)
+    log.set_up()
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_front, args=(int(front_pid),), daemon=True).start()
-    if not debugging():
+    if log.level() != "debug":
         _silence("torch.distributed.elastic")
     try:
         return _run(job, int(ranks), int(front_pid), program)
@@ -72,9 +75,9 @@ def main(argv: list[str]) -> int:
 def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
     nodes, config = job.read_nodes(), job.read_config()
     try:
-        plan = choose_binding(config.bind, config.device, ranks)
-        job.write_binding(plan)
-        peers, master = _meet(config, nodes, plan)
+        binding = binding_here(config.bind, config.device, ranks)
+        job.write_binding(binding)
+        peers, master = _meet(config, nodes, binding)
     except (ConfigError, MeetingError) as error:
         job.write_failure(Failure(rank=None, kind=type(error).__name__, message=str(error)))
         return 1
@@ -87,15 +90,17 @@ def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
         return 1
 
 
-def _meet(config: EngineConfig, nodes: Nodes, plan: Binding) -> tuple[Peers, RendezvousStoreInfo]:
+def _meet(
+    config: EngineConfig, nodes: Nodes, binding: Binding
+) -> tuple[Peers, RendezvousStoreInfo]:
     """The other nodes, and where the ranks find each other. Sets what the ranks inherit."""
-    ranks, threads = len(plan.ranks), [part.threads for part in plan.ranks]
+    ranks, threads = len(binding.ranks), [part.threads for part in binding.ranks]
     if nodes.nnodes == 1:
         environment.apply(environment.environment_here(config, threads))
         return NoPeers(), RendezvousStoreInfo("localhost", 0)
     from moespan.launch import meeting
 
-    met = meeting.meet(nodes, meeting.facts(config, nodes), _say)
+    met = meeting.meet(nodes, meeting.facts(config, nodes), logger.info)
     interface = interface_of(met.address) or ""
     environment.apply(
         environment.environment_here(config, threads, nodes.nnodes, met.address, interface)
@@ -103,7 +108,7 @@ def _meet(config: EngineConfig, nodes: Nodes, plan: Binding) -> tuple[Peers, Ren
     if nodes.node_rank > 0:
         first = nodes.node_rank * ranks
         ours = f"rank {first}" if ranks == 1 else f"ranks {first} to {first + ranks - 1}"
-        _say(
+        logger.info(
             f"node {nodes.node_rank} of {nodes.nnodes} ({met.address}, {interface}) joined "
             f"{nodes.meeting_point} with {ours}"
         )
@@ -269,10 +274,6 @@ class _Met(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
         return True
 
 
-def _say(line: str) -> None:
-    print(f"moespan: {line}", file=sys.stderr, flush=True)
-
-
 def _stop(number: int, _: FrameType | None) -> None:
     """End as torch's agent does, also before it is there."""
     raise SignalException("stopped", signal.Signals(number))
@@ -280,9 +281,9 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 def _silence(name: str) -> None:
     """Drop what loggers below `name` say."""
-    logger = logging.getLogger(name)
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False
+    silenced = logging.getLogger(name)
+    silenced.addHandler(logging.NullHandler())
+    silenced.propagate = False
 
 
 def _end_with_front(front_pid: int) -> None:

@@ -6,7 +6,6 @@ Imports no torch.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import tempfile
@@ -89,12 +88,12 @@ class Job:
         """The nodes of the job, as the front left them."""
         return msgspec.json.decode((self.directory / "nodes.json").read_bytes(), type=Nodes)
 
-    def write_binding(self, plan: Binding) -> None:
-        """Leave the plan of cores and memory for the ranks, before they start."""
-        (self.directory / "binding.json").write_bytes(msgspec.json.encode(plan))
+    def write_binding(self, binding: Binding) -> None:
+        """Leave the binding to cores and memory for the ranks, before they start."""
+        (self.directory / "binding.json").write_bytes(msgspec.json.encode(binding))
 
     def read_binding(self) -> Binding:
-        """The plan that the agent left."""
+        """The binding that the agent left."""
         data = (self.directory / "binding.json").read_bytes()
         return msgspec.json.decode(data, type=Binding)
 
@@ -136,13 +135,3 @@ class Job:
 
     def _failure_path(self, rank: int | None) -> Path:
         return self.directory / ("failure.json" if rank is None else f"failure-{rank}.json")
-
-
-def debugging() -> bool:
-    """Whether the user asked for everything that is known: `MOESPAN_LOG=debug`."""
-    return os.environ.get("MOESPAN_LOG", "").lower() == "debug"
-
-
-def started_by_torchrun() -> bool:
-    """Whether this process is one of several that a torch launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ

@@ -14,8 +14,8 @@ from moespan.config import EngineConfig
 from moespan.engine.client import LocalClient
 from moespan.engine.engine import Engine, build_leader, follow
 from moespan.launch.distributed import init_distributed, make_mesh
-from moespan.launch.job import started_by_torchrun
-from moespan.machine.binding import bind, choose_binding
+from moespan.machine.binding import bind, binding_here
+from moespan.machine.environment import started_by_torchrun
 
 # Followers wait in a broadcast while the program does other things between two calls; torchrun
 # itself ends them when the leader dies.
@@ -68,8 +68,8 @@ def _bind(config: EngineConfig) -> list[str]:
     is_bound = os.sched_getaffinity(0) != os.sched_getaffinity(os.getppid())
     if config.bind == "off" or (config.bind == "auto" and (alone or is_bound)):
         return []
-    plan = choose_binding(config.bind, config.device, ranks)
+    binding = binding_here(config.bind, config.device, ranks)
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
-        torch.set_num_threads(plan.ranks[local_rank].threads)
-    bind(plan.ranks[local_rank])
-    return plan.summary()
+        torch.set_num_threads(binding.ranks[local_rank].threads)
+    bind(binding.ranks[local_rank])
+    return binding.summary()

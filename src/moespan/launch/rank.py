@@ -20,12 +20,13 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from moespan import log
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig
 from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request, refusal
 from moespan.engine.trace import Observation
 from moespan.errors import MoespanError, RequestError
-from moespan.launch.job import STACK_SIGNAL, Failure, Job, debugging
+from moespan.launch.job import STACK_SIGNAL, Failure, Job
 from moespan.launch.protocol import (
     Abort,
     Add,
@@ -114,6 +115,7 @@ def as_rank(play: Callable[[Job, int, TextIO], None]) -> None:
     its cores, and with its errors left as word for the agent."""
     directory, agent_pid = sys.argv[1:3]
     _die_with_parent(int(agent_pid))
+    log.set_up()
     job, rank = Job(directory), int(os.environ["RANK"])
     bind(job.read_binding().ranks[int(os.environ["LOCAL_RANK"])])
     stack_file = job.stack_path(rank).open("w")
@@ -123,8 +125,7 @@ def as_rank(play: Callable[[Job, int, TextIO], None]) -> None:
         play(job, rank, stack_file)
     except Exception as error:
         job.write_failure(_failure(rank, error), rank)
-        if debugging():
-            traceback.print_exc()
+        log.logger.debug("failed", exc_info=True)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

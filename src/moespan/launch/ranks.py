@@ -19,12 +19,13 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
+from moespan import log
 from moespan.config import EngineConfig, Nodes
 from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.request import OutputDelta, Request
 from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, MoespanError, RequestError
-from moespan.launch.job import Job, debugging
+from moespan.launch.job import Job
 from moespan.launch.protocol import (
     Abort,
     Add,
@@ -308,9 +309,9 @@ def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Pope
 
 def _environment() -> dict[str, str]:
     # No module is imported from whatever directory the user happens to stand in.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", log.LEVEL_VARIABLE: log.level()}
     environment.setdefault(BACKEND_AUTOLOAD, "0")  # the agent itself imports torch
-    if not debugging():  # torch warns of addresses without a name, and such
+    if log.level() != "debug":  # torch warns of addresses without a name, and such
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return environment
 

@@ -1,8 +1,8 @@
 """Which cores, how many threads and which memory each rank of one machine gets.
 
-`make_plan` decides (a pure function of a `Topology`), `apply` does it to the calling process;
-`choose_binding` is the plan for this machine. Imports no torch: a rank must be bound before OpenMP
-reads its mask. The rules as a table: docs/numa.md.
+`choose_binding` decides, as a pure function of a `Topology`; `binding_here` decides for this
+machine; `apply` binds the calling process. Imports no torch: a rank must be bound before OpenMP
+reads the process's affinity mask. The rules as a table: docs/numa.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import itertools
 import os
 import platform
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +23,13 @@ from typing import TypeVar
 import msgspec
 
 from moespan.errors import ConfigError
+from moespan.log import logger
 from moespan.machine.cores import usable_cores
 from moespan.machine.topology import Topology, ask_npu_smi, format_list, parse_list, read_topology
 
 _Item = TypeVar("_Item")
 
-# Whoever sets one of these binds threads to cores by number; our mask would take those away.
+# These variables bind threads to cores by number; our mask could exclude those cores.
 _BINDS_ITSELF = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 _NPU_BINDS_ITSELF = "CPU_AFFINITY_CONF"
 
@@ -42,7 +42,7 @@ _MASK_BITS = 8 * ctypes.sizeof(ctypes.c_ulong)
 
 
 class RankBinding(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank's part: `cpus` empty means that its cores are left alone."""
+    """The cores, threads and memory of one rank. Without `cpus` its cores are not bound."""
 
     local_rank: int
     threads: int
@@ -62,7 +62,7 @@ class RankBinding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Binding(msgspec.Struct, frozen=True, kw_only=True):
-    """The parts of all local ranks, and what is to be said about them."""
+    """The bindings of all local ranks, and notes for the user about them."""
 
     ranks: list[RankBinding]
     notes: list[str] = []
@@ -72,7 +72,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True):
         return [*(rank.describe() for rank in self.ranks), *self.notes]
 
     def summary(self) -> list[str]:
-        """The same, with all ranks in one line where there is no NUMA to speak of."""
+        """`describe`, but with all ranks in one line if they share one NUMA node."""
         nodes = {node for rank in self.ranks for node in rank.numa_nodes}
         if len(nodes) > 1 or any(rank.memory_node is not None for rank in self.ranks):
             return self.describe()
@@ -82,8 +82,8 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True):
         return [line for line in (", ".join(parts), *self.notes) if line] or ["not bound"]
 
 
-def choose_binding(bind: str, device: str, ranks: int) -> Binding:
-    """The plan for `ranks` ranks that inherit this process's cores, on this machine.
+def binding_here(bind: str, device: str, ranks: int) -> Binding:
+    """`choose_binding` for this machine and for ranks that inherit this process's cores.
 
     Args:
         bind: `auto`, `off`, or a map such as `0:0,1:0,2:1,3:1` (local rank : NUMA node).
@@ -101,16 +101,19 @@ def choose_binding(bind: str, device: str, ranks: int) -> Binding:
     topology = msgspec.structs.replace(
         topology, usable_cores=usable_cores(), memory_refusal=_memory_refusal()
     )
-    return make_plan(topology, ranks, bind, os.environ)
+    return choose_binding(topology, ranks, bind, os.environ)
 
 
-def make_plan(
+def choose_binding(
     topology: Topology, ranks: int, bind: str = "auto", environ: Mapping[str, str] | None = None
 ) -> Binding:
-    """Deal the cores out to `ranks` ranks: in disjoint parts, or not at all and say why.
+    """Divide the cores among `ranks` ranks, in disjoint parts; or bind none, with a note why.
+
+    Args:
+        environ: of the ranks; variables by which the user binds threads are respected.
 
     Raises:
-        ConfigError: `bind` is not `auto`, `off` or a map that this machine can follow.
+        ConfigError: `bind` is not `auto`, `off`, or a map that fits this machine.
     """
     environ = environ or {}
     if bind not in ("auto", "off"):
@@ -129,12 +132,12 @@ def make_plan(
     notes = []
     if topology.device != "cpu" and len(topology.cores) > 1 and not all(wanted):
         notes.append(
-            f"which NUMA node each {topology.device} device is near is not known; "
-            "--bind 0:NODE,1:NODE,... says it by hand"
+            f"the NUMA node of each {topology.device} device is not known; "
+            "--bind 0:NODE,1:NODE,... sets it by hand"
         )
-    places = _place({node: len(cores) for node, cores in topology.cores.items()}, wanted)
+    places = _assign({node: len(cores) for node, cores in topology.cores.items()}, wanted)
     notes += [
-        f"rank {rank}: no core left on NUMA {format_list(near)}, which is near its device"
+        f"rank {rank}: no core left on NUMA {format_list(near)}, the node of its device"
         for rank, (near, nodes) in enumerate(zip(wanted, places, strict=True))
         if near and not set(nodes) <= set(near)
     ]
@@ -142,9 +145,9 @@ def make_plan(
     if topology.device == "npu" and environ.get(_NPU_BINDS_ITSELF):
         bound_by_user.append(_NPU_BINDS_ITSELF)
     if bound_by_user:
-        notes.append(f"{bound_by_user[0]} is set: cores are left to it")
+        notes.append(f"{bound_by_user[0]} is set and binds the cores: moespan does not")
     if topology.memory_refusal and len(topology.memory_nodes) > 1:
-        notes.append(f"memory is left where it falls: {topology.memory_refusal}")
+        notes.append(f"no memory node is preferred: {topology.memory_refusal}")
 
     parts = []
     for rank, (nodes, cores) in enumerate(zip(places, _deal(topology.cores, places), strict=True)):
@@ -160,23 +163,23 @@ def make_plan(
 
 
 def bind(part: RankBinding) -> None:
-    """Do this rank's part as far as this machine lets us, and say what it does not let us."""
+    """Bind this rank as far as this machine permits, and warn of what it refuses."""
     os.environ.setdefault("OMP_NUM_THREADS", str(part.threads))
     for problem in apply(part):
-        print(f"rank {part.local_rank}: {problem}", file=sys.stderr)
+        logger.warning(problem)
 
 
 def apply(part: RankBinding) -> list[str]:
-    """Bind the calling process; returns what did not work. Threads it starts later inherit it.
+    """Bind the calling process and the threads it starts later; returns what failed.
 
     Memory is preferred, not bound: with MPOL_BIND, which is `numactl --membind`, a rank dies when
-    its node is full although others have room.
+    its node is full, even if other nodes have free memory.
     """
     problems = []
     if part.cpus:
         try:
             for thread in Path("/proc/self/task").iterdir():
-                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                with contextlib.suppress(ProcessLookupError):  # the thread has ended
                     os.sched_setaffinity(int(thread.name), part.cpus)
         except OSError as error:
             problems.append(f"cores {format_list(part.cpus)} not bound: {error.strerror}")
@@ -184,7 +187,7 @@ def apply(part: RankBinding) -> list[str]:
         words = part.memory_node // _MASK_BITS + 1
         mask = (ctypes.c_ulong * words)()
         mask[words - 1] = 1 << part.memory_node % _MASK_BITS
-        # The kernel reads one bit less than it is told.
+        # The kernel reads one bit less than this number.
         failed = _call(
             "set_mempolicy", _MPOL_PREFERRED, mask, ctypes.c_ulong(words * _MASK_BITS + 1)
         )
@@ -194,16 +197,16 @@ def apply(part: RankBinding) -> list[str]:
 
 
 def _read_map(text: str, ranks: int, topology: Topology) -> list[list[int]]:
-    """The map as NUMA nodes per rank. More entries than ranks are fine: maps describe machines."""
-    way_out = "write LOCAL_RANK:NUMA_NODE for every rank, as in 0:0,1:0,2:1,3:1, or use --bind auto"
+    """The NUMA node of each rank. A map describes a machine: entries for more ranks are allowed."""
+    fix = "write LOCAL_RANK:NUMA_NODE for every rank, as in 0:0,1:0,2:1,3:1, or use --bind auto"
     node_of: dict[int, int] = {}
     for entry in text.split(","):
         found = re.fullmatch(r"\s*(\d+):(\d+)\s*", entry)
         if not found:
-            raise ConfigError(f"bind={text!r}: {entry!r} is not an entry; {way_out}")
+            raise ConfigError(f"bind={text!r}: {entry!r} is not an entry; {fix}")
         rank, node = int(found[1]), int(found[2])
         if rank in node_of:
-            raise ConfigError(f"bind={text!r}: {entry!r} names rank {rank} again; {way_out}")
+            raise ConfigError(f"bind={text!r}: {entry!r} names rank {rank} again; {fix}")
         if rank < ranks and node not in topology.cores:
             raise ConfigError(
                 f"bind={text!r}: {entry!r} names NUMA node {node}, of which this process may use "
@@ -212,7 +215,7 @@ def _read_map(text: str, ranks: int, topology: Topology) -> list[list[int]]:
         node_of[rank] = node
     missing = [rank for rank in range(ranks) if rank not in node_of]
     if missing:
-        raise ConfigError(f"bind={text!r} has no entry for rank {format_list(missing)}; {way_out}")
+        raise ConfigError(f"bind={text!r} has no entry for rank {format_list(missing)}; {fix}")
     for node, count in Counter(node_of[rank] for rank in range(ranks)).items():
         if count > len(topology.cores[node]):
             raise ConfigError(
@@ -222,14 +225,16 @@ def _read_map(text: str, ranks: int, topology: Topology) -> list[list[int]]:
     return [[node_of[rank]] for rank in range(ranks)]
 
 
-def _place(room: Mapping[int, int], wanted: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The NUMA nodes of each rank: one of those it wants (none: any) that still has a free core.
+def _assign(room: Mapping[int, int], wanted: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The NUMA nodes of each rank.
 
-    Neighbouring ranks with the same wish get neighbouring nodes. Ranks that are fewer than the
-    nodes they may have get several whole ones, since cores would lie idle otherwise.
+    A rank gets a node with a free core: one of those it wants, or any node if it wants none.
+    Neighbouring ranks with the same wish get neighbouring nodes. If a group of ranks may use more
+    nodes than it has ranks, each rank gets several whole nodes, so that no cores lie idle.
 
     Args:
-        room: cores of each node, together at least as many as ranks.
+        room: cores of each node; together at least as many as ranks.
+        wanted: for each rank the nodes near its device; empty if it has none, or if not known.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank, near in enumerate(wanted):
@@ -239,7 +244,7 @@ def _place(room: Mapping[int, int], wanted: Sequence[Sequence[int]]) -> list[lis
     places: dict[int, list[int]] = {}
     for nodes, ranks in sorted(
         groups.items(), key=lambda group: len(group[0])
-    ):  # choosy ones first
+    ):  # the ranks with the fewest nodes to choose from come first
         chosen = []
         for _ in ranks:
             free = [node for node in nodes if taken[node] < room[node]]
@@ -260,7 +265,7 @@ def _place(room: Mapping[int, int], wanted: Sequence[Sequence[int]]) -> list[lis
 def _deal(
     cores: Mapping[int, list[list[int]]], places: Sequence[Sequence[int]]
 ) -> list[list[list[int]]]:
-    """Each rank's cores: its equal part of every node it shares."""
+    """The cores of each rank: an equal part of each of its nodes."""
     dealt: list[list[list[int]]] = [[] for _ in places]
     for node, own in cores.items():
         ranks = [rank for rank, nodes in enumerate(places) if node in nodes]
@@ -270,16 +275,16 @@ def _deal(
 
 
 def _split(items: list[_Item], parts: int) -> list[list[_Item]]:
-    """`items` in order, in parts whose lengths differ by one at most."""
+    """`items` in order, cut into parts whose lengths differ by one at most."""
     ends = [len(items) * part // parts for part in range(parts + 1)] if parts else [0]
     return [items[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _threads(environ: Mapping[str, str], cores: int, topology: Topology, ranks: int) -> int:
-    """OpenMP threads of a rank: as the user says, else one per core within the CPU quota."""
-    said = parse_list(environ.get("OMP_NUM_THREADS", "").partition(",")[0])
-    if said:
-        return said[0]
+    """OpenMP threads of a rank: the user's number, else one per core within the CPU quota."""
+    users = parse_list(environ.get("OMP_NUM_THREADS", "").partition(",")[0])
+    if users:
+        return users[0]
     num_cpus = sum(len(core) for cores in topology.cores.values() for core in cores)
     if topology.usable_cores is not None and topology.usable_cores < num_cpus:
         cores = min(cores, topology.usable_cores // ranks)
@@ -287,14 +292,17 @@ def _threads(environ: Mapping[str, str], cores: int, topology: Topology, ranks: 
 
 
 def _memory_node(topology: Topology, nodes: Sequence[int]) -> int | None:
-    """The node to prefer. None where there is no choice, or several nodes fill by first touch."""
+    """The node to prefer; None if there is no choice, or if the rank has several nodes.
+
+    The memory of several nodes fills by first touch.
+    """
     if topology.memory_refusal or len(topology.memory_nodes) < 2 or len(nodes) != 1:
         return None
     return nodes[0] if nodes[0] in topology.memory_nodes else None
 
 
 def _memory_refusal() -> str:
-    """Why the memory policy of this process is not to be changed; empty if it may be."""
+    """Why the memory policy of this process must not be changed; empty if it may be."""
     mode = ctypes.c_int()
     failed = _call("get_mempolicy", ctypes.byref(mode), None, ctypes.c_ulong(0), None, 0)
     if failed:  # Docker allows none of these calls without CAP_SYS_NICE
@@ -303,7 +311,7 @@ def _memory_refusal() -> str:
 
 
 def _call(name: str, *arguments: object) -> str:
-    """Call into libnuma, or without it the kernel; returns what went wrong, or nothing."""
+    """Call libnuma, or without it the kernel; returns the error, empty on success."""
     function = _function(name)
     if function is None:
         return os.strerror(errno.ENOSYS)

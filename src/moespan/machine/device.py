@@ -37,7 +37,7 @@ def present_device(root: Path = Path("/")) -> str:
 def load_plugin(device: str) -> None:
     """Make `torch.<device>` exist where torch has it from another package (torch_npu).
 
-    Torch would load the package by itself, but would then never start without CANN.
+    Torch could load torch_npu by itself, but `import torch` would then fail without CANN.
 
     Raises:
         ConfigError: the package is not there, or cannot load the libraries that it needs.

@@ -1,4 +1,4 @@
-"""On which network interface the sockets of collectives belong. Imports no torch."""
+"""Network interfaces and addresses of this machine, and which of them lead to a host. No torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _IfAddrs._fields_ = [
     ("address", ctypes.c_void_p),
 ]
 
-# Family -> where the address begins in its `struct sockaddr`, and its size in bytes.
+# Family → offset of the address in its `struct sockaddr`, and size of the address, in bytes.
 _ADDRESS_AT = {socket.AF_INET: (4, 4), socket.AF_INET6: (8, 16)}
 
 
 def interfaces() -> list[tuple[str, str]]:
-    """Name and address of every address of this machine, IPv4 and IPv6."""
+    """Every address of this machine, IPv4 and IPv6, with the name of its interface before it."""
     libc = ctypes.CDLL(None, use_errno=True)
     head = ctypes.POINTER(_IfAddrs)()
     if libc.getifaddrs(ctypes.byref(head)):
@@ -54,16 +54,16 @@ def interface_of(address: str) -> str | None:
 
 
 def address_towards(host: str) -> str | None:
-    """This machine's own address on the way to `host`; None if there is no way."""
+    """This machine's address on the route to `host`; None if there is no route."""
     with contextlib.suppress(OSError):
         family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as unconnected:
-            unconnected.connect(target)  # sends nothing: the kernel only looks up the way
+            unconnected.connect(target)  # sends nothing: the kernel only looks up the route
             return str(unconnected.getsockname()[0])
     return None
 
 
 def interface_towards(host: str) -> str | None:
-    """The interface through which this machine reaches `host`; None if it does not."""
+    """The interface on the route to `host`; None if there is no route."""
     address = address_towards(host)
     return None if address is None else interface_of(address)

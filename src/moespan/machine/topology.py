@@ -1,6 +1,6 @@
-"""What of one machine a process may use: cores, NUMA nodes, and which device is near which node.
+"""Cores and NUMA nodes that a process may use, and the NUMA nodes near each device.
 
-All is read from files below a root, so that recorded machines can be read like this one; only
+Everything is read from files below a root, so that tests can read recorded machines. Only
 `ask_npu_smi` runs a program. Imports no torch.
 """
 
@@ -20,15 +20,16 @@ _NPU_CHIPS = {"0xd802": "910B", "0xd803": "910C", "0xd801": "910", "0xd500": "31
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
-    """What this process may use of one machine.
+    """The part of one machine that this process may use.
 
     Attributes:
-        cores: for each NUMA node its cores, each of them the CPUs (SMT siblings) it consists of.
+        cores: for each NUMA node its cores; a core is the list of its CPUs (SMT siblings).
         memory_nodes: NUMA nodes with memory.
         device: `cpu`, `cuda` or `npu`.
-        device_nodes: NUMA nodes near each device, in the order of local ranks; empty: not known.
-        usable_cores: what CPU quotas leave of the CPUs; None: all.
-        memory_refusal: why no memory preference may be set; empty if one may.
+        device_nodes: NUMA nodes near each device, in the order of local ranks; an empty list if
+            they are not known.
+        usable_cores: number of CPUs within the CPU quotas; None without a quota.
+        memory_refusal: why no memory node can be preferred; empty if one can.
     """
 
     cores: dict[int, list[list[int]]]
@@ -46,13 +47,13 @@ def read_topology(
     environ: Mapping[str, str],
     npu_topology: str = "",
 ) -> Topology:
-    """What /sys, /proc and /dev below `root` say.
+    """The topology that /sys, /proc and /dev below `root` show.
 
     Args:
-        root: `/`, or where a recorded tree lies.
-        allowed: CPUs of the affinity mask; the kernel keeps it inside the cgroup's cpuset.
-        environ: of the ranks; says which devices are visible to them.
-        npu_topology: what `npu-smi info -t topo` printed, if it did.
+        root: `/`, or the folder of a recorded machine.
+        allowed: CPUs of the affinity mask; the kernel keeps the mask inside the cgroup's cpuset.
+        environ: of the ranks; its variables select the devices visible to them.
+        npu_topology: output of `npu-smi info -t topo`; empty without it.
     """
     system = root / "sys/devices/system"
     online = parse_list(_read(system / "node/online"))
@@ -89,7 +90,9 @@ def read_topology(
 
 
 def parse_npu_topology(text: str) -> dict[int, list[int]]:
-    """For each NPU the CPUs of the column `CPU Affinity` of `npu-smi info -t topo`, if it has one.
+    """For each NPU the CPUs in the column `CPU Affinity` of `npu-smi info -t topo`.
+
+    Without that column the result is empty.
 
     ```
                NPU0       NPU1       CPU Affinity
@@ -101,7 +104,7 @@ def parse_npu_topology(text: str) -> dict[int, list[int]]:
     header = next((words for words in lines if {"CPU", "Affinity"} <= set(words)), None)
     if header is None:
         return {}
-    column = header.index("CPU") + 1  # rows start with a name that the header lacks
+    column = header.index("CPU") + 1  # each row starts with a name, which the header lacks
     rows = [words for words in lines if len(words) > column and words[0] in header]
     found = {}
     for words in rows:
@@ -112,7 +115,7 @@ def parse_npu_topology(text: str) -> dict[int, list[int]]:
 
 
 def parse_list(text: str) -> list[int]:
-    """The numbers of the kernel's list format, as in `0-3,8`; [] if it is not one."""
+    """The numbers in the kernel's list format, such as `0-3,8`; [] if `text` is not in it."""
     numbers: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -142,7 +145,7 @@ def _group_siblings(system: Path, cpus: list[int]) -> list[list[int]]:
 
 
 def npu_chip(root: Path) -> str:
-    """Which NPU this machine has, by PCI: `910B` (A2), `910C` (A3), ...; empty if none is known."""
+    """The NPU of this machine by PCI: `910B` (A2), `910C` (A3), ...; empty if none is known."""
     for path in _npu_devices(root):
         if (name := _NPU_CHIPS.get(_read(path / "device"))) is not None:
             return name
@@ -150,21 +153,21 @@ def npu_chip(root: Path) -> str:
 
 
 def _npus(root: Path, near: Mapping[int, list[int]]) -> dict[str, list[int]]:
-    """`near` by the numbers that programs use: those of the device files here, counted anew."""
+    """`near` with the numbers that programs use: the device files here, counted from 0."""
     files = [path.name.removeprefix("davinci") for path in (root / "dev").glob("davinci*")]
     present = sorted(int(name) for name in files if name.isdigit()) or sorted(near)
     return {str(index): near.get(npu, []) for index, npu in enumerate(present)}
 
 
 def _npu_nodes(root: Path) -> dict[int, list[int]]:
-    """NUMA nodes of NPUs by PCI.
+    """NUMA nodes of each NPU, by its PCI device.
 
-    The driver's file `dev_id` has the number, but may be for root alone. The order of the addresses
-    is no substitute: on 910B servers NPU 0 has been seen at c1:00.0 and NPU 4 at 01:00.0. Without
-    the numbers the nodes are known only if they are all the same.
+    The driver's file `dev_id` has the NPU's number, but may be readable for root only. The order of
+    PCI addresses is no substitute: on a 910B server NPU 0 was seen at c1:00.0, NPU 4 at 01:00.0.
+    Without the numbers, the nodes are known only if all NPUs have the same ones.
     """
     devices = _npu_devices(root)
-    nodes = [parse_list(_read(path / "numa_node")) for path in devices]  # -1: not known
+    nodes = [parse_list(_read(path / "numa_node")) for path in devices]  # -1 means unknown: []
     numbers = [_read(path / "dev_id") for path in devices]
     if devices and all(number.isdigit() for number in numbers):
         return {int(number): node for number, node in zip(numbers, nodes, strict=True)}
@@ -183,7 +186,7 @@ def _npu_devices(root: Path) -> list[Path]:
 def _gpus(root: Path) -> dict[str, list[int]]:
     """NUMA nodes of NVIDIA's GPUs, by index and by UUID.
 
-    CUDA counts by PCI address, among equal GPUs also without CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    CUDA numbers equal GPUs by PCI address, even without CUDA_DEVICE_ORDER=PCI_BUS_ID.
     """
     found: dict[str, list[int]] = {}
     index = 0
@@ -192,7 +195,7 @@ def _gpus(root: Path) -> dict[str, list[int]]:
             line.split(":", 1) for line in _read(path / "information").splitlines() if ":" in line
         )
         if not (root / f"dev/nvidia{information.get('Device Minor', '').strip()}").exists():
-            continue  # of another container
+            continue  # a GPU of another container
         numa_node = root / "sys/bus/pci/devices" / path.name.lower() / "numa_node"
         nodes = parse_list(_read(numa_node))
         found[str(index)] = found[information.get("GPU UUID", "").strip()] = nodes
@@ -201,14 +204,14 @@ def _gpus(root: Path) -> dict[str, list[int]]:
 
 
 def _select(visible: str | None, devices: Mapping[str, list[int]]) -> list[list[int]]:
-    """The devices of local rank 0, 1, ...: all in order, or those that the variable names."""
+    """The NUMA nodes of local rank 0, 1, ...: of all devices in order, or of those in `visible`."""
     if visible is None:
         return [nodes for name, nodes in devices.items() if name.isdigit()]
     return [devices.get(name.strip(), []) for name in visible.split(",")]
 
 
 def ask_npu_smi() -> str:
-    """What `npu-smi info -t topo` prints; empty without it."""
+    """Output of `npu-smi info -t topo`; empty if the program is missing or takes over 20 s."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(
             ["npu-smi", "info", "-t", "topo"], capture_output=True, text=True, timeout=20

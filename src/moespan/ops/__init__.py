@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from moespan.config import EngineConfig
-from moespan.log import notice
+from moespan.log import once
 from moespan.ops.base import AttentionBatch, KVCache, Ops, Replay, Weight
 from moespan.ops.cpu.plain import CpuOps
 from moespan.ops.reference import ReferenceOps
@@ -34,7 +34,7 @@ def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
         return NpuOps(None, config.npu_fused_all_reduce, config.npu_weight_format)
     if device_type == "cuda":
         if importlib.util.find_spec("triton") is None:
-            notice("every operation goes through plain torch, and is slow: Triton is not installed")
+            once("every operation goes through plain torch, and is slow: Triton is not installed")
             return ReferenceOps()
         from moespan.ops.cuda.ops import CudaOps  # needs Triton
 
@@ -50,5 +50,5 @@ def _cpu_ops(dtype: str) -> CpuOps:
     try:
         return NativeCpuOps()
     except BuildError as error:
-        notice(f"CPU operations go through plain torch, which is slower: {error}")
+        once(f"CPU operations go through plain torch, which is slower: {error}")
         return CpuOps()

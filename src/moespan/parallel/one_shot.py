@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from moespan.errors import ConfigError, MoespanError
-from moespan.log import notice
+from moespan.log import once
 from moespan.parallel.control import Control
 
 # What a thread of the kernel reads at once; it would take 4 bytes, but slower.
@@ -94,7 +94,7 @@ class OneShotSum:
             # Nobody goes on alone: in the next step it would wait for those who cannot.
             first = control.smallest(rank if problem else _NOBODY)
             if first == rank:
-                notice(f"small all-reduces go through NCCL, which is slower: {problem}", True)
+                once(f"small all-reduces go through NCCL, which is slower: {problem}", True)
             if first != _NOBODY:
                 return None
         return sums

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moespan.checkpoint.rounding import QuantizedWeight
-from moespan.log import notice
+from moespan.log import once
 from moespan.ops.base import AttentionBatch, KVCache, Weight
 from moespan.ops.reference import ReferenceOps
 
@@ -21,7 +21,7 @@ class CpuOps(ReferenceOps):
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """The weight as it is."""
         if isinstance(weight, QuantizedWeight) and weight.values.dtype == torch.float8_e4m3fn:
-            notice("products of 8-bit floats go through plain torch, which is slow on a CPU")
+            once("products of 8-bit floats go through plain torch, which is slow on a CPU")
         return super().prepare(name, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

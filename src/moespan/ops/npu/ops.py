@@ -34,7 +34,7 @@ from torch import Tensor
 
 from moespan.checkpoint.rounding import QuantizedWeight, round_rows
 from moespan.errors import ConfigError
-from moespan.log import notice
+from moespan.log import once
 from moespan.memory import zeros
 from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
 from moespan.ops.npu.integers import IntegerMatrix
@@ -353,7 +353,7 @@ class NpuOps(ReferenceOps):
             and not self._is_310p
         ):
             return True
-        notice(
+        once(
             f"attention goes through plain torch, and is slow: the kernel takes float16 and "
             f"bfloat16, heads of 128 and blocks of {step} to {most} tokens, in steps of {step}, on "
             f"A2 and A3, not {q.dtype}, heads of {q.shape[-1]} and blocks of {cache.block_size} on "

@@ -1,0 +1,194 @@
+"""Messages: which are shown, in what form, where, and in whose process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from moespan import log
+from moespan.errors import ConfigError
+from moespan.launch.ranks import _environment
+
+RANK_0 = {"RANK": "0", "WORLD_SIZE": "4"}
+RANK_3 = {"RANK": "3", "WORLD_SIZE": "4"}
+SPEAK = "for say in (logger.debug, logger.info, logger.warning, logger.error): say(say.__name__)"
+
+
+def ran(
+    code: str, environ: Mapping[str, str] = {}, arguments: tuple[str, ...] = ()
+) -> tuple[str, str]:
+    """stdout and stderr of a program of its own."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "MOESPAN_LOG", "MOESPAN_LOG_LEVEL")
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**inherited, **environ},
+    )
+    return done.stdout, done.stderr
+
+
+def shown(code: str, environ: Mapping[str, str] = {}) -> list[str]:
+    """Lines on stderr of a program that is one of ours."""
+    out, err = ran(
+        f"from moespan import log\nfrom moespan.log import logger\nlog.set_up()\n{code}", environ
+    )
+    assert out == ""
+    return err.splitlines()
+
+
+def of_library(code: str, environ: Mapping[str, str] = {}) -> list[str]:
+    """Lines on stderr of a user's program, which has no rank of its own."""
+    out, err = ran(f"import logging\n{code}", environ)
+    assert out == ""
+    return err.splitlines()
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Afterwards the level is what it was."""
+    before = log.logger.level
+    yield
+    log.logger.setLevel(before)
+
+
+@pytest.mark.parametrize(
+    ("level", "lines"),
+    [
+        ("", ["info", "warning", "error"]),
+        ("debug", ["debug", "info", "warning", "error"]),
+        ("INFO", ["info", "warning", "error"]),
+        ("warning", ["warning", "error"]),
+        ("error", ["error"]),
+    ],
+)
+def test_the_level_decides_which_lines_are_shown(level: str, lines: list[str]) -> None:
+    assert shown(SPEAK, {"MOESPAN_LOG_LEVEL": level}) == [f"moespan: {line}" for line in lines]
+
+
+def test_the_level_of_the_command_line_wins() -> None:
+    found = shown(f"log.set_up('error')\n{SPEAK}", {"MOESPAN_LOG_LEVEL": "debug"})
+    assert found == ["moespan: error"]
+
+
+def test_a_level_that_does_not_exist() -> None:
+    with pytest.raises(ConfigError, match="log level 'loud' is not known; use one of debug, info"):
+        log.set_up("loud")
+    first, *others = shown(SPEAK, {"MOESPAN_LOG_LEVEL": "loud"})
+    assert first.startswith("moespan: MOESPAN_LOG_LEVEL='loud' is not a level, and is ignored")
+    assert others == ["moespan: info", "moespan: warning", "moespan: error"]
+
+
+def test_the_old_variable_counts_and_says_its_new_name_once() -> None:
+    first, *others = shown(SPEAK, {"MOESPAN_LOG": "debug"})
+    assert first == (
+        "moespan: MOESPAN_LOG is now MOESPAN_LOG_LEVEL; the next release ignores the old name"
+    )
+    assert others[0] == "moespan: debug"
+    both = {"MOESPAN_LOG": "debug", "MOESPAN_LOG_LEVEL": "error"}
+    assert shown(SPEAK, both) == ["moespan: error"]
+    assert shown("logger.info('x')", {"MOESPAN_LOG": "anything"}) == ["moespan: x"]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_processes_that_we_start_inherit_the_level() -> None:
+    for level, inherited in ((logging.NOTSET, "info"), (logging.DEBUG, "debug"), (35, "error")):
+        log.logger.setLevel(level)
+        assert _environment()["MOESPAN_LOG_LEVEL"] == inherited
+        assert ("TORCH_CPP_LOG_LEVEL" in _environment()) == (inherited != "debug")
+
+
+@pytest.mark.parametrize(
+    ("environ", "prefix"),
+    [
+        ({}, ""),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ""),
+        (RANK_0, "rank 0: "),
+        (RANK_3, "rank 3: "),
+        ({**RANK_3, "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}, "rank 3: "),
+        ({**RANK_3, "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"}, "node 1, rank 3: "),
+    ],
+)
+def test_a_line_names_rank_and_node_where_there_are_several(
+    environ: dict[str, str], prefix: str
+) -> None:
+    assert shown("logger.info('100% done')", environ) == [f"moespan: {prefix}100% done"]
+
+
+def test_once_is_once_and_rank_0_speaks_for_all() -> None:
+    code = "for _ in range(2): log.once('slow'); log.once('mine', from_any_rank=True)"
+    assert shown(code) == ["moespan: slow", "moespan: mine"]
+    assert shown(code, RANK_0) == ["moespan: slow", "moespan: rank 0: mine"]
+    assert shown(code, RANK_3) == ["moespan: rank 3: mine"]
+
+
+def test_no_line_is_lost_when_the_process_ends_at_once() -> None:
+    assert shown("import os\nlogger.info('last')\nos._exit(0)") == ["moespan: last"]
+
+
+def test_a_program_of_ours_without_stderr_runs_on() -> None:
+    assert shown("import sys\nsys.stderr = None\nlogger.error('x')") == []
+
+
+def test_a_library_that_configures_logging_does_not_double_our_lines() -> None:
+    assert shown("import logging\nlogging.basicConfig()\nlogger.info('x')") == ["moespan: x"]
+
+
+# A user's program
+
+
+def test_a_program_without_logging_sees_warnings() -> None:
+    code = f"from moespan.log import logger, once\n{SPEAK}\nonce('slow')"
+    assert of_library(code) == ["moespan: warning", "moespan: error", "moespan: slow"]
+    found = of_library(code, {"MOESPAN_LOG_LEVEL": "debug"})
+    assert found[:2] == ["moespan: debug", "moespan: info"]
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_logging_that_the_program_configures_is_respected(is_before: bool) -> None:
+    lines = [
+        "logging.basicConfig(level=logging.INFO, format='%(name)s %(levelname)s %(message)s')",
+        "from moespan.log import logger, once",
+    ]
+    code = "\n".join(lines if is_before else reversed(lines))
+    assert of_library(f"{code}\nonce('slow')\nlogger.info('x')") == [
+        "moespan WARNING slow",
+        "moespan INFO x",
+    ]
+
+
+def test_a_program_may_silence_the_logger() -> None:
+    code = (
+        "from moespan.log import once\n"
+        "logging.getLogger('moespan').addHandler(logging.NullHandler())\nonce('slow')"
+    )
+    assert of_library(code) == []
+
+
+def test_the_root_logger_is_not_touched() -> None:
+    code = (
+        "root = logging.getLogger()\n"
+        "before = vars(root).copy(), list(root.handlers)\n"
+        "import moespan.front.llm, moespan.log\n"
+        "moespan.log.once('slow')\n"
+        "after = vars(root).copy(), list(root.handlers)\n"
+        "for state in (before, after): state[0].pop('_cache')\n"
+        "assert before == after\n"
+        "logger = logging.getLogger('moespan')\n"
+        "assert logger.propagate and logger.level == logging.NOTSET"
+    )
+    assert of_library(code) == ["moespan: slow"]
+
+
+def test_it_needs_no_torch() -> None:
+    assert of_library("import sys, moespan.log\nassert 'torch' not in sys.modules") == []
