@@ -19,7 +19,13 @@ from moespan.checkpoint.placement import cache_heads
 from moespan.config import DTYPE_BYTES, Layout, ModelConfig
 from moespan.parallel.counters import Traffic, sent_bytes
 from moespan.parallel.fused import sent_tokens
-from moespan.parallel.tokens import dispatch_of_step, split_evenly, tp_group_tokens, tp_groups_of
+from moespan.parallel.tokens import (
+    dispatch_of_step,
+    probability_met,
+    split_evenly,
+    tp_group_tokens,
+    tp_groups_of,
+)
 
 Choices = npt.NDArray[np.int64]
 """The experts that tokens chose, [T, K]."""
@@ -190,12 +196,10 @@ def _met(
             for expert in experts:  # tokens take turns on replicas
                 met[token, holders[expert][token % len(holders[expert])]] = 1
         return met
-    num_chosen = config.num_experts_per_tok
-    ways = math.comb(num_experts, num_chosen)
     period = math.lcm(*map(len, holders))
     turns = np.zeros((period, len(held)))
     for token in range(period):
         serves = Counter(ranks[token % len(ranks)] for ranks in holders)
         for rank in range(len(held)):
-            turns[token, rank] = 1 - math.comb(num_experts - serves[rank], num_chosen) / ways
+            turns[token, rank] = probability_met(config, serves[rank])
     return turns[np.arange(num_tokens) % period]
