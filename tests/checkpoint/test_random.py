@@ -40,7 +40,7 @@ def test_every_layout_gets_slices_of_the_same_model(tp: int):
     for rank in range(tp):
         for batch in source.batches(place(TALL, Layout(tp=tp), rank).pieces):
             for piece, values in source.read(batch):
-                assert torch.equal(values, whole[piece.source][piece.source_index])
+                assert torch.equal(values, whole[piece.tensor][piece.tensor_index])
 
 
 @given(

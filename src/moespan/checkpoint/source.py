@@ -173,15 +173,15 @@ class SafetensorsSource:
         """Have the system fetch the pieces' rows in large reads; a mapping asks page by page."""
         with (self.path / file).open("rb") as opened:
             for piece in pieces:
-                begin, row_bytes = self._begin[piece.source], self._row_bytes[piece.source]
-                rows = piece.source_index[0]
+                begin, row_bytes = self._begin[piece.tensor], self._row_bytes[piece.tensor]
+                rows = piece.tensor_index[0]
                 start, length = begin + rows.start * row_bytes, piece.num_rows * row_bytes
                 with contextlib.suppress(OSError):  # advice that a file system may not take
                     os.posix_fadvise(opened.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def num_bytes(self, piece: Piece) -> int:
         """How many bytes reading `piece` reads."""
-        return piece.num_elements * self._item_bytes[piece.source]
+        return piece.num_elements * self._item_bytes[piece.tensor]
 
     def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
         """Lists within one file each, in the order of its bytes, so that a disk reads straight on.
@@ -190,27 +190,27 @@ class SafetensorsSource:
         """
         by_file: dict[str, list[Piece]] = defaultdict(list)
         for piece in pieces:
-            by_file[self._file_of[piece.source]].append(piece)
+            by_file[self._file_of[piece.tensor]].append(piece)
         batches: list[list[Piece]] = []
         for file in sorted(by_file):
             left_bytes = 0
-            for piece in sorted(by_file[file], key=lambda piece: self._order[piece.source]):
-                for part in _row_blocks(piece, _BATCH_BYTES // self._row_bytes[piece.source]):
+            for piece in sorted(by_file[file], key=lambda piece: self._order[piece.tensor]):
+                for part in _row_blocks(piece, _BATCH_BYTES // self._row_bytes[piece.tensor]):
                     if left_bytes <= 0:
                         batches.append([])
                         left_bytes = _BATCH_BYTES
                     batches[-1].append(part)
-                    left_bytes -= part.num_rows * self._row_bytes[piece.source]
+                    left_bytes -= part.num_rows * self._row_bytes[piece.tensor]
         return batches
 
     def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Yield each piece of one batch as a view of the mapped file."""
-        file = self._file_of[pieces[0].source]
+        file = self._file_of[pieces[0].tensor]
         self._read_ahead(file, pieces)
         with self._open(file) as handle:
             for piece in pieces:
-                values = handle.get_slice(piece.source)[piece.source_index]
-                is_vector = len(piece.source_index) == 1
+                values = handle.get_slice(piece.tensor)[piece.tensor_index]
+                is_vector = len(piece.tensor_index) == 1
                 yield piece, values.flatten() if is_vector else values
 
 
@@ -254,7 +254,7 @@ class RandomSource:
     def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Yield each piece with freshly drawn values."""
         for piece in pieces:
-            yield piece, self.draw(piece.source, piece.source_index)
+            yield piece, self.draw(piece.tensor, piece.tensor_index)
 
     def draw(self, name: str, index: Index | None = None) -> torch.Tensor:
         """Values of the tensor `name`, or of a slice of it."""
@@ -287,15 +287,15 @@ def _row_blocks(piece: Piece, most_rows: int) -> Iterator[Piece]:
     if most_rows > _ROWS_TOGETHER:
         most_rows -= most_rows % _ROWS_TOGETHER
     most_rows = max(most_rows, 1)
-    axis = len(piece.index) - len(piece.source_index)  # an expert's number may come first
-    source_rows, rows = piece.source_index[0], piece.index[axis]
+    axis = len(piece.index) - len(piece.tensor_index)  # an expert's number may come first
+    source_rows, rows = piece.tensor_index[0], piece.index[axis]
     for at in range(0, piece.num_rows, most_rows):
         stop = min(at + most_rows, piece.num_rows)
         yield dataclasses.replace(
             piece,
-            source_index=(
+            tensor_index=(
                 slice(source_rows.start + at, source_rows.start + stop),
-                *piece.source_index[1:],
+                *piece.tensor_index[1:],
             ),
             index=(
                 *piece.index[:axis],
