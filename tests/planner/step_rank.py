@@ -1,4 +1,4 @@
-"""One rank of `test_expected.py`: executes steps under many layouts, one layout after the other.
+"""One rank of `test_traffic.py`: executes steps under many layouts, one layout after the other.
 
 Reads `cases.json` in the folder on its command line, writes what it counted to `rank<r>.json`.
 """
