@@ -39,9 +39,9 @@ from torch import Tensor
 from moespan import LLM, ModelConfig, SamplingParams, __version__
 from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import cache_bytes_per_token, place
-from moespan.checkpoint.random import PRESETS, preset
+from moespan.checkpoint.presets import PRESETS, preset
+from moespan.checkpoint.random import RandomSource
 from moespan.checkpoint.rounding import QuantizedWeight, quantize
-from moespan.checkpoint.source import RandomSource
 from moespan.config import QUANTIZATIONS, SCHEMES, EngineConfig, Layout
 from moespan.engine.engine import Engine
 from moespan.engine.info import CACHE_SHARE, EngineInfo

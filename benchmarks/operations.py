@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.random import PRESETS, preset
+from moespan.checkpoint.presets import PRESETS, preset
 from moespan.checkpoint.rounding import QuantizedWeight, quantize
 from moespan.config import SCHEMES, ModelConfig, Scheme
 from moespan.measure.probe import Probe, machine_name

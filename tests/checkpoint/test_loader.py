@@ -12,7 +12,8 @@ import torch
 
 from moespan.checkpoint.loader import Loaded, load_weights
 from moespan.checkpoint.placement import Piece, checkpoint_tensors, place
-from moespan.checkpoint.random import make_checkpoint, preset
+from moespan.checkpoint.presets import preset
+from moespan.checkpoint.random import make_checkpoint
 from moespan.checkpoint.rounding import QuantizedWeight, round_groups, round_rows
 from moespan.checkpoint.source import SafetensorsSource, Source
 from moespan.config import QUANTIZATIONS, SCHEMES, Layout, ModelConfig

@@ -22,7 +22,7 @@ from moespan.checkpoint.placement import (
     place,
     tolerated_tensors,
 )
-from moespan.checkpoint.random import PRESETS
+from moespan.checkpoint.presets import PRESETS
 from moespan.config import Layout, ModelConfig, all_layouts
 from tests.support import ORACLES, Oracle, geometry
 

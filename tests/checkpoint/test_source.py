@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moespan.checkpoint.placement import Piece, checkpoint_tensors, place
-from moespan.checkpoint.source import INDEX_FILE, SINGLE_FILE, RandomSource, SafetensorsSource
+from moespan.checkpoint.random import RandomSource
+from moespan.checkpoint.source import INDEX_FILE, SINGLE_FILE, SafetensorsSource
 from moespan.config import Layout, ModelConfig
 from moespan.errors import CheckpointError
 from tests.support import ORACLES, Oracle, geometry

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import place
-from moespan.checkpoint.source import RandomSource
+from moespan.checkpoint.random import RandomSource
 from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.engine.step import StepPlan, StepPlans
 from moespan.engine.worker import Worker

@@ -9,7 +9,7 @@ import pytest
 
 from moespan import ModelConfig
 from moespan.checkpoint.placement import count_parameters
-from moespan.checkpoint.random import preset
+from moespan.checkpoint.presets import preset
 from moespan.config import EngineConfig
 from moespan.planner.work import Limits, Work, step_work
 
