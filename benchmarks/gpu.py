@@ -39,20 +39,21 @@ from torch import Tensor
 from moespan import LLM, ModelConfig, SamplingParams, __version__
 from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import cache_bytes_per_token, place
-from moespan.checkpoint.random import PRESETS, preset
+from moespan.checkpoint.presets import PRESETS, preset
+from moespan.checkpoint.random import RandomSource
 from moespan.checkpoint.rounding import QuantizedWeight, quantize
-from moespan.checkpoint.source import RandomSource
 from moespan.config import QUANTIZATIONS, SCHEMES, EngineConfig, Layout
 from moespan.engine.engine import Engine
 from moespan.engine.info import CACHE_SHARE, EngineInfo
 from moespan.engine.request import Request
 from moespan.engine.step import SampleRow, StepPlan, StepPlans
 from moespan.engine.worker import Worker
-from moespan.measure.probe import Limits, Work, machine_name, step_work
+from moespan.measure.probe import machine_name
 from moespan.measure.verify import Reference, verify
 from moespan.memory import available_bytes
 from moespan.ops import AttentionBatch, KVCache, Ops, ReferenceOps, Weight, ops_for
 from moespan.parallel.mesh import Axis, Mesh
+from moespan.planner.work import Limits, Work, step_work
 
 ORACLES = Path(__file__).parents[1] / "tests" / "data" / "oracle"
 # A share of the largest value: roundings, as the orders of operations differ.

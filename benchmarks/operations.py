@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.random import PRESETS, preset
+from moespan.checkpoint.presets import PRESETS, preset
 from moespan.checkpoint.rounding import QuantizedWeight, quantize
 from moespan.config import SCHEMES, ModelConfig, Scheme
-from moespan.measure.probe import Limits, Probe, Work, machine_name
+from moespan.measure.probe import Probe, machine_name
 from moespan.ops import ops_for
 from moespan.ops.base import AttentionBatch, KVCache, Ops, Weight
+from moespan.planner.work import Limits, Work
 
 _SCHEMES = {"none": None, **{name: SCHEMES[name] for name in ("int8", "w8a8", "int4")}}
 _HALF = torch.bfloat16

@@ -33,7 +33,8 @@ import moespan
 from moespan.config import EngineConfig, ModelConfig
 from moespan.machine.cores import usable_cores
 from moespan.measure.bench import Case, Speed, peak_rss_bytes, percentile
-from moespan.measure.probe import Limits, Probe, machine_name
+from moespan.measure.probe import Probe, machine_name
+from moespan.planner.work import Limits
 
 HERE = Path(__file__).parent
 MAX_TOKENS_PER_STEP = 2048

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 
 from moespan import ModelConfig
-from moespan.checkpoint.random import PRESETS, preset
+from moespan.checkpoint.presets import PRESETS, preset
 from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.config import QUANTIZATIONS, SCHEMES
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import place
-from moespan.checkpoint.source import RandomSource, SafetensorsSource, Source
+from moespan.checkpoint.random import RandomSource
+from moespan.checkpoint.source import SafetensorsSource, Source
 from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.engine.step import PromptRow, SampleRow, StepPlan, StepPlans, StepResult
 from moespan.engine.worker import Worker

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import engine_overhead
 import operations
 
-from moespan.measure.probe import Limits
+from moespan.planner.work import Limits
 
 BENCHMARKS = Path(engine_overhead.__file__).parent
 

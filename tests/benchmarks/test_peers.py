@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from moespan import ModelConfig
 from moespan.config import EngineConfig
 from moespan.measure.bench import Case
-from moespan.measure.probe import Limits
+from moespan.planner.work import Limits
 from tests.support import DATA, QUICKSTART
 
 # The scripts find each other where they lie, as when they are run.

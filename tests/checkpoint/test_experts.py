@@ -42,9 +42,9 @@ def test_a_file_sets_all_layers_or_single_ones_and_may_repeat_experts(tmp_path: 
     assert placement.of(1) == ((5, 4, 3), (2, 1, 0))
     assert placement.of(2) == ((0, 1, 2), (3, 4, 5, 0))
     rows = {
-        piece.source: piece.index[0]
+        piece.tensor: piece.index[0]
         for piece in place(CONFIG, TWO, 1, placement).pieces
-        if "layers.2.mlp.experts" in piece.source
+        if "layers.2.mlp.experts" in piece.tensor
     }
     assert rows["model.layers.2.mlp.experts.0.down_proj.weight"] == 3
     assert not any(".experts.1." in name for name in rows)

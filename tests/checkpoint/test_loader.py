@@ -12,7 +12,8 @@ import torch
 
 from moespan.checkpoint.loader import Loaded, load_weights
 from moespan.checkpoint.placement import Piece, checkpoint_tensors, place
-from moespan.checkpoint.random import make_checkpoint, preset
+from moespan.checkpoint.presets import preset
+from moespan.checkpoint.random import make_checkpoint
 from moespan.checkpoint.rounding import QuantizedWeight, round_groups, round_rows
 from moespan.checkpoint.source import SafetensorsSource, Source
 from moespan.config import QUANTIZATIONS, SCHEMES, Layout, ModelConfig
@@ -177,7 +178,7 @@ def test_every_layout_rounds_as_whole_rows_are(layout: Layout, quantization: str
     source, whole = oracle.source(), place(oracle.config, Layout(), 0, quantization=quantization)
     dtype = getattr(torch, SCHEMES[quantization].dtype)
     expected = {
-        piece.source: round_rows(values, dtype=dtype)
+        piece.tensor: round_rows(values, dtype=dtype)
         for batch in source.batches(whole.pieces)
         for piece, values in source.read(batch)
         if whole.parameters[piece.parameter].is_quantized
@@ -194,11 +195,11 @@ def test_every_layout_rounds_as_whole_rows_are(layout: Layout, quantization: str
         assert num_bytes == placement.num_bytes("bfloat16")
         for piece in placement.pieces:
             if placement.parameters[piece.parameter].is_quantized:
-                values, scales = expected[piece.source]
+                values, scales = expected[piece.tensor]
                 found_values, found_scales = read_of(weights, piece)
                 assert found_values.dtype == dtype
-                assert torch.equal(found_values.float(), values[piece.source_index].float())
-                assert torch.equal(found_scales, scales[piece.source_index[0]])
+                assert torch.equal(found_values.float(), values[piece.tensor_index].float())
+                assert torch.equal(found_scales, scales[piece.tensor_index[0]])
 
 
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
@@ -228,21 +229,21 @@ def test_every_layout_cuts_between_groups_and_rounds_as_one_rank_does(layout: La
     oracle = Oracle("sixteen")
     source, whole = oracle.source(), place(oracle.config, Layout(), 0, quantization="int4")
     expected = {
-        piece.source: round_groups(values, 32)
+        piece.tensor: round_groups(values, 32)
         for batch in source.batches(whole.pieces)
         for piece, values in source.read(batch)
-        if "_proj" in piece.source
+        if "_proj" in piece.tensor
     }
     for rank in range(layout.tp):
         placement = place(oracle.config, layout, rank, quantization="int4")
         assert not placement.cut_rows
         weights, report = load_weights(placement, source, torch.bfloat16, CPU)
         assert report.held_bytes == sum(map(held_bytes, weights.values()))
-        for piece in (piece for piece in placement.pieces if "_proj" in piece.source):
+        for piece in (piece for piece in placement.pieces if "_proj" in piece.tensor):
             weight = weights[piece.parameter]
-            rows, columns = piece.source_index
+            rows, columns = piece.tensor_index
             for per_column, found, theirs in zip(
-                (8, 32), (weight.values, weight.scales), expected[piece.source], strict=True
+                (8, 32), (weight.values, weight.scales), expected[piece.tensor], strict=True
             ):
                 start, stop = columns.start // per_column, columns.stop // per_column
                 here = (*piece.index[:-1], slice(0, stop - start))

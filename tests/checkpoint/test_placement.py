@@ -22,7 +22,7 @@ from moespan.checkpoint.placement import (
     place,
     tolerated_tensors,
 )
-from moespan.checkpoint.random import PRESETS
+from moespan.checkpoint.presets import PRESETS
 from moespan.config import Layout, ModelConfig, all_layouts
 from tests.support import ORACLES, Oracle, geometry
 
@@ -80,7 +80,7 @@ def test_all_ranks_together_hold_every_element_as_often_as_they_must(
     held = {name: np.zeros(shape, int) for name, shape in checkpoint_tensors(config).items()}
     for placement in placements(config, layout):
         for piece in placement.pieces:
-            held[piece.source][piece.source_index] += 1
+            held[piece.tensor][piece.tensor_index] += 1
     for name, counts in held.items():
         assert (counts == copies(name, config, layout)).all(), name
 
@@ -98,7 +98,7 @@ def test_pieces_fit_their_parameters_and_never_overlap_or_touch_padding(
         for piece in placement.pieces:
             target = written[piece.parameter][piece.index]
             assert target.size == piece.num_elements > 0
-            lengths = tuple(part.stop - part.start for part in piece.source_index)
+            lengths = tuple(part.stop - part.start for part in piece.tensor_index)
             assert target.shape == lengths
             assert piece.num_rows == lengths[0]
             target += 1
@@ -142,7 +142,7 @@ def test_padding_is_less_than_one_place_per_rank_for_each_length_that_is_cut(
 
 
 def by_source(placement: Placement) -> dict[str, Piece]:
-    found = {piece.source: piece for piece in placement.pieces}
+    found = {piece.tensor: piece for piece in placement.pieces}
     assert len(found) == len(placement.pieces)
     return found
 
@@ -158,7 +158,7 @@ def test_gate_up_and_down_of_a_rank_are_of_the_same_neurons(cut: Cut):
                 continue
             gate = pieces[name.replace("down_proj", "gate_proj")]
             up = pieces[name.replace("down_proj", "up_proj")]
-            assert gate.source_index[0] == up.source_index[0] == down.source_index[1]
+            assert gate.tensor_index[0] == up.tensor_index[0] == down.tensor_index[1]
             width = placement.parameters[down.parameter].shape[-1]
             assert placement.parameters[gate.parameter].shape[-2] == 2 * width
             assert gate.index[-2].start == down.index[-1].start == 0
@@ -175,8 +175,8 @@ def test_a_rank_holds_the_kv_heads_that_its_queries_read(cut: Cut):
         layer = min(name.split(".")[2] for name in pieces if ".self_attn." in name)
         attention = f"model.layers.{layer}.self_attn"
         queries, keys, values = (pieces[f"{attention}.{name}_proj.weight"] for name in "qkv")
-        assert keys.source_index == values.source_index
-        q_rows, k_rows = queries.source_index[0], keys.source_index[0]
+        assert keys.tensor_index == values.tensor_index
+        q_rows, k_rows = queries.tensor_index[0], keys.tensor_index[0]
         heads = range(q_rows.start // size, q_rows.stop // size)
         kv_heads = range(k_rows.start // size, k_rows.stop // size)
         local_group = len(heads) // len(kv_heads)
@@ -189,7 +189,7 @@ def test_a_rank_holds_the_kv_heads_that_its_queries_read(cut: Cut):
             (len(heads) + len(kv_heads)) * size,
         ]
         # The output projection takes the columns of the same heads.
-        assert pieces[f"{attention}.o_proj.weight"].source_index[1] == q_rows
+        assert pieces[f"{attention}.o_proj.weight"].tensor_index[1] == q_rows
 
 
 @settings(max_examples=100)

@@ -80,10 +80,10 @@ def test_ranks_read_their_slices_of_numbers_and_scales(tmp_path: Path, layout: L
     }
 
     def expected(piece: Piece) -> torch.Tensor:
-        values = whole[piece.source]
-        if piece.is_scale and len(piece.source_index) == 1:
+        values = whole[piece.tensor]
+        if piece.is_scale and len(piece.tensor_index) == 1:
             values = values[:, 0]
-        return values[piece.source_index]
+        return values[piece.tensor_index]
 
     for rank in range(layout.world_size):
         placement, weights = load(out, layout, rank)
@@ -92,7 +92,7 @@ def test_ranks_read_their_slices_of_numbers_and_scales(tmp_path: Path, layout: L
             weight, theirs = weights[piece.parameter], expected(piece)
             if isinstance(weight, QuantizedWeight):
                 weight = weight.scales if piece.is_scale else weight.values
-                if piece.source == "lm_head.weight" and scheme == "int4":
+                if piece.tensor == "lm_head.weight" and scheme == "int4":
                     theirs, _ = round_rows(theirs)
             assert_same(weight[piece.index], theirs.to(weight.dtype))
 

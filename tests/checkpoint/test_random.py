@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import checkpoint_tensors, place
-from moespan.checkpoint.random import PRESETS, make_checkpoint, preset
-from moespan.checkpoint.source import INDEX_FILE, RandomSource, SafetensorsSource
+from moespan.checkpoint.random import RandomSource, make_checkpoint
+from moespan.checkpoint.source import INDEX_FILE, SafetensorsSource
 from moespan.config import Layout, ModelConfig
 from moespan.errors import ConfigError
 from tests.support import CPU, geometry
@@ -40,7 +39,7 @@ def test_every_layout_gets_slices_of_the_same_model(tp: int):
     for rank in range(tp):
         for batch in source.batches(place(TALL, Layout(tp=tp), rank).pieces):
             for piece, values in source.read(batch):
-                assert torch.equal(values, whole[piece.source][piece.source_index])
+                assert torch.equal(values, whole[piece.tensor][piece.tensor_index])
 
 
 @given(
@@ -125,31 +124,3 @@ def test_a_folder_that_holds_a_checkpoint_is_never_overwritten(tmp_path: Path):
     with pytest.raises(ConfigError, match="already holds a checkpoint; choose another folder"):
         make_checkpoint(tmp_path, geometry(), seed=1)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_models_that_the_engine_runs(name: str):
-    config = ModelConfig.from_dict(preset(name, {}))
-    assert config.num_moe_layers > 0
-    assert config.dtype == "bfloat16"
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides", "said"),
-    [
-        ("huge", {}, "preset 'huge' is not one of 16b, 16b-4l, tiny"),
-        ("tiny", {"hiden_size": 64}, "hiden_size is not a key of preset tiny; keys: "),
-        ("tiny", {"hidden_size": 100}, "hidden_size=100 is not a multiple"),
-        ("tiny", {"scoring_func": "sigmoid"}, "scoring_func='sigmoid' is not implemented"),
-    ],
-)
-def test_presets_refuse_what_the_engine_would(name: str, overrides: dict[str, Any], said: str):
-    with pytest.raises(ConfigError) as caught:
-        preset(name, overrides)
-    assert said in str(caught.value)
-
-
-def test_overrides_leave_the_preset_as_it_was():
-    before = dict(PRESETS["tiny"])
-    assert preset("tiny", {"num_hidden_layers": 2})["num_hidden_layers"] == 2
-    assert PRESETS["tiny"] == before

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moespan.checkpoint.placement import Piece, checkpoint_tensors, place
-from moespan.checkpoint.source import INDEX_FILE, SINGLE_FILE, RandomSource, SafetensorsSource
+from moespan.checkpoint.random import RandomSource
+from moespan.checkpoint.source import INDEX_FILE, SINGLE_FILE, SafetensorsSource
 from moespan.config import Layout, ModelConfig
 from moespan.errors import CheckpointError
 from tests.support import ORACLES, Oracle, geometry
@@ -70,9 +71,9 @@ def test_every_slice_is_that_of_the_plain_file(
             for batch in source.batches(pieces)
             for piece, part in source.read(batch)
         ]
-        assert sorted(piece.source for piece, _ in read) == sorted(p.source for p in pieces)
+        assert sorted(piece.tensor for piece, _ in read) == sorted(p.tensor for p in pieces)
         for piece, part in read:
-            assert torch.equal(part, values[piece.source][piece.source_index])
+            assert torch.equal(part, values[piece.tensor][piece.tensor_index])
 
 
 def test_the_system_is_asked_for_the_rows_of_the_pieces_ahead_and_for_no_others(
@@ -91,9 +92,9 @@ def test_the_system_is_asked_for_the_rows_of_the_pieces_ahead_and_for_no_others(
     for batch in source.batches(place(CONFIG, Layout(tp=2), 1).pieces):
         asked.clear()
         next(iter(source.read(batch)))
-        assert len({weight_map[piece.source] for piece in batch}) == 1
+        assert len({weight_map[piece.tensor] for piece in batch}) == 1
         # Of columns whole rows: they lie in the same pages.
-        rows = [values[piece.source][piece.source_index[0]] for piece in batch]
+        rows = [values[piece.tensor][piece.tensor_index[0]] for piece in batch]
         assert asked == [part.numpy().tobytes() for part in rows]
 
 
@@ -108,22 +109,22 @@ def test_batches_cover_every_piece_in_file_order_and_bounded_blocks(
     batches = source.batches(reversed(pieces))
     rows: dict[tuple[str, str], list[int]] = {}
     for batch in batches:
-        assert len({weight_map[piece.source] for piece in batch}) == 1
+        assert len({weight_map[piece.tensor] for piece in batch}) == 1
         # One block of rows may overshoot, and a row is never cut.
-        whole_rows = [piece.num_rows * values[piece.source][0].numel() * 4 for piece in batch]
+        whole_rows = [piece.num_rows * values[piece.tensor][0].numel() * 4 for piece in batch]
         assert sum(whole_rows[:-1]) < 1000
-        assert whole_rows[-1] <= max(1000, values[batch[-1].source][0].numel() * 4)
+        assert whole_rows[-1] <= max(1000, values[batch[-1].tensor][0].numel() * 4)
         for piece in batch:
-            assert [i.stop - i.start for i in piece.source_index] == [
+            assert [i.stop - i.start for i in piece.tensor_index] == [
                 i.stop - i.start for i in piece.index if isinstance(i, slice)
             ]
-            part = piece.source_index[0]
-            rows.setdefault((piece.source, piece.parameter), []).extend(
+            part = piece.tensor_index[0]
+            rows.setdefault((piece.tensor, piece.parameter), []).extend(
                 range(part.start, part.stop)
             )
     assert rows == {
-        (piece.source, piece.parameter): list(
-            range(piece.source_index[0].start, piece.source_index[0].stop)
+        (piece.tensor, piece.parameter): list(
+            range(piece.tensor_index[0].start, piece.tensor_index[0].stop)
         )
         for piece in pieces
     }
@@ -308,4 +309,4 @@ def test_sharded_checkpoints_of_the_hugging_face_model_are_read(name: str):
     pieces: list[Piece] = place(oracle.config, Layout(), 0).pieces
     for batch in source.batches(pieces):
         for piece, part in source.read(batch):
-            assert torch.equal(part, values[piece.source])
+            assert torch.equal(part, values[piece.tensor])

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from moespan import LLM, SamplingParams, __version__
-from moespan.checkpoint.random import preset
+from moespan.checkpoint.presets import preset
 from moespan.cli import _parser, main
 from moespan.cli.flags import settings_of
 from moespan.cli.show import BYTES, COUNTS, scaled

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moespan.checkpoint.placement import count_parameters
-from moespan.checkpoint.random import PRESETS
+from moespan.checkpoint.presets import PRESETS
 from moespan.config import EngineConfig, Layout, ModelConfig, all_layouts, layer_cost
 from moespan.errors import ConfigError, LayoutError
 from tests.support import ORACLES, Oracle, geometry

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from moespan.checkpoint.random import preset
+from moespan.checkpoint.presets import preset
 from moespan.cli import main
 from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
 from moespan.doctor import ascend_tools, checks, collectives, compatibility, nodes, report

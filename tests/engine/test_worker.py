@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moespan.checkpoint.source import RandomSource
+from moespan.checkpoint.random import RandomSource
 from moespan.config import ModelConfig
 from moespan.engine.step import PromptRow, PromptScores, StepPlan, StepResult
 from moespan.engine.worker import Worker

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moespan.checkpoint.random import preset
+from moespan.checkpoint.presets import preset
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, Layout, ModelConfig, Nodes
 from moespan.launch.distributed import make_mesh
 from moespan.machine import environment

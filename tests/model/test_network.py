@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.source import RandomSource
+from moespan.checkpoint.random import RandomSource
 from moespan.config import ModelConfig
 from moespan.engine.worker import Worker
 from moespan.ops import AttentionBatch, CpuOps, Ops, ReferenceOps

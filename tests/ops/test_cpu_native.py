@@ -119,7 +119,7 @@ def test_parts_of_rows_and_scales_are_packed_with_zeros_after_them(
     piece = Piece("any", (held[0], columns), "any", held)
     file = random(48, 64)
     integers, scales = quantize(file.float())
-    read = (integers if dtype == torch.int8 else file.to(dtype))[piece.source_index]
+    read = (integers if dtype == torch.int8 else file.to(dtype))[piece.tensor_index]
     builder = ops.builder("down", parameter, BF16, torch.device("cpu"))
     maxima = file[held[0]].abs().amax(-1).float()
     builder.put(piece, read, maxima if dtype == torch.float32 else None)
@@ -128,10 +128,10 @@ def test_parts_of_rows_and_scales_are_packed_with_zeros_after_them(
         builder.put(scale, scales[held[0]])
     expected: Tensor | QuantizedWeight = torch.zeros(shape, dtype=BF16)
     if dtype == BF16:
-        expected[held] = file[piece.source_index]
+        expected[held] = file[piece.tensor_index]
     else:
         expected = QuantizedWeight(torch.zeros(shape, dtype=torch.int8), torch.zeros(48))
-        expected.values[held] = integers[piece.source_index]
+        expected.values[held] = integers[piece.tensor_index]
         expected.scales[held[0]] = scales[held[0]]
     assert same_bits(builder.finish(), ops.prepare("down", expected))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moespan.checkpoint.experts import ExpertPlacement
-from moespan.checkpoint.random import preset
+from moespan.checkpoint.presets import preset
 from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.errors import ConfigError, LayoutError
 from moespan.parallel import fused

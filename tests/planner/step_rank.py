@@ -1,4 +1,4 @@
-"""One rank of `test_expected.py`: executes steps under many layouts, one layout after the other.
+"""One rank of `test_traffic.py`: executes steps under many layouts, one layout after the other.
 
 Reads `cases.json` in the folder on its command line, writes what it counted to `rank<r>.json`.
 """
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import place
-from moespan.checkpoint.source import RandomSource
+from moespan.checkpoint.random import RandomSource
 from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.engine.step import StepPlan, StepPlans
 from moespan.engine.worker import Worker

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from moespan.checkpoint.experts import ExpertPlacement
-from moespan.checkpoint.random import PRESETS
+from moespan.checkpoint.presets import PRESETS
 from moespan.config import Layout, ModelConfig, all_layouts
 from moespan.engine.step import PromptRow, StepPlan
 from moespan.parallel.counters import sent_bytes

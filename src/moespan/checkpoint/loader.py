@@ -73,8 +73,8 @@ def load_weights(
                 # torch does not ask floats of 8 bits.
                 asked = values.float() if values.itemsize == 1 else values
                 if not asked.isfinite().all():
-                    not_finite.append(f"{piece.source} holds NaN or Inf")
-            if piece.source in placement.cut_rows:
+                    not_finite.append(f"{piece.tensor} holds NaN or Inf")
+            if piece.tensor in placement.cut_rows:
                 cut.add(piece, values)
             else:
                 builders[piece.parameter].put(piece, values)
@@ -85,7 +85,7 @@ def load_weights(
 
     def fill_cut(maxima: dict[str, Tensor]) -> None:
         piece, values = cut.pop()
-        rows = maxima[piece.source][piece.source_index[0]]
+        rows = maxima[piece.tensor][piece.tensor_index[0]]
         builders[piece.parameter].put(piece, values, rows)
 
     with ThreadPoolExecutor(threads or min(8, torch.get_num_threads())) as pool:
@@ -123,7 +123,7 @@ class _CutRows:
 
     def add(self, piece: Piece, values: Tensor) -> None:
         """Keep a copy of what was read. Threads may call it, for different rows."""
-        self._maxima_of[piece.source][piece.source_index[0]] = row_maxima(values)
+        self._maxima_of[piece.tensor][piece.tensor_index[0]] = row_maxima(values)
         self._parts.append((piece, values.clone()))
 
     def __len__(self) -> int:

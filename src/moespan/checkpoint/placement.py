@@ -1,11 +1,13 @@
 """The placement table: which slice of which checkpoint tensor lives in which parameter of a rank.
 
-This is the one place that knows how a weight is cut and fused. The loader, the memory estimate,
-the random checkpoints, `verify` and the tests all read it. It holds no data and imports no torch.
+This module is the one place that knows how a weight is cut and fused. The loader, the memory
+estimate, the random checkpoints, `verify` and the tests all read the table. The table holds no data
+and imports no torch.
 
-Local shapes, with tp ranks and every split length padded up to a multiple of tp. E' is how many
-experts the rank holds (`experts.py`), e = tp/ep over how many ranks each is cut where ep < tp, else
-1. A rank holds the layers of its stage; the first stage has the embedding, the last norm and head.
+The shapes are those of one of tp ranks; every length that is cut is padded to a multiple of tp. E'
+is the number of experts that the rank holds (`experts.py`). e is the number of ranks that each
+expert is cut over: tp/ep where ep < tp, else 1. A rank holds the layers of its stage. The first
+stage also has the embedding; the last stage has the norm and the head.
 
 | parameter                    | shape                         | from (HF name, one layer)         |
 |------------------------------|-------------------------------|-----------------------------------|
@@ -24,22 +26,25 @@ experts the rank holds (`experts.py`), e = tp/ep over how many ranks each is cut
 | norm                         | (H)                           | model.norm                        |
 | head                         | (V/tp, H)                     | lm_head (embed when tied)         |
 
-KV heads fewer than tp are replicated: then each rank holds the one head that its queries read. sp
+Fewer KV heads than tp ranks are replicated: each rank holds the one head that its queries read. sp
 and dp cut no weights, but the KV cache is split by heads over tp·sp.
 
-Of matrices of 8 or 4 bits (all but embed, router and, where activations are rounded, head) a rank
-has its slice and that slice's scales. Every layout computes with the same numbers: of 8 bits a
-scale is of a whole row of the checkpoint's tensor, wherever its columns are cut, and of (out, in)
-there are (out); of 4 bits it is of a group, (out, in / group), and columns are cut between groups,
-as are the widths I.
+Every matrix but embed and router may have 8 or 4 bits; head keeps its floats where activations are
+rounded. A rank then holds its slice of the matrix and that slice's scales. Every layout computes
+with the same numbers:
+
+- 8 bits: a scale belongs to a whole row of the checkpoint's tensor, wherever its columns are cut.
+  A matrix (out, in) has (out) scales.
+- 4 bits: a scale belongs to a group of columns. A matrix (out, in) has (out, in / group) scales.
+  Columns, and with them the widths I, are cut between groups.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.config import (
@@ -57,16 +62,13 @@ from moespan.errors import ConfigError, LayoutError
 
 Index = tuple[slice, ...]
 
-# See `tensors_of` of `Placement._add`.
-_FLOATS: tuple[tuple[str, int | None], ...] = (("", 1),)
-
 
 @dataclass(frozen=True)
 class Share:
     """One rank's part of a dimension that is cut into equal, padded parts.
 
-    The rank reads `start:stop` of the source and gives it `length` places; the `length - (stop -
-    start)` places after it stay zero, which changes no result.
+    The rank reads `start:stop` of the dimension and allocates `length` elements for it. The
+    `length - (stop - start)` elements at the end stay zero, which changes no result.
     """
 
     start: int
@@ -85,8 +87,8 @@ class Parameter:
     """A tensor that a rank holds.
 
     Attributes:
-        dtype: None is the engine's.
-        scheme: of a quantised matrix, how; None for another.
+        dtype: None is the engine's dtype.
+        scheme: how a quantised matrix is quantised; None for every other tensor.
     """
 
     shape: tuple[int, ...]
@@ -95,11 +97,11 @@ class Parameter:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it is held in 8 or 4 bits."""
+        """Whether the parameter is held in 8 or 4 bits."""
         return self.scheme is not None
 
     def num_bytes(self, dtype: str) -> int:
-        """Bytes that it takes, its scales included, when the engine's dtype is `dtype`."""
+        """Bytes of the parameter, scales included, when the engine's dtype is `dtype`."""
         if self.scheme is not None:
             return math.prod(self.shape[:-1]) * self.scheme.row_bytes(self.shape[-1])
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype or dtype]
@@ -107,16 +109,17 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Piece:
-    """`source[source_index]` of the checkpoint goes to `parameter[index]`.
+    """A slice to read: `tensor[tensor_index]` of the checkpoint goes to `parameter[index]`.
 
-    `index` holds slices, of the same lengths as `source_index`, after an expert's number where the
-    parameter is a bank of experts. With `is_scale` it is the parameter's scales that are meant. Of
-    stored integers of 4 bits columns count the words that they are packed in, and of their scales
-    groups.
+    `index` holds slices of the same lengths as `tensor_index`. In a bank of experts the expert's
+    number comes before them.
+
+    With `is_scale`, the piece goes to the scales of the parameter. Columns of stored 4-bit integers
+    are counted in packed words, columns of their scales in groups.
     """
 
-    source: str
-    source_index: Index
+    tensor: str
+    tensor_index: Index
     parameter: str
     index: tuple[Any, ...]
     is_scale: bool = False
@@ -124,23 +127,23 @@ class Piece:
     @property
     def num_rows(self) -> int:
         """How many rows are read."""
-        rows = self.source_index[0]
+        rows = self.tensor_index[0]
         return int(rows.stop - rows.start)
 
     @property
     def num_elements(self) -> int:
         """How many elements are read."""
-        return math.prod(part.stop - part.start for part in self.source_index)
+        return math.prod(part.stop - part.start for part in self.tensor_index)
 
 
 @dataclass
 class Placement:
-    """All that one rank holds. Build it with `place`.
+    """Everything that one rank holds. `place` makes it.
 
     Attributes:
-        cut_rows: tensors of the checkpoint to be quantised of whose rows each tp rank reads a part,
-            and how many rows they have: what their scales must be is known to all of these ranks
-            together. The same on all of them.
+        cut_rows: number of rows of each checkpoint tensor that is quantised while it is read, and
+            whose rows are cut over tp ranks. Only these ranks together know the scales of such a
+            row. The same on all of them.
     """
 
     parameters: dict[str, Parameter] = field(default_factory=dict)
@@ -156,57 +159,6 @@ class Placement:
         """Bytes of all parameters, padding included, when the engine's dtype is `dtype`."""
         return sum(parameter.num_bytes(dtype) for parameter in self.parameters.values())
 
-    def _add(
-        self,
-        name: str,
-        sources: list[tuple[str, Share]],
-        *,
-        columns: Share,
-        expert: tuple[int, int] | None = None,
-        dtype: str | None = None,
-        scheme: Scheme | None = None,
-        tensors_of: Callable[[str], Iterable[tuple[str, int | None]]] = lambda source: _FLOATS,
-    ) -> None:
-        """Stack the row shares of `sources` into one matrix; `expert` is (number, how many).
-
-        Args:
-            tensors_of: those that a source is in the checkpoint: what each adds to its name, and
-                how many columns it has one element for; None has one for a row.
-        """
-        rows = sum(share.length for _, share in sources)
-        shape = (rows, columns.length)
-        self.parameters[name] = Parameter((expert[1], *shape) if expert else shape, dtype, scheme)
-        number = expert[:1] if expert else ()
-        at = 0
-        for source, share in sources:
-            source_rows = slice(share.start, share.stop)
-            to_rows = slice(at, at + share.stop - share.start)
-            for suffix, unit in tensors_of(source):
-                source_index: Index = (source_rows,)
-                index: tuple[Any, ...] = (*number, to_rows)
-                if unit is not None:
-                    start, stop = columns.start // unit, columns.stop // unit
-                    source_index += (slice(start, stop),)
-                    index += (slice(0, stop - start),)
-                is_scale = suffix == SCALE_SUFFIX
-                self._append(Piece(source + suffix, source_index, name, index, is_scale))
-            at += share.length
-
-    def _add_vector(self, name: str, sources: list[tuple[str, Share]]) -> None:
-        self.parameters[name] = Parameter((sum(share.length for _, share in sources),))
-        at = 0
-        for source, share in sources:
-            length = share.stop - share.start
-            self._append(
-                Piece(source, (slice(share.start, share.stop),), name, (slice(at, at + length),))
-            )
-            at += share.length
-
-    def _append(self, piece: Piece) -> None:
-        # A rank whose whole share is padding reads nothing.
-        if piece.num_elements:
-            self.pieces.append(piece)
-
 
 def place(
     config: ModelConfig,
@@ -219,135 +171,239 @@ def place(
 
     Args:
         experts: which ep rank holds which experts; None is contiguous.
-        quantization: one of `QUANTIZATIONS`; None is as the checkpoint is.
+        quantization: one of `QUANTIZATIONS`; None keeps what the checkpoint has.
 
     Raises:
         ConfigError: the checkpoint holds weights of another quantization, or the model's rows are
             not whole groups.
         LayoutError: tp would cut through a group.
     """
-    at = layout.coordinates(rank)
-    tp, part = layout.tp, at.tp
-    layers = layout.stages(config)[at.pp]
+    layers = layout.stages(config)[layout.coordinates(rank).pp]
     is_last = layers.stop == config.num_hidden_layers
     experts = experts or ExpertPlacement.make("contiguous", config, layout)
-    whole = Share.of(config.hidden_size, 1, 0)
-    vocabulary = Share.of(config.vocab_size, tp, part)
-    queries, keys = head_shares(config, tp, part)
-    placement = Placement()
-    stored, wanted = config.quantization, quantization and QuantizationConfig.of(quantization)
-    running = stored.running_as(quantization) if stored else quantization
-    scheme = SCHEMES[running] if running else None
-    group_size = scheme.group_size if scheme else None
-    if running is not None and group_size is not None:
-        _check_groups(config, layout, running, group_size)
-    # Widths are cut between groups, and padded to whole ones.
-    unit = group_size or 1
-
-    def is_stored(source: str) -> bool:
-        return stored is not None and stored.holds(source.removesuffix(".weight"))
-
-    def is_quantized(source: str) -> bool:
-        return is_stored(source) or bool(wanted and wanted.holds(source.removesuffix(".weight")))
-
-    def tensors_of(source: str) -> Iterable[tuple[str, int | None]]:
-        if not is_stored(source):
-            return _FLOATS
-        if group_size is None:
-            return (("", 1), (SCALE_SUFFIX, None))
-        return ((PACKED_SUFFIX, 8), (SCALE_SUFFIX, group_size))
-
-    def add_linear(
-        name: str,
-        sources: list[tuple[str, Share]],
-        columns: Share,
-        expert: tuple[int, int] | None = None,
-    ) -> None:
-        own = scheme if any(is_quantized(source) for source, _ in sources) else None
-        if name == "head":
-            if own is not None:
-                # What the head reads is never rounded: its errors would be those of the logits.
-                own = replace(own, activation_bits=16)
-            elif scheme is not None and scheme.head is not None:
-                own = SCHEMES[scheme.head]
-        placement._add(
-            name, sources, columns=columns, expert=expert, scheme=own, tensors_of=tensors_of
-        )
-
-    def add_cut_rows(source: str, parts: int) -> None:
-        if parts > 1 and group_size is None and is_quantized(source) and not is_stored(source):
-            placement.cut_rows[source] = config.hidden_size
-
-    def mlp(name: str, source: str, share: Share, expert: tuple[int, int] | None = None) -> None:
-        gate_up = [(f"{source}.gate_proj.weight", share), (f"{source}.up_proj.weight", share)]
-        add_linear(f"{name}.gate_up", gate_up, whole, expert)
-        add_linear(f"{name}.down", [(f"{source}.down_proj.weight", whole)], share, expert)
-
+    table = _Table(config, layout, rank, experts, _Quantization(config, layout, quantization))
     if layers.start == 0 or (is_last and config.tie_word_embeddings):
-        placement._add("embed", [("model.embed_tokens.weight", vocabulary)], columns=whole)
-    for i in layers:
-        source, layer = f"model.layers.{i}", f"layers.{i}"
-        placement._add_vector(
-            f"{layer}.attention.norm", [(f"{source}.input_layernorm.weight", whole)]
-        )
-        attention = f"{source}.self_attn"
-        shares = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
-        add_linear(
-            f"{layer}.attention.qkv",
-            [(f"{attention}.{name}.weight", share) for name, share in shares],
-            whole,
-        )
-        add_linear(f"{layer}.attention.out", [(f"{attention}.o_proj.weight", whole)], queries)
-        add_cut_rows(f"{attention}.o_proj.weight", tp)
-        if config.attention_bias:
-            placement._add_vector(
-                f"{layer}.attention.qkv_bias",
-                [(f"{attention}.{name}.bias", share) for name, share in shares],
-            )
-            placement._add_vector(
-                f"{layer}.attention.out_bias", [(f"{attention}.o_proj.bias", whole)]
-            )
-        placement._add_vector(
-            f"{layer}.mlp.norm", [(f"{source}.post_attention_layernorm.weight", whole)]
-        )
-        if not config.is_moe(i):
-            mlp(
-                f"{layer}.mlp",
-                f"{source}.mlp",
-                Share.of(config.intermediate_size, tp, part, unit),
-            )
-            add_cut_rows(f"{source}.mlp.down_proj.weight", tp)
-            continue
-        router = Share.of(config.n_routed_experts or 0, 1, 0)
-        placement._add(
-            f"{layer}.mlp.router",
-            [(f"{source}.mlp.gate.weight", router)],
-            columns=whole,
-            dtype="float32",
-        )
-        held = experts.of(i)[layout.ep_rank(rank)]
-        slices = layout.expert_slices
-        for e in range(config.n_routed_experts or 0):
-            add_cut_rows(f"{source}.mlp.experts.{e}.down_proj.weight", slices)
-        for slot, e in enumerate(held):
-            mlp(
-                f"{layer}.mlp.experts",
-                f"{source}.mlp.experts.{e}",
-                Share.of(config.moe_intermediate_size, slices, part % slices, unit),
-                expert=(slot, len(held)),
-            )
-        if config.shared_intermediate_size:
-            mlp(
-                f"{layer}.mlp.shared",
-                f"{source}.mlp.shared_experts",
-                Share.of(config.shared_intermediate_size, tp, part, unit),
-            )
-            add_cut_rows(f"{source}.mlp.shared_experts.down_proj.weight", tp)
+        table.embed()
+    for layer in layers:
+        table.attention(layer)
+        if config.is_moe(layer):
+            table.moe(layer)
+        else:
+            table.dense(layer)
     if is_last:
-        placement._add_vector("norm", [("model.norm.weight", whole)])
-    if is_last and not config.tie_word_embeddings:
-        add_linear("head", [("lm_head.weight", vocabulary)], whole)
-    return placement
+        table.head()
+    return table.placement
+
+
+class _Stored(NamedTuple):
+    """One of the tensors that a checkpoint holds for a matrix.
+
+    Attributes:
+        suffix: what the tensor's name adds to the matrix's name.
+        columns: columns of the matrix for each element of a row; None: the whole row has one.
+    """
+
+    suffix: str
+    columns: int | None
+
+
+_FLOATS = (_Stored("", 1),)
+
+
+class _Quantization:
+    """In which scheme a rank holds each matrix, and as which tensors the checkpoint stores it."""
+
+    def __init__(self, config: ModelConfig, layout: Layout, wanted: str | None) -> None:
+        self._stored = config.quantization
+        self._wanted = QuantizationConfig.of(wanted) if wanted else None
+        running = self._stored.running_as(wanted) if self._stored else wanted
+        self._scheme = SCHEMES[running] if running else None
+        self.group_size = self._scheme.group_size if self._scheme else None
+        if running and self.group_size is not None:
+            _check_groups(config, layout, running, self.group_size)
+
+    def _is_stored(self, tensor: str) -> bool:
+        return self._stored is not None and self._stored.holds(tensor.removesuffix(".weight"))
+
+    def _is_wanted(self, tensor: str) -> bool:
+        return self._wanted is not None and self._wanted.holds(tensor.removesuffix(".weight"))
+
+    def rounds_rows(self, tensor: str) -> bool:
+        """Whether `tensor` is read as floats and gets one scale for each of its rows."""
+        is_rounded = self._is_wanted(tensor) and not self._is_stored(tensor)
+        return is_rounded and self.group_size is None
+
+    def scheme_of(self, name: str, tensors: Sequence[str]) -> Scheme | None:
+        """The scheme of the parameter `name`, stacked from `tensors`; None is floats."""
+        is_quantized = any(self._is_stored(one) or self._is_wanted(one) for one in tensors)
+        scheme = self._scheme if is_quantized else None
+        if name != "head" or self._scheme is None:
+            return scheme
+        if scheme is not None:
+            # What the head reads is never rounded: its errors would be those of the logits.
+            return replace(scheme, activation_bits=16)
+        return SCHEMES[self._scheme.head] if self._scheme.head is not None else None
+
+    def stored_as(self, tensor: str) -> tuple[_Stored, ...]:
+        """What the checkpoint holds for the matrix that has the name `tensor` as floats."""
+        if not self._is_stored(tensor):
+            return _FLOATS
+        if self.group_size is None:
+            return (_Stored("", 1), _Stored(SCALE_SUFFIX, None))
+        return (_Stored(PACKED_SUFFIX, 8), _Stored(SCALE_SUFFIX, self.group_size))
+
+
+_Rows = list[tuple[str, Share]]
+"""Tensors of the checkpoint, and the rows of each that a rank holds."""
+
+
+class _Table:
+    """Writes the placement of one rank, with a method for each part of `moespan.model.network`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        rank: int,
+        experts: ExpertPlacement,
+        quantization: _Quantization,
+    ) -> None:
+        self.placement = Placement()
+        self._config, self._layout = config, layout
+        self._experts, self._ep_rank = experts, layout.ep_rank(rank)
+        self._quantization = quantization
+        self._tp, self._part = layout.tp, layout.coordinates(rank).tp
+        self._hidden = Share.of(config.hidden_size, 1, 0)
+        self._vocabulary = Share.of(config.vocab_size, self._tp, self._part)
+        self._queries, self._keys = head_shares(config, self._tp, self._part)
+
+    def embed(self) -> None:
+        self._matrix("embed", [("model.embed_tokens.weight", self._vocabulary)], self._hidden)
+
+    def attention(self, layer: int) -> None:
+        name, hf_name = f"layers.{layer}.attention", f"model.layers.{layer}.self_attn"
+        self._norm(f"{name}.norm", f"model.layers.{layer}.input_layernorm")
+        shares = [("q_proj", self._queries), ("k_proj", self._keys), ("v_proj", self._keys)]
+        qkv = [(f"{hf_name}.{projection}.weight", share) for projection, share in shares]
+        self._linear(f"{name}.qkv", qkv, self._hidden)
+        out = f"{hf_name}.o_proj.weight"
+        self._linear(f"{name}.out", [(out, self._hidden)], self._queries)
+        self._note_cut_rows(out, self._tp)
+        if self._config.attention_bias:
+            biases = [(f"{hf_name}.{projection}.bias", share) for projection, share in shares]
+            self._vector(f"{name}.qkv_bias", biases)
+            self._vector(f"{name}.out_bias", [(f"{hf_name}.o_proj.bias", self._hidden)])
+
+    def dense(self, layer: int) -> None:
+        name, hf_name = f"layers.{layer}.mlp", f"model.layers.{layer}.mlp"
+        self._norm(f"{name}.norm", f"model.layers.{layer}.post_attention_layernorm")
+        self._tp_mlp(name, hf_name, self._config.intermediate_size)
+
+    def moe(self, layer: int) -> None:
+        name, hf_name = f"layers.{layer}.mlp", f"model.layers.{layer}.mlp"
+        self._norm(f"{name}.norm", f"model.layers.{layer}.post_attention_layernorm")
+        num_experts = self._config.n_routed_experts or 0
+        router = [(f"{hf_name}.gate.weight", Share.of(num_experts, 1, 0))]
+        self._matrix(f"{name}.router", router, self._hidden, dtype="float32")
+        slices = self._layout.expert_slices
+        for expert in range(num_experts):
+            self._note_cut_rows(f"{hf_name}.experts.{expert}.down_proj.weight", slices)
+        width = self._width(self._config.moe_intermediate_size, slices)
+        held = self._experts.of(layer)[self._ep_rank]
+        for number, expert in enumerate(held):
+            bank = (number, len(held))
+            self._mlp(f"{name}.experts", f"{hf_name}.experts.{expert}", width, bank)
+        if self._config.shared_intermediate_size:
+            shared, hf_shared = f"{name}.shared", f"{hf_name}.shared_experts"
+            self._tp_mlp(shared, hf_shared, self._config.shared_intermediate_size)
+
+    def head(self) -> None:
+        self._norm("norm", "model.norm")
+        if not self._config.tie_word_embeddings:
+            self._linear("head", [("lm_head.weight", self._vocabulary)], self._hidden)
+
+    def _norm(self, name: str, hf_name: str) -> None:
+        self._vector(name, [(f"{hf_name}.weight", self._hidden)])
+
+    def _width(self, width: int, parts: int) -> Share:
+        """This rank's share of the width of an MLP, cut between groups and padded to whole ones."""
+        return Share.of(width, parts, self._part % parts, self._quantization.group_size or 1)
+
+    def _tp_mlp(self, name: str, hf_name: str, width: int) -> None:
+        """An MLP whose width is cut over tp."""
+        self._mlp(name, hf_name, self._width(width, self._tp))
+        self._note_cut_rows(f"{hf_name}.down_proj.weight", self._tp)
+
+    def _mlp(
+        self, name: str, hf_name: str, width: Share, expert: tuple[int, int] | None = None
+    ) -> None:
+        gate_up = [(f"{hf_name}.{part}_proj.weight", width) for part in ("gate", "up")]
+        self._linear(f"{name}.gate_up", gate_up, self._hidden, expert)
+        down = [(f"{hf_name}.down_proj.weight", self._hidden)]
+        self._linear(f"{name}.down", down, width, expert)
+
+    def _linear(
+        self, name: str, rows: _Rows, columns: Share, expert: tuple[int, int] | None = None
+    ) -> None:
+        """A matrix that may be quantised."""
+        scheme = self._quantization.scheme_of(name, [tensor for tensor, _ in rows])
+        stored_as = self._quantization.stored_as
+        self._matrix(name, rows, columns, expert=expert, scheme=scheme, stored_as=stored_as)
+
+    def _note_cut_rows(self, tensor: str, parts: int) -> None:
+        """Note that each of `parts` ranks reads a part of every row of `tensor`, H rows."""
+        if parts > 1 and self._quantization.rounds_rows(tensor):
+            self.placement.cut_rows[tensor] = self._config.hidden_size
+
+    def _matrix(
+        self,
+        name: str,
+        rows: _Rows,
+        columns: Share,
+        *,
+        expert: tuple[int, int] | None = None,
+        dtype: str | None = None,
+        scheme: Scheme | None = None,
+        stored_as: Callable[[str], tuple[_Stored, ...]] = lambda tensor: _FLOATS,
+    ) -> None:
+        """Stack the rows of several tensors into one matrix.
+
+        Args:
+            expert: the matrix's number in a bank of experts, and the size of the bank.
+            stored_as: which tensors the checkpoint holds for each of `rows`.
+        """
+        number, bank = ((), ()) if expert is None else (expert[:1], expert[1:])
+        shape = (*bank, sum(share.length for _, share in rows), columns.length)
+        self.placement.parameters[name] = Parameter(shape, dtype, scheme)
+        first = 0
+        for tensor, share in rows:
+            num_rows = share.stop - share.start
+            for stored in stored_as(tensor):
+                tensor_index: Index = (slice(share.start, share.stop),)
+                index: Index = (slice(first, first + num_rows),)
+                if stored.columns is not None:
+                    start, stop = (at // stored.columns for at in (columns.start, columns.stop))
+                    tensor_index += (slice(start, stop),)
+                    index += (slice(0, stop - start),)
+                is_scale = stored.suffix == SCALE_SUFFIX
+                hf_name = tensor + stored.suffix
+                self._append(Piece(hf_name, tensor_index, name, (*number, *index), is_scale))
+            first += share.length
+
+    def _vector(self, name: str, rows: _Rows) -> None:
+        """Join parts of several vectors into one."""
+        self.placement.parameters[name] = Parameter((sum(share.length for _, share in rows),))
+        first = 0
+        for tensor, share in rows:
+            tensor_index = (slice(share.start, share.stop),)
+            index = (slice(first, first + share.stop - share.start),)
+            self._append(Piece(tensor, tensor_index, name, index))
+            first += share.length
+
+    def _append(self, piece: Piece) -> None:
+        # A rank whose whole share is padding reads nothing.
+        if piece.num_elements:
+            self.placement.pieces.append(piece)
 
 
 def _check_groups(config: ModelConfig, layout: Layout, name: str, group_size: int) -> None:
@@ -404,7 +460,7 @@ def checkpoint_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a checkpoint of this model, in the model's order; scales
     of integers right after them, as vectors."""
     return {
-        piece.source: tuple(part.stop for part in piece.source_index)
+        piece.tensor: tuple(part.stop for part in piece.tensor_index)
         for piece in place(config, Layout(), 0).pieces
     }
 

@@ -67,7 +67,7 @@ def quantize_checkpoint(
         stored = stored.with_ignored_head()
     dtype = getattr(torch, own.storage)
     placement = place(config, Layout(), 0, quantization=scheme)
-    pieces = {piece.source: piece for piece in placement.pieces}
+    pieces = {piece.tensor: piece for piece in placement.pieces}
     is_quantized = {
         name: placement.parameters[piece.parameter].is_quantized
         and stored.holds(name.removesuffix(".weight"))

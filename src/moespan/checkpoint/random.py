@@ -1,83 +1,94 @@
-"""Writes random checkpoints of any geometry in Hugging Face form, for trials and benchmarks."""
+"""Random weights of any geometry: a source to load, and checkpoints in Hugging Face form."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 
-from moespan.checkpoint.source import RandomSource
+from moespan.checkpoint.placement import Index, Piece, checkpoint_tensors
+from moespan.checkpoint.presets import preset
 from moespan.checkpoint.writer import write_json, write_shards
 from moespan.config import ModelConfig
 from moespan.errors import ConfigError
 
-_16B: dict[str, Any] = {
-    "architectures": ["DeepseekForCausalLM"],
-    "attention_bias": False,
-    "bos_token_id": 100000,
-    "eos_token_id": 100001,
-    "first_k_dense_replace": 1,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "max_position_embeddings": 4096,
-    "model_type": "deepseek",
-    "moe_intermediate_size": 1408,
-    "moe_layer_freq": 1,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "norm_topk_prob": False,
-    "num_attention_heads": 16,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 16,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "scoring_func": "softmax",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 102400,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "16b": _16B,
-    "16b-4l": {**_16B, "num_hidden_layers": 4},
-    "tiny": {
-        **_16B,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "max_position_embeddings": 512,
-        "moe_intermediate_size": 64,
-        "n_routed_experts": 16,
-        "num_attention_heads": 8,
-        "num_experts_per_tok": 4,
-        "num_hidden_layers": 4,
-        "num_key_value_heads": 8,
-        "vocab_size": 512,
-    },
-}
+__all__ = ["RandomSource", "make_checkpoint", "preset"]
+
+# Devices whose random numbers follow from seed and shape alone.
+_DRAWING_DEVICES = ("cuda",)
 
 
-def preset(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The `config.json` of a preset with some keys replaced.
+class RandomSource:
+    """Random weights that are a pure function of the seed and the tensor's name.
 
-    Raises:
-        ConfigError: no such preset, no such key, or a config that the engine would refuse.
+    So `--load-format dummy` gives the values that `make-checkpoint` writes, and every layout gives
+    the same model. Standard deviations keep activations near one: 1/sqrt(fan-in) for matrices, 1
+    for the embedding; norms are 1.
+
+    Args:
+        device: where the values are for. On a GPU they are drawn there, which takes seconds where a
+            CPU takes minutes. They are then others than the CPU's, but again the same in every
+            layout.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
-    known = PRESETS[name]
-    for key in overrides:
-        if key not in known:
-            raise ConfigError(f"{key} is not a key of preset {name}; keys: {', '.join(known)}")
-    raw = {**known, **overrides}
-    ModelConfig.from_dict(raw)
-    return raw
+
+    # Rows are drawn in blocks with a generator each, so that a rank draws little beyond its share.
+    BLOCK_ROWS = 256
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        seed: int,
+        device: torch.device | None = None,
+    ) -> None:
+        self.shapes = checkpoint_tensors(replace(config, quantization=None))
+        self.dtype = dtype
+        self.seed = seed
+        draws_there = device is not None and device.type in _DRAWING_DEVICES
+        self._options: dict[str, Any] = {"device": device if draws_there else torch.device("cpu")}
+
+    def num_bytes(self, piece: Piece) -> int:
+        """How many bytes `piece` has."""
+        return piece.num_elements * int(self.dtype.itemsize)
+
+    def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
+        """One list for each piece: nothing is gained by an order."""
+        return [[piece] for piece in pieces]
+
+    def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """Yield each piece with freshly drawn values."""
+        for piece in pieces:
+            yield piece, self.draw(piece.tensor, piece.tensor_index)
+
+    def draw(self, name: str, index: Index | None = None) -> torch.Tensor:
+        """Values of the tensor `name`, or of a slice of it."""
+        shape = self.shapes[name]
+        rows = index[0] if index else slice(0, shape[0])
+        if name.endswith("norm.weight"):
+            return torch.ones(rows.stop - rows.start, dtype=self.dtype, **self._options)
+        columns = tuple(index[1:]) if index else ()
+        std = 1.0 if name == "model.embed_tokens.weight" else math.prod(shape[1:]) ** -0.5
+        first = rows.start // self.BLOCK_ROWS
+        last = -(-rows.stop // self.BLOCK_ROWS)
+        drawn = []
+        for block in range(first, last):
+            start = block * self.BLOCK_ROWS
+            stop = min(start + self.BLOCK_ROWS, shape[0])
+            key = crc32(f"{self.seed}/{name}/{block}".encode()) + (self.seed << 32)
+            generator = torch.Generator(**self._options).manual_seed(key % 2**63)
+            values = torch.empty((stop - start, *shape[1:]), **self._options)
+            values.normal_(0.0, std, generator=generator)
+            mine = slice(max(rows.start - start, 0), min(rows.stop, stop) - start)
+            here = (mine, *columns)
+            drawn.append(values[here].to(self.dtype))
+        if not drawn:
+            return torch.empty((0, *shape[1:]), dtype=self.dtype, **self._options)
+        return torch.cat(drawn)
 
 
 def make_checkpoint(

@@ -1,7 +1,8 @@
-"""Where weights come from: safetensors files, or a deterministic random stream.
+"""Sources of weights: what a source answers, and the one that reads safetensors files.
 
-Both answer the same questions (how large a slice is, what is best read together, and its values),
-so that the loader does not care. Pickle checkpoints are refused.
+A source tells how large a slice is, which slices are best read together, and their values, so that
+the loader knows no files. The other source is `RandomSource` (`random.py`). Pickle checkpoints are
+refused.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moespan.checkpoint.placement import Index, Piece, checkpoint_tensors, tolerated_tensors
+from moespan.checkpoint.placement import Piece, checkpoint_tensors, tolerated_tensors
 from moespan.config import PACKED_SUFFIX, SCALE_SUFFIX, SCHEMES, ModelConfig, read_json
 from moespan.errors import CheckpointError, ConfigError
 
@@ -32,8 +32,6 @@ _QUANTIZED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "int32": "I32"}
 _BATCH_BYTES = 32 << 20
 # Rows of one read are a multiple of this, which suits what packs rows into tiles.
 _ROWS_TOGETHER = 64
-# Whose random numbers follow from seed and shape, whatever else it does.
-_DRAWING_DEVICES = ("cuda",)
 
 
 class Source(Protocol):
@@ -173,15 +171,15 @@ class SafetensorsSource:
         """Have the system fetch the pieces' rows in large reads; a mapping asks page by page."""
         with (self.path / file).open("rb") as opened:
             for piece in pieces:
-                begin, row_bytes = self._begin[piece.source], self._row_bytes[piece.source]
-                rows = piece.source_index[0]
+                begin, row_bytes = self._begin[piece.tensor], self._row_bytes[piece.tensor]
+                rows = piece.tensor_index[0]
                 start, length = begin + rows.start * row_bytes, piece.num_rows * row_bytes
                 with contextlib.suppress(OSError):  # advice that a file system may not take
                     os.posix_fadvise(opened.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def num_bytes(self, piece: Piece) -> int:
         """How many bytes reading `piece` reads."""
-        return piece.num_elements * self._item_bytes[piece.source]
+        return piece.num_elements * self._item_bytes[piece.tensor]
 
     def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
         """Lists within one file each, in the order of its bytes, so that a disk reads straight on.
@@ -190,96 +188,28 @@ class SafetensorsSource:
         """
         by_file: dict[str, list[Piece]] = defaultdict(list)
         for piece in pieces:
-            by_file[self._file_of[piece.source]].append(piece)
+            by_file[self._file_of[piece.tensor]].append(piece)
         batches: list[list[Piece]] = []
         for file in sorted(by_file):
             left_bytes = 0
-            for piece in sorted(by_file[file], key=lambda piece: self._order[piece.source]):
-                for part in _row_blocks(piece, _BATCH_BYTES // self._row_bytes[piece.source]):
+            for piece in sorted(by_file[file], key=lambda piece: self._order[piece.tensor]):
+                for part in _row_blocks(piece, _BATCH_BYTES // self._row_bytes[piece.tensor]):
                     if left_bytes <= 0:
                         batches.append([])
                         left_bytes = _BATCH_BYTES
                     batches[-1].append(part)
-                    left_bytes -= part.num_rows * self._row_bytes[piece.source]
+                    left_bytes -= part.num_rows * self._row_bytes[piece.tensor]
         return batches
 
     def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
         """Yield each piece of one batch as a view of the mapped file."""
-        file = self._file_of[pieces[0].source]
+        file = self._file_of[pieces[0].tensor]
         self._read_ahead(file, pieces)
         with self._open(file) as handle:
             for piece in pieces:
-                values = handle.get_slice(piece.source)[piece.source_index]
-                is_vector = len(piece.source_index) == 1
+                values = handle.get_slice(piece.tensor)[piece.tensor_index]
+                is_vector = len(piece.tensor_index) == 1
                 yield piece, values.flatten() if is_vector else values
-
-
-class RandomSource:
-    """Random weights that are a pure function of the seed and the tensor's name.
-
-    So `--load-format dummy` gives the values that `make-checkpoint` writes, and every layout gives
-    the same model. Standard deviations keep activations near one: 1/sqrt(fan-in) for matrices, 1
-    for the embedding; norms are 1.
-
-    Args:
-        device: where the values are for. On a GPU they are drawn there, which takes seconds where a
-            CPU takes minutes. They are then others than the CPU's, but again the same in every
-            layout.
-    """
-
-    # Rows are drawn in blocks with a generator each, so that a rank draws little beyond its share.
-    BLOCK_ROWS = 256
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        seed: int,
-        device: torch.device | None = None,
-    ) -> None:
-        self.shapes = checkpoint_tensors(dataclasses.replace(config, quantization=None))
-        self.dtype = dtype
-        self.seed = seed
-        draws_there = device is not None and device.type in _DRAWING_DEVICES
-        self._options: dict[str, Any] = {"device": device if draws_there else torch.device("cpu")}
-
-    def num_bytes(self, piece: Piece) -> int:
-        """How many bytes `piece` has."""
-        return piece.num_elements * int(self.dtype.itemsize)
-
-    def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
-        """One list for each piece: nothing is gained by an order."""
-        return [[piece] for piece in pieces]
-
-    def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """Yield each piece with freshly drawn values."""
-        for piece in pieces:
-            yield piece, self.draw(piece.source, piece.source_index)
-
-    def draw(self, name: str, index: Index | None = None) -> torch.Tensor:
-        """Values of the tensor `name`, or of a slice of it."""
-        shape = self.shapes[name]
-        rows = index[0] if index else slice(0, shape[0])
-        if name.endswith("norm.weight"):
-            return torch.ones(rows.stop - rows.start, dtype=self.dtype, **self._options)
-        columns = tuple(index[1:]) if index else ()
-        std = 1.0 if name == "model.embed_tokens.weight" else math.prod(shape[1:]) ** -0.5
-        first = rows.start // self.BLOCK_ROWS
-        last = -(-rows.stop // self.BLOCK_ROWS)
-        drawn = []
-        for block in range(first, last):
-            start = block * self.BLOCK_ROWS
-            stop = min(start + self.BLOCK_ROWS, shape[0])
-            key = crc32(f"{self.seed}/{name}/{block}".encode()) + (self.seed << 32)
-            generator = torch.Generator(**self._options).manual_seed(key % 2**63)
-            values = torch.empty((stop - start, *shape[1:]), **self._options)
-            values.normal_(0.0, std, generator=generator)
-            mine = slice(max(rows.start - start, 0), min(rows.stop, stop) - start)
-            here = (mine, *columns)
-            drawn.append(values[here].to(self.dtype))
-        if not drawn:
-            return torch.empty((0, *shape[1:]), dtype=self.dtype, **self._options)
-        return torch.cat(drawn)
 
 
 def _row_blocks(piece: Piece, most_rows: int) -> Iterator[Piece]:
@@ -287,15 +217,15 @@ def _row_blocks(piece: Piece, most_rows: int) -> Iterator[Piece]:
     if most_rows > _ROWS_TOGETHER:
         most_rows -= most_rows % _ROWS_TOGETHER
     most_rows = max(most_rows, 1)
-    axis = len(piece.index) - len(piece.source_index)  # an expert's number may come first
-    source_rows, rows = piece.source_index[0], piece.index[axis]
+    axis = len(piece.index) - len(piece.tensor_index)  # an expert's number may come first
+    source_rows, rows = piece.tensor_index[0], piece.index[axis]
     for at in range(0, piece.num_rows, most_rows):
         stop = min(at + most_rows, piece.num_rows)
         yield dataclasses.replace(
             piece,
-            source_index=(
+            tensor_index=(
                 slice(source_rows.start + at, source_rows.start + stop),
-                *piece.source_index[1:],
+                *piece.tensor_index[1:],
             ),
             index=(
                 *piece.index[:axis],

@@ -11,7 +11,14 @@ from moespan.config.engine import (
     EngineOptions,
     ExpertTable,
 )
-from moespan.config.layout import Coordinates, Layout, all_layouts, balanced_stages, layer_cost
+from moespan.config.layout import (
+    Coordinates,
+    Layout,
+    all_layouts,
+    balanced_stages,
+    layer_cost,
+    share_of_experts_read,
+)
 from moespan.config.model import DTYPE_BYTES, ModelConfig, read_json
 from moespan.config.nodes import Nodes, is_wildcard
 from moespan.config.schemes import (
@@ -50,4 +57,5 @@ __all__ = [
     "is_wildcard",
     "layer_cost",
     "read_json",
+    "share_of_experts_read",
 ]

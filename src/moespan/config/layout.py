@@ -245,7 +245,15 @@ def layer_cost(config: ModelConfig, layer: int) -> float:
     cost = float(config.hidden_size * head_width)
     if not config.is_moe(layer):
         return cost + 3 * config.hidden_size * config.intermediate_size
-    experts = config.n_routed_experts or 0
-    idle_share = (1 - config.num_experts_per_tok / experts) ** _BALANCED_TOKENS
-    read = experts * (1 - idle_share) * config.moe_intermediate_size
+    experts_read = (config.n_routed_experts or 0) * share_of_experts_read(config, _BALANCED_TOKENS)
+    read = experts_read * config.moe_intermediate_size
     return cost + 3 * config.hidden_size * (read + config.shared_intermediate_size)
+
+
+def share_of_experts_read(config: ModelConfig, num_tokens: int) -> float:
+    """Expected share of a layer's experts that `num_tokens` tokens read, if each token chooses K of
+    E experts at random: 1 − (1 − K/E)^T, so that E·(1 − (1 − K/E)^T) experts are read.
+
+    The model must have routed experts.
+    """
+    return 1 - (1 - config.num_experts_per_tok / (config.n_routed_experts or 0)) ** num_tokens

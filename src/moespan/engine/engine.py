@@ -19,7 +19,8 @@ from tqdm import tqdm
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.loader import LoadReport, load_weights
 from moespan.checkpoint.placement import cache_bytes_per_token, place
-from moespan.checkpoint.source import RandomSource, SafetensorsSource, Source
+from moespan.checkpoint.random import RandomSource
+from moespan.checkpoint.source import SafetensorsSource, Source
 from moespan.config import Coordinates, EngineConfig, ModelConfig
 from moespan.engine.graphs import scratch_blocks
 from moespan.engine.info import CACHE_SHARE, EngineInfo, EngineStats

@@ -22,7 +22,8 @@ from moespan.device import DEVICES
 from moespan.engine.request import OutputDelta, SamplingParams
 from moespan.errors import ConfigError, MoespanError
 from moespan.front.llm import LLM
-from moespan.measure.probe import Limits, Probe, Work, machine_name, step_work
+from moespan.measure.probe import Probe, machine_name
+from moespan.planner.work import Limits, Work, step_work
 from moespan.version import __version__
 
 Timeline = list[list[float]]

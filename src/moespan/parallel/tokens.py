@@ -31,13 +31,18 @@ def tp_group_tokens(layout: Layout, rank: int, num_tokens: Sequence[int]) -> lis
     return [split_evenly(num_tokens[dp], layout.sp)[sp] for dp, sp in tp_groups_of(layout, rank)]
 
 
+def probability_met(config: ModelConfig, num_held: int) -> float:
+    """Probability that a token chooses at least one of `num_held` given experts, n of E, if all
+    choices of K experts are equally likely: 1 − C(E − n, K) / C(E, K)."""
+    experts, chosen = config.n_routed_experts or 0, config.num_experts_per_tok
+    return 1 - math.comb(experts - num_held, chosen) / math.comb(experts, chosen)
+
+
 def mean_ranks_met(config: ModelConfig, layout: Layout) -> float:
     """On how many ranks of the ep group a token finds one of its experts, if all are equally likely
-    and spread evenly: a rank with n of E experts is missed with probability
-    C(E - n, K) / C(E, K)."""
-    experts, chosen = config.n_routed_experts or 0, config.num_experts_per_tok
-    held = split_evenly(experts, layout.ep)
-    return sum(1 - math.comb(experts - n, chosen) / math.comb(experts, chosen) for n in held)
+    and spread evenly."""
+    held = split_evenly(config.n_routed_experts or 0, layout.ep)
+    return sum(probability_met(config, num_held) for num_held in held)
 
 
 def dispatch_of_step(

@@ -1,7 +1,8 @@
-"""What a step sends, by formula: the traffic that a rank's counters will show.
+"""The traffic of a step by formula: the calls and bytes that a rank's counters will show.
 
-Nothing is run, and no torch is imported: a layout can be judged before there are ranks. Tests hold
-the counters of real ranks to it exactly. The formulas, in words: docs/parallelism.md.
+Nothing is run, and no torch is imported, so that a layout can be judged before there are ranks.
+Tests hold the counters of real ranks to the formulas exactly. docs/parallelism.md has the formulas
+in words.
 """
 
 from __future__ import annotations
@@ -19,27 +20,33 @@ from moespan.checkpoint.placement import cache_heads
 from moespan.config import DTYPE_BYTES, Layout, ModelConfig
 from moespan.parallel.counters import Traffic, sent_bytes
 from moespan.parallel.fused import sent_tokens
-from moespan.parallel.tokens import dispatch_of_step, split_evenly, tp_group_tokens, tp_groups_of
+from moespan.parallel.tokens import (
+    dispatch_of_step,
+    probability_met,
+    split_evenly,
+    tp_group_tokens,
+    tp_groups_of,
+)
 
 Choices = npt.NDArray[np.int64]
 """The experts that tokens chose, [T, K]."""
 
-_COUNT_BYTES = 8  # how many rows go to a rank, int64
-_CHOICE_BYTES = 4 + 4  # a weight, float32, and a slot, int32
+_COUNT_BYTES = 8  # rows that go to a rank, int64
+_CHOICE_BYTES = 4 + 4  # a weight, float32, and the number of a physical expert, int32
 _TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """One step, as far as traffic depends on it.
+    """The sizes of one step that its traffic depends on.
 
     Attributes:
-        num_tokens: T of each replica.
+        num_tokens: tokens of each replica, T.
         num_rows: logit rows of each replica.
-        num_sampled: tokens of each replica's step before, where its plan names them by their place;
-            empty if none does.
-        choices: layer → of each replica, what its router chose. None for uniform routing: then
-            `all_to_all` is given its expected bytes, rounded to whole ones in every call.
+        choices: layer → the choices of each replica's router. None is uniform routing: `all_to_all`
+            then counts its expected bytes, rounded to whole bytes in every call.
+        num_sampled: tokens that each replica's previous step sampled, where its plan names some of
+            them by their place; empty if no plan does.
     """
 
     num_tokens: Sequence[int]
@@ -60,115 +67,177 @@ def step_traffic(
     """What `rank` sends over the model's axes in one step.
 
     Args:
-        dtype: of activations.
+        dtype: the dtype of activations.
         moe_dispatch: `auto` or one of the layout's `dispatches`.
         experts: which ep rank holds which experts; None is contiguous.
     """
-    traffic = Traffic()
-    at = layout.coordinates(rank)
-    if not step.num_tokens[at.dp] and layout.ep_tp_groups == 1:
-        return traffic  # this replica sits the step out
-    ranks = {**layout.sizes, "ep_tp_groups": layout.ep_tp_groups, "ep_fused": layout.ep}
-
-    def count(axis: str, collective: str, module: str, num_bytes: int) -> None:
-        # Nothing is sent for an empty tensor; only all_to_all is called all the same.
-        if ranks[axis] > 1 and (num_bytes or collective == "all_to_all"):
-            sent = sent_bytes(collective, ranks[axis], num_bytes)
-            traffic.count(axis, collective, module, sent)
-
-    element_bytes = DTYPE_BYTES[dtype]
-    token_bytes = config.hidden_size * element_bytes
-    held_tokens = split_evenly(step.num_tokens[at.dp], layout.sp)[at.sp]
-    other_tokens = step.num_tokens[at.dp] - held_tokens
-    held_bytes = held_tokens * token_bytes
-    stage_part_bytes = -(-held_tokens * config.hidden_size // layout.tp) * element_bytes
-
-    query_bytes = config.num_attention_heads // (layout.tp * layout.sp) * config.head_dim
-    query_bytes *= element_bytes
-    key_bytes = cache_heads(config, layout, rank) * config.head_dim * element_bytes
-
-    blocks = tp_group_tokens(layout, rank, step.num_tokens)
-    way = dispatch_of_step(moe_dispatch, config, layout, element_bytes, blocks)
+    if not step.num_tokens[layout.coordinates(rank).dp] and layout.ep_tp_groups == 1:
+        return Traffic()  # this replica sits the step out
     experts = experts or ExpertPlacement.make("contiguous", config, layout)
-
-    if at.tp == 0 and at.sp == 0 and any(step.num_sampled):
-        count("tp", "broadcast", "sampled", step.num_sampled[at.dp] * _TOKEN_BYTES)
-    if at.sp == 0 and any(step.num_sampled):
-        count("sp", "broadcast", "sampled", step.num_sampled[at.dp] * _TOKEN_BYTES)
-    # From here on in the order of the network.
+    counts = _Counts(config, layout, rank, dtype, step, moe_dispatch, experts)
+    at = layout.coordinates(rank)
+    counts.sampled()
     if at.pp == 0:
-        count("tp", "all_reduce", "embed", held_bytes)
+        counts.embed()
     else:
-        count("tp", "all_gather", "hidden", stage_part_bytes)
+        counts.received()
     for layer in layout.stages(config)[at.pp]:
-        to_heads = (layout.sp - 1) * held_tokens * (query_bytes + 2 * key_bytes)
-        count("sp", "all_to_all", "attention", to_heads)
-        count("sp", "all_to_all", "attention", other_tokens * query_bytes)
-        count("tp", "all_reduce", "attention", held_bytes)
-        if not config.is_moe(layer):
-            count("tp", "all_reduce", "mlp", held_bytes)
-            continue
-        if way == "all_gather":
-            count("ep_tp_groups", "all_gather", "moe", max(blocks) * token_bytes)
-            choice_bytes = config.num_experts_per_tok * _CHOICE_BYTES
-            count("ep_tp_groups", "all_gather", "router", max(blocks) * choice_bytes)
-            count(
-                "ep_tp_groups",
-                "reduce_scatter",
-                "moe",
-                layout.ep_tp_groups * max(blocks) * token_bytes,
-            )
-        elif way == "fused":
-            rows = sent_tokens(layout, blocks) * config.num_experts_per_tok
-            count("ep_fused", "dispatch", "moe", rows * token_bytes)
-            count("ep_fused", "combine", "moe", rows * token_bytes)
-        elif way == "all_to_all":
-            choices = None if step.choices is None else step.choices[layer]
-            out, back = _rows_sent(config, layout, rank, step, experts.of(layer), choices)
-            count("ep", "all_to_all", "counts", (layout.ep - 1) * _COUNT_BYTES)
-            choice_bytes = config.num_experts_per_tok * _CHOICE_BYTES
-            count("ep", "all_to_all", "router", round(out * choice_bytes))
-            count("ep", "all_to_all", "moe", round(out * token_bytes))
-            count("ep", "all_to_all", "moe", round(back * token_bytes))
-        count("tp", "all_reduce", "moe", held_bytes)
+        counts.attention()
+        if config.is_moe(layer):
+            counts.moe(layer)
+        else:
+            counts.dense()
     if at.pp < layout.pp - 1:
-        count("pp", "send", "hidden", stage_part_bytes)
-        return traffic
-    num_rows = step.num_rows[at.dp]
-    count("sp", "all_reduce", "head", num_rows * token_bytes)
-    if at.sp == 0:
-        vocabulary = -(-config.vocab_size // layout.tp)
-        count("tp", "all_gather", "head", num_rows * vocabulary * element_bytes)
-    return traffic
+        counts.passed_on()
+    else:
+        counts.head()
+    return counts.traffic
 
 
-def _rows_sent(
-    config: ModelConfig,
-    layout: Layout,
-    rank: int,
-    step: StepSize,
-    held: tuple[tuple[int, ...], ...],
-    choices: Sequence[Choices] | None,
-) -> tuple[float, float]:
-    """Rows that `rank` sends to the ranks that hold their experts, and that it sends back.
+class _Counts:
+    """Counts what one rank sends in a step, with a method for each part of `moespan.model.network`.
 
-    Tokens of its own block are on all ranks of the block, so neither leaves it.
+    L is the number of tokens that the rank holds between attentions.
     """
-    ep_rank, tp_rank = layout.ep_rank(rank), layout.coordinates(rank).tp
-    own_block, out, back = ep_rank // layout.tp, 0.0, 0.0
-    for block, (dp, sp) in enumerate(tp_groups_of(layout, rank)):
-        lengths = split_evenly(step.num_tokens[dp], layout.sp)
-        first, length = sum(lengths[:sp]), lengths[sp]
-        chosen = None if choices is None else choices[dp][first : first + length]
-        met = _met(config, held, length, chosen)
-        if block != own_block:
-            back += float(met[:, ep_rank].sum())
-            continue
-        parts = split_evenly(length, layout.tp)
-        mine = met[sum(parts[:tp_rank]) : sum(parts[: tp_rank + 1])]
-        met_here = mine[:, block * layout.tp : (block + 1) * layout.tp]
-        out = float(mine.sum() - met_here.sum())
-    return out, back
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        rank: int,
+        dtype: str,
+        step: StepSize,
+        moe_dispatch: str,
+        experts: ExpertPlacement,
+    ) -> None:
+        self.traffic = Traffic()
+        self._config, self._layout, self._rank = config, layout, rank
+        self._step, self._experts = step, experts
+        self._at = layout.coordinates(rank)
+        self._ranks = {**layout.sizes, "ep_tp_groups": layout.ep_tp_groups, "ep_fused": layout.ep}
+        self._element_bytes = DTYPE_BYTES[dtype]
+        self._token_bytes = config.hidden_size * self._element_bytes
+        self._num_tokens = step.num_tokens[self._at.dp]
+        self._held_tokens = split_evenly(self._num_tokens, layout.sp)[self._at.sp]
+        self._held_bytes = self._held_tokens * self._token_bytes
+        self._group_tokens = tp_group_tokens(layout, rank, step.num_tokens)
+        self._dispatch = dispatch_of_step(
+            moe_dispatch, config, layout, self._element_bytes, self._group_tokens
+        )
+
+    def _count(self, axis: str, collective: str, module: str, num_bytes: int) -> None:
+        ranks = self._ranks[axis]
+        # Nothing is sent for an empty tensor; only all_to_all is called all the same.
+        if ranks > 1 and (num_bytes or collective == "all_to_all"):
+            sent = sent_bytes(collective, ranks, num_bytes)
+            self.traffic.count(axis, collective, module, sent)
+
+    def sampled(self) -> None:
+        """Tokens of the previous step, from the rank that sampled them."""
+        if self._at.sp or not any(self._step.num_sampled):
+            return
+        num_bytes = self._step.num_sampled[self._at.dp] * _TOKEN_BYTES
+        if self._at.tp == 0:
+            self._count("tp", "broadcast", "sampled", num_bytes)
+        self._count("sp", "broadcast", "sampled", num_bytes)
+
+    def embed(self) -> None:
+        self._count("tp", "all_reduce", "embed", self._held_bytes)
+
+    def received(self) -> None:
+        """The hidden state of the previous stage, of which each tp rank received a part."""
+        self._count("tp", "all_gather", "hidden", self._stage_part_bytes)
+
+    def passed_on(self) -> None:
+        """This tp rank's part of the hidden state, for the next stage."""
+        self._count("pp", "send", "hidden", self._stage_part_bytes)
+
+    @property
+    def _stage_part_bytes(self) -> int:
+        elements = self._held_tokens * self._config.hidden_size
+        return -(-elements // self._layout.tp) * self._element_bytes
+
+    def attention(self) -> None:
+        config, layout = self._config, self._layout
+        head_bytes = config.head_dim * self._element_bytes
+        query_bytes = config.num_attention_heads // (layout.tp * layout.sp) * head_bytes
+        key_bytes = cache_heads(config, layout, self._rank) * head_bytes
+        to_heads = (layout.sp - 1) * self._held_tokens * (query_bytes + 2 * key_bytes)
+        self._count("sp", "all_to_all", "attention", to_heads)
+        to_tokens = (self._num_tokens - self._held_tokens) * query_bytes
+        self._count("sp", "all_to_all", "attention", to_tokens)
+        self._count("tp", "all_reduce", "attention", self._held_bytes)
+
+    def dense(self) -> None:
+        self._count("tp", "all_reduce", "mlp", self._held_bytes)
+
+    def moe(self, layer: int) -> None:
+        if self._dispatch == "all_gather":
+            self._all_gather()
+        elif self._dispatch == "fused":
+            self._fused()
+        elif self._dispatch == "all_to_all":
+            self._all_to_all(layer)
+        self._count("tp", "all_reduce", "moe", self._held_bytes)
+
+    @property
+    def _choices_bytes(self) -> int:
+        """Bytes of one token's choices."""
+        return self._config.num_experts_per_tok * _CHOICE_BYTES
+
+    def _all_gather(self) -> None:
+        most_tokens = max(self._group_tokens)
+        gathered_bytes = most_tokens * self._token_bytes
+        self._count("ep_tp_groups", "all_gather", "moe", gathered_bytes)
+        self._count("ep_tp_groups", "all_gather", "router", most_tokens * self._choices_bytes)
+        reduced_bytes = self._layout.ep_tp_groups * gathered_bytes
+        self._count("ep_tp_groups", "reduce_scatter", "moe", reduced_bytes)
+
+    def _fused(self) -> None:
+        num_tokens = sent_tokens(self._layout, self._group_tokens)
+        num_bytes = num_tokens * self._config.num_experts_per_tok * self._token_bytes
+        self._count("ep_fused", "dispatch", "moe", num_bytes)
+        self._count("ep_fused", "combine", "moe", num_bytes)
+
+    def _all_to_all(self, layer: int) -> None:
+        out, back = self._rows_sent(layer)
+        self._count("ep", "all_to_all", "counts", (self._layout.ep - 1) * _COUNT_BYTES)
+        self._count("ep", "all_to_all", "router", round(out * self._choices_bytes))
+        self._count("ep", "all_to_all", "moe", round(out * self._token_bytes))
+        self._count("ep", "all_to_all", "moe", round(back * self._token_bytes))
+
+    def _rows_sent(self, layer: int) -> tuple[float, float]:
+        """Rows that the rank sends to the ranks that hold their experts, and rows that it returns.
+
+        All ranks of a tp group hold the same tokens, so no row is sent within the own group.
+        """
+        layout, step = self._layout, self._step
+        held = self._experts.of(layer)
+        ep_rank = layout.ep_rank(self._rank)
+        own_group, out, back = ep_rank // layout.tp, 0.0, 0.0
+        for group, (dp, sp) in enumerate(tp_groups_of(layout, self._rank)):
+            lengths = split_evenly(step.num_tokens[dp], layout.sp)
+            first, length = sum(lengths[:sp]), lengths[sp]
+            chosen = None
+            if step.choices is not None:
+                chosen = step.choices[layer][dp][first : first + length]
+            met = _met(self._config, held, length, chosen)
+            if group != own_group:
+                back += float(met[:, ep_rank].sum())
+                continue
+            parts = split_evenly(length, layout.tp)
+            mine = met[sum(parts[: self._at.tp]) : sum(parts[: self._at.tp + 1])]
+            met_here = mine[:, group * layout.tp : (group + 1) * layout.tp]
+            out = float(mine.sum() - met_here.sum())
+        return out, back
+
+    def head(self) -> None:
+        num_rows = self._step.num_rows[self._at.dp]
+        self._count("sp", "all_reduce", "head", num_rows * self._token_bytes)
+        if self._at.sp == 0:
+            vocabulary = -(-self._config.vocab_size // self._layout.tp)
+            num_bytes = num_rows * vocabulary * self._element_bytes
+            self._count("tp", "all_gather", "head", num_bytes)
 
 
 def _met(
@@ -177,8 +246,10 @@ def _met(
     num_tokens: int,
     chosen: Choices | None,
 ) -> npt.NDArray[np.float64]:
-    """The probability that a token of a block meets one of its experts on an ep rank, [T, ep]: 0 or
-    1 if it is known what was chosen."""
+    """Probability that a token of a tp group chose an expert of an ep rank, [T, ep].
+
+    If the choices are known, each probability is 0 or 1.
+    """
     num_experts = config.n_routed_experts or 0
     holders = [
         [rank for rank, experts in enumerate(held) if expert in experts]
@@ -190,12 +261,10 @@ def _met(
             for expert in experts:  # tokens take turns on replicas
                 met[token, holders[expert][token % len(holders[expert])]] = 1
         return met
-    num_chosen = config.num_experts_per_tok
-    ways = math.comb(num_experts, num_chosen)
     period = math.lcm(*map(len, holders))
     turns = np.zeros((period, len(held)))
     for token in range(period):
         serves = Counter(ranks[token % len(ranks)] for ranks in holders)
         for rank in range(len(held)):
-            turns[token, rank] = 1 - math.comb(num_experts - serves[rank], num_chosen) / ways
+            turns[token, rank] = probability_met(config, serves[rank])
     return turns[np.arange(num_tokens) % period]

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.placement import Parameter, cache_bytes_per_token, cache_heads, place
-from moespan.checkpoint.random import preset
+from moespan.checkpoint.presets import preset
 from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.config import Layout, ModelConfig, all_layouts
 from moespan.model.network import Model
