@@ -450,7 +450,7 @@ def test_preemption_changes_no_greedy_token(oracle: Oracle, alone: list[list[int
     with LLM(str(oracle.folder), device="cpu", dtype="float32", **settings) as llm:
         twice = oracle.prompts * 2
         outputs = llm.generate(twice, greedy(ignore_eos=True))
-        assert engine(llm).stats.num_preemptions > 0
+        assert llm.stats().num_preemptions > 0
         assert tokens_of(outputs) == alone * 2
         assert_idle(llm)
 
@@ -464,7 +464,7 @@ def test_prefix_hits_change_no_greedy_token(oracle: Oracle, alone: list[list[int
         # All full blocks but that of the last token, which is always computed.
         cached = [(len(prompt) - 1) // 8 * 8 for prompt in oracle.prompts]
         assert [output.num_cached_tokens for output in again] == cached
-        assert engine(llm).stats.num_prefix_hit_tokens == sum(cached)
+        assert llm.stats().num_prefix_hit_tokens == sum(cached)
         # Prompt and output of an earlier request are a prefix, too.
         longer = oracle.prompts[3] + alone[3][:16]
         (output,) = llm.generate(longer, greedy(ignore_eos=True, max_tokens=8))
@@ -513,7 +513,7 @@ def test_an_abandoned_stream_frees_its_blocks_and_the_engine_goes_on(small: Call
         (before,) = llm.generate([3, 1, 4], greedy(ignore_eos=True))
         stream = llm.stream(numbered(llm, 100, taken, max_tokens=10, longer_by=1))
         next(stream)
-        assert engine(llm).stats.num_running > 0
+        assert llm.stats().num_running > 0
         stream.close()  # type: ignore[attr-defined]
         assert len(taken) <= 12
         assert_idle(llm)

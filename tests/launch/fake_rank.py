@@ -11,17 +11,17 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moespan.config import EngineConfig, Layout
 from moespan.engine.info import EngineInfo, EngineStats
+from moespan.engine.questions import Question, Stats, Traffic
 from moespan.engine.request import OutputDelta, Request
-from moespan.engine.trace import Observation
 from moespan.errors import CheckpointError, RequestError
 from moespan.launch.rank import run_rank
-from moespan.parallel.counters import TrafficRows
 
 
 def fail() -> None:
@@ -38,6 +38,8 @@ DEEDS = {
     "sleep": lambda: time.sleep(60),
 }
 HEARTBEAT, CLOSE = -1, -2
+ANSWER_S = 0.5
+"""How long an answer to `Traffic` takes."""
 
 
 class FakeEngine:
@@ -62,17 +64,6 @@ class FakeEngine:
     def has_unfinished(self) -> bool:
         return bool(self.waiting)
 
-    @property
-    def stats(self) -> EngineStats:
-        return EngineStats(
-            num_waiting=len(self.waiting),
-            num_running=0,
-            kv_usage=0.0,
-            num_preemptions=0,
-            num_prefix_queried_tokens=0,
-            num_prefix_hit_tokens=0,
-        )
-
     def add(self, request: Request) -> None:
         if request.id == "bad":
             raise RequestError("this prompt is refused")
@@ -89,11 +80,22 @@ class FakeEngine:
     def heartbeat(self) -> None:
         announce(HEARTBEAT, 0, 0)
 
-    def traffic(self) -> list[TrafficRows]:
-        return [[("fake", "send", "nothing", 0, 0)]]
-
-    def trace(self, token_ids: list[int]) -> list[Observation]:
-        return []
+    def answer(self, question: Question[Any]) -> Any:
+        if isinstance(question, Stats):
+            return EngineStats(
+                num_waiting=len(self.waiting),
+                num_running=0,
+                kv_usage=0.0,
+                num_preemptions=0,
+                num_prefix_queried_tokens=0,
+                num_prefix_hit_tokens=0,
+            )
+        if isinstance(question, Traffic):
+            time.sleep(ANSWER_S)
+            return [[("fake", "send", "nothing", 0, 0)]]
+        if question.token_ids == [0]:
+            fail()
+        raise RequestError("this trace is refused")
 
     def close(self, successor: EngineConfig | None = None) -> None:
         announce(CLOSE, 0, 0)

@@ -6,16 +6,22 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from typing import get_args
 
+import msgspec
 import pytest
 
 from moespan.config import Layout
-from moespan.engine.info import EngineInfo
+from moespan.engine.info import EngineInfo, EngineStats
+from moespan.engine.questions import AnyQuestion, Question, Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams, TokenLogprobs
+from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, RequestError
 from moespan.launch.protocol import (
     Abort,
     Add,
+    Answered,
+    Ask,
     Connection,
     Deltas,
     FromFront,
@@ -57,6 +63,7 @@ def test_every_message_arrives_as_it_was(ends: Ends) -> None:
     front, leader = ends
     params = SamplingParams(stop=["\n\n"], logit_bias={3: -1.5}, seed=7, max_tokens=None)
     asked = [Add(Request(id="a", prompt_token_ids=[1, 102399], params=params)), Abort("b")]
+    asked += [Ask(0, Stats()), Ask(1, Traffic()), Ask(2, Trace([1, 2]))]
     for message in asked:
         front.send(message)
     assert leader.receive(1) == asked
@@ -66,9 +73,18 @@ def test_every_message_arrives_as_it_was(ends: Ends) -> None:
         id="a", text="幻", token_ids=[5], logprobs=logprobs, prompt_logits=b"\0" * 8
     )
     told = [Ready(INFO), Deltas([delta, OutputDelta(id="b", stop_reason=5)])]
+    told += [Answered(1, b"\x90"), Answered(2, refusal="not now")]
     for message in told:
         leader.send(message)
     assert front.receive(1) == told
+
+
+def test_every_question_knows_the_type_of_its_answer() -> None:
+    assert set(get_args(AnyQuestion)) == set(Question.__subclasses__())
+    assert Stats.answer_type() is EngineStats
+    assert Trace([1]).answer_type() == list[Observation]
+    rows = [[("tp", "all_reduce", "mlp", 3, 12)]]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(rows), type=Traffic.answer_type()) == rows
 
 
 def test_receive_returns_nothing_when_nothing_comes_in_time(ends: Ends) -> None:

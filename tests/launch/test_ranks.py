@@ -17,13 +17,15 @@ from pathlib import Path
 import pytest
 
 from moespan.config import EngineConfig, Layout
+from moespan.engine.questions import Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams
-from moespan.errors import CheckpointError, EngineDeadError
+from moespan.errors import CheckpointError, EngineDeadError, RequestError
 from moespan.launch.job import Failure
 from moespan.launch.ranks import RanksClient
 
 FAKE_RANK = str(Path(__file__).with_name("fake_rank.py"))
 DEATH_S = 10.0
+ANSWER_S = 0.5  # of the fake engine, to `Traffic`
 
 
 def start(
@@ -144,9 +146,54 @@ def test_an_aborted_request_brings_nothing(client: RanksClient) -> None:
     assert client.receive(10) == [echo("kept")]
 
 
-def test_the_front_can_ask_how_the_engine_is_doing(client: RanksClient) -> None:
-    stats = client.stats()
-    assert (stats.num_waiting, stats.num_running, stats.kv_usage) == (0, 0, 0.0)
+def test_deltas_that_come_during_a_question_are_kept_for_receive(client: RanksClient) -> None:
+    for number in range(20):
+        client.add(request(str(number)))
+    assert client.ask(Stats()).num_waiting <= 20
+    assert client.ask(Traffic()) == [[("fake", "send", "nothing", 0, 0)]]
+    deltas: list[OutputDelta] = []
+    while len(deltas) < 20:
+        deltas += client.receive(10)
+    assert deltas == [echo(str(number)) for number in range(20)]
+    assert client.receive(0) == []
+
+
+def test_threads_ask_while_another_receives(client: RanksClient) -> None:
+    deltas: list[OutputDelta] = []
+
+    def receive() -> None:
+        while len(deltas) < 30:
+            deltas.extend(client.receive(10))
+
+    receiver = threading.Thread(target=receive)
+    receiver.start()
+    with ThreadPoolExecutor(6) as pool:
+        for number in range(30):
+            client.add(request(str(number)))
+        answers = [pool.submit(client.ask, Stats()) for _ in range(60)]
+        slow = pool.submit(client.ask, Traffic())
+        assert all(answer.result(30).kv_usage == 0.0 for answer in answers)
+        assert slow.result(30) == [[("fake", "send", "nothing", 0, 0)]]
+    receiver.join(30)
+    assert deltas == [echo(str(number)) for number in range(30)]
+    assert not client._answers
+
+
+def test_receive_keeps_its_timeout_while_another_thread_reads_for_it(client: RanksClient) -> None:
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(client.ask, Traffic())
+        while not client._is_being_read:
+            time.sleep(0.01)
+        started = time.monotonic()
+        assert client.receive(0.1) == []
+        assert time.monotonic() - started < ANSWER_S
+        assert asked.result(30)
+
+
+def test_a_refused_question_raises_and_the_engine_goes_on(client: RanksClient) -> None:
+    with pytest.raises(RequestError, match="this trace is refused"):
+        client.ask(Trace([1]))
+    assert client.ask(Stats()).num_waiting == 0
 
 
 def test_only_the_owner_may_enter_the_jobs_directory(client: RanksClient) -> None:
@@ -205,6 +252,22 @@ def test_a_dead_rank_ends_the_job_and_is_named(
         assert "in take_part" in message
         assert message.count("fake_rank.py") >= 2
     assert capfd.readouterr() == ("", "")  # the error is told once, by whoever catches it
+
+
+def test_a_death_while_asking_reaches_all_threads_and_deltas_sent_before_are_not_lost() -> None:
+    with start() as client, ThreadPoolExecutor() as pool:
+        client.add(request("before"))
+        assert client.ask(Traffic())
+        assert client.ask(Stats()).num_waiting == 0  # so its delta has been read
+        failing = [pool.submit(client.ask, Trace([0])) for _ in range(3)]
+        for future in failing:
+            with pytest.raises(EngineDeadError, match="rank 0 failed with ValueError"):
+                future.result(DEATH_S)
+        assert client.receive(0) == [echo("before")]
+        with pytest.raises(EngineDeadError):
+            client.receive()
+        with pytest.raises(EngineDeadError):
+            client.ask(Stats())
 
 
 def hang_alone() -> str:

@@ -1,34 +1,39 @@
-"""How a front talks to an engine, wherever its ranks are; and the client for one in this process.
+"""The interface between a front and an engine, and the client for an engine in this process.
 
 The client for ranks in other processes is `moespan.launch.ranks.RanksClient`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from moespan.config import EngineConfig
 from moespan.engine.engine import Engine
-from moespan.engine.info import EngineInfo, EngineStats
+from moespan.engine.info import EngineInfo
+from moespan.engine.questions import A, Question
 from moespan.engine.request import OutputDelta, Request, refusal
-from moespan.engine.trace import Observation
 from moespan.errors import RequestError
-from moespan.parallel.counters import TrafficRows
 
 
 class EngineClient(Protocol):
-    """Requests in, deltas out. What the engine refuses comes back as a delta with an error."""
+    """Requests in, deltas out. A request that the engine refuses comes back as an error delta.
+
+    Any thread may add, abort and ask while another one receives. One thread at a time may receive,
+    and none may do anything else while `reload` runs.
+    """
 
     @property
     def info(self) -> EngineInfo:
         """Facts about the engine."""
 
     def add(self, request: Request) -> None:
-        """Hand over a request; does not wait."""
+        """Hand over a request; does not wait for its answer."""
 
     def abort(self, request_id: str) -> None:
-        """Drop a request; at most deltas that were on their way still come."""
+        """Drop a request; at most deltas that are on their way still come."""
 
     def receive(self, timeout_s: float | None = None) -> list[OutputDelta]:
         """Wait for deltas; nothing after `timeout_s` seconds.
@@ -37,21 +42,18 @@ class EngineClient(Protocol):
             EngineDeadError: the ranks are gone.
         """
 
-    def stats(self) -> EngineStats:
-        """How the engine is doing; call it when nothing is under way."""
+    def ask(self, question: Question[A]) -> A:
+        """Wait for the answer to a question, which comes between two steps of the engine.
 
-    def traffic(self) -> list[TrafficRows]:
-        """What each rank of this engine has sent to others; call it when nothing is under way."""
-
-    def trace(self, token_ids: list[int]) -> list[Observation]:
-        """What the network computes inside for one prompt.
+        Deltas that come meanwhile are kept for `receive`.
 
         Raises:
-            RequestError: the engine is not idle, or the prompt does not fit into one step.
+            RequestError: the engine refuses to answer, and goes on.
+            EngineDeadError: the ranks are gone.
         """
 
     def reload(self, config: EngineConfig) -> None:
-        """End the engine and build one of `config` on the same ranks; what is unfinished is lost.
+        """End the engine and build one of `config` on the same ranks; unfinished requests are lost.
 
         Raises:
             MoespanError: it cannot start, and why; the ranks are gone then.
@@ -63,6 +65,8 @@ class EngineClient(Protocol):
 
 class LocalClient:
     """An engine in this process: it computes while `receive` waits.
+
+    Calls from several threads take turns, each for one step at most.
 
     Args:
         build: makes an engine of a config; the followers build theirs meanwhile.
@@ -79,49 +83,65 @@ class LocalClient:
         self._engine = build(config)
         self._on_close = on_close
         self._refused: list[OutputDelta] = []
+        self._queue, self._use = threading.RLock(), threading.RLock()
 
     def add(self, request: Request) -> None:
         """Queue a request."""
-        try:
-            self._engine.add(request)
-        except RequestError as error:
-            self._refused += refusal(request, error)
+        with self._turn() as engine:
+            try:
+                engine.add(request)
+            except RequestError as error:
+                self._refused += refusal(request, error)
 
     def abort(self, request_id: str) -> None:
         """Drop a request."""
-        self._engine.abort(request_id)
+        with self._turn() as engine:
+            engine.abort(request_id)
 
     def receive(self, timeout_s: float | None = None) -> list[OutputDelta]:
         """Run steps until one brings something; nothing if there is no work."""
-        deltas, self._refused = self._refused, []
-        while not deltas and self._engine.has_unfinished:
-            deltas = self._engine.step()
-        return deltas
+        while True:
+            with self._turn() as engine:
+                deltas, self._refused = self._refused, []
+                if not deltas and engine.has_unfinished:
+                    deltas = engine.step()
+                if deltas or not engine.has_unfinished:
+                    return deltas
 
     @property
     def info(self) -> EngineInfo:
         """Facts about the engine."""
         return self._engine.info
 
-    def stats(self) -> EngineStats:
-        """How the engine is doing."""
-        return self._engine.stats
-
-    def traffic(self) -> list[TrafficRows]:
-        """What each rank of this engine has sent to others."""
-        return self._engine.traffic()
-
-    def trace(self, token_ids: list[int]) -> list[Observation]:
-        """What the network computes inside for one prompt."""
-        return self._engine.trace(token_ids)
+    def ask(self, question: Question[A]) -> A:
+        """Answer a question after the step under way, if another thread receives."""
+        with self._turn() as engine:
+            answer: A = engine.answer(question)
+        return answer
 
     def reload(self, config: EngineConfig) -> None:
         """Replace the engine by one of `config`."""
-        self._engine.close(config)
-        self._engine = self._build(config)
+        with self._turn() as engine:
+            engine.close(config)
+            self._engine = self._build(config)
 
     def close(self) -> None:
         """Release the followers. Idempotent."""
-        self._engine.close()
+        with self._turn() as engine:
+            engine.close()
         on_close, self._on_close = self._on_close, lambda: None
         on_close()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[Engine]:
+        """The engine, for this thread alone.
+
+        A lock by itself is not fair: a thread that runs step after step would take it again before
+        another one wakes up. Whoever is next holds the queue meanwhile.
+        """
+        with self._queue:
+            self._use.acquire()
+        try:
+            yield self._engine
+        finally:
+            self._use.release()

@@ -6,11 +6,14 @@ sampled into text. The others only execute plans.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 import torch
@@ -24,6 +27,7 @@ from moespan.checkpoint.source import SafetensorsSource, Source
 from moespan.config import Coordinates, EngineConfig, ModelConfig
 from moespan.engine.graphs import scratch_blocks
 from moespan.engine.info import CACHE_SHARE, EngineInfo, EngineStats
+from moespan.engine.questions import Question, Stats, Trace, Traffic
 from moespan.engine.replicas import Replicas
 from moespan.engine.request import OutputDelta, Request, SamplingParams, check_request
 from moespan.engine.scheduler import SequenceUpdate
@@ -32,7 +36,7 @@ from moespan.engine.step import StepPlan, StepPlans, StepResult
 from moespan.engine.text import TextStream
 from moespan.engine.trace import Observation, join_rows
 from moespan.engine.worker import Pending, Worker
-from moespan.errors import ConfigError, RequestError
+from moespan.errors import ConfigError, EngineDeadError, RequestError
 from moespan.memory import available_bytes
 from moespan.ops import Ops, ops_for
 from moespan.parallel import fused
@@ -89,33 +93,24 @@ class Engine:
         self._live: dict[tuple[str, int], _Continuation] = {}
         # Results of steps in flight that this rank itself computed, if it speaks for its replica.
         self._own_results: deque[Pending | None] = deque()
+        self._kept: list[OutputDelta] = []  # that the next step returns
+        self._death: EngineDeadError | None = None
         self._is_closed = False
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._replicas.has_unfinished
-
-    @property
-    def stats(self) -> EngineStats:
-        """A snapshot of queues and counters, of all replicas together."""
-        self._settle()
-        schedulers = self._replicas.schedulers
-        return EngineStats(
-            num_waiting=sum(s.num_waiting for s in schedulers),
-            num_running=sum(s.num_running for s in schedulers),
-            kv_usage=sum(s.kv_usage for s in schedulers) / len(schedulers),
-            num_preemptions=sum(s.num_preemptions for s in schedulers),
-            num_prefix_queried_tokens=sum(s.num_prefix_queried_tokens for s in schedulers),
-            num_prefix_hit_tokens=sum(s.num_prefix_hit_tokens for s in schedulers),
-        )
+        return bool(self._kept) or self._replicas.has_unfinished
 
     def add(self, request: Request) -> None:
         """Queue a request.
 
         Raises:
             RequestError: it cannot be served as asked; nothing has changed.
+            EngineDeadError: a step failed, or the engine is closed.
         """
+        if self._death is not None:
+            raise self._death
         if request.params.stop and self._tokenizer is None:
             raise RequestError(
                 "stop strings need a tokenizer, and this checkpoint has none; use stop_token_ids"
@@ -130,45 +125,108 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Drop what is left of a request; nothing more comes of it. Unknown ids are ignored."""
+        self._kept = [delta for delta in self._kept if delta.id != request_id]
         for sequence in self._replicas.abort(request_id):
             del self._live[sequence.id, sequence.index]
 
     def step(self) -> list[OutputDelta]:
         """Keep plans in flight, one for every pipeline stage or one ahead of the device, and return
-        what the oldest of them brought; nothing if there is no work."""
-        while self._replicas.num_in_flight < self._most_in_flight:
-            plans = self._replicas.schedule()
-            if plans is None:
-                break
-            message = StepPlans.of(plans)
-            self._broadcast(message)
-            own = plans[self._mesh.at.dp]
-            self._own_results.append(self._worker.execute(message, own))
-        if not self._replicas.num_in_flight:
-            return []
-        return [self._delta(update) for update in self._replicas.update(self._collect())]
+        the deltas of the oldest one; nothing if there is no work.
 
-    def traffic(self) -> list[TrafficRows]:
-        """What each rank has sent since the start, in the order of ranks; call it when idle."""
+        An error or interrupt inside a step leaves the ranks at different places: the engine is dead
+        from then on.
+
+        Raises:
+            EngineDeadError: an earlier step failed, or the engine is closed.
+        """
+        with self._all_or_dead():
+            while self._replicas.num_in_flight < self._most_in_flight:
+                plans = self._replicas.schedule()
+                if plans is None:
+                    break
+                message = StepPlans.of(plans)
+                self._broadcast(message)
+                own = plans[self._mesh.at.dp]
+                self._own_results.append(self._worker.execute(message, own))
+            if not self._kept and self._replicas.num_in_flight:
+                self._finish_oldest()
+            deltas, self._kept = self._kept, []
+            return deltas
+
+    def answer(self, question: Question[Any]) -> Any:
+        """Answer a question between two steps; requests may be under way.
+
+        Raises:
+            RequestError: it cannot be answered now, or as asked; nothing has changed.
+            EngineDeadError: a step failed, or the engine is closed.
+        """
+        with self._all_or_dead():
+            if not self._live:
+                self._settle()
+            if isinstance(question, Stats):
+                return self._stats()
+            if isinstance(question, Traffic):
+                return self._traffic()
+            if isinstance(question, Trace):
+                return self._trace(question.token_ids)
+        raise TypeError(f"{type(question).__name__} is no question to an engine")
+
+    def heartbeat(self) -> None:
+        """Let idle followers know that the leader is alive; call it within the group's timeout."""
+        self._broadcast(Heartbeat())
+
+    def close(self, successor: EngineConfig | None = None) -> None:
+        """Release the followers, which then build `successor` if there is one. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._live.clear()
+        if self._death is None:
+            with self._all_or_dead():
+                self._settle()
+            self._death = EngineDeadError("the engine is closed")
+        self._broadcast(Close(successor))
+        self._mesh.close()
+
+    @contextlib.contextmanager
+    def _all_or_dead(self) -> Iterator[None]:
+        """Run what ranks do together: unless it ends or is refused, the engine is dead."""
+        if self._death is not None:
+            raise self._death
+        try:
+            yield
+        except RequestError:
+            raise
+        except BaseException as error:
+            self._death = EngineDeadError(
+                f"a step of the engine was cut short by {type(error).__name__}; start a new engine"
+            )
+            raise
+
+    def _stats(self) -> EngineStats:
+        schedulers = self._replicas.schedulers
+        return EngineStats(
+            num_waiting=sum(s.num_waiting for s in schedulers),
+            num_running=sum(s.num_running for s in schedulers),
+            kv_usage=sum(s.kv_usage for s in schedulers) / len(schedulers),
+            num_preemptions=sum(s.num_preemptions for s in schedulers),
+            num_prefix_queried_tokens=sum(s.num_prefix_queried_tokens for s in schedulers),
+            num_prefix_hit_tokens=sum(s.num_prefix_hit_tokens for s in schedulers),
+        )
+
+    def _traffic(self) -> list[TrafficRows]:
         self._settle()
         self._broadcast(Report())
         own = self._mesh.traffic.rows()
         others = range(1, self._mesh.layout.world_size)
         return [own, *(_decode_traffic(self._mesh.control.receive(rank)) for rank in others)]
 
-    def trace(self, token_ids: list[int]) -> list[Observation]:
-        """Compute one prompt in one step and return what the network computes inside, in its order;
-        call it between requests.
-
-        Raises:
-            RequestError: the prompt does not fit into one step.
-        """
-        self._settle()
+    def _trace(self, token_ids: list[int]) -> list[Observation]:
         scheduler = self._replicas.schedulers[0]
         request = Request(id="trace", prompt_token_ids=token_ids, params=SamplingParams())
         check_request(request, self.info.max_model_len, scheduler.vocab_size)
         most = scheduler.config.max_num_batched_tokens
-        if len(token_ids) > most or self.has_unfinished:
+        if len(token_ids) > most or self._live:
             raise RequestError(
                 f"a trace takes an idle engine, and {len(token_ids)} tokens in one step of at most "
                 f"max_num_batched_tokens={most}"
@@ -201,24 +259,18 @@ class Engine:
         scheduler.allocator.free(table)
         return observations
 
-    def heartbeat(self) -> None:
-        """Let idle followers know that the leader is alive; call it within the group's timeout."""
-        self._broadcast(Heartbeat())
-
-    def close(self, successor: EngineConfig | None = None) -> None:
-        """Release the followers, which then build `successor` if there is one. Idempotent."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._live.clear()
-        self._settle()
-        self._broadcast(Close(successor))
-        self._mesh.close()
-
     def _settle(self) -> None:
-        """Take in what is in flight if nobody waits for it: steps ahead of what stopped since."""
-        while not self._live and self._replicas.num_in_flight:
-            self._replicas.update(self._collect())
+        """Take in all results in flight, and keep their deltas for the next `step`.
+
+        A follower answers the leader's messages in their order, so results of earlier steps come
+        before anything that is asked for now.
+        """
+        while self._replicas.num_in_flight:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        """Take in the results of the oldest step in flight, and keep the deltas."""
+        self._kept += [self._delta(update) for update in self._replicas.update(self._collect())]
 
     def _broadcast(self, message: FromLeader) -> None:
         kind = str(message.__struct_config__.tag)

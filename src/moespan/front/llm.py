@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from tqdm import tqdm
 
 from moespan.config import Layout
+from moespan.engine.questions import Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams, refusal
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
 from moespan.front.outputs import RequestOutput
@@ -224,22 +225,21 @@ class LLM:
         self._client.reload(config)
 
     def stats(self) -> EngineStats:
-        """Queues, cache use and counts since the start or `relayout`. Call it when no request is
-        under way."""
-        return self._client.stats()
+        """Queues, cache use and counts since the start or `relayout`."""
+        return self._client.ask(Stats())
 
     def traffic(self) -> list[TrafficRows]:
-        """What each rank has sent to others since the start or `relayout`: rows of axis,
-        collective, module, calls and bytes. Call it when no request is under way."""
-        return self._client.traffic()
+        """Calls and bytes that each rank has sent to others since the start or `relayout`: rows of
+        axis, collective, module, calls and bytes. Steps in flight end first."""
+        return self._client.ask(Traffic())
 
     def trace(self, token_ids: list[int]) -> list[Observation]:
-        """What the network computes inside for one prompt, layer after layer.
+        """Values inside the network for one prompt, layer after layer.
 
         Raises:
             RequestError: the engine is not idle, or the prompt does not fit into one step.
         """
-        return self._client.trace(token_ids)
+        return self._client.ask(Trace(token_ids))
 
     def close(self) -> None:
         """End the engine and its ranks. Idempotent."""

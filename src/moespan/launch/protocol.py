@@ -15,11 +15,10 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from moespan.config import EngineConfig
-from moespan.engine.info import EngineInfo, EngineStats
+from moespan.engine.info import EngineInfo
+from moespan.engine.questions import AnyQuestion
 from moespan.engine.request import OutputDelta, Request
-from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, RequestError
-from moespan.parallel.counters import TrafficRows
 
 # The largest message is one step's prompt logits: 5,000 rows of 102,400 float32 are just below.
 MAX_FRAME_BYTES = 2**31
@@ -47,18 +46,11 @@ class Reload(msgspec.Struct, frozen=True, tag=True):
     config: EngineConfig
 
 
-class AskStats(msgspec.Struct, frozen=True, tag=True):
-    """Front to leader: tell me how the engine is doing."""
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """Front to leader: answer this question; `number` comes back with the answer."""
 
-
-class AskTraffic(msgspec.Struct, frozen=True, tag=True):
-    """Front to leader: tell me what the ranks have sent one another."""
-
-
-class AskTrace(msgspec.Struct, frozen=True, tag=True):
-    """Front to leader: tell me what the network computes inside for this prompt."""
-
-    token_ids: list[int]
+    number: int
+    question: AnyQuestion
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -73,27 +65,22 @@ class Deltas(msgspec.Struct, frozen=True, tag=True):
     deltas: list[OutputDelta]
 
 
-class StatsReport(msgspec.Struct, frozen=True, tag=True):
-    """Leader to front: how the engine is doing."""
+class Answered(msgspec.Struct, frozen=True, tag=True):
+    """Leader to front: the answer to a question.
 
-    stats: EngineStats
+    Attributes:
+        number: that of the question.
+        answer: in msgpack, of the question's `answer_type`; empty if it is refused.
+        refusal: why there is no answer.
+    """
 
-
-class TrafficReport(msgspec.Struct, frozen=True, tag=True):
-    """Leader to front: what each rank has sent, in the order of ranks."""
-
-    ranks: list[TrafficRows]
-
-
-class TraceReport(msgspec.Struct, frozen=True, tag=True):
-    """Leader to front: what the network computes inside, or why it did not."""
-
-    observations: list[Observation]
+    number: int
+    answer: bytes = b""
     refusal: str | None = None
 
 
-FromFront = Add | Abort | Reload | AskStats | AskTraffic | AskTrace
-FromLeader = Ready | Deltas | StatsReport | TrafficReport | TraceReport
+FromFront = Add | Abort | Reload | Ask
+FromLeader = Ready | Deltas | Answered
 
 Received = TypeVar("Received")
 

@@ -18,33 +18,30 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+import msgspec
 
 from moespan import log
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig
-from moespan.engine.info import EngineInfo, EngineStats
+from moespan.engine.info import EngineInfo
+from moespan.engine.questions import Question
 from moespan.engine.request import OutputDelta, Request, refusal
-from moespan.engine.trace import Observation
 from moespan.errors import MoespanError, RequestError
 from moespan.launch.job import STACK_SIGNAL, Failure, Job
 from moespan.launch.protocol import (
     Abort,
     Add,
-    AskStats,
-    AskTrace,
-    AskTraffic,
+    Answered,
+    Ask,
     Connection,
     Deltas,
     FromFront,
     PeerGoneError,
     Ready,
     Reload,
-    StatsReport,
-    TraceReport,
-    TrafficReport,
 )
 from moespan.machine.binding import bind
-from moespan.parallel.counters import TrafficRows
 
 if TYPE_CHECKING:
     import torch
@@ -61,14 +58,11 @@ class LeaderEngine(Protocol):
     def info(self) -> EngineInfo: ...
     @property
     def has_unfinished(self) -> bool: ...
-    @property
-    def stats(self) -> EngineStats: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[OutputDelta]: ...
+    def answer(self, question: Question[Any]) -> Any: ...
     def heartbeat(self) -> None: ...
-    def traffic(self) -> list[TrafficRows]: ...
-    def trace(self, token_ids: list[int]) -> list[Observation]: ...
     def close(self, successor: EngineConfig | None = None) -> None: ...
 
 
@@ -183,6 +177,8 @@ def serve_front(
                 if isinstance(message, Reload):
                     return message.config
                 _take(engine, message, front)
+                if watchdog is not None:
+                    watchdog.feed()
             if engine.has_unfinished:
                 deltas = engine.step()
                 if deltas:
@@ -199,23 +195,16 @@ def serve_front(
             watchdog.stop()
 
 
-def _take(
-    engine: LeaderEngine,
-    message: Add | Abort | AskStats | AskTraffic | AskTrace,
-    front: Connection[FromFront],
-) -> None:
-    """Do what `message` asks for; what the engine refuses goes back as deltas."""
+def _take(engine: LeaderEngine, message: Add | Abort | Ask, front: Connection[FromFront]) -> None:
+    """Do what `message` asks for; refusals go back to the front."""
     if isinstance(message, Abort):
         engine.abort(message.request_id)
-    elif isinstance(message, AskStats):
-        front.send(StatsReport(engine.stats))
-    elif isinstance(message, AskTraffic):
-        front.send(TrafficReport(engine.traffic()))
-    elif isinstance(message, AskTrace):
+    elif isinstance(message, Ask):
         try:
-            front.send(TraceReport(engine.trace(message.token_ids)))
+            answer = msgspec.msgpack.encode(engine.answer(message.question))
+            front.send(Answered(message.number, answer))
         except RequestError as error:
-            front.send(TraceReport([], str(error)))
+            front.send(Answered(message.number, refusal=str(error)))
     else:
         try:
             engine.add(message.request)

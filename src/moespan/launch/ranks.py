@@ -6,32 +6,33 @@ Imports no torch, so that the process of the user starts fast.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import NoReturn, cast
 
 import msgspec
 
 from moespan import log
 from moespan.config import EngineConfig, Nodes
-from moespan.engine.info import EngineInfo, EngineStats
+from moespan.engine.info import EngineInfo
+from moespan.engine.questions import A, AnyQuestion, Question
 from moespan.engine.request import OutputDelta, Request
-from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, MoespanError, RequestError
 from moespan.launch.job import Job
 from moespan.launch.protocol import (
     Abort,
     Add,
-    AskStats,
-    AskTrace,
-    AskTraffic,
+    Answered,
+    Ask,
     Connection,
     Deltas,
     FromFront,
@@ -39,14 +40,8 @@ from moespan.launch.protocol import (
     PeerGoneError,
     Ready,
     Reload,
-    StatsReport,
-    TraceReport,
-    TrafficReport,
 )
 from moespan.machine.environment import BACKEND_AUTOLOAD
-from moespan.parallel.counters import TrafficRows
-
-Answer = TypeVar("Answer", StatsReport, TrafficReport, TraceReport)
 
 START_TIMEOUT_S = 3600.0
 
@@ -61,12 +56,14 @@ _TERMINATE_S = 6.0
 class RanksClient:
     """The ranks of one engine, in processes of their own.
 
-    Any thread may call any method; only one at a time may `receive`. The ranks never outlive this
-    process, however it ends, and its signals and its Ctrl-C do not reach them.
+    Any thread may call any method; only one at a time may `receive`, and none may do anything else
+    while `reload` runs. One of the threads that wait, in `receive` or `ask`, reads the socket for
+    all of them. The ranks never outlive this process, however it ends, and its signals and its
+    Ctrl-C do not reach them.
 
     Bounds: `start_timeout_s` for the start; `EngineDeadError` within 10 s of the death of a rank;
-    12 s for `close`, most of it only if ranks do not answer. What hangs inside a step is bounded
-    by the ranks (see `moespan.launch.rank`).
+    12 s for `close`, most of it only if ranks do not answer. The answer to `ask` comes after the
+    steps in flight. The ranks bound a step that hangs (see `moespan.launch.rank`).
     """
 
     def __init__(
@@ -96,6 +93,12 @@ class RanksClient:
         cleanup = contextlib.ExitStack()
         self._finalizer = weakref.finalize(self, cleanup.close)
         self._death: MoespanError | None = None
+        self._numbers = itertools.count()
+        # What follows is shared by the threads that wait, under the lock of `_arrived`.
+        self._arrived = threading.Condition()
+        self._is_being_read = False
+        self._deltas: list[OutputDelta] = []
+        self._answers: dict[int, Answered | None] = {}  # by number; None until it comes
         try:
             ranks = nodes.ranks_per_node(config.layout)
             self._job = Job.create(config, nodes)
@@ -135,50 +138,43 @@ class RanksClient:
             EngineDeadError: the ranks died, with the traceback of the one that failed first; all
                 they had sent before has been received.
         """
-        return [
-            delta
-            for message in self._receive(timeout_s)
-            if isinstance(message, Deltas)
-            for delta in message.deltas
-        ]
+        with self._arrived:
+            self._wait_for(lambda: bool(self._deltas), timeout_s)
+            deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def ask(self, question: Question[A]) -> A:
+        """Wait for the answer to a question; deltas that come meanwhile are kept for `receive`.
+
+        Raises:
+            RequestError: the engine refuses to answer, and goes on.
+            EngineDeadError: the ranks died.
+        """
+        with self._arrived:
+            number = next(self._numbers)
+            self._send(Ask(number, cast(AnyQuestion, question)))
+            self._answers[number] = None
+            try:
+                self._wait_for(lambda: self._answers[number] is not None, None)
+                answered = self._answers[number]
+            finally:
+                del self._answers[number]
+        assert answered is not None  # without a timeout
+        if answered.refusal is not None:
+            raise RequestError(answered.refusal)
+        answer: A = msgspec.msgpack.decode(answered.answer, type=question.answer_type())
+        return answer
 
     def reload(self, config: EngineConfig, timeout_s: float | None = None) -> None:
         """End the engine and build one of `config` from the same ranks, which is faster than to
-        start them anew. The layout must have as many ranks; what is unfinished is lost.
+        start them anew. The layout must have as many ranks; unfinished requests are lost.
 
         Raises:
             MoespanError, EngineDeadError: as from the constructor; the ranks are gone then.
         """
         self._send(Reload(config))
+        self._deltas.clear()
         self.info = self._wait_until_ready(time.monotonic() + (timeout_s or START_TIMEOUT_S))
-
-    def stats(self) -> EngineStats:
-        """How the engine is doing; deltas that come meanwhile are lost.
-
-        Raises:
-            EngineDeadError: the ranks died.
-        """
-        return self._ask(AskStats(), StatsReport).stats
-
-    def traffic(self) -> list[TrafficRows]:
-        """What each rank of this engine has sent to others; deltas that come meanwhile are lost.
-
-        Raises:
-            EngineDeadError: the ranks died.
-        """
-        return self._ask(AskTraffic(), TrafficReport).ranks
-
-    def trace(self, token_ids: list[int]) -> list[Observation]:
-        """What the network computes inside for one prompt; deltas that come meanwhile are lost.
-
-        Raises:
-            RequestError: the engine is not idle, or the prompt does not fit into one step.
-            EngineDeadError: the ranks died.
-        """
-        report = self._ask(AskTrace(token_ids), TraceReport)
-        if report.refusal is not None:
-            raise RequestError(report.refusal)
-        return report.observations
 
     def close(self) -> None:
         """End all ranks and remove what they left. Calling it again does nothing."""
@@ -196,20 +192,48 @@ class RanksClient:
     ) -> None:
         self.close()
 
-    def _receive(self, timeout_s: float | None) -> list[FromLeader]:
-        self._check_alive()
+    def _wait_for(self, has_come: Callable[[], bool], timeout_s: float | None) -> None:
+        """Wait until `has_come`, or until `timeout_s` is over; called with the lock of `_arrived`.
+
+        The first thread that waits reads for all others, without the lock, and wakes them after
+        each read. When its own wait is over, one of them goes on reading.
+        """
+        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        has_looked = False
+        while not has_come():
+            self._check_alive()
+            left_s = max(0.0, deadline - time.monotonic())
+            if has_looked and left_s == 0:
+                return
+            has_looked = True
+            wait_s = None if left_s == float("inf") else left_s
+            if self._is_being_read:
+                self._arrived.wait(wait_s)
+                continue
+            self._is_being_read = True
+            self._arrived.release()
+            messages: list[FromLeader] = []
+            try:
+                messages = self._read(wait_s)
+            finally:
+                self._arrived.acquire()
+                self._is_being_read = False
+                self._sort(messages)
+                self._arrived.notify_all()
+
+    def _read(self, timeout_s: float | None) -> list[FromLeader]:
         try:
             return self._connection.receive(timeout_s)
         except PeerGoneError:
             self._death = self._learn_death(starting=False)
             raise self._death from None
 
-    def _ask(self, question: FromFront, answer: type[Answer]) -> Answer:
-        self._send(question)
-        while True:
-            for message in self._receive(None):
-                if isinstance(message, answer):
-                    return message
+    def _sort(self, messages: list[FromLeader]) -> None:
+        for message in messages:
+            if isinstance(message, Deltas):
+                self._deltas += message.deltas
+            elif isinstance(message, Answered) and message.number in self._answers:
+                self._answers[message.number] = message
 
     def _send(self, message: FromFront) -> None:
         self._check_alive()

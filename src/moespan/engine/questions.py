@@ -1,0 +1,51 @@
+"""Questions that a front may ask about a running engine. Plain values; imports no torch.
+
+`Engine.answer` answers them, `EngineClient.ask` returns the answer. A new question is a struct and
+an entry of `AnyQuestion` here, and a branch in `Engine.answer`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar, get_args
+
+import msgspec
+
+from moespan.engine.info import EngineStats
+from moespan.engine.trace import Observation
+from moespan.parallel.counters import TrafficRows
+
+A = TypeVar("A")
+
+
+class Question(msgspec.Struct, Generic[A], frozen=True):
+    """Base of all questions; the parameter is the type of the answer."""
+
+    @classmethod
+    def answer_type(cls) -> Any:
+        """The type of the answer, for decoding."""
+        (base,) = cls.__orig_bases__  # type: ignore[attr-defined]
+        return get_args(base)[0]
+
+
+class Stats(Question[EngineStats], frozen=True, tag="stats"):
+    """Queues, cache use and counts since the start. Requests go on meanwhile."""
+
+
+class Traffic(Question[list[TrafficRows]], frozen=True, tag="traffic"):
+    """Calls and bytes that each rank has sent since the start, in the order of ranks.
+
+    Running requests go on, but the steps in flight end first: the pipeline empties once.
+    """
+
+
+class Trace(Question[list[Observation]], frozen=True, tag="trace"):
+    """Values inside the network for one prompt, computed in one step, in the network's order.
+
+    Refused with `RequestError` while a request is unfinished, and for a prompt that does not fit
+    into one step.
+    """
+
+    token_ids: list[int]
+
+
+AnyQuestion = Stats | Traffic | Trace
