@@ -123,13 +123,15 @@ def call_everything(quick: bool, capability: int) -> Iterator[str]:
     """Call every operation as the 16B model does; yields what was called."""
     from moespan.checkpoint.rounding import QuantizedWeight
     from moespan.config import SCHEMES, Scheme
-    from moespan.ops import AttentionBatch, KVCache, Weight
+    from moespan.device import DEVICES
+    from moespan.ops import AttentionBatch, ExpertBank, KVCache, Rotation, Weight
     from moespan.ops.cuda.ops import CudaOps
     from moespan.parallel.mesh import Axis
 
     ops, device = CudaOps(), torch.device("cpu")
     width, inner, dense, num_experts, chosen = 2048, 1408, 10944, 64, 6
-    heads, head_size, block_size, num_blocks = 16, 128, ops.block_size, 256
+    heads, head_size, num_blocks = 16, 128, 256
+    block_size = DEVICES["cuda"].block_size
     dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float16, torch.float32]
 
     # Where the tensor cores take no 8-bit floats the engine refuses them.
@@ -148,17 +150,19 @@ def call_everything(quick: bool, capability: int) -> Iterator[str]:
             scale = torch.empty(width, dtype=dtype)
             ops.rms_norm(x, scale, 1e-6)
             ops.add_rms_norm(x, residual, scale, 1e-6)
-            chosen_weights, slots = (
+            chosen_weights, physical_ids = (
                 torch.empty(tokens, chosen),
                 torch.zeros(tokens, chosen, dtype=torch.int32),
             )
             ops.route(x, torch.empty(num_experts, width), chosen, False)
             for scheme in (None, *schemes) if dtype != torch.float32 else (None,):
-                banks = (
+                bank = ExpertBank(
                     weight(scheme, dtype, num_experts, 2 * inner, width),
                     weight(scheme, dtype, num_experts, width, inner),
+                    first=0,
+                    num_physical=num_experts,
                 )
-                ops.experts(x, chosen_weights, slots, *banks, 0, num_experts)
+                ops.experts(x, chosen_weights, physical_ids, bank)
                 for one in (2 * inner, dense):
                     gate_up = weight(scheme, dtype, 2 * one, width)
                     down = weight(scheme, dtype, width, one)
@@ -179,8 +183,9 @@ def call_everything(quick: bool, capability: int) -> Iterator[str]:
                 )
                 qkv = torch.empty(tokens, 3 * heads, head_size, dtype=dtype)
                 angles = torch.empty(tokens, head_size // 2)
-                ops.rope(qkv, heads, heads, angles, angles)
-                q = ops.rope_to_cache(qkv, heads, heads, angles, angles, cache, batch.slots)
+                rotation = Rotation(heads, heads, angles, angles)
+                ops.rope(qkv, rotation)
+                q = ops.rope_to_cache(qkv, rotation, cache, batch.slots)
                 k = torch.empty(tokens, heads, head_size, dtype=dtype)
                 ops.write_cache(k, k, cache, batch.slots)
                 ops.attention(q, cache, batch, 0.1)

@@ -43,6 +43,7 @@ from moespan.checkpoint.presets import PRESETS, preset
 from moespan.checkpoint.random import RandomSource
 from moespan.checkpoint.rounding import QuantizedWeight, quantize
 from moespan.config import QUANTIZATIONS, SCHEMES, EngineConfig, Layout
+from moespan.device import DEVICES
 from moespan.engine.engine import Engine
 from moespan.engine.info import CACHE_SHARE, EngineInfo
 from moespan.engine.request import Request
@@ -51,7 +52,16 @@ from moespan.engine.worker import Worker
 from moespan.measure.probe import machine_name
 from moespan.measure.verify import Reference, verify
 from moespan.memory import available_bytes
-from moespan.ops import AttentionBatch, KVCache, Ops, ReferenceOps, Weight, ops_for
+from moespan.ops import (
+    AttentionBatch,
+    ExpertBank,
+    KVCache,
+    Ops,
+    ReferenceOps,
+    Rotation,
+    Weight,
+    ops_for,
+)
 from moespan.parallel.mesh import Axis, Mesh
 from moespan.planner.work import Limits, Work, step_work
 
@@ -163,7 +173,7 @@ def product_checks(
     pair = [inputs.matrix(quantization, *shape) for shape in ((2 * inner, width), (width, inner))]
     yield inputs.both("mlp", lambda o: o.mlp(x, *pair))
     yield inputs.both("mlp, added", lambda o: o.mlp_sum(x, *pair, Axis(), "mlp", residual.clone()))
-    banks = [
+    gate_up, down = [
         inputs.matrix(quantization, num_experts, *shape)
         for shape in ((2 * inner, width), (width, inner))
     ]
@@ -171,16 +181,16 @@ def product_checks(
     weights, chosen = torch.rand(num_tokens, num_chosen, device=device), order[:, :num_chosen]
     one = torch.zeros_like(chosen)
     held = max(1, num_experts // 2)
-    for name, slots, first in (
+    for name, physical_ids, first in (
         ("experts", chosen, 0),
         ("experts, all tokens on one", one, 0),
         ("experts, half of them here", chosen, held),
     ):
-        parts = [bank[first:] for bank in banks]
+        bank = ExpertBank(gate_up[first:], down[first:], first, num_experts)
         yield inputs.both(
             name,
-            lambda o, slots=slots, parts=parts, first=first: o.experts(  # type: ignore[misc]
-                x, weights, slots, *parts, first, num_experts
+            lambda o, ids=physical_ids, bank=bank: o.experts(  # type: ignore[misc]
+                x, weights, ids, bank
             ),
         )
 
@@ -200,7 +210,7 @@ def operation_checks(
     route = (router, config.num_experts_per_tok, config.norm_topk_prob)
     yield both("route", lambda o: o.route(x, *route)[0])
 
-    head_size, block_size = config.head_dim, ops.block_size
+    head_size, block_size = config.head_dim, DEVICES["cuda"].block_size
     draws = random.Random(num_tokens)
     for name, query_lens in (("decode", [1] * num_tokens), ("mixed", [num_tokens, 1, 2])):
         context_lens = [draws.randrange(20 * block_size) for _ in query_lens]
@@ -225,8 +235,8 @@ def operation_checks(
             batch: AttentionBatch = batch,
         ) -> Tensor:
             cache = KVCache(*(part.clone() for part in stored))
-            turned = (qkv.clone(), heads, kv_heads, angles.cos(), angles.sin())
-            q = o.rope_to_cache(*turned, cache, batch.slots)
+            rotation = Rotation(heads, kv_heads, angles.cos(), angles.sin())
+            q = o.rope_to_cache(qkv.clone(), rotation, cache, batch.slots)
             out: Tensor = o.attention(q, cache, batch, head_size**-0.5)
             return out
 

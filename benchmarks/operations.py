@@ -23,9 +23,10 @@ from torch import Tensor
 from moespan.checkpoint.presets import PRESETS, preset
 from moespan.checkpoint.rounding import QuantizedWeight, quantize
 from moespan.config import SCHEMES, ModelConfig, Scheme
+from moespan.device import DEVICES
 from moespan.measure.probe import Probe, machine_name
 from moespan.ops import ops_for
-from moespan.ops.base import AttentionBatch, KVCache, Ops, Weight
+from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Ops, Weight
 from moespan.planner.work import Limits, Work
 
 _SCHEMES = {"none": None, **{name: SCHEMES[name] for name in ("int8", "w8a8", "int4")}}
@@ -98,7 +99,9 @@ def _experts(
     hidden, width = config.hidden_size, config.moe_intermediate_size
     number, chosen = config.n_routed_experts or 1, config.num_experts_per_tok
     up, down = (number, 2 * width, hidden), (number, hidden, width)
-    banks = _prepared(ops, "gate_up", up, scheme), _prepared(ops, "down", down, scheme)
+    bank = ExpertBank(
+        _prepared(ops, "gate_up", up, scheme), _prepared(ops, "down", down, scheme), 0, number
+    )
     router = ops.prepare("router", torch.randn(number, hidden))
     for tokens in sizes:
         x, weights = _rows(tokens, hidden), torch.rand(tokens, chosen)
@@ -115,7 +118,7 @@ def _experts(
         def run(
             x: Tensor = x, weights: Tensor = weights, turns: Iterator[Tensor] = turns
         ) -> Tensor:
-            return ops.experts(x, weights, next(turns), *banks, 0, number)
+            return ops.experts(x, weights, next(turns), bank)
 
         met = number * (1 - (1 - chosen / number) ** tokens)
         size = (_bytes(up, scheme) + _bytes(down, scheme)) / number
@@ -127,7 +130,7 @@ def _attention(
     ops: Ops, config: ModelConfig, sizes: list[int], contexts: list[int]
 ) -> Iterator[Case]:
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    block = ops.block_size
+    block = DEVICES["cpu"].block_size
     for tokens, context in itertools.product(sizes, contexts):
         if tokens > 256:
             continue  # nobody decodes so many: their caches would not fit

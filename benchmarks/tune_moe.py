@@ -87,22 +87,24 @@ def tune(
     quick: bool,
 ) -> dict[str, list[dict[str, int]]]:
     """Shape → its table, as `tiles.json` holds it."""
+    from moespan.ops import ExpertBank, Weight
     from moespan.ops.cuda import matmul, tiles
 
     width, inner = config.hidden_size, config.moe_intermediate_size
     num_experts, num_chosen = config.n_routed_experts or 1, config.num_experts_per_tok
 
-    def bank(*shape: int) -> matmul.Matrix:
+    def matrices(*shape: int) -> Weight:
         drawn = torch.randn(shape, device=device)
         if quantization is None:
-            return matmul.Matrix.of(drawn.to(dtype))
+            return drawn.to(dtype)
         scheme = SCHEMES[quantization]
         values = (30 * drawn).to(getattr(torch, scheme.dtype))
         scales = torch.rand(shape[:-1], device=device) / 1000
-        return matmul.Matrix.of(QuantizedWeight(values, scales, scheme.activation_bits))
+        return QuantizedWeight(values, scales, scheme.activation_bits)
 
-    gate_up, down = bank(num_experts, 2 * inner, width), bank(num_experts, width, inner)
-    kind = gate_up.values.dtype
+    gate_up, down = matrices(num_experts, 2 * inner, width), matrices(num_experts, width, inner)
+    bank = ExpertBank(gate_up, down, 0, num_experts)
+    kind = matmul.Matrix.of(gate_up).values.dtype
     shapes = {"few_gate_up": (inner, width), "gate_up": (inner, width)}
     shapes |= {"few_down": (width, inner), "down": (width, inner)}
     found: dict[str, list[dict[str, int]]] = {}
@@ -117,10 +119,9 @@ def tune(
                 num_tokens = 1 if few else max(5, rows * num_experts // num_chosen)
                 x = torch.randn(num_tokens, width, device=device).to(dtype)
                 order = torch.rand(num_tokens, num_experts, device=device).argsort(-1)
-                slots = order[:, :num_chosen].int()
+                physical_ids = order[:, :num_chosen].int()
                 weights = torch.rand(num_tokens, num_chosen, device=device)
-                args = (x, weights, slots, gate_up, down, 0, num_experts)
-                run = partial(matmul.experts, *args)
+                run = partial(matmul.experts, x, weights, physical_ids, bank)
                 current.clear()
                 # Both products work in tiles of the same rows: of the second one first.
                 for kernel in ("few_down", "few_gate_up") if few else ("down", "gate_up"):

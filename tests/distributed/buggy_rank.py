@@ -18,7 +18,7 @@ from torch import Tensor
 from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.launch import rank
 from moespan.model.network import Attention
-from moespan.parallel.dispatch import Slots
+from moespan.parallel.dispatch import PhysicalExperts
 from moespan.parallel.mesh import Axis
 from moespan.parallel.pipeline import StageLink
 
@@ -35,15 +35,15 @@ def forget_all_reduce(module: str) -> Patch:
     return mock.patch.object(Axis, "all_reduce", all_reduce)
 
 
-def shift_expert_slots() -> Patch:
+def shift_physical_experts() -> Patch:
     """Every rank but the first takes its experts for those one place further."""
-    whole = Slots.__init__
+    whole = PhysicalExperts.__init__
 
-    def init(self: Slots, *arguments: Any) -> None:
+    def init(self: PhysicalExperts, *arguments: Any) -> None:
         whole(self, *arguments)
         self.starts = [start + (start > 0) for start in self.starts]
 
-    return mock.patch.object(Slots, "__init__", init)
+    return mock.patch.object(PhysicalExperts, "__init__", init)
 
 
 def mix_up_what_comes_back() -> Patch:
@@ -112,7 +112,7 @@ BUGS: dict[str, Callable[[], Patch]] = {
     "the embedding is not summed": lambda: forget_all_reduce("embed"),
     "attention is not summed": lambda: forget_all_reduce("attention"),
     "the experts are not summed": lambda: forget_all_reduce("moe"),
-    "expert slots are shifted": shift_expert_slots,
+    "physical experts are shifted": shift_physical_experts,
     "tokens come back from experts in another order": mix_up_what_comes_back,
     "halves of sp are swapped": swap_sp_halves,
     "parts are swapped between stages": swap_parts_between_stages,

@@ -131,7 +131,7 @@ SEEN = {
     "the embedding is not summed": (Layout(tp=4), "embed"),
     "attention is not summed": (Layout(tp=2, sp=2), "layer 0, attention"),
     "the experts are not summed": (Layout(tp=4, ep=2), "layer 1, hidden"),
-    "expert slots are shifted": (Layout(tp=2, ep=4, dp=2), "layer 1, hidden"),
+    "physical experts are shifted": (Layout(tp=2, ep=4, dp=2), "layer 1, hidden"),
     "tokens come back from experts in another order": (Layout(ep=4, sp=4), "layer 1, hidden"),
     "halves of sp are swapped": (Layout(tp=2, sp=2), "layer 0, attention"),
     "parts are swapped between stages": (Layout(tp=2, pp=2), "layer 3, attention"),

@@ -152,7 +152,7 @@ def test_enforce_eager_takes_no_blocks_and_records_nothing():
 def test_collectives_of_a_replay_are_counted_and_those_of_recording_are_not():
     traffic = Traffic()
     traffic.count("tp", "all_reduce", "moe", 10)
-    recorded = traffic.apart(lambda: traffic.count("tp", "all_reduce", "moe", 4))
+    recorded = traffic.count_separately(lambda: traffic.count("tp", "all_reduce", "moe", 4))
     assert traffic.rows() == [("tp", "all_reduce", "moe", 1, 10)]
     for _ in range(2):
         traffic.add(recorded)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from moespan.checkpoint.rounding import QuantizedWeight, quantize, round_rows
-from moespan.ops import AttentionBatch, KVCache, Ops, ReferenceOps, Weight
+from moespan.ops import AttentionBatch, ExpertBank, KVCache, Ops, ReferenceOps, Rotation, Weight
 from moespan.parallel.mesh import Axis
 
 REFERENCE = ReferenceOps()
@@ -162,12 +162,11 @@ class OpsContract(Contract):
             angles = self.random(40, head_size // 2)
             positions = torch.arange(3, 3 + num_tokens)
             cos, sin = angles.cos(), angles.sin()
-            expected = REFERENCE.rope(
-                qkv.clone(), num_heads, num_kv_heads, cos[positions], sin[positions]
-            )
+            rotation = Rotation(num_heads, num_kv_heads, cos[positions], sin[positions])
+            expected = REFERENCE.rope(qkv.clone(), rotation)
             table = ops.rotary_table(*self.to(cos, sin), dtype)
             rows = (part[positions.to(self.device)] for part in table)
-            found = ops.rope(*self.to(qkv), num_heads, num_kv_heads, *rows)
+            found = ops.rope(*self.to(qkv), Rotation(num_heads, num_kv_heads, *rows))
             for ours, theirs in zip(found, expected, strict=True):
                 assert_close(ours, theirs.contiguous(), dtype)
 
@@ -185,11 +184,12 @@ class OpsContract(Contract):
             caches = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)]
             slots = torch.arange(num_tokens).flip(0) * 2 + 1
             ours, theirs = KVCache(*self.to(*caches)), KVCache(*caches)
-            sizes = num_heads, num_kv_heads
-            expected = REFERENCE.rope_to_cache(qkv.clone(), *sizes, cos, sin, theirs, slots)
-            table = ops.rotary_table(*self.to(cos, sin), dtype)
+            rotation = Rotation(num_heads, num_kv_heads, cos, sin)
+            expected = REFERENCE.rope_to_cache(qkv.clone(), rotation, theirs, slots)
+            rows = ops.rotary_table(*self.to(cos, sin), dtype)
+            rotation = Rotation(num_heads, num_kv_heads, *rows)
             at = slots.int().to(self.device)
-            found = ops.rope_to_cache(*self.to(qkv), *sizes, *table, ours, at)
+            found = ops.rope_to_cache(*self.to(qkv), rotation, ours, at)
             assert_close(found, expected.contiguous(), dtype)
             for our_cache, cache in zip(ours.tensors, theirs.tensors, strict=True):
                 assert torch.equal(our_cache.cpu().isnan(), cache.isnan())
@@ -268,7 +268,7 @@ class OpsContract(Contract):
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
-        ("num_tokens", "first", "held", "num_slots", "num_chosen", "choice"),
+        ("num_tokens", "first", "held", "num_physical", "num_chosen", "choice"),
         [
             (*share, choice)
             for *share, choices in (
@@ -291,29 +291,31 @@ class OpsContract(Contract):
         num_tokens: int,
         first: int,
         held: int,
-        num_slots: int,
+        num_physical: int,
         num_chosen: int,
         dtype: torch.dtype,
     ):
         num_tokens = min(num_tokens, self.most_tokens)
-        is_whole = held == num_slots
+        is_whole = held == num_physical
         x = self.random(num_tokens, 32, dtype=dtype)
         weights = self.random(num_tokens, num_chosen).softmax(-1)
         gate_up = self.random(held, 2 * 12, 32, dtype=dtype) / 4
         down = self.random(held, 32, 12, dtype=dtype) / 4
         generator = torch.Generator().manual_seed(num_tokens)
-        options = num_slots + (not is_whole)  # the last is nobody's
+        options = num_physical + (not is_whole)  # the last is padding
         order = torch.rand(num_tokens, options, generator=generator).argsort(-1)
-        slots = order[:, :num_chosen]
+        physical_ids = order[:, :num_chosen]
         if choice == "all on one":
-            slots = torch.full_like(slots, first)
+            physical_ids = torch.full_like(physical_ids, first)
         elif choice == "none here":
-            slots = torch.full_like(slots, num_slots)
-        expected = REFERENCE.experts(x, weights, slots, gate_up, down, first, num_slots)
+            physical_ids = torch.full_like(physical_ids, num_physical)
+        bank = ExpertBank(gate_up, down, first, num_physical)
+        expected = REFERENCE.experts(x, weights, physical_ids, bank)
         for kind in (torch.int64, torch.int32) if choice == "random" else (torch.int32,):
-            banks = self.prepared(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
-            args: list[Any] = [*self.to(x, weights, slots.to(kind)), *banks, first, num_slots]
-            assert_close(ops.experts(*args), expected, dtype)
+            matrices = self.prepared(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
+            moved = self.to(x, weights, physical_ids.to(kind))
+            found = ops.experts(*moved, ExpertBank(*matrices, first, num_physical))
+            assert_close(found, expected, dtype)
 
 
 class QuantizedContract(Contract):
@@ -395,7 +397,7 @@ class QuantizedContract(Contract):
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("kind", ["int8", "w8a8", "fp8"])
     @pytest.mark.parametrize(
-        ("num_tokens", "first", "held", "num_slots", "num_chosen"),
+        ("num_tokens", "first", "held", "num_physical", "num_chosen"),
         [(1, 0, 8, 8, 3), (37, 0, 8, 8, 8), (40, 12, 4, 16, 6), (0, 2, 2, 4, 2)],
     )
     def test_experts_of_8_bits(
@@ -404,7 +406,7 @@ class QuantizedContract(Contract):
         num_tokens: int,
         first: int,
         held: int,
-        num_slots: int,
+        num_physical: int,
         num_chosen: int,
         kind: str,
         dtype: torch.dtype,
@@ -417,13 +419,15 @@ class QuantizedContract(Contract):
             gate_up = self.quantized(self.random(held, 2 * hidden, width) / 4, kind)
             down = self.quantized(self.random(held, width, hidden) / 4, kind)
             generator = torch.Generator().manual_seed(num_tokens)
-            slots = torch.rand(num_tokens, num_slots, generator=generator).argsort(-1)
-            slots = slots[:, :num_chosen]
-            expected = REFERENCE.experts(x, weights, slots, gate_up, down, first, num_slots)
+            order = torch.rand(num_tokens, num_physical, generator=generator).argsort(-1)
+            physical_ids = order[:, :num_chosen]
+            bank = ExpertBank(gate_up, down, first, num_physical)
+            expected = REFERENCE.experts(x, weights, physical_ids, bank)
             module = "layers.0.mlp.experts"
-            banks = self.prepared_quantized(ops, module, gate_up=gate_up, down=down)
-            args: list[Any] = [*self.to(x, weights, slots), *banks, first, num_slots]
-            self.assert_close(ops.experts(*args), expected, dtype, kind)
+            matrices = self.prepared_quantized(ops, module, gate_up=gate_up, down=down)
+            moved = self.to(x, weights, physical_ids)
+            found = ops.experts(*moved, ExpertBank(*matrices, first, num_physical))
+            self.assert_close(found, expected, dtype, kind)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_what_is_cached_as_integers_is_off_by_half_a_step_at_most(

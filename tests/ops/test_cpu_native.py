@@ -18,7 +18,7 @@ from moespan.checkpoint.placement import Parameter, Piece, place
 from moespan.checkpoint.rounding import QuantizedWeight, quantize
 from moespan.config import Layout
 from moespan.config.schemes import SCHEMES
-from moespan.ops import AttentionBatch, KVCache, ReferenceOps
+from moespan.ops import AttentionBatch, ExpertBank, KVCache, ReferenceOps
 from moespan.ops.cpu.native import NativeCpuOps, PackedWeight
 from moespan.ops.cpu.packing import PackedBuilder
 from tests.support import Oracle
@@ -181,20 +181,21 @@ def test_rows_are_rounded_to_the_very_integers_of_the_reference(ops: NativeCpuOp
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 301])
 @pytest.mark.parametrize("width", [32, 24, 176])
 def test_experts_of_a_shard(ops: NativeCpuOps, num_tokens: int, width: int):
-    hidden_size, held, first, num_slots, num_chosen = 96, 5, 3, 11, 4
+    hidden_size, held, first, num_physical, num_chosen = 96, 5, 3, 11, 4
     x = random(num_tokens, hidden_size)
     gate_up, down = random(held, 2 * width, hidden_size), random(held, hidden_size, width, seed=1)
     generator = torch.Generator().manual_seed(num_tokens)
-    slots = torch.rand(num_tokens, num_slots, generator=generator).argsort(-1)[:, :num_chosen]
+    order = torch.rand(num_tokens, num_physical, generator=generator).argsort(-1)
+    physical_ids = order[:, :num_chosen]
     weights = torch.rand(num_tokens, num_chosen, generator=generator)
-    expected = REFERENCE.experts(
-        x.float(), weights, slots, gate_up.float(), down.float(), first, num_slots
-    )
-    banks = [
-        ops.prepare(f"layers.1.mlp.experts.{name}", bank.clone())
-        for name, bank in (("gate_up", gate_up), ("down", down))
+    in_float32 = ExpertBank(gate_up.float(), down.float(), first, num_physical)
+    expected = REFERENCE.experts(x.float(), weights, physical_ids, in_float32)
+    packed = [
+        ops.prepare(f"layers.1.mlp.experts.{name}", matrices.clone())
+        for name, matrices in (("gate_up", gate_up), ("down", down))
     ]
-    assert_close(ops.experts(x, weights, slots, *banks, first, num_slots), expected)
+    bank = ExpertBank(*packed, first, num_physical)
+    assert_close(ops.experts(x, weights, physical_ids, bank), expected)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 33, 70])
@@ -232,14 +233,15 @@ def test_experts_of_integers(ops: NativeCpuOps, num_tokens: int, bits: int):
         for values, scales in [quantize(random(held * shape[0], shape[1]))]
     ]
     generator = torch.Generator().manual_seed(1)
-    slots = torch.rand(num_tokens, 4, generator=generator).argsort(-1)[:, :2]
+    physical_ids = torch.rand(num_tokens, 4, generator=generator).argsort(-1)[:, :2]
     weights = torch.rand(num_tokens, 2, generator=generator)
-    expected = REFERENCE.experts(x, weights, slots, *banks, 0, 4)
+    expected = REFERENCE.experts(x, weights, physical_ids, ExpertBank(*banks, 0, 4))
     packed = [
         ops.prepare(f"mlp.experts.{name}", replace(bank, values=bank.values.clone()))
         for name, bank in zip(("gate_up", "down"), banks, strict=True)
     ]
-    assert_close(ops.experts(x, weights, slots, *packed, 0, 4), expected, 2e-2)
+    bank = ExpertBank(*packed, 0, 4)
+    assert_close(ops.experts(x, weights, physical_ids, bank), expected, 2e-2)
 
 
 def int4(*shape: int, seed: int = 0) -> QuantizedWeight:
@@ -268,14 +270,15 @@ def test_experts_of_4_bits(ops: NativeCpuOps, num_tokens: int, width: int):
     x = random(num_tokens, hidden_size)
     banks = int4(held, 2 * width, hidden_size), int4(held, hidden_size, width, seed=1)
     generator = torch.Generator().manual_seed(1)
-    slots = torch.rand(num_tokens, 4, generator=generator).argsort(-1)[:, :2]
+    physical_ids = torch.rand(num_tokens, 4, generator=generator).argsort(-1)[:, :2]
     weights = torch.rand(num_tokens, 2, generator=generator)
     packed = [
         ops.prepare(f"mlp.experts.{name}", bank)
         for name, bank in zip(("gate_up", "down"), banks, strict=True)
     ]
-    expected = REFERENCE.experts(x, weights, slots, *banks, 0, 4)
-    assert_close(ops.experts(x, weights, slots, *packed, 0, 4), expected, 2e-2)
+    expected = REFERENCE.experts(x, weights, physical_ids, ExpertBank(*banks, 0, 4))
+    bank = ExpertBank(*packed, 0, 4)
+    assert_close(ops.experts(x, weights, physical_ids, bank), expected, 2e-2)
 
 
 def test_mlp_of_4_bits_whose_second_sum_is_long(ops: NativeCpuOps):
@@ -287,12 +290,14 @@ def test_mlp_of_4_bits_whose_second_sum_is_long(ops: NativeCpuOps):
 
 
 def test_what_no_expert_here_is_chosen_for_is_zero(ops: NativeCpuOps):
-    bank = [
+    bank = ExpertBank(
         ops.prepare("mlp.experts.gate_up", random(2, 64, 32)),
         ops.prepare("mlp.experts.down", random(2, 32, 32)),
-    ]
-    slots = torch.tensor([[5, 4], [4, 5]])
-    out = ops.experts(random(2, 32), torch.ones(2, 2), slots, *bank, 0, 4)
+        first=0,
+        num_physical=4,
+    )
+    physical_ids = torch.tensor([[5, 4], [4, 5]])
+    out = ops.experts(random(2, 32), torch.ones(2, 2), physical_ids, bank)
     assert not out.any()
 
 

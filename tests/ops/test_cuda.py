@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moespan.checkpoint.rounding import QuantizedWeight, quantize, round_rows
 from moespan.config import ModelConfig
 from moespan.model.network import Step
-from moespan.ops import AttentionBatch, CpuOps, KVCache, Ops, ReferenceOps
+from moespan.ops import (
+    AttentionBatch,
+    CpuOps,
+    ExpertBank,
+    KVCache,
+    Ops,
+    ReferenceOps,
+    Rotation,
+)
 from tests.ops import interpreter
 from tests.ops.contract import (
     DTYPES,
@@ -76,20 +84,21 @@ class TestCudaOpsOf8Bits(QuantizedContract):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_chosen", "num_slots", "first", "held"),
+    ("num_tokens", "num_chosen", "num_physical", "first", "held"),
     [(1, 1, 1, 0, 1), (7, 6, 64, 0, 64), (300, 3, 40, 8, 13), (90, 6, 64, 63, 1)],
 )
 def test_pairs_are_sorted_by_expert_and_then_as_they_came(
-    num_tokens: int, num_chosen: int, num_slots: int, first: int, held: int
+    num_tokens: int, num_chosen: int, num_physical: int, first: int, held: int
 ):
     from moespan.ops.cuda.routing import sort_pairs
 
     generator = torch.Generator().manual_seed(0)
-    slots = torch.randint(0, num_slots + 1, (num_tokens, num_chosen), generator=generator)
-    slots[::2] = first  # far more on one expert than on the others
+    shape = num_tokens, num_chosen
+    physical_ids = torch.randint(0, num_physical + 1, shape, generator=generator)
+    physical_ids[::2] = first  # far more on one expert than on the others
     with Poisoned():
-        order = sort_pairs(slots.int(), first, held, block_m=16)
-    flat = slots.flatten()
+        order = sort_pairs(physical_ids.int(), first, held, block_m=16)
+    flat = physical_ids.flatten()
     mine = ((flat >= first) & (flat < first + held)).nonzero()[:, 0]
     expected = mine[flat[mine].argsort(stable=True)]
     assert order.pairs[: len(mine)].tolist() == expected.tolist()
@@ -122,8 +131,9 @@ def test_rotated_keys_are_rounded_on_their_way_to_an_int8_cache(
     qkv = random(3, 4 + 2 * 2, head_size, dtype=dtype)
     qkv[1, 5:] = 0
     angles = random(3, head_size // 2)
-    q = ops.rope_to_cache(qkv.clone(), 4, 2, angles.cos(), angles.sin(), ours, slots)
-    expected = REFERENCE.rope_to_cache(qkv, 4, 2, angles.cos(), angles.sin(), theirs, slots)
+    rotation = Rotation(4, 2, angles.cos(), angles.sin())
+    q = ops.rope_to_cache(qkv.clone(), rotation, ours, slots)
+    expected = REFERENCE.rope_to_cache(qkv, rotation, theirs, slots)
     assert_close(q, expected.contiguous(), dtype)
     for found, wanted in zip(ours.tensors, theirs.tensors, strict=True):
         # A rotated element that lies between two integers may go to either.
@@ -174,18 +184,19 @@ def test_rows_are_rounded_as_the_reference_rounds_them(width: int, dtype: torch.
 @pytest.mark.parametrize("choice", ["random", "all on one", "none here"])
 @pytest.mark.parametrize("num_tokens", [1, 37])
 def test_experts_of_8_bit_floats_at_odd_sizes(ops: Ops, num_tokens: int, choice: str):
-    kind, (first, held, num_slots, width, hidden) = KINDS["fp8"], (3, 5, 11, 34, 7)
+    kind, (first, held, num_physical, width, hidden) = KINDS["fp8"], (3, 5, 11, 34, 7)
     shapes = (held, 2 * hidden, width), (held, width, hidden)
-    banks = [
+    matrices = [
         QuantizedWeight(values.view(shape), scales.view(shape[:-1]), kind.activation_bits)
         for shape in shapes
         for values, scales in [quantize(random(*shape).flatten(0, 1), dtype=kind.dtype)]
     ]
     x, weights = random(num_tokens, width, dtype=torch.bfloat16), random(num_tokens, 4).softmax(-1)
-    slots = random(num_tokens, num_slots).argsort(-1)[:, :4].int()
+    physical_ids = random(num_tokens, num_physical).argsort(-1)[:, :4].int()
     if choice != "random":
-        slots = torch.full_like(slots, first if choice == "all on one" else num_slots)
-    args = (x, weights, slots, *banks, first, num_slots)
+        one = first if choice == "all on one" else num_physical
+        physical_ids = torch.full_like(physical_ids, one)
+    args = (x, weights, physical_ids, ExpertBank(*matrices, first, num_physical))
     with Poisoned():
         found = ops.experts(*args)
     assert_close(found, REFERENCE.experts(*args), torch.bfloat16, kind.flip)
@@ -323,7 +334,7 @@ def decode_launches(ops: Ops, num_tokens: int, monkeypatch: pytest.MonkeyPatch) 
     # All blocks exist, whatever is in them: nothing is read past the lengths.
     tables = [[block % 256 for block in table] for table in tables]
     batch = AttentionBatch.build([1] * num_tokens, [3] * num_tokens, tables, 4, CPU)
-    step = Step(batch, [num_tokens], *worker.model.rope(batch.positions))
+    step = Step(batch, [num_tokens], worker.model.rope(batch.positions))
     worker._dispatch.begin_step([num_tokens])
     for cache in worker.caches[1].tensors:
         cache.zero_()

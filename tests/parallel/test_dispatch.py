@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.config import Layout, ModelConfig
-from moespan.parallel.dispatch import Dispatch, Slots
+from moespan.parallel.dispatch import Dispatch, PhysicalExperts
 from moespan.parallel.mesh import Mesh
 from tests.parallel.threads import on_all_ranks, thread_meshes
 from tests.support import CPU, assert_close, geometry
@@ -28,36 +28,36 @@ SPREAD = [
 ]
 
 
-def slots(experts: list[list[int]], num_experts: int = NUM_EXPERTS) -> Slots:
-    return Slots(experts, num_experts, CPU)
+def physical(experts: list[list[int]], num_experts: int = NUM_EXPERTS) -> PhysicalExperts:
+    return PhysicalExperts(experts, num_experts, CPU)
 
 
-def test_slots_of_contiguous_experts_are_their_numbers():
+def test_physical_ids_of_contiguous_experts_are_their_numbers():
     chosen = torch.tensor([[5, 0], [3, 2]])
-    table = slots([[0, 1], [2], [3, 4, 5]])
+    table = physical([[0, 1], [2], [3, 4, 5]])
     assert table.of(chosen).tolist() == chosen.tolist()
     assert table.starts == [0, 2, 3]
     assert table.rank_of.tolist() == [0, 0, 1, 2, 2, 2]
 
 
-def test_slots_are_numbered_through_in_the_order_of_the_ranks():
-    table = slots([[4, 1], [0, 5], [3, 2]])
+def test_physical_experts_are_numbered_in_the_order_of_the_ranks():
+    table = physical([[4, 1], [0, 5], [3, 2]])
     assert table.of(torch.tensor([[0, 1, 2, 3, 4, 5]])).tolist() == [[2, 1, 5, 4, 0, 3]]
     assert table.rank_of.tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_tokens_take_turns_on_the_replicas_of_an_expert():
-    table = slots([[0, 1], [0], [0, 2]], num_experts=3)
+def test_tokens_take_turns_on_the_copies_of_an_expert():
+    table = physical([[0, 1], [0], [0, 2]], num_experts=3)
     chosen = torch.tensor([[0, 1]] * 6)
     assert table.of(chosen).tolist() == [[0, 1], [2, 1], [3, 1]] * 2
 
 
 def compute_on(held: tuple[int, ...], first: int, seen: list[int]):
-    """Expert e multiplies by e + 1 and is nothing but that; `seen` gets the number of tokens."""
+    """Expert e multiplies by e + 1; `seen` gets the number of tokens of each call."""
 
-    def compute(x: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+    def compute(x: Tensor, weights: Tensor, physical_ids: Tensor) -> Tensor:
         seen.append(len(x))
-        local = slots - first
+        local = physical_ids - first
         scales = torch.tensor(held, dtype=torch.float32) + 1
         here = (local >= 0) & (local < len(held))
         factors = torch.where(here, scales[local.clamp(0, len(held) - 1)] * weights, 0.0)
@@ -73,8 +73,8 @@ def steps(draw: st.DrawFn) -> tuple[Layout, str, str | dict, list[int], int]:
     rules = ["contiguous", "round_robin", *([TABLE] if layout.ep == 4 else [])]
     if layout.ep > NUM_EXPERTS:
         rules = [{"default": [[rank % NUM_EXPERTS] for rank in range(layout.ep)]}]
-    num_blocks = layout.world_size // layout.tp
-    tp_group_tokens = draw(st.lists(st.integers(0, 7), min_size=num_blocks, max_size=num_blocks))
+    num_groups = layout.world_size // layout.tp
+    tp_group_tokens = draw(st.lists(st.integers(0, 7), min_size=num_groups, max_size=num_groups))
     return (
         layout,
         dispatch,
@@ -93,7 +93,7 @@ def test_every_token_gets_the_weighted_sum_of_its_experts(
     placement = ExpertPlacement.make(rule, CONFIG, layout)
     experts = placement.default
     generator = torch.Generator().manual_seed(seed)
-    blocks = [
+    groups = [
         (
             torch.randn(count, HIDDEN, generator=generator),
             torch.rand(count, NUM_CHOSEN, generator=generator),
@@ -101,62 +101,62 @@ def test_every_token_gets_the_weighted_sum_of_its_experts(
         )
         for count in tp_group_tokens
     ]
-    table = slots([list(held) for held in experts])
+    table = physical([list(held) for held in experts])
     meshes = thread_meshes(layout, dispatch)
     seen: dict[int, list[int]] = {mesh.rank: [] for mesh in meshes}
 
     def run(mesh: Mesh) -> Tensor:
-        way = Dispatch(CONFIG, mesh, dispatch, 4)
-        block = mesh.rank // layout.tp
-        first = block - block % layout.ep_tp_groups
-        way.begin_step(tp_group_tokens[first : first + layout.ep_tp_groups])
-        assert way.way == dispatch
+        send = Dispatch(CONFIG, mesh, dispatch, 4)
+        group = mesh.rank // layout.tp
+        first = group - group % layout.ep_tp_groups
+        send.begin_step(tp_group_tokens[first : first + layout.ep_tp_groups])
+        assert send.mode == dispatch
         rank = layout.ep_rank(mesh.rank)
-        assert way.first_slot(table) == table.starts[rank]
+        assert send.first_physical(table) == table.starts[rank]
         compute = compute_on(experts[rank], table.starts[rank], seen[mesh.rank])
-        return way(*blocks[block], table, compute)
+        return send(*groups[group], table, compute)
 
     partial = on_all_ranks(meshes, run)
-    for block, (x, weights, chosen) in enumerate(blocks):
-        total = torch.stack(partial[block * layout.tp : (block + 1) * layout.tp]).sum(0)
+    for group, (x, weights, chosen) in enumerate(groups):
+        total = torch.stack(partial[group * layout.tp : (group + 1) * layout.tp]).sum(0)
         expected = x * (weights * (chosen + 1)).sum(-1, keepdim=True)
         assert total.shape == expected.shape
         if len(x):
             assert_close(total.numpy(), expected.numpy(), 1e-5)
 
     if dispatch == "all_to_all":
-        # A token goes once to each rank of another block that holds one of its experts.
-        placed = [table.rank_of[table.of(chosen)] for _, _, chosen in blocks]
+        # A token goes once to each rank of another tp group that holds one of its experts.
+        placed = [table.rank_of[table.of(chosen)] for _, _, chosen in groups]
         assert sum(map(sum, seen.values())) == sum(
             layout.tp * len(holders) for holders in placed
-        ) + sum(num_met(holders, block, layout) for block, holders in enumerate(placed))
+        ) + sum(num_met(holders, group, layout) for group, holders in enumerate(placed))
 
 
-def num_met(holders: Tensor, block: int, layout: Layout) -> int:
-    """Pairs of a token of `block` and a rank of another block that holds one of its experts;
-    `holders` are the ranks of all its experts."""
-    own = block % layout.ep_tp_groups
+def num_met(holders: Tensor, group: int, layout: Layout) -> int:
+    """Pairs of a token of tp group `group` and a rank of another group that holds one of its
+    experts; `holders` are the ranks of all experts of each token."""
+    own = group % layout.ep_tp_groups
     return sum(len({rank for rank in row if rank // layout.tp != own}) for row in holders.tolist())
 
 
 def test_each_tp_rank_carries_its_part_of_the_tokens():
     layout = Layout(tp=2, ep=4, sp=2)
     meshes = thread_meshes(layout, "all_to_all")
-    table = slots([[0], [1], [2], [3, 4, 5]])
-    chosen = torch.tensor([[2, 3]] * 4)  # all experts of block 0's tokens are in block 1
+    table = physical([[0], [1], [2], [3, 4, 5]])
+    chosen = torch.tensor([[2, 3]] * 4)  # all experts of group 0's tokens are in group 1
 
     def run(mesh: Mesh) -> list[tuple[str, int]]:
-        way = Dispatch(CONFIG, mesh, "all_to_all", 4)
-        way.begin_step([4, 4])
+        send = Dispatch(CONFIG, mesh, "all_to_all", 4)
+        send.begin_step([4, 4])
         x = torch.ones(4, HIDDEN)
         held = ([0], [1], [2], [3, 4, 5])[layout.ep_rank(mesh.rank)]
-        compute = compute_on(tuple(held), way.first_slot(table), [])
-        way(x, torch.ones(4, 2), chosen, table, compute)
+        compute = compute_on(tuple(held), send.first_physical(table), [])
+        send(x, torch.ones(4, 2), chosen, table, compute)
         return mesh.ep.sent
 
     sent = on_all_ranks(meshes, run)
-    # Of 4 tokens each tp rank of block 0 sends 2 to both ranks of block 1, and gets them back;
-    # block 1 has all that it needs. The last call of each is the way back.
+    # Each tp rank of group 0 sends 2 of the 4 tokens to both ranks of group 1 and gets them back;
+    # group 1 sends none. The last call of each rank is the way back.
     for rank in (0, 1):
         assert sent[rank][2] == ("moe", 2 * 2 * HIDDEN)
         assert sent[rank][3] == ("moe", 0)
@@ -169,15 +169,15 @@ def test_inside_tp_nothing_is_sent_and_the_ranks_parts_add_up():
     layout = Layout(tp=4, ep=2)
     x, weights = torch.randn(5, HIDDEN), torch.rand(5, NUM_CHOSEN)
     chosen = torch.tensor([[0, 5], [1, 2], [3, 4], [5, 1], [2, 0]])
-    table, held = slots([[0, 1, 2], [3, 4, 5]]), ((0, 1, 2), (3, 4, 5))
+    table, held = physical([[0, 1, 2], [3, 4, 5]]), ((0, 1, 2), (3, 4, 5))
 
     def run(mesh: Mesh) -> Tensor:
-        way = Dispatch(CONFIG, mesh, "auto", 4)
-        way.begin_step([5])
-        assert way.way == "replicated"
+        send = Dispatch(CONFIG, mesh, "auto", 4)
+        send.begin_step([5])
+        assert send.mode == "replicated"
         # The two ranks that hold the same experts hold half of each.
-        whole = compute_on(held[layout.ep_rank(mesh.rank)], way.first_slot(table), [])
-        return way(x, weights, chosen, table, lambda *a: whole(*a) / layout.expert_slices)
+        whole = compute_on(held[layout.ep_rank(mesh.rank)], send.first_physical(table), [])
+        return send(x, weights, chosen, table, lambda *a: whole(*a) / layout.expert_slices)
 
     meshes = thread_meshes(layout)
     total = torch.stack(on_all_ranks(meshes, run)).sum(0)

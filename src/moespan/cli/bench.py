@@ -99,7 +99,7 @@ def _for_bench(settings: Settings, decode_batch: tuple[int, ...]) -> Settings:
 @contextlib.contextmanager
 def _preset_model(name: str, settings: Settings) -> Iterator[Settings]:
     """`settings` with a model folder that holds the config of a preset, while the engine runs."""
-    from moespan.checkpoint.random import preset
+    from moespan.checkpoint.presets import preset
 
     if settings.model is not None:
         raise ConfigError(f"both {settings.model} and --preset {name} are given; leave one out")

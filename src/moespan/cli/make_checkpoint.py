@@ -32,7 +32,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write a random checkpoint in Hugging Face form."""
     from moespan.checkpoint.placement import count_parameters
-    from moespan.checkpoint.random import make_checkpoint, preset
+    from moespan.checkpoint.presets import preset
+    from moespan.checkpoint.random import make_checkpoint
 
     raw = preset(args.preset, _overrides(args.set))
     config = ModelConfig.from_dict(raw)

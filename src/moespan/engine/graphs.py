@@ -154,7 +154,7 @@ class DecodeGraphs:
             recorded.replay = self._ops.record(keep)
 
         try:
-            recorded.traffic = self._traffic.apart(record)
+            recorded.traffic = self._traffic.count_separately(record)
         except Exception as error:
             # Whatever a device or a driver finds wrong with it: the step runs without.
             self._gave_up = True

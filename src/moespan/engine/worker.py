@@ -187,7 +187,7 @@ class Worker:
         if size is None:
             return None
         tokens = tp_group_tokens(layout, self.mesh.rank, [size] * layout.dp)
-        if self._dispatch.way_of(tokens) != "all_to_all":
+        if self._dispatch.mode_of(tokens) != "all_to_all":
             return size
         self.graphs.say("all_to_all waits for the device to know how much goes where")
         return None

@@ -1,9 +1,15 @@
 """The network, in reading order: attention → MLP → MoE → layer → model.
 
-It is written once against `Ops` and `Mesh` and knows no device. Weights come by the names of the
-placement table. Shapes are those of one rank: T tokens of its replica's step, L of them that it
-holds between attentions (all, unless sp splits them), H hidden, N query heads, KV key heads, D head
-size, V vocabulary rows, R rows whose logits are wanted.
+The network is written once, against `Ops` and `Mesh`, and knows no device. Weights are looked up by
+the names of the placement table. Shapes are those of one rank:
+
+    T   tokens of its replica's step
+    L   tokens that the rank holds outside attention: all T, unless sp splits them
+    H   hidden size
+    N   query heads, KV key heads, D head size
+    K   experts of one token
+    V   rows of the vocabulary
+    R   tokens whose logits are wanted
 
 Formulas: DeepSeekMoE (arXiv 2401.06066), with the numerics of its Hugging Face model, except that
 the router works in float32 throughout.
@@ -21,38 +27,38 @@ from torch import Tensor
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.placement import Share, head_shares
 from moespan.config import ModelConfig
-from moespan.ops import AttentionBatch, KVCache, Ops, Weight
-from moespan.parallel.dispatch import Dispatch, Slots
+from moespan.ops import AttentionBatch, ExpertBank, KVCache, Ops, Rotation, Weight
+from moespan.parallel.dispatch import Dispatch, PhysicalExperts
 from moespan.parallel.mesh import Axis, Mesh
 from moespan.parallel.tokens import split_evenly
 
 Weights = Mapping[str, Weight]
-# Called with (layer, module, value [L, ...]) as the network computes, the same on all tp ranks: for
-# looking inside, not for changing. Layer -1 is before the first.
+
 Observer = Callable[[int, str, Tensor], None]
+"""Called with (layer, module, value [L, ...]) while the network computes. Values are the same on
+all tp ranks and must not be changed. Layer -1 is the embedding."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers need to know of a step.
+    """One step, as all layers see it.
 
     Attributes:
-        batch: how its T tokens lie in sequences and cache.
-        lengths: how many of them each sp rank holds; they sum to T.
-        cos, sin: the angles of this rank's L tokens, rows of `Ops.rotary_table`.
+        batch: where the T tokens lie in sequences and cache.
+        lengths: tokens that each sp rank holds outside attention; they sum to T.
+        rotation: the rotary embedding of this rank's L tokens.
     """
 
     batch: AttentionBatch
     lengths: list[int]
-    cos: Tensor
-    sin: Tensor
+    rotation: Rotation
 
 
 class Attention:
     """Multi-head (or grouped-query) attention over the paged cache.
 
-    tp splits the heads. sp splits the tokens outside, and the heads of tp once more inside
-    (Ulysses, arXiv 2309.14509).
+    tp splits the heads. sp splits the tokens outside attention, and inside it splits the heads of
+    a tp rank once more (Ulysses, arXiv 2309.14509).
     """
 
     def __init__(self, config: ModelConfig, ops: Ops, mesh: Mesh, weights: Weights, name: str):
@@ -61,10 +67,7 @@ class Attention:
         self.qkv_bias = weights.get(f"{name}.qkv_bias")
         self.out_bias = weights.get(f"{name}.out_bias")
         self.head_dim = config.head_dim
-        queries, keys = head_shares(config, self.tp.size, self.tp.rank)
-        self.num_heads, self.num_kv_heads = (
-            share.length // self.head_dim for share in (queries, keys)
-        )
+        self.num_heads, self.num_kv_heads = _local_heads(config, self.tp)
         self.sent_heads = torch.tensor(
             [head for rank in range(self.sp.size) for head in self._heads_of(rank)],
             device=mesh.device,
@@ -73,11 +76,10 @@ class Attention:
     def __call__(self, x: Tensor, cache: KVCache, step: Step) -> Tensor:
         """[L, H] replicated over tp → [L, H] replicated over tp."""
         qkv = self.ops.linear(x, self.qkv, self.qkv_bias).unflatten(-1, (-1, self.head_dim))
-        turn = self.num_heads, self.num_kv_heads, step.cos, step.sin
         if self.sp.size == 1:
-            q = self.ops.rope_to_cache(qkv, *turn, cache, step.batch.slots)
+            q = self.ops.rope_to_cache(qkv, step.rotation, cache, step.batch.slots)
         else:
-            q, k, v = self.ops.rope(qkv, *turn)
+            q, k, v = self.ops.rope(qkv, step.rotation)
             q, k, v = self._to_heads(torch.cat([q, k, v], 1), step.lengths)
             self.ops.write_cache(k, v, cache, step.batch.slots)
         attended = self.ops.attention(q, cache, step.batch, self.head_dim**-0.5)
@@ -87,10 +89,10 @@ class Attention:
         return out if self.out_bias is None else out + self.out_bias
 
     def _heads_of(self, sp_rank: int) -> list[int]:
-        """The query, key and value heads, numbered through, that `sp_rank` attends with."""
+        """Heads of `sp_rank` inside attention, as indices into the N + 2·KV heads of `qkv`."""
         share = self.num_heads // self.sp.size
         queries = range(sp_rank * share, (sp_rank + 1) * share)
-        # Query heads of one group share a key head, so those of one rank may need but a few.
+        # Query heads of one group share a key head, so a rank may need only a few key heads.
         keys = sorted({head * self.num_kv_heads // self.num_heads for head in queries})
         first_key, first_value = self.num_heads, self.num_heads + self.num_kv_heads
         return [
@@ -100,7 +102,7 @@ class Attention:
         ]
 
     def _to_heads(self, qkv: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """[L, N + 2·KV, D] of my tokens → q, k, v [T, heads, D] of my heads."""
+        """qkv [L, N + 2·KV, D] of this rank's tokens → q, k, v [T, heads, D] of its heads."""
         num_tokens = len(qkv)
         chosen = qkv[:, self.sent_heads].unflatten(1, (self.sp.size, -1))
         by_rank = chosen.transpose(0, 1).flatten(0, 1)
@@ -111,34 +113,37 @@ class Attention:
         return q, k, v
 
     def _to_tokens(self, attended: Tensor, lengths: list[int]) -> Tensor:
-        """[T, N/sp, D] of my heads → [L, N, D] of my tokens."""
+        """[T, N/sp, D] of this rank's heads → [L, N, D] of its tokens."""
         num_tokens = lengths[self.sp.rank]
         received = self.sp.all_to_all(attended, lengths, [num_tokens] * self.sp.size, "attention")
         by_rank = received.unflatten(0, (self.sp.size, num_tokens))
         return by_rank.transpose(0, 1).flatten(1, 2)
 
 
+def _local_heads(config: ModelConfig, tp: Axis) -> tuple[int, int]:
+    """Query heads N and key heads KV of one tp rank."""
+    queries, keys = head_shares(config, tp.size, tp.rank)
+    return queries.length // config.head_dim, keys.length // config.head_dim
+
+
 class Rope:
-    """Angles of the rotary embedding (arXiv 2104.09864), from float32, for `length` positions."""
+    """The rotary embedding (arXiv 2104.09864): its table in `dtype`, computed in float32, for
+    positions below `length`."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        ops: Ops,
-        length: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, config: ModelConfig, ops: Ops, mesh: Mesh, length: int, dtype: torch.dtype
     ) -> None:
+        self.num_heads, self.num_kv_heads = _local_heads(config, mesh.tp)
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
         frequencies = 1.0 / (config.rope_theta ** (exponents / config.head_dim))
         positions = torch.arange(length, dtype=torch.float32) / config.rope_linear_factor
         angles = torch.outer(positions, frequencies)
-        cos, sin = angles.cos().to(device), angles.sin().to(device)
+        cos, sin = angles.cos().to(mesh.device), angles.sin().to(mesh.device)
         self.cos, self.sin = ops.rotary_table(cos, sin, dtype)
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Integers [T] → T rows of cos and of sin."""
-        return self.cos[positions], self.sin[positions]
+    def __call__(self, positions: Tensor) -> Rotation:
+        """Integers [L] → the rotation of L tokens."""
+        return Rotation(self.num_heads, self.num_kv_heads, self.cos[positions], self.sin[positions])
 
 
 class MLP:
@@ -149,16 +154,18 @@ class MLP:
         self.gate_up, self.down = weights[f"{name}.gate_up"], weights[f"{name}.down"]
 
     def __call__(self, x: Tensor, module: str = "mlp", plus: Tensor | None = None) -> Tensor:
-        """[T, H] replicated over tp → [T, H] replicated over tp: one sum carries `plus`, which is
-        partial over tp, too."""
+        """[L, H] replicated over tp → [L, H] replicated over tp.
+
+        `plus` [L, H], partial over tp, is added before the sum: one all-reduce carries both.
+        """
         return self.ops.mlp_sum(x, self.gate_up, self.down, self.tp, module, plus)
 
 
 class MoE:
     """Routed experts plus the shared ones.
 
-    ep spreads the routed ones; tp splits the shared ones' width, and that of the routed ones where
-    there are more tp ranks than ep ranks.
+    ep spreads the routed experts over ranks. tp splits the width of the shared experts, and of the
+    routed experts where there are more tp ranks than ep ranks.
     """
 
     def __init__(
@@ -169,39 +176,44 @@ class MoE:
         weights: Weights,
         name: str,
         dispatch: Dispatch,
-        slots: Slots,
+        experts: PhysicalExperts,
     ) -> None:
-        self.ops, self.tp, self.dispatch, self.slots = ops, tp, dispatch, slots
-        self.first_slot = dispatch.first_slot(slots)
+        self.ops, self.tp, self.dispatch, self.experts = ops, tp, dispatch, experts
         self.router = weights[f"{name}.router"]
-        self.gate_up = weights[f"{name}.experts.gate_up"]
-        self.down = weights[f"{name}.experts.down"]
+        self.bank = ExpertBank(
+            weights[f"{name}.experts.gate_up"],
+            weights[f"{name}.experts.down"],
+            dispatch.first_physical(experts),
+            experts.count,
+        )
         self.num_chosen, self.renormalize = config.num_experts_per_tok, config.norm_topk_prob
         has_shared = config.shared_intermediate_size > 0
         self.shared = MLP(ops, tp, weights, f"{name}.shared") if has_shared else None
 
     def __call__(self, x: Tensor, observe: Callable[[str, Tensor], None] | None = None) -> Tensor:
-        """[L, H] replicated over tp → [L, H] replicated over tp: one sum carries both kinds."""
+        """[L, H] replicated over tp → [L, H] replicated over tp.
+
+        One all-reduce carries the routed and the shared experts.
+        """
         weights, chosen = self.ops.route(x, self.router, self.num_chosen, self.renormalize)
         if observe:
             observe("router.experts", chosen)
             observe("router.weights", weights)
+        # [L, H] partial over tp
         routed = self.dispatch(
-            x, weights, chosen, self.slots, self._experts, self._experts_anywhere
-        )  # partial over tp
+            x, weights, chosen, self.experts, self._compute, self._compute_across
+        )
         if self.shared is None:
             return self.tp.all_reduce(routed, "moe")
         return self.shared(x, "moe", routed)
 
-    def _experts(self, x: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
-        return self.ops.experts(
-            x, weights, slots, self.gate_up, self.down, self.first_slot, self.slots.count
-        )
+    def _compute(self, x: Tensor, weights: Tensor, physical_ids: Tensor) -> Tensor:
+        return self.ops.experts(x, weights, physical_ids, self.bank)
 
-    def _experts_anywhere(self, x: Tensor, weights: Tensor, slots: Tensor, axis: Axis) -> Tensor:
-        return self.ops.experts_anywhere(
-            x, weights, slots, self.gate_up, self.down, axis, self.slots.count
-        )
+    def _compute_across(
+        self, x: Tensor, weights: Tensor, physical_ids: Tensor, axis: Axis
+    ) -> Tensor:
+        return self.ops.experts_across(x, weights, physical_ids, self.bank, axis)
 
 
 class Layer:
@@ -225,8 +237,9 @@ class Layer:
         self.mlp_norm = weights[f"{name}.mlp.norm"]
         self.mlp: MLP | MoE
         if config.is_moe(index):
-            slots = Slots(experts.of(index), config.n_routed_experts or 0, mesh.device)
-            self.mlp = MoE(config, ops, mesh.tp, weights, f"{name}.mlp", dispatch, slots)
+            num_experts = config.n_routed_experts or 0
+            physical = PhysicalExperts(experts.of(index), num_experts, mesh.device)
+            self.mlp = MoE(config, ops, mesh.tp, weights, f"{name}.mlp", dispatch, physical)
         else:
             self.mlp = MLP(ops, mesh.tp, weights, f"{name}.mlp")
 
@@ -238,7 +251,12 @@ class Layer:
         step: Step,
         observe: Observer | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What the layer before added, and the stream before it: [L, H] each → the same."""
+        """(x, residual) → (x, residual), all [L, H] replicated over tp.
+
+        The hidden state is x + residual: x is the output of the last sublayer, which the next norm
+        adds to the residual stream. `residual` is None where x alone is the hidden state, at the
+        start of a stage.
+        """
         see = partial(observe, self.index) if observe else None
         if residual is None:
             x, residual = self.ops.rms_norm(x, self.attention_norm, self.eps), x
@@ -259,7 +277,7 @@ class Model:
 
     Args:
         max_model_len: positions that the rotary table covers.
-        weights: this rank's parameters, by the names of the placement table.
+        weights: parameters of this rank, by the names of the placement table.
         dispatch: how tokens meet experts.
         experts: which ep rank holds which experts, as in the placement.
     """
@@ -281,7 +299,7 @@ class Model:
         self.embed = weights.get("embed")
         stage = mesh.layout.stages(config)[mesh.at.pp]
         dtype = weights[f"layers.{stage.start}.attention.norm"].dtype
-        self.rope = Rope(config, ops, max_model_len, dtype, mesh.device)
+        self.rope = Rope(config, ops, mesh, max_model_len, dtype)
         self.layers = [
             Layer(config, ops, mesh, weights, index, dispatch, experts) for index in stage
         ]
@@ -296,22 +314,22 @@ class Model:
         rows: Tensor,
         observe: Observer | None = None,
     ) -> Tensor:
-        """Run one step; keys and values go into `caches`, one for each of my layers.
+        """Run one step; keys and values go into `caches`, one for each layer of this stage.
 
         Args:
-            inputs: on the first stage token ids, integers [T], on others the hidden state [L, H].
+            inputs: token ids, integers [T], on the first stage; the hidden state [L, H] on others.
             rows: integers [R], the tokens whose logits are wanted.
-            observe: shown `embed`, and of every layer `attention`, `router.experts`,
-                `router.weights` and `hidden`, what the layer passes on.
+            observe: called with `embed`, and for every layer with `attention`, `router.experts`,
+                `router.weights` and `hidden`, the hidden state that the layer passes on.
 
         Returns:
-            On the last stage logits [R, vocabulary] in the activations' dtype, replicated over tp
-            (none on sp ranks but the first); on others the hidden state [L, H] for the next stage.
+            On the last stage logits [R, vocabulary] in the activations' dtype, replicated over tp;
+            sp ranks other than the first get no rows. On other stages the hidden state [L, H].
         """
         lengths = split_evenly(len(batch.positions), self.sp.size)
         start = sum(lengths[: self.sp.rank])
         mine = slice(start, start + lengths[self.sp.rank])
-        step = Step(batch, lengths, *self.rope(batch.positions[mine]))
+        step = Step(batch, lengths, self.rope(batch.positions[mine]))
         x = self._embed(inputs[mine]) if self.is_first_stage else inputs
         residual: Tensor | None = None
         if observe and self.is_first_stage:
@@ -324,7 +342,7 @@ class Model:
         return self._logits(x, residual, rows, mine)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        """Integers [L] → [L, H] replicated over tp; each rank looks up the rows that it holds."""
+        """Integers [L] → [L, H] replicated over tp; each tp rank looks up its own V rows."""
         assert self.embed is not None
         if self.tp.size == 1:
             return self.embed[token_ids]
@@ -334,12 +352,12 @@ class Model:
         return self.tp.all_reduce(x.masked_fill_(elsewhere[:, None], 0), "embed")
 
     def _logits(self, x: Tensor, residual: Tensor, rows: Tensor, mine: slice) -> Tensor:
-        """[L, H] twice → [R, vocabulary] on the first sp rank, no rows on others."""
+        """x, residual [L, H] → [R, vocabulary] on the first sp rank, [0, vocabulary] on others."""
         assert self.norm is not None and self.head is not None
         if self.sp.size == 1:
             x, _ = self.ops.add_rms_norm(x[rows], residual[rows], self.norm, self.eps)
         else:
-            # Each row is on one sp rank, and zero on the others.
+            # Each row comes from the one sp rank that holds its token; the others add zeros.
             if mine.start == mine.stop:
                 x = x.new_zeros(len(rows), x.shape[-1])
             else:
@@ -349,7 +367,7 @@ class Model:
             x = self.sp.all_reduce(x, "head")
             if self.sp.rank > 0:
                 return x.new_empty((0, self.vocab_size))
-        logits = self.ops.linear(x, self.head)  # split over tp
+        logits = self.ops.linear(x, self.head)  # [R, V], split over tp
         if self.tp.size > 1:
             logits = torch.cat(self.tp.all_gather(logits, "head").chunk(self.tp.size), -1)
         return logits[:, : self.vocab_size]

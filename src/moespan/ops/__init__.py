@@ -6,17 +6,27 @@ import importlib.util
 
 from moespan.config import EngineConfig
 from moespan.log import once
-from moespan.ops.base import AttentionBatch, KVCache, Ops, Replay, Weight
+from moespan.ops.base import (
+    AttentionBatch,
+    ExpertBank,
+    KVCache,
+    Ops,
+    Replay,
+    Rotation,
+    Weight,
+)
 from moespan.ops.cpu.plain import CpuOps
 from moespan.ops.reference import ReferenceOps
 
 __all__ = [
     "AttentionBatch",
     "CpuOps",
+    "ExpertBank",
     "KVCache",
     "Ops",
     "ReferenceOps",
     "Replay",
+    "Rotation",
     "Weight",
     "ops_for",
 ]

@@ -135,8 +135,42 @@ class KVCache:
         return int(self.keys.shape[1])
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """The rotary embedding of one step's tokens on this rank.
+
+    Attributes:
+        num_heads, num_kv_heads: query heads N and key heads KV of this rank; both are rotated.
+        cos, sin: T rows of `Ops.rotary_table`.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    cos: Tensor
+    sin: Tensor
+
+
 Weight = Any
 """What `Ops.builder` makes of a parameter: a tensor, or a form that only these operations read."""
+
+
+@dataclass(frozen=True)
+class ExpertBank:
+    """The experts of one layer that this rank holds.
+
+    A layer has `num_physical` physical experts, numbered from 0: all copies on all ep ranks, rank
+    after rank. This rank holds E consecutive ones.
+
+    Attributes:
+        gate_up, down: the experts' matrices, [E, 2·I, H] and [E, H, I].
+        first: number of the first physical expert here.
+        num_physical: physical experts of the layer; as an id it stands for no expert (padding).
+    """
+
+    gate_up: Weight
+    down: Weight
+    first: int
+    num_physical: int
 
 
 class Replay(Protocol):
@@ -149,8 +183,6 @@ class Replay(Protocol):
 class Ops(Protocol):
     """Operations of one transformer layer. Inputs are not modified unless it is said."""
 
-    # Tokens per cache block that suit the attention kernel.
-    block_size: int
     # Whether `record` works on this kind of device.
     has_graphs: bool
     # Quantizations whose weights (`QuantizedWeight`) it takes.
@@ -206,13 +238,11 @@ class Ops(Protocol):
     def linear_sum(self, x: Tensor, weight: Weight, axis: Axis, module: str) -> Tensor:
         """`linear`, summed over `axis`: [T, in], [out, in] → [T, out], replicated over it."""
 
-    def rope(
-        self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def rope(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """[T, N + 2·KV, D] → q [T, N, D], k and v [T, KV, D], with q and k rotated by the angles
         in the half-split form.
 
-        cos, sin: T rows of `rotary_table`. `qkv` is used up: it may be overwritten.
+        `qkv` is used up: it may be overwritten.
         """
 
     def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
@@ -220,14 +250,7 @@ class Ops(Protocol):
         rounds each head of a token."""
 
     def rope_to_cache(
-        self,
-        qkv: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache,
-        slots: Tensor,
+        self, qkv: Tensor, rotation: Rotation, cache: KVCache, slots: Tensor
     ) -> Tensor:
         """`rope`, then `write_cache` of what it gives → q [T, N, D]."""
 
@@ -266,36 +289,20 @@ class Ops(Protocol):
         divided by their sum + 1e-20 if `renormalize` and K > 1.
         """
 
-    def experts(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        slots: Tensor,
-        gate_up: Weight,
-        down: Weight,
-        first: int,
-        num_slots: int,
-    ) -> Tensor:
-        """Σ weightₖ · downₑ(swiglu(gate_upₑ(x))) over each token's chosen experts e.
+    def experts(self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:
+        """Σ weightₖ · downₑ(swiglu(gate_upₑ(x))) over each token's chosen experts e of this rank.
 
-        x [T, H], weights float32 and slots integers [T, K], gate_up [E, 2·I, H], down [E, H, I]
-        → [T, H] in x's dtype, summed in float32. Of all `num_slots` slots of the layer this rank
-        holds those from `first` on, E of them; the others are other ranks' and add nothing, nor
-        does the number `num_slots` itself, which is nobody's.
+        x [T, H], weights float32 and physical_ids integers [T, K] → [T, H] in x's dtype, summed in
+        float32. Physical experts of other ranks add nothing, nor does the padding value
+        `bank.num_physical`.
         """
 
-    def experts_anywhere(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        slots: Tensor,
-        gate_up: Weight,
-        down: Weight,
-        axis: Axis,
-        num_slots: int,
+    def experts_across(
+        self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank, axis: Axis
     ) -> Tensor:
-        """`experts` over those of all ranks of `axis`: rank i holds the i-th equal part of the
-        slots. All ranks call it, with equally many tokens, at least one; no token has a slot twice.
+        """`experts` over the experts of all ranks of `axis`, by operators that also communicate.
 
-        Where there is no such operator it is not asked for (`moespan.parallel.fused`).
+        Rank i holds the i-th equal part of the physical experts. All ranks call it with the same
+        number of tokens, at least one. No token names a physical expert twice, and none the padding
+        value. Devices without such an operator are never asked (`moespan.parallel.fused`).
         """

@@ -12,14 +12,13 @@ from moespan.checkpoint.building import Builder, TensorBuilder
 from moespan.checkpoint.placement import Parameter
 from moespan.checkpoint.rounding import QuantizedWeight, round_rows
 from moespan.config import QUANTIZATIONS
-from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
+from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Replay, Rotation, Weight
 from moespan.parallel.mesh import Axis
 
 
 class ReferenceOps:
     """See `moespan.ops.base.Ops` for what each operation promises."""
 
-    block_size = 32
     has_graphs = False
     quantizations: tuple[str, ...] = QUANTIZATIONS
     has_int8_cache = True
@@ -72,15 +71,13 @@ class ReferenceOps:
         """[T, in], [out, in] → [T, out], replicated over `axis`."""
         return axis.all_reduce(self.linear(x, weight), module)
 
-    def rope(
-        self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def rope(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """[T, N + 2·KV, D], float32 [T, D/2] twice → [T, N, D], [T, KV, D] twice."""
-        num_rotated = num_heads + num_kv_heads
+        num_rotated = rotation.num_heads + rotation.num_kv_heads
         first, second = qkv[:, :num_rotated].float().chunk(2, -1)
-        cos, sin = cos[:, None], sin[:, None]
+        cos, sin = rotation.cos[:, None], rotation.sin[:, None]
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-        q, k = rotated.to(qkv.dtype).split([num_heads, num_kv_heads], 1)
+        q, k = rotated.to(qkv.dtype).split([rotation.num_heads, rotation.num_kv_heads], 1)
         return q, k, qkv[:, num_rotated:]
 
     def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
@@ -94,17 +91,10 @@ class ReferenceOps:
             target.flatten(0, 1)[slots] = x
 
     def rope_to_cache(
-        self,
-        qkv: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache,
-        slots: Tensor,
+        self, qkv: Tensor, rotation: Rotation, cache: KVCache, slots: Tensor
     ) -> Tensor:
         """[T, N + 2·KV, D] → [T, N, D]."""
-        q, k, v = self.rope(qkv, num_heads, num_kv_heads, cos, sin)
+        q, k, v = self.rope(qkv, rotation)
         self.write_cache(k, v, cache, slots)
         return q
 
@@ -155,33 +145,17 @@ class ReferenceOps:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights, chosen
 
-    def experts(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        slots: Tensor,
-        gate_up: Weight,
-        down: Weight,
-        first: int,
-        num_slots: int,
-    ) -> Tensor:
+    def experts(self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:
         """[T, H] → [T, H]."""
         out = torch.zeros_like(x, dtype=torch.float32)
-        for expert in range(len(gate_up)):
-            tokens, place = torch.where(slots == first + expert)
-            result = self.mlp(x[tokens], gate_up[expert], down[expert]).float()
+        for expert in range(len(bank.gate_up)):
+            tokens, place = torch.where(physical_ids == bank.first + expert)
+            result = self.mlp(x[tokens], bank.gate_up[expert], bank.down[expert]).float()
             out.index_add_(0, tokens, result * weights[tokens, place, None])
         return out.to(x.dtype)
 
-    def experts_anywhere(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        slots: Tensor,
-        gate_up: Weight,
-        down: Weight,
-        axis: Axis,
-        num_slots: int,
+    def experts_across(
+        self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank, axis: Axis
     ) -> Tensor:
         """Not here."""
         raise NotImplementedError

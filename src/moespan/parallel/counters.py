@@ -64,8 +64,8 @@ class Traffic:
         self.calls.update(other.calls)
         self.sent_bytes.update(other.sent_bytes)
 
-    def apart(self, run: Callable[[], object]) -> Traffic:
-        """What `run` counts, which is not added here."""
+    def count_separately(self, run: Callable[[], object]) -> Traffic:
+        """Run `run` and return what it counts, without adding it here."""
         calls, sent_bytes = self.calls, self.sent_bytes
         self.calls, self.sent_bytes = Counter(), Counter()
         try:

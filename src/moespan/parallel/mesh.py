@@ -145,14 +145,13 @@ class Axis:
             dist.recv(x, self._ranks[source], group=self._group)
         return x
 
-    def inside(self, collective: str, module: str, num_bytes: int) -> str:
-        """Count a collective that an operator of an NPU does by itself, and return the name under
-        which it finds this axis's communicator."""
+    def count_in_kernel(self, collective: str, module: str, num_bytes: int) -> None:
+        """Count a collective that an operator of an NPU runs by itself over `communicator`."""
         self._count(collective, module, num_bytes)
-        return self._communicator
 
     @cached_property
-    def _communicator(self) -> str:
+    def communicator(self) -> str:
+        """The name of this axis's HCCL communicator, for operators that communicate."""
         assert self._group is not None
         backend: Any = self._group._get_backend(torch.device("npu"))
         return str(backend.get_hccl_comm_name(self.rank))

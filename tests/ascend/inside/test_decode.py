@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +214,11 @@ def run_layer(part: str) -> None:
     worker = npu_worker(FUSED, block_size=32, dtype="bfloat16", **SETTINGS[part])
     layer: Any = worker.model.layers[1]
     if part == "half":
-        layer.mlp.gate_up, layer.mlp.down = layer.mlp.gate_up[:3], layer.mlp.down[:3]
+        bank = layer.mlp.bank
+        layer.mlp.bank = replace(bank, gate_up=bank.gate_up[:3], down=bank.down[:3])
     with torch.inference_mode():
         batch = AttentionBatch.build([1] * 3, [4, 40, 0], [[1], [2, 3], [4]], 32, NPU)
-        step = Step(batch, [3], *worker.model.rope(batch.positions))
+        step = Step(batch, [3], worker.model.rope(batch.positions))
         x = torch.ones(3, FUSED.hidden_size, device=NPU, dtype=torch.bfloat16)
         layer(x, x, worker.caches[1], step)
         print(f"--- {part}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch_npu
 from torch import Tensor
 
-from moespan.ops import ReferenceOps
+from moespan.ops import ExpertBank, ReferenceOps
 from moespan.ops.npu.ops import NpuOps
 from moespan.parallel.counters import Traffic
 from moespan.parallel.mesh import Axis
@@ -25,14 +25,14 @@ TOLERANCE = 0.06
 
 
 def made(size: int) -> tuple[Tensor, ...]:
-    """Every rank's tokens, weights and slots, and all experts, the same on all ranks."""
+    """Tokens, weights and physical ids of every rank, and all experts, the same on all ranks."""
     torch.manual_seed(0)
     scores = torch.rand(size, TOKENS, EXPERTS).softmax(-1) * 4
-    weights, slots = scores.topk(CHOSEN)
+    weights, physical_ids = scores.topk(CHOSEN)
     return (
         torch.randn(size, TOKENS, HIDDEN).bfloat16(),
         weights,
-        slots,
+        physical_ids,
         torch.randn(EXPERTS, 2 * WIDTH, HIDDEN).bfloat16() / 8,
         torch.randn(EXPERTS, HIDDEN, WIDTH).bfloat16() / 4,
     )
@@ -44,11 +44,12 @@ def make_axis(rank: int) -> Axis:
     return Axis("tp", ranks, rank, dist.new_group(ranks, backend="hccl"), Traffic())
 
 
-def experts_anywhere(rank: int, bug: str) -> float:
+def experts_across(rank: int, bug: str) -> float:
     """How far a rank's result is from the reference's, with a bug in what is handed on."""
     axis = make_axis(rank)
-    x, weights, slots, gate_up, down = made(2)
-    want = ReferenceOps().experts(x[rank], weights[rank], slots[rank], gate_up, down, 0, EXPERTS)
+    x, weights, physical_ids, gate_up, down = made(2)
+    chosen, whole = physical_ids[rank].clone(), ExpertBank(gate_up, down, 0, EXPERTS)
+    want = ReferenceOps().experts(x[rank], weights[rank], chosen, whole)
     ops, share = NpuOps(), EXPERTS // 2
     mine = slice(rank * share, (rank + 1) * share)
     prepared = [
@@ -69,7 +70,6 @@ def experts_anywhere(rank: int, bug: str) -> float:
         "origins": (COMBINE, lambda i, v: torch.zeros_like(v) - 1 if i == 2 else v),
         "counts": (COMBINE, lambda i, v: torch.full_like(v, TOKENS * 2 * EXPERTS) if i == 3 else v),
     }
-    chosen = slots[rank].clone()
     if bug == "nobody":
         chosen[0, 0] = -1
     if bug == "offsets":
@@ -78,21 +78,20 @@ def experts_anywhere(rank: int, bug: str) -> float:
         chosen[0, 0] = chosen[0, 1]
     planted = changes.get(bug, (DISPATCH, lambda i, v: v))
     with call(*planted):
-        got = ops.experts_anywhere(
-            x[rank].npu(), weights[rank].npu(), chosen.npu(), *prepared, axis, EXPERTS
-        )
+        bank = ExpertBank(*prepared, mine.start, EXPERTS)
+        got = ops.experts_across(x[rank].npu(), weights[rank].npu(), chosen.npu(), bank, axis)
     difference: Tensor = (got.cpu().float() - want.float()).abs().max()
     return float(difference.nan_to_num(torch.inf))
 
 
 def test_experts_on_any_rank():
-    results = run_ranks(2, experts_anywhere, "")
+    results = run_ranks(2, experts_across, "")
     assert all(isinstance(off, float) and off < TOLERANCE for off in results), results
 
 
 @pytest.mark.parametrize("bug", ["scales", "offsets", "order"])
 def test_bug_of_dispatch_changes_what_comes_back(bug: str):
-    results = run_ranks(2, experts_anywhere, bug)
+    results = run_ranks(2, experts_across, bug)
     assert all(isinstance(off, float) and off > 5 * TOLERANCE for off in results), results
 
 
@@ -107,7 +106,7 @@ def test_bug_of_dispatch_changes_what_comes_back(bug: str):
     ],
 )
 def test_bug_of_dispatch_is_refused(bug: str, message: str):
-    results = run_ranks(2, experts_anywhere, bug, ASCEND_SIM_TIMEOUT="10")
+    results = run_ranks(2, experts_across, bug, ASCEND_SIM_TIMEOUT="10")
     assert any(message in str(said) for said in results), results
 
 

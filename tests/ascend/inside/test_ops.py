@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.errors import ConfigError
-from moespan.ops import KVCache, Ops, ops_for
+from moespan.ops import ExpertBank, KVCache, Ops, ops_for
 from moespan.ops.npu.ops import NpuOps
 from tests.ops.contract import (
     DTYPES,
@@ -53,12 +53,13 @@ class TestNpuOpsOfIntegers(QuantizedContract):
         self, ops: Ops, hidden: int, kind: str, dtype: torch.dtype
     ):
         x = self.random(9, 128, dtype=dtype)
-        weights, slots = self.random(9, 8).softmax(-1).topk(3)
+        weights, physical_ids = self.random(9, 8).softmax(-1).topk(3)
         gate_up = self.quantized(self.random(4, 2 * hidden, 128) / 8, kind)
         down = self.quantized(self.random(4, 128, hidden) / 8, kind)
-        expected = REFERENCE.experts(x, weights, slots, gate_up, down, 2, 8)
-        banks = self.prepared_quantized(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
-        found = ops.experts(*self.to(x, weights, slots), *banks, 2, 8)
+        bank = ExpertBank(gate_up, down, 2, 8)
+        expected = REFERENCE.experts(x, weights, physical_ids, bank)
+        matrices = self.prepared_quantized(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
+        found = ops.experts(*self.to(x, weights, physical_ids), ExpertBank(*matrices, 2, 8))
         self.assert_close(found, expected, dtype, kind)
 
     @pytest.mark.parametrize("kind", ["int8", "w8a8"])

@@ -14,7 +14,7 @@ from moespan.checkpoint.building import Builder
 from moespan.checkpoint.placement import Parameter
 from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.memory import zeros
-from moespan.ops.base import AttentionBatch, KVCache, Weight
+from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Rotation, Weight
 from moespan.ops.cpu.compiler import BuildError, library
 from moespan.ops.cpu.packing import INT4, PackedBuilder, PackedWeight, padded
 from moespan.ops.cpu.plain import CpuOps
@@ -63,28 +63,44 @@ class NativeCpuOps(CpuOps):
         """Matrices are packed as they are read."""
         scheme = parameter.scheme
         held = getattr(torch, scheme.storage) if scheme else dtype
-        if not _takes(name, parameter.shape, held):
-            return super().builder(name, parameter, dtype, device)
         bits = scheme.activation_bits if scheme else None
-        return PackedBuilder(self._kernels, parameter.shape, bits, _leaf(name) == "gate_up")
+        packer = self._packer(name, parameter.shape, held, bits)
+        return packer or super().builder(name, parameter, dtype, device)
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Matrices are packed; the router is transposed."""
-        if _leaf(name) == "router":
-            assert isinstance(weight, Tensor)
-            return weight.t().contiguous().t()
-        is_gate_up = _leaf(name) == "gate_up"
-        values, scales, bits = weight, None, None
         if isinstance(weight, QuantizedWeight):
             if weight.group_size == _INT4_GROUP and _leaf(name) in _LINEAR:
-                return self._pack_int4(weight, is_gate_up)
+                return self._pack_int4(weight, _leaf(name) == "gate_up")
             values, scales, bits = weight.values, weight.scales, weight.activation_bits
-        assert isinstance(values, Tensor)
-        if not _takes(name, tuple(values.shape), values.dtype):
+        else:
+            if _leaf(name) == "router":
+                return weight.t().contiguous().t()
+            values, scales, bits = weight, None, None
+        packer = self._packer(name, tuple(values.shape), values.dtype, bits)
+        if packer is None:
             return super().prepare(name, weight)
-        builder = PackedBuilder(self._kernels, tuple(values.shape), bits, is_gate_up)
-        builder.put_all(values, scales)
-        return builder.finish()
+        packer.put_all(values, scales)
+        return packer.finish()
+
+    def _packer(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, bits: int | None
+    ) -> PackedBuilder | None:
+        """A builder for a parameter [..., out, in] held in `dtype`; None if the kernels do not take
+        it packed by rows.
+
+        Args:
+            bits: of the activations that integers meet; None for bfloat16.
+        """
+        if _leaf(name) not in _LINEAR or dtype not in (torch.bfloat16, torch.int8):
+            return None
+        *_, out, width = shape
+        is_gate_up = _leaf(name) == "gate_up"
+        # One instruction reads four bytes of a row. The rows of `down` come from gate_up's outputs.
+        rows = [width, out // 2 if is_gate_up else 0]
+        if any(row * dtype.itemsize % 4 for row in rows):
+            return None
+        return PackedBuilder(self._kernels, shape, bits, is_gate_up)
 
     def _pack_int4(self, weight: QuantizedWeight, is_gate_up: bool) -> PackedWeight:
         values = weight.values.contiguous()
@@ -161,22 +177,21 @@ class NativeCpuOps(CpuOps):
         )
         return out
 
-    def rope(
-        self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def rope(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """[T, N + 2·KV, D], float32 [T, D/2] twice → views of qkv, which is rotated in place."""
         if qkv.shape[-1] % (2 * _LANES):
-            return super().rope(qkv, num_heads, num_kv_heads, cos, sin)
+            return super().rope(qkv, rotation)
         qkv = qkv.contiguous()
         num_tokens, heads, head_size = qkv.shape
+        num_heads, num_kv_heads = rotation.num_heads, rotation.num_kv_heads
         self._kernels.moespan_rope(
             qkv.data_ptr(),
             num_tokens,
             heads,
             num_heads + num_kv_heads,
             head_size,
-            cos.contiguous().data_ptr(),
-            sin.contiguous().data_ptr(),
+            rotation.cos.contiguous().data_ptr(),
+            rotation.sin.contiguous().data_ptr(),
             torch.get_num_threads(),
         )
         q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], 1)
@@ -258,38 +273,28 @@ class NativeCpuOps(CpuOps):
         """[T, H] → [T, H]: an expert that every token chooses."""
         if not _are_packed(gate_up, down):
             return super().mlp(x, gate_up, down)
-        slots = torch.zeros((len(x), 1), dtype=torch.int32)
-        return self._experts(x, None, slots, gate_up, down, 0)
+        only_expert = torch.zeros((len(x), 1), dtype=torch.int32)
+        return self._experts(x, None, only_expert, gate_up, down, 0)
 
-    def experts(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        slots: Tensor,
-        gate_up: Weight,
-        down: Weight,
-        first: int,
-        num_slots: int,
-    ) -> Tensor:
+    def experts(self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:
         """[T, H] → [T, H]; touches the weights of chosen experts only, each once."""
-        if not _are_packed(gate_up, down):
-            return super().experts(x, weights, slots, gate_up, down, first, num_slots)
-        return self._experts(
-            x, weights.contiguous(), slots.int().contiguous(), gate_up, down, first
-        )
+        if not _are_packed(bank.gate_up, bank.down):
+            return super().experts(x, weights, physical_ids, bank)
+        weights, physical_ids = weights.contiguous(), physical_ids.int().contiguous()
+        return self._experts(x, weights, physical_ids, bank.gate_up, bank.down, bank.first)
 
     def _experts(
         self,
         x: Tensor,
         weights: Tensor | None,
-        slots: Tensor,
+        physical_ids: Tensor,
         gate_up: PackedWeight,
         down: PackedWeight,
         first: int,
     ) -> Tensor:
         x = x.contiguous()
         num_tokens, hidden_size = x.shape
-        rows, width, kind = slots.numel(), down.width, gate_up.kind
+        rows, width, kind = physical_ids.numel(), down.width, gate_up.kind
         out = torch.empty_like(x)
         self._kernels.moespan_experts(
             kind,
@@ -297,8 +302,8 @@ class NativeCpuOps(CpuOps):
             num_tokens,
             hidden_size,
             _at(weights),
-            slots.data_ptr(),
-            slots.shape[1],
+            physical_ids.data_ptr(),
+            physical_ids.shape[1],
             first,
             gate_up.count,
             *gate_up.pointers,
@@ -330,16 +335,6 @@ class NativeCpuOps(CpuOps):
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _takes(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether the kernels take a parameter [..., out, in] of `dtype` packed by rows."""
-    if _leaf(name) not in _LINEAR or dtype not in (torch.bfloat16, torch.int8):
-        return False
-    *_, out, width = shape
-    # One instruction takes four bytes of a row; what gate_up gives is a row for `down`.
-    rows = [width, out // 2 if _leaf(name) == "gate_up" else 0]
-    return not any(row * dtype.itemsize % 4 for row in rows)
 
 
 def _are_packed(gate_up: Weight, down: Weight) -> bool:

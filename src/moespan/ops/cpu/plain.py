@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.log import once
-from moespan.ops.base import AttentionBatch, KVCache, Weight
+from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Weight
 from moespan.ops.reference import ReferenceOps
 
 # Decodes are attended together, as many as keep the gathered keys and values this small.
@@ -63,29 +63,21 @@ class CpuOps(ReferenceOps):
             out[rows_of_q] = _decode(q[rows_of_q], k_cache, v_cache, tables, lengths, scale)
         return out
 
-    def experts(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        slots: Tensor,
-        gate_up: Weight,
-        down: Weight,
-        first: int,
-        num_slots: int,
-    ) -> Tensor:
+    def experts(self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:
         """[T, H] → [T, H]; touches the weights of chosen experts only, each once."""
-        num_chosen, local = slots.shape[1], slots - first
-        pairs = ((local >= 0) & (local < len(gate_up))).flatten().nonzero()[:, 0]
+        num_chosen, num_held = physical_ids.shape[1], len(bank.gate_up)
+        local = physical_ids - bank.first
+        pairs = ((local >= 0) & (local < num_held)).flatten().nonzero()[:, 0]
         expert_of = local.flatten()[pairs]
         pairs = pairs[expert_of.argsort(stable=True)]
         tokens = pairs // num_chosen
         rows = x[tokens]
         results = torch.empty_like(rows)
         start = 0
-        for expert, count in enumerate(expert_of.bincount(minlength=len(gate_up)).tolist()):
+        for expert, count in enumerate(expert_of.bincount(minlength=num_held).tolist()):
             if count:
                 mine = slice(start, start + count)
-                results[mine] = self.mlp(rows[mine], gate_up[expert], down[expert])
+                results[mine] = self.mlp(rows[mine], bank.gate_up[expert], bank.down[expert])
                 start += count
         weighted = results.float() * weights.flatten()[pairs, None]
         out = torch.zeros_like(x, dtype=torch.float32)

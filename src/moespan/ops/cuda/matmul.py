@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moespan.checkpoint.rounding import QuantizedWeight
-from moespan.ops.base import Weight
+from moespan.ops.base import ExpertBank, Weight
 from moespan.ops.cuda.routing import Order, sort_pairs
 from moespan.ops.cuda.rows import gated, quantize
 from moespan.ops.cuda.tiles import tile
@@ -100,7 +100,7 @@ def _few_rows(
 def _few_gate_up_kernel(
     x,
     x_scales,
-    slots,
+    physical_ids,
     weight,
     weight_scales,
     hidden,
@@ -111,15 +111,15 @@ def _few_gate_up_kernel(
     INNER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
     """Some elements of swiglu(gate_up(x)) of one pair; nothing for other ranks' experts."""
     pair = tl.program_id(1).to(tl.int64)
     expert = pair * 0
-    if HAS_SLOTS:
-        expert = tl.load(slots + pair).to(tl.int64) - first
+    if HAS_IDS:
+        expert = tl.load(physical_ids + pair).to(tl.int64) - first
         if (expert < 0) | (expert >= NUM_EXPERTS):
             return
     outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -151,7 +151,7 @@ def _few_gate_up_kernel(
 def _few_down_kernel(
     hidden,
     hidden_scales,
-    slots,
+    physical_ids,
     pair_weights,
     weight,
     weight_scales,
@@ -164,7 +164,7 @@ def _few_down_kernel(
     INNER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HAS_SLOTS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     HAS_ONTO: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -178,8 +178,8 @@ def _few_down_kernel(
     for k in range(NUM_CHOSEN):
         pair = token * NUM_CHOSEN + k
         expert = pair * 0
-        if HAS_SLOTS:
-            expert = tl.load(slots + pair).to(tl.int64) - first
+        if HAS_IDS:
+            expert = tl.load(physical_ids + pair).to(tl.int64) - first
         if (expert >= 0) & (expert < NUM_EXPERTS):
             acc = tl.zeros([BLOCK_N, BLOCK_K], kind)
             matrix = weight + expert * (WIDTH * INNER)
@@ -192,7 +192,7 @@ def _few_down_kernel(
                 result *= tl.load(weight_scales + expert * WIDTH + outs, mask=mask, other=0.0)
             if ROUNDS:
                 result *= tl.load(hidden_scales + pair)
-            if HAS_SLOTS:
+            if HAS_IDS:
                 result *= tl.load(pair_weights + pair)
             total += result
     to = token * WIDTH + outs
@@ -364,7 +364,7 @@ def _down_kernel(
 def _sum_kernel(
     results,
     pair_weights,
-    slots,
+    physical_ids,
     out,
     first,
     NUM_EXPERTS: tl.constexpr,
@@ -379,7 +379,7 @@ def _sum_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(NUM_CHOSEN):
         pair = token * NUM_CHOSEN + k
-        expert = tl.load(slots + pair).to(tl.int64) - first
+        expert = tl.load(physical_ids + pair).to(tl.int64) - first
         is_here = (expert >= 0) & (expert < NUM_EXPERTS)
         row = tl.load(results + pair * WIDTH + columns, mask=mask & is_here, other=0.0)
         total += row.to(tl.float32) * tl.load(pair_weights + pair)
@@ -412,42 +412,35 @@ def mlp(x: Tensor, gate_up: Matrix, down: Matrix, onto: Tensor | None = None) ->
     return linear(hidden, down, onto)
 
 
-def experts(
-    x: Tensor,
-    weights: Tensor,
-    slots: Tensor,
-    gate_up: Matrix,
-    down: Matrix,
-    first: int,
-    num_slots: int,
-) -> Tensor:
+def experts(x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:
     """As `Ops.experts`. For unquantised weights two launches for few tokens, else four or five."""
     out = torch.empty_like(x)
     if not x.numel():
         return out
-    num_chosen = slots.shape[1]
-    weights, slots = weights.contiguous(), slots.contiguous()
+    gate_up, down, first = Matrix.of(bank.gate_up), Matrix.of(bank.down), bank.first
+    num_chosen = physical_ids.shape[1]
+    weights, physical_ids = weights.contiguous(), physical_ids.contiguous()
     values, scales = gate_up.activations(x)
-    hidden = x.new_empty(slots.numel(), down.in_width)
+    hidden = x.new_empty(physical_ids.numel(), down.in_width)
     if len(x) <= FEW_TOKENS:
         if down.rounds_activations:
             hidden.zero_()  # rows of other ranks' experts are rounded too
-        _few_gate_up(values, scales, slots, gate_up, hidden, first, num_chosen)
+        _few_gate_up(values, scales, physical_ids, gate_up, hidden, first, num_chosen)
         values, scales = down.activations(hidden)
-        _few_down(values, scales, slots, weights, down, None, out, first)
+        _few_down(values, scales, physical_ids, weights, down, None, out, first)
         return out
-    rows = triton.cdiv(slots.numel(), num_slots)
-    shape = down.out_width, down.in_width, down.values.dtype, x.device
-    order = sort_pairs(slots, first, gate_up.num_experts, tile("down", rows, *shape)["BLOCK_M"])
+    rows = triton.cdiv(physical_ids.numel(), bank.num_physical)
+    sizes = tile("down", rows, down.out_width, down.in_width, down.values.dtype, x.device)
+    order = sort_pairs(physical_ids, first, gate_up.num_experts, sizes["BLOCK_M"])
     _gate_up(values, scales, order, gate_up, hidden, num_chosen, rows)
     values, scales = down.activations(hidden)
-    results = x.new_empty(slots.numel(), down.out_width)
+    results = x.new_empty(physical_ids.numel(), down.out_width)
     _down(values, scales, order, down, None, results, rows)
     width = x.shape[1]
     _sum_kernel[(len(x), triton.cdiv(width, _BLOCK))](
         results,
         weights,
-        slots,
+        physical_ids,
         out,
         first,
         NUM_EXPERTS=gate_up.num_experts,
@@ -461,7 +454,7 @@ def experts(
 def _few_gate_up(
     x: Tensor,
     x_scales: Tensor | None,
-    slots: Tensor | None,
+    physical_ids: Tensor | None,
     weight: Matrix,
     hidden: Tensor,
     first: int,
@@ -472,16 +465,16 @@ def _few_gate_up(
     _few_gate_up_kernel[(triton.cdiv(inner, sizes["BLOCK_N"]), len(hidden))](
         x,
         x_scales,
-        slots,
+        physical_ids,
         weight.values,
         weight.scales,
         hidden,
         first,
-        NUM_EXPERTS=1 if slots is None else weight.num_experts,
+        NUM_EXPERTS=1 if physical_ids is None else weight.num_experts,
         NUM_CHOSEN=num_chosen,
         WIDTH=weight.in_width,
         INNER=inner,
-        HAS_SLOTS=slots is not None,
+        HAS_IDS=physical_ids is not None,
         HAS_SCALES=weight.scales is not None,
         ROUNDS=x_scales is not None,
         **_fitting(sizes, weight.in_width),
@@ -491,7 +484,7 @@ def _few_gate_up(
 def _few_down(
     hidden: Tensor,
     hidden_scales: Tensor | None,
-    slots: Tensor | None,
+    physical_ids: Tensor | None,
     pair_weights: Tensor | None,
     weight: Matrix,
     onto: Tensor | None,
@@ -503,18 +496,18 @@ def _few_down(
     _few_down_kernel[(triton.cdiv(width, sizes["BLOCK_N"]), len(out))](
         hidden,
         hidden_scales,
-        slots,
+        physical_ids,
         pair_weights,
         weight.values,
         weight.scales,
         onto,
         out,
         first,
-        NUM_EXPERTS=1 if slots is None else weight.num_experts,
-        NUM_CHOSEN=1 if slots is None else slots.shape[1],
+        NUM_EXPERTS=1 if physical_ids is None else weight.num_experts,
+        NUM_CHOSEN=1 if physical_ids is None else physical_ids.shape[1],
         WIDTH=width,
         INNER=inner,
-        HAS_SLOTS=slots is not None,
+        HAS_IDS=physical_ids is not None,
         HAS_ONTO=onto is not None,
         HAS_SCALES=weight.scales is not None,
         ROUNDS=hidden_scales is not None,

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moespan.checkpoint.rounding import QuantizedWeight
-from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
+from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Replay, Rotation, Weight
 from moespan.ops.cuda import attention, matmul, routing, rows
 from moespan.ops.cuda.matmul import Matrix
 from moespan.ops.reference import ReferenceOps
@@ -37,7 +37,6 @@ _FLOAT8_CAPABILITY = (8, 9)
 class CudaOps(ReferenceOps):
     """See `moespan.ops.base.Ops` for what each operation promises."""
 
-    block_size = 32
     has_graphs = True
 
     def __init__(self) -> None:
@@ -66,28 +65,19 @@ class CudaOps(ReferenceOps):
         onto = None if bias is None else bias.expand(len(x), -1).contiguous()
         return matmul.linear(x, Matrix.of(weight), onto)
 
-    def rope(
-        self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def rope(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """[T, N + 2·KV, D], float32 [T, D/2] twice → [T, N, D], [T, KV, D] twice, parts of qkv."""
-        return rows.rope(qkv, num_heads, num_kv_heads, cos, sin)
+        return rows.rope(qkv, rotation)
 
     def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
         """Store [T, KV, D] at `slots`."""
         rows.write_cache(k, v, cache, slots)
 
     def rope_to_cache(
-        self,
-        qkv: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache,
-        slots: Tensor,
+        self, qkv: Tensor, rotation: Rotation, cache: KVCache, slots: Tensor
     ) -> Tensor:
         """[T, N + 2·KV, D] → q [T, N, D], a part of it; keys and values go straight to `slots`."""
-        return rows.rope(qkv, num_heads, num_kv_heads, cos, sin, cache, slots)[0]
+        return rows.rope(qkv, rotation, cache, slots)[0]
 
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
         """[T, N, D] over the cache → [T, N, D]: prompts in tiles, decodes split over their keys."""
@@ -124,20 +114,9 @@ class CudaOps(ReferenceOps):
         """[T, H] → float32 [T, K], int32 [T, K]."""
         return routing.route(x, router, num_chosen, renormalize)
 
-    def experts(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        slots: Tensor,
-        gate_up: Weight,
-        down: Weight,
-        first: int,
-        num_slots: int,
-    ) -> Tensor:
+    def experts(self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:
         """[T, H] → [T, H]."""
-        return matmul.experts(
-            x, weights, slots, Matrix.of(gate_up), Matrix.of(down), first, num_slots
-        )
+        return matmul.experts(x, weights, physical_ids, bank)
 
     def record(self, run: Callable[[], object]) -> Replay:
         """Record what `run` does; all lengths that it reads are on the device."""

@@ -130,12 +130,17 @@ def route(x: Tensor, router: Tensor, num_chosen: int, renormalize: bool) -> tupl
 
 @triton.jit
 def _one_hot(
-    slots, num_pairs, first, NUM_EXPERTS: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr
+    physical_ids,
+    num_pairs,
+    first,
+    NUM_EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """This program's pairs, and which of this rank's experts each is of: int32 [CHUNK, EXPERTS]."""
     pairs = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     is_pair = pairs < num_pairs
-    expert = tl.load(slots + pairs, mask=is_pair, other=0).to(tl.int32) - first
+    expert = tl.load(physical_ids + pairs, mask=is_pair, other=0).to(tl.int32) - first
     is_here = is_pair & (expert >= 0) & (expert < NUM_EXPERTS)
     lane = tl.arange(0, EXPERTS)
     return pairs, is_here, ((expert[:, None] == lane[None, :]) & is_here[:, None]).to(tl.int32)
@@ -143,7 +148,7 @@ def _one_hot(
 
 @triton.jit(do_not_specialize=["num_pairs", "first"])
 def _count_kernel(
-    slots,
+    physical_ids,
     counts,
     num_pairs,
     first,
@@ -152,13 +157,13 @@ def _count_kernel(
     EXPERTS: tl.constexpr,
 ):
     """How many pairs of this chunk each expert has."""
-    _, _, hot = _one_hot(slots, num_pairs, first, NUM_EXPERTS, CHUNK, EXPERTS)
+    _, _, hot = _one_hot(physical_ids, num_pairs, first, NUM_EXPERTS, CHUNK, EXPERTS)
     tl.store(counts + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS), tl.sum(hot, 0))
 
 
 @triton.jit(do_not_specialize=["num_pairs", "first", "num_chunks", "num_tiles"])
 def _order_kernel(
-    slots,
+    physical_ids,
     counts,
     order,
     tiles,
@@ -176,7 +181,7 @@ def _order_kernel(
     """Where this chunk's pairs go, and this program's part of the table of tiles."""
     chunk = tl.program_id(0)
     lane = tl.arange(0, EXPERTS)
-    pairs, is_here, hot = _one_hot(slots, num_pairs, first, NUM_EXPERTS, CHUNK, EXPERTS)
+    pairs, is_here, hot = _one_hot(physical_ids, num_pairs, first, NUM_EXPERTS, CHUNK, EXPERTS)
     if IS_ALONE:
         total = tl.sum(hot, 0)
         before = tl.zeros([EXPERTS], tl.int32)
@@ -230,27 +235,27 @@ def most_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
     return num_pairs // block_m + min(num_experts, num_pairs)
 
 
-def sort_pairs(slots: Tensor, first: int, num_experts: int, block_m: int) -> Order:
-    """Sort `slots`, integers [T, K], of this rank's experts `first` and on.
+def sort_pairs(physical_ids: Tensor, first: int, num_experts: int, block_m: int) -> Order:
+    """Sort `physical_ids`, integers [T, K], of this rank's experts `first` and on.
 
     One launch for few pairs, else two.
     """
-    num_pairs = slots.numel()
+    num_pairs = physical_ids.numel()
     experts = triton.next_power_of_2(num_experts)
     chunk = max(16, triton.next_power_of_2(num_pairs))
     if chunk * experts > _LONE_TABLE:
         chunk = max(16, _SHARED_TABLE // experts)
     num_chunks = triton.cdiv(num_pairs, chunk)
     num_tiles = most_tiles(num_pairs, num_experts, block_m)
-    pairs = torch.empty(num_pairs, dtype=torch.int32, device=slots.device)
-    tiles = torch.empty((num_tiles, 3), dtype=torch.int32, device=slots.device)
-    counts = torch.empty((num_chunks, experts), dtype=torch.int32, device=slots.device)
+    pairs = torch.empty(num_pairs, dtype=torch.int32, device=physical_ids.device)
+    tiles = torch.empty((num_tiles, 3), dtype=torch.int32, device=physical_ids.device)
+    counts = torch.empty((num_chunks, experts), dtype=torch.int32, device=physical_ids.device)
     shape = {"NUM_EXPERTS": num_experts, "CHUNK": chunk, "EXPERTS": experts, "num_warps": 8}
-    slots = slots.contiguous()
+    physical_ids = physical_ids.contiguous()
     if num_chunks > 1:
-        _count_kernel[(num_chunks,)](slots, counts, num_pairs, first, **shape)
+        _count_kernel[(num_chunks,)](physical_ids, counts, num_pairs, first, **shape)
     _order_kernel[(num_chunks,)](
-        slots,
+        physical_ids,
         counts,
         pairs,
         tiles,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moespan.checkpoint.rounding import MOST
-from moespan.ops.base import KVCache
+from moespan.ops.base import KVCache, Rotation
 
 # Elements of a row that one program of an elementwise kernel takes.
 _BLOCK = 1024
@@ -212,10 +212,7 @@ def _rope_kernel(
 
 def rope(
     qkv: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    cos: Tensor,
-    sin: Tensor,
+    rotation: Rotation,
     cache: KVCache | None = None,
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,12 +222,13 @@ def rope(
     One launch.
     """
     qkv = qkv.contiguous()
+    num_heads, num_kv_heads = rotation.num_heads, rotation.num_kv_heads
     if qkv.numel():
         half_size = qkv.shape[-1] // 2
         _rope_kernel[(len(qkv), triton.cdiv(qkv.shape[1], _HEADS))](
             qkv,
-            cos.contiguous(),
-            sin.contiguous(),
+            rotation.cos.contiguous(),
+            rotation.sin.contiguous(),
             None if cache is None else cache.keys,
             None if cache is None else cache.values,
             None if cache is None else cache.key_scales,

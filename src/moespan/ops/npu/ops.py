@@ -36,7 +36,7 @@ from moespan.checkpoint.rounding import QuantizedWeight, round_rows
 from moespan.errors import ConfigError
 from moespan.log import once
 from moespan.memory import zeros
-from moespan.ops.base import AttentionBatch, KVCache, Replay, Weight
+from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Replay, Rotation, Weight
 from moespan.ops.npu.integers import IntegerMatrix
 from moespan.ops.reference import ReferenceOps, gather, multiplied_out
 from moespan.parallel.mesh import Axis
@@ -63,7 +63,6 @@ _NEVER_TILED = ("embed", "norm", "router", "bias")
 class NpuOps(ReferenceOps):
     """See `moespan.ops.base.Ops` for what each operation promises."""
 
-    block_size = 128
     has_graphs = True
 
     def __init__(
@@ -174,13 +173,12 @@ class NpuOps(ReferenceOps):
         whole = (torch.cat([half, half], -1)[:, None].to(dtype) for half in (cos, sin))
         return next(whole), next(whole)
 
-    def rope(
-        self, qkv: Tensor, num_heads: int, num_kv_heads: int, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def rope(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """[T, N + 2·KV, D], rows of the table → [T, N, D], [T, KV, D] twice, all contiguous."""
         if qkv.shape[-1] not in _ROTARY_HEAD_SIZES:
-            q, k, v = super().rope(qkv, num_heads, num_kv_heads, cos, sin)
+            q, k, v = super().rope(qkv, rotation)
             return q.contiguous(), k.contiguous(), v.contiguous()
+        num_heads, num_kv_heads = rotation.num_heads, rotation.num_kv_heads
         # The kernel writes into q and k, whatever its schema says.
         if num_heads == num_kv_heads:
             q, k, v = qkv.unflatten(1, (3, num_heads)).transpose(0, 1).contiguous()
@@ -189,7 +187,9 @@ class NpuOps(ReferenceOps):
             q, k, v = (part.contiguous() for part in parts)
         if not qkv.numel():
             return q, k, v
-        q, k = self._npu.npu_apply_rotary_pos_emb(q, k, cos, sin, layout="TND", rotary_mode="half")
+        q, k = self._npu.npu_apply_rotary_pos_emb(
+            q, k, rotation.cos, rotation.sin, layout="TND", rotary_mode="half"
+        )
         return q, k, v
 
     def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
@@ -237,31 +237,23 @@ class NpuOps(ReferenceOps):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights, chosen
 
-    def experts(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        slots: Tensor,
-        gate_up: Weight,
-        down: Weight,
-        first: int,
-        num_slots: int,
-    ) -> Tensor:
+    def experts(self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:
         """[T, H] → [T, H]."""
         if not x.numel():
             return x
-        is_whole = len(gate_up) == num_slots
+        gate_up, down, num_held = bank.gate_up, bank.down, len(bank.gate_up)
+        is_whole = num_held == bank.num_physical
         rounds = _rounds(gate_up, x)
         rows, row_of, sizes, row_scales = self._npu.npu_moe_init_routing_v2(
             x,
-            slots.int(),
-            active_num=slots.numel(),
-            expert_num=num_slots + (not is_whole),  # and nobody's
+            physical_ids.int(),
+            active_num=physical_ids.numel(),
+            expert_num=bank.num_physical + (not is_whole),  # and the padding value
             drop_pad_mode=0,
             expert_tokens_num_type=0 if self._counts_are_ends else 1,
             expert_tokens_num_flag=True,
             quant_mode=1 if rounds else -1,
-            active_expert_range=[first, first + len(gate_up)],
+            active_expert_range=[bank.first, bank.first + num_held],
             row_idx_type=0,
         )
         if rounds:
@@ -277,34 +269,35 @@ class NpuOps(ReferenceOps):
         out: Tensor = self._npu.npu_moe_token_unpermute(results, row_of, weights)
         return out
 
-    def experts_anywhere(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        slots: Tensor,
-        gate_up: Weight,
-        down: Weight,
-        axis: Axis,
-        num_slots: int,
+    def experts_across(
+        self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank, axis: Axis
     ) -> Tensor:
         """[T, H] → [T, H], the same T on all ranks of `axis`."""
-        slots = slots.int()
-        sent_bytes = slots.numel() * x.shape[1] * x.element_size()
-        # A2 asks which algorithm it is to be; A3's default is the one that takes what we send.
-        way = {"comm_alg": "fullmesh"} if self.chip == "910B" else {}
-        name = axis.inside("dispatch", "moe", sent_bytes)
-        group = (name, axis.size, axis.rank, num_slots)
+        physical_ids = physical_ids.int()
+        sent_bytes = physical_ids.numel() * x.shape[1] * x.element_size()
+        # A2 demands the name of an algorithm; A3's default is the one that takes what we send.
+        algorithm = {"comm_alg": "fullmesh"} if self.chip == "910B" else {}
+        group = (axis.communicator, axis.size, axis.rank, bank.num_physical)
+        axis.count_in_kernel("dispatch", "moe", sent_bytes)
         rows, _, origins, sizes, received, _, scales = self._npu.npu_moe_distribute_dispatch_v2(
-            x, slots, *group, expert_token_nums_type=1, **way
+            x, physical_ids, *group, expert_token_nums_type=1, **algorithm
         )
+        gate_up, down = bank.gate_up, bank.down
         if _rounds(gate_up, x):
             rows, row_scales = self._npu.npu_dynamic_quant(rows)
             results = self._rounded_mlp_of_each(rows, row_scales, gate_up, down, sizes, x.dtype)
         else:
             results = self._mlp_of_each(rows, gate_up, down, sizes)
-        axis.inside("combine", "moe", sent_bytes)
+        axis.count_in_kernel("combine", "moe", sent_bytes)
         out: Tensor = self._npu.npu_moe_distribute_combine_v2(
-            results, slots, origins, received, weights, *group, expand_scales=scales, **way
+            results,
+            physical_ids,
+            origins,
+            received,
+            weights,
+            *group,
+            expand_scales=scales,
+            **algorithm,
         )
         return out
 
@@ -455,8 +448,9 @@ class NpuOps(ReferenceOps):
     ) -> Tensor:
         """Σ over `axis` of x·Wᵀ + plus: [T, in], [out, in], [T, out] → [T, out]."""
         sent_bytes = len(x) * len(weight) * x.element_size()
+        axis.count_in_kernel("all_reduce", module, sent_bytes)
         out: Tensor = self._npu.npu_mm_all_reduce_base(
-            x, weight.t(), axis.inside("all_reduce", module, sent_bytes), reduce_op="sum", x3=plus
+            x, weight.t(), axis.communicator, reduce_op="sum", x3=plus
         )
         return out
 
