@@ -45,7 +45,7 @@ from moespan.checkpoint.rounding import QuantizedWeight, quantize
 from moespan.config import QUANTIZATIONS, SCHEMES, EngineConfig, Layout
 from moespan.device import DEVICES
 from moespan.engine.engine import Engine
-from moespan.engine.info import CACHE_SHARE, EngineInfo
+from moespan.engine.info import EngineInfo
 from moespan.engine.request import Request
 from moespan.engine.step import SampleRow, StepPlan, StepPlans
 from moespan.engine.worker import Worker
@@ -388,7 +388,7 @@ class Bench:
         block_bytes = self.config.block_size * cache_bytes_per_token(
             config, Layout(), 0, self.config.cache_dtype
         )
-        room = int(available_bytes(self.device) * CACHE_SHARE[args.device] // block_bytes)
+        room = int(available_bytes(self.device) * DEVICES[args.device].cache_share // block_bytes)
         wanted = max(sizes.decode_batch) * self.config.blocks_per_sequence
         self.num_blocks = max(min(room, wanted), self.config.blocks_per_sequence)
         self.worker = Worker(self.config, config, mesh, ops, weights, self.num_blocks)

@@ -24,7 +24,7 @@ class Device:
             rest is for activations.
         is_host: whether the device is the host's processor: its memory is the host's, all ranks of
             a node share both, and operations have finished when their call returns.
-        is_small_sum_one_shot: whether small all-reduces may take one kernel of our own
+        has_one_shot_sum: whether small all-reduces may take one kernel of our own
             (`moespan.parallel.one_shot`).
         has_group_buffers: whether every process group allocates buffers whose size we choose
             (`moespan.parallel.buffers`).
@@ -42,7 +42,7 @@ class Device:
     block_size: int
     cache_share: float
     is_host: bool = False
-    is_small_sum_one_shot: bool = False
+    has_one_shot_sum: bool = False
     has_group_buffers: bool = False
     draws_weights: bool = False
     host_cores_per_rank: int = 1
@@ -67,7 +67,7 @@ CUDA = Device(
     driver_files="nvidia[0-9]*",
     block_size=32,
     cache_share=0.85,
-    is_small_sum_one_shot=True,
+    has_one_shot_sum=True,
     draws_weights=True,
 )
 CPU = Device(

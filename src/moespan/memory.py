@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from moespan.cgroups import available_memory_bytes
+from moespan.device import DEVICES
 
 # What is smaller than a huge page gets ordinary ones; there is not much of it.
 _HUGE_PAGE_BYTES = 2 << 20
@@ -22,7 +23,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     It begins at a page, so that no vector lies in two cache lines, and lies in huge pages where the
     system has them: they are given a hundred times less often, and kernels read them faster.
     """
-    if device.type != "cpu" or not math.prod(shape):
+    if not is_host(device) or not math.prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
     # torch writes the zeros itself; the system gives pages that read as zero.
     num_bytes = math.prod(shape) * dtype.itemsize
@@ -39,7 +40,7 @@ _PART_ALIGNMENT = 128
 
 def to_device(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """CPU tensors of one dtype as they are on `device`: in one transfer, not waited for."""
-    if device.type == "cpu":
+    if is_host(device):
         return list(parts)
     lengths = [-(-part.numel() // _PART_ALIGNMENT) * _PART_ALIGNMENT for part in parts]
     packed = torch.zeros(sum(lengths), dtype=parts[0].dtype, pin_memory=True)
@@ -49,9 +50,14 @@ def to_device(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch
     return [room[: part.numel()].view(part.shape) for part, room in zip(parts, moved, strict=True)]
 
 
+def is_host(device: torch.device) -> bool:
+    """Whether the device's memory is the host's."""
+    return DEVICES[device.type].is_host
+
+
 def on_host(tensor: torch.Tensor) -> bool:
     """Whether its values can be looked at without waiting for a device."""
-    return bool(tensor.device.type == "cpu")
+    return is_host(tensor.device)
 
 
 class ToHost:
@@ -63,7 +69,7 @@ class ToHost:
     def __init__(self, parts: Sequence[torch.Tensor]) -> None:
         self._arrived: torch.Event | None = None
         self._parts = list(parts)
-        if not parts or parts[0].device.type == "cpu":
+        if not parts or on_host(parts[0]):
             return
         self._parts = [
             torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(
@@ -83,7 +89,7 @@ class ToHost:
 
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on `device`; for CPUs within the limits of cgroups."""
-    if device.type != "cpu":
+    if not is_host(device):
         free_bytes, _ = torch.get_device_module(device).mem_get_info(device)
         return int(free_bytes)
     available = _meminfo_bytes("MemAvailable")
@@ -93,7 +99,7 @@ def available_bytes(device: torch.device) -> int:
 
 def reserved_bytes(device: torch.device) -> int:
     """Memory of `device` that this process's allocator holds; 0 for CPUs, where none is kept."""
-    if device.type == "cpu":
+    if is_host(device):
         return 0
     return int(torch.get_device_module(device).memory_reserved(device))
 

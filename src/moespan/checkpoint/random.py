@@ -15,12 +15,12 @@ from moespan.checkpoint.placement import Index, Piece, checkpoint_tensors
 from moespan.checkpoint.presets import preset
 from moespan.checkpoint.writer import write_json, write_shards
 from moespan.config import ModelConfig
+from moespan.device import DEVICES
 from moespan.errors import ConfigError
 
 __all__ = ["RandomSource", "make_checkpoint", "preset"]
 
 # Devices whose random numbers follow from seed and shape alone.
-_DRAWING_DEVICES = ("cuda",)
 
 
 class RandomSource:
@@ -49,7 +49,7 @@ class RandomSource:
         self.shapes = checkpoint_tensors(replace(config, quantization=None))
         self.dtype = dtype
         self.seed = seed
-        draws_there = device is not None and device.type in _DRAWING_DEVICES
+        draws_there = device is not None and DEVICES[device.type].draws_weights
         self._options: dict[str, Any] = {"device": device if draws_there else torch.device("cpu")}
 
     def num_bytes(self, piece: Piece) -> int:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from moespan import log
 from moespan.cli import bench, doctor, generate, info, make_checkpoint, quantize, verify
 from moespan.cli.environment import print_environment
 from moespan.cli.show import EXIT_FAILED
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     keep_torch_npu_out()
     run = print_environment if getattr(args, "print_env", False) else args.run
     try:
+        log.set_up(args.log_level)
         code = run(args)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
     except (MoespanError, OSError) as error:
-        print(f"moespan: {error}", file=sys.stderr)
+        log.logger.error("%s", error)
         code = EXIT_FAILED
     except KeyboardInterrupt:
         code = 130
@@ -56,5 +58,10 @@ def _parser() -> argparse.ArgumentParser:
             name, help=module.SUMMARY, description=module.run.__doc__, allow_abbrev=False
         )
         module.add_flags(verb)
+        verb.add_argument(
+            "--log-level",
+            choices=log.LEVELS,
+            help="least severe messages on stderr (info; or as MOESPAN_LOG_LEVEL says)",
+        )
         verb.set_defaults(run=module.run, usage_error=verb.error)
     return parser

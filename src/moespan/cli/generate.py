@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moespan import log
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
-from moespan.cli.show import EXIT_FAILED, check_writable, print_text, say_speed, say_start
+from moespan.cli.show import EXIT_FAILED, check_writable, print_text, say, say_speed, say_start
 from moespan.cli.starting import serve_unless_first_node, start_llm
 from moespan.errors import ConfigError
 from moespan.front.settings import Settings
@@ -125,7 +126,7 @@ def _answer_prompts(args: argparse.Namespace, settings: Settings, sampling: Any)
     for number, output in enumerate(outputs):
         if output.error is not None:
             num_failed += 1
-            print(f"moespan: prompt {number}: {output.error}", file=sys.stderr)
+            log.logger.error("prompt %d: %s", number, output.error)
         elif args.json:
             print(json.dumps(answer(number, output), ensure_ascii=False))
         else:
@@ -139,6 +140,10 @@ def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str,
     from tqdm import tqdm
 
     from moespan.front.batch import run_batch
+
+    def complain(message: str) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):  # the bar makes room for the line
+            log.logger.error("%s", message)
 
     done = _answered_before(args)
     with args.input.open("rb") as file:
@@ -156,14 +161,14 @@ def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str,
             params,
             chat=args.chat,
             done=done,
-            complain=lambda message: tqdm.write(f"moespan: {message}", file=sys.stderr),
+            complain=complain,
             advance=bar.update,
         )
     if report.num_skipped and not args.quiet:
-        print(f"{report.num_skipped} were answered before", file=sys.stderr)
+        say(f"{report.num_skipped} were answered before")
     say_speed(args, report.num_answered, report.num_output_tokens, report.seconds)
     if report.num_failed:
-        print(f"moespan: {report.num_failed} of {num_lines} lines failed", file=sys.stderr)
+        log.logger.error("%d of %d lines failed", report.num_failed, num_lines)
     return EXIT_FAILED if report.num_failed else 0
 
 

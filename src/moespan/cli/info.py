@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,8 +10,7 @@ from typing import Any
 
 from moespan.cli.flags import add_model_flags, settings_of
 from moespan.cli.show import BYTES, COUNTS, scaled
-from moespan.config import DTYPE_BYTES, QUANTIZATIONS, EngineConfig, Layout, ModelConfig
-from moespan.errors import ConfigError
+from moespan.config import Layout, ModelConfig
 
 SUMMARY = "describe a model"
 
@@ -25,9 +23,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Describe a model in one page; reads no weights."""
+    from moespan.planner.memory import footprint
+
     model, config, _ = settings_of(args).resolve(to_run=False)
     assert model is not None
-    facts = {"model": args.model, **_facts(model, config), "config": asdict(model)}
+    facts = {"model": args.model, **asdict(footprint(config, model)), "config": asdict(model)}
     if args.json:
         print(json.dumps(facts))
         return 0
@@ -80,39 +80,3 @@ def _lines(model: ModelConfig, layout: Layout, facts: dict[str, Any]) -> Iterato
         f"{scaled(weights, BYTES)} of {facts['quantization'] or facts['dtype']} weights, "
         f"{cache / 1024:g} KiB of {facts['kv_cache_dtype']} KV cache per token",
     )
-
-
-def _facts(config: ModelConfig, engine: EngineConfig) -> dict[str, Any]:
-    from moespan.checkpoint.experts import ExpertPlacement
-    from moespan.checkpoint.placement import cache_bytes_per_token, count_parameters, place
-
-    layout = engine.layout
-    placement = ExpertPlacement.make(engine.expert_placement, config, layout)
-    total, active = count_parameters(config)
-    stored = config.quantization
-    scheme = stored.running_as(engine.quantization) if stored else engine.quantization
-    world = range(layout.world_size)
-    quantized = {}
-    for name in stored.same_weights if stored else QUANTIZATIONS:
-        with contextlib.suppress(ConfigError):  # rows need not be whole groups
-            quantized[name] = place(config, Layout(), 0, quantization=name).num_bytes(engine.dtype)
-    return {
-        "parameters": total,
-        "active_parameters": active,
-        "bytes": {**{name: total * size for name, size in DTYPE_BYTES.items()}, **quantized},
-        "kv_bytes_per_token": {
-            name: config.kv_bytes_per_token(name) for name in (*DTYPE_BYTES, "int8")
-        },
-        "dtype": engine.dtype,
-        "quantization": scheme,
-        "kv_cache_dtype": engine.cache_dtype,
-        "layout": layout.sizes,
-        "pipeline_layers": [len(stage) for stage in layout.stages(config)],
-        "weight_bytes_per_rank": [
-            place(config, layout, rank, placement, engine.quantization).num_bytes(engine.dtype)
-            for rank in world
-        ],
-        "kv_bytes_per_token_per_rank": [
-            cache_bytes_per_token(config, layout, rank, engine.cache_dtype) for rank in world
-        ],
-    }

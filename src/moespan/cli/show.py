@@ -72,37 +72,39 @@ def progress_bytes(total_bytes: int) -> tqdm[Any]:
     return tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False)
 
 
+def say(text: str) -> None:
+    """Tell a person on stderr how a verb gets on; stdout belongs to answers."""
+    print(text, file=sys.stderr)
+
+
 def say_written(folder: Path, total_bytes: int, seconds: float) -> None:
     """Say on stderr what was written."""
-    print(f"wrote {folder}: {scaled(total_bytes, BYTES)} in {seconds:.1f} s", file=sys.stderr)
+    say(f"wrote {folder}: {scaled(total_bytes, BYTES)} in {seconds:.1f} s")
 
 
 def say_start(args: argparse.Namespace, llm: LLM) -> None:
-    """Where it runs and how, on stderr."""
+    """Say on stderr where the engine runs, and how."""
     if args.quiet:
         return
     info = llm.info
     rate = scaled(info.read_bytes / max(info.load_s, 1e-9), BYTES)
-    print(
+    say(
         f"model    {args.model}\n"
         f"runs on  {info.device}, {info.dtype}, {info.layout}\n"
         f"weights  {scaled(info.weight_bytes, BYTES)} of {info.quantization or info.dtype} per "
         f"rank, loaded in {info.load_s:.2f} s ({rate}/s)\n"
         f"KV cache {info.num_blocks * info.block_size} tokens in blocks of {info.block_size}, "
-        f"{info.cache_dtype}",
-        file=sys.stderr,
+        f"{info.cache_dtype}"
     )
     if info.binding:
-        print("cores   ", "\n         ".join(info.binding), file=sys.stderr)
+        say("cores    " + "\n         ".join(info.binding))
 
 
 def say_speed(args: argparse.Namespace, num_requests: int, num_tokens: int, seconds: float) -> None:
+    """Say on stderr what was answered, and how fast."""
     if not args.quiet:
         rate = num_tokens / max(seconds, 1e-9)
-        print(
-            f"{num_requests} answered, {num_tokens} tokens in {seconds:.2f} s: {rate:.1f} tokens/s",
-            file=sys.stderr,
-        )
+        say(f"{num_requests} answered, {num_tokens} tokens in {seconds:.2f} s: {rate:.1f} tokens/s")
 
 
 def print_text(prompt: str, output: Any) -> None:

@@ -19,17 +19,13 @@ from typing import TextIO
 import msgspec
 
 from moespan.config import EngineConfig, Nodes
+from moespan.device import DEVICES
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.errors import EngineDeadError, MoespanError
 from moespan.launch.job import Job
 from moespan.launch.ranks import start_agent
 
 _RESULTS = "collectives.json"
-_SIZES = {
-    "cpu": (8 << 10, 1 << 20, 8 << 20),
-    "cuda": (8 << 10, 1 << 20, 64 << 20),
-    "npu": (8 << 10, 1 << 20, 64 << 20),
-}
 _WARMUP, _REPEATS = 3, 9
 
 # NPUs of one A2 server → bytes per second over the bus that others have measured (CANN 8.0).
@@ -138,12 +134,14 @@ def _play(job: Job, rank: int, _: TextIO) -> None:
     device = init_distributed(config.device, job.store_path)
     mesh = make_mesh(config, device)
     synchronize: Callable[[], object] = (
-        (lambda: None) if device.type == "cpu" else torch.get_device_module(device).synchronize
+        (lambda: None)
+        if DEVICES[device.type].is_host
+        else torch.get_device_module(device).synchronize
     )
     timings = []
     for name in ("tp", "sp", "pp", "ep", "ep_tp_groups"):
         axis = getattr(mesh, name)
-        for message_bytes in _SIZES[device.type] if axis.size > 1 else ():
+        for message_bytes in DEVICES[device.type].timed_bytes if axis.size > 1 else ():
             x = torch.zeros(message_bytes // 4, dtype=torch.float32, device=device)
             seconds = []
             for turn in range(_WARMUP + _REPEATS):

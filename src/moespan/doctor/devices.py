@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from moespan.device import DEVICES
 from moespan.doctor import ascend_tools
 from moespan.doctor.host import Host, Output, npu_smi
 from moespan.doctor.job_spec import JobSpec
@@ -23,15 +24,8 @@ print(json.dumps([bool(module.is_available()), module.device_count(), free, tota
 """
 
 
-def find_device(host: Host) -> str:
-    """The device of this machine, by the files of its driver."""
-    if host.glob("/dev/davinci[0-9]*"):
-        return "npu"
-    return "cuda" if host.glob("/dev/nvidia[0-9]*") else "cpu"
-
-
 def devices(host: Host, job: JobSpec) -> Iterator[Finding]:
-    if job.device == "cpu":
+    if DEVICES[job.device].is_host:
         yield skipped("the job runs on CPUs")
         return
     if job.device == "npu":

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from moespan.cgroups import memory_limit_bytes
+from moespan.device import DEVICES
 from moespan.doctor.devices import free_bytes
 from moespan.doctor.host import Host
 from moespan.doctor.job_spec import JobSpec
@@ -32,7 +33,7 @@ def shared_memory(host: Host, job: JobSpec) -> Iterator[Finding]:
     size = next((part[5:] for part in options.split(",") if part.startswith("size=")), "")
     total = _meminfo_bytes(host) // 2 if not size else _bytes(size)
     words = f"/dev/shm has {total / 1e9:.2f} GB"
-    if total < _LEAST_SHM_BYTES and job.layout.world_size > 1 and job.device != "cpu":
+    if total < _LEAST_SHM_BYTES and job.layout.world_size > 1 and not DEVICES[job.device].is_host:
         yield warning(words, "start the container with --shm-size=16g or --ipc=host")
     else:
         yield ok(words)
@@ -82,7 +83,7 @@ def cores(host: Host, job: JobSpec) -> Iterator[Finding]:
     if quota < cpus:
         head += f", of which the container's quota leaves {quota}"
     head += f": {words}" if words else ""
-    least = 2 if job.device == "npu" else 1
+    least = DEVICES[job.device].host_cores_per_rank
     if quota < least * job.ranks:
         yield warning(
             head,
@@ -93,7 +94,7 @@ def cores(host: Host, job: JobSpec) -> Iterator[Finding]:
         yield warning(head, "see docs/numa.md; --bind 0:NODE,1:NODE,... says it by hand")
     else:
         yield ok(head)
-    if job.device != "cpu":
+    if not DEVICES[job.device].is_host:
         yield from _host_tuning(host, nodes)
 
 
@@ -162,7 +163,7 @@ def _fit_finding(fits: Fit, job: JobSpec) -> Finding:
 
 def _device_bytes(host: Host, job: JobSpec) -> int | None:
     """Memory that one rank finds free."""
-    if job.device == "cpu":
+    if DEVICES[job.device].is_host:
         limit = memory_limit_bytes(host.root)
         total = _meminfo_bytes(host)
         return min(total, limit or total) // job.ranks if total else None

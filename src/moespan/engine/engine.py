@@ -25,8 +25,9 @@ from moespan.checkpoint.placement import cache_bytes_per_token, place
 from moespan.checkpoint.random import RandomSource
 from moespan.checkpoint.source import SafetensorsSource, Source
 from moespan.config import Coordinates, EngineConfig, ModelConfig
+from moespan.device import DEVICES
 from moespan.engine.graphs import scratch_blocks
-from moespan.engine.info import CACHE_SHARE, EngineInfo, EngineStats
+from moespan.engine.info import EngineInfo, EngineStats
 from moespan.engine.questions import Question, Stats, Trace, Traffic
 from moespan.engine.replicas import Replicas
 from moespan.engine.request import OutputDelta, Request, SamplingParams, check_request
@@ -470,8 +471,8 @@ def _open(config: EngineConfig, model_config: ModelConfig, device: torch.device)
 def _fitting_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops) -> int:
     """Blocks that this rank has room for, and not more than all sequences can use."""
     token_bytes = cache_bytes_per_token(model_config, config.layout, mesh.rank, config.cache_dtype)
-    ranks_that_share = mesh.ranks_here if config.device == "cpu" else 1
-    room = available_bytes(mesh.device) * CACHE_SHARE[config.device] / ranks_that_share
+    ranks_that_share = mesh.ranks_here if DEVICES[config.device].is_host else 1
+    room = available_bytes(mesh.device) * DEVICES[config.device].cache_share / ranks_that_share
     wanted = config.max_num_seqs * config.layout.pp * config.blocks_per_sequence
     fitting = int(room // (token_bytes * config.block_size)) - scratch_blocks(config, ops)
     return min(wanted, max(fitting, 0))

@@ -22,7 +22,7 @@ from moespan.config import EngineConfig
 from moespan.engine.sampler import fill_in
 from moespan.engine.step import StepPlan
 from moespan.log import once
-from moespan.memory import reserved_bytes
+from moespan.memory import is_host, reserved_bytes
 from moespan.ops import AttentionBatch, Ops, Replay
 from moespan.parallel.counters import Traffic
 
@@ -182,7 +182,7 @@ class DecodeGraphs:
         added = size - given
         # Fresh memory, which the allocator keeps until it has been sent.
         sent = torch.zeros(
-            recorded.inputs.shape, dtype=torch.int32, pin_memory=self._device.type != "cpu"
+            recorded.inputs.shape, dtype=torch.int32, pin_memory=not is_host(self._device)
         )
         inputs = sent.numpy()
         room = -(-size // _ALIGNMENT) * _ALIGNMENT

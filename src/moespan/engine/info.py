@@ -6,10 +6,6 @@ import msgspec
 
 from moespan.config import Layout
 
-CACHE_SHARE = {"cpu": 0.5, "cuda": 0.85, "npu": 0.85}
-"""Of the memory that is free once the weights are there: what the KV cache may take. The rest
-is for activations."""
-
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about a started engine.

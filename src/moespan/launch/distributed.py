@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, ModelConfig
+from moespan.device import DEVICES
 from moespan.errors import ConfigError
 from moespan.machine.device import load_plugin
 from moespan.parallel.buffers import group_buffers_mb
@@ -54,7 +55,7 @@ def make_mesh(
     """
     buffers_mb: dict[str, int] = {}
     is_set = "HCCL_BUFFSIZE" in os.environ and config.moe_dispatch != "fused"
-    if config.device == "npu" and config.model and not is_set:
+    if DEVICES[config.device].has_group_buffers and config.model and not is_set:
         buffers_mb = group_buffers_mb(config, ModelConfig.from_pretrained(config.model))
     ranks_here = os.environ.get("LOCAL_WORLD_SIZE")
     return Mesh.create(
@@ -69,8 +70,8 @@ def make_mesh(
 
 
 def _take_device(device: str, local_rank: int) -> torch.device:
-    if device == "cpu":
-        return torch.device("cpu")
+    if DEVICES[device].is_host:
+        return torch.device(device)
     load_plugin(device)
     module = getattr(torch, device)
     if local_rank >= module.device_count():

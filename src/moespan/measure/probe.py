@@ -20,6 +20,7 @@ from types import TracebackType
 
 import msgspec
 
+from moespan.device import DEVICES
 from moespan.errors import MoespanError
 from moespan.machine.cores import usable_cores
 from moespan.planner.work import Limits
@@ -92,7 +93,7 @@ class Probe:
 
 def machine_name(device: str) -> str:
     """The model of the device, or of this machine's processor."""
-    if device != "cpu":
+    if not DEVICES[device].is_host:
         import torch
 
         return str(torch.get_device_module(device).get_device_name())
@@ -132,7 +133,7 @@ def _measure(device: str, dtype: str) -> None:
     from moespan.machine.device import choose_device
 
     choose_device(device)
-    is_cpu = device == "cpu"
+    is_cpu = DEVICES[device].is_host
     if is_cpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cores())
     buffer_bytes = (

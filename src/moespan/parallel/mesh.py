@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 
 from moespan.config import COLLECTIVE_TIMEOUT_S, Coordinates, Layout
+from moespan.device import DEVICES
 from moespan.errors import LayoutError
 from moespan.parallel.control import Control
 from moespan.parallel.counters import Traffic, sent_bytes
 from moespan.parallel.one_shot import OneShotSum
 
-_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _NO_BUFFERS: Mapping[str, int] = MappingProxyType({})
 
 # torch 2.13 renamed these.
@@ -286,7 +286,7 @@ class Mesh:
             self._groups[key], _ = dist.new_subgroups_by_enumeration(
                 lines,
                 timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-                backend=_BACKENDS[self.device.type],
+                backend=DEVICES[self.device.type].backend,
                 pg_options=self._options(name),
                 group_desc=name,
             )
@@ -297,7 +297,8 @@ class Mesh:
 
     def _one_shot(self, group: dist.ProcessGroup | None, ranks: Sequence[int]) -> OneShotSum | None:
         """The short way over tp, where nearly all all-reduces are."""
-        if group is None or self.device.type != "cuda" or not self._one_shot_bytes:
+        device = DEVICES[self.device.type]
+        if group is None or not device.has_one_shot_sum or not self._one_shot_bytes:
             return None
         return OneShotSum.join(
             str(group.group_name),
@@ -311,7 +312,7 @@ class Mesh:
 
     def _options(self, axis: str) -> Any:
         """What the backend of this axis's groups is to be told; None for its defaults."""
-        if self.device.type != "npu" or axis not in self._buffers_mb:
+        if not DEVICES[self.device.type].has_group_buffers or axis not in self._buffers_mb:
             return None
         from torch_npu._C._distributed_c10d import (  # type: ignore[import-not-found,unused-ignore]
             ProcessGroupHCCL,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.placement import cache_bytes_per_token, count_parameters, place
 from moespan.config import DTYPE_BYTES, QUANTIZATIONS, EngineConfig, Layout, ModelConfig
-from moespan.engine.info import CACHE_SHARE
+from moespan.device import DEVICES
 from moespan.errors import ConfigError
 from moespan.parallel.buffers import hccl_bytes
 
@@ -105,10 +105,11 @@ def fit(config: EngineConfig, model: ModelConfig, room_bytes: int | None) -> Fit
     Raises:
         ConfigError, LayoutError: as `footprint`.
     """
-    buffers = hccl_bytes(config, model) if config.device == "npu" else 0
+    device = DEVICES[config.device]
+    buffers = hccl_bytes(config, model) if device.has_group_buffers else 0
     fits = []
     for weights, token in zip(*_bytes_per_rank(config, model), strict=True):
-        left = ((room_bytes or 0) - weights - buffers) * CACHE_SHARE[config.device]
+        left = ((room_bytes or 0) - weights - buffers) * device.cache_share
         tokens = int(left // token)
         fits.append(Fit(weights, buffers, token, room_bytes, tokens, config.max_model_len))
     return min(fits, key=lambda one: one.cache_tokens)
