@@ -52,7 +52,7 @@ class Ranks:
         self, model: Path, layout: Layout = ONE_RANK, moe_dispatch: str = "auto", **settings: Any
     ) -> LLM:
         """An engine, in float32 unless `settings` say otherwise. Only the next engine ends it."""
-        with mock.patch("moespan.front.llm._connect", self._connect):
+        with mock.patch("moespan.front.llm.connect", self._connect):
             return LLM(
                 str(model),
                 tensor_parallel_size=layout.tp,
