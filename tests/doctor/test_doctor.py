@@ -668,7 +668,7 @@ def test_a_model_that_does_not_fit(made: Made) -> None:
 def test_unknown_device_memory_is_not_guessed(made: Made) -> None:
     (made.bin / "npu-smi").unlink()
     job = npu_job(model=MODEL, config=config_of(Layout(tp=2)))
-    assert "of 60.0 GB" in only(made.examine(job), "model", report.OK).found  # as torch says
+    assert "of 60.0 GB" in only(made.examine(job), "model", report.OK).found  # from torch
     made.python("ImportError")
     assert "not known here" in only(made.examine(job), "model", report.SKIPPED).found
     assert only(made.examine(), "model", report.SKIPPED).found == "no MODEL named"
@@ -812,11 +812,11 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def test_json_and_exit_codes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out = run(QUICKSTART, "-tp", 2, "--device", "cpu", "--json")
-    told = json.loads(out)
-    assert code == (1 if told["counts"]["problem"] else 0)
-    assert told["device"] == "cpu" and told["layout"] == "tp=2"
-    assert set(told["counts"]) == {"ok", "warning", "problem", "skipped"}
-    assert all(set(one) == {"check", "status", "found", "fix"} for one in told["findings"])
+    printed = json.loads(out)
+    assert code == (1 if printed["counts"]["problem"] else 0)
+    assert printed["device"] == "cpu" and printed["layout"] == "tp=2"
+    assert set(printed["counts"]) == {"ok", "warning", "problem", "skipped"}
+    assert all(set(one) == {"check", "status", "found", "fix"} for one in printed["findings"])
     monkeypatch.setenv("HCCL_BUFFSIZE", "none")
     code, out = run("--device", "cpu")
     assert code == 1 and "problem  environment" in out and "→ unset it" in out
