@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
 from moespan import log
+from moespan.config import EngineConfig, Layout, Nodes
 from moespan.errors import ConfigError
-from moespan.launch.ranks import _environment
+from moespan.launch.job import Job
+from moespan.launch.ranks import _environment, start_agent
 
 RANK_0 = {"RANK": "0", "WORLD_SIZE": "4"}
 RANK_3 = {"RANK": "3", "WORLD_SIZE": "4"}
@@ -194,3 +197,31 @@ def test_the_root_logger_is_not_touched() -> None:
 
 def test_it_needs_no_torch() -> None:
     assert of_library("import sys, moespan.log\nassert 'torch' not in sys.modules") == []
+
+
+def test_ranks_name_themselves_and_inherit_the_level(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "rank.py"
+    program.write_text(
+        "from moespan.launch.rank import as_rank\n"
+        "from moespan.log import logger, once\n"
+        "def play(job, rank, _):\n"
+        "    once('slow')\n"
+        "    logger.debug('here')\n"
+        "    if rank == 1: raise RuntimeError('broken')\n"
+        "as_rank(play)\n"
+    )
+    monkeypatch.setattr(log.logger, "level", logging.DEBUG)
+    job = Job.create(EngineConfig("fake", Layout(tp=2)), Nodes())
+    assert start_agent(job, 2, [str(program)]).wait(120) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("moespan: ")]
+    assert sorted(lines) == [
+        "moespan: rank 0: here",
+        "moespan: rank 1: failed",
+        "moespan: rank 1: here",
+        "moespan: slow",
+    ]
+    assert "RuntimeError: broken" in err
