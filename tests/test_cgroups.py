@@ -31,7 +31,7 @@ UNLIMITED_4K, UNLIMITED_64K = 9223372036854771712, 9223372036854710272
 
 
 class Machine:
-    """A root folder with what /proc and /sys say."""
+    """A root folder with files of /proc and /sys."""
 
     def __init__(self, root: Path, membership: str, mounts: str) -> None:
         self.root = root
@@ -52,7 +52,7 @@ class Machine:
 
     @property
     def memory(self) -> tuple[int | None, int | None]:
-        """The limit, and what is available within it."""
+        """The limit, and the memory available within all limits."""
         return memory_limit_bytes(self.root), available_memory_bytes(self.root)
 
 
@@ -129,7 +129,7 @@ def test_v2_mounted_elsewhere_under_a_name_with_a_space(tmp_path: Path) -> None:
 
 
 def test_groups_outside_the_namespace_are_not_guessed(tmp_path: Path) -> None:
-    # A mount from above the namespace: its group is above us, those between are not named.
+    # A mount from above the namespace: its group is above ours, the ones between have no names.
     machine = Machine(tmp_path, "0::/\n", V2_MOUNT.format(top="/../..", at="/sys/fs/cgroup"))
     machine.v2("", v2_memory(1000, 100))
     assert machine.memory == (1000, 900)
@@ -202,7 +202,7 @@ def test_a_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "0::/\n", V2_MOUNT.format(top="/", at="/sys/fs/cgroup"))
     machine.v2("", v2_memory(1000, 1200))
     assert machine.memory == (1000, 0)
-    machine.v2("", v2_memory(1000, 100, cache=900))  # more gives way than is in use
+    machine.v2("", v2_memory(1000, 100, cache=900))  # more page cache than memory in use
     assert machine.memory == (1000, 1000)
 
 

@@ -1,4 +1,4 @@
-"""Errors can be caught as one family, and as the built-in errors that they are."""
+"""Errors can be caught by their common base class, and as built-in errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_wrong_values_are_value_errors(error: type[MoespanError]):
     assert issubclass(error, ValueError)
 
 
-def test_a_checkpoint_error_says_all_its_problems_one_to_a_line():
+def test_a_checkpoint_error_lists_its_problems_one_to_a_line():
     error = CheckpointError("two things", (problem for problem in ["one", "other"]))
     assert error.problems == ["one", "other"]
     assert str(error) == "two things\n  - one\n  - other"

@@ -1,4 +1,4 @@
-"""Messages: which are shown, in what form, where, and in whose process."""
+"""Messages: their levels, their form, where they go, and in whose process."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
 from moespan import log
+from moespan.config import EngineConfig, Layout, Nodes
 from moespan.errors import ConfigError
-from moespan.launch.ranks import _environment
+from moespan.launch.job import Job
+from moespan.launch.ranks import _environment, start_agent
 
 RANK_0 = {"RANK": "0", "WORLD_SIZE": "4"}
 RANK_3 = {"RANK": "3", "WORLD_SIZE": "4"}
-SPEAK = "for say in (logger.debug, logger.info, logger.warning, logger.error): say(say.__name__)"
+EACH_LEVEL = (
+    "for one in (logger.debug, logger.info, logger.warning, logger.error): one(one.__name__)"
+)
 
 
 def ran(
@@ -55,8 +60,8 @@ def of_library(code: str, environ: Mapping[str, str] = {}) -> list[str]:
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
-    """Afterwards the level is what it was."""
+def level_restored() -> Iterator[None]:
+    """Restore the level afterwards."""
     before = log.logger.level
     yield
     log.logger.setLevel(before)
@@ -73,34 +78,34 @@ def fresh() -> Iterator[None]:
     ],
 )
 def test_the_level_decides_which_lines_are_shown(level: str, lines: list[str]) -> None:
-    assert shown(SPEAK, {"MOESPAN_LOG_LEVEL": level}) == [f"moespan: {line}" for line in lines]
+    assert shown(EACH_LEVEL, {"MOESPAN_LOG_LEVEL": level}) == [f"moespan: {line}" for line in lines]
 
 
 def test_the_level_of_the_command_line_wins() -> None:
-    found = shown(f"log.set_up('error')\n{SPEAK}", {"MOESPAN_LOG_LEVEL": "debug"})
+    found = shown(f"log.set_up('error')\n{EACH_LEVEL}", {"MOESPAN_LOG_LEVEL": "debug"})
     assert found == ["moespan: error"]
 
 
 def test_a_level_that_does_not_exist() -> None:
     with pytest.raises(ConfigError, match="log level 'loud' is not known; use one of debug, info"):
         log.set_up("loud")
-    first, *others = shown(SPEAK, {"MOESPAN_LOG_LEVEL": "loud"})
+    first, *others = shown(EACH_LEVEL, {"MOESPAN_LOG_LEVEL": "loud"})
     assert first.startswith("moespan: MOESPAN_LOG_LEVEL='loud' is not a level, and is ignored")
     assert others == ["moespan: info", "moespan: warning", "moespan: error"]
 
 
-def test_the_old_variable_counts_and_says_its_new_name_once() -> None:
-    first, *others = shown(SPEAK, {"MOESPAN_LOG": "debug"})
+def test_the_old_variable_works_and_its_new_name_is_shown_once() -> None:
+    first, *others = shown(EACH_LEVEL, {"MOESPAN_LOG": "debug"})
     assert first == (
         "moespan: MOESPAN_LOG is now MOESPAN_LOG_LEVEL; the next release ignores the old name"
     )
     assert others[0] == "moespan: debug"
     both = {"MOESPAN_LOG": "debug", "MOESPAN_LOG_LEVEL": "error"}
-    assert shown(SPEAK, both) == ["moespan: error"]
+    assert shown(EACH_LEVEL, both) == ["moespan: error"]
     assert shown("logger.info('x')", {"MOESPAN_LOG": "anything"}) == ["moespan: x"]
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("level_restored")
 def test_processes_that_we_start_inherit_the_level() -> None:
     for level, inherited in ((logging.NOTSET, "info"), (logging.DEBUG, "debug"), (35, "error")):
         log.logger.setLevel(level)
@@ -148,7 +153,7 @@ def test_a_library_that_configures_logging_does_not_double_our_lines() -> None:
 
 
 def test_a_program_without_logging_sees_warnings() -> None:
-    code = f"from moespan.log import logger, once\n{SPEAK}\nonce('slow')"
+    code = f"from moespan.log import logger, once\n{EACH_LEVEL}\nonce('slow')"
     assert of_library(code) == ["moespan: warning", "moespan: error", "moespan: slow"]
     found = of_library(code, {"MOESPAN_LOG_LEVEL": "debug"})
     assert found[:2] == ["moespan: debug", "moespan: info"]
@@ -192,3 +197,31 @@ def test_the_root_logger_is_not_touched() -> None:
 
 def test_it_needs_no_torch() -> None:
     assert of_library("import sys, moespan.log\nassert 'torch' not in sys.modules") == []
+
+
+def test_ranks_name_themselves_and_inherit_the_level(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "rank.py"
+    program.write_text(
+        "from moespan.launch.rank import as_rank\n"
+        "from moespan.log import logger, once\n"
+        "def play(job, rank, _):\n"
+        "    once('slow')\n"
+        "    logger.debug('here')\n"
+        "    if rank == 1: raise RuntimeError('broken')\n"
+        "as_rank(play)\n"
+    )
+    monkeypatch.setattr(log.logger, "level", logging.DEBUG)
+    job = Job.create(EngineConfig("fake", Layout(tp=2)), Nodes())
+    assert start_agent(job, 2, [str(program)]).wait(120) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("moespan: ")]
+    assert sorted(lines) == [
+        "moespan: rank 0: here",
+        "moespan: rank 1: failed",
+        "moespan: rank 1: here",
+        "moespan: slow",
+    ]
+    assert "RuntimeError: broken" in err

@@ -1,4 +1,4 @@
-"""Zeros cost nothing before they are written, and no more is counted as free than is."""
+"""Zeros take no memory before they are written; free memory is not overestimated."""
 
 from __future__ import annotations
 
@@ -51,23 +51,23 @@ def test_large_zeros_begin_at_a_page_and_ask_for_huge_ones():
         elif inside and key == "VmFlags:":
             assert "hg" in values
             return
-    raise AssertionError("it lies nowhere")
+    raise AssertionError("no mapping contains the tensor")
 
 
 def set_memory(
     monkeypatch: pytest.MonkeyPatch, *, machine: int, within_limits: int | None = None
 ) -> None:
-    """Make the machine and its cgroups look like this."""
+    """Set the available memory of the machine and within its cgroups."""
     monkeypatch.setattr(memory, "_meminfo_bytes", lambda key: machine)
     monkeypatch.setattr(memory, "available_memory_bytes", lambda: within_limits)
 
 
-def test_without_a_container_the_machines_memory_counts(monkeypatch: pytest.MonkeyPatch):
+def test_without_a_limit_the_machines_memory_counts(monkeypatch: pytest.MonkeyPatch):
     set_memory(monkeypatch, machine=1000)
     assert available_bytes(CPU) == 1000
 
 
-def test_the_containers_limit_counts_where_it_is_tighter(monkeypatch: pytest.MonkeyPatch):
+def test_the_tighter_of_machine_and_cgroups_counts(monkeypatch: pytest.MonkeyPatch):
     set_memory(monkeypatch, machine=1000, within_limits=300)
     assert available_bytes(CPU) == 300
     set_memory(monkeypatch, machine=100, within_limits=300)

@@ -1,20 +1,19 @@
-"""Limits that cgroups put on this process: memory and CPU time, v1, v2 and both at once.
+"""Limits of cgroups on this process: memory and CPU time, in v1, v2 and hybrid hierarchies.
 
-A limit of any group from the process's own to the root holds, so the tightest one counts. The
-groups are found as the kernel shows them: `/proc/self/cgroup` names the process's own group,
-`/proc/self/mountinfo` where each hierarchy is mounted and which of its groups lies at the mount
-point (a container often sees only its own part). Where these name no hierarchy that has the file
-in question, `/sys/fs/cgroup` and `/sys/fs/cgroup/CONTROLLER` are looked at, as containers without a
-readable `/proc` have them.
+The limits of all groups apply, from the process's own group up to the root; the tightest counts.
+`/proc/self/cgroup` names the own group. `/proc/self/mountinfo` names the mount points and the group
+at each of them, since a container may see only a part of the hierarchy. If no mount there contains
+the wanted file, the usual places `/sys/fs/cgroup` (v2) and `/sys/fs/cgroup/CONTROLLER` (v1) are
+read.
 
-Files that are missing or make no sense count as no limit. Every function takes a root below which
-/proc and /sys lie. Imports no torch.
+A missing or malformed file counts as no limit. `root` is the folder that contains /proc and /sys.
+Imports no torch.
 
 | | v2 | v1 |
 |---|---|---|
 | memory limit | `memory.max` | `memory.limit_in_bytes` |
 | memory in use | `memory.current` | `memory.usage_in_bytes` |
-| page cache that gives way | `inactive_file` of `memory.stat` | `total_inactive_file` |
+| reclaimable page cache | `inactive_file` of `memory.stat` | `total_inactive_file` |
 | processes killed for memory | `oom_kill` of `memory.events` | `oom_kill` of `memory.oom_control` |
 | CPU quota | `cpu.max` | `cpu.cfs_quota_us`, `cpu.cfs_period_us` |
 """
@@ -31,7 +30,7 @@ _ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60
 
 _NUMBER = re.compile(r"[0-9]{1,19}")
-_QUOTA = re.compile(r"([0-9]{1,19}) ([1-9][0-9]{0,18})")  # microseconds in a period of such
+_QUOTA = re.compile(r"([0-9]{1,19}) ([1-9][0-9]{0,18})")  # quota and period, in microseconds
 
 
 def memory_limit_bytes(root: Path = _ROOT) -> int | None:
@@ -40,9 +39,9 @@ def memory_limit_bytes(root: Path = _ROOT) -> int | None:
 
 
 def available_memory_bytes(root: Path = _ROOT) -> int | None:
-    """Memory that can still be taken within all limits; None without one.
+    """Memory that can still be allocated within all limits; None without one.
 
-    Inactive page cache counts as used in a group, but gives way.
+    A group counts its inactive page cache as used, but the kernel reclaims it on demand.
     """
     return min((max(limit - used, 0) for limit, used in _memory(root)), default=None)
 
@@ -59,7 +58,7 @@ def quota_cores(root: Path = _ROOT) -> int | None:
 
 
 def oom_kills(root: Path = _ROOT) -> int | None:
-    """Processes of our own group that the kernel has killed for memory so far; None if unknown."""
+    """Number of processes of our group that the kernel has killed for memory; None if unknown."""
     for controller, name in (("memory", "memory.oom_control"), ("", "memory.events")):
         for group in _groups(root, controller, name):
             count = _statistic(group / name, "oom_kill")
@@ -69,7 +68,7 @@ def oom_kills(root: Path = _ROOT) -> int | None:
 
 
 def _memory(root: Path) -> Iterator[tuple[int, int]]:
-    """For each group with a limit: the limit, and the memory in use that does not give way."""
+    """For each group with a limit: the limit, and the memory in use that is not reclaimable."""
     for controller, limit_name, usage_name, cache_key in (
         ("", "memory.max", "memory.current", "inactive_file"),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -83,10 +82,10 @@ def _memory(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _groups(root: Path, controller: str, name: str) -> list[Path]:
-    """Folders with a file `name`, of our own group and those above it, our own first.
+    """The folders of our own group and of all groups above it that have a file `name`, own first.
 
     Args:
-        controller: of v1; empty for v2.
+        controller: the v1 controller; empty for v2.
     """
     own = _own_group(root, controller)
     for mounts in (_mounts(root, controller), [(_usual_mount(root, controller), "/")]):
@@ -102,7 +101,7 @@ def _groups(root: Path, controller: str, name: str) -> list[Path]:
 
 
 def _own_group(root: Path, controller: str) -> str:
-    """The path of our group in a hierarchy, `/` if it is not known."""
+    """The path of our group in the hierarchy of `controller`; `/` if it is not known."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -112,7 +111,7 @@ def _own_group(root: Path, controller: str) -> str:
 
 
 def _mounts(root: Path, controller: str) -> list[tuple[Path, str]]:
-    """Where the hierarchy of `controller` is mounted, and which group lies there.
+    """The mount points of the hierarchy of `controller`, each with the path of its top group.
 
     A line is `ID PARENT DEVICE TOP MOUNT_POINT OPTIONS... - TYPE SOURCE SUPER_OPTIONS`.
     """
@@ -133,10 +132,10 @@ def _usual_mount(root: Path, controller: str) -> Path:
 
 
 def _chain(mount_point: Path, top: str, own: str) -> list[Path]:
-    """Folders from our group up to `top`, the group at the mount point; [] if it is not above us.
+    """The folders from our group up to `top`, the group at the mount point; [] if we are not in it.
 
-    With a cgroup namespace, groups outside it are written with `..`. A `top` of that kind is above
-    us, but the names of the groups between are not known.
+    In a cgroup namespace, the path of a group outside it contains `..`. A `top` of that kind is
+    above our group, but the names of the groups between them are not known.
     """
     if ".." in PurePosixPath(top).parts:
         return [mount_point]
@@ -148,7 +147,7 @@ def _chain(mount_point: Path, top: str, own: str) -> list[Path]:
 
 
 def _unescaped(field: str) -> str:
-    """A field of mountinfo, in which spaces and such are written as octal numbers."""
+    """A field of mountinfo, in which special characters are written as octal numbers."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
@@ -166,6 +165,6 @@ def _number(path: Path) -> int | None:
 
 
 def _statistic(path: Path, key: str) -> int | None:
-    """The number behind `key` in a file of lines `key number`."""
+    """The number after `key` in a file of lines `key number`."""
     found = re.search(rf"^{key} ({_NUMBER.pattern})$", _read(path), re.M)
     return int(found[1]) if found else None

@@ -1,6 +1,6 @@
-"""Every error that moespan raises on purpose. One base class, so that a caller can catch them all.
+"""Every error that moespan raises on purpose, with one base class, so that callers can catch all.
 
-A message names the thing, its value, the rule it breaks and the way out.
+A message names the thing, its value, the rule that it breaks, and the fix.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class ConfigError(MoespanError, ValueError):
 
 
 class LayoutError(ConfigError):
-    """A layout that breaks a rule of the model's geometry or of the world it runs in."""
+    """A layout that breaks a rule of the model's geometry or of the number of ranks."""
 
 
 class CheckpointError(MoespanError):
-    """A checkpoint that cannot be loaded. `problems` lists everything found wrong with it."""
+    """A checkpoint that cannot be loaded. `problems` lists everything that is wrong with it."""
 
     def __init__(self, summary: str, problems: Iterable[str] = ()) -> None:
         self.problems = list(problems)
@@ -33,12 +33,12 @@ class TokenizerError(MoespanError):
 
 
 class RequestError(MoespanError, ValueError):
-    """A request that cannot be served as asked; the engine goes on with the others."""
+    """A request that cannot be served as asked. The engine goes on with the others."""
 
 
 class MeetingError(MoespanError, RuntimeError):
-    """The nodes of one job did not come together: one is missing, or they differ."""
+    """The nodes of a job could not start together: one is missing, or they differ."""
 
 
 class EngineDeadError(MoespanError, RuntimeError):
-    """The ranks are gone; nothing that was not finished will be."""
+    """The ranks are gone; unfinished requests are lost."""

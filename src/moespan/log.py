@@ -1,19 +1,19 @@
 """Messages to the user: the standard logger `moespan`, whose lines go to stderr.
 
-stdout belongs to answers alone. Every part of the package speaks through `logger`, or through
-`once` where a message might repeat.
+stdout is for answers only. The whole package logs through `logger`, and through `once` where a
+message might repeat.
 
 Our own programs (the command line, the agent, the ranks) call `set_up`. It installs one handler on
-stderr, and takes the level from its argument, else from `MOESPAN_LOG_LEVEL` (debug, info, warning,
-error), else info. Processes that we start inherit the level: `level` is what they are told.
+stderr and sets the level: its argument, else `MOESPAN_LOG_LEVEL` (debug, info, warning, error),
+else info. The agent and the ranks inherit the level through that variable.
 
-In a user's program the logger is the user's. Its level and handlers are left as they are, the root
-logger is not touched, and `MOESPAN_LOG_LEVEL`, if it is set, becomes the level of the logger. Where
-the program configures no logging at all, warnings and errors still reach stderr: the handler that
-this module adds writes only while neither the root logger nor this one has another handler.
+In a user's program the user configures logging. The root logger is not touched, and the logger
+`moespan` gets a level only if `MOESPAN_LOG_LEVEL` is set. A program that configures no logging
+still sees warnings and errors on stderr: the handler that this module adds writes only while
+neither the root logger nor `moespan` has another handler.
 
-A line is `moespan: message`. In a job of several ranks it names the rank, and on several nodes the
-node: `moespan: node 1, rank 3: message`. A message of `once` that holds for all ranks names none.
+A line is `moespan: message`. In a job of several ranks it names the rank, and on several nodes also
+the node: `moespan: node 1, rank 3: message`. A message that holds for all ranks names none.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _said: set[str] = set()
 
 
 def set_up(level: str | None = None) -> None:
-    """Make this process one of our own: lines from `level` on go to stderr, and nowhere else.
+    """Send messages of `level` and above to stderr, and nowhere else; for our own programs.
 
-    Calling it again replaces the level.
+    Another call replaces the level.
 
     Args:
-        level: a key of `LEVELS`; None for what the environment says, else info.
+        level: a key of `LEVELS`; None for the level in the environment, else info.
 
     Raises:
         ConfigError: there is no such level.
@@ -58,15 +58,15 @@ def set_up(level: str | None = None) -> None:
 
 
 def level() -> str:
-    """The level of the processes that this one starts: its own if one was chosen, else info."""
+    """The level for processes that this one starts: its own level if one was set, else info."""
     own = logger.level or logging.INFO
     return next((name for name, value in LEVELS.items() if own <= value), "error")
 
 
 def once(message: str, from_any_rank: bool = False) -> None:
-    """Warn, but show the same message only once in this process.
+    """Warn, but only the first time that this process has this message.
 
-    Without `from_any_rank` the message holds for every rank, and only rank 0 shows it.
+    Only rank 0 shows the message, for all ranks; with `from_any_rank` each rank shows its own.
     """
     if message not in _said and (from_any_rank or os.environ.get("RANK", "0") == "0"):
         logger.warning(message, stacklevel=2, extra={"holds_for_all_ranks": not from_any_rank})
@@ -74,10 +74,9 @@ def once(message: str, from_any_rank: bool = False) -> None:
 
 
 class _Stderr(logging.Handler):
-    """Writes each line at once, so that none is lost when the process ends by `os._exit`.
+    """Writes and flushes each line to the current `sys.stderr`, so that `os._exit` loses none.
 
-    It writes to what `sys.stderr` is at that time. A handler that yields writes nothing while the
-    user's program has a handler of its own for these lines.
+    A handler that yields writes nothing while the user's program has another handler for the line.
     """
 
     def __init__(self, yields: bool) -> None:
@@ -100,7 +99,7 @@ def _has_other_handlers() -> bool:
 
 
 def _speaker(record: logging.LogRecord) -> str:
-    """The node and rank of this process as torch's launcher numbers them, if there are several."""
+    """The node and rank of this process, numbered by torch's launcher; empty for a single rank."""
     rank, num_ranks, node, num_nodes = (
         os.environ.get(name, "")
         for name in ("RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
@@ -126,7 +125,7 @@ def _level_in_environment() -> str | None:
 
 
 def _install(handler: _Stderr) -> None:
-    """Put `handler` in place of the one that this module has installed before."""
+    """Replace the handler that this module installed earlier by `handler`."""
     for old in logger.handlers[:]:
         if isinstance(old, _Stderr):
             logger.removeHandler(old)

@@ -1,4 +1,4 @@
-"""Memory of the host and of devices: how much is free, and fresh zeroed tensors."""
+"""Memory of the host and of devices: free bytes, zeroed tensors, transfers to and from devices."""
 
 from __future__ import annotations
 
@@ -13,33 +13,36 @@ import torch
 from moespan.cgroups import available_memory_bytes
 from moespan.device import DEVICES
 
-# What is smaller than a huge page gets ordinary ones; there is not much of it.
+# Tensors smaller than a huge page get ordinary pages; they take little memory in all.
 _HUGE_PAGE_BYTES = 2 << 20
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Like `torch.zeros`, but on a CPU the pages take no memory before they are written.
 
-    It begins at a page, so that no vector lies in two cache lines, and lies in huge pages where the
-    system has them: they are given a hundred times less often, and kernels read them faster.
+    The tensor begins at a page boundary, so that no vector crosses two cache lines. It lies in huge
+    pages where the system has them: page faults are a hundred times rarer, and kernels read faster.
     """
     if not is_host(device) or not math.prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
-    # torch writes the zeros itself; the system gives pages that read as zero.
+    # torch.zeros would write the zeros; fresh pages of the system read as zero without that.
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if num_bytes >= _HUGE_PAGE_BYTES:
-        with contextlib.suppress(OSError):  # a kernel without them
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-# Parts of one transfer begin at multiples of so many elements, as tensors of their own would.
+# Each part of a transfer begins at a multiple of this many elements, as a separate tensor would.
 _PART_ALIGNMENT = 128
 
 
 def to_device(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """CPU tensors of one dtype as they are on `device`: in one transfer, not waited for."""
+    """Copy CPU tensors of one dtype to `device`, in one transfer that is not waited for.
+
+    On a CPU the tensors themselves are returned.
+    """
     if is_host(device):
         return list(parts)
     lengths = [-(-part.numel() // _PART_ALIGNMENT) * _PART_ALIGNMENT for part in parts]
@@ -56,14 +59,15 @@ def is_host(device: torch.device) -> bool:
 
 
 def on_host(tensor: torch.Tensor) -> bool:
-    """Whether its values can be looked at without waiting for a device."""
+    """Whether the values of `tensor` can be read without waiting for a device."""
     return is_host(tensor.device)
 
 
 class ToHost:
-    """Copies of tensors on their way to the host, which need not wait for what is queued later.
+    """Copies of tensors on their way to the host.
 
-    On a CPU they are the tensors themselves.
+    Waiting for them does not wait for work that is queued on the device later. On a CPU they are
+    the tensors themselves.
     """
 
     def __init__(self, parts: Sequence[torch.Tensor]) -> None:
@@ -81,14 +85,14 @@ class ToHost:
         self._arrived.record()
 
     def wait(self) -> list[torch.Tensor]:
-        """The tensors, once all of them are there."""
+        """The tensors, once all of them have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._parts
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on `device`; for CPUs within the limits of cgroups."""
+    """Memory that can still be allocated on `device`; for a CPU, within the limits of cgroups."""
     if not is_host(device):
         free_bytes, _ = torch.get_device_module(device).mem_get_info(device)
         return int(free_bytes)
@@ -98,7 +102,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def reserved_bytes(device: torch.device) -> int:
-    """Memory of `device` that this process's allocator holds; 0 for CPUs, where none is kept."""
+    """Memory of `device` that torch's caching allocator holds; 0 for CPUs, which have none."""
     if is_host(device):
         return 0
     return int(torch.get_device_module(device).memory_reserved(device))

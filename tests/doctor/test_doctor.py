@@ -1,4 +1,4 @@
-"""The doctor: every parser on recorded text, every check on made-up machines, good and bad."""
+"""The doctor: each parser on recorded text, each check on made-up machines, good and bad."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_npu_smi_of_a_card_without_hbm() -> None:
 @pytest.mark.parametrize(
     "text", ["", SMI_HELD, "| | |", "|x|y|z|", "| 1 2 | 3 |", "| 0 a | b | c |"]
 )
-def test_what_is_no_table_gives_no_npus(text: str) -> None:
+def test_text_that_is_no_table_gives_no_npus(text: str) -> None:
     assert ascend_tools.parse_npu_smi(text).npus == []
 
 
@@ -199,7 +199,7 @@ def test_compatibility() -> None:
 
 
 class Made:
-    """A machine of files and fake programs; by default an A2 server with two NPUs, in order."""
+    """A machine of files and fake programs; by default an A2 server with two healthy NPUs."""
 
     def __init__(self, root: Path, npus: int = 2) -> None:
         self.root = root
@@ -241,7 +241,7 @@ class Made:
         (self.root / path).unlink()
 
     def program(self, name: str, answers: dict[str, str], default: str = "") -> None:
-        """A program that answers by its arguments."""
+        """A program whose output depends on its arguments."""
         cases = "".join(
             f"  {arguments!r}) cat <<'END'\n{text}END\n  ;;\n"
             for arguments, text in {**answers}.items()
@@ -257,7 +257,7 @@ class Made:
         self.script("python", f"echo '{says}'\n")
 
     def hccn(self, **changes: dict[int, str]) -> None:
-        """`hccn_tool`, all in order but for `changes`: query → NPU → what it prints."""
+        """`hccn_tool` of healthy NPUs, except for `changes`: query → NPU → output."""
         answers = {}
         for npu in range(self.npus):
             good = {
@@ -316,7 +316,7 @@ def listener() -> Iterator[socket.socket]:
 
 
 def _free_ports() -> int:
-    """The first of 32 ports that are free, out of the kernel's own range."""
+    """The first of 32 free ports outside the range that the kernel hands out."""
     for first in range(20000, 32000, 32):
         try:
             for port in range(first, first + 32):
@@ -341,10 +341,10 @@ def only(findings: list[Finding], check: str, status: str) -> Finding:
     return found[0]
 
 
-# The whole
+# All checks together
 
 
-def test_a_server_in_order_has_no_complaint(made: Made) -> None:
+def test_a_healthy_server_has_no_warning_and_no_problem(made: Made) -> None:
     findings = made.examine(npu_job(model=MODEL, config=config_of(Layout(tp=2))))
     bad = [one for one in findings if one.status in (report.WARNING, report.PROBLEM)]
     assert bad == []
@@ -360,21 +360,21 @@ def test_a_server_in_order_has_no_complaint(made: Made) -> None:
         assert any(words in one.found for one in of(findings, check)), of(findings, check)
 
 
-def test_a_machine_without_anything_is_fine_for_cpus(tmp_path: Path) -> None:
+def test_an_empty_machine_is_fine_for_cpus(tmp_path: Path) -> None:
     host = Host(tmp_path, {"PATH": ""}, packages={"torch": "2.13.0"}, interfaces=[])
     findings = examine(host, JobSpec(device="cpu"))
     assert not [one for one in findings if one.status == report.PROBLEM]
     assert only(findings, "devices", report.SKIPPED).found
 
 
-def test_a_machine_without_anything_is_nothing_for_npus(tmp_path: Path) -> None:
+def test_an_empty_machine_has_every_problem_for_npus(tmp_path: Path) -> None:
     host = Host(tmp_path, {"PATH": ""}, packages={}, interfaces=[])
     findings = examine(host, npu_job())
     for check in ("software", "torch_npu", "CANN", "driver", "devices"):
         only(findings, check, report.PROBLEM)
 
 
-def test_a_check_that_fails_spoils_its_line_only(
+def test_a_check_that_raises_spoils_its_own_finding_only(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> list[Finding]:
@@ -386,7 +386,7 @@ def test_a_check_that_fails_spoils_its_line_only(
     assert only(findings, "shared memory", report.OK)
 
 
-def test_a_check_that_hangs_is_left_behind(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_hangs_is_abandoned(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     def hangs(*_: object) -> list[Finding]:
         time.sleep(60)
         return []
@@ -399,8 +399,8 @@ def test_a_check_that_hangs_is_left_behind(made: Made, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("tool", ["npu-smi", "hccn_tool"])
-def test_a_program_that_hangs_costs_its_time_limit(made: Made, tool: str) -> None:
-    # The child of a shell that is killed would keep the pipe open.
+def test_a_program_that_hangs_costs_its_time_limit_only(made: Made, tool: str) -> None:
+    # If only the shell were killed, its child would keep the pipe open.
     made.script(tool, "sleep 100\n")
     started = time.monotonic()
     findings = made.examine(command_s=0.5)
@@ -417,19 +417,19 @@ def test_a_program_that_hangs_costs_its_time_limit(made: Made, tool: str) -> Non
     [
         ({}, "problem", "not installed"),
         ({"torch": "2.8.0", "torch-npu": "2.9.0"}, "problem", "built for torch 2.9.0"),
-        ({"torch": "2.7.1", "torch-npu": "2.7.1.post4"}, "problem", "goes with CANN 9.0.0"),
+        ({"torch": "2.7.1", "torch-npu": "2.7.1.post4"}, "problem", "needs CANN 9.0.0"),
         ({"torch": "2.13.0", "torch-npu": "2.13.0"}, "warning", "not in the compatibility table"),
         ({"torch": "2.8.0", "torch-npu": "2.8.0.post2"}, "ok", "CANN 8.5.0"),
     ],
 )
-def test_torch_npu_is_held_against_the_table(
+def test_torch_npu_is_compared_with_the_table(
     made: Made, packages: dict[str, str], status: str, words: str
 ) -> None:
     made.packages = packages
     assert words in only(made.examine(), "torch_npu", status).found
 
 
-def test_cann_in_its_old_place_without_set_env(made: Made) -> None:
+def test_cann_in_its_old_folder_without_set_env(made: Made) -> None:
     made.remove("usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info")
     made.write("usr/local/Ascend/ascend-toolkit/latest/version.cfg", VERSION_CFG)
     del made.environ["ASCEND_HOME_PATH"]
@@ -439,19 +439,19 @@ def test_cann_in_its_old_place_without_set_env(made: Made) -> None:
     assert "has 8.3.RC1" in only(findings, "torch_npu", report.PROBLEM).found
 
 
-def test_a_home_of_cann_that_is_not_there(made: Made) -> None:
+def test_a_home_of_cann_that_does_not_exist(made: Made) -> None:
     made.environ["ASCEND_HOME_PATH"] = "/opt/none"
     assert "does not exist" in only(made.examine(), "CANN", report.PROBLEM).found
 
 
-def test_a_cann_that_the_table_does_not_know(made: Made) -> None:
+def test_a_cann_that_the_table_lacks(made: Made) -> None:
     made.write("usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info", "version=7.0.0\n")
     assert "7.0.0" in only(made.examine(), "torch_npu", report.WARNING).found
 
 
 def test_driver_and_npu_smi_of_different_hosts(made: Made) -> None:
     made.write("usr/local/Ascend/driver/version.info", "Version=24.1.0\n")
-    assert "npu-smi is of 25.0.rc1.1" in only(made.examine(), "driver", report.WARNING).found
+    assert "npu-smi has version 25.0.rc1.1" in only(made.examine(), "driver", report.WARNING).found
 
 
 def test_old_torch_and_missing_torch(made: Made) -> None:
@@ -474,7 +474,7 @@ def test_a_sick_npu_and_too_few_of_them(made: Made) -> None:
     made.program("npu-smi", {"info": SMI_910B.replace("| OK   ", "| Alarm", 1)})
     found = of(made.examine(npu_job(Layout(tp=8))), "devices", report.PROBLEM)
     words = " / ".join(one.found for one in found)
-    assert "NPU 0 chip 0 (910B3) is in health Alarm" in words
+    assert "NPU 0 chip 0 (910B3) has health Alarm" in words
     assert "2 NPUs for 8 ranks" in words
 
 
@@ -487,7 +487,7 @@ def test_npus_in_use(made: Made) -> None:
     assert "0: 31000 MB" in finding.found
 
 
-def test_a_container_without_the_managers(made: Made) -> None:
+def test_a_container_without_the_managers_devices(made: Made) -> None:
     made.remove("dev/devmm_svm")
     (finding,) = of(made.examine(), "devices", report.PROBLEM)
     assert "/dev/devmm_svm" in finding.found
@@ -502,7 +502,7 @@ def test_a_container_without_the_managers(made: Made) -> None:
         ("", "nothing"),
     ],
 )
-def test_what_torch_sees(made: Made, says: str, words: str) -> None:
+def test_torch_does_not_see_the_devices(made: Made, says: str, words: str) -> None:
     made.python(says)
     found = of(made.examine(), "devices", report.PROBLEM)
     assert [words in one.found for one in found] == [True]
@@ -517,7 +517,7 @@ def test_what_torch_sees(made: Made, says: str, words: str) -> None:
         ({"link": {1: LINK_DOWN}}, "link of NPU 1 is down"),
         ({"net_health": {0: HEALTH_BAD}}, "0: Receive timeout"),
         ({"tls": {1: TLS_OFF.replace("switch[0]", "switch[1]")}}, "TLS is on for some"),
-        ({"ip": {0: ""}}, "NPU 0 has no address"),
+        ({"ip": {0: ""}}, "NPU 0 has no network address"),
     ],
 )
 def test_links_are_a_problem_between_servers_and_a_warning_on_one(
@@ -567,10 +567,10 @@ def test_the_master_port_from_another_node(made: Made, listener: socket.socket) 
     job = JobSpec("cpu", Layout(tp=2), nodes=two_nodes(1, "127.0.0.1", port))
     assert "answers" in only(made.examine(job), "ports", report.OK).found
     listener.close()
-    assert "nothing is started" in only(made.examine(job), "ports", report.OK).found
+    assert "no job is started" in only(made.examine(job), "ports", report.OK).found
 
 
-def test_which_interface_leads_to_the_others(made: Made) -> None:
+def test_the_interface_that_leads_to_the_other_nodes(made: Made) -> None:
     job = npu_job(nodes=two_nodes(0, "10.1.0.1"))
     finding = only(made.examine(job), "network", report.OK)
     assert finding.found.startswith("eth1 10.1.0.1 leads to the other nodes")
@@ -665,10 +665,10 @@ def test_a_model_that_does_not_fit(made: Made) -> None:
     assert only(made.examine(job), "model", report.WARNING)
 
 
-def test_what_is_not_known_is_not_guessed(made: Made) -> None:
+def test_unknown_device_memory_is_not_guessed(made: Made) -> None:
     (made.bin / "npu-smi").unlink()
     job = npu_job(model=MODEL, config=config_of(Layout(tp=2)))
-    assert "of 60.0 GB" in only(made.examine(job), "model", report.OK).found  # as torch says
+    assert "of 60.0 GB" in only(made.examine(job), "model", report.OK).found  # from torch
     made.python("ImportError")
     assert "not known here" in only(made.examine(job), "model", report.SKIPPED).found
     assert only(made.examine(), "model", report.SKIPPED).found == "no MODEL named"
@@ -708,7 +708,7 @@ BAD_ENVIRONMENTS: list[tuple[dict[str, str], str, str]] = [
     ({"HCCL_WHITELIST_DISABLE": "0"}, "problem", "whitelist"),
     ({"HCCL_IF_IP": "10.9.9.9"}, "problem", "not an address of this machine"),
     ({"HCCL_IF_IP": "nonsense"}, "problem", "not an address of this machine"),
-    ({"HCCL_IF_IP": "10.0.0.1", "HCCL_SOCKET_IFNAME": "eth0"}, "warning", "first one wins"),
+    ({"HCCL_IF_IP": "10.0.0.1", "HCCL_SOCKET_IFNAME": "eth0"}, "warning", "HCCL_IF_IP wins"),
     ({"ASCEND_LAUNCH_BLOCKING": "1"}, "warning", "graph"),
     ({"CPU_AFFINITY_CONF": "2,npu0:0-3,npu1:64-67"}, "warning", "64-67"),
     ({"ASCEND_RT_VISIBLE_DEVICES": "3"}, "problem", "fewer NPUs"),
@@ -743,7 +743,7 @@ def test_aiv_that_the_layout_forbids() -> None:
     assert "several nodes" in contradict(aiv, Layout(tp=2), nnodes=2)[0].found
 
 
-def test_a_rank_table_that_is_not_there(made: Made) -> None:
+def test_a_rank_table_that_does_not_exist(made: Made) -> None:
     made.environ["RANK_TABLE_FILE"] = "/etc/none.json"
     assert "none.json" in only(made.examine(), "environment", report.PROBLEM).found
 
@@ -761,7 +761,7 @@ def timing(ranks: int, gb_per_s: float) -> Timing:
     )
 
 
-def test_collectives_are_held_against_published_rates_on_npus_only() -> None:
+def test_collectives_are_compared_with_published_rates_on_npus_only() -> None:
     assert judge([timing(8, 70)], "npu").status == report.OK
     slow = judge([timing(8, 20)], "npu")
     assert slow.status == report.WARNING and "72 GB/s" in slow.found
@@ -769,7 +769,7 @@ def test_collectives_are_held_against_published_rates_on_npus_only() -> None:
     assert judge([timing(3, 1)], "npu").status == report.OK
 
 
-def test_a_collective_in_one_shot_is_said_to_be_one() -> None:
+def test_a_collective_in_one_shot_is_marked() -> None:
     short = msgspec.structs.replace(timing(8, 70), message_bytes=8 << 10, one_shot=True)
     found = judge([short, timing(8, 70)], "cuda").found
     assert "8 KB 1000 µs (70.00 GB/s, one shot), 64 MB 1000 µs (70.00 GB/s)" in found
@@ -812,17 +812,17 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def test_json_and_exit_codes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out = run(QUICKSTART, "-tp", 2, "--device", "cpu", "--json")
-    told = json.loads(out)
-    assert code == (1 if told["counts"]["problem"] else 0)
-    assert told["device"] == "cpu" and told["layout"] == "tp=2"
-    assert set(told["counts"]) == {"ok", "warning", "problem", "skipped"}
-    assert all(set(one) == {"check", "status", "found", "fix"} for one in told["findings"])
+    printed = json.loads(out)
+    assert code == (1 if printed["counts"]["problem"] else 0)
+    assert printed["device"] == "cpu" and printed["layout"] == "tp=2"
+    assert set(printed["counts"]) == {"ok", "warning", "problem", "skipped"}
+    assert all(set(one) == {"check", "status", "found", "fix"} for one in printed["findings"])
     monkeypatch.setenv("HCCL_BUFFSIZE", "none")
     code, out = run("--device", "cpu")
     assert code == 1 and "problem  environment" in out and "→ unset it" in out
 
 
-def test_the_doctor_looks_at_a_node_that_is_not_the_first(run: Run, listener: Any) -> None:
+def test_the_doctor_checks_a_node_other_than_the_first(run: Run, listener: Any) -> None:
     port = listener.getsockname()[1]
     _, out = run(
         *("-tp", 2, "--device", "cpu", "--nnodes", 2, "--node-rank", 1),
@@ -847,15 +847,9 @@ def test_the_doctor_needs_no_torch() -> None:
 
 
 def compared(master_port: int, skew_s: float = 0.0) -> list[list[Finding]]:
-    """What both nodes report, when node 1's clock is ahead by `skew_s`."""
+    """The reports of both nodes, with node 1's clock ahead by `skew_s`."""
     places = [
-        Nodes(
-            nnodes=2,
-            node_rank=node,
-            master_addr="127.0.0.1",
-            master_port=master_port,
-            join_timeout_s=10,
-        )
+        Nodes(nnodes=2, node_rank=node, master_port=master_port, join_timeout_s=10)
         for node in range(2)
     ]
     with ThreadPoolExecutor(2) as pool:
@@ -888,30 +882,18 @@ def test_nodes_with_different_code():
     assert finding.status == "problem"
     assert "node 1 (10.0.0.2)" in finding.found and "bb" in finding.found
     (finding,) = nodes.judge([everyone[0]], 3)
-    assert "node 1, 2 of 3 did not come" in finding.found
+    assert "node 1, 2 of 3 did not connect" in finding.found
 
 
-def test_a_node_alone_says_what_it_missed(free_port: int):
+def test_a_node_alone_reports_the_missing_node(free_port: int):
     (finding,) = nodes.findings(
-        Nodes(
-            nnodes=2,
-            node_rank=1,
-            master_addr="127.0.0.1",
-            master_port=free_port,
-            join_timeout_s=0.1,
-        )
+        Nodes(nnodes=2, node_rank=1, master_port=free_port, join_timeout_s=0.1)
     )
     assert finding.status == "problem" and "nothing was compared" in finding.found
     (finding,) = nodes.findings(
-        Nodes(
-            nnodes=2,
-            node_rank=0,
-            master_addr="127.0.0.1",
-            master_port=free_port,
-            join_timeout_s=0.1,
-        )
+        Nodes(nnodes=2, node_rank=0, master_port=free_port, join_timeout_s=0.1)
     )
-    assert "node 1 of 2 did not come" in finding.found
+    assert "node 1 of 2 did not connect" in finding.found
 
 
 @pytest.fixture

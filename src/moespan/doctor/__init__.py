@@ -1,1 +1,1 @@
-"""`moespan doctor`: what of this machine would stop a job or slow it down, and the mend."""
+"""`moespan doctor`: finds what would stop or slow a job on this machine, and the fix."""

@@ -1,9 +1,9 @@
-"""What Ascend's programs and version files say, as data. Pure functions of text.
+"""Parsers for the output of Ascend's programs and for its version files. Pure functions of text.
 
-The formats are those that users of 910B and 910C servers have published (`npu-smi info`,
-`hccn_tool ... -tls -g`, `ascend_toolkit_install.info`) or that vendor pages show (the other
-`hccn_tool` queries, `version.info`, `version.cfg`). Whatever does not look like them gives nothing,
-and never an exception.
+Users of 910B and 910C servers have published the formats of `npu-smi info`, `hccn_tool ... -tls -g`
+and `ascend_toolkit_install.info`. The formats of the other `hccn_tool` queries, `version.info` and
+`version.cfg` are those of the vendor's pages. Text in another format gives an empty result, never
+an exception.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 
 
 class Npu(msgspec.Struct, frozen=True, kw_only=True):
-    """One chip of `npu-smi info`: a card of A2 has one, one of A3 two."""
+    """One chip of `npu-smi info`. A card of A2 has one chip, a card of A3 two."""
 
     card: int
     chip: int
@@ -26,7 +26,7 @@ class Npu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NpuProcess(msgspec.Struct, frozen=True, kw_only=True):
-    """One process that holds a chip."""
+    """One process that uses a chip."""
 
     card: int
     chip: int
@@ -36,7 +36,7 @@ class NpuProcess(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NpuReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What `npu-smi info` prints."""
+    """The contents of `npu-smi info`."""
 
     version: str
     npus: list[Npu]
@@ -104,7 +104,7 @@ def parse_key_values(text: str) -> dict[str, str]:
 
 
 def parse_version_cfg(text: str) -> str:
-    """CANN's version in its `version.cfg`.
+    """The version of CANN in its `version.cfg`.
 
     ```
     toolkit_running_version=[7.7.0.1.238:8.3.RC1]
@@ -115,25 +115,25 @@ def parse_version_cfg(text: str) -> str:
 
 
 def parse_link(text: str) -> str:
-    """`UP` or `DOWN` of `hccn_tool -i N -link -g`, which prints `link status: UP`."""
+    """`UP` or `DOWN`, from `hccn_tool -i N -link -g`, which prints `link status: UP`."""
     found = re.search(r"link status:\s*(\w+)", text, re.I)
     return found[1].upper() if found else ""
 
 
 def parse_net_health(text: str) -> str:
-    """What `hccn_tool -i N -net_health -g` prints after `net health status:`, as in `Success`."""
+    """The status in `hccn_tool -i N -net_health -g`, which prints `net health status: Success`."""
     found = re.search(r"net health status:\s*(.+)", text, re.I)
     return found[1].strip() if found else ""
 
 
 def parse_netdetect(text: str) -> str:
-    """The address of `hccn_tool -i N -netdetect -g`, which prints `netdetect address: A`."""
+    """The address in `hccn_tool -i N -netdetect -g`, which prints `netdetect address: A`."""
     found = re.search(r"netdetect address:\s*(\S+)", text, re.I)
     return found[1] if found else ""
 
 
 def parse_ip(text: str) -> tuple[str, str]:
-    """Address and mask of `hccn_tool -i N -ip -g`, lines `ipaddr:A` and `netmask:M`."""
+    """Address and mask in `hccn_tool -i N -ip -g`, which prints `ipaddr:A` and `netmask:M`."""
     address, mask = (
         re.search(rf"{name}\s*:\s*([0-9a-fA-F.:]+)", text) for name in ("ipaddr", "netmask")
     )
@@ -141,13 +141,13 @@ def parse_ip(text: str) -> tuple[str, str]:
 
 
 def parse_tls(text: str) -> str:
-    """`0` or `1` of `hccn_tool -i N -tls -g`, which prints `dev_id:0, tls switch[0](0:disable,
+    """`0` or `1`, from `hccn_tool -i N -tls -g`, which prints `dev_id:0, tls switch[0](0:disable,
     1:enable), ...`."""
     found = re.search(r"tls switch\[(\d)\]", text)
     return found[1] if found else ""
 
 
 def parse_lldp(text: str) -> str:
-    """The name of the switch in `hccn_tool -i N -lldp -g`: what follows `System Name TLV`."""
+    """The name of the switch in `hccn_tool -i N -lldp -g`: the line after `System Name TLV`."""
     found = re.search(r"System Name TLV\s*\n\s*(\S.*)", text)
     return found[1].strip() if found else ""

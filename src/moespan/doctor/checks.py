@@ -1,7 +1,7 @@
-"""The checks, in the order of the report, and how each is bounded.
+"""The list of checks, in the order of the report, and the time limit of each.
 
-A check is a function of (host, job) that gives findings. Whatever goes wrong inside one becomes a
-finding, so that a broken tool spoils one line of the report.
+A check is a function of (host, job) that yields findings. An exception inside a check becomes a
+finding, so that a broken tool spoils one line of the report only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, skipped, warning
 
 CHECK_S = 60.0
-"""What one check may take, all its programs together."""
+"""Time limit of one check, including all programs that it runs."""
 
 Check = Callable[[Host, JobSpec], Iterable[Finding]]
 
@@ -40,7 +40,7 @@ CHECKS: dict[str, Check] = {
 
 
 def examine(host: Host, job: JobSpec, limit_s: float = CHECK_S) -> list[Finding]:
-    """All checks, each under its name and within `limit_s`."""
+    """Run all checks, each for at most `limit_s`; the findings carry the names of their checks."""
     findings: list[Finding] = []
     for name, check in CHECKS.items():
         found = _bounded(check, host, job, limit_s)
@@ -57,11 +57,11 @@ def _bounded(check: Check, host: Host, job: JobSpec, limit_s: float) -> list[Fin
         except Exception as error:
             results.append([skipped(f"the check failed: {type(error).__name__}: {error}")])
 
-    # A daemon, so that one that hangs in the kernel does not keep the program from ending.
+    # A daemon thread: a check that hangs in the kernel must not keep the program from ending.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(limit_s)
     late = warning(
-        f"no answer within {limit_s:g} s", "see what hangs: dmesg, or the driver's own tools"
+        f"no answer within {limit_s:g} s", "find out what hangs: dmesg, or the driver's tools"
     )
     return results[0] if results else [late]

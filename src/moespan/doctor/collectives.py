@@ -1,7 +1,7 @@
-"""All-reduces of every axis of a layout, timed on its real ranks.
+"""All-reduces over each axis of a layout, timed on its real ranks.
 
-The doctor calls `measure`; each rank runs this file's `main`, started by the same agent, bound to
-the same cores and with the same environment as the ranks of an engine.
+The doctor calls `measure`; each rank runs `main` of this file. The ranks are started by the same
+agent, bound to the same cores and given the same environment as the ranks of an engine.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from moespan.launch.ranks import start_agent
 _RESULTS = "collectives.json"
 _WARMUP, _REPEATS = 3, 9
 
-# NPUs of one A2 server → bytes per second over the bus that others have measured (CANN 8.0).
+# NPUs of one A2 server → published bytes per second over the bus (CANN 8.0).
 _PUBLISHED = {2: 18e9, 4: 30e9, 8: 72e9}
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
-    """One all-reduce.
+    """The time of one all-reduce.
 
     Attributes:
-        ranks: of the axis.
-        median_s: seconds on the slowest rank.
-        bus_bytes_per_s: 2·(n − 1)/n of the message in that time: what a link has to carry.
+        ranks: number of ranks of the axis, n.
+        median_s: median on the slowest rank.
+        bus_bytes_per_s: 2·(n − 1)/n of the message per `median_s`: the load of a link.
         one_shot: whether the ranks summed it in one kernel (`moespan.parallel.one_shot`).
     """
 
@@ -54,7 +54,7 @@ def measure(config: EngineConfig, timeout_s: float = 300.0) -> list[Timing]:
     """Start the ranks of `config`'s layout on its device, time them, and end them.
 
     Raises:
-        MoespanError: what a rank failed with, or that time is up.
+        MoespanError: the error of a rank, or `timeout_s` is over.
     """
     job = Job.create(config, Nodes())
     agent = start_agent(job, config.layout.world_size, ["-m", "moespan.doctor.collectives"])
@@ -71,34 +71,34 @@ def measure(config: EngineConfig, timeout_s: float = 300.0) -> list[Timing]:
     finally:
         if agent.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(agent.pid, signal.SIGKILL)  # the kernel ends its ranks with it
+                os.killpg(agent.pid, signal.SIGKILL)  # the kernel then kills the ranks
             agent.wait()
         shutil.rmtree(job.directory, ignore_errors=True)
 
 
 def findings(config: EngineConfig, nnodes: int = 1) -> list[Finding]:
-    """A line for every axis of `config`'s layout."""
+    """One finding for each axis of `config`'s layout."""
     return [msgspec.structs.replace(one, check="collectives") for one in _findings(config, nnodes)]
 
 
 def _findings(config: EngineConfig, nnodes: int) -> list[Finding]:
     if config.layout.world_size == 1:
-        return [skipped("one rank sends nothing: name a layout, such as -tp 8")]
+        return [skipped("a single rank sends nothing: name a layout, such as -tp 8")]
     if nnodes > 1:
         return [skipped("timed on one node only: name a layout of one node")]
     try:
         timings = measure(config)
     except MoespanError as error:
-        fix = "its last lines say where; the lines above may say why"
+        fix = "the last lines of the error say where; the findings above may say why"
         return [problem(f"all-reduces over {config.layout} failed: {error}", fix)]
     if not timings:
-        return [skipped(f"{config.layout} has no axis that anything is sent along")]
+        return [skipped(f"{config.layout} has no axis with traffic")]
     axes = dict.fromkeys(timing.axis for timing in timings)
     return [judge([one for one in timings if one.axis == axis], config.device) for axis in axes]
 
 
 def judge(timings: list[Timing], device: str) -> Finding:
-    """One axis's line, from its messages of rising size."""
+    """The finding for one axis, from its timings in order of message size."""
     words = f"all-reduce over {timings[0].axis} of {timings[0].ranks}: " + ", ".join(
         f"{_size(one.message_bytes)} {one.median_s * 1e6:.0f} µs "
         f"({one.bus_bytes_per_s / 1e9:.2f} GB/s{', one shot' if one.one_shot else ''})"
@@ -108,7 +108,7 @@ def judge(timings: list[Timing], device: str) -> Finding:
     if expected is not None and timings[-1].bus_bytes_per_s < expected / 2:
         return warning(
             f"{words}; others have measured {expected / 1e9:.0f} GB/s",
-            "see whether other jobs run, and whether npu-smi info -t topo shows HCCS between all",
+            "end other jobs; npu-smi info -t topo must show HCCS between all NPUs",
         )
     return ok(words)
 

@@ -1,6 +1,6 @@
-"""Which torch_npu goes with which CANN and torch.
+"""The versions of torch_npu that work with each version of CANN and torch.
 
-The table is that of torch_npu's own repository (COMPATIBILITY.md), as of August 2026.
+The table is COMPATIBILITY.md of torch_npu's repository, as of August 2026.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEAST_TORCH = "2.7"
 
 
 def release(version: str) -> str:
-    """`2.9.0` of `2.9.0.post2+gitabc`, as torch counts."""
+    """The release of torch that a version belongs to: `2.9.0` for `2.9.0.post2+gitabc`."""
     found = re.match(r"\d+(\.\d+)*", version)
     return found[0] if found else ""
 
@@ -32,12 +32,12 @@ def at_least(version: str, least: str) -> bool:
 
 
 def cann_of(torch_npu: str) -> list[str]:
-    """CANN versions that the table has beside a torch_npu."""
+    """The CANN versions that the table lists for a torch_npu."""
     version = torch_npu.partition("+")[0]
     return [cann for cann, versions in TORCH_NPU_OF_CANN.items() if version in versions]
 
 
 def known_cann(version: str) -> str | None:
-    """The table's spelling of a CANN version; None if it does not have it."""
+    """The table's spelling of a CANN version; None if the table lacks it."""
     spellings = {known.lower(): known for known in TORCH_NPU_OF_CANN}
     return spellings.get(version.lower())

@@ -1,4 +1,4 @@
-"""Checks of the host's network: ports, and which address leads to the other nodes."""
+"""Checks of the host's network: ports, and the address that leads to the other nodes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def interfaces(host: Host, job: JobSpec) -> Iterator[Finding]:
     outward = [
         (name, address)
         for name, address in host.interfaces
-        if name != "lo" and not address.startswith("fe80")  # every card has one of those
+        if name != "lo" and not address.startswith("fe80")  # every card has a link-local address
     ]
     words = ", ".join(f"{name} {address}" for name, address in outward) or "none but lo"
     if job.nodes.nnodes == 1:
@@ -41,28 +41,31 @@ def interfaces(host: Host, job: JobSpec) -> Iterator[Finding]:
     own = master if job.nodes.node_rank == 0 else address_towards(master)
     if own is None:
         yield problem(
-            f"no way from here to --master-addr {master}; addresses here: {words}",
-            "give an address of node 0 on a network that both have",
+            f"no route from here to --master-addr {master}; addresses here: {words}",
+            "give an address of node 0 on a network that both nodes are on",
         )
         return
     name = next((name for name, address in host.interfaces if address == own), None)
     if name == "lo" or _is_loopback(own):
         yield problem(
-            f"--master-addr {master} leads to this machine itself",
-            "give the address of node 0 that the other nodes reach",
+            f"--master-addr {master} is this machine itself",
+            "give an address of node 0 that the other nodes can reach",
         )
     elif name is None:
-        yield skipped(f"{own} leads to {master}; which interface has it is not known")
+        yield skipped(f"{own} leads to {master}; its interface is not known")
     else:
         first = sorted(name for name, _ in outward if not name.startswith("docker"))[0]
-        note = "" if name == first else f"; left to itself HCCL would take {first}"
+        note = "" if name == first else f"; by default HCCL would take {first}"
         yield ok(f"{name} {own} leads to the other nodes{note}; addresses here: {words}")
 
 
 def _hccl_ports(host: Host) -> Iterator[Finding]:
     text = host.environ.get("HCCL_IF_BASE_PORT", str(_BASE_PORT))
     if not text.isdigit() or not 1024 <= int(text) <= 65535 - _NUM_PORTS:
-        yield problem(f"HCCL_IF_BASE_PORT={text} is not a port that leaves room for 32", "unset it")
+        yield problem(
+            f"HCCL_IF_BASE_PORT={text} is not a port with {_NUM_PORTS - 1} more above it",
+            "unset it",
+        )
         return
     first = int(text)
     last = first + _NUM_PORTS - 1
@@ -70,7 +73,8 @@ def _hccl_ports(host: Host) -> Iterator[Finding]:
     if taken:
         yield problem(
             f"HCCL's ports {first}-{last}: {format_list(taken)} in use",
-            "end what listens there (ss -ltnp), or set HCCL_IF_BASE_PORT, alike on all nodes",
+            "end the process that listens there (ss -ltnp), or set HCCL_IF_BASE_PORT to the same "
+            "other port on all nodes",
         )
         return
     ephemeral = [int(part) for part in host.read("/proc/sys/net/ipv4/ip_local_port_range").split()]
@@ -95,9 +99,11 @@ def _master_port(job: JobSpec) -> Finding:
         if reason is None:
             return ok(f"{point} is free for the nodes to meet")
         if reason == errno.EADDRINUSE:
-            return problem(f"{point} is in use", "end what listens there, or use --master-port")
+            return problem(
+                f"{point} is in use", "end the process that listens there, or use --master-port"
+            )
         return problem(
-            f"{point} cannot be listened on: {errno.errorcode.get(reason, reason)}",
+            f"this node cannot listen at {point}: {errno.errorcode.get(reason, reason)}",
             "--master-addr must be an address of node 0",
         )
     started = time.monotonic()
@@ -105,11 +111,11 @@ def _master_port(job: JobSpec) -> Finding:
         socket.create_connection((job.nodes.master_addr, job.nodes.master_port), _CONNECT_S).close()
         return ok(f"node 0 answers at {point} within {(time.monotonic() - started) * 1e3:.1f} ms")
     except ConnectionRefusedError:
-        return ok(f"node 0's machine answers at {point}; nothing is started there yet")
+        return ok(f"the machine of node 0 answers at {point}; no job is started there yet")
     except OSError as error:
         return problem(
             f"{point} cannot be reached: {error.strerror or error}",
-            "check address, route and firewall between the nodes",
+            "check the address, the route and the firewall between the nodes",
         )
 
 
@@ -121,7 +127,7 @@ def _why_not_bound(address: str, port: int) -> int | None:
     try:
         family = socket.getaddrinfo(address or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as listener:
-            # As whoever listens there will do; it does not take the port from another listener.
+            # The job's listener does the same; it does not take the port from another listener.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((address, port))
             listener.listen()

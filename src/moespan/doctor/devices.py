@@ -1,4 +1,4 @@
-"""Checks of accelerators: health, memory, who uses them, and the NPUs' own network ports."""
+"""Checks of accelerators: health, memory, processes, and the NPUs' own network ports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.machine.topology import format_list
 
 _IMPORT_S = 50.0
-_BUSY_MB = 4096  # a 910B that nobody uses shows 3.1 to 3.5 GB as taken
+_BUSY_MB = 4096  # an idle 910B shows 3.1 to 3.5 GB in use
 
 _IMPORT_SCRIPT = """
 import json, torch
@@ -35,7 +35,7 @@ def devices(host: Host, job: JobSpec) -> Iterator[Finding]:
 
 
 def links(host: Host, job: JobSpec) -> Iterator[Finding]:
-    """The NPUs' own network ports, which carry what goes between servers."""
+    """The NPUs' own network ports, which carry the traffic between servers."""
     if job.device != "npu":
         yield skipped("the job has no NPUs")
         return
@@ -47,7 +47,7 @@ def links(host: Host, job: JobSpec) -> Iterator[Finding]:
     if doubled:
         yield must(
             f"/etc/hccn.conf gives several NPUs the address {', '.join(sorted(doubled))}{only}",
-            "hccn_tool -i N -ip -s address A netmask M: one for each NPU",
+            "hccn_tool -i N -ip -s address A netmask M, with another A for each NPU",
         )
     smi = npu_smi(host)
     count = len(smi.npus) if smi and smi.npus else len(host.glob("/dev/davinci[0-9]*"))
@@ -57,7 +57,7 @@ def links(host: Host, job: JobSpec) -> Iterator[Finding]:
         )
         return
     if not count:
-        yield skipped("no NPUs are here")
+        yield skipped("this machine has no NPUs")
     values: dict[str, list[str]] = {"link": [], "tls": [], "net_health": [], "address": []}
     for npu in range(count):
         for query, parse in (
@@ -87,20 +87,20 @@ def links(host: Host, job: JobSpec) -> Iterator[Finding]:
     ]
     if unwell:
         yield must(
-            f"the network of NPUs is not well: {', '.join(unwell)}{only}",
-            "hccn_tool -i N -netdetect -g must name an address that answers: "
+            f"the network health of NPUs is bad: {', '.join(unwell)}{only}",
+            "hccn_tool -i N -netdetect -g must show an address that answers: "
             "hccn_tool -i N -ping -g address A",
         )
     if len({one for one in values["tls"] if one}) > 1:
         yield must(
             f"TLS is on for some NPUs and off for others: {' '.join(values['tls'])}{only}",
-            "for i in 0 1 ...; do hccn_tool -i $i -tls -s enable 0; done, on every server alike",
+            "for i in 0 1 ...; do hccn_tool -i $i -tls -s enable 0; done, on every server",
         )
     nameless = [npu for npu, address in enumerate(values["address"]) if not address]
     if nameless and count:
         yield must(
-            f"NPU {format_list(nameless)} has no address of its own{only}",
-            "hccn_tool -i N -ip -s address A netmask M, all NPUs of a server in one subnet",
+            f"NPU {format_list(nameless)} has no network address{only}",
+            "hccn_tool -i N -ip -s address A netmask M, with all NPUs of a server in one subnet",
         )
     if count and not (down or unwell or nameless):
         tls = {"0": "off", "1": "on"}.get(values["tls"][0], "not known")
@@ -110,8 +110,9 @@ def links(host: Host, job: JobSpec) -> Iterator[Finding]:
         )
         if job.nodes.nnodes > 1:
             yield skipped(
-                "whether they reach the other server's NPUs: hccn_tool -i N -ping -g address A, A "
-                "being an address of the other server's list; and TLS must be the same there"
+                "whether they reach the NPUs of the other server was not tried: use hccn_tool -i N "
+                "-ping -g address A, where A is an address of the other server; TLS must be the "
+                "same there"
             )
 
 
@@ -127,20 +128,20 @@ def _npus(host: Host, job: JobSpec) -> Iterator[Finding]:
     answer = host.ask("npu-smi", "info")
     if answer is None and not present:
         yield problem(
-            "no NPU: neither /dev/davinci0 nor npu-smi is here",
+            "no NPU: neither /dev/davinci0 nor npu-smi was found",
             "load the driver; start the container with --device /dev/davinci0 and so on",
         )
         return
     if answer is None:
         yield warning(
-            "npu-smi was not found, so the NPUs' health and memory are not known",
+            "npu-smi was not found, so the health and memory of the NPUs are not known",
             "in a container mount /usr/local/bin/npu-smi and /usr/local/dcmi",
         )
         return
     if answer.code is None:
         yield problem(
             f"npu-smi info did not answer within {host.command_s:g} s",
-            "the driver hangs: see dmesg; a reset or a reboot of the server mends it",
+            "the driver hangs: see dmesg; reset the NPUs or reboot the server",
         )
         return
     report = ascend_tools.parse_npu_smi(answer.text)
@@ -149,16 +150,16 @@ def _npus(host: Host, job: JobSpec) -> Iterator[Finding]:
         held = "-8020" in answer.text or "device is used" in answer.text
         yield problem(
             f"npu-smi info shows no NPU: {first.strip()}",
-            "another container holds the NPUs: end it, or give this one others"
+            "another container holds the NPUs: end it, or give this container other NPUs"
             if held
-            else "see whether the driver is loaded: lsmod, dmesg",
+            else "check that the driver is loaded: lsmod, dmesg",
         )
         return
     sick = [npu for npu in report.npus if npu.health.upper() != "OK"]
     for npu in sick:
         yield problem(
-            f"NPU {npu.card} chip {npu.chip} ({npu.name}) is in health {npu.health}",
-            f"npu-smi info -t health -i {npu.card} names the fault",
+            f"NPU {npu.card} chip {npu.chip} ({npu.name}) has health {npu.health}",
+            f"npu-smi info -t health -i {npu.card} shows the fault",
         )
     if len(report.npus) < job.ranks:
         yield problem(
@@ -169,16 +170,16 @@ def _npus(host: Host, job: JobSpec) -> Iterator[Finding]:
         words = ", ".join(f"{one.card}: {one.name} ({one.pid})" for one in report.processes)
         yield warning(
             f"NPUs are in use: {words}",
-            "end what is left of earlier jobs: it takes memory, and its HCCL holds port 16666 of "
-            "the NPU (EI0006, EJ0003)",
+            "end the processes of earlier jobs: they take memory, and their HCCL holds port 16666 "
+            "of the NPU (EI0006, EJ0003)",
         )
     else:
         full = [npu for npu in report.npus if npu.used_mb > _BUSY_MB]
         if full:
             words = ", ".join(f"{npu.card}: {npu.used_mb} MB" for npu in full)
             yield warning(
-                f"memory is taken, by processes that are not seen from here: {words}",
-                "look from the host: a container does not show those of others",
+                f"memory is in use by processes that are not visible from here: {words}",
+                "look on the host: a container does not show the processes of others",
             )
     if not sick:
         totals = sorted({npu.total_mb for npu in report.npus})
@@ -187,8 +188,7 @@ def _npus(host: Host, job: JobSpec) -> Iterator[Finding]:
 
 
 def free_bytes(host: Host, job: JobSpec) -> int | None:
-    """Memory that is free on the fullest NPU, or on the first device as torch sees it; None if
-    that is not known."""
+    """Free memory of the fullest NPU, else of the first device that torch sees; None if unknown."""
     if job.device == "npu" and (report := npu_smi(host)) and report.npus:
         return min(npu.total_mb - npu.used_mb for npu in report.npus) << 20
     if not _can_ask_torch(host, job):
@@ -213,7 +213,7 @@ def _torch_sees(host: Host, job: JobSpec) -> Finding:
     if answer.code is None:
         return problem(
             f"torch did not see its {job.device} devices within {_IMPORT_S:g} s",
-            "the driver or another process holds them: npu-smi info, dmesg",
+            "the driver or another process blocks them: npu-smi info, dmesg",
         )
     lines = answer.text.strip().splitlines() or ["nothing"]
     try:
@@ -221,10 +221,10 @@ def _torch_sees(host: Host, job: JobSpec) -> Finding:
     except (ValueError, TypeError):
         return problem(
             f"torch cannot be imported for {job.device}: {lines[-1]}",
-            "source CANN's set_env.sh first (its libraries must be found), and see the line "
+            "source CANN's set_env.sh first, so that its libraries are found, and see the finding "
             "`torch_npu`"
             if job.device == "npu"
-            else "install the torch that was built for this CUDA",
+            else "install a torch that was built for this CUDA",
         )
     if not available or count < job.ranks:
         return problem(

@@ -1,7 +1,7 @@
-"""The machine as the checks see it: files below a root, an environment, and programs to ask.
+"""The machine as the checks see it: files below a root, an environment, and programs to run.
 
-Everything that a check learns goes through a `Host`, so that made-up machines can be examined like
-this one. Nothing here waits without a bound.
+A check learns everything through a `Host`, so that tests can examine made-up machines. Every wait
+has a time limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moespan.doctor import ascend_tools
 from moespan.machine.interfaces import interfaces as own_interfaces
 
 COMMAND_S = 10.0
-"""What a program of the driver may take to answer; a healthy one needs less than two seconds."""
+"""Time limit for a program of the driver; a healthy one answers within two seconds."""
 
 _REAP_S = 1.0
 
@@ -32,7 +32,7 @@ _PACKAGES = ("torch", "torch-npu")
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):
-    """What a program said. `code` is None if it did not answer in time."""
+    """The output and exit code of a program. `code` is None if it did not end in time."""
 
     code: int | None
     text: str
@@ -42,14 +42,14 @@ class Host:
     """One machine.
 
     Args:
-        root: below which /proc, /sys, /dev, /etc and /usr are looked for.
-        environ: the environment, in which PATH says where programs are.
-        allowed: CPUs of the affinity mask; None for this process's.
+        root: folder that contains /proc, /sys, /dev, /etc and /usr.
+        environ: the environment; its PATH is searched for programs.
+        allowed: CPUs of the affinity mask; None for the mask of this process.
         packages: versions of installed Python packages; None for those of this interpreter.
         interfaces: name and address of every network address; None for this machine's.
-        python: the interpreter that imports torch for us.
-        architecture: as `uname -m` says it; None for this machine's.
-        command_s: most seconds to wait for a program.
+        python: the interpreter that imports torch, in a process of its own.
+        architecture: as `uname -m` prints it; None for this machine's.
+        command_s: time limit for a program, in seconds.
     """
 
     def __init__(
@@ -83,16 +83,16 @@ class Host:
             return ""
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file or folder."""
+        """Whether the file or folder exists."""
         return (self.root / path.lstrip("/")).exists()
 
     def glob(self, pattern: str) -> list[str]:
-        """Paths that match, as seen from the root."""
+        """Paths that match `pattern`; `/` is the root of this host."""
         found = sorted(self.root.glob(pattern.lstrip("/")))
         return ["/" + str(path.relative_to(self.root)) for path in found]
 
     def ask(self, program: str, *arguments: str) -> Output | None:
-        """What a program answers, asked once; None if there is no such program."""
+        """The output of a program, which is run once only; None if it was not found."""
         question = (program, *arguments)
         if question not in self._answers:
             path = self._find(program)
@@ -100,8 +100,10 @@ class Host:
         return self._answers[question]
 
     def python_says(self, script: str, seconds: float) -> Output:
-        """What a Python program, run once in a process of its own, prints: imports may crash, or
-        hang."""
+        """The output of a Python script, run once only.
+
+        It has a process of its own, because imports may crash or hang.
+        """
         if script not in self._said:
             self._said[script] = self._run([self.python, "-c", script], seconds)
         return self._said[script]
@@ -129,8 +131,8 @@ class Host:
             text, _ = process.communicate(timeout=seconds or self.command_s)
             return Output(code=process.returncode, text=text)
         except subprocess.TimeoutExpired:
-            # It and what it has started. One that hangs in the driver survives even this, so
-            # nobody waits long for its end.
+            # Kill the program and its children. A process that hangs in the driver survives even
+            # SIGKILL, so the wait for its end is short.
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate(timeout=_REAP_S)
@@ -138,7 +140,7 @@ class Host:
 
 
 def npu_smi(host: Host) -> ascend_tools.NpuReport | None:
-    """What `npu-smi info` says; None without it."""
+    """The contents of `npu-smi info`; None if the program was not found."""
     answer = host.ask("npu-smi", "info")
     return None if answer is None else ascend_tools.parse_npu_smi(answer.text)
 

@@ -1,4 +1,4 @@
-"""Checks of the host: cores, memory, shared memory, limits; and whether the model fits."""
+"""Checks of the host: cores, memory, shared memory, limits; and of the model's size."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def limits(host: Host, job: JobSpec) -> Iterator[Finding]:
         if not pages.isdigit() or int(pages) == 0:
             yield warning(
                 "PYTORCH_NPU_ALLOC_CONF asks for pages of 1 GB, and the host has none free",
-                "leave page_size:1g out if allocation fails",
+                "remove page_size:1g if allocation fails",
             )
 
 
@@ -88,10 +88,10 @@ def cores(host: Host, job: JobSpec) -> Iterator[Finding]:
         yield warning(
             head,
             f"give {job.ranks} ranks {least * job.ranks} cores or more: --cpus, --cpuset-cpus"
-            + (", since an NPU's rank launches kernels from a thread of its own" * (least > 1)),
+            + (", since a rank on an NPU launches kernels in a second thread" * (least > 1)),
         )
     elif binding.notes:
-        yield warning(head, "see docs/numa.md; --bind 0:NODE,1:NODE,... says it by hand")
+        yield warning(head, "see docs/numa.md; --bind 0:NODE,1:NODE,... sets it by hand")
     else:
         yield ok(head)
     if not DEVICES[job.device].is_host:
@@ -126,13 +126,13 @@ def model(host: Host, job: JobSpec) -> Iterator[Finding]:
 def _host_tuning(host: Host, nodes: int) -> Iterator[Finding]:
     if nodes > 1 and host.read("/proc/sys/kernel/numa_balancing") == "1":
         yield warning(
-            "the kernel moves pages between NUMA nodes by itself, which costs time in bursts",
+            "the kernel moves pages between NUMA nodes by itself, which slows some steps",
             "sysctl -w kernel.numa_balancing=0",
         )
     governor = host.read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     if governor and governor != "performance":
         yield warning(
-            f"CPU frequency governor is {governor}: launching kernels is what it slows down",
+            f"the CPU frequency governor is {governor}, which slows the launch of kernels",
             "cpupower frequency-set -g performance",
         )
 
@@ -144,7 +144,7 @@ def _fit_finding(fits: Fit, job: JobSpec) -> Finding:
         + f", {fits.cache_bytes_per_token / 1024:g} KiB of KV cache a token"
     )
     if fits.room_bytes is None:
-        return skipped(f"{words}; how much memory a device has is not known here")
+        return skipped(f"{words}; the memory of a device is not known here")
     words += f"; of {fits.room_bytes / 1e9:.1f} GB"
     if fits.cache_tokens < fits.sequence_tokens:
         return problem(
@@ -156,13 +156,14 @@ def _fit_finding(fits: Fit, job: JobSpec) -> Finding:
     words += f" {fits.cache_tokens} tokens of cache remain: {sequences} full sequences"
     if sequences < 4:
         return warning(
-            words, "long requests will preempt each other: more ranks, or a smaller --max-model-len"
+            words,
+            "long requests will preempt each other: use more ranks, or a smaller --max-model-len",
         )
     return ok(words)
 
 
 def _device_bytes(host: Host, job: JobSpec) -> int | None:
-    """Memory that one rank finds free."""
+    """Memory available to one rank; None if it is not known."""
     if DEVICES[job.device].is_host:
         limit = memory_limit_bytes(host.root)
         total = _meminfo_bytes(host)

@@ -1,4 +1,4 @@
-"""What is to be run, as far as the checks need to know it."""
+"""The job to be checked, as far as the checks need to know it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What is to be run.
+    """The job to be checked.
 
     Attributes:
         device: `npu`, `cuda` or `cpu`.
-        layout: of the job; a single rank if none was named.
-        config, model: with a MODEL; else None.
-        bind: as `--bind` says it.
-        nodes: this one's place among those of the job.
+        layout: the layout of the job; a single rank if none was named.
+        config, model: None if no MODEL was named.
+        bind: the value of `--bind`.
+        nodes: the nodes of the job, and which of them this is.
     """
 
     device: str
@@ -28,5 +28,5 @@ class JobSpec:
 
     @property
     def ranks(self) -> int:
-        """Ranks of one node."""
+        """Ranks on one node."""
         return max(self.layout.world_size // self.nodes.nnodes, 1)

@@ -1,9 +1,9 @@
-"""Do the nodes of a job agree in code and clock? Asked while doctor runs on all of them.
+"""Comparison of code and clocks between the nodes of a job, while doctor runs on all of them.
 
-Node 0 listens at the meeting point, on that address alone, and every other node connects. Each says
-what it runs, takes node 0's time in a few rounds, and says how far its own clock is off; then node
-0 tells all of them what all have said, so that every report says the same. One line of JSON at a
-time, of bounded length and within bounded time; torch is not needed.
+Node 0 listens at the meeting point, on that address alone, and every other node connects. Each node
+asks for node 0's time in a few rounds, then sends its version, its source digest and the offset of
+its clock. Node 0 sends the facts of all nodes back to each of them, so that all reports agree. Each
+message is one line of JSON, of bounded length and within bounded time. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moespan.doctor.report import Finding, ok, problem, warning
 from moespan.version import __version__, source_digest
 
 LARGEST_SKEW_S = 1.0
-"""Clocks that differ by more make the logs of two nodes hard to read together."""
+"""With a larger difference between clocks, the logs of two nodes cannot be put in order."""
 
 _ROUNDS = 5
 _ANSWER_S = 5.0
@@ -33,12 +33,13 @@ _Value = TypeVar("_Value")
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One node.
+    """The facts of one node.
 
     Attributes:
-        moespan, source: version, and digest of the package's files.
-        skew_s: how far its clock is ahead of node 0's.
-        unsure_s: how wrong that may be: half of the quickest round.
+        moespan: version.
+        source: digest of the package's files.
+        skew_s: how far the node's clock is ahead of node 0's.
+        unsure_s: largest error of `skew_s`: half of the quickest round.
     """
 
     node: int
@@ -50,7 +51,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def findings(nodes: Nodes, clock: Callable[[], float] = time.time) -> list[Finding]:
-    """Compare the nodes; waits `nodes.join_timeout_s` for them to come."""
+    """Compare the nodes; waits up to `nodes.join_timeout_s` for them to connect."""
     own = NodeFacts(node=nodes.node_rank, source=source_digest())
     try:
         everyone = _ask_all(nodes, own, clock) if nodes.node_rank == 0 else _tell(nodes, own, clock)
@@ -58,7 +59,8 @@ def findings(nodes: Nodes, clock: Callable[[], float] = time.time) -> list[Findi
         found = [
             problem(
                 f"nothing was compared at {nodes.meeting_point}: {error or type(error).__name__}",
-                "run the same command on all nodes at the same time; see `ports` and `network`",
+                "run the same command on all nodes at the same time; see the findings `ports` and "
+                "`network`",
             )
         ]
     else:
@@ -67,13 +69,13 @@ def findings(nodes: Nodes, clock: Callable[[], float] = time.time) -> list[Findi
 
 
 def judge(everyone: list[NodeFacts], nnodes: int) -> Iterator[Finding]:
-    """What there is to say of those that came; node 0 is always among them."""
+    """The findings about the nodes that connected; node 0 is always among them."""
     by_node = {one.node: one for one in everyone}
     first = by_node[0]
     missing = [str(node) for node in range(nnodes) if node not in by_node]
     if missing:
         yield problem(
-            f"node {', '.join(missing)} of {nnodes} did not come",
+            f"node {', '.join(missing)} of {nnodes} did not connect",
             "run the same command on all nodes at the same time, each with its own --node-rank",
         )
     others = [by_node[node] for node in sorted(by_node) if node]
@@ -82,7 +84,7 @@ def judge(everyone: list[NodeFacts], nnodes: int) -> Iterator[Finding]:
             yield problem(
                 f"{_name(one)} has moespan {one.moespan} with source {one.source}, node 0 "
                 f"{first.moespan} with {first.source}",
-                "install the same moespan on both: a job of different ones is refused",
+                "install the same moespan on both: a job of different versions is refused",
             )
         if abs(one.skew_s) - one.unsure_s > LARGEST_SKEW_S:
             ahead = "ahead of" if one.skew_s > 0 else "behind"
@@ -106,7 +108,7 @@ def _name(one: NodeFacts) -> str:
 
 
 def _ask_all(nodes: Nodes, own: NodeFacts, clock: Callable[[], float]) -> list[NodeFacts]:
-    """Node 0: hear every other node, then tell all of them."""
+    """On node 0: receive the facts of every other node, then send all facts to each of them."""
     deadline = time.monotonic() + nodes.join_timeout_s
     family = socket.getaddrinfo(nodes.master_addr, nodes.master_port, type=socket.SOCK_STREAM)[0][0]
     everyone = {0: own}
@@ -128,7 +130,7 @@ def _ask_all(nodes: Nodes, own: NodeFacts, clock: Callable[[], float]) -> list[N
                     line.send(clock())
                 facts = line.receive(NodeFacts)
             except (OSError, EOFError, msgspec.MsgspecError):
-                continue  # whoever that was
+                continue  # not a node of this job, or one that broke off
             lines.append(line)
             everyone[facts.node] = msgspec.structs.replace(facts, address=str(address[0]))
         for line in lines:
@@ -137,7 +139,7 @@ def _ask_all(nodes: Nodes, own: NodeFacts, clock: Callable[[], float]) -> list[N
 
 
 def _tell(nodes: Nodes, own: NodeFacts, clock: Callable[[], float]) -> list[NodeFacts]:
-    """Any other node: compare clocks, say what there is to say, and hear of all."""
+    """On any other node: compare clocks, send the own facts, and receive those of all nodes."""
     deadline = time.monotonic() + nodes.join_timeout_s
     while True:
         try:
@@ -163,7 +165,7 @@ def _tell(nodes: Nodes, own: NodeFacts, clock: Callable[[], float]) -> list[Node
 
 
 class _Line:
-    """One value at a time over a socket, as a line of JSON."""
+    """Sends and receives values over a socket, each as one line of JSON."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(_ANSWER_S)
@@ -177,5 +179,5 @@ class _Line:
     def receive(self, kind: type[_Value]) -> _Value:
         line = self._file.readline(_LONGEST_LINE)
         if not line.endswith(b"\n"):
-            raise EOFError("the other side has gone, or does not speak as doctor does")
+            raise EOFError("the other side closed the connection, or is not a moespan doctor")
         return msgspec.json.decode(line, type=kind)

@@ -1,4 +1,4 @@
-"""What a check found, and how findings are shown."""
+"""Findings of the checks, and their display as a table or as plain data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the report.
 
     Attributes:
-        check: what was looked at.
-        status: `ok`; `warning`: it may run, slower or less surely than it could; `problem`: it will
-            fail; `skipped`: it could not be looked at, or does not apply.
-        found: what there is, or why nothing was looked at.
-        fix: what to do about it.
+        check: name of the check.
+        status: `ok`; `warning`: the job may run, but slower or less reliably than it could;
+            `problem`: the job will fail; `skipped`: not checked, or not applicable.
+        found: the observation, or why nothing was checked.
+        fix: what to do about it; empty if nothing needs doing.
     """
 
     check: str
@@ -31,27 +31,27 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def ok(found: str) -> Finding:
-    """All is well."""
+    """The check found no fault."""
     return Finding(check="", status=OK, found=found)
 
 
 def warning(found: str, fix: str) -> Finding:
-    """It may run, slower or less surely than it could."""
+    """The job may run, but slower or less reliably than it could."""
     return Finding(check="", status=WARNING, found=found, fix=fix)
 
 
 def problem(found: str, fix: str) -> Finding:
-    """It will fail."""
+    """The job will fail."""
     return Finding(check="", status=PROBLEM, found=found, fix=fix)
 
 
 def skipped(why: str) -> Finding:
-    """It could not be looked at, or does not apply here."""
+    """Not checked, or not applicable here."""
     return Finding(check="", status=SKIPPED, found=why)
 
 
 def table(findings: Sequence[Finding]) -> list[str]:
-    """The findings as lines to read, and how many there are of each kind."""
+    """The findings as lines to read, and their number by status."""
     width = max((len(one.check) for one in findings), default=0)
     lines = []
     for one in findings:

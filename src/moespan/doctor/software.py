@@ -1,4 +1,4 @@
-"""Checks of what is installed: Python, torch, torch_npu, CANN, the driver; and its environment."""
+"""Checks of installed software: Python, torch, torch_npu, CANN, the driver; and of variables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def software(host: Host, job: JobSpec) -> Iterator[Finding]:
         f"moespan {__version__}, {host.architecture}"
     )
     if not torch:
-        yield problem(words, "pip install torch, the version that your torch_npu names")
+        yield problem(words, "pip install torch, in the version that your torch_npu needs")
     elif not compatibility.at_least(torch, compatibility.LEAST_TORCH):
         yield problem(words, f"moespan needs torch {compatibility.LEAST_TORCH} or later")
     elif not (3, 10) <= version[:2] < (3, 14):
@@ -52,23 +52,23 @@ def torch_npu(host: Host, job: JobSpec) -> Iterator[Finding]:
         newest = ", ".join(next(iter(compatibility.TORCH_NPU_OF_CANN.values())))
         yield warning(
             f"torch_npu {torch_npu} is not in the compatibility table",
-            f"prefer one that is: {newest}",
+            f"use one of these: {newest}",
         )
         return
     cann, where = _cann_version(host)
     known = compatibility.known_cann(cann)
     if not cann:
-        yield skipped(f"torch_npu {torch_npu} goes with CANN {' or '.join(fitting)}; none found")
+        yield skipped(f"torch_npu {torch_npu} needs CANN {' or '.join(fitting)}; none found")
     elif known is None:
         yield warning(
-            f"CANN {cann} in {where} is not in the compatibility table; torch_npu {torch_npu} goes "
-            f"with {' or '.join(fitting)}",
-            f"install CANN {fitting[0]}, or a torch_npu that names {cann}",
+            f"CANN {cann} in {where} is not in the compatibility table; torch_npu {torch_npu} "
+            f"needs {' or '.join(fitting)}",
+            f"install CANN {fitting[0]}, or a torch_npu for {cann}",
         )
     elif known not in fitting:
         others = ", ".join(compatibility.TORCH_NPU_OF_CANN[known])
         yield problem(
-            f"torch_npu {torch_npu} goes with CANN {' or '.join(fitting)}, but {where} has {cann}",
+            f"torch_npu {torch_npu} needs CANN {' or '.join(fitting)}, but {where} has {cann}",
             f"install CANN {fitting[0]}, or torch_npu {others}",
         )
     else:
@@ -80,8 +80,8 @@ def cann(host: Host, job: JobSpec) -> Iterator[Finding]:
     version, where = _cann_version(host)
     if home and not host.exists(home):
         yield problem(
-            f"ASCEND_HOME_PATH={home} does not exist, and torch_npu takes it at its word",
-            "source the set_env.sh of the CANN that is installed, or unset it",
+            f"ASCEND_HOME_PATH={home} does not exist, and torch_npu relies on it",
+            "source set_env.sh of the installed CANN, or unset the variable",
         )
     elif not version:
         if job.device == "npu":
@@ -108,8 +108,8 @@ def driver(host: Host, job: JobSpec) -> Iterator[Finding]:
         for part in ("driver", "firmware")
     )
     smi = npu_smi(host)
-    said = smi.version if smi else ""
-    if not driver and not said:
+    smi_version = smi.version if smi else ""
+    if not driver and not smi_version:
         if job.device == "npu":
             yield problem(
                 "no driver: neither /usr/local/Ascend/driver/version.info nor npu-smi",
@@ -118,12 +118,12 @@ def driver(host: Host, job: JobSpec) -> Iterator[Finding]:
         else:
             yield skipped("no NPU driver here, and the job does not need it")
         return
-    words = f"driver {driver or said}, firmware {firmware or 'not readable here'}"
-    if driver and said and driver.lower() != said.lower():
+    words = f"driver {driver or smi_version}, firmware {firmware or 'not readable here'}"
+    if driver and smi_version and driver.lower() != smi_version.lower():
         yield warning(
-            f"{words}, but npu-smi is of {said}",
-            "in a container mount version.info and npu-smi of the same host; on a host install "
-            "the driver anew",
+            f"{words}, but npu-smi has version {smi_version}",
+            "in a container mount version.info and npu-smi of the same host; on a host reinstall "
+            "the driver",
         )
     else:
         yield ok(words)
@@ -136,12 +136,14 @@ def environment(host: Host, job: JobSpec) -> Iterator[Finding]:
     )
     table = host.environ.get("RANK_TABLE_FILE")
     if table is not None and not host.exists(table):
-        found.append(problem(f"RANK_TABLE_FILE={table} does not exist", "unset it: none is needed"))
-    yield from found or [ok("no variables that contradict each other")]
+        found.append(
+            problem(f"RANK_TABLE_FILE={table} does not exist", "unset it: moespan needs none")
+        )
+    yield from found or [ok("no variables contradict each other")]
 
 
 def _cann_version(host: Host) -> tuple[str, str]:
-    """Version and folder of CANN; both empty without one."""
+    """Version and folder of CANN; both empty if none is installed."""
     homes = [
         host.environ.get("ASCEND_HOME_PATH", ""),
         host.environ.get("ASCEND_TOOLKIT_HOME", ""),

@@ -22,11 +22,11 @@ def contradictions(
     allowed: Collection[int],
     addresses: Collection[str],
 ) -> Iterator[Finding]:
-    """What cannot hold at once.
+    """Findings about variables that contradict each other, the machine or the layout.
 
     Args:
         allowed: CPUs that this process may use.
-        addresses: of this machine.
+        addresses: addresses of this machine.
     """
     if {"PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} <= environ.keys():
         yield problem(
@@ -44,15 +44,15 @@ def contradictions(
         yield problem(f"HCCL_BUFFSIZE={buffer!r} is not a number of MB", "unset it")
     if environ.get("HCCL_WHITELIST_DISABLE") == "0" and not environ.get("HCCL_WHITELIST_FILE"):
         yield problem(
-            "HCCL_WHITELIST_DISABLE=0 demands a whitelist, and HCCL_WHITELIST_FILE is not set",
+            "HCCL_WHITELIST_DISABLE=0 requires a whitelist, but HCCL_WHITELIST_FILE is not set",
             "unset HCCL_WHITELIST_DISABLE: no whitelist is the default",
         )
     yield from _addresses(environ, addresses)
     yield from _expansion(environ, layout, nnodes)
     if environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
         yield warning(
-            "ASCEND_LAUNCH_BLOCKING=1 waits for every kernel, and lets no graph be captured",
-            "unset it unless you look for the kernel that fails",
+            "ASCEND_LAUNCH_BLOCKING=1 waits for every kernel and prevents the capture of graphs",
+            "unset it unless you are searching for a kernel that fails",
         )
     yield from _cores(environ, allowed)
     visible = environ.get("ASCEND_RT_VISIBLE_DEVICES")
@@ -60,13 +60,13 @@ def contradictions(
     if visible is not None and sum(bool(part.strip()) for part in visible.split(",")) < ranks:
         yield problem(
             f"ASCEND_RT_VISIBLE_DEVICES={visible} shows fewer NPUs than a node's {ranks} ranks",
-            "name as many, or use a smaller layout",
+            "list more NPUs, or use a smaller layout",
         )
     if int(environ.get("WORLD_SIZE", "1") or 1) > 1 and "RANK" in environ:
         yield warning(
-            "RANK and WORLD_SIZE are set, so this process would take itself for one that torchrun "
-            "has started",
-            "unset both, unless torchrun is what starts you",
+            "RANK and WORLD_SIZE are set, so moespan would assume that torchrun has started this "
+            "process",
+            "unset both, unless torchrun starts your program",
         )
 
 
@@ -76,7 +76,7 @@ def _timeouts(environ: Mapping[str, str]) -> Iterator[Finding]:
         for name, default in (("HCCL_EXEC_TIMEOUT", _EXECUTE_S), ("HCCL_EVENT_TIMEOUT", _EVENT_S))
     )
     named = {"HCCL_EXEC_TIMEOUT", "HCCL_EVENT_TIMEOUT"} & environ.keys()
-    # With one of them set, we choose the other to fit; 0 is never.
+    # If only one of them is set, we choose the other to fit. 0 means no timeout.
     if len(named) == 2 and event and (not execute or event <= execute):
         yield problem(
             f"HCCL_EVENT_TIMEOUT={event} is not longer than HCCL_EXEC_TIMEOUT={execute}",
@@ -85,7 +85,7 @@ def _timeouts(environ: Mapping[str, str]) -> Iterator[Finding]:
     if "HCCL_EXEC_TIMEOUT" in environ and (not execute or execute >= COLLECTIVE_TIMEOUT_S):
         yield warning(
             f"HCCL_EXEC_TIMEOUT={execute} is not shorter than torch's watchdog, "
-            f"{COLLECTIVE_TIMEOUT_S:g} s, so HCCL leaves no log of what it waited for",
+            f"{COLLECTIVE_TIMEOUT_S:g} s, so HCCL logs nothing of what it waited for",
             "unset it: moespan sets it to fit",
         )
     connect = environ.get("HCCL_CONNECT_TIMEOUT")
@@ -102,7 +102,7 @@ def _addresses(environ: Mapping[str, str], addresses: Collection[str]) -> Iterat
         return
     if "HCCL_SOCKET_IFNAME" in environ:
         yield warning(
-            "HCCL_IF_IP and HCCL_SOCKET_IFNAME are both set; the first one wins", "unset one"
+            "HCCL_IF_IP and HCCL_SOCKET_IFNAME are both set; HCCL_IF_IP wins", "unset one"
         )
     try:
         is_here = ipaddress.ip_address(own) in {ipaddress.ip_address(one) for one in addresses}
@@ -112,7 +112,7 @@ def _addresses(environ: Mapping[str, str], addresses: Collection[str]) -> Iterat
         yield problem(
             f"HCCL_IF_IP={own} is not an address of this machine, which has "
             f"{', '.join(addresses) or 'none'}",
-            "unset it, or give each node its own",
+            "unset it, or set it to each node's own address",
         )
 
 
@@ -129,19 +129,19 @@ def _expansion(environ: Mapping[str, str], layout: Layout, nnodes: int) -> Itera
         )
     if nnodes > 1:
         yield warning(
-            "HCCL_OP_EXPANSION_MODE=AIV with several nodes: most collectives support it within one "
-            "server only",
+            "HCCL_OP_EXPANSION_MODE=AIV is set for several nodes, but most collectives support it "
+            "within one server only",
             "unset it: moespan sets it where it is allowed",
         )
     if environ.get("HCCL_DETERMINISTIC", "false").lower() not in ("", "false"):
         yield warning(
-            "HCCL_DETERMINISTIC wins over HCCL_OP_EXPANSION_MODE=AIV, which does nothing",
+            "HCCL_DETERMINISTIC wins over HCCL_OP_EXPANSION_MODE=AIV, which then has no effect",
             "unset one of them",
         )
 
 
 def _cores(environ: Mapping[str, str], allowed: Collection[int]) -> Iterator[Finding]:
-    """torch_npu drops its whole binding, silently, if one core of any card is out of reach."""
+    """torch_npu drops its whole binding, silently, if one core of any card is not allowed."""
     text = environ.get("CPU_AFFINITY_CONF", "")
     if "force:1" in text.replace(" ", ""):
         return
@@ -152,6 +152,6 @@ def _cores(environ: Mapping[str, str], allowed: Collection[int]) -> Iterator[Fin
     if outside:
         yield warning(
             f"CPU_AFFINITY_CONF names cores {format_list(outside)}, which this process may not "
-            "use, so torch_npu skips all of its binding without a word",
+            "use, so torch_npu skips its whole binding silently",
             "name cores of this container, or unset it: moespan binds the ranks itself",
         )

@@ -1,1 +1,1 @@
-"""What this machine is, and what a rank on it gets: cores, memory, interfaces, environment."""
+"""The facts of this machine, and the device, cores, memory and environment of its ranks."""
