@@ -35,6 +35,10 @@ class Heard:
     stop_reason: int | None = None
 
 
+def output_of(sequence: Sequence) -> list[int]:
+    return sequence.token_ids[sequence.num_prompt_tokens :]
+
+
 class Bench:
     """A scheduler with its model, a pipeline of plans, and eyes on every call."""
 
@@ -143,7 +147,7 @@ class Bench:
             if update.prompt is not None:
                 heard.prompt_logprobs += update.prompt.logprobs
                 heard.prompt_logits += update.prompt.logits
-            assert heard.token_ids == update.sequence.output_token_ids
+            assert heard.token_ids == output_of(update.sequence)
         return updates
 
     def step(self) -> StepPlan | None:
@@ -198,8 +202,9 @@ class Bench:
                 assert heard.token_ids == expected[: len(heard.token_ids)], sequence
                 continue
             assert heard.token_ids == expected, sequence
-            assert sequence.output_token_ids == expected
-            assert sequence.prompt_token_ids == request.prompt_token_ids
+            assert output_of(sequence) == expected
+            prompt_len = sequence.num_prompt_tokens
+            assert sequence.token_ids[:prompt_len] == request.prompt_token_ids
             prompt = request.prompt_token_ids
             states = expected_states(prompt) if sequence.index == 0 else []
             wanted = states if request.params.prompt_logprobs is not None else []

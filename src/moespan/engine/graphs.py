@@ -22,9 +22,11 @@ from moespan.config import EngineConfig
 from moespan.engine.sampler import fill_in
 from moespan.engine.step import StepPlan
 from moespan.log import notice
-from moespan.memory import reserved_bytes
+from moespan.memory import reserved_bytes, zeros
 from moespan.ops import AttentionBatch, Ops, Replay
 from moespan.parallel.counters import Traffic
+from moespan.parallel.mesh import Mesh
+from moespan.parallel.tokens import split_evenly
 
 # Each graph holds streams for each communicator of the device, which has not many.
 _MOST_SIZES = 40
@@ -73,10 +75,9 @@ class DecodeGraphs:
 
     Args:
         run: runs the model.
-        traffic: where the model's collectives are counted; those of a replay are, too.
-        first_scratch_block: of those that padding may write to.
-        hidden: makes room for what the stage before sends for a padded size, [L, H]; None on the
-            first stage.
+        mesh: counts the model's collectives in its `traffic`, those of a replay included.
+        hidden_size: width of the hidden state that the previous stage sends.
+        first_scratch_block: first of the blocks that padding may write to.
     """
 
     def __init__(
@@ -84,17 +85,17 @@ class DecodeGraphs:
         ops: Ops,
         run: Run,
         config: EngineConfig,
-        device: torch.device,
-        traffic: Traffic,
+        mesh: Mesh,
+        hidden_size: int,
         first_scratch_block: int,
-        hidden: Callable[[int], Tensor] | None,
     ) -> None:
         self.num_recorded = self.memory_bytes = 0
-        self._ops, self._run, self._device, self._traffic = ops, run, device, traffic
+        self._ops, self._run, self._mesh = ops, run, mesh
+        self._device, self._traffic = mesh.device, mesh.traffic
+        self._hidden_size, self._dtype = hidden_size, getattr(torch, config.dtype)
         self._sizes = padded_sizes(config.max_num_seqs)
         self._block_size, self._first_scratch_block = config.block_size, first_scratch_block
         self._width = config.blocks_per_sequence
-        self._hidden = hidden
         self._recorded: dict[int, _Recorded] = {}
         self._gave_up = False
         if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
@@ -173,7 +174,10 @@ class DecodeGraphs:
             [1] * size, [0] * size, tables.view(size, self._width), slots, positions, totals
         )
         rows = torch.arange(size, dtype=torch.int32, device=self._device)
-        hidden = self._hidden(size) if self._hidden else None
+        hidden = None
+        if not self._mesh.is_first_stage:
+            here = split_evenly(size, self._mesh.sp.size)[self._mesh.sp.rank]
+            hidden = zeros((here, self._hidden_size), self._dtype, self._device)
         return _Recorded(whole, batch, token_ids, rows, hidden)
 
     def _fill(self, recorded: _Recorded, plan: StepPlan) -> list[int]:

@@ -1,13 +1,20 @@
-"""What the network computes inside, for one prompt: recorded on every rank, put together by the
-leader, compared with another recording."""
+"""Values inside the network for one prompt: recorded on every rank, collected by the leader,
+compared with another recording."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from moespan.config import Coordinates
+from moespan.engine.step import StepPlan, StepPlans
+
+if TYPE_CHECKING:
+    from moespan.parallel.mesh import Mesh
 
 
 class Observation(msgspec.Struct, frozen=True, array_like=True):
@@ -29,6 +36,39 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
 
     def __str__(self) -> str:
         return self.module if self.layer < 0 else f"layer {self.layer}, {self.module}"
+
+
+_decode = msgspec.msgpack.Decoder(list[Observation]).decode
+
+
+def trace_plan(token_ids: list[int], table: list[int], dp: int) -> StepPlans:
+    """The step that computes and records one prompt on the first replica, in the blocks `table`."""
+    plan = StepPlan(
+        step=-1,
+        token_ids=token_ids,
+        query_lens=[len(token_ids)],
+        context_lens=[0],
+        block_tables=[table],
+        samples=[],
+    )
+    return StepPlans.of([plan, *[None] * (dp - 1)], trace=True)
+
+
+def collect_trace(mesh: Mesh, own: list[Observation]) -> list[Observation]:
+    """On the leader: the recordings of all stages, once every rank has been given `trace_plan`.
+
+    Args:
+        own: the leader's part.
+    """
+    observations = []
+    for stage in range(mesh.layout.pp):
+        places = [Coordinates(stage, 0, sp, 0) for sp in range(mesh.layout.sp)]
+        ranks = [mesh.layout.rank(place) for place in places]
+        parts = [_decode(mesh.control.receive(rank)) if rank else own for rank in ranks]
+        observations += join_rows(parts)
+    if (speaker := mesh.speakers[0]) != mesh.rank:
+        mesh.control.receive(speaker)  # its empty result
+    return observations
 
 
 def join_rows(parts: Sequence[list[Observation]]) -> list[Observation]:

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from moespan.config import EngineConfig
+from moespan.engine.build import build_leader, follow
 from moespan.engine.client import LocalClient
-from moespan.engine.engine import Engine, build_leader, follow
+from moespan.engine.engine import Engine
 from moespan.launch.distributed import init_distributed, make_mesh
 from moespan.launch.job import started_by_torchrun
 from moespan.machine.binding import bind, choose_binding

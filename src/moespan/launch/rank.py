@@ -75,14 +75,14 @@ def main() -> None:
 
 
 def _build_leader(config: EngineConfig, device: torch.device) -> LeaderEngine:
-    from moespan.engine.engine import build_leader
+    from moespan.engine.build import build_leader
     from moespan.launch.distributed import make_mesh
 
     return build_leader(config, make_mesh(config, device))
 
 
 def _follow(config: EngineConfig, device: torch.device) -> EngineConfig | None:
-    from moespan.engine.engine import follow
+    from moespan.engine.build import follow
     from moespan.launch.distributed import make_mesh
 
     return follow(config, make_mesh(config, device))
