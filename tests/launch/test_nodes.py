@@ -28,7 +28,7 @@ from moespan.front.llm import _warn_if_tp_crosses
 from moespan.launch import meeting, watch
 from moespan.launch.job import Failure
 from moespan.launch.meeting import Met, facts, meet
-from moespan.launch.watch import NoPeers, Watch, write_first_words
+from moespan.launch.watch import NoPeers, Watch, write_first_statuses
 from moespan.machine.interfaces import interface_of, interface_towards, interfaces
 from tests.support import DATA
 
@@ -196,7 +196,7 @@ def test_nodes_meet_on_the_address_that_was_given_and_no_other() -> None:
         "and each job its own master_port"
     ]
     watches = [m.watch for m in met if isinstance(m, Met)]
-    assert not any(one.trouble() for one in watches)
+    assert not any(one.must_end() for one in watches)
     for one in reversed(watches):
         one.close()
 
@@ -359,7 +359,7 @@ class Trio:
         timeout = timedelta(seconds=5)
         self.server = TCPStore("127.0.0.1", 0, is_master=True, timeout=timeout)
         port = self.server.port
-        write_first_words(self.server, 3)
+        write_first_statuses(self.server, 3)
         self.cables = [
             Cable(TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)) for _ in range(3)
         ]
@@ -368,9 +368,9 @@ class Trio:
             for node, cable in zip(job(3, silence_s=1.0), self.cables, strict=True)
         ]
 
-    def wait_for_trouble(self, *nodes: int) -> None:
+    def wait_for_end(self, *nodes: int) -> None:
         deadline = time.monotonic() + 5
-        while not all(self.watches[node].trouble() for node in nodes):
+        while not all(self.watches[node].must_end() for node in nodes):
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
@@ -401,8 +401,8 @@ MISSED = Failure(rank=1, kind="RuntimeError", message="gloo: closed by peer", lo
 def test_nodes_that_end_well_have_no_cause(trio: Trio) -> None:
     time.sleep(0.3)
     for node in trio.watches:
-        assert not node.trouble()
-        node.tell(None)
+        assert not node.must_end()
+        node.report(None)
     assert trio.causes(0, 1, 2) == ["None"] * 3
     started_at = time.monotonic()
     with ThreadPoolExecutor(3) as pool:
@@ -411,31 +411,31 @@ def test_nodes_that_end_well_have_no_cause(trio: Trio) -> None:
 
 
 def test_the_cause_comes_before_what_followed_on_other_nodes(trio: Trio) -> None:
-    trio.watches[0].tell(MISSED)
+    trio.watches[0].report(MISSED)
     time.sleep(0.3)
-    trio.watches[1].tell(KILLED)
-    trio.wait_for_trouble(0, 1, 2)
-    trio.watches[2].tell(None)
+    trio.watches[1].report(KILLED)
+    trio.wait_for_end(0, 1, 2)
+    trio.watches[2].report(None)
     assert trio.causes(0, 1, 2) == ["node 1, rank 5 was killed by SIGKILL"] * 3
 
 
 def test_of_two_causes_the_first_is_named(trio: Trio) -> None:
-    trio.watches[2].tell(KILLED)
+    trio.watches[2].report(KILLED)
     time.sleep(0.3)
-    trio.watches[1].tell(msgspec.structs.replace(KILLED, rank=3))
-    trio.watches[0].tell(None)
+    trio.watches[1].report(msgspec.structs.replace(KILLED, rank=3))
+    trio.watches[0].report(None)
     assert trio.causes(0, 1, 2) == ["node 2, rank 5 was killed by SIGKILL"] * 3
 
 
 def test_a_node_that_is_silent_is_lost(trio: Trio) -> None:
     time.sleep(0.2)
     trio.cables[2].cut = True
-    trio.wait_for_trouble(0, 1, 2)
+    trio.wait_for_end(0, 1, 2)
     for node in trio.watches:
-        node.tell(None)
-    assert trio.causes(0, 1) == ["node 2 (10.0.0.3) has not been heard of for 1 s"] * 2
+        node.report(None)
+    assert trio.causes(0, 1) == ["node 2 (10.0.0.3) has not been heard from for 1 s"] * 2
     (alone,) = trio.causes(2)
-    assert alone == "node 0 (10.0.0.1) has not been heard of for 1 s"
+    assert alone == "node 0 (10.0.0.1) has not been heard from for 1 s"
     started_at = time.monotonic()
     trio.watches[0].close()
     assert time.monotonic() - started_at < 1
@@ -444,44 +444,44 @@ def test_a_node_that_is_silent_is_lost(trio: Trio) -> None:
 def test_who_does_not_answer_at_the_end_is_the_cause_of_what_others_missed(trio: Trio) -> None:
     time.sleep(0.2)
     trio.cables[2].cut = True
-    trio.watches[0].tell(MISSED)
-    trio.watches[1].tell(None)
+    trio.watches[0].report(MISSED)
+    trio.watches[1].report(None)
     (cause,) = trio.causes(0)
-    says = "node 2 (10.0.0.3) has not been heard of for 1 s\nnode 0, rank 1: gloo: closed by peer"
+    says = "node 2 (10.0.0.3) has not been heard from for 1 s\nnode 0, rank 1: gloo: closed by peer"
     assert cause == says.replace("rank 1:", "rank 1")
 
 
 def test_what_was_only_missed_is_still_better_than_nothing(trio: Trio) -> None:
-    trio.watches[0].tell(MISSED)
-    trio.wait_for_trouble(1, 2)
-    trio.watches[1].tell(None)
-    trio.watches[2].tell(None)
+    trio.watches[0].report(MISSED)
+    trio.wait_for_end(1, 2)
+    trio.watches[1].report(None)
+    trio.watches[2].report(None)
     assert trio.causes(0, 1, 2) == ["node 0, rank 1 gloo: closed by peer"] * 3
 
 
 def test_the_end_of_the_store_is_the_end_of_node_0(trio: Trio) -> None:
     del trio.server
     trio.cables[0].cut = True
-    trio.wait_for_trouble(1, 2)
-    trio.watches[1].tell(None)
+    trio.wait_for_end(1, 2)
+    trio.watches[1].report(None)
     assert trio.causes(1) == ["node 0 (10.0.0.1) has gone: its agent closed the connection"]
 
 
 def test_ranks_that_run_on_after_node_0_ended_well_are_named(trio: Trio) -> None:
     for node in (0, 2):
-        trio.watches[node].tell(None)
+        trio.watches[node].report(None)
     trio.watches[0].close()
     trio.cables[0].cut = True
-    trio.wait_for_trouble(1)
-    trio.watches[1].tell(None)
+    trio.wait_for_end(1)
+    trio.watches[1].report(None)
     (cause,) = trio.causes(1)
     assert cause == "node 1 (10.0.0.2) has ranks that run on 1 s after those of node 0 ended"
 
 
 def test_one_node_has_only_its_own_failures() -> None:
     alone = NoPeers()
-    alone.tell(KILLED)
-    assert not alone.trouble()
+    alone.report(KILLED)
+    assert not alone.must_end()
     assert alone.first_cause() is KILLED
     assert str(KILLED.to_error(False)) == "rank 5 was killed by SIGKILL"
 

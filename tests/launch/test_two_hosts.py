@@ -79,7 +79,7 @@ def cut_the_cable(folder: Path) -> None:
         found = ends(fronts, SILENCE_S + DEATH_S)
         for (code, words), other in zip(found, (1, 0), strict=True):
             name = f"node {other} ({hosts[other].address})"
-            assert (code, words) == (1, f"moespan: {name} has not been heard of for 10 s")
+            assert (code, words) == (1, f"moespan: {name} has not been heard from for 10 s")
         assert [host.processes() for host in hosts] == [[], []]
     assert (folder / "answers.jsonl").read_text().endswith("}\n")
 

@@ -1,4 +1,4 @@
-"""Which code this is: the same digest on two machines means the same package."""
+"""A digest of the package's code: equal digests on two machines mean equal code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DIGEST_CHARACTERS = 12
 
 
 def source_digest() -> str:
-    """The beginning of the SHA-256 of the package's Python files, with their names."""
+    """The first characters of the SHA-256 over the package's Python files and their names."""
     root = Path(moespan.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
