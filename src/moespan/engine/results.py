@@ -26,7 +26,7 @@ class Pending:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def wait(self) -> StepResult:
-        """The result, once it is there. The only place where the host waits for the device."""
+        """Wait for the result: the only place where the host waits for the device."""
         prompts, at = [], 0
         for prompt in self._plan.prompts:
             assert self._prompt_logits is not None

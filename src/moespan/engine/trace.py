@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Observation(msgspec.Struct, frozen=True, array_like=True):
-    """One value of one layer (-1 before the first): float32 [rows, width] as bytes.
+    """Values of one module in one layer (-1 before the first): float32 [rows, width] as bytes.
 
     Modules are those of `moespan.model.network.Model`: `embed`, `attention`, `router.experts`
     (sorted by number), `router.weights` (in their order) and `hidden`.
@@ -31,7 +31,7 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def values(self) -> npt.NDArray[np.float32]:
-        """[rows, width]."""
+        """The values [rows, width]."""
         return np.frombuffer(self.data, np.float32).reshape(-1, self.width)
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ def collect_trace(mesh: Mesh, own: list[Observation]) -> list[Observation]:
 
 
 def join_rows(parts: Sequence[list[Observation]]) -> list[Observation]:
-    """Put the recordings of ranks together that hold consecutive rows of the same values."""
+    """Join the recordings of ranks that have consecutive rows of the same values."""
     return [
         Observation(same[0].layer, same[0].module, same[0].width, b"".join(o.data for o in same))
         for same in zip(*parts, strict=True)
@@ -82,8 +82,8 @@ def join_rows(parts: Sequence[list[Observation]]) -> list[Observation]:
 def first_difference(
     ours: Sequence[Observation], theirs: Sequence[Observation], relative: float
 ) -> str | None:
-    """Where two recordings of the same prompt first differ by more than `relative` of the largest
-    value, in words; None if they nowhere do. What only `ours` has is not compared."""
+    """The first place where two recordings of a prompt differ by more than `relative` of the
+    largest value, as text; None if there is none. Values only in `ours` are not compared."""
     found = {(one.layer, one.module): one for one in ours}
     for other in theirs:
         one = found.get((other.layer, other.module))
