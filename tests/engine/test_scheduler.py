@@ -172,10 +172,10 @@ class Bench:
         return sequences
 
     def drain(self, depth: int = 1) -> None:
-        """Run until all is finished, `depth` plans in flight; check that it is in bounded time."""
+        """Run to the end with `depth` plans in flight; check that the time is bounded."""
         live = (*self.scheduler.running, *self.scheduler.waiting)
-        # Each time all results came back the oldest sequence got on by a token at least, or began
-        # again; and it begins again only while it is not the oldest.
+        # Each time all results are back, the oldest sequence has advanced by at least a token, or
+        # has restarted; and a sequence restarts only while it is not the oldest.
         num_tokens = sum(s.num_prompt_tokens + s.max_output_tokens + 1 for s in live)
         bound = self.num_steps + len(self.flights) + 2 * depth * (num_tokens + len(live))
         while self.scheduler.has_unfinished:

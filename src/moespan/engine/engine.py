@@ -94,7 +94,7 @@ class Engine:
         """Drop the rest of a request; no more deltas come of it. Unknown ids are ignored."""
         self._kept = [delta for delta in self._kept if delta.id != request_id]
         for sequence in self._replicas.abort(request_id):
-            del self._live[sequence.id, sequence.index]
+            self._live.pop((sequence.id, sequence.index), None)
 
     def step(self) -> list[OutputDelta]:
         """Keep plans in flight, one for each pipeline stage or one ahead of the device, and return

@@ -17,7 +17,7 @@ MAX_STOP_CHARACTERS = 1024
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to continue a prompt. Names and meanings are vLLM's.
+    """Sampling parameters of a request. Names and meanings are vLLM's.
 
     Attributes:
         n: number of independent continuations.
@@ -180,7 +180,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one step added to continuation `index` of request `id`.
+    """The additions of one step to continuation `index` of request `id`.
 
     Attributes:
         text: newly completed text, in whole characters.

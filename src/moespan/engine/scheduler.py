@@ -42,8 +42,8 @@ from moespan.errors import ConfigError, MoespanError, RequestError
 
 
 class SequenceUpdate(msgspec.Struct, frozen=True):
-    """What one step added to one sequence. Fields mean the same as in the `OutputDelta` that the
-    engine makes of it. The token that stopped a sequence is among its tokens."""
+    """The additions of one step to one sequence. Fields mean the same as in the `OutputDelta` that
+    the engine makes of them. The token that stopped a sequence is among its tokens."""
 
     sequence: Sequence
     token_ids: list[int] = []
