@@ -27,8 +27,9 @@ import torch
 
 from moespan import SamplingParams, __version__
 from moespan.config import EngineConfig, Layout
-from moespan.engine import engine as leader
-from moespan.engine import worker
+from moespan.engine import results, worker
+from moespan.engine.build import build_leader
+from moespan.engine.engine import Engine
 from moespan.engine.request import Request
 from moespan.engine.sampler import sample
 from moespan.engine.step import SampleRow, StepPlans
@@ -76,7 +77,7 @@ class Clock:
         return call
 
 
-def build(batch_size: int, context: int, num_steps: int) -> leader.Engine:
+def build(batch_size: int, context: int, num_steps: int) -> Engine:
     """An engine on one rank, whose network returns the same logits again and again."""
     config = EngineConfig(
         str(MODEL),
@@ -88,7 +89,7 @@ def build(batch_size: int, context: int, num_steps: int) -> leader.Engine:
         max_num_batched_tokens=batch_size * context,
         enable_prefix_caching=True,
     )
-    engine = leader.build_leader(config, Mesh.create(Layout(), torch.device("cpu")))
+    engine = build_leader(config, Mesh.create(Layout(), torch.device("cpu")))
     vocab_size = engine._worker.model.vocab_size
     logits = torch.randn(batch_size, vocab_size, generator=torch.Generator().manual_seed(0))
 
@@ -100,7 +101,7 @@ def build(batch_size: int, context: int, num_steps: int) -> leader.Engine:
 
 
 @contextmanager
-def watched(clock: Clock, engine: leader.Engine) -> Iterator[None]:
+def watched(clock: Clock, engine: Engine) -> Iterator[None]:
     """Time the parts of the engine's steps meanwhile."""
     places: list[tuple[Any, str, str]] = [
         (engine._replicas, "schedule", "schedule"),
@@ -108,7 +109,7 @@ def watched(clock: Clock, engine: leader.Engine) -> Iterator[None]:
         (engine, "_broadcast", "encode"),
         (engine._worker, "_run", "inputs"),
         (worker, "Pending", "sample"),
-        (worker.Pending, "wait", "sample"),
+        (results.Pending, "wait", "sample"),
         (engine._replicas, "update", "update"),
         (engine, "_delta", "deltas"),
     ]

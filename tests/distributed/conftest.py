@@ -1,4 +1,4 @@
-"""Real ranks for all tests of layouts: 2, 4 and 8 processes, started once, cut anew for each."""
+"""Real ranks for all tests of layouts: 2, 4 and 8 processes, started once and used by all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from tests.distributed.ranks import Ranks
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """What `Ranks.llm` builds engines on."""
+    """The groups of ranks on which `Ranks.llm` builds engines."""
     with Ranks() as ranks:
         yield ranks

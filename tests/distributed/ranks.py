@@ -1,4 +1,4 @@
-"""Engines on real ranks without a start of processes for each: what tests of layouts share."""
+"""Engines on real ranks that tests of layouts share, so that not each starts processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_RANK = Layout()
 
 
 class Ranks:
-    """Groups of running ranks by their number. An engine on one of them replaces the one before.
+    """Groups of running ranks, by world size. A new engine on a group replaces the previous one.
 
     Args:
         program: what Python runs in each rank; None is the product's own program.
@@ -78,7 +78,7 @@ class Ranks:
             return join(config)
         client = self._clients.pop(world_size, None)
         if client is not None:
-            with contextlib.suppress(MoespanError):  # it died of an earlier test: start anew
+            with contextlib.suppress(MoespanError):  # an earlier test killed it: start another
                 client.reload(config)
                 self._clients[world_size] = client
                 return client
@@ -93,7 +93,7 @@ def oracle(name: str) -> Path:
 
 
 def oracle_reference(name: str, folder: Path, num_greedy_tokens: int) -> Reference:
-    """What the Hugging Face model computes, with shorter continuations; written to `folder`."""
+    """The Hugging Face model's results, with shorter continuations; written to `folder`."""
     whole = Reference(oracle(name) / "ref" / "ref_logits.safetensors")
     tensors: dict[str, np.ndarray] = {}
     for prompt in whole.prompts:

@@ -1,4 +1,4 @@
-"""What the network computes inside is the same under every layout, and a bug is found by its place.
+"""Values inside the network are the same under every layout, and a trace finds where a bug is.
 
 The bugs are planted in the program of the ranks (`buggy_rank.py`).
 """
@@ -26,7 +26,7 @@ SIXTEEN = oracle("sixteen")
 
 
 def trace_reference(name: str) -> Reference:
-    """Of one prompt, the Hugging Face model's logits, hidden states and router choices."""
+    """The Hugging Face model's logits, hidden states and router choices for one prompt."""
     return Reference(oracle(name) / "ref" / "inside.safetensors")
 
 
@@ -76,7 +76,7 @@ def test_the_inside_is_that_of_the_hugging_face_model(ranks: Ranks, name: str):
         assert trace_against_reference(llm, reference, 2e-4) == {}
 
 
-def test_a_wrong_reference_is_told_by_prompt_layer_and_module(ranks: Ranks, tmp_path: Path):
+def test_a_wrong_reference_is_named_by_prompt_layer_and_module(ranks: Ranks, tmp_path: Path):
     tensors = load_file(SIXTEEN / "ref" / "inside.safetensors")
     tensors["p0.hidden3"][5, 7] += 1.0
     save_file(tensors, tmp_path / "wrong.safetensors")
@@ -110,7 +110,7 @@ def test_ranks_are_not_cut_into_another_number_of_ranks(ranks: Ranks):
 
 @pytest.fixture(scope="module")
 def bug_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the ranks of `buggy` read which bug they have."""
+    """The file from which the ranks of `buggy` read the name of their bug."""
     return tmp_path_factory.mktemp("bugs") / "bug"
 
 
@@ -125,8 +125,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return oracle_reference("sixteen", tmp_path_factory.mktemp("reference"), num_greedy_tokens=2)
 
 
-# Each bug with a layout in which it shows, and where it is first seen. Stages are layers 0 to 2 and
-# 3 to 4.
+# Each bug with a layout that shows it, and the first place where it shows. Stages are layers 0 to 2
+# and 3 to 4.
 SEEN = {
     "the embedding is not summed": (Layout(tp=4), "embed"),
     "attention is not summed": (Layout(tp=2, sp=2), "layer 0, attention"),
@@ -152,7 +152,7 @@ def test_a_bug_fails_and_is_named_by_the_layer_and_module_where_it_begins(
     bug_file.write_text("none")
     llm = buggy.llm(SIXTEEN, Layout(dp=4))
     bug_file.write_text(bug)
-    # The dispatch in which a token that comes back at the wrong place shows is the last one.
+    # The last dispatch is the one that shows tokens that return in the wrong order.
     *_, report = verify_layouts(llm, [layout], reference, lambda: ranks.llm(SIXTEEN))
     assert report.layout == layout and report.dispatch == layout.dispatches[-1]
     assert report.report.failures

@@ -1,8 +1,7 @@
 """A model for tests of scheduling: a hash that reads and writes a real cache.
 
-What it writes for a token depends on all that it reads before it, and what it samples depends on
-all that it reads, so a block that is shared wrongly, stale, or not computed again changes the
-output.
+The value it writes for a token depends on all values before it, and a sample depends on all values
+it reads. So a block that is shared wrongly, stale, or not recomputed changes the output.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from moespan.engine.step import PromptScores, Sampled, SampleRow, StepPlan, Step
 
 VOCAB = 11
 EOS = 0
-START = 1  # what the model has read before the first token
+START = 1  # the state before the first token
 
 
 def write(state: int, token_id: int) -> int:
-    """The keys and values of a token, given what was read before it."""
+    """The keys and values of a token, given the state before it."""
     return hash((state, token_id))
 
 
@@ -36,7 +35,7 @@ def sample(state: int, row: SampleRow) -> Sampled:
 
 
 def expected_states(token_ids: list[int]) -> list[int]:
-    """What the model knows after each token."""
+    """The state of the model after each token."""
     states, state = [], START
     for token_id in token_ids:
         state = read(state, write(state, token_id))
@@ -77,10 +76,10 @@ class PagedModel:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.slots: dict[tuple[int, int], int] = {}
-        self.sampled: list[int] = []  # by the last plan, which the next may name by their places
+        self.sampled: list[int] = []  # by the last plan; the next may name these tokens by index
 
     def context(self, plan: StepPlan) -> list[list[int | None]]:
-        """What the cache holds of each sequence before the step."""
+        """The cached values of each sequence before the step."""
         return [
             [self.slots.get(self.slot(table, position)) for position in range(context_len)]
             for table, context_len in zip(plan.block_tables, plan.context_lens, strict=True)

@@ -223,7 +223,7 @@ def test_the_integrity_check_names_what_is_wrong(spoil, complaint):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_use_keeps_every_published_prefix_true(seed):
-    """A model beside it remembers which prefix each block was last published for."""
+    """A model of the cache remembers the prefix for which each block was last published."""
     rng = random.Random(seed)
     allocator = BlockAllocator(9, SIZE)
     contents: dict[int, tuple[int, ...]] = {}  # block -> all tokens up to its end

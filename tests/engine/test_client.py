@@ -14,7 +14,8 @@ from moespan.config import EngineConfig
 from moespan.engine.client import LocalClient
 from moespan.engine.questions import Question, Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams
-from moespan.engine.worker import Pending, Worker
+from moespan.engine.results import Pending
+from moespan.engine.worker import Worker
 from moespan.errors import EngineDeadError, RequestError
 from moespan.launch.local import join
 from tests.support import write_config
@@ -28,16 +29,19 @@ def request(name: str, max_tokens: int) -> Request:
 @pytest.fixture(params=[False, True], ids=["", "ahead"])
 def client(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LocalClient]:
     folder = write_config(tmp_path / "model")
-    config = EngineConfig(
+    client = join(config(folder, request.param))
+    yield client
+    client.close()
+
+
+def config(folder: Path, ahead: bool) -> EngineConfig:
+    return EngineConfig(
         str(folder),
         device="cpu",
         load_format="dummy",
         max_model_len=128,
-        async_scheduling=request.param,
+        async_scheduling=ahead,
     )
-    client = join(config)
-    yield client
-    client.close()
 
 
 def num_tokens(deltas: list[OutputDelta]) -> int:
@@ -60,7 +64,7 @@ def test_questions_between_steps_lose_no_token(client: LocalClient):
 def test_a_trace_is_refused_while_a_request_runs_which_goes_on(client: LocalClient):
     client.add(request("a", 6))
     received = client.receive()
-    with pytest.raises(RequestError, match="a trace takes an idle engine"):
+    with pytest.raises(RequestError, match="a trace needs an idle engine"):
         client.ask(Trace([1, 2]))
     while num_tokens(received) < 6:
         received += client.receive()
@@ -140,3 +144,28 @@ def test_a_closed_engine_answers_nothing(client: LocalClient):
     client.close()
     with pytest.raises(EngineDeadError, match="the engine is closed"):
         client.ask(Stats())
+
+
+@pytest.mark.parametrize("owner", [Worker, Pending], ids=["started", "waited for"])
+def test_a_dead_engine_is_replaced_by_reload(
+    client: LocalClient, monkeypatch: pytest.MonkeyPatch, owner: type
+):
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    client.add(request("a", 6))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "execute" if owner is Worker else "wait", fail)
+        with pytest.raises(KeyboardInterrupt):
+            client.receive()
+    client.reload(config(Path(client.info.model), ahead=False))
+    client.add(request("a", 2))
+    assert num_tokens(client.receive() + client.receive()) == 2
+
+
+def test_an_engine_closes_while_requests_run(client: LocalClient):
+    client.add(request("a", 60))
+    client.receive()
+    client.close()
+    with pytest.raises(EngineDeadError, match="the engine is closed"):
+        client.receive()

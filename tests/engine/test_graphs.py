@@ -1,5 +1,7 @@
-"""Decode steps run as recorded graphs compute what they compute without, here with operations that
-record by remembering what to call."""
+"""Decode steps compute the same with recorded graphs as without.
+
+The operations here record the function to call.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from tests.support import Oracle, execute, greedy_row, make_worker, run_prompts
 
 
 class RecordingOps(CpuOps):
-    """Replays by running the same call again. As on a device, what it was given then stays."""
+    """Replays by calling the function again. As on a device, its arguments stay the same."""
 
     has_graphs = True
 
@@ -32,7 +34,7 @@ class RecordingOps(CpuOps):
         self.num_recorded = self.num_replayed = 0
 
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
-        # Lengths of the host would be those of the first step for ever.
+        # The lengths on the host would always be those of the first step.
         if len(q) and batch.is_decode:
             return plain_decode(q, cache, batch, scale)
         return super().attention(q, cache, batch, scale)
@@ -101,7 +103,7 @@ def test_padding_writes_nothing_into_blocks_of_requests(num_sequences: int):
             torch.testing.assert_close(ours.nan_to_num(), theirs.nan_to_num())
 
 
-def test_a_step_with_a_prompt_chunk_or_a_trace_is_no_decode():
+def test_a_step_with_a_prompt_chunk_or_a_trace_is_not_a_decode_step():
     chunk = plan([[1], [2, 3]], [4, 0])
     assert StepPlans.of([decode(2, 0), None]).is_decode
     assert not StepPlans.of([decode(2, 0), chunk]).is_decode
@@ -117,7 +119,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("said")
-def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once(
+def test_a_step_that_cannot_be_recorded_runs_without_a_graph_and_gives_one_notice(
     capsys: pytest.CaptureFixture[str],
 ):
     oracle, ops = Oracle("tiny"), RecordingOps(RuntimeError("no streams left\nmore"))
@@ -130,7 +132,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once(
 
 
 @pytest.mark.usefixtures("said")
-def test_blocking_launches_do_not_go_with_recording(
+def test_blocking_launches_rule_out_recording(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("ASCEND_LAUNCH_BLOCKING", "1")

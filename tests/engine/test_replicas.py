@@ -1,4 +1,4 @@
-"""The replicas of data parallelism: who gets a request, and that nothing of it stays behind."""
+"""The dp replicas: which one gets a request, and that nothing is left of a finished one."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Fleet:
             assert scheduler is self.replicas.schedulers[self.replica_of(request_id)]
 
     def check_outputs(self) -> None:
-        """All has ended once, with the tokens that it gets alone, and nothing is left of it."""
+        """Each request has ended once, with the tokens that it gets alone, and nothing is left."""
         self.check_integrity()
         assert not self.replicas._home
         assert self.replicas.schedule() is None
@@ -161,7 +161,7 @@ def test_of_equally_long_prefixes_the_less_loaded_replica_gets_a_request():
     assert fleet.add(prompt(1)) == 1
 
 
-def test_a_replica_a_whole_batch_ahead_gets_no_more_whatever_it_has_cached():
+def test_a_replica_a_whole_batch_ahead_gets_no_more_even_with_a_cached_prefix():
     fleet = Fleet(dp=2, max_num_seqs=4)
     fleet.add(prompt(1))
     fleet.drain()
@@ -200,7 +200,7 @@ def test_a_refused_request_leaves_nothing_behind():
     assert not fleet.replicas._home and not fleet.replicas.has_unfinished
 
 
-def test_aborting_what_is_not_there_does_nothing():
+def test_aborting_an_unknown_request_does_nothing():
     fleet = Fleet(dp=2)
     fleet.abort("7")
     fleet.add(prompt(1), n=2)
@@ -210,7 +210,7 @@ def test_aborting_what_is_not_there_does_nothing():
 
 
 class RandomReplicas(RuleBasedStateMachine):
-    """Random requests, aborts and results; after every call `_home` has what is unfinished."""
+    """Random requests, aborts and results; after every call `_home` has the unfinished ones."""
 
     @initialize(
         dp=st.integers(1, 4),

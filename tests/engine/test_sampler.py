@@ -1,4 +1,4 @@
-"""The sampler draws from exactly the distribution that was asked for, each row on its own."""
+"""The sampler draws from exactly the requested distribution, for each row separately."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moespan.engine.sampler import sample, token_logprobs
 from moespan.engine.step import SampleRow
 from tests.support import greedy_row
 
-# 99.9 % of the chi-square distribution by degrees of freedom.
+# 99.9 % quantile of the chi-square distribution, by degrees of freedom.
 CHI_SQUARE = {5: 20.5, 8: 26.1}
 
 
@@ -53,7 +53,7 @@ def softmax(logits: list[float] | np.ndarray, temperature: float = 1.0) -> np.nd
     return weights / weights.sum()
 
 
-def test_temperature_zero_takes_the_best_token_whatever_else_is_asked():
+def test_temperature_zero_takes_the_best_token_with_any_other_settings():
     logits = [0.1, 3.0, 2.9, -1.0]
     assert choose(logits, temperature=0.0) == 1
     assert choose(logits, temperature=0.0, top_k=3, top_p=0.5, min_p=0.1, seed=7) == 1
@@ -69,7 +69,7 @@ def test_draws_follow_the_softmax_at_the_temperature(temperature: float, varied:
     assert chi_square(tokens, softmax(LOGITS, temperature)) < CHI_SQUARE[5]
 
 
-def test_truncated_draws_follow_what_is_left_of_the_distribution():
+def test_truncated_draws_follow_the_rest_of_the_distribution():
     tokens = draws([*LOGITS, -3.0, -4.0], [row(position=i, top_k=6) for i in range(6000)])
     assert chi_square(tokens, softmax(LOGITS)) < CHI_SQUARE[5]
 
@@ -85,7 +85,7 @@ def test_draws_at_neighbouring_positions_are_independent():
 def naive_kept(
     logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> set[int]:
-    """The tokens that may be drawn: min_p and top_k first, then top_p of what they leave."""
+    """Tokens that may be drawn: min_p and top_k first, then top_p of the remaining mass."""
     probabilities = softmax(logits, temperature)
     order = sorted(range(len(logits)), key=lambda token: (-probabilities[token], token))
     threshold = min_p * probabilities.max()
@@ -119,7 +119,7 @@ def test_top_k_top_p_and_min_p_keep_exactly_the_right_tokens(
     assert set(draws(logits, [row(position=i, **settings) for i in range(3000)])) == expected
 
 
-def test_top_p_takes_its_share_of_what_top_k_leaves():
+def test_top_p_applies_to_the_mass_that_top_k_leaves():
     # Half of the mass is the best token's among the best two, not among all.
     logits = [1.0, 0.9, *[0.8] * 30]
     tokens = draws(logits, [row(position=i, top_k=2, top_p=0.5) for i in range(50)])
@@ -127,7 +127,7 @@ def test_top_p_takes_its_share_of_what_top_k_leaves():
 
 
 def full_sort_draw(logits: Tensor, each: SampleRow) -> int:
-    """What a truncated draw from float32 logits [V] is: by sorting the whole vocabulary."""
+    """The token of a truncated draw from float32 logits [V], by sorting the whole vocabulary."""
     temperature = max(each.temperature, 1e-6)
     ordered, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
     best = ordered[0].clone()
@@ -175,12 +175,12 @@ def test_candidates_give_the_token_that_sorting_the_vocabulary_gives(
     expected = [full_sort_draw(*pair) for pair in zip(logits, rows, strict=False)]
     with patch.multiple(sampler, _FIRST_CANDIDATES=first, _GROWTH=growth):
         assert [one.token_id for one in sample(logits[: len(rows)], rows)] == expected
-    # As where the host cannot ask whether candidates suffice.
+    # The path of a device, where the host does not ask whether candidates suffice.
     with patch.object(sampler, "on_host", lambda tensor: False):
         assert [one.token_id for one in sample(logits[: len(rows)], rows)] == expected
 
 
-def test_rows_that_are_settled_early_are_not_looked_at_again():
+def test_rows_that_are_settled_early_are_not_drawn_again():
     looked_at = []
 
     def spy(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -197,11 +197,11 @@ def test_rows_that_are_settled_early_are_not_looked_at_again():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounded_logits_are_sampled_like_the_numbers_that_they_are(dtype: torch.dtype):
+def test_rounded_logits_are_sampled_by_their_exact_values(dtype: torch.dtype):
     rng = random.Random(3)
     logits = torch.randn(200, 400, generator=torch.Generator().manual_seed(3)).to(dtype)
     rows = [random_row(rng, 400) for _ in logits]
-    # So coarse that the best one is rarely alone.
+    # So coarse that several logits are often the best.
     coarse = logits.round()
     assert sample(logits, rows) == sample(logits.float(), rows)
     assert sample(coarse, rows) == sample(coarse.float(), rows)
@@ -231,7 +231,7 @@ def random_row(rng: random.Random, vocab_size: int) -> SampleRow:
     )
 
 
-def test_a_row_gets_the_same_token_whatever_rows_share_the_batch():
+def test_a_row_gets_the_same_token_in_any_batch():
     rng = random.Random(5)
     logits = torch.randn(300, 50, generator=torch.Generator().manual_seed(5)) * 2
     rows = [random_row(rng, 50) for _ in logits]
@@ -308,7 +308,7 @@ def test_negative_logits_are_multiplied_by_the_repetition_penalty():
     assert choose([-1.0, -4.0], **settings) == 0
 
 
-def test_the_logits_that_are_given_are_left_alone():
+def test_the_given_logits_are_not_changed():
     logits = torch.randn(2, 9)
     before = logits.clone()
     sample(logits, [row(barred=[1], logit_bias={2: 5.0}, top_k=2), row()])

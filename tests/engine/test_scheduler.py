@@ -24,8 +24,8 @@ from tests.engine.paged_model import EOS, VOCAB, PagedModel, expected_output, ex
 
 
 @dataclass
-class Heard:
-    """All that came back for one sequence."""
+class Received:
+    """All updates of one sequence."""
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
@@ -35,8 +35,12 @@ class Heard:
     stop_reason: int | None = None
 
 
+def output_of(sequence: Sequence) -> list[int]:
+    return sequence.token_ids[sequence.num_prompt_tokens :]
+
+
 class Bench:
-    """A scheduler with its model, a pipeline of plans, and eyes on every call."""
+    """A scheduler with a model and a pipeline of plans; checks every call."""
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class Bench:
         self.scheduler = Scheduler(self.config, num_blocks, VOCAB, eos_token_ids=[EOS])
         self.model = PagedModel(block_size)
         self.flights: deque[tuple[StepPlan, list[Sequence], list[list[int | None]]]] = deque()
-        self.heard: dict[Sequence, Heard] = {}
+        self.received: dict[Sequence, Received] = {}
         self.first_scheduled: list[int] = []
         self.num_steps = 0
         self.num_aborted_in_flight = 0
@@ -69,13 +73,13 @@ class Bench:
     def add(self, prompt: list[int], id: str | None = None, **options) -> list[Sequence]:
         logits = options.pop("prompt_logits", False)
         request = Request(
-            id=id or f"r{len(self.heard)}",
+            id=id or f"r{len(self.received)}",
             prompt_token_ids=prompt,
             params=SamplingParams(**{"max_tokens": 8, **options}),
             prompt_logits=logits,
         )
         sequences = self.scheduler.add(request)
-        self.heard.update((sequence, Heard(request)) for sequence in sequences)
+        self.received.update((sequence, Received(request)) for sequence in sequences)
         return sequences
 
     def schedule(self) -> StepPlan | None:
@@ -87,7 +91,7 @@ class Bench:
         scheduler.check_integrity()
         assert oldest is None or oldest.num_preemptions == losses
         if plan is None:
-            # Whatever is unfinished can go on, at the latest when all results are back.
+            # Unfinished sequences can go on, at the latest when all results are back.
             assert self.flights or not scheduler.has_unfinished
             return None
         assert plan.step == self.num_steps
@@ -100,7 +104,7 @@ class Bench:
             assert len(table) == scheduler.allocator.blocks_for(context + query)
         _, batch = scheduler._in_flight[-1]
         self._check_writes(plan, batch)
-        # First come, first served: whoever was admitted is older than all who still wait.
+        # First come, first served: an admitted sequence is older than all waiting ones.
         admitted = waiting - set(scheduler.waiting)
         assert not admitted or num_preemptions == scheduler.num_preemptions
         assert max((s.arrival for s in admitted), default=-1) < min(
@@ -113,7 +117,7 @@ class Bench:
         return plan
 
     def _check_writes(self, plan: StepPlan, batch: list[Sequence]) -> None:
-        """No block is written that anyone else in flight uses."""
+        """No block is written that another sequence in flight uses."""
         users: dict[int, set[Sequence]] = {}
         for flight, sequences in (*((f, s) for f, s, _ in self.flights), (plan, batch)):
             for table, sequence in zip(flight.block_tables, sequences, strict=True):
@@ -136,14 +140,14 @@ class Bench:
         self.scheduler.check_integrity()
         assert len({id(update.sequence) for update in updates}) == len(updates)
         for update in updates:
-            heard = self.heard[update.sequence]
-            assert heard.end is None, "an update after the end"
-            heard.token_ids += update.token_ids
-            heard.end, heard.stop_reason = update.finish_reason, update.stop_reason
+            received = self.received[update.sequence]
+            assert received.end is None, "an update after the end"
+            received.token_ids += update.token_ids
+            received.end, received.stop_reason = update.finish_reason, update.stop_reason
             if update.prompt is not None:
-                heard.prompt_logprobs += update.prompt.logprobs
-                heard.prompt_logits += update.prompt.logits
-            assert heard.token_ids == update.sequence.output_token_ids
+                received.prompt_logprobs += update.prompt.logprobs
+                received.prompt_logits += update.prompt.logits
+            assert received.token_ids == output_of(update.sequence)
         return updates
 
     def step(self) -> StepPlan | None:
@@ -154,8 +158,8 @@ class Bench:
 
     def finish(self, sequence: Sequence) -> None:
         self.num_aborted_in_flight += sequence.in_flight
-        if self.heard[sequence].end is None:
-            self.heard[sequence].end = "abort"
+        if self.received[sequence].end is None:
+            self.received[sequence].end = "abort"
         self.scheduler.finish(sequence)
         self.scheduler.check_integrity()
 
@@ -163,15 +167,15 @@ class Bench:
         sequences = self.scheduler.abort(id)
         for sequence in sequences:
             self.num_aborted_in_flight += sequence.in_flight
-            self.heard[sequence].end = "abort"
+            self.received[sequence].end = "abort"
         self.scheduler.check_integrity()
         return sequences
 
     def drain(self, depth: int = 1) -> None:
-        """Run until all is finished, `depth` plans in flight; check that it is in bounded time."""
+        """Run to the end with `depth` plans in flight; check that the time is bounded."""
         live = (*self.scheduler.running, *self.scheduler.waiting)
-        # Each time all results came back the oldest sequence got on by a token at least, or began
-        # again; and it begins again only while it is not the oldest.
+        # Each time all results are back, the oldest sequence has advanced by at least a token, or
+        # has restarted; and a sequence restarts only while it is not the oldest.
         num_tokens = sum(s.num_prompt_tokens + s.max_output_tokens + 1 for s in live)
         bound = self.num_steps + len(self.flights) + 2 * depth * (num_tokens + len(live))
         while self.scheduler.has_unfinished:
@@ -189,26 +193,27 @@ class Bench:
         assert scheduler.kv_usage == 0
         assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_in_flight) == (0, 0, 0)
         assert self.first_scheduled == sorted(self.first_scheduled)
-        for sequence, heard in self.heard.items():
-            request = heard.request
+        for sequence, received in self.received.items():
+            request = received.request
             expected = expected_output(request, sequence.index, self.config.max_model_len)
-            assert heard.end in ("stop", "length", "abort", "error")
+            assert received.end in ("stop", "length", "abort", "error")
             assert sequence.status is Status.FINISHED and not sequence.block_table
-            if heard.end in ("abort", "error"):
-                assert heard.token_ids == expected[: len(heard.token_ids)], sequence
+            if received.end in ("abort", "error"):
+                assert received.token_ids == expected[: len(received.token_ids)], sequence
                 continue
-            assert heard.token_ids == expected, sequence
-            assert sequence.output_token_ids == expected
-            assert sequence.prompt_token_ids == request.prompt_token_ids
+            assert received.token_ids == expected, sequence
+            assert output_of(sequence) == expected
+            prompt_len = sequence.num_prompt_tokens
+            assert sequence.token_ids[:prompt_len] == request.prompt_token_ids
             prompt = request.prompt_token_ids
             states = expected_states(prompt) if sequence.index == 0 else []
             wanted = states if request.params.prompt_logprobs is not None else []
-            assert heard.prompt_logprobs == [
+            assert received.prompt_logprobs == [
                 TokenLogprobs(target, float(state), [])
                 for target, state in zip(prompt[1:], wanted, strict=False)
             ]
             wanted = states if request.prompt_logits else []
-            assert heard.prompt_logits == b"".join(
+            assert received.prompt_logits == b"".join(
                 s.to_bytes(8, "big", signed=True) for s in wanted
             )
 
@@ -236,7 +241,7 @@ def test_a_prompt_and_its_output_go_through_the_cache_in_order():
     second = bench.step()
     assert (second.query_lens, second.context_lens) == ([1], [5])
     assert second.block_tables == first.block_tables
-    assert second.token_ids == bench.heard[next(iter(bench.heard))].token_ids[:1]
+    assert second.token_ids == bench.received[next(iter(bench.received))].token_ids[:1]
     bench.drain()
     bench.check_outputs()
     assert bench.num_steps == 3
@@ -307,7 +312,7 @@ def test_seen_tokens_are_sent_only_to_penalties_that_need_them():
     bench.add([3, 1, 3], ignore_eos=True)
     bench.step()
     bench.step()
-    outputs = [dict(Counter(heard.token_ids)) for heard in bench.heard.values()]
+    outputs = [dict(Counter(received.token_ids)) for received in bench.received.values()]
     rows = bench.schedule().samples
     assert [row.seen_prompt for row in rows] == [[1, 3], [], []]
     assert [row.seen_output for row in rows] == [outputs[0], outputs[1], {}]
@@ -338,7 +343,7 @@ def test_continuation_i_of_n_has_seed_plus_i_and_comes_back_under_its_index():
     bench = Bench()
     bench.add(prompt_of(5), n=3, seed=40)
     assert [row.seed for row in bench.schedule().samples] == [40, 41, 42]
-    assert [sequence.index for sequence in bench.heard] == [0, 1, 2]
+    assert [sequence.index for sequence in bench.received] == [0, 1, 2]
     bench.deliver()
     bench.drain()
     bench.check_outputs()
@@ -357,16 +362,16 @@ def test_a_request_without_seed_gets_the_given_one_and_seeds_stay_within_63_bits
 # How sequences end
 
 
-def run_alone(prompt: list[int], **options) -> Heard:
+def run_alone(prompt: list[int], **options) -> Received:
     bench = Bench()
     bench.add(prompt, **options)
     bench.drain()
     bench.check_outputs()
-    return next(iter(bench.heard.values()))
+    return next(iter(bench.received.values()))
 
 
 def prompt_that_outputs(token_id: int, at: int) -> list[int]:
-    """A prompt whose free continuation has `token_id` first at place `at`."""
+    """A prompt whose free continuation has its first `token_id` at index `at`."""
     for seed in range(10_000):
         output = run_free(prompt_of(4, seed))
         if token_id in output and output.index(token_id) == at:
@@ -380,35 +385,35 @@ def run_free(prompt: list[int]) -> list[int]:
 
 
 def test_eos_ends_with_stop_and_is_part_of_the_output():
-    heard = run_alone(prompt_that_outputs(EOS, at=3))
-    assert (heard.end, heard.stop_reason) == ("stop", None)
-    assert len(heard.token_ids) == 4 and heard.token_ids[-1] == EOS
+    received = run_alone(prompt_that_outputs(EOS, at=3))
+    assert (received.end, received.stop_reason) == ("stop", None)
+    assert len(received.token_ids) == 4 and received.token_ids[-1] == EOS
 
 
 def test_eos_can_be_ignored():
-    heard = run_alone(prompt_that_outputs(EOS, at=3), ignore_eos=True)
-    assert (heard.end, len(heard.token_ids)) == ("length", 8)
+    received = run_alone(prompt_that_outputs(EOS, at=3), ignore_eos=True)
+    assert (received.end, len(received.token_ids)) == ("length", 8)
 
 
 def test_a_stop_token_ends_with_stop_and_is_the_reason():
-    heard = run_alone(prompt_that_outputs(7, at=2), ignore_eos=True, stop_token_ids=[7])
-    assert (heard.end, heard.stop_reason, heard.token_ids[-1]) == ("stop", 7, 7)
+    received = run_alone(prompt_that_outputs(7, at=2), ignore_eos=True, stop_token_ids=[7])
+    assert (received.end, received.stop_reason, received.token_ids[-1]) == ("stop", 7, 7)
 
 
 def test_eos_that_is_ignored_but_a_stop_token_ends_as_stop_token():
-    heard = run_alone(prompt_that_outputs(EOS, at=1), ignore_eos=True, stop_token_ids=[EOS])
-    assert (heard.end, heard.stop_reason) == ("stop", EOS)
+    received = run_alone(prompt_that_outputs(EOS, at=1), ignore_eos=True, stop_token_ids=[EOS])
+    assert (received.end, received.stop_reason) == ("stop", EOS)
 
 
 def test_max_tokens_ends_with_length():
-    heard = run_alone(prompt_of(4), ignore_eos=True, max_tokens=5)
-    assert (heard.end, len(heard.token_ids)) == ("length", 5)
+    received = run_alone(prompt_of(4), ignore_eos=True, max_tokens=5)
+    assert (received.end, len(received.token_ids)) == ("length", 5)
 
 
 @pytest.mark.parametrize("max_tokens", [None, 30])
 def test_the_models_length_ends_with_length(max_tokens):
-    heard = run_alone(prompt_of(20), ignore_eos=True, max_tokens=max_tokens)
-    assert (heard.end, len(heard.token_ids)) == ("length", 12)
+    received = run_alone(prompt_of(20), ignore_eos=True, max_tokens=max_tokens)
+    assert (received.end, len(received.token_ids)) == ("length", 12)
 
 
 def test_eos_and_stop_tokens_are_barred_before_min_tokens():
@@ -557,7 +562,7 @@ def test_blocks_of_running_sequences_and_of_outputs_are_shared_too():
 
 
 @pytest.mark.parametrize("num_tokens", [8, 9])
-def test_at_least_one_token_is_computed_where_the_cache_holds_the_whole_prompt(num_tokens):
+def test_at_least_one_token_is_computed_if_the_cache_has_the_whole_prompt(num_tokens):
     bench = Bench()
     bench.add(prompt_of(12), max_tokens=1)
     bench.step()
@@ -606,7 +611,7 @@ def test_without_prefix_caching_everything_is_computed():
 
 
 @pytest.mark.parametrize("budget", [3, 4, 16])
-def test_every_prompt_position_is_reported_once_whatever_the_chunks_and_the_cache(budget):
+def test_every_prompt_position_is_reported_once_with_any_chunks_and_cache(budget):
     bench = Bench(budget=budget)
     for _ in range(2):
         (sequence,) = bench.add(prompt_of(11), prompt_logprobs=1, prompt_logits=True)
@@ -636,7 +641,7 @@ def test_only_the_first_continuation_reports_on_the_prompt():
 
 @pytest.mark.parametrize("caching", [True, False])
 def test_no_prompt_position_is_reported_twice_after_a_preemption(caching):
-    """The older sequence takes the blocks of a prompt that is reported on by half."""
+    """The older sequence takes the blocks of a prompt that is half reported on."""
     bench = Bench(num_blocks=8, budget=4, caching=caching)
     bench.add(prompt_of(8, seed=1), ignore_eos=True, max_tokens=None)
     (reporter,) = bench.add(prompt_of(20), prompt_logprobs=1, prompt_logits=True, max_tokens=2)
@@ -665,7 +670,7 @@ def test_the_youngest_sequence_gives_its_blocks_to_an_older_one_and_is_computed_
 
 
 def test_nothing_is_admitted_in_a_step_that_preempted():
-    """One that waits would fit into what a longer, younger one just lost; it comes a step later."""
+    """A waiting sequence that fits into the freed blocks is admitted one step later."""
     bench = Bench(num_blocks=8, budget=17)
     old, short, long = [
         (bench.add(prompt_of(n, seed=n), max_tokens=None, ignore_eos=True), bench.schedule())[0][0]
@@ -746,7 +751,7 @@ def test_half_computed_prompts_that_hold_all_blocks_do_not_block_each_other(dept
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_nobody_starves_under_an_endless_stream_of_newcomers(depth):
+def test_no_sequence_starves_under_an_endless_stream_of_new_ones(depth):
     bench = Bench(num_blocks=8, budget=8, max_num_seqs=4)
     old = bench.add(prompt_of(25), max_tokens=None, ignore_eos=True)[0]
     rng = random.Random(1)
@@ -789,7 +794,7 @@ def test_blocks_of_a_sequence_aborted_in_flight_are_freed_when_its_plan_is_back(
     assert bench.scheduler.allocator.num_used == 0 and not bench.scheduler.has_unfinished
 
 
-def test_aborting_what_is_not_there_or_was_aborted_does_nothing():
+def test_aborting_an_unknown_or_aborted_request_does_nothing():
     bench = Bench()
     bench.add([1, 2], "a", n=2)
     assert bench.abort("b") == []
@@ -822,7 +827,7 @@ def test_plans_in_flight_hold_different_sequences():
     assert bench.schedule() is None
     bench.deliver()
     assert bench.schedule().token_ids == [
-        sequence.token_ids[-1] for sequence in list(bench.heard)[:2]
+        sequence.token_ids[-1] for sequence in list(bench.received)[:2]
     ]
     bench.drain(depth=2)
     bench.check_outputs()
@@ -893,7 +898,7 @@ def test_a_plan_ahead_names_the_token_that_the_last_plan_samples():
     bench.add(prompt_of(4), ignore_eos=True, max_tokens=3)
     first, second = bench.schedule(), bench.schedule()
     assert len(first.samples) == 2
-    # The first sequence ends with its token; the other's is at place 1.
+    # The first sequence ends with its token; the other's has index 1.
     assert (second.token_ids, second.query_lens, second.context_lens) == ([~1], [1], [4])
     assert [row.position for row in second.samples] == [1]
     assert bench.schedule() is None  # two are in flight
@@ -901,14 +906,14 @@ def test_a_plan_ahead_names_the_token_that_the_last_plan_samples():
     assert bench.schedule().token_ids == [~0]
     bench.drain(depth=2)
     bench.check_outputs()
-    assert bench.num_steps == 3  # the limit is known ahead, so no step is in vain
+    assert bench.num_steps == 3  # the limit is known ahead, so no step is wasted
 
 
 def test_a_plan_after_the_result_is_back_has_the_token_itself():
     bench = Bench(ahead=True)
     bench.add(prompt_of(3), ignore_eos=True)
     bench.step()
-    assert bench.schedule().token_ids == bench.heard[next(iter(bench.heard))].token_ids
+    assert bench.schedule().token_ids == bench.received[next(iter(bench.received))].token_ids
 
 
 def test_a_prompt_goes_on_in_the_next_plan_while_its_last_chunk_is_computed():
@@ -924,7 +929,7 @@ def test_a_prompt_goes_on_in_the_next_plan_while_its_last_chunk_is_computed():
     bench.check_outputs()
 
 
-def test_what_was_planned_for_a_sequence_that_stopped_is_dropped_and_then_its_blocks_are_freed():
+def test_the_plan_ahead_of_a_stopped_sequence_is_dropped_and_then_its_blocks_are_freed():
     bench = Bench(ahead=True)
     (sequence,) = bench.add(prompt_that_outputs(EOS, at=0))
     bench.schedule()
@@ -946,7 +951,7 @@ def test_the_next_plan_waits_for_a_result_that_it_depends_on(options):
     bench.schedule()
     assert bench.schedule() is None
     bench.deliver()
-    assert len(bench.schedule().query_lens) == 2  # nobody is left behind
+    assert len(bench.schedule().query_lens) == 2  # all sequences advance together
     bench.drain(depth=2)
     bench.check_outputs()
 
@@ -961,7 +966,7 @@ def test_a_block_whose_last_token_is_not_known_yet_is_not_shared():
     bench = Bench(ahead=True)
     (first,) = bench.add(prompt_of(3), ignore_eos=True, max_tokens=6)
     bench.schedule()
-    bench.schedule()  # it writes the fourth token of the block, whichever that will be
+    bench.schedule()  # it writes the fourth token of the block, whose id is unknown
     bench.deliver()
     bench.add([*first.token_ids, 1])
     assert bench.schedule().context_lens[1] == 0
@@ -969,7 +974,7 @@ def test_a_block_whose_last_token_is_not_known_yet_is_not_shared():
     bench.check_outputs()
 
 
-def test_logits_that_are_not_finite_drop_what_was_planned_ahead():
+def test_logits_that_are_not_finite_drop_the_plan_ahead():
     bench = Bench(budget=12, ahead=True)
     (bad,) = bench.add(prompt_of(9), "bad", ignore_eos=True)
     bench.schedule()
@@ -1054,8 +1059,8 @@ def test_random_schedules_give_every_request_the_output_it_gets_alone(seed, ahea
     bench.drain(depth)
     bench.check_outputs()
 
-    # It was not an idle walk.
-    ends = Counter(heard.end for heard in bench.heard.values())
+    # The walk has met the difficult cases.
+    ends = Counter(received.end for received in bench.received.values())
     assert min(ends[end] for end in ("stop", "length", "abort")) > 3
     assert bench.num_aborted_in_flight > 3
     assert bench.scheduler.num_preemptions > 10
@@ -1063,7 +1068,7 @@ def test_random_schedules_give_every_request_the_output_it_gets_alone(seed, ahea
 
 
 class RandomSchedules(RuleBasedStateMachine):
-    """The same walk, steered by Hypothesis, so that a failure shrinks to a short story."""
+    """The same walk, steered by Hypothesis, so that a failure shrinks to few steps."""
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),

@@ -1,4 +1,4 @@
-"""Text comes out as soon as it is certain, and ends at the first stop string, however it is cut."""
+"""Text is returned as soon as it is certain, and ends at the first stop string, with any cuts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPECIAL = 999
 
 
 class BytesTokenizer:
-    """Token i stands for the i-th of some runs of bytes; `SPECIAL` is hidden when asked."""
+    """Token i stands for the i-th of some runs of bytes; `SPECIAL` is hidden on request."""
 
     def __init__(self, runs: Iterable[bytes] = ()) -> None:
         self.runs = list(runs) or [bytes([byte]) for byte in range(256)]
@@ -34,7 +34,7 @@ def stream_of(
 
 
 def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
-    """Where the stop string begins that is complete first, the longest of these, and which."""
+    """Start and text of the stop string that is complete first, the longest of equals."""
     for end in range(len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
@@ -44,7 +44,7 @@ def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
 
 
 def undecided(text: str, stops: list[str]) -> int:
-    """How many characters at the end of `text` may begin a stop string."""
+    """Number of characters at the end of `text` that may begin a stop string."""
     lengths = {n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])}
     return max(lengths, default=0)
 
@@ -92,7 +92,7 @@ def test_the_pieces_join_to_the_text_cut_at_its_first_stop_string(
 
 @settings(max_examples=1000)
 @given(steps=cut_texts(), stops=stop_strings)
-def test_exactly_what_may_begin_a_stop_string_is_held_back(
+def test_exactly_the_possible_beginning_of_a_stop_string_is_held_back(
     steps: list[list[bytes]], stops: list[str]
 ):
     stream = stream_of([run for step in steps for run in step], stop=stops)
@@ -117,12 +117,12 @@ def test_a_stop_string_may_span_steps_and_is_left_out():
     assert stream.stopped_by == "END"
 
 
-def test_a_stop_string_is_kept_when_asked_but_nothing_after_it():
+def test_a_stop_string_is_kept_on_request_but_nothing_after_it():
     stream = stream_of(stop=["END"], include_stop_str_in_output=True)
     assert push_all(stream, "one E") + push_all(stream, "ND two") == "one END"
 
 
-def test_a_beginning_that_comes_to_nothing_is_given_out():
+def test_a_beginning_that_does_not_continue_is_returned():
     stream = stream_of(stop=["abab!"])
     assert [push_all(stream, part) for part in ("xab", "ab", "ab", "?")] == ["x", "", "ab", "abab?"]
 
@@ -158,7 +158,7 @@ def test_the_last_push_may_still_find_a_stop_string():
     assert stream.stopped_by == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_half_a_character_is_never_given_out():
+def test_half_a_character_is_never_returned():
     stream = stream_of()
     first, second, third = "中".encode()
     assert stream.push([first], may_stop=True, is_last=False) == ""
@@ -174,7 +174,7 @@ def test_a_character_that_the_prompt_begins_is_completed():
 
 
 @pytest.mark.parametrize(("skip", "expected"), [(True, "ab"), (False, "a<end>b")])
-def test_special_tokens_are_in_the_text_only_when_asked(skip: bool, expected: str):
+def test_special_tokens_are_in_the_text_only_on_request(skip: bool, expected: str):
     stream = stream_of(skip_special_tokens=skip)
     assert stream.push([ord("a"), SPECIAL, ord("b")], may_stop=True, is_last=True) == expected
 

@@ -1,4 +1,4 @@
-"""Two recordings of what the network computes are compared value by value, in its order."""
+"""Two recordings of a prompt are compared value by value, in the network's order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def changed(at: int, values: list[list[float]]) -> list[Observation]:
     return [*RECORDING[:at], seen(one.layer, one.module, values), *RECORDING[at + 1 :]]
 
 
-def test_equal_recordings_differ_nowhere():
+def test_equal_recordings_have_no_difference():
     assert first_difference(RECORDING, list(RECORDING), 0.0) is None
 
 
@@ -53,7 +53,7 @@ def test_nan_and_infinity_differ_from_every_number():
         assert found is not None and found.startswith("layer 0, hidden: first at token 1")
 
 
-def test_what_is_missing_or_of_another_shape_differs():
+def test_a_missing_value_or_another_shape_is_a_difference():
     assert first_difference(RECORDING[:1], RECORDING, 1.0) == "layer 0, attention: missing"
     ours = changed(2, [[1, -8], [2, 2]])
     assert first_difference(ours, RECORDING, 1.0) == (
@@ -61,7 +61,7 @@ def test_what_is_missing_or_of_another_shape_differs():
     )
 
 
-def test_what_only_ours_has_is_not_compared():
+def test_values_only_in_ours_are_not_compared():
     assert first_difference(RECORDING, RECORDING[2:], 0.0) is None
 
 

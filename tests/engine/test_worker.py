@@ -1,4 +1,4 @@
-"""The worker answers a plan with the samples and scores that it asks for, and keeps no state."""
+"""The worker returns the samples and scores that a plan requests, and keeps no state."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def whole_prompt_logits(token_ids: list[int]) -> np.ndarray:
     return rows_of(execute(make_worker(CONFIG), step).prompts[0])
 
 
-def test_a_chunk_of_which_nothing_is_wanted_fills_the_cache(worker: Worker):
+def test_a_chunk_without_samples_and_reports_fills_the_cache(worker: Worker):
     assert execute(worker, plan([TOKENS[:9]], [0])) == StepResult([], [])
     last = execute(worker, plan([TOKENS[9:]], [9], prompts=[report()])).prompts[0]
     np.testing.assert_allclose(rows_of(last), whole_prompt_logits(TOKENS)[9:], rtol=0, atol=1e-5)
@@ -114,7 +114,7 @@ def test_blocks_are_written_anew_for_their_next_owner(worker: Worker):
     np.testing.assert_allclose(rows_of(scores), whole_prompt_logits(TOKENS), rtol=0, atol=1e-5)
 
 
-def test_a_plan_means_the_same_after_its_travel(worker: Worker):
+def test_a_decoded_plan_means_the_same(worker: Worker):
     step = plan(
         [TOKENS[:4], TOKENS[4:]],
         [0, 0],
@@ -157,7 +157,7 @@ def test_a_sequence_that_is_not_finite_fails_alone():
     assert before.token_id is not None
     assert (poisoned.token_id, poisoned.logprobs) == (None, None)
     assert after.token_id == lonely[0].token_id
-    # All decode together, next to the poisoned one's cache.
+    # All sequences decode together, beside the poisoned cache.
     step = plan([[7], [8], [9]], [6, 3, 14], samples=[greedy_row(0), greedy_row(1), greedy_row(2)])
     tokens = [sample.token_id for sample in execute(worker, step).samples]
     assert tokens[1] is None

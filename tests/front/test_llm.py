@@ -14,7 +14,8 @@ import torch
 from moespan import LLM, MoespanError, RequestOutput, SamplingParams
 from moespan.engine.engine import Engine
 from moespan.engine.request import Request
-from moespan.engine.worker import Pending, Worker
+from moespan.engine.results import Pending
+from moespan.engine.worker import Worker
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
 from tests.support import QUICKSTART, Oracle, altered_checkpoint, write_config
 

@@ -1,4 +1,4 @@
-"""The program of a rank with a fake engine: it echoes, and does what a request's id tells it to.
+"""The program of a rank with a fake engine: it echoes, and a request's id may name a deed.
 
 A request `sigkill@1` makes rank 1 kill itself in the next step, and so on (`DEEDS`). The model
 `load-error@1` makes rank 1 fail while loading. All other ranks wait in a collective meanwhile.
@@ -25,7 +25,7 @@ from moespan.launch.rank import run_rank
 
 
 def fail() -> None:
-    raise ValueError("the fake engine was told to fail")
+    raise ValueError("the fake engine fails on purpose")
 
 
 DEEDS = {

@@ -47,14 +47,14 @@ class Host:
         command = [*self._enter, sys.executable, *arguments]
         return subprocess.Popen(command, text=True, **{**pipes, **options})
 
-    def processes(self, word: str = "") -> list[int]:
-        """Those that were started here and have `word` in their command line."""
+    def processes(self, part: str = "") -> list[int]:
+        """Processes started on this host with `part` in their command line."""
         found = []
         own = Path(f"/proc/{self.holder.pid}/ns/net").readlink()
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 command = (process / "cmdline").read_text().replace("\0", " ")
-                if (process / "ns/net").readlink() == own and word in command:
+                if (process / "ns/net").readlink() == own and part in command:
                     found.append(int(process.name))
         return sorted(set(found) - {self.holder.pid})
 
@@ -64,17 +64,17 @@ class Host:
         return {line.split()[3].rpartition(":")[0] for line in lines}
 
     def pull_cable(self) -> None:
-        """Cut the link to the other host, without a word to the processes of either."""
+        """Cut the link to the other host; no process of either gets a signal."""
         self.run("ip", "link", "set", _INTERFACE, "down")
 
     def run(self, *command: str) -> str:
-        """What a command prints that is run here."""
+        """Run a command on this host; → its output."""
         return subprocess.run(
             [*self._enter, *command], check=True, capture_output=True, text=True, timeout=10
         ).stdout
 
     def remove(self) -> None:
-        """Kill all that was started here; the namespace goes with the last of it."""
+        """Kill all processes on this host; the namespace ends with the last one."""
         with contextlib.suppress(OSError):
             for pid in self.processes():
                 with contextlib.suppress(ProcessLookupError):

@@ -28,7 +28,7 @@ from moespan.front.start import warn_if_tp_crosses_nodes
 from moespan.launch import meeting, watch
 from moespan.launch.job import Failure
 from moespan.launch.meeting import Met, facts, meet
-from moespan.launch.watch import NoPeers, Watch, write_first_words
+from moespan.launch.watch import NoPeers, Watch, write_first_statuses
 from moespan.machine.interfaces import interface_of, interface_towards, interfaces
 from tests.support import DATA
 
@@ -56,13 +56,13 @@ def free_port() -> int:
 
 
 def job(nnodes: int = 2, **settings: Any) -> list[Nodes]:
-    """The nodes of one job, as each is told of them."""
+    """The nodes of one job, as each node is configured."""
     settings = {"master_port": free_port(), "join_timeout_s": 20.0, "silence_s": 2.0, **settings}
     return [Nodes(nnodes=nnodes, node_rank=rank, **settings) for rank in range(nnodes)]
 
 
 def meet_all(*parts: tuple[Nodes, dict[str, str]]) -> list[Met | str]:
-    """What comes of it on each node, all of them at the same time: an error as its text."""
+    """The result on each node, all at the same time; an error as its text."""
 
     def run(part: tuple[Nodes, dict[str, str]]) -> Met | str:
         try:
@@ -93,7 +93,7 @@ def meet_all(*parts: tuple[Nodes, dict[str, str]]) -> list[Met | str]:
         ({"master_addr": ""}, "every network"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], says: str) -> None:
+def test_impossible_settings_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Nodes(**settings)
 
@@ -109,7 +109,7 @@ def test_the_meeting_point_is_written_as_in_a_url() -> None:
     assert Nodes(master_addr="fd00::1").meeting_point == "[fd00::1]:29500"
 
 
-def test_tp_that_crosses_nodes_is_said_aloud_by_node_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_node_0_warns_of_tp_that_crosses_nodes(capsys: pytest.CaptureFixture[str]) -> None:
     warn_if_tp_crosses_nodes(Layout(tp=4, dp=2), Nodes(nnodes=2))
     warn_if_tp_crosses_nodes(Layout(tp=4), Nodes(nnodes=2, node_rank=1))
     assert capsys.readouterr().err == ""
@@ -127,7 +127,7 @@ def test_the_command_line_takes_the_names_of_vllm_and_sglang() -> None:
         cli._parser().parse_args([*words, "--dist-init-addr", "fd00"])
 
 
-def test_nodes_are_for_torchrun_to_know_where_it_started_the_program(
+def test_nodes_are_refused_in_a_program_that_torchrun_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
@@ -189,19 +189,19 @@ def test_nodes_meet_on_the_address_that_was_given_and_no_other() -> None:
         if state == "0A" and local.endswith(f":{port}")
     ]
     assert listening == [f"0200007F:{port}"]
-    # Whoever comes late, or by mistake, does not disturb them.
+    # A node that comes late, or by mistake, does not disturb the others.
     assert meet_all((nodes[1], FACTS)) == [
         f"the job at 127.0.0.2:{nodes[0].master_port} runs already, without this node: node 0 is "
         "127.0.0.2, node 1 is 127.0.0.1, node 2 is 127.0.0.1; give each node its own node_rank, "
         "and each job its own master_port"
     ]
     watches = [m.watch for m in met if isinstance(m, Met)]
-    assert not any(one.trouble() for one in watches)
+    assert not any(one.must_end() for one in watches)
     for one in reversed(watches):
         one.close()
 
 
-def test_all_nodes_hear_of_all_that_differs_on_any() -> None:
+def test_all_nodes_get_all_differences() -> None:
     nodes = job(3)
     started_at = time.monotonic()
     said = meet_all(
@@ -229,7 +229,7 @@ def test_two_nodes_with_the_same_rank_are_named_to_all() -> None:
 
 
 @pytest.mark.parametrize("theirs", [2, 4])
-def test_nodes_that_count_differently_are_told_so(
+def test_nodes_with_different_nnodes_get_an_error(
     theirs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(meeting, "_STRAGGLERS_S", 0.5)
@@ -260,7 +260,7 @@ def test_a_node_that_never_joins_is_named_to_all_that_did() -> None:
     )
 
 
-def test_whoever_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_waits_names_the_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "_PATIENCE_S", 0.2)
     for rank, missing in enumerate(("node 1", "node 0")):
         node = job(2, join_timeout_s=0.8)[rank]
@@ -271,7 +271,7 @@ def test_whoever_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
         assert lines[0].startswith(f"waiting for {missing} at 127.0.0.1:{node.master_port}")
 
 
-def test_node_0_that_cannot_be_reached_is_told_after_the_join_timeout() -> None:
+def test_a_node_0_that_cannot_be_reached_is_an_error_after_the_join_timeout() -> None:
     node = job(2, join_timeout_s=1)[1]
     started_at = time.monotonic()
     (said,) = meet_all((node, FACTS))
@@ -289,7 +289,9 @@ def test_node_0_that_cannot_be_reached_is_told_after_the_join_timeout() -> None:
         ("no.such.host.invalid", "names no address"),
     ],
 )
-def test_an_address_that_node_0_cannot_listen_on_is_told_at_once(address: str, says: str) -> None:
+def test_an_address_that_node_0_cannot_listen_on_is_an_error_at_once(
+    address: str, says: str
+) -> None:
     started_at = time.monotonic()
     with pytest.raises(MeetingError, match=says):
         meet(job(2, master_addr=address)[0], FACTS)
@@ -297,7 +299,7 @@ def test_an_address_that_node_0_cannot_listen_on_is_told_at_once(address: str, s
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
-def test_a_taken_port_is_told_on_both_sides(answer: bytes) -> None:
+def test_a_taken_port_is_an_error_on_both_sides(answer: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as foreign:
 
         def serve() -> None:
@@ -359,7 +361,7 @@ class Trio:
         timeout = timedelta(seconds=5)
         self.server = TCPStore("127.0.0.1", 0, is_master=True, timeout=timeout)
         port = self.server.port
-        write_first_words(self.server, 3)
+        write_first_statuses(self.server, 3)
         self.cables = [
             Cable(TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)) for _ in range(3)
         ]
@@ -368,14 +370,14 @@ class Trio:
             for node, cable in zip(job(3, silence_s=1.0), self.cables, strict=True)
         ]
 
-    def wait_for_trouble(self, *nodes: int) -> None:
+    def wait_for_end(self, *nodes: int) -> None:
         deadline = time.monotonic() + 5
-        while not all(self.watches[node].trouble() for node in nodes):
+        while not all(self.watches[node].must_end() for node in nodes):
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
     def causes(self, *nodes: int) -> list[str]:
-        """What each of these nodes says ended the job."""
+        """The cause of the job's end, as each of these nodes reports it."""
         with ThreadPoolExecutor(3) as pool:
             found = pool.map(lambda node: self.watches[node].first_cause(), nodes)
             return [str(failure and failure.to_error(starting=False)) for failure in found]
@@ -401,8 +403,8 @@ MISSED = Failure(rank=1, kind="RuntimeError", message="gloo: closed by peer", lo
 def test_nodes_that_end_well_have_no_cause(trio: Trio) -> None:
     time.sleep(0.3)
     for node in trio.watches:
-        assert not node.trouble()
-        node.tell(None)
+        assert not node.must_end()
+        node.report(None)
     assert trio.causes(0, 1, 2) == ["None"] * 3
     started_at = time.monotonic()
     with ThreadPoolExecutor(3) as pool:
@@ -411,77 +413,77 @@ def test_nodes_that_end_well_have_no_cause(trio: Trio) -> None:
 
 
 def test_the_cause_comes_before_what_followed_on_other_nodes(trio: Trio) -> None:
-    trio.watches[0].tell(MISSED)
+    trio.watches[0].report(MISSED)
     time.sleep(0.3)
-    trio.watches[1].tell(KILLED)
-    trio.wait_for_trouble(0, 1, 2)
-    trio.watches[2].tell(None)
+    trio.watches[1].report(KILLED)
+    trio.wait_for_end(0, 1, 2)
+    trio.watches[2].report(None)
     assert trio.causes(0, 1, 2) == ["node 1, rank 5 was killed by SIGKILL"] * 3
 
 
-def test_of_two_causes_the_first_is_named(trio: Trio) -> None:
-    trio.watches[2].tell(KILLED)
+def test_the_first_of_two_causes_is_named(trio: Trio) -> None:
+    trio.watches[2].report(KILLED)
     time.sleep(0.3)
-    trio.watches[1].tell(msgspec.structs.replace(KILLED, rank=3))
-    trio.watches[0].tell(None)
+    trio.watches[1].report(msgspec.structs.replace(KILLED, rank=3))
+    trio.watches[0].report(None)
     assert trio.causes(0, 1, 2) == ["node 2, rank 5 was killed by SIGKILL"] * 3
 
 
 def test_a_node_that_is_silent_is_lost(trio: Trio) -> None:
     time.sleep(0.2)
     trio.cables[2].cut = True
-    trio.wait_for_trouble(0, 1, 2)
+    trio.wait_for_end(0, 1, 2)
     for node in trio.watches:
-        node.tell(None)
-    assert trio.causes(0, 1) == ["node 2 (10.0.0.3) has not been heard of for 1 s"] * 2
+        node.report(None)
+    assert trio.causes(0, 1) == ["node 2 (10.0.0.3) has not been heard from for 1 s"] * 2
     (alone,) = trio.causes(2)
-    assert alone == "node 0 (10.0.0.1) has not been heard of for 1 s"
+    assert alone == "node 0 (10.0.0.1) has not been heard from for 1 s"
     started_at = time.monotonic()
     trio.watches[0].close()
     assert time.monotonic() - started_at < 1
 
 
-def test_who_does_not_answer_at_the_end_is_the_cause_of_what_others_missed(trio: Trio) -> None:
+def test_a_node_that_is_silent_at_the_end_is_the_cause_of_lost_peers(trio: Trio) -> None:
     time.sleep(0.2)
     trio.cables[2].cut = True
-    trio.watches[0].tell(MISSED)
-    trio.watches[1].tell(None)
+    trio.watches[0].report(MISSED)
+    trio.watches[1].report(None)
     (cause,) = trio.causes(0)
-    says = "node 2 (10.0.0.3) has not been heard of for 1 s\nnode 0, rank 1: gloo: closed by peer"
+    says = "node 2 (10.0.0.3) has not been heard from for 1 s\nnode 0, rank 1: gloo: closed by peer"
     assert cause == says.replace("rank 1:", "rank 1")
 
 
-def test_what_was_only_missed_is_still_better_than_nothing(trio: Trio) -> None:
-    trio.watches[0].tell(MISSED)
-    trio.wait_for_trouble(1, 2)
-    trio.watches[1].tell(None)
-    trio.watches[2].tell(None)
+def test_a_lost_peer_is_the_cause_if_there_is_no_better_one(trio: Trio) -> None:
+    trio.watches[0].report(MISSED)
+    trio.wait_for_end(1, 2)
+    trio.watches[1].report(None)
+    trio.watches[2].report(None)
     assert trio.causes(0, 1, 2) == ["node 0, rank 1 gloo: closed by peer"] * 3
 
 
 def test_the_end_of_the_store_is_the_end_of_node_0(trio: Trio) -> None:
     del trio.server
     trio.cables[0].cut = True
-    trio.wait_for_trouble(1, 2)
-    trio.watches[1].tell(None)
+    trio.wait_for_end(1, 2)
+    trio.watches[1].report(None)
     assert trio.causes(1) == ["node 0 (10.0.0.1) has gone: its agent closed the connection"]
 
 
 def test_ranks_that_run_on_after_node_0_ended_well_are_named(trio: Trio) -> None:
     for node in (0, 2):
-        trio.watches[node].tell(None)
+        trio.watches[node].report(None)
     trio.watches[0].close()
     trio.cables[0].cut = True
-    trio.wait_for_trouble(1)
-    trio.watches[1].tell(None)
+    trio.wait_for_end(1)
+    trio.watches[1].report(None)
     (cause,) = trio.causes(1)
     assert cause == "node 1 (10.0.0.2) has ranks that run on 1 s after those of node 0 ended"
 
 
 def test_one_node_has_only_its_own_failures() -> None:
     alone = NoPeers()
-    alone.tell(KILLED)
-    assert not alone.trouble()
+    alone.report(KILLED)
+    assert not alone.must_end()
     assert alone.first_cause() is KILLED
     assert str(KILLED.to_error(False)) == "rank 5 was killed by SIGKILL"
 
@@ -522,7 +524,7 @@ class Pair:
         return agent
 
     def ends(self, within_s: float) -> list[tuple[int, str]]:
-        """Exit code of each node, and what it says besides that it waits or joined."""
+        """Exit code of each node, and its output except lines about waiting and joining."""
         deadline = time.monotonic() + within_s
         ends = []
         for front in self.fronts:
@@ -541,7 +543,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pairs(request: pytest.FixtureRequest) -> Iterator[Iterator[Pair]]:
-    """A pair for each test that wants one. It starts while the test before waits for something."""
+    """A pair for each test that needs one. It starts while the previous test waits."""
     wanted = sum("pair" in getattr(item, "fixturenames", ()) for item in request.session.items)
     with contextlib.ExitStack() as cleanup:
 
@@ -643,7 +645,7 @@ def test_an_error_while_loading_keeps_its_class_on_both_nodes() -> None:
         assert words.startswith("CheckpointError: node 1, rank 1: the fake checkpoint is broken")
 
 
-def test_a_node_that_is_told_to_end_says_so(pair: Pair) -> None:
+def test_a_node_that_gets_a_signal_names_it(pair: Pair) -> None:
     pair.ready()
     agents = [pair.agent(node) for node in (0, 1)]
     pair.fronts[1].send_signal(signal.SIGINT)

@@ -126,7 +126,7 @@ def test_a_frame_that_announces_too_much_is_refused_before_it_comes(
         Connection[FromLeader](sockets[0], FromLeader).receive(1)
 
 
-def test_what_was_sent_before_the_end_is_received_before_the_end(ends: Ends) -> None:
+def test_messages_sent_before_the_end_are_received_before_the_error(ends: Ends) -> None:
     front, leader = ends
     front.send(Abort("never read"))
     leader.send(Deltas([OutputDelta(id="a", finish_reason="stop")]))

@@ -61,7 +61,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def alive(pids: set[int]) -> set[int]:
-    """Those of `pids` that run, and zombies that this process has not waited for."""
+    """The running ones among `pids`, and zombies that this process has not waited for."""
     found = set()
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -79,7 +79,7 @@ def wait_until_gone(pids: set[int], limit_s: float) -> set[int]:
 
 
 def death_of(client: RanksClient, request_id: str, hangs_s: float = 0) -> str:
-    """What the client says after a rank did as told; it must say so in time and leave nothing."""
+    """The client's error after the deed of a rank; it must come in time and leave nothing."""
     processes = descendants(client._agent.pid)
     asked_at = time.monotonic()
     with client:
@@ -140,7 +140,7 @@ def test_a_refused_request_comes_back_as_error_and_the_engine_goes_on(client: Ra
     assert deltas == [*refused, echo("good")]
 
 
-def test_an_aborted_request_brings_nothing(client: RanksClient) -> None:
+def test_an_aborted_request_brings_no_delta(client: RanksClient) -> None:
     client.abort("unknown")
     client.add(request("kept"))
     assert client.receive(10) == [echo("kept")]
@@ -239,7 +239,7 @@ def test_closing_leaves_no_process_and_no_directory(client: RanksClient) -> None
     ("deed", "says"),
     [
         ("sigkill@1", "rank 1 was killed by SIGKILL"),
-        ("raise@1", "rank 1 failed with ValueError: the fake engine was told to fail"),
+        ("raise@1", "rank 1 failed with ValueError: the fake engine fails on purpose"),
         ("crash@0", "rank 0 was killed by SIGSEGV"),
     ],
 )
@@ -251,7 +251,7 @@ def test_a_dead_rank_ends_the_job_and_is_named(
     if deed in ("raise@1", "crash@0"):
         assert "in take_part" in message
         assert message.count("fake_rank.py") >= 2
-    assert capfd.readouterr() == ("", "")  # the error is told once, by whoever catches it
+    assert capfd.readouterr() == ("", "")  # only the code that catches the error prints it
 
 
 def test_a_death_while_asking_reaches_all_threads_and_deltas_sent_before_are_not_lost() -> None:
@@ -278,7 +278,7 @@ def hang_alone() -> str:
 
 @pytest.fixture(scope="module")
 def hangs() -> Iterator[dict[str, Future[str]]]:
-    """What is said of ranks that hang: while other tests run, since most of it is waiting."""
+    """Errors of ranks that hang. The jobs wait while other tests run."""
     with ThreadPoolExecutor() as pool:
         yield {
             "stopped": pool.submit(
@@ -340,7 +340,7 @@ def test_ranks_die_with_a_killed_agent() -> None:
         assert wait_until_gone(ranks, DEATH_S) == set()
 
 
-def test_time_is_up_for_a_start_that_hangs() -> None:
+def test_a_start_that_hangs_ends_at_its_timeout() -> None:
     started_at = time.monotonic()
     with pytest.raises(EngineDeadError, match="start_timeout_s"):
         RanksClient(

@@ -38,7 +38,7 @@ def start(hosts: tuple[Host, Host], verb: str, *arguments: str) -> list[subproce
 
 
 def start_batch(hosts: tuple[Host, Host], folder: Path) -> list[subprocess.Popen[str]]:
-    """A batch that takes minutes; returns when the first of its answers are there."""
+    """A batch that takes minutes; returns after its first answers."""
     prompts, output = folder / "prompts.jsonl", folder / "answers.jsonl"
     prompts.write_text('{"prompt": [5, 6, 7]}\n' * 10_000)
     fronts = start(hosts, "generate", "--input", str(prompts), "--output", str(output), "--quiet")
@@ -79,15 +79,14 @@ def cut_the_cable(folder: Path) -> None:
         found = ends(fronts, SILENCE_S + DEATH_S)
         for (code, words), other in zip(found, (1, 0), strict=True):
             name = f"node {other} ({hosts[other].address})"
-            assert (code, words) == (1, f"moespan: {name} has not been heard of for 10 s")
+            assert (code, words) == (1, f"moespan: {name} has not been heard from for 10 s")
         assert [host.processes() for host in hosts] == [[], []]
     assert (folder / "answers.jsonl").read_text().endswith("}\n")
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
-    """Batches that come to a bad end, each on hosts of its own: while other tests run, since most
-    of it is waiting."""
+    """Batches that fail, each on hosts of its own. They wait while other tests run."""
     with ThreadPoolExecutor() as pool:
         yield {
             how.__name__: pool.submit(how, tmp_path_factory.mktemp("batch"))
@@ -117,7 +116,7 @@ def test_every_layout_of_two_hosts_computes_what_one_rank_does(hosts: tuple[Host
     )
 
 
-# The host that is not the leader's ends inside LLM(...).
+# The host without the leader exits inside LLM(...).
 TWO_RANKS_EACH = """
 import sys
 from moespan import LLM

@@ -1,14 +1,14 @@
-"""Blocks of the KV cache: who uses them, and which of them hold a prefix that can be used again.
+"""Blocks of the KV cache: their users, and the prefixes they hold for reuse.
 
-Counts and names only; the tensors are the worker's, and who deserves a block is the scheduler's.
+Counts and digests only: the worker has the tensors, and the scheduler decides who gets a block.
 
 A block is in one of three states:
 
-| state | references | digest | how it leaves |
+| state | references | digest | left by |
 |---|---|---|---|
 | empty | 0 | no | `take` |
-| used | 1 or more; more when sequences share a prefix | once published | `free`, at the last user |
-| cached | 0 | yes | `take` shares it, or evicts it when nothing is empty |
+| used | 1 or more; above 1 if sequences share a prefix | once published | `free` by the last user |
+| cached | 0 | yes | `take`, which shares it, or evicts it if none is empty |
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ DIGEST_BYTES = 16
 
 
 class BlockAllocator:
-    """Hands out `num_blocks` blocks of `block_size` tokens, and finds those of a known prefix.
+    """Hands out `num_blocks` blocks of `block_size` tokens, and finds the blocks of known prefixes.
 
-    A full block is known by the digest of its tokens and of all tokens before it, under a random
-    key of this process: nobody outside can make two prefixes that are mistaken for one another.
-    Allocators with the same `key` have the same digests.
+    A full block is named by a digest of its tokens and all tokens before it. The digest has a
+    random key of this process, so no client can make two prefixes collide. Allocators with the
+    same `key` have the same digests.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class BlockAllocator:
 
     @property
     def num_used(self) -> int:
-        """Blocks that sequences hold."""
+        """Blocks in use by sequences."""
         return self.num_blocks - self.num_free
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` tokens take."""
+        """Number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def take(self, num_new: int, shared: Sequence[int] = ()) -> list[int] | None:
@@ -75,7 +75,7 @@ class BlockAllocator:
         return table
 
     def free(self, table: Sequence[int]) -> None:
-        """Give back what `take` returned; the last block first, so that it is evicted first."""
+        """Give back a table from `take`, last block first, so that the last is evicted first."""
         for block in reversed(table):
             if self._references[block] == 0:
                 raise AssertionError(f"block {block} is freed, but nobody uses it")
@@ -87,9 +87,9 @@ class BlockAllocator:
                     self._cached[block] = None
 
     def extend_digests(self, digests: list[bytes], token_ids: Sequence[int]) -> None:
-        """Extend `digests`, those of the first blocks of `token_ids`, to all its full blocks.
+        """Extend the digests of the first blocks of `token_ids` to all its full blocks.
 
-        With prefix caching off it stays empty, so that nothing is published or found.
+        With prefix caching off they stay empty, so that nothing is published or found.
         """
         if not self.enable_prefix_caching:
             return
@@ -111,15 +111,15 @@ class BlockAllocator:
         return blocks
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Let others find `block`: its keys and values are computed, and it is in use.
+        """Let `match` find `block`, which is in use and fully computed.
 
-        Of two blocks with equal contents the first stays the known one.
+        If two blocks have equal contents, the first stays published.
         """
         if self._published.setdefault(digest, block) == block:
             self._digests[block] = digest
 
     def retract(self, table: Iterable[int]) -> None:
-        """Let nobody else find the blocks in `table`, which are in use: their contents are bad."""
+        """Let `match` no longer find the blocks of `table`, which are in use: they are corrupt."""
         for block in table:
             digest = self._digests[block]
             if digest is not None:
@@ -127,7 +127,7 @@ class BlockAllocator:
                 self._digests[block] = None
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Compare the references with a recount over `tables`, the block tables of all sequences.
+        """Compare the reference counts with a recount over `tables`, those of all sequences.
 
         Raises:
             AssertionError: a block is leaked, freed too early, or in two states at once.
@@ -158,7 +158,7 @@ class BlockAllocator:
             raise AssertionError("KV blocks: " + "; ".join(problems))
 
     def _empty_one(self) -> int:
-        """Return an empty block; if there is none, evict the least recently used cached one."""
+        """Take an empty block; if there is none, evict the least recently used cached one."""
         if self._empty:
             return self._empty.pop()
         block, _ = self._cached.popitem(last=False)

@@ -30,7 +30,7 @@ class EngineClient(Protocol):
         """Facts about the engine."""
 
     def add(self, request: Request) -> None:
-        """Hand over a request; does not wait for its answer."""
+        """Hand over a request; does not wait for deltas."""
 
     def abort(self, request_id: str) -> None:
         """Drop a request; at most deltas that are on their way still come."""
@@ -43,7 +43,7 @@ class EngineClient(Protocol):
         """
 
     def ask(self, question: Question[A]) -> A:
-        """Wait for the answer to a question, which comes between two steps of the engine.
+        """Wait for the answer to a question, which the engine gives between two steps.
 
         Deltas that come meanwhile are kept for `receive`.
 
@@ -56,7 +56,7 @@ class EngineClient(Protocol):
         """End the engine and build one of `config` on the same ranks; unfinished requests are lost.
 
         Raises:
-            MoespanError: it cannot start, and why; the ranks are gone then.
+            MoespanError: the reason why it cannot start; the ranks are gone then.
         """
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class LocalClient:
             engine.abort(request_id)
 
     def receive(self, timeout_s: float | None = None) -> list[OutputDelta]:
-        """Run steps until one brings something; nothing if there is no work."""
+        """Run steps until one brings deltas; nothing if there is no work."""
         while True:
             with self._turn() as engine:
                 deltas, self._refused = self._refused, []
@@ -134,10 +134,10 @@ class LocalClient:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[Engine]:
-        """The engine, for this thread alone.
+        """The engine, for this thread only.
 
-        A lock by itself is not fair: a thread that runs step after step would take it again before
-        another one wakes up. Whoever is next holds the queue meanwhile.
+        One lock would not be fair: a thread that runs step after step would take it again before
+        another thread wakes up. With two, the next thread holds the queue until its turn comes.
         """
         with self._queue:
             self._use.acquire()

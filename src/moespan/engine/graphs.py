@@ -1,11 +1,11 @@
 """Decode steps as recorded graphs, on devices that have them: one launch instead of hundreds.
 
-A step in which every sequence has one token is padded to one of a few sizes, and the work of each
-size is recorded when it is first met. Added rows are sequences of one token in blocks of the cache
-that no request is given. Everything that a step brings goes into one tensor that stays where it is.
+A step in which every sequence has one token is padded to one of a few sizes. The work of each size
+is recorded when the size first occurs. Added rows are sequences of one token in cache blocks that
+no request gets. All inputs of a step go into one tensor, whose address stays the same.
 
-Whether a step is padded, and to what size, follows from its plans alone, so that all ranks agree;
-a rank that cannot record runs the padded step as it is.
+The plans alone decide whether a step is padded, and to what size, so all ranks agree. A rank that
+cannot record runs the padded step without a graph.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from moespan.config import EngineConfig
 from moespan.engine.sampler import fill_in
 from moespan.engine.step import StepPlan
 from moespan.log import once
-from moespan.memory import is_host, reserved_bytes
+from moespan.memory import is_host, reserved_bytes, zeros
 from moespan.ops import AttentionBatch, Ops, Replay
 from moespan.parallel.counters import Traffic
+from moespan.parallel.mesh import Mesh
+from moespan.parallel.tokens import split_evenly
 
-# Each graph holds streams for each communicator of the device, which has not many.
+# Each graph takes streams for each communicator of the device, which has few streams.
 _MOST_SIZES = 40
 _STEP = 8
-# Parts of the inputs begin at multiples of so many int32, as tensors of their own would.
+# Parts of the inputs begin at multiples of so many int32, aligned as separate tensors would be.
 _ALIGNMENT = 128
 
 Run = Callable[[Tensor, AttentionBatch, Tensor], Tensor]
-"""(token ids [S] or hidden state [L, H], batch, rows [S]) → what the model returns."""
+"""(token ids [S] or hidden state [L, H], batch, rows [S]) → the model's output."""
 
 
 def padded_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, and multiples of 8 (of more where these are too many) until all sequences fit."""
+    """1, 2, 4, and multiples of 8, or of more if these are too many, until all sequences fit."""
     step = -(-max_num_seqs // (_STEP * (_MOST_SIZES - 3))) * _STEP
     sizes = [1, 2, 4, *([_STEP] if step > _STEP else []), *range(step, max_num_seqs + step, step)]
     fitting = next(i for i, size in enumerate(sizes) if size >= max_num_seqs)
@@ -45,7 +47,7 @@ def padded_sizes(max_num_seqs: int) -> list[int]:
 
 
 def scratch_blocks(config: EngineConfig, ops: Ops) -> int:
-    """Blocks of the cache that padding needs, with a slot for each added row; 0 without graphs."""
+    """Cache blocks for padding, with a slot for each added row; 0 without graphs."""
     if config.enforce_eager or not ops.has_graphs:
         return 0
     return -(-padded_sizes(config.max_num_seqs)[-1] // config.block_size)
@@ -53,7 +55,7 @@ def scratch_blocks(config: EngineConfig, ops: Ops) -> int:
 
 @dataclass
 class _Recorded:
-    """One padded size: where its inputs and its output are, and how to run it."""
+    """One padded size: its inputs, its output, and its recorded work."""
 
     inputs: Tensor
     batch: AttentionBatch
@@ -69,14 +71,13 @@ class DecodeGraphs:
     """The graphs of one rank.
 
     Attributes:
-        num_recorded, memory_bytes: graphs so far, and the device memory that they took.
+        num_recorded, memory_bytes: number of graphs so far, and the device memory of them.
 
     Args:
         run: runs the model.
-        traffic: where the model's collectives are counted; those of a replay are, too.
-        first_scratch_block: of those that padding may write to.
-        hidden: makes room for what the stage before sends for a padded size, [L, H]; None on the
-            first stage.
+        mesh: counts the model's collectives in its `traffic`, those of a replay included.
+        hidden_size: width of the hidden state that the previous stage sends.
+        first_scratch_block: first of the blocks that padding may write to.
     """
 
     def __init__(
@@ -84,17 +85,17 @@ class DecodeGraphs:
         ops: Ops,
         run: Run,
         config: EngineConfig,
-        device: torch.device,
-        traffic: Traffic,
+        mesh: Mesh,
+        hidden_size: int,
         first_scratch_block: int,
-        hidden: Callable[[int], Tensor] | None,
     ) -> None:
         self.num_recorded = self.memory_bytes = 0
-        self._ops, self._run, self._device, self._traffic = ops, run, device, traffic
+        self._ops, self._run, self._mesh = ops, run, mesh
+        self._device, self._traffic = mesh.device, mesh.traffic
+        self._hidden_size, self._dtype = hidden_size, getattr(torch, config.dtype)
         self._sizes = padded_sizes(config.max_num_seqs)
         self._block_size, self._first_scratch_block = config.block_size, first_scratch_block
         self._width = config.blocks_per_sequence
-        self._hidden = hidden
         self._recorded: dict[int, _Recorded] = {}
         self._gave_up = False
         if os.environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
@@ -102,11 +103,11 @@ class DecodeGraphs:
             self.say("ASCEND_LAUNCH_BLOCKING=1 does not go with recording")
 
     def size_for(self, num_tokens: int) -> int | None:
-        """The size to which a step of so many sequences is padded; None if there is none."""
+        """The padded size of a step of `num_tokens` sequences; None if it is too large."""
         return next((size for size in self._sizes if size >= num_tokens), None)
 
     def say(self, why: str, from_any_rank: bool = False) -> None:
-        """Tell, once, that steps run without graphs."""
+        """Warn, once, that steps run without graphs."""
         once(f"decode steps are not recorded as graphs: {why}", from_any_rank)
 
     def __call__(
@@ -115,11 +116,11 @@ class DecodeGraphs:
         """Run the decode step `plan`, padded to `size` sequences.
 
         Args:
-            hidden: what the stage before sent, [L, H]; None on the first stage.
-            expected: int32 [R], the tokens that the plan names by their place; None if none.
+            hidden: hidden state from the previous stage, [L, H]; None on the first stage.
+            expected: int32 [R], the tokens that the plan names by index; None if there are none.
 
         Returns:
-            What the model returns for the padded step, in memory that the next step overwrites.
+            The model's output for the padded step, in memory that the next step overwrites.
         """
         recorded = self._recorded.get(size)
         if recorded is None:
@@ -138,7 +139,7 @@ class DecodeGraphs:
         batch = recorded.batch
         inputs = recorded.token_ids if recorded.hidden is None else recorded.hidden
         batch = replace(batch, context_lens=[total - 1 for total in total_lens])
-        # Runs before recording: kernels, communicators and constants are then made outside of it.
+        # Run once before recording, so that kernels, communicators and constants exist by then.
         out = self._run(inputs, batch, recorded.rows)
         if not self._gave_up:
             self._record(recorded, lambda: self._run(inputs, batch, recorded.rows))
@@ -156,7 +157,7 @@ class DecodeGraphs:
         try:
             recorded.traffic = self._traffic.count_separately(record)
         except Exception as error:
-            # Whatever a device or a driver finds wrong with it: the step runs without.
+            # If a device or driver cannot record, for any reason, steps run without graphs.
             self._gave_up = True
             self.say(f"{type(error).__name__}: {error}".splitlines()[0], from_any_rank=True)
             return
@@ -173,14 +174,18 @@ class DecodeGraphs:
             [1] * size, [0] * size, tables.view(size, self._width), slots, positions, totals
         )
         rows = torch.arange(size, dtype=torch.int32, device=self._device)
-        hidden = self._hidden(size) if self._hidden else None
+        hidden = None
+        if not self._mesh.is_first_stage:
+            here = split_evenly(size, self._mesh.sp.size)[self._mesh.sp.rank]
+            hidden = zeros((here, self._hidden_size), self._dtype, self._device)
         return _Recorded(whole, batch, token_ids, rows, hidden)
 
     def _fill(self, recorded: _Recorded, plan: StepPlan) -> list[int]:
-        """Send the plan's inputs, in one transfer; → tokens of each sequence after the step."""
+        """Copy the plan's inputs to the device, in one transfer; → length of each sequence after
+        the step."""
         size, given = len(recorded.rows), len(plan.token_ids)
         added = size - given
-        # Fresh memory, which the allocator keeps until it has been sent.
+        # New memory for each step; the allocator keeps it until it has been copied.
         sent = torch.zeros(
             recorded.inputs.shape, dtype=torch.int32, pin_memory=not is_host(self._device)
         )
@@ -196,7 +201,7 @@ class DecodeGraphs:
         tables[given:] = self._first_scratch_block
         blocks = tables[np.arange(size), positions // self._block_size]
         slots[:] = blocks * self._block_size + positions % self._block_size
-        # The first added row writes the slot that all of them read.
+        # The first added row writes the slot that all added rows read.
         slots[given:] += np.arange(added, dtype=np.int32)
         recorded.inputs.copy_(sent, non_blocking=True)
         return [length + 1 for length in plan.context_lens] + [1] * added

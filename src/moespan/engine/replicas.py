@@ -1,7 +1,7 @@
-"""The replicas of data parallelism under one leader: who takes a request, and the next step.
+"""The dp replicas under one leader: which one takes a request, and their common steps.
 
-Each replica has a scheduler and blocks of its own; they make their plans for a step together, so
-that ranks that share experts stay in lockstep without asking one another.
+Each replica has its own scheduler and blocks. All make their plans for a step together, so ranks
+that share experts stay in lockstep without asking each other.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ class Replicas:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether there is anything to schedule or a result to wait for."""
+        """Whether a sequence or a plan is unfinished."""
         return any(scheduler.has_unfinished for scheduler in self.schedulers)
 
     @property
     def num_in_flight(self) -> int:
-        """Steps whose results are not back."""
+        """Steps without results yet."""
         return len(self._in_flight)
 
     def add(self, request: Request, seed: int = 0) -> list[Sequence]:
-        """Queue a request with the replica that has the longest prefix of its prompt in its cache,
-        of several with the one that has the fewest sequences.
+        """Queue a request with the replica whose cache holds the longest prefix of its prompt.
 
-        A replica that is a whole batch of sequences ahead of the least loaded one gets no more.
+        Among equals, the one with the fewest sequences takes it. A replica that is a whole batch
+        of sequences ahead of the least loaded one gets no more.
 
         Raises:
             RequestError: its id is in use, or its prompt or parameters break a limit.
@@ -69,19 +69,19 @@ class Replicas:
         return sequences
 
     def abort(self, request_id: str) -> list[Sequence]:
-        """End what is left of a request, and return it: nothing, if all of it has finished."""
+        """End the unfinished sequences of a request, and return them."""
         scheduler = self._home.pop(request_id, None)
         return [] if scheduler is None else scheduler.abort(request_id)
 
     def finish(self, sequence: Sequence) -> None:
-        """End `sequence` now, wherever it is."""
+        """End `sequence` now, whether it waits, runs or is in flight."""
         scheduler = self._home.get(sequence.id)
         if scheduler is not None:
             scheduler.finish(sequence)
             self._forget_if_done(sequence.id)
 
     def schedule(self) -> list[StepPlan | None] | None:
-        """Plan the next step of every replica (None for an idle one); None if all are idle."""
+        """Plan the next step: a plan or None for each replica; None if all are idle."""
         plans = [scheduler.schedule() for scheduler in self.schedulers]
         if not any(plans):
             return None
@@ -89,7 +89,7 @@ class Replicas:
         return plans
 
     def update(self, results: list[StepResult | None]) -> list[SequenceUpdate]:
-        """Take in the results of the oldest step in flight, and say what they brought to whom."""
+        """Take in the results of the oldest step in flight; → the updates of its sequences."""
         updates = []
         for scheduler, plan, result in zip(
             self.schedulers, self._in_flight.popleft(), results, strict=True

@@ -1,4 +1,4 @@
-"""What is asked of the engine and what it answers. Plain values; imports no torch."""
+"""Requests to the engine and the deltas that it returns. Plain values; imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_STOP_CHARACTERS = 1024
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to continue a prompt. Names and meanings are vLLM's.
+    """Sampling parameters of a request. Names and meanings are vLLM's.
 
     Attributes:
         n: number of independent continuations.
@@ -25,21 +25,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         top_p: keep the most probable tokens whose probabilities sum to this; 1 keeps all.
         top_k: keep this many of the most probable tokens; 0 or -1 keeps all.
         min_p: drop tokens less probable than this share of the most probable one.
-        seed: makes the continuation repeatable, whatever shares its batch. Continuation i of n
-            uses seed + i.
+        seed: makes the continuation repeatable in any batch. Continuation i of n uses seed + i.
         repetition_penalty: divides positive and multiplies negative logits of tokens that occur in
-            prompt or output (CTRL, arXiv 1909.05858).
+            the prompt or output (CTRL, arXiv 1909.05858).
         presence_penalty: subtracted once from the logits of tokens that occur in the output.
         frequency_penalty: subtracted once for every occurrence in the output.
         logit_bias: token id -> number added to its logit.
-        stop: strings that end the output; they are not part of it unless asked.
+        stop: strings that end the output; the text does not contain them by default.
         stop_token_ids: token ids that end the output.
         include_stop_str_in_output: keep the stop string in the text.
         max_tokens: most tokens to generate; None is as many as the model's length allows.
-        min_tokens: EOS, stop token ids and stop strings are barred before this many tokens.
-        ignore_eos: EOS is a token like any other.
+        min_tokens: EOS, stop token ids and stop strings do not count before this many tokens.
+        ignore_eos: treat EOS like any other token.
         skip_special_tokens: leave special tokens out of the text.
-        logprobs: also return the log probabilities of the sampled and of this many best tokens.
+        logprobs: return log probabilities of the sampled token and of this many best tokens.
         prompt_logprobs: the same for every prompt token but the first.
     """
 
@@ -152,9 +151,11 @@ def _is_unicode(texts: list[str]) -> bool:
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt for the engine: `prompt_token_ids` is not empty.
+    """One prompt for the engine.
 
-    prompt_logits: also return the float32 logits of every prompt position (for `verify`).
+    Attributes:
+        prompt_token_ids: at least one token.
+        prompt_logits: also return the float32 logits of every prompt position (for `verify`).
     """
 
     id: str
@@ -164,12 +165,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities at one position, of the model's own distribution (before penalties,
-    temperature and truncation).
+    """Log probabilities at one position, of the model's own distribution: before penalties,
+    temperature and truncation.
 
     Attributes:
-        token_id: the token that stands here.
-        logprob: its log probability.
+        token_id: the token at this position.
+        logprob: log probability of that token.
         top: the best tokens and their log probabilities, best first.
     """
 
@@ -179,18 +180,19 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one step added to continuation `index` of request `id`.
+    """The additions of one step to continuation `index` of request `id`.
 
     Attributes:
-        text: newly completed text; never half a character.
+        text: newly completed text, in whole characters.
         token_ids: newly generated tokens.
-        logprobs: one entry for each of `token_ids`, when asked for.
+        logprobs: one entry for each of `token_ids`, if requested.
         finish_reason: None while running, then `stop`, `length`, `abort` or `error`.
-        stop_reason: the stop string or stop token id that ended it.
-        error: what went wrong, with `finish_reason` `error`.
-        prompt_logprobs: of the prompt positions computed in this step (the entry for position
-            p + 1 comes with position p), when asked for.
-        prompt_logits: float32 rows [positions, vocabulary] as bytes, when asked for.
+        stop_reason: the stop string or stop token id that ended the continuation.
+        error: error text, with `finish_reason` `error`.
+        prompt_logprobs: log probabilities for the prompt positions of this step, if requested; the
+            entry for position p + 1 comes with position p.
+        prompt_logits: float32 rows [positions, vocabulary] as bytes, if requested.
+        num_cached_tokens: prompt tokens that the prefix cache held.
     """
 
     id: str
@@ -207,7 +209,7 @@ class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 def refusal(request: Request, error: RequestError) -> list[OutputDelta]:
-    """The end of every continuation of a request that the engine refused."""
+    """An error delta for every continuation of a refused request."""
     return [
         OutputDelta(id=request.id, index=index, finish_reason="error", error=str(error))
         for index in range(request.params.n)

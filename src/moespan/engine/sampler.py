@@ -1,7 +1,7 @@
 """From logits to tokens. Every draw is a pure function of its row, its seed and its position.
 
-So a seeded request gets the same tokens whatever shares its batch: one uniform number, made from
-seed and position, picks from the cumulative distribution.
+So a seeded request gets the same tokens in any batch: one uniform number, made from seed and
+position, picks from the cumulative distribution.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from moespan.engine.request import TokenLogprobs
 from moespan.engine.step import Sampled, SampleRow
 from moespan.memory import ToHost, on_host, to_device
 
-# Logits divided by less could overflow; it is as good as greedy.
+# Logits divided by less could overflow; at this temperature, a draw is as good as greedy.
 _LEAST_TEMPERATURE = 1e-6
-# How many tokens are tried first, and how many times as many where these do not suffice: top_p
-# rarely leaves more than a few hundred of a language model's, and if it does, it may be anything.
+# Number of candidates tried first, and the factor for more if these do not suffice. For a language
+# model, top_p rarely leaves more than a few hundred tokens; otherwise it may leave any number.
 _FIRST_CANDIDATES, _GROWTH = 256, 32
 
 
 class Sampling:
-    """One token for each row, which the device may still be choosing.
+    """One token for each row, possibly still being chosen on the device.
 
     Attributes:
-        token_ids: int32 [R], on the device of the logits; any valid id where these are not finite.
+        token_ids: int32 [R], on the device of the logits; any valid id for a row with logits that
+            are not finite.
 
     Args:
-        logits: [R, V], of activations' dtype; whatever is computed from them is float32. Free to be
-            overwritten by what the device is given next.
-        rows: R descriptions of how to sample.
+        logits: [R, V] in the activations' dtype; results computed from them are float32. The next
+            work on the device may overwrite them.
+        rows: how to sample each of the R rows.
     """
 
     def __init__(self, logits: Tensor, rows: list[SampleRow]) -> None:
         self._rows = rows
-        # Faster than argmax on CPUs; of equal ones it takes the first, too.
+        # Faster than argmax on CPUs, and also takes the first of equal logits.
         largest, best = logits.max(-1)
         self.token_ids = _choose(logits, best.int(), rows)
-        # A row's largest and smallest show what is not finite in it, NaN too, without a copy of it.
+        # The largest and smallest logit show any Inf or NaN of a row, without a copy of the row.
         finite = largest.isfinite() & logits.amin(-1).isfinite()
         chosen = torch.stack([self.token_ids, finite.int()])
         self._reported = [i for i, row in enumerate(rows) if row.logprobs is not None]
@@ -54,7 +55,7 @@ class Sampling:
         self._to_host = ToHost([chosen, *scores])
 
     def wait(self) -> list[Sampled]:
-        """One entry for each row; its token is None when its logits are not all finite."""
+        """One entry for each row; its token is None if the row's logits are not all finite."""
         chosen, *scores = self._to_host.wait()
         token_ids, finite = chosen.tolist()
         logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
@@ -71,12 +72,12 @@ class Sampling:
 
 
 def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
-    """Choose one token for each row of logits [R, V], and wait for it."""
+    """Choose one token for each row of logits [R, V], and wait for the tokens."""
     return Sampling(logits, rows).wait()
 
 
 def fill_in(token_ids: Tensor, sampled: Tensor) -> Tensor:
-    """Put `sampled[i]` where `token_ids` [T] names it, as `~i`; both int32."""
+    """Replace each `~i` in `token_ids` [T] by `sampled[i]`; both int32."""
     return torch.where(token_ids < 0, sampled[(~token_ids).clamp_(min=0)], token_ids)
 
 
@@ -84,16 +85,18 @@ def _choose(logits: Tensor, best: Tensor, rows: list[SampleRow]) -> Tensor:
     """The tokens of all rows, int32 [R]; the host does not wait for them.
 
     Args:
-        best: of each row the first of its largest logits, int32 [R]; overwritten.
+        best: index of each row's largest logit, the first of equal ones, int32 [R]; overwritten.
     """
-    by_way: defaultdict[Callable[[Tensor, list[SampleRow]], Tensor], list[int]] = defaultdict(list)
+    by_method: defaultdict[Callable[[Tensor, list[SampleRow]], Tensor], list[int]] = defaultdict(
+        list
+    )
     for i, row in enumerate(rows):
         if row.temperature > 0:
-            by_way[_draw_truncated if _is_truncated(row) else _draw].append(i)
+            by_method[_draw_truncated if _is_truncated(row) else _draw].append(i)
         elif _is_adjusted(row):
-            by_way[_take_best].append(i)
-    # Rows pay for what they ask for, and none for another one's sake.
-    for choose, numbers in by_way.items():
+            by_method[_take_best].append(i)
+    # Each row takes the cheapest path that its own parameters allow.
+    for choose, numbers in by_method.items():
         at, chosen = _tensor(numbers, torch.int64, logits), [rows[i] for i in numbers]
         copied = logits[at].float()
         _adjust(copied, chosen)
@@ -108,7 +111,7 @@ def token_logprobs(logits: Tensor, token_ids: list[int], num_top: int) -> list[T
 
 
 def _scores(logits: Tensor, token_ids: Tensor, num_top: int) -> list[Tensor]:
-    """Log probabilities of int32 `token_ids` [R], and values and ids of the best [R, num_top]."""
+    """Log probabilities of int32 `token_ids` [R]; then the best ones and their ids [R, num_top]."""
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(-1, token_ids.long()[:, None])[:, 0]
     return [own, *logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)]
@@ -132,7 +135,7 @@ def _is_adjusted(row: SampleRow) -> bool:
 
 
 def _adjust(logits: Tensor, rows: list[SampleRow]) -> None:
-    """Apply bias, penalties and bars, in this order, to float32 logits [R, V]."""
+    """Apply biases, penalties and bars, in this order, to float32 logits [R, V], in place."""
     biased = [(i, row.logit_bias) for i, row in enumerate(rows) if row.logit_bias]
     repeated = [
         (i, dict.fromkeys(sorted({*row.seen_prompt, *row.seen_output}), row.repetition_penalty))
@@ -166,7 +169,7 @@ def _penalties(row: SampleRow) -> dict[int, float]:
 def _entries(
     values: list[tuple[int, dict[int, float]]], like: Tensor
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Numbers for tokens of rows as (rows, token ids), which index logits, and float32 numbers."""
+    """Numbers for tokens of rows: (rows, token ids), to index logits with, and float32 numbers."""
     rows = [row for row, one in values for _ in one]
     token_ids = [token_id for _, one in values for token_id in one]
     at = torch.tensor([rows, token_ids])
@@ -191,10 +194,10 @@ def _is_truncated(row: SampleRow) -> bool:
 
 
 def _draw_truncated(logits: Tensor, rows: list[SampleRow]) -> Tensor:
-    """Draw from what min_p and top_k leave of each row of float32 logits [R, V], overwritten, and
-    top_p of that → int64 [R]."""
+    """Draw from the tokens that min_p and top_k leave, and then top_p, of each row of float32
+    logits [R, V], overwritten → int64 [R]."""
     vocab_size = logits.shape[-1]
-    # Whether some candidates suffice depends on values, for which a device would be waited for.
+    # The host would have to wait for a device to know whether fewer candidates suffice.
     num_candidates = min(_FIRST_CANDIDATES, vocab_size) if on_host(logits) else vocab_size
     return _draw_from_best(
         num_candidates,
@@ -214,20 +217,22 @@ def _draw_from_best(
     min_p: Tensor,
     top_p: Tensor,
 ) -> Tensor:
-    """Draw from the best of each row of [R, V] → int64 [R]: the same tokens for any number of
-    candidates, as rows are given more of them where these may not be all that count.
+    """Draw from the best tokens of each row of [R, V] → int64 [R].
+
+    The tokens are the same for any number of candidates: rows for which they may not suffice are
+    drawn again with more of them.
 
     Args:
-        uniform, top_k, min_p, top_p: of each row [R, 1].
+        uniform, top_k, min_p, top_p: one value for each row [R, 1].
     """
     vocab_size = probabilities.shape[-1]
     ordered, order = _best(probabilities, num_candidates)
     left = torch.arange(num_candidates, device=ordered.device) < top_k
     left &= ordered >= ordered[:, :1] * min_p
     left &= ordered > 0
-    # In float64 and in order, so that those that follow don't change the sums.
+    # In float64 and in order, so that later candidates do not change the sums.
     cumulative = ordered.masked_fill(~left, 0).cumsum(-1, dtype=torch.float64)
-    # top_p is a share of what min_p and top_k leave; without them of all, which is 1.
+    # top_p applies to the mass that min_p and top_k leave; without them that is 1.
     is_partial = (top_k < vocab_size) | (min_p > 0)
     whole = cumulative[:, -1:].masked_fill(~is_partial, 1)
     # The mass before a token decides, so that the token that crosses top_p is kept.
@@ -238,7 +243,7 @@ def _draw_from_best(
     tokens = order.gather(-1, picked[:, None])[:, 0]
     if num_candidates == vocab_size:
         return tokens
-    # Others may be as good as the last candidate, and come before it.
+    # Tokens that are not candidates may equal the last candidate, and come before it.
     is_settled = ordered.gather(-1, last_kept) > ordered[:, -1:]
     is_settled &= ~(is_partial & left[:, -1:])
     again = (~is_settled[:, 0]).nonzero()[:, 0]
@@ -249,8 +254,10 @@ def _draw_from_best(
 
 
 def _best(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest of each row of [R, V], those of equal ones first that come first, and their
-    places: [R, count] each. Any of those that equal the last may be missing for others."""
+    """The largest values of each row of [R, V] in order, and their token ids: [R, count] each.
+
+    Ties are broken by token id. Among values equal to the last, any subset may be returned.
+    """
     if count == probabilities.shape[-1]:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         return ordered, order
@@ -266,7 +273,7 @@ def _probabilities(logits: Tensor, rows: list[SampleRow]) -> Tensor:
 
 
 def _uniforms(logits: Tensor, rows: list[SampleRow]) -> Tensor:
-    """The number that each row draws with, float64 [R, 1]."""
+    """The uniform number of each row, float64 [R, 1]."""
     return _tensor([_uniform(row.seed, row.position) for row in rows], torch.float64, logits)[
         :, None
     ]
@@ -277,15 +284,15 @@ def _column(values: list[float], like: Tensor) -> Tensor:
 
 
 def _tensor(values: list[float] | list[int], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """`values` on the device of `like`, which is not waited for."""
+    """`values` on the device of `like`; the host does not wait for the copy."""
     return to_device([torch.tensor(values, dtype=dtype)], like.device)[0]
 
 
 def _invert(cumulative: Tensor, targets: Tensor) -> Tensor:
-    """Where running sums float64 [R, V] pass `targets` [R, 1] → int64 [R]."""
-    # Strictly past the target: a token of weight 0 is never picked.
+    """Index of the first running sum, float64 [R, V], above `targets` [R, 1] → int64 [R]."""
+    # Strictly above the target, so that a token of weight 0 is never picked.
     picked = torch.searchsorted(cumulative, targets, right=True)[:, 0]
-    # There is one, as `_uniform` stays below 1 by more than rounding; unless sums are NaN.
+    # One exists unless sums are NaN, because `_uniform` is below 1 by more than rounding errors.
     return picked.clamp_(max=cumulative.shape[-1] - 1)
 
 

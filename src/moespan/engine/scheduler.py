@@ -1,25 +1,25 @@
 """Which tokens of which sequences the next step computes, and what its result means for them.
 
-Token ids, counts and blocks only; text is the engine's, tensors are the worker's. The same calls
-in the same order make the same plans.
+Token ids, counts and blocks only: the engine handles text, the worker tensors. The same calls in
+the same order make the same plans.
 
-The rules, all of them first come, first served:
+All rules are first come, first served:
 
-- A step first goes on with the running sequences, then admits waiting ones. Each gets as many of
-  its uncomputed tokens as the step has left, so long prompts are computed in chunks.
+- A step continues the running sequences first, then admits waiting ones. Each gets as many of its
+  uncomputed tokens as the step has left, so long prompts are computed in chunks.
 - A sequence gets the blocks of all its tokens when it is admitted, then one at a time.
-- A running sequence that finds no free block takes those of the youngest sequence that came after
-  it and is not in flight; that one waits again, keeps its output, and is computed anew. Where only
-  sequences in flight came after it, it waits for their results; it never gives up its own blocks,
-  because whoever is older takes them when needed. Nothing is admitted in such a step.
-- A sequence is in at most one plan in flight, and holds its blocks until the plan is back.
-- With `plans_ahead` it may be in two: the second is made while the first runs, and names the token
-  that the first samples by its place. Limits of length are known ahead; of a sequence that turns
-  out to have stopped, the second plan's token is dropped. Where any sequence of the first plan
-  `needs_result`, the second waits for it, so that all go on at one pace.
+- A running sequence that finds no free block preempts the youngest sequence that arrived after it
+  and is not in flight. The preempted one waits again, keeps its output, and is recomputed. If all
+  younger sequences are in flight, the older one waits for their results. It keeps its own blocks
+  meanwhile, and nothing is admitted in such a step.
+- A sequence is in at most one plan in flight, and holds its blocks until the result is back.
+- With `plans_ahead` it may be in two. The second is made while the first runs, and names the
+  token that the first samples by its index. Limits of length are known ahead. If the sequence
+  turns out to have stopped, the second plan's token is dropped. If any sequence of the first plan
+  `needs_result`, the second plan waits for it, so that all sequences advance together.
 - `max_num_seqs` and `max_num_batched_tokens` bound each step; with several plans in flight, more
-  sequences run at a time. With pp stages, a plan takes at most 1/pp of the sequences, and leaves as
-  many to every other plan that is missing, so that there is one for every stage.
+  sequences run at a time. With pp stages, a plan takes at most 1/pp of the sequences, and leaves
+  as many to each plan that is still missing, so that every stage has one.
 
 So the oldest sequence is never preempted, and with nothing in flight it can always go on.
 """
@@ -42,10 +42,8 @@ from moespan.errors import ConfigError, MoespanError, RequestError
 
 
 class SequenceUpdate(msgspec.Struct, frozen=True):
-    """What one step's result brought to one sequence; the engine makes an `OutputDelta` of it.
-
-    Fields mean what they mean there. The last token of a stopped sequence is among its tokens.
-    """
+    """The additions of one step to one sequence. Fields mean the same as in the `OutputDelta` that
+    the engine makes of them. The token that stopped a sequence is among its tokens."""
 
     sequence: Sequence
     token_ids: list[int] = []
@@ -57,14 +55,14 @@ class SequenceUpdate(msgspec.Struct, frozen=True):
 
 
 class Scheduler:
-    """Makes the plans of steps, any number of them before the first result is back.
+    """Makes the plans of steps; any number may be in flight.
 
     Attributes:
         waiting: sequences without blocks, in the order of arrival.
         running: sequences with blocks, in the order of arrival.
         num_preemptions: how often a sequence lost its blocks.
         num_prefix_queried_tokens: prompt tokens of the sequences admitted so far.
-        num_prefix_hit_tokens: how many of them the prefix cache held.
+        num_prefix_hit_tokens: those of them that the prefix cache held.
     """
 
     def __init__(
@@ -104,7 +102,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that hold no blocks: new ones and preempted ones."""
+        """Sequences without blocks: new ones and preempted ones."""
         return len(self.waiting)
 
     @property
@@ -114,21 +112,21 @@ class Scheduler:
 
     @property
     def num_in_flight(self) -> int:
-        """Plans whose results are not back."""
+        """Plans without results yet."""
         return len(self._in_flight)
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether there is anything to schedule or a result to wait for."""
+        """Whether a sequence or a plan is unfinished."""
         return bool(self.waiting or self.running or self._in_flight)
 
     @property
     def kv_usage(self) -> float:
-        """Share of the blocks that sequences hold, within 0..1."""
+        """Share of the blocks in use, within 0..1."""
         return self.allocator.num_used / self.allocator.num_blocks
 
     def add(self, request: Request, seed: int = 0) -> list[Sequence]:
-        """Queue the `n` continuations of `request`; `seed` is for one that brings none.
+        """Queue the `n` continuations of `request`; `seed` holds if the request has none.
 
         Raises:
             RequestError: its id is in use, or its prompt or parameters break a limit.
@@ -157,7 +155,7 @@ class Scheduler:
         return sequences
 
     def schedule(self) -> StepPlan | None:
-        """Plan the next step; None when nothing can go on before a result or a request comes."""
+        """Plan the next step; None if nothing can go on before a result or a request comes."""
         if self._plans_ahead and not self._can_plan_ahead():
             return None
         batch: list[Sequence] = []
@@ -174,7 +172,7 @@ class Scheduler:
         return self._plan(batch, query_lens) if batch else None
 
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
-        """Take in the result of the oldest plan in flight, and say what it brought to whom.
+        """Take in the result of the oldest plan in flight; → the updates of its sequences.
 
         Raises:
             MoespanError: `plan` is not the oldest one in flight.
@@ -201,10 +199,8 @@ class Scheduler:
         return updates
 
     def finish(self, sequence: Sequence) -> None:
-        """End `sequence` now, wherever it is; of a finished one, nothing changes.
-
-        No update comes for it any more. If it is in flight, its blocks are freed on return.
-        """
+        """End `sequence` now, unless it has ended; no more updates come for it. If it is in flight,
+        its blocks are freed when the result is back."""
         if sequence.is_finished:
             return
         if sequence.status is Status.WAITING:
@@ -219,18 +215,18 @@ class Scheduler:
             self._release(sequence)
 
     def abort(self, request_id: str) -> list[Sequence]:
-        """End what is left of a request, and return it: nothing, if all of it has finished."""
+        """End the unfinished sequences of a request, and return them."""
         sequences = list(self._live.get(request_id, ()))
         for sequence in sequences:
             self.finish(sequence)
         return sequences
 
     def knows(self, request_id: str) -> bool:
-        """Whether any continuation of the request is unfinished."""
+        """Whether a continuation of the request is unfinished."""
         return request_id in self._live
 
     def check_integrity(self) -> None:
-        """Raise `AssertionError` if a block is leaked or used wrongly. For tests: O(blocks)."""
+        """Raise `AssertionError` if a block is leaked or misused. For tests: O(blocks)."""
         returning = dict.fromkeys(s for _, batch in self._in_flight for s in batch if s.is_finished)
         self.allocator.check_integrity(s.block_table for s in (*self.running, *returning))
         for queue in (self.running, self.waiting):
@@ -241,7 +237,7 @@ class Scheduler:
             raise AssertionError(f"a waiting sequence holds blocks: {list(self.waiting)}")
 
     def _can_plan_ahead(self) -> bool:
-        """Whether the next plan can be made now: every token that it may name is of the last."""
+        """Whether the next plan needs no result: it may only name tokens of the last plan."""
         if not self._in_flight:
             return True
         if len(self._in_flight) == self.config.most_steps_in_flight:
@@ -251,8 +247,8 @@ class Scheduler:
 
     @property
     def _fair_share(self) -> int:
-        """Sequences for one of as many plans as there are pipeline stages to keep busy: of all
-        sequences, and of those that can go on, which the plans that are missing have to share."""
+        """Most sequences for one plan, so that each pipeline stage gets one: its share of all
+        sequences, and of the ready ones, which the missing plans have to share."""
         pp = self.config.layout.pp
         if pp == 1:
             return self.config.max_num_seqs
@@ -261,8 +257,8 @@ class Scheduler:
         return min(-(-(len(self.running) + len(self.waiting)) // pp), -(-num_ready // num_missing))
 
     def _ready_sequences(self) -> Iterator[Sequence]:
-        """The sequences that can go on, each with the blocks it needs: running ones, then waiting
-        ones, which are admitted as the caller comes to them."""
+        """Sequences that can go on, with the blocks they need: running ones, then waiting ones,
+        each of which is admitted when the caller reaches it."""
         num_preemptions = self.num_preemptions
         for sequence in tuple(self.running):
             if sequence.in_flight and (not self._plans_ahead or sequence.is_all_planned):
@@ -279,7 +275,7 @@ class Scheduler:
             yield sequence
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Get the blocks of all tokens of a running sequence, at the cost of younger ones."""
+        """Take the blocks of all tokens of a running sequence, preempting younger ones."""
         num_tokens = sequence.num_tokens + sequence.num_expected_tokens
         while len(sequence.block_table) < self.allocator.blocks_for(num_tokens):
             block = self.allocator.take(1)
@@ -290,7 +286,7 @@ class Scheduler:
         return True
 
     def _preempt_younger_than(self, sequence: Sequence) -> bool:
-        """Send the youngest sequence that can be back to wait; False when there is none."""
+        """Preempt the youngest sequence that is not in flight; False if there is none."""
         for victim in reversed(self.running):
             if victim is sequence:
                 return False
@@ -306,8 +302,8 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give the first waiting sequence the blocks of all its tokens, as many as can be shared;
-        False, and nothing changes, when too few are free."""
+        """Give the first waiting sequence blocks for all its tokens, sharing cached ones; False
+        if too few are free, and nothing changes."""
         allocator = self.allocator
         allocator.extend_digests(sequence.block_digests, sequence.token_ids)
         num_reusable_blocks = sequence.num_reusable_tokens // allocator.block_size
@@ -361,12 +357,12 @@ class Scheduler:
         sampled: Sampled | None,
         prompt: PromptScores | None,
     ) -> SequenceUpdate | None:
-        """Take in that `num_tokens` more are computed, and what came of them."""
+        """Add `num_tokens` computed tokens and their results to a sequence."""
         sequence.num_computed_tokens += num_tokens
         if prompt is not None:
             sequence.num_reported_tokens += num_tokens
         if sampled is not None and sampled.token_id is None:
-            # Where the bad numbers began is unknown, so nobody shall go on from these blocks.
+            # The first bad position is unknown, so none of these blocks may be shared.
             self.allocator.retract(sequence.block_table)
             self.finish(sequence)
             error = f"the logits at position {sequence.num_tokens - 1} are not finite"
@@ -383,7 +379,7 @@ class Scheduler:
         return SequenceUpdate(sequence, [sampled.token_id], logprobs, prompt, reason, stop_reason)
 
     def _publish(self, sequence: Sequence) -> None:
-        """Let others use the full blocks that are computed."""
+        """Let other sequences share the full blocks that are computed."""
         start = sequence.num_published_blocks
         end = sequence.num_computed_tokens // self.allocator.block_size
         if start == end:

@@ -10,7 +10,7 @@ from moespan.engine.step import PromptRow, SampleRow
 
 
 class Status(enum.Enum):
-    """Where a sequence is: only a running one holds blocks, and a finished one in flight."""
+    """Where a sequence is. Only running ones hold blocks, and finished ones in flight."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
@@ -21,19 +21,19 @@ class Sequence:
     """Continuation `index` of request `id`.
 
     Attributes:
-        arrival: place in the order of arrival.
+        arrival: position in the order of arrival.
         token_ids: prompt and output.
-        max_output_tokens: at this many it ends, by its own limit or the model's length.
-        eos_token_ids: the EOS ids that end it; empty when it ignores them.
-        num_computed_tokens: how many of its tokens are in the KV cache.
-        num_scheduled_tokens: how many more the plans in flight compute; 0 when not in flight.
-        num_expected_tokens: how many tokens those plans sample for it, ids unknown as yet.
-        sample: its place among the samples of the last plan that samples for it.
-        num_reported_tokens: prompt tokens whose scores are out, or were never asked for.
-        num_cached_tokens: prompt tokens that the prefix cache held when it was first admitted.
-        block_table: blocks of the KV cache, in the order of its tokens.
-        block_digests: names of its full blocks in the prefix cache.
-        num_published_blocks: how many of them are there.
+        max_output_tokens: most output tokens, by the request's limit or the model's length.
+        eos_token_ids: the EOS ids that end the sequence; empty if it ignores them.
+        num_computed_tokens: tokens in the KV cache.
+        num_scheduled_tokens: further tokens that the plans in flight compute.
+        num_expected_tokens: tokens that those plans sample, whose ids are not known yet.
+        sample: index among the samples of the last plan that samples for this sequence.
+        num_reported_tokens: prompt tokens with scores delivered, or not asked for.
+        num_cached_tokens: prompt tokens that the prefix cache held at the first admission.
+        block_table: blocks of the KV cache, in the order of the tokens.
+        block_digests: digests of the full blocks, which name them in the prefix cache.
+        num_published_blocks: blocks that the prefix cache knows.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Sequence:
         self.num_scheduled_tokens = 0
         self.num_expected_tokens = 0
         self.sample = 0
-        # The n continuations have one prompt; the first of them reports on it.
+        # The n continuations share a prompt; the first one reports on it.
         wants_report = self.params.prompt_logprobs is not None or self.prompt_logits
         self.num_reported_tokens = 0 if wants_report and index == 0 else self.num_prompt_tokens
         self.num_cached_tokens = 0
@@ -82,66 +82,55 @@ class Sequence:
         )
 
     @property
-    def prompt_token_ids(self) -> list[int]:
-        """The tokens it continues."""
-        return self.token_ids[: self.num_prompt_tokens]
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        """The tokens generated so far."""
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens."""
+        """Number of prompt and output tokens."""
         return len(self.token_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
+        """Number of tokens generated so far."""
         return self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_unplanned_tokens(self) -> int:
-        """Tokens, expected ones among them, that no plan has computed or computes just now."""
+        """Tokens, expected ones included, that are neither computed nor in flight."""
         known_or_expected = len(self.token_ids) + self.num_expected_tokens
         return known_or_expected - self.num_computed_tokens - self.num_scheduled_tokens
 
     @property
     def in_flight(self) -> bool:
-        """Whether a plan that computes it has no result yet."""
+        """Whether a plan in flight computes this sequence."""
         return self.num_scheduled_tokens > 0
 
     @property
     def needs_result(self) -> bool:
-        """Whether its next step can only be planned when the result of the last one is known."""
+        """Whether planning its next step needs the result of the last one."""
         return self.params.penalizes or self.owes_report
 
     @property
     def is_all_planned(self) -> bool:
-        """Whether it ends with the tokens that are expected, whatever they are."""
+        """Whether it ends with the expected tokens, whatever their ids."""
         return self.num_output_tokens + self.num_expected_tokens >= self.max_output_tokens
 
     @property
     def is_finished(self) -> bool:
-        """Whether it ended, for whatever reason."""
+        """Whether it has ended, for any reason."""
         return self.status is Status.FINISHED
 
     @property
     def owes_report(self) -> bool:
-        """Whether scores of prompt tokens that were asked for are not out yet."""
+        """Whether requested scores of prompt tokens are not delivered yet."""
         return self.num_reported_tokens < self.num_prompt_tokens
 
     @property
     def num_reusable_tokens(self) -> int:
-        """How many tokens may come from the prefix cache: one must be left to compute, and all
-        that are to be reported on."""
+        """Tokens that may come from the prefix cache: not the last, and none to be reported on."""
         return self.num_reported_tokens if self.owes_report else self.num_tokens - 1
 
     @property
     def num_tokens_of_next_chunk(self) -> int:
-        """Tokens that the next step may compute. A step that computes again what was reported
-        before a preemption ends there, so that no step reports on only a part of its tokens."""
+        """Tokens that the next step may compute. Recomputing reported tokens after a preemption is
+        a step of its own, so that each step reports on all of its tokens or on none."""
         if self.owes_report and self.num_computed_tokens < self.num_reported_tokens:
             return self.num_reported_tokens - self.num_computed_tokens
         return self.num_unplanned_tokens
@@ -153,7 +142,7 @@ class Sequence:
             self._seen_output[token_id] += 1
 
     def finish_reason(self) -> tuple[str | None, int | None]:
-        """Judge the last token: the finish reason, or None, and the stop token id behind it."""
+        """Finish reason at the last token, or None, and the stop token id that caused it."""
         token_id = self.token_ids[-1]
         if token_id in self.eos_token_ids:
             return "stop", None
@@ -164,13 +153,13 @@ class Sequence:
         return None, None
 
     def next_tokens(self, num_tokens: int) -> list[int]:
-        """The next `num_tokens` unplanned tokens; an expected one as `~self.sample`."""
+        """The next `num_tokens` unplanned tokens; an expected one is `~self.sample`."""
         start = self.num_computed_tokens + self.num_scheduled_tokens
         known = self.token_ids[start : start + num_tokens]
         return known if len(known) == num_tokens else [*known, ~self.sample]
 
     def sample_row(self, row: int, num_tokens: int) -> SampleRow | None:
-        """What sampling needs, if the next `num_tokens` are the last ones; `row` is its index."""
+        """How to sample after the next `num_tokens`, if no others are left; `row` is its index."""
         if num_tokens < self.num_unplanned_tokens:
             return None
         params = self.params
@@ -196,7 +185,7 @@ class Sequence:
         )
 
     def prompt_row(self, row: int, num_tokens: int) -> PromptRow | None:
-        """What is to be reported on the next `num_tokens`, if anything."""
+        """The report wanted on the next `num_tokens`, if any."""
         start = self.num_computed_tokens
         if not self.owes_report or start < self.num_reported_tokens:
             return None

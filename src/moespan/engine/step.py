@@ -1,30 +1,31 @@
-"""The one message of a step: what every rank computes, and what the leader learns from it.
+"""Messages between the leader and the other ranks: the plan of a step, its result, and the rest.
 
-Plain integers and floats, in msgpack: it is broadcast, recorded and replayed as it is. Positions
-and cache slots are not in it, because they follow from what is.
+Plain integers and floats, in msgpack: a plan is broadcast, recorded and replayed as it is. It has
+no positions and no cache slots, because they follow from its other fields.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from moespan.config import EngineConfig
 from moespan.engine.request import TokenLogprobs
 
 
 class SampleRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Sample one token after the last query token of `sequence`.
 
-    It carries all that sampling needs, so that ranks keep no state of requests.
+    A row holds everything that sampling needs, so ranks keep no state of requests.
 
     Attributes:
         sequence: index into the plan's sequences.
-        seed, position: the draw is a pure function of these two; `position` counts the tokens
-            generated before.
-        seen_prompt: distinct prompt token ids; only filled when a repetition penalty is on.
-        seen_output: output token id -> count; only filled when a penalty is on.
+        seed, position: the draw is a pure function of these two; `position` is the number of
+            tokens generated before.
+        seen_prompt: distinct prompt token ids; empty without a repetition penalty.
+        seen_output: output token id -> count; empty without any penalty.
         logit_bias: token id -> number to add.
         barred: token ids that must not be sampled (before `min_tokens`).
-        logprobs: how many best tokens to report; None for no log probabilities at all.
+        logprobs: number of best tokens to report; None for no log probabilities.
     """
 
     sequence: int
@@ -49,10 +50,9 @@ class PromptRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
     Attributes:
         sequence: index into the plan's sequences.
-        targets: the prompt token that follows each query token (one fewer than the query tokens
-            when the prompt ends in this step).
-        logprobs: how many best tokens to report with each; None for no log probabilities.
-        logits: whether to return the logits themselves, one row for each query token.
+        targets: the prompt token after each query token; the prompt's last one has none.
+        logprobs: number of best tokens to report with each; None for no log probabilities.
+        logits: whether to return the logits too, one row for each query token.
     """
 
     sequence: int
@@ -65,14 +65,14 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """One step over a flattened batch of prefill chunks and decodes.
 
     Attributes:
-        step: counts plans from 0.
-        token_ids: the query tokens of all sequences, one sequence after the other [T]; `~i` is
-            the token that `samples[i]` of this replica's plan before gets, which is in flight.
-        query_lens: how many of them belong to each sequence [S]; their sum is T.
-        context_lens: tokens of each sequence that are in the cache before this step [S].
+        step: number of the plan, from 0.
+        token_ids: query tokens, one sequence after the other [T]; `~i` stands for the token that
+            `samples[i]` of the previous, still unfinished plan of this replica will get.
+        query_lens: query tokens of each sequence [S]; their sum is T.
+        context_lens: tokens of each sequence in the cache before this step [S].
         block_tables: cache blocks of each sequence, enough for context and query [S][blocks].
-        samples: the sequences that get a token.
-        prompts: the sequences whose prompt is reported on.
+        samples: sequences that get a token.
+        prompts: sequences whose prompt is reported on.
     """
 
     step: int
@@ -85,7 +85,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
     @property
     def is_ahead(self) -> bool:
-        """Whether it names tokens that the plan before samples."""
+        """Whether a token is one that the previous plan samples."""
         return min(self.token_ids, default=0) < 0
 
     @property
@@ -98,11 +98,10 @@ class StepPlans(msgspec.Struct, frozen=True, tag="step"):
     """One step of all replicas, in the order of dp.
 
     Attributes:
-        num_tokens: T of each replica; 0 where it has nothing to do.
-        plans: the `StepPlan` of each, or None, encoded: a rank decodes only its own.
-        is_decode: whether every sequence of every replica has one token, and no prompt is reported
-            on.
-        trace: whether ranks also record what the network computes inside (`moespan.engine.trace`).
+        num_tokens: T of each replica; 0 for an idle one.
+        plans: encoded `StepPlan | None` of each replica; a rank decodes only its own.
+        is_decode: whether all plans are (`StepPlan.is_decode`).
+        trace: whether ranks record values inside the network (`moespan.engine.trace`).
     """
 
     num_tokens: list[int]
@@ -112,7 +111,7 @@ class StepPlans(msgspec.Struct, frozen=True, tag="step"):
 
     @classmethod
     def of(cls, plans: list[StepPlan | None], trace: bool = False) -> StepPlans:
-        """Put the replicas' plans together."""
+        """Encode the replicas' plans."""
         return cls(
             [0 if plan is None else len(plan.token_ids) for plan in plans],
             [msgspec.Raw(msgspec.msgpack.encode(plan)) for plan in plans],
@@ -125,15 +124,33 @@ class StepPlans(msgspec.Struct, frozen=True, tag="step"):
         return msgspec.msgpack.decode(self.plans[replica], type=StepPlan | None)
 
 
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """The leader is alive."""
+
+
+class Report(msgspec.Struct, frozen=True, tag="report"):
+    """Every follower sends its traffic counters."""
+
+
+class Close(msgspec.Struct, frozen=True, tag="close"):
+    """This engine ends; `config` is that of the next one, if any."""
+
+    config: EngineConfig | None
+
+
+FromLeader = StepPlans | Heartbeat | Report | Close
+"""Everything that the leader broadcasts; each rank takes the messages in their order."""
+
+
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
-    """What came of one `SampleRow`: `token_id` is None when its logits were not all finite."""
+    """Result of a `SampleRow`; `token_id` is None if its logits were not all finite."""
 
     token_id: int | None
     logprobs: TokenLogprobs | None = None
 
 
 class PromptScores(msgspec.Struct, frozen=True, array_like=True):
-    """What came of one `PromptRow`: `logits` are float32 rows [positions, vocabulary] as bytes."""
+    """Result of a `PromptRow`; `logits` are float32 rows [positions, vocabulary] as bytes."""
 
     logprobs: list[TokenLogprobs]
     logits: bytes

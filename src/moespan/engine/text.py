@@ -9,10 +9,10 @@ from moespan.text.tokenizer import IncrementalDetokenizer, Tokenizer
 class TextStream:
     """Turns tokens into text piece by piece and watches for stop strings.
 
-    Text that could still be the beginning of a stop string is held back until it is known.
+    Text that may be the beginning of a stop string is held back until the next tokens decide.
 
     Attributes:
-        stopped_by: the stop string that was found, if any; nothing may be pushed after it.
+        stopped_by: the stop string that was found, if any; nothing may be pushed after that.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt: list[int]) -> None:
@@ -23,11 +23,11 @@ class TextStream:
         self.stopped_by: str | None = None
 
     def push(self, token_ids: list[int], may_stop: bool, is_last: bool) -> str:
-        """Take in new tokens and return the text that is now certain.
+        """Add new tokens and return the text that is now certain.
 
         Args:
-            may_stop: whether stop strings count yet (`min_tokens`).
-            is_last: whether no token will follow; then nothing is held back.
+            may_stop: whether stop strings count already (`min_tokens`).
+            is_last: whether no more tokens follow; then nothing is held back.
         """
         new = self._detokenizer.push(token_ids)
         if is_last:
@@ -45,15 +45,15 @@ class TextStream:
         return text[:certain]
 
     def _find(self, text: str) -> tuple[int, str] | None:
-        """Where the stop string begins that is complete first, the longest of these, and which.
+        """Start and text of the stop string that is complete first, the longest of equals.
 
-        So the end does not depend on how the text is cut into tokens.
+        So the end does not depend on the tokens into which the text is cut.
         """
         found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         return min(found)[1:] if found else None
 
     def _num_undecided(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Length of the longest end of `text` with which a stop string begins."""
         longest = max(map(len, self._stop)) - 1
         for length in range(min(longest, len(text)), 0, -1):
             end = text[-length:]

@@ -1,17 +1,24 @@
-"""What the network computes inside, for one prompt: recorded on every rank, put together by the
-leader, compared with another recording."""
+"""Values inside the network for one prompt: recorded on every rank, collected by the leader,
+compared with another recording."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from moespan.config import Coordinates
+from moespan.engine.step import StepPlan, StepPlans
+
+if TYPE_CHECKING:
+    from moespan.parallel.mesh import Mesh
+
 
 class Observation(msgspec.Struct, frozen=True, array_like=True):
-    """One value of one layer (-1 before the first): float32 [rows, width] as bytes.
+    """Values of one module in one layer (-1 before the first): float32 [rows, width] as bytes.
 
     Modules are those of `moespan.model.network.Model`: `embed`, `attention`, `router.experts`
     (sorted by number), `router.weights` (in their order) and `hidden`.
@@ -24,15 +31,48 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def values(self) -> npt.NDArray[np.float32]:
-        """[rows, width]."""
+        """The values [rows, width]."""
         return np.frombuffer(self.data, np.float32).reshape(-1, self.width)
 
     def __str__(self) -> str:
         return self.module if self.layer < 0 else f"layer {self.layer}, {self.module}"
 
 
+_decode = msgspec.msgpack.Decoder(list[Observation]).decode
+
+
+def trace_plan(token_ids: list[int], table: list[int], dp: int) -> StepPlans:
+    """The step that computes and records one prompt on the first replica, in the blocks `table`."""
+    plan = StepPlan(
+        step=-1,
+        token_ids=token_ids,
+        query_lens=[len(token_ids)],
+        context_lens=[0],
+        block_tables=[table],
+        samples=[],
+    )
+    return StepPlans.of([plan, *[None] * (dp - 1)], trace=True)
+
+
+def collect_trace(mesh: Mesh, own: list[Observation]) -> list[Observation]:
+    """On the leader: the recordings of all stages, once every rank has been given `trace_plan`.
+
+    Args:
+        own: the leader's part.
+    """
+    observations = []
+    for stage in range(mesh.layout.pp):
+        places = [Coordinates(stage, 0, sp, 0) for sp in range(mesh.layout.sp)]
+        ranks = [mesh.layout.rank(place) for place in places]
+        parts = [_decode(mesh.control.receive(rank)) if rank else own for rank in ranks]
+        observations += join_rows(parts)
+    if (speaker := mesh.speakers[0]) != mesh.rank:
+        mesh.control.receive(speaker)  # its empty result
+    return observations
+
+
 def join_rows(parts: Sequence[list[Observation]]) -> list[Observation]:
-    """Put the recordings of ranks together that hold consecutive rows of the same values."""
+    """Join the recordings of ranks that have consecutive rows of the same values."""
     return [
         Observation(same[0].layer, same[0].module, same[0].width, b"".join(o.data for o in same))
         for same in zip(*parts, strict=True)
@@ -42,8 +82,8 @@ def join_rows(parts: Sequence[list[Observation]]) -> list[Observation]:
 def first_difference(
     ours: Sequence[Observation], theirs: Sequence[Observation], relative: float
 ) -> str | None:
-    """Where two recordings of the same prompt first differ by more than `relative` of the largest
-    value, in words; None if they nowhere do. What only `ours` has is not compared."""
+    """The first place where two recordings of a prompt differ by more than `relative` of the
+    largest value, as text; None if there is none. Values only in `ours` are not compared."""
     found = {(one.layer, one.module): one for one in ours}
     for other in theirs:
         one = found.get((other.layer, other.module))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
@@ -11,10 +9,11 @@ from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.placement import cache_heads
 from moespan.config import EngineConfig, ModelConfig
 from moespan.engine.graphs import DecodeGraphs, scratch_blocks
-from moespan.engine.sampler import Sampling, fill_in, token_logprobs
-from moespan.engine.step import PromptRow, PromptScores, StepPlan, StepPlans, StepResult
+from moespan.engine.results import Pending, logit_rows
+from moespan.engine.sampler import fill_in
+from moespan.engine.step import StepPlan, StepPlans
 from moespan.engine.trace import Observation
-from moespan.memory import to_device, zeros
+from moespan.memory import to_device
 from moespan.model.network import Model, Observer, Weights
 from moespan.ops import AttentionBatch, Ops
 from moespan.parallel.dispatch import Dispatch
@@ -27,37 +26,12 @@ _EMPTY_PLAN = StepPlan(
 )
 
 
-class Pending:
-    """What a replica's speaker has to tell of a step, which its device may still be at.
-
-    Args:
-        logits: of `_logit_rows`, in the activations' dtype. Where the plan reports on no prompt
-            they may be overwritten by the next step.
-    """
-
-    def __init__(self, logits: Tensor, plan: StepPlan) -> None:
-        self._plan = plan
-        self.sampling = Sampling(logits[: len(plan.samples)], plan.samples)
-        self._prompt_logits = logits[len(plan.samples) :] if plan.prompts else None
-
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def wait(self) -> StepResult:
-        """The result, once it is there. The only place where the host waits for the device."""
-        prompts, at = [], 0
-        for prompt in self._plan.prompts:
-            assert self._prompt_logits is not None
-            count = self._plan.query_lens[prompt.sequence]
-            prompts.append(_score(self._prompt_logits[at : at + count].float(), prompt))
-            at += count
-        return StepResult(self.sampling.wait(), prompts)
-
-
 class Worker:
-    """One rank's part of the model, its cache, and its way through a step. It keeps no state of
-    requests but the last sampled tokens, which the next plan may name before the leader knows them.
+    """One rank's part of the model and its cache. The only state of requests is the last sampled
+    tokens, which the next plan may name before the leader knows them.
 
     Attributes:
-        trace: what the network computed inside in the last step, if its plan asked for it.
+        trace: values inside the network in the last step, if its plan asked for them.
 
     Args:
         num_blocks: blocks of the KV cache, the same on every rank.
@@ -88,35 +62,29 @@ class Worker:
         cache_dtype = getattr(torch, config.cache_dtype)
         self.caches = [ops.new_cache(shape, cache_dtype, mesh.device) for _ in self.model.layers]
         self._num_sampled = 0
-        self._sampled: Tensor | None = None  # of the last plan; on the speaker
+        self._sampled: Tensor | None = None  # by the last plan; on the speaker only
         self.graphs: DecodeGraphs | None = None
         if total_blocks > num_blocks:
-            width = model_config.hidden_size
-
-            def hidden(size: int) -> Tensor:
-                return zeros((self._tokens_here(size), width), dtype, mesh.device)
-
             self.graphs = DecodeGraphs(
                 ops,
                 lambda inputs, batch, rows: self.model(inputs, self.caches, batch, rows),
                 config,
-                mesh.device,
-                mesh.traffic,
-                num_blocks,
-                None if mesh.is_first_stage else hidden,
+                mesh,
+                model_config.hidden_size,
+                first_scratch_block=num_blocks,
             )
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def execute(self, plans: StepPlans, plan: StepPlan | None = None) -> Pending | None:
-        """Start one step. The speaker of each replica with a plan gets its result, others None.
+        """Start one step. The speaker of a replica with a plan gets its result, others None.
 
         Args:
-            plan: this replica's, where it is at hand; None takes it out of `plans`.
+            plan: this replica's plan, if at hand; None decodes it from `plans`.
         """
         self.trace.clear()
         at, layout = self.mesh.at, self.mesh.layout
         if not plans.num_tokens[at.dp] and layout.ep_tp_groups == 1:
-            return None  # and nobody shares experts with this replica
+            return None  # no other replica shares its experts
         plan = plan or plans.plan(at.dp) or _EMPTY_PLAN
         size = self._padded_size(plans)
         tokens = [size] * layout.dp if size else plans.num_tokens
@@ -146,8 +114,8 @@ class Worker:
         return pending
 
     def _share_sampled(self) -> Tensor:
-        """The speaker's last tokens, int32 [R], on all ranks of the replica's only stage. Draws are
-        not repeated on each: kernels need not give two devices the same sums."""
+        """The speaker's last tokens, int32 [R], on all ranks of the replica's only stage. Not each
+        rank draws for itself: kernels may give two devices different sums."""
         sampled = self._sampled
         if sampled is None:
             sampled = torch.empty(self._num_sampled, dtype=torch.int32, device=self.mesh.device)
@@ -162,14 +130,13 @@ class Worker:
         expected: Tensor | None,
         observe: Observer | None,
     ) -> Tensor:
-        """The model's answer to the plan as it is."""
+        """The model's output for the plan, without padding."""
         device = self.mesh.device
         batch = AttentionBatch.build(
             plan.query_lens, plan.context_lens, plan.block_tables, self.block_size, device
         )
         sent = [
-            torch.tensor(values, dtype=torch.int32)
-            for values in (plan.token_ids, _logit_rows(plan))
+            torch.tensor(values, dtype=torch.int32) for values in (plan.token_ids, logit_rows(plan))
         ]
         token_ids, rows = to_device(sent, device)
         if expected is not None:
@@ -178,7 +145,7 @@ class Worker:
         return self.model(inputs, self.caches, batch, rows, observe)
 
     def _padded_size(self, plans: StepPlans) -> int | None:
-        """The size of a decode step to be run as a graph, the same on all ranks that meet in it."""
+        """Size of a decode step that runs as a graph, the same on all ranks of its collectives."""
         if self.graphs is None or not plans.is_decode or plans.trace:
             return None
         layout, at = self.mesh.layout, self.mesh.at
@@ -199,30 +166,9 @@ class Worker:
 
     def _record(self, layer: int, module: str, values: Tensor) -> None:
         if module == "router.experts":
-            values = values.sort(-1).values  # the order of equally good ones means nothing
+            values = values.sort(-1).values  # the order of equal scores is arbitrary
         data = values.float().cpu().numpy()
         self.trace.append(Observation(layer, module, data.shape[1], data.tobytes()))
 
     def _tokens_here(self, num_tokens: int) -> int:
         return split_evenly(num_tokens, self.mesh.sp.size)[self.mesh.sp.rank]
-
-
-def _logit_rows(plan: StepPlan) -> list[int]:
-    """Tokens whose logits the plan needs: the sampling rows, then all rows of each prompt."""
-    ends = list(accumulate(plan.query_lens))
-    rows = [ends[row.sequence] - 1 for row in plan.samples]
-    for prompt in plan.prompts:
-        end = ends[prompt.sequence]
-        rows += range(end - plan.query_lens[prompt.sequence], end)
-    return rows
-
-
-def _score(logits: Tensor, prompt: PromptRow) -> PromptScores:
-    """Report on one sequence's query tokens, float32 logits [Q, V]."""
-    logprobs = (
-        []
-        if prompt.logprobs is None or not prompt.targets
-        else token_logprobs(logits[: len(prompt.targets)], prompt.targets, prompt.logprobs)
-    )
-    raw = logits.cpu().numpy().tobytes() if prompt.logits else b""
-    return PromptScores(logprobs, raw)

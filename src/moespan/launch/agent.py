@@ -1,12 +1,12 @@
 """The agent: starts the ranks of one node through torch's elastic launcher and ends them together.
 
-Started by the front as `python -m moespan.launch.agent JOB_DIRECTORY RANKS FRONT_PID PROGRAM...`,
-RANKS being those of this node, and PROGRAM what Python runs in each. Exit code 0: all ranks ended
-well, on all nodes. How agents of several nodes meet and watch each other is in `meeting`, `watch`.
+Started by the front as `python -m moespan.launch.agent JOB_DIRECTORY RANKS FRONT_PID PROGRAM...`.
+RANKS is the number of ranks on this node, PROGRAM the arguments of Python in each. Exit code 0: all
+ranks ended well, on all nodes. Agents of several nodes use `meeting` and `watch`.
 
-Bounds: a dead rank is seen within `_MONITOR_S`; `_SETTLE_S` later all others get SIGTERM, and
+Bounds: a dead rank is seen within `_MONITOR_S`. `_SETTLE_S` later all others get SIGTERM, and
 `_GRACE_S` after that SIGKILL. When the front has gone, the ranks have `_ORPHAN_S` to end by
-themselves, then the same follows. When the agent itself is killed, the kernel kills the ranks.
+themselves, then they get the same signals. When the agent is killed, the kernel kills the ranks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _ORPHANED = "lost its front"
 
 
 def main(argv: list[str]) -> int:
-    """Run the job to its end; leave word of what ended it, if that was a failure."""
+    """Run the job to its end; if a failure ended it, write the failure for the front."""
     directory, ranks, front_pid, *program = argv
     job = Job(directory)
     log.set_up()
@@ -81,7 +81,7 @@ def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
     except (ConfigError, MeetingError) as error:
         job.write_failure(Failure(rank=None, kind=type(error).__name__, message=str(error)))
         return 1
-    with _told_on_leaving(peers, front_pid):
+    with _reported_to_peers(peers, front_pid):
         agent = _Agent(job, nodes, peers, master, ranks, front_pid, program)
         agent.run()
         if agent.failure is None:
@@ -93,7 +93,7 @@ def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
 def _meet(
     config: EngineConfig, nodes: Nodes, binding: Binding
 ) -> tuple[Peers, RendezvousStoreInfo]:
-    """The other nodes, and where the ranks find each other. Sets what the ranks inherit."""
+    """The other nodes, and the store of the ranks. Sets the environment that the ranks inherit."""
     ranks, threads = len(binding.ranks), [part.threads for part in binding.ranks]
     if nodes.nnodes == 1:
         environment.apply(environment.environment_here(config, threads))
@@ -116,24 +116,24 @@ def _meet(
 
 
 @contextlib.contextmanager
-def _told_on_leaving(peers: Peers, front_pid: int) -> Iterator[None]:
-    """Leave the other nodes only when they know how it ended here, even if by a signal."""
+def _reported_to_peers(peers: Peers, front_pid: int) -> Iterator[None]:
+    """Leave the other nodes only when they know the end of this one, even if by a signal."""
     try:
         yield
     except SignalException as stopped:
         is_orphan = os.getppid() != front_pid
         end = _ORPHANED if is_orphan else f"was ended by {_name(int(stopped.sigval))}"
-        peers.tell(Failure(rank=None, kind="", message=end))
+        peers.report(Failure(rank=None, kind="", message=end))
         raise
     finally:
         peers.close()
 
 
 class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
-    """Torch's agent, with a short grace for survivors, that finds out which rank failed first.
+    """Torch's agent, with a short grace time for survivors; finds the rank that failed first.
 
     Attributes:
-        failure: what ended the job, on whatever node, if that was a failure.
+        failure: the failure that ended the job, on whatever node, if any.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         spec = WorkerSpec(
             role="moespan",
             local_world_size=ranks,
-            rdzv_handler=_Met(nodes, master),
+            rdzv_handler=_Rendezvous(nodes, master),
             entrypoint=sys.executable,
             args=(*program, str(job.directory), str(os.getpid())),
             max_restarts=0,
@@ -166,44 +166,44 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         ends = self._ends().values()
         own_failure = None
         if any(ends):
-            time.sleep(_SETTLE_S)  # whoever caused it may leave the process table a little later
+            time.sleep(_SETTLE_S)  # the rank that caused the end may end a little later
             own_failure = self._first_failure()
-        elif None in ends and not self._peers.trouble():
+        elif None in ends and not self._peers.must_end():
             return RunResult(state=WorkerState.HEALTHY)
-        elif os.getppid() != self._front_pid:  # the ranks know no difference to an orderly end
+        elif os.getppid() != self._front_pid:  # to the ranks this is an orderly end
             own_failure = Failure(rank=None, kind="", message=_ORPHANED)
-        self._peers.tell(own_failure)
+        self._peers.report(own_failure)
         self._shutdown()
         self.failure = self._peers.first_cause()
         return super()._monitor_workers(worker_group)
 
     def _exit_barrier(self) -> None:
-        """Torch would wait here for the other nodes, for minutes; `_peers` does it better."""
+        """Nothing: torch would wait minutes for the other nodes, and `_peers` has bounds."""
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *_: Any, **__: Any) -> None:
         if self._pcontext:
             self._pcontext.close(death_sig, _GRACE_S)
 
     def _first_failure(self) -> Failure:
-        """What ended the job, rather than what followed from it.
+        """The cause of the end, and not what followed from it.
 
-        An error of a rank's own comes first, then a rank that is held or died without a word,
-        then one that missed its peers; of several, the earliest.
+        An error of a rank's own comes before a rank that is stopped or died without a report, and
+        these before a rank that missed its peers. Among equals, the earliest counts.
         """
-        words = {rank: self._job.read_failure(rank) for rank in self._pids()}
-        told = sorted((word for word in words.values() if word), key=lambda word: word.time_ns)
-        own = [word for word in told if not word.lost_peer]
-        if own:  # ranks that find the same fault speak with the voice of the lowest
+        reports = {rank: self._job.read_failure(rank) for rank in self._pids()}
+        failures = sorted(filter(None, reports.values()), key=lambda failure: failure.time_ns)
+        own = [failure for failure in failures if not failure.lost_peer]
+        if own:  # if several ranks report the same error, the lowest rank's is reported
             return min((f for f in own if f.message == own[0].message), key=lambda f: f.rank or 0)
-        held = dict.fromkeys(self._stopped(), "is stopped (SIGSTOP or a debugger)")
-        silent = {rank: end for rank, end in self._ends().items() if end and not words[rank]}
-        for rank, message in (held or silent).items():
+        stopped = dict.fromkeys(self._stopped(), "is stopped (SIGSTOP or a debugger)")
+        silent = {rank: end for rank, end in self._ends().items() if end and not reports[rank]}
+        for rank, message in (stopped or silent).items():
             return Failure(rank=rank, kind="", message=message, traceback=self._stack(rank))
-        missed = told[0]
+        missed = failures[0]
         return msgspec.structs.replace(missed, traceback=missed.traceback + self._meanwhile())
 
     def _meanwhile(self) -> str:
-        """Where the ranks are that are still running, one of which the others waited for."""
+        """Stacks of the ranks that still run; the others waited for one of them."""
         running = [rank for rank, end in self._ends().items() if end is None]
         for rank in running:
             os.kill(self._pids()[rank], STACK_SIGNAL)
@@ -211,7 +211,7 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         return "".join(f"\nrank {rank} meanwhile:\n{self._stack(rank)}" for rank in running)
 
     def _ends(self) -> dict[int, str | None]:
-        """How each rank ended: None while it runs, empty if well. It stays to be waited for."""
+        """How each rank ended: None while it runs, empty if well. Does not reap the processes."""
         ends: dict[int, str | None] = {}
         for rank, pid in self._pids().items():
             ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -225,7 +225,7 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         return ends
 
     def _stopped(self) -> list[int]:
-        """Ranks that a signal or a debugger holds, so that the others wait for them in vain."""
+        """Ranks that a signal or a debugger has stopped, so that the others wait in vain."""
         states = {
             rank: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
             for rank, pid in self._pids().items()
@@ -240,13 +240,13 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         return {self._first_rank + at: pid for at, pid in self._pcontext.pids().items()}
 
 
-class _Met(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
-    """The meeting of the agents as torch sees it. When it is asked, they have met already."""
+class _Rendezvous(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
+    """The result of the agents' meeting, in the form that torch asks for."""
 
     def __init__(self, nodes: Nodes, master: RendezvousStoreInfo) -> None:
         self._nodes = nodes
         self._master = master
-        # Every node has as many ranks as we do: torch need not talk to them to number its ranks.
+        # All nodes have equally many ranks, so torch numbers its ranks without asking the others.
         os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -275,12 +275,12 @@ class _Met(RendezvousHandler):  # type: ignore[misc]  # torch is not typed
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    """End as torch's agent does, also before it is there."""
+    """End as torch's agent does, even before it exists."""
     raise SignalException("stopped", signal.Signals(number))
 
 
 def _silence(name: str) -> None:
-    """Drop what loggers below `name` say."""
+    """Drop the records of loggers below `name`."""
     silenced = logging.getLogger(name)
     silenced.addHandler(logging.NullHandler())
     silenced.propagate = False
@@ -289,7 +289,7 @@ def _silence(name: str) -> None:
 def _end_with_front(front_pid: int) -> None:
     """Wait until the front has gone, then end this process and with it the ranks.
 
-    The kernel's parent-death signal would not do: it follows the thread that started the agent.
+    The kernel's parent-death signal does not fit: it follows the thread that started the agent.
     """
     while os.getppid() == front_pid:
         time.sleep(0.2)
@@ -309,5 +309,5 @@ def _name(signal_number: int) -> str:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stderr.flush()
-    # A thread that hangs in the store of a lost node would crash the interpreter's orderly end.
+    # A thread that hangs in the store of a lost node would crash an orderly exit of Python.
     os._exit(code)

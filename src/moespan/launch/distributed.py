@@ -1,4 +1,4 @@
-"""The process groups of this rank, on the device that is its own."""
+"""This rank's device and process groups."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def init_distributed(
 
     Args:
         device: `cpu`, `cuda` or `npu`.
-        store_path: file through which the ranks find each other; None takes the store that
-            MASTER_ADDR and MASTER_PORT name, as torchrun and our agents on many nodes set them.
+        store_path: file of the store with which the ranks find each other. None takes the store
+            at MASTER_ADDR and MASTER_PORT, which torchrun and the agents on many nodes set.
         timeout_s: bound on joining.
 
     Raises:
@@ -40,7 +40,7 @@ def init_distributed(
     if store_path is not None:
         store = dist.FileStore(str(store_path), world_size)
         store.set_timeout(timeout)
-    # Between devices there are only the groups that the mesh makes.
+    # The mesh makes all groups between devices.
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     return own_device
 
@@ -50,8 +50,8 @@ def make_mesh(
 ) -> Mesh:
     """This rank's mesh for an engine of `config`; all ranks make theirs together.
 
-    HCCL's buffers are cut to what the layout sends. HCCL_BUFFSIZE, if the user has set it, holds
-    for all groups instead; but it is the fused dispatch's, where there is one.
+    HCCL's buffers get the size that the layout needs. If the user has set HCCL_BUFFSIZE, it applies
+    to all groups instead, except with the fused dispatch, which uses it itself.
     """
     buffers_mb: dict[str, int] = {}
     is_set = "HCCL_BUFFSIZE" in os.environ and config.moe_dispatch != "fused"

@@ -1,7 +1,6 @@
-"""The private directory that front, agent and ranks of one job share, and the word for its end.
+"""The private directory that front, agent and ranks of one job share, and the record of a failure.
 
-It holds no running code: who starts and watches whom is in `agent`, `client` and `rank`.
-Imports no torch.
+The processes themselves are in `agent`, `ranks` and `rank`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ from moespan.errors import EngineDeadError, MoespanError
 from moespan.machine.binding import Binding
 
 STACK_SIGNAL = signal.SIGUSR1
-"""Makes a rank write its Python stack to `Job.stack_path`, whatever it is in."""
+"""Makes a rank write its Python stack to `Job.stack_path`, even inside foreign code."""
 
 _LONGEST_DIRECTORY = 80  # characters; the path of a local socket ends at 107
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """What ended a rank: the rank writes it, the agent picks the first one, the front raises it.
+    """The end of a rank: the rank writes it, the agent picks the first one, the front raises it.
 
     Attributes:
-        rank: None if it was not a rank that failed.
-        kind: name of the error's class; empty for a rank that died without a word.
-        message: the error's own message, or what became of the rank ("was killed by SIGKILL").
-        traceback: where; empty for errors that are raised on purpose.
+        rank: the rank that failed; None if something else did.
+        kind: name of the error's class; empty for a rank that died without a report.
+        message: the error's own message, or the fate of the rank ("was killed by SIGKILL").
+        traceback: stack of the error; empty for errors that are raised on purpose.
         lost_peer: the rank only noticed that another one had gone, or did not answer.
-        time_ns: when, by the clock that all ranks of one node share.
-        node: whose rank it was, or who failed, if the job has many nodes.
+        time_ns: time of the failure, by the clock that all ranks of one node share.
+        node: the node that failed, or has the rank, if the job has several.
     """
 
     rank: int | None
@@ -46,7 +45,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     node: str = ""
 
     def to_error(self, starting: bool) -> MoespanError:
-        """The error for the front's caller: while starting, of the very class the rank raised."""
+        """The error for the front's caller; while starting, it has the class the rank raised."""
         own_class = getattr(errors, self.kind, None)
         if not (isinstance(own_class, type) and issubclass(own_class, MoespanError)):
             return EngineDeadError(f"{self._who} {self.message}\n{self.traceback}".rstrip())
@@ -61,14 +60,14 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job:
-    """Names and files inside the directory of one job, which only its owner may enter (0700)."""
+    """The directory of one job and the files in it. Only its owner may enter it (0700)."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
 
     @classmethod
     def create(cls, config: EngineConfig, nodes: Nodes) -> Job:
-        """Make the directory and leave in it what the agent and the ranks need to know."""
+        """Make the directory, with the config and the nodes for the agent and the ranks."""
         parent = tempfile.gettempdir()
         job = cls(
             tempfile.mkdtemp(
@@ -80,26 +79,26 @@ class Job:
         return job
 
     def read_config(self) -> EngineConfig:
-        """The config that the front left."""
+        """The config that the front wrote."""
         data = (self.directory / "config.json").read_bytes()
         return msgspec.json.decode(data, type=EngineConfig)
 
     def read_nodes(self) -> Nodes:
-        """The nodes of the job, as the front left them."""
+        """The nodes of the job, as the front wrote them."""
         return msgspec.json.decode((self.directory / "nodes.json").read_bytes(), type=Nodes)
 
     def write_binding(self, binding: Binding) -> None:
-        """Leave the binding to cores and memory for the ranks, before they start."""
+        """Write the cores and memory of the ranks, before they start."""
         (self.directory / "binding.json").write_bytes(msgspec.json.encode(binding))
 
     def read_binding(self) -> Binding:
-        """The binding that the agent left."""
+        """The binding that the agent wrote."""
         data = (self.directory / "binding.json").read_bytes()
         return msgspec.json.decode(data, type=Binding)
 
     @property
     def store_path(self) -> Path:
-        """File through which the ranks of one node find each other."""
+        """File of the store with which the ranks of one node find each other."""
         return self.directory / "store"
 
     def stack_path(self, rank: int) -> Path:
@@ -120,14 +119,14 @@ class Job:
         return connected
 
     def write_failure(self, failure: Failure, rank: int | None = None) -> None:
-        """Leave word of what ended `rank`, or (None) the whole job. Readers see all or nothing."""
+        """Write the end of `rank`, or of the whole job (None). Readers see all of it or nothing."""
         path = self._failure_path(rank)
         draft = path.with_suffix(".draft")
         draft.write_bytes(msgspec.json.encode(failure))
         draft.rename(path)
 
     def read_failure(self, rank: int | None = None) -> Failure | None:
-        """What ended `rank`, or (None) the whole job, if it left word."""
+        """The failure that ended `rank`, or the whole job (None), if one was written."""
         try:
             return msgspec.json.decode(self._failure_path(rank).read_bytes(), type=Failure)
         except FileNotFoundError:

@@ -11,21 +11,22 @@ import torch
 import torch.distributed as dist
 
 from moespan.config import EngineConfig
+from moespan.engine.build import build_leader, follow
 from moespan.engine.client import LocalClient
-from moespan.engine.engine import Engine, build_leader, follow
+from moespan.engine.engine import Engine
 from moespan.launch.distributed import init_distributed, make_mesh
 from moespan.machine.binding import bind, binding_here
 from moespan.machine.environment import started_by_torchrun
 
-# Followers wait in a broadcast while the program does other things between two calls; torchrun
-# itself ends them when the leader dies.
+# Followers wait in a broadcast while the program does other things between two calls. If the
+# leader dies, torchrun ends them.
 _IDLE_S = 24 * 3600.0
 
 
 def join(config: EngineConfig) -> LocalClient:
-    """Start this process's part of the engine; on all ranks but the leader it does not return.
+    """Start this process's part of the engine. Only the leader returns.
 
-    They serve the leader until it closes, and then exit with code 0.
+    The other ranks follow the leader until it closes, and then exit with code 0.
     """
     lines = _bind(config)
     if not started_by_torchrun():
@@ -41,7 +42,7 @@ def join(config: EngineConfig) -> LocalClient:
     client = LocalClient(
         config, lambda config: _build(config, device, lines), on_close=dist.destroy_process_group
     )
-    # A program that ends without closing must not leave the followers waiting.
+    # A program that ends without closing must release the followers.
     atexit.register(client.close)
     return client
 
@@ -53,10 +54,10 @@ def _build(config: EngineConfig, device: torch.device, binding: list[str]) -> En
 
 
 def _bind(config: EngineConfig) -> list[str]:
-    """Bind this process as one of the ranks of this machine, and say how.
+    """Bind this process as one of the ranks of this machine; → the binding as lines of text.
 
-    `auto` leaves a process alone that is the user's own, or that its launcher has bound already:
-    its cores then differ from its parent's. Threads that run by now keep their memory policy.
+    `auto` does not bind the user's own process, nor one that its launcher has bound: its cores then
+    differ from its parent's. Threads that already run keep their memory policy.
     """
     if alone := not started_by_torchrun():
         local_rank, ranks = 0, 1

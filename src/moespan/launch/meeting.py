@@ -1,12 +1,12 @@
-"""How the agents of several nodes find each other, and make sure that they run the same.
+"""How the agents of several nodes find each other, and make sure that all run the same.
 
-Node 0's agent hosts torch's TCPStore on master_addr and nowhere else; the ranks find each other
-through it too. Every other agent leaves a hello in it. Node 0 compares them with its own, and
-leaves one verdict for all. Both are JSON.
+Node 0's agent hosts torch's TCPStore on master_addr and no other address; the ranks use it to find
+each other, too. Every other agent writes a hello to it. Node 0 compares the hellos with its own
+facts, and writes one verdict for all. Both are JSON.
 
-Bounds: a port that is taken or an address that is not this machine's is told at once. Whoever is
-missing is told after `Nodes.join_timeout_s`, by every node that is there. Whatever answers no
-more is given up after `Nodes.silence_s`, even if torch waits on.
+Bounds: a port that is taken, or an address of another machine, is an error at once. A missing node
+is an error after `Nodes.join_timeout_s`, on every node that is there. A peer that no longer answers
+is given up after `Nodes.silence_s`, even if torch waits longer.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ import moespan
 from moespan.checkpoint.source import INDEX_FILE, SINGLE_FILE
 from moespan.config import EngineConfig, Nodes, is_wildcard
 from moespan.errors import MeetingError
-from moespan.launch.watch import Watch, write_first_words
+from moespan.launch.watch import Watch, write_first_statuses
 from moespan.machine.interfaces import interfaces
 from moespan.version import DIGEST_CHARACTERS, source_digest
 
 _POLL_S = 0.1
 _CONNECT_S = 2.0
 
-# A verdict against some node waits so long for the others, so that all of them hear it.
+# Node 0 waits this long with a verdict against a node, so that the others get it too.
 _STRAGGLERS_S = 5.0
 _VERDICT_READ_S = 2.0
 
-# Whoever waits longer than this for other nodes says so.
+# A node that waits longer than this for others says so.
 _PATIENCE_S = 3.0
 
 _LONGEST_VALUE = 60
 
 Facts = dict[str, str]
-"""What all nodes must have in common: name -> value, both for people to read."""
+"""Settings and versions that must be equal on all nodes: name -> value, both readable."""
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """One node to node 0."""
+    """Another node to node 0."""
 
     node_rank: int
     address: str
@@ -66,9 +66,9 @@ class Verdict(msgspec.Struct, frozen=True):
     """Node 0 to all.
 
     Attributes:
-        error: why there will be no job; empty if all is well.
-        arrivals: which arrival was taken for each node.
-        addresses: of each node.
+        error: why the job cannot start; empty if it can.
+        arrivals: number of the hello that was taken for each node.
+        addresses: address of each node.
     """
 
     error: str
@@ -78,12 +78,12 @@ class Verdict(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Met:
-    """Where the nodes met.
+    """The result of a meeting.
 
     Attributes:
-        watch: the other nodes.
-        master_addr: the address of node 0, in numbers.
-        address: this node's own on the network that leads there.
+        watch: watches the other nodes.
+        master_addr: numeric address of node 0.
+        address: this node's own, on the network that leads to node 0.
     """
 
     watch: Watch
@@ -92,7 +92,7 @@ class Met:
 
 
 def facts(config: EngineConfig, nodes: Nodes) -> Facts:
-    """What has to be equal on all nodes. Where the checkpoint lies need not, nor which cores."""
+    """The facts of this node. The checkpoint's folder and the binding to cores may differ."""
     folder = Path(config.model)
     settings = dataclasses.asdict(config)
     layout = settings.pop("layout")
@@ -111,59 +111,59 @@ def facts(config: EngineConfig, nodes: Nodes) -> Facts:
 
 
 def meet(nodes: Nodes, own: Facts, say: Callable[[str], None] = lambda line: None) -> Met:
-    """Come together with the agents of all other nodes.
+    """Meet the agents of all other nodes.
 
     Args:
-        own: what this node runs.
-        say: takes a line for the user, when it takes long.
+        own: the facts of this node.
+        say: shows the user a line if the meeting takes long.
 
     Raises:
-        MeetingError: a node is missing, or differs; the same on all nodes that are there.
+        MeetingError: a node is missing, or differs; the same error on all nodes that are there.
     """
     meeting = _Meeting(nodes, own, say)
     if nodes.node_rank == 0:
         listener = _listen(nodes)
-        return meeting.hold(lambda: meeting.host(listener))
-    return meeting.hold(meeting.join)
+        return meeting.run(lambda: meeting.host(listener))
+    return meeting.run(meeting.join)
 
 
 class _Meeting:
-    """One node's part. What talks to the store does so in a thread that may block for good."""
+    """One node's part in the meeting. Calls to the store run in a thread that may hang."""
 
     def __init__(self, nodes: Nodes, own: Facts, say: Callable[[str], None]) -> None:
         self._nodes = nodes
         self._facts = own
         self._say = say
         self._deadline = time.monotonic() + nodes.join_timeout_s
-        self._expect("", nodes.join_timeout_s)
+        self._set_timeout("", nodes.join_timeout_s)
 
-    def hold(self, work: Callable[[], Met]) -> Met:
-        """Run `work`, and give up when it stands still for longer than it said it might."""
+    def run(self, work: Callable[[], Met]) -> Met:
+        """Run `work` in a thread, and give up when it exceeds the timeout that it set last."""
         results: list[Met | Exception] = []
 
-        def run() -> None:
+        def target() -> None:
             try:
                 results.append(work())
             except Exception as error:
                 results.append(error)
 
-        thread = threading.Thread(target=run, name="moespan-meeting", daemon=True)
+        thread = threading.Thread(target=target, name="moespan-meeting", daemon=True)
         thread.start()
-        while thread.is_alive() and time.monotonic() < self._standstill_at:
+        while thread.is_alive() and time.monotonic() < self._timeout_at:
             thread.join(_POLL_S / 2)
         if not results:
-            raise MeetingError(self._standstill)
+            raise MeetingError(self._timeout_error)
         if isinstance(results[0], MeetingError):
             raise results[0]
         if isinstance(results[0], Exception):
             reason = str(results[0]).partition("\n")[0]
-            raise MeetingError(f"{self._standstill} ({reason})") from results[0]
+            raise MeetingError(f"{self._timeout_error} ({reason})") from results[0]
         return results[0]
 
     def host(self, listener: socket.socket) -> Met:
-        """Node 0: take in the others, and judge."""
+        """Node 0: take the hellos of the others, and write the verdict."""
         address, port = listener.getsockname()[:2]
-        self._expect(f"the meeting point at {self._nodes.meeting_point} does not answer")
+        self._set_timeout(f"the meeting point at {self._nodes.meeting_point} does not answer")
         server = self._connect(address, port, listener)
         store = PrefixStore("nodes", server)
         taken = {0: Hello(0, address, self._facts)}
@@ -172,7 +172,7 @@ class _Meeting:
         arrived = 0
         patience_ends = time.monotonic() + _PATIENCE_S
         while arrived < self._nodes.nnodes - 1 and time.monotonic() < self._deadline:
-            self._breathe()
+            self._poll()
             if time.monotonic() > patience_ends:
                 patience_ends = math.inf
                 self._say(f"waiting for {self._missing(taken)} at {self._nodes.meeting_point}")
@@ -180,7 +180,7 @@ class _Meeting:
                 continue
             arrived += 1
             hello = msgspec.json.decode(store.get(f"hello/{arrived}"), type=Hello)
-            found = _object(taken, hello)
+            found = _objections(taken, hello)
             if found:
                 objections += found
                 self._deadline = min(self._deadline, time.monotonic() + _STRAGGLERS_S)
@@ -201,20 +201,20 @@ class _Meeting:
             arrivals=[arrivals[node] for node in nodes],
             addresses=[taken[node].address for node in nodes],
         )
-        write_first_words(store, self._nodes.nnodes)
+        write_first_statuses(store, self._nodes.nnodes)
         store.set("verdict", msgspec.json.encode(verdict))
         if verdict.error:
             read_by = time.monotonic() + _VERDICT_READ_S
             while store.add("read", 0) < arrived and time.monotonic() < read_by:
-                self._breathe()
+                self._poll()
             raise MeetingError(verdict.error)
         return Met(Watch(self._nodes, store, verdict.addresses), address, address)
 
     def join(self) -> Met:
-        """Every other node: say hello, and hear the verdict."""
+        """Every other node: write a hello, and read the verdict."""
         point = self._nodes.meeting_point
         address, master_addr = self._reach()
-        self._expect(
+        self._set_timeout(
             f"what listens at {point} does not answer as node 0 would; if another program has "
             "that port, use another master_port"
         )
@@ -227,8 +227,10 @@ class _Meeting:
         while not store.check(["verdict"]):
             if time.monotonic() > hear_by:
                 raise MeetingError(f"{node_0} has not begun the job in time")
-            self._expect(f"{node_0} left before all nodes had come, or cannot be reached any more")
-            self._breathe()
+            self._set_timeout(
+                f"{node_0} left before all nodes had come, or cannot be reached any more"
+            )
+            self._poll()
         verdict = msgspec.json.decode(store.get("verdict"), type=Verdict)
         if verdict.error:
             store.add("read", 1)
@@ -243,10 +245,10 @@ class _Meeting:
         return Met(Watch(self._nodes, store, verdict.addresses), master_addr, address)
 
     def _reach(self) -> tuple[str, str]:
-        """Wait until something listens at the meeting point: our own address, and its."""
+        """Wait until something listens at the meeting point; → our address, and its own."""
         point = self._nodes.meeting_point
-        # Looking up a name may take long, and is bounded by the system.
-        self._expect(f"node 0 cannot be reached at {point}", self._nodes.join_timeout_s)
+        # Only the system bounds the lookup of a name, which may take long.
+        self._set_timeout(f"node 0 cannot be reached at {point}", self._nodes.join_timeout_s)
         patience_ends = time.monotonic() + _PATIENCE_S
         while True:
             try:
@@ -272,28 +274,28 @@ class _Meeting:
             address,
             port,
             is_master=listener is not None,
-            # Left to itself, the store would listen on every network of the machine.
+            # By default, the store would listen on every network of the machine.
             master_listen_fd=None if listener is None else listener.detach(),
             wait_for_workers=False,
             timeout=timedelta(seconds=self._nodes.silence_s),
         )
 
-    def _breathe(self) -> None:
-        self._expect(self._standstill)
+    def _poll(self) -> None:
+        self._set_timeout(self._timeout_error)
         time.sleep(_POLL_S)
 
-    def _expect(self, standstill: str, most_s: float = 0) -> None:
-        """Allow `most_s` and `silence_s` for what follows; then `standstill` is the error."""
-        self._standstill = standstill
-        self._standstill_at = time.monotonic() + most_s + self._nodes.silence_s
+    def _set_timeout(self, error: str, most_s: float = 0) -> None:
+        """Allow `most_s` plus `silence_s` for the next calls; after that, `error` is raised."""
+        self._timeout_error = error
+        self._timeout_at = time.monotonic() + most_s + self._nodes.silence_s
 
     def _missing(self, taken: dict[int, Hello]) -> str:
         missing = [str(node) for node in range(self._nodes.nnodes) if node not in taken]
         return f"node{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
 
 
-def _object(taken: dict[int, Hello], hello: Hello) -> list[str]:
-    """What keeps `hello` from joining those already taken."""
+def _objections(taken: dict[int, Hello], hello: Hello) -> list[str]:
+    """Reasons why `hello` cannot join the hellos already taken."""
     ours, theirs = taken[0].facts, hello.facts
     name = f"node {hello.node_rank} ({hello.address})"
     objections = [
@@ -302,16 +304,16 @@ def _object(taken: dict[int, Hello], hello: Hello) -> list[str]:
         for fact in {**ours, **theirs}
         if ours.get(fact) != theirs.get(fact)
     ]
-    double = taken.get(hello.node_rank)
-    if double is not None:
+    twin = taken.get(hello.node_rank)
+    if twin is not None:
         objections.append(
-            f"two nodes have node_rank={hello.node_rank}: {double.address} and {hello.address}"
+            f"two nodes have node_rank={hello.node_rank}: {twin.address} and {hello.address}"
         )
     return objections
 
 
 def _listen(nodes: Nodes) -> socket.socket:
-    """A socket at the meeting point, on that address alone."""
+    """A socket at the meeting point, on that address only."""
     point = nodes.meeting_point
     try:
         family, _, _, _, target = socket.getaddrinfo(
@@ -327,8 +329,7 @@ def _listen(nodes: Nodes) -> socket.socket:
             "address of node 0 that the other nodes reach"
         )
     listener = socket.socket(family, socket.SOCK_STREAM)
-    # A connection of the job before, just ended, must not keep the port. It allows no second
-    # listener.
+    # A connection of the previous job must not keep the port. This allows no second listener.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(target)
@@ -359,7 +360,7 @@ def _loopback_hint(address: str) -> str:
 
 
 def _short(text: str) -> str:
-    """A table of experts is too long for a message; then by its hash."""
+    """The text, or a hash of it if it is too long for an error message."""
     if len(text) <= _LONGEST_VALUE:
         return text
     return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARACTERS]}"
@@ -380,7 +381,8 @@ def _digest(path: Path) -> str:
 
 
 def _tensors_digest(folder: Path) -> str:
-    """Of the index of the shards, or of the head of the one file: names, types, shapes, places."""
+    """Digest of names, types, shapes and places of all tensors: from the index of the shards, or
+    from the header of the only file."""
     if (folder / INDEX_FILE).exists() or not (folder / SINGLE_FILE).exists():
         return _digest(folder / INDEX_FILE)
     with (folder / SINGLE_FILE).open("rb") as file:

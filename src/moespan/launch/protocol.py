@@ -1,6 +1,6 @@
-"""The words between front and leader, and the framing that carries them over a local socket.
+"""The messages between front and leader, and their frames on a local socket.
 
-A frame is four bytes of length (big-endian) and one message in msgpack. Imports no torch.
+A frame is a length of four bytes (big-endian) and one message in msgpack. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ MAX_FRAME_BYTES = 2**31
 
 _HEADER_BYTES = 4
 _READ_BYTES = 2**20
-_LONGEST_POLL_S = 0.1  # a message of another thread that did not fit the socket waits no longer
+_LONGEST_POLL_S = 0.1  # the rest of another thread's message waits no longer
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
-    """Front to leader: take up this request."""
+    """Front to leader: start this request."""
 
     request: Request
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Front to leader: nobody waits for this request any more."""
+    """Front to leader: drop this request."""
 
     request_id: str
 
 
 class Reload(msgspec.Struct, frozen=True, tag=True):
-    """Front to leader: end this engine and build one of this config from the same ranks."""
+    """Front to leader: end this engine and build one of this config on the same ranks."""
 
     config: EngineConfig
 
@@ -54,13 +54,13 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Leader to front, once for each engine: the model is loaded, and these are the facts."""
+    """Leader to front, once for each engine: the model is loaded."""
 
     info: EngineInfo
 
 
 class Deltas(msgspec.Struct, frozen=True, tag=True):
-    """Leader to front: what a step added."""
+    """Leader to front: the deltas of a step."""
 
     deltas: list[OutputDelta]
 
@@ -86,14 +86,14 @@ Received = TypeVar("Received")
 
 
 class PeerGoneError(Exception):
-    """The other end has closed or died, and all that it had sent has been read."""
+    """The other end has closed or died, and everything that it had sent has been read."""
 
 
 class Connection(Generic[Received]):
-    """One end of the socket. Nothing here blocks, except `receive` for as long as it is told.
+    """One end of the socket. Only `receive` blocks, up to its timeout.
 
-    Any thread may send; one thread at a time may receive. What does not fit into the socket is
-    kept and sent by later calls of `send` or `receive`.
+    Any thread may send; one thread at a time may receive. Bytes that do not fit into the socket
+    are kept and sent by later calls of `send` or `receive`.
     """
 
     def __init__(
@@ -132,11 +132,11 @@ class Connection(Generic[Received]):
             raise PeerGoneError
 
     def receive(self, timeout_s: float | None) -> list[Received]:
-        """All messages that have come; waits for the first one at most `timeout_s`, then [].
+        """All messages that have come; [] if none comes within `timeout_s`.
 
         Raises:
             PeerGoneError: the other end has gone.
-            EngineDeadError: what comes is not a frame of this protocol.
+            EngineDeadError: a frame is longer than the limit.
         """
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -150,8 +150,8 @@ class Connection(Generic[Received]):
                 raise PeerGoneError
 
     def close(self) -> None:
-        """Tell the other end, and any thread that waits in `receive`, that it is over."""
-        with contextlib.suppress(OSError):  # the other end was faster
+        """End the connection, also for a thread that waits in `receive`."""
+        with contextlib.suppress(OSError):  # the other end has closed first
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 

@@ -1,11 +1,12 @@
-"""What one rank runs: the leader (rank 0) serves the front, the others follow it.
+"""The program of one rank: the leader (rank 0) serves the front, the others follow the leader.
 
 Started by the agent as `python -m moespan.launch.rank JOB_DIRECTORY AGENT_PID`. A rank never
 outlives the agent: the kernel kills it with its parent.
 
-Bounds: a collective waits `COLLECTIVE_TIMEOUT_S` for its peers. A step of the leader, whatever it
-hangs in, ends after 1.25 times that, with its Python stack as the error. Idle followers hear from
-the leader every `HEARTBEAT_S`, so that they too end once it is silent for `COLLECTIVE_TIMEOUT_S`.
+Bounds: a collective waits `COLLECTIVE_TIMEOUT_S` for its peers. A step of the leader that hangs,
+even in foreign code, ends after 1.25 times that, with its Python stack as the error. Idle followers
+get a heartbeat every `HEARTBEAT_S`, so that they end once the leader is silent for
+`COLLECTIVE_TIMEOUT_S`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class LeaderEngine(Protocol):
-    """What the front's requests are served with."""
+    """The engine that serves the front's requests."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -67,7 +68,7 @@ class LeaderEngine(Protocol):
 
 
 Follow = Callable[["EngineConfig", "torch.device"], "EngineConfig | None"]
-"""A rank's part until its engine ends; returns the config of the next engine, if any."""
+"""Run a follower until its engine ends; returns the config of the next engine, if any."""
 
 
 def main() -> None:
@@ -76,14 +77,14 @@ def main() -> None:
 
 
 def _build_leader(config: EngineConfig, device: torch.device) -> LeaderEngine:
-    from moespan.engine.engine import build_leader
+    from moespan.engine.build import build_leader
     from moespan.launch.distributed import make_mesh
 
     return build_leader(config, make_mesh(config, device))
 
 
 def _follow(config: EngineConfig, device: torch.device) -> EngineConfig | None:
-    from moespan.engine.engine import follow
+    from moespan.engine.build import follow
     from moespan.launch.distributed import make_mesh
 
     return follow(config, make_mesh(config, device))
@@ -94,19 +95,21 @@ def run_rank(
     follow: Follow,
     timeout_s: float | None = None,
 ) -> None:
-    """Play this process's part in the job named on the command line, until the front has gone.
+    """Run this process as a rank of the job named on the command line, until the front has gone.
 
-    `timeout_s` replaces `COLLECTIVE_TIMEOUT_S`. An error is left as word for the agent, and this
-    process ends at once with exit code 1, without teardown that could hang.
+    `timeout_s` replaces `COLLECTIVE_TIMEOUT_S`. An error is written for the agent, and this process
+    ends at once with exit code 1, without teardown that could hang.
     """
     as_rank(
-        lambda job, rank, stack_file: _play(job, rank, build_leader, follow, timeout_s, stack_file)
+        lambda job, rank, stack_file: _run(job, rank, build_leader, follow, timeout_s, stack_file)
     )
 
 
-def as_rank(play: Callable[[Job, int, TextIO], None]) -> None:
-    """Call `play(job, rank, file for stacks)` as the rank that the command line names: bound to
-    its cores, and with its errors left as word for the agent."""
+def as_rank(run: Callable[[Job, int, TextIO], None]) -> None:
+    """Call `run(job, rank, file for stacks)` as the rank that the command line names.
+
+    The process is bound to the rank's cores, and errors are written for the agent.
+    """
     directory, agent_pid = sys.argv[1:3]
     _die_with_parent(int(agent_pid))
     log.set_up()
@@ -116,7 +119,7 @@ def as_rank(play: Callable[[Job, int, TextIO], None]) -> None:
     faulthandler.enable(stack_file)
     faulthandler.register(STACK_SIGNAL, stack_file)
     try:
-        play(job, rank, stack_file)
+        run(job, rank, stack_file)
     except Exception as error:
         job.write_failure(_failure(rank, error), rank)
         log.logger.debug("failed", exc_info=True)
@@ -125,7 +128,7 @@ def as_rank(play: Callable[[Job, int, TextIO], None]) -> None:
         os._exit(1)
 
 
-def _play(
+def _run(
     job: Job,
     rank: int,
     build_leader: Callable[[EngineConfig, torch.device], LeaderEngine],
@@ -162,7 +165,7 @@ def serve_front(
     heartbeat_s: float = HEARTBEAT_S,
     watchdog: _Watchdog | None = None,
 ) -> EngineConfig | None:
-    """Serve the front's requests; idle followers hear of it in between.
+    """Serve the front's requests, with heartbeats to idle followers in between.
 
     Returns:
         The config that the front wants next; None when the front has gone.
@@ -176,7 +179,7 @@ def serve_front(
             for message in front.receive(0 if engine.has_unfinished else heartbeat_s):
                 if isinstance(message, Reload):
                     return message.config
-                _take(engine, message, front)
+                _handle(engine, message, front)
                 if watchdog is not None:
                     watchdog.feed()
             if engine.has_unfinished:
@@ -195,8 +198,8 @@ def serve_front(
             watchdog.stop()
 
 
-def _take(engine: LeaderEngine, message: Add | Abort | Ask, front: Connection[FromFront]) -> None:
-    """Do what `message` asks for; refusals go back to the front."""
+def _handle(engine: LeaderEngine, message: Add | Abort | Ask, front: Connection[FromFront]) -> None:
+    """Carry out `message`; refusals go back to the front."""
     if isinstance(message, Abort):
         engine.abort(message.request_id)
     elif isinstance(message, Ask):
@@ -213,9 +216,9 @@ def _take(engine: LeaderEngine, message: Add | Abort | Ask, front: Connection[Fr
 
 
 class _Watchdog:
-    """Ends this process, with its Python stack in a file, when it is not fed in time.
+    """Ends this process, with its Python stack in a file, if it is not fed in time.
 
-    It works while foreign code holds the interpreter's lock, since its thread is not Python's.
+    Its thread is not Python's, so it works while foreign code holds the interpreter's lock.
     """
 
     def __init__(self, timeout_s: float, stack_file: TextIO) -> None:
@@ -224,13 +227,13 @@ class _Watchdog:
         self._fed_at = -timeout_s
 
     def feed(self) -> None:
-        """All is well. Cheap: the timer starts anew only once in a hundredth of its time."""
+        """Restart the timer. Cheap: it restarts at most once in a hundredth of its time."""
         if time.monotonic() - self._fed_at > self._timeout_s / 100:
             self._fed_at = time.monotonic()
             faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=self._stack_file)
 
     def stop(self) -> None:
-        """Nothing is to be watched any more."""
+        """Stop the timer."""
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -248,7 +251,7 @@ def _failure(rank: int, error: Exception) -> Failure:
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because of another rank. Some say so in their message only."""
+    """Whether a collective failed because of another rank; some show it in their text only."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or any(
@@ -258,7 +261,7 @@ def _is_lost_peer(error: Exception) -> bool:
 
 def _die_with_parent(parent_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the kernel knew
+    if os.getppid() != parent_pid:  # the parent died before this call
         os._exit(1)
 
 

@@ -1,6 +1,6 @@
-"""The front's view of the ranks: start them, send requests, receive what they add, end them.
+"""The client for ranks in processes of their own: starts them, sends requests, receives deltas.
 
-Imports no torch, so that the process of the user starts fast.
+Imports no torch, so that the user's process starts fast.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ START_TIMEOUT_S = 3600.0
 _ONE_NODE = Nodes()
 _PROGRAM = ("-m", "moespan.launch.rank")
 
-_VERDICT_S = 8.0  # the agent ends the ranks and says why in less
+_VERDICT_S = 8.0  # in less, the agent ends the ranks and writes the cause
 _CLOSE_S = 5.0
 _TERMINATE_S = 6.0
 
@@ -79,15 +79,14 @@ class RanksClient:
         Args:
             config: what to run, on as many ranks as its layout has.
             start_timeout_s: most seconds to wait; None for `START_TIMEOUT_S`.
-            nodes: the machines to run on, this one being node 0. Those of the others come from
-                `serve_node` there.
-            program: what Python runs in each rank.
+            nodes: the machines to run on; this one is node 0. The others run `serve_node`.
+            program: arguments of Python in each rank.
 
         Raises:
             LayoutError: the nodes cannot have equally many ranks.
             MeetingError: the nodes did not come together.
             MoespanError: the error that a rank raised on purpose while loading.
-            EngineDeadError: a rank died otherwise (with its traceback), or time is up.
+            EngineDeadError: a rank died otherwise (with its traceback), or the time is over.
         """
         deadline = time.monotonic() + (start_timeout_s or START_TIMEOUT_S)
         cleanup = contextlib.ExitStack()
@@ -115,19 +114,19 @@ class RanksClient:
             raise
 
     def add(self, request: Request) -> None:
-        """Send a request; returns at once. What the engine refuses comes back as error deltas.
+        """Send a request; returns at once. A refused request comes back as error deltas.
 
         Raises:
             RequestError: the request is too large to be sent.
-            EngineDeadError: the ranks are known to be gone.
+            EngineDeadError: the client knows that the ranks are gone.
         """
         self._send(Add(request))
 
     def abort(self, request_id: str) -> None:
-        """Tell the engine that nobody waits for this request any more; returns at once.
+        """Tell the engine to drop a request; returns at once.
 
         Raises:
-            EngineDeadError: the ranks are known to be gone.
+            EngineDeadError: the client knows that the ranks are gone.
         """
         self._send(Abort(request_id))
 
@@ -135,8 +134,8 @@ class RanksClient:
         """Wait for deltas: at least one, or [] when `timeout_s` is over.
 
         Raises:
-            EngineDeadError: the ranks died, with the traceback of the one that failed first; all
-                they had sent before has been received.
+            EngineDeadError: the ranks died; has the traceback of the first one that failed. All
+                deltas that they had sent before have been received.
         """
         with self._arrived:
             self._wait_for(lambda: bool(self._deltas), timeout_s)
@@ -166,8 +165,8 @@ class RanksClient:
         return answer
 
     def reload(self, config: EngineConfig, timeout_s: float | None = None) -> None:
-        """End the engine and build one of `config` from the same ranks, which is faster than to
-        start them anew. The layout must have as many ranks; unfinished requests are lost.
+        """End the engine and build one of `config` on the same ranks, which saves their start. The
+        layout must have as many ranks; unfinished requests are lost.
 
         Raises:
             MoespanError, EngineDeadError: as from the constructor; the ranks are gone then.
@@ -177,7 +176,7 @@ class RanksClient:
         self.info = self._wait_until_ready(time.monotonic() + (timeout_s or START_TIMEOUT_S))
 
     def close(self) -> None:
-        """End all ranks and remove what they left. Calling it again does nothing."""
+        """End all ranks and remove their directory. Idempotent."""
         self._death = self._death or EngineDeadError("the engine is closed")
         self._finalizer()
 
@@ -237,7 +236,7 @@ class RanksClient:
 
     def _send(self, message: FromFront) -> None:
         self._check_alive()
-        with contextlib.suppress(PeerGoneError):  # `receive` finds out why
+        with contextlib.suppress(PeerGoneError):  # `receive` finds the cause
             self._connection.send(message)
 
     def _check_alive(self) -> None:
@@ -260,7 +259,7 @@ class RanksClient:
                 with contextlib.suppress(TimeoutError):
                     return listener.accept()[0]
         except BaseException:
-            self._agent.terminate()  # ranks that load weights look at no socket
+            self._agent.terminate()  # ranks that load weights do not watch the socket
             raise
 
     def _wait_until_ready(self, deadline: float) -> EngineInfo:
@@ -275,7 +274,7 @@ class RanksClient:
                 raise self._learn_death(starting=True) from None
 
     def _learn_death(self, starting: bool) -> MoespanError:
-        """Ask the agent, which ends what is left of the ranks first, what ended them."""
+        """The cause of the ranks' end, from the agent, which first ends the remaining ranks."""
         if self._death is not None:  # closed by another thread
             return self._death
         try:
@@ -294,7 +293,7 @@ def serve_node(
     Raises:
         LayoutError: the nodes cannot have equally many ranks.
         MeetingError: the nodes did not come together.
-        MoespanError: what ended the job, on whatever node, if it did not end well.
+        MoespanError: the failure that ended the job, on whatever node.
     """
     ranks = nodes.ranks_per_node(config.layout)
     with contextlib.ExitStack() as cleanup:
@@ -313,7 +312,7 @@ def serve_node(
 
 
 def _error(job: Job, code: int, starting: bool) -> MoespanError:
-    """What the agent, which ended with `code`, has left word of."""
+    """The error that the agent wrote before it ended with `code`."""
     failure = job.read_failure()
     if failure is not None:
         return failure.to_error(starting)
@@ -321,27 +320,27 @@ def _error(job: Job, code: int, starting: bool) -> MoespanError:
 
 
 def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start the agent, and through it `ranks` ranks that run `program` in Python."""
+    """Start the agent, which starts `ranks` ranks that run `program` in Python."""
     arguments = [str(job.directory), str(ranks), str(os.getpid()), *program]
     return subprocess.Popen(
         [sys.executable, "-m", "moespan.launch.agent", *arguments],
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C in the terminal is for the front alone
+        start_new_session=True,  # only the front gets Ctrl-C of the terminal
         env=_environment(),
     )
 
 
 def _environment() -> dict[str, str]:
-    # No module is imported from whatever directory the user happens to stand in.
+    # No module may be imported from the user's current directory.
     environment = {**os.environ, "PYTHONSAFEPATH": "1", log.LEVEL_VARIABLE: log.level()}
     environment.setdefault(BACKEND_AUTOLOAD, "0")  # the agent itself imports torch
-    if log.level() != "debug":  # torch warns of addresses without a name, and such
+    if log.level() != "debug":  # torch warns, for example, of addresses without a name
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return environment
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:
-    """Wait for the orderly end that closing the socket has begun, then use force."""
+    """Wait for the orderly end that closing the socket has started, then use force."""
     for wait_s, use_force in ((_CLOSE_S, agent.terminate), (_TERMINATE_S, agent.kill)):
         try:
             agent.wait(wait_s)

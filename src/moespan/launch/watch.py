@@ -1,15 +1,16 @@
 """How the agents of several nodes watch each other, and agree on what ended their job.
 
-Each agent keeps one word in the store that node 0's agent hosts, and reads those of all others:
-a beat that counts on, and in the end how its ranks ended. A word is JSON.
+Each agent keeps a status in the store that node 0's agent hosts, and reads the statuses of all
+others. A status is JSON: a counter that shows that the node lives, and at the end how its ranks
+ended.
 
-No call to the store is bounded once a link is cut, whatever timeout torch is given. So a thread of
-its own makes them all, and everything else here goes by the clock and never waits for that thread
+Once a link is cut, no call to the store is bounded, whatever timeout torch is given. So one thread
+makes all these calls. Everything else here goes by the clock, and never waits for that thread
 without a bound.
 
-Bounds: a node that is silent for `Nodes.silence_s` is lost. How ranks ended elsewhere is known
-after `_POLL_S`; at the end a node waits `_ENDS_S` for the word of the others, and `_LEAVE_S` until
-they have read its own.
+Bounds: a node that is silent for `Nodes.silence_s` is lost. The end of ranks elsewhere is known
+after `_POLL_S`. At the end a node waits `_ENDS_S` for the statuses of the others, and `_LEAVE_S`
+until they have read its own.
 """
 
 from __future__ import annotations
@@ -29,42 +30,42 @@ _POLL_S = 0.5
 _ENDS_S = 4.0
 _LEAVE_S = 2.0
 
-# A node that says nothing for so long while others wait for its word at the end is the culprit.
+# A node that is silent for so long while others wait for its status at the end is the culprit.
 _SUSPECT_S = 2.0
 
 
-class Word(msgspec.Struct, frozen=True):
-    """What one node says to the others.
+class Status(msgspec.Struct, frozen=True):
+    """The status of one node, for the others.
 
     Attributes:
-        beat: counts on as long as the node lives.
+        beat: a counter that grows as long as the node lives.
         ended: its ranks have ended, or are being ended.
-        failure: what made them, if it happened on this node.
-        order: place of this end among those of all nodes.
-        is_free: it needs nothing more from the others.
+        failure: the cause, if it happened on this node.
+        order: position of this end among the ends of all nodes.
+        may_leave: the node needs nothing more from the others.
     """
 
     beat: int = 0
     ended: bool = False
     failure: Failure | None = None
     order: int = 0
-    is_free: bool = False
+    may_leave: bool = False
 
 
 class Peers(Protocol):
     """The other nodes, as an agent deals with them."""
 
-    def trouble(self) -> bool:
+    def must_end(self) -> bool:
         """Whether the job has to end because of another node."""
 
-    def tell(self, failure: Failure | None) -> None:
-        """Say, once, how the ranks here ended: what failed here, or None. Does not wait."""
+    def report(self, failure: Failure | None) -> None:
+        """Publish, once, that the ranks here ended, and the failure here, if any. Does not wait."""
 
     def first_cause(self) -> Failure | None:
-        """What ended the job, wherever it happened. Waits `_ENDS_S` at most."""
+        """The failure that ended the job, on whatever node. Waits `_ENDS_S` at most."""
 
     def close(self) -> None:
-        """Stay until the others know all that is known here, `_LEAVE_S` at most."""
+        """Stay until the others have read this node's status, `_LEAVE_S` at most."""
 
 
 class NoPeers:
@@ -73,26 +74,26 @@ class NoPeers:
     def __init__(self) -> None:
         self._failure: Failure | None = None
 
-    def trouble(self) -> bool:
+    def must_end(self) -> bool:
         """Never."""
         return False
 
-    def tell(self, failure: Failure | None) -> None:
-        """Keep it."""
+    def report(self, failure: Failure | None) -> None:
+        """Keep the failure."""
         self._failure = failure
 
     def first_cause(self) -> Failure | None:
-        """What was told."""
+        """The failure that was reported."""
         return self._failure
 
     def close(self) -> None:
-        """Nobody waits."""
+        """There are no other nodes to wait for."""
 
 
-def write_first_words(store: Any, num_nodes: int) -> None:
-    """Make all words exist, since reading one that does not would wait for it."""
+def write_first_statuses(store: Any, num_nodes: int) -> None:
+    """Write empty statuses, because reading a missing one would wait for it."""
     for node in range(num_nodes):
-        store.set(_key(node), msgspec.json.encode(Word()))
+        store.set(_key(node), msgspec.json.encode(Status()))
 
 
 class Watch:
@@ -100,8 +101,8 @@ class Watch:
 
     Args:
         nodes: this node's place among them.
-        store: where the words are; nothing else may use this connection.
-        addresses: of every node, for messages.
+        store: holds the statuses; nothing else may use this connection.
+        addresses: of all nodes, for error messages.
     """
 
     def __init__(self, nodes: Nodes, store: Any, addresses: list[str]) -> None:
@@ -109,47 +110,49 @@ class Watch:
         self._store = store
         self._addresses = addresses
         self._others = [node for node in range(nodes.nnodes) if node != nodes.node_rank]
-        self._words = [Word()] * nodes.nnodes
-        self._heard_at = [time.monotonic()] * nodes.nnodes
-        self._own = Word()
-        self._told: Word | None = None
+        self._statuses = [Status()] * nodes.nnodes
+        self._changed_at = [time.monotonic()] * nodes.nnodes
+        self._own = Status()
+        self._written: Status | None = None
         self._store_closed = False
         self._wake = threading.Event()
         self._is_over = False
-        threading.Thread(target=self._converse, name="moespan-watch", daemon=True).start()
+        threading.Thread(target=self._exchange, name="moespan-watch", daemon=True).start()
 
-    def trouble(self) -> bool:
+    def must_end(self) -> bool:
         """Whether the job has to end because of another node."""
         return self._has_failed() or self._missing(self._nodes.silence_s) is not None
 
-    def tell(self, failure: Failure | None) -> None:
-        """Say, once, how the ranks here ended: what failed here, or None. Does not wait."""
+    def report(self, failure: Failure | None) -> None:
+        """Publish, once, that the ranks here ended, and the failure here, if any. Does not wait."""
         if failure is not None:
             failure = msgspec.structs.replace(failure, node=f"node {self._nodes.node_rank}")
         else:
             failure = self._missing(self._nodes.silence_s)
-        self._own = Word(ended=True, failure=failure)
+        self._own = Status(ended=True, failure=failure)
         self._wake.set()
 
     def first_cause(self) -> Failure | None:
-        """What ended the job, wherever it happened. Waits `_ENDS_S` at most.
+        """The failure that ended the job, on whatever node. Waits `_ENDS_S` at most.
 
-        Whatever failed by itself comes first, then nodes that are lost, then ranks that only
-        missed their peers; of several, the earliest.
+        A failure of its own comes before lost nodes, and these before ranks that only missed their
+        peers. Among equals, the earliest counts.
         """
         if not self._own.failure and not self._has_failed():
-            # Ranks end well when the front closes, and also when it dies, which node 0 tells.
+            # Ranks end well when the front closes, and also when it dies; node 0 knows which.
             _wait(_ENDS_S, lambda: self._has_failed() or self._is_accounted_for(0))
             if self._has_ended_well():
                 return None
         _wait(_ENDS_S, lambda: all(map(self._is_accounted_for, range(self._nodes.nnodes))))
-        words = list(self._words)
-        if not words[self._nodes.node_rank].ended:  # the store did not take it any more
-            words[self._nodes.node_rank] = self._own
-        failures = [(word.order, word.failure) for word in words if word.failure]
+        statuses = list(self._statuses)
+        if not statuses[self._nodes.node_rank].ended:  # the store no longer took it
+            statuses[self._nodes.node_rank] = self._own
+        failures = [(status.order, status.failure) for status in statuses if status.failure]
         if not failures:
             return None
-        _, first = min(failures, key=lambda it: (it[1].lost_peer, it[1].rank is not None, it[0]))
+        _, first = min(
+            failures, key=lambda one: (one[1].lost_peer, one[1].rank is not None, one[0])
+        )
         if first.lost_peer and first.rank is not None:
             missing = self._missing(_SUSPECT_S)
             if missing is not None:
@@ -158,25 +161,25 @@ class Watch:
         return first
 
     def close(self) -> None:
-        """Stay until the others know all that is known here, `_LEAVE_S` at most."""
-        self._own = leaving = msgspec.structs.replace(self._own, is_free=True)
+        """Stay until the others have read this node's status, `_LEAVE_S` at most."""
+        self._own = leaving = msgspec.structs.replace(self._own, may_leave=True)
         self._wake.set()
         _wait(
             _LEAVE_S,
             lambda: (
                 self._store_closed
                 or (
-                    self._told is leaving
-                    # The store goes with node 0, so the others go first.
-                    and (self._nodes.node_rank != 0 or all(map(self._is_free, self._others)))
+                    self._written is leaving
+                    # The store ends with node 0, so the others leave first.
+                    and (self._nodes.node_rank != 0 or all(map(self._may_leave, self._others)))
                 )
             ),
         )
         self._is_over = True
         self._wake.set()
 
-    def _converse(self) -> None:
-        """Say our word and read the others', over and over. Any call may block for good."""
+    def _exchange(self) -> None:
+        """Write this node's status and read all others, again and again. Any call may hang."""
         own_key = _key(self._nodes.node_rank)
         keys = [_key(node) for node in range(self._nodes.nnodes)]
         order = 0
@@ -187,35 +190,35 @@ class Watch:
                 own = self._own
                 if own.ended and not order:
                     order = self._store.add("ends", 1)
-                is_free = own.is_free or self._has_ended_well()
-                word = msgspec.structs.replace(own, beat=beat, order=order, is_free=is_free)
-                self._store.set(own_key, msgspec.json.encode(word))
+                may_leave = own.may_leave or self._has_ended_well()
+                status = msgspec.structs.replace(own, beat=beat, order=order, may_leave=may_leave)
+                self._store.set(own_key, msgspec.json.encode(status))
                 for node, data in enumerate(self._store.multi_get(keys)):
-                    word = msgspec.json.decode(data, type=Word)
-                    if word != self._words[node]:
-                        self._heard_at[node] = time.monotonic()
-                    self._words[node] = word
-                self._told = own
+                    status = msgspec.json.decode(data, type=Status)
+                    if status != self._statuses[node]:
+                        self._changed_at[node] = time.monotonic()
+                    self._statuses[node] = status
+                self._written = own
                 self._wake.wait(min(_POLL_S, self._nodes.silence_s / 10))
                 self._wake.clear()
         except RuntimeError:  # all errors of torch's stores
             self._store_closed = True
 
     def _absence(self, node: int, limit_s: float) -> str:
-        """In which way `node` is lost; empty if it is not, or has said that it ended."""
-        if self._words[node].ended:
+        """How `node` was lost; empty if it was not, or has reported its end."""
+        if self._statuses[node].ended:
             return ""
         if node == 0 and self._store_closed:
             return "has gone: its agent closed the connection"
-        silent_s = time.monotonic() - self._heard_at[node]
-        return f"has not been heard of for {silent_s:.0f} s" if silent_s > limit_s else ""
+        silent_s = time.monotonic() - self._changed_at[node]
+        return f"has not been heard from for {silent_s:.0f} s" if silent_s > limit_s else ""
 
     def _missing(self, limit_s: float) -> Failure | None:
-        """The first node that is lost, or this one, if the others have ended long ago."""
+        """The first lost node, or this one if the others have ended long ago."""
         if not self._has_ended_well():
             lost = ((node, self._absence(node, limit_s)) for node in self._others)
             return next((self._node_failure(node, how) for node, how in lost if how), None)
-        if self._own.ended or time.monotonic() - self._heard_at[0] < self._nodes.silence_s:
+        if self._own.ended or time.monotonic() - self._changed_at[0] < self._nodes.silence_s:
             return None
         return self._node_failure(
             self._nodes.node_rank,
@@ -223,25 +226,25 @@ class Watch:
         )
 
     def _has_failed(self) -> bool:
-        return any(word.failure for word in self._words)
+        return any(status.failure for status in self._statuses)
 
     def _has_ended_well(self) -> bool:
-        """Whether the job has: node 0, where the front is, says so. It may leave, and the store."""
-        return self._words[0].ended and not self._has_failed()
+        """Whether node 0, which has the front, reports a good end. It may leave with the store."""
+        return self._statuses[0].ended and not self._has_failed()
 
     def _node_failure(self, node: int, message: str) -> Failure:
         name = f"node {node} ({self._addresses[node]})"
         return Failure(rank=None, kind="", message=message, lost_peer=True, node=name)
 
     def _is_accounted_for(self, node: int) -> bool:
-        return self._words[node].ended or bool(self._absence(node, self._nodes.silence_s))
+        return self._statuses[node].ended or bool(self._absence(node, self._nodes.silence_s))
 
-    def _is_free(self, node: int) -> bool:
-        return self._words[node].is_free or bool(self._absence(node, _SUSPECT_S))
+    def _may_leave(self, node: int) -> bool:
+        return self._statuses[node].may_leave or bool(self._absence(node, _SUSPECT_S))
 
 
 def _key(node: int) -> str:
-    return f"word/{node}"
+    return f"status/{node}"
 
 
 def _wait(limit_s: float, condition: Callable[[], bool]) -> None:

@@ -1,0 +1,205 @@
+"""Builds the engine on the leader, and runs its counterpart on all other ranks.
+
+All ranks build together: they check the config, load their own share of the weights, and agree on
+the number of cache blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+import msgspec
+import torch
+from tqdm import tqdm
+
+from moespan.checkpoint.experts import ExpertPlacement
+from moespan.checkpoint.loader import LoadReport, load_weights
+from moespan.checkpoint.placement import cache_bytes_per_token, place
+from moespan.checkpoint.random import RandomSource
+from moespan.checkpoint.source import SafetensorsSource, Source
+from moespan.config import EngineConfig, ModelConfig
+from moespan.device import DEVICES
+from moespan.engine.engine import Engine
+from moespan.engine.graphs import scratch_blocks
+from moespan.engine.info import EngineInfo
+from moespan.engine.step import Close, FromLeader, Report, StepPlans
+from moespan.engine.worker import Worker
+from moespan.errors import ConfigError
+from moespan.memory import available_bytes
+from moespan.model.network import Weights
+from moespan.ops import Ops, ops_for
+from moespan.parallel import fused
+from moespan.parallel.buffers import DEFAULT_BUFFER_MB
+from moespan.parallel.mesh import Mesh
+from moespan.text.tokenizer import Tokenizer
+
+
+def build_leader(config: EngineConfig, mesh: Mesh) -> Engine:
+    """Load rank 0's share and return the engine; every other rank must call `follow` meanwhile.
+
+    On a terminal, a bar on stderr shows the progress of loading.
+
+    Raises:
+        ConfigError, LayoutError, CheckpointError, TokenizerError: it cannot start, and why.
+    """
+    model_config = ModelConfig.from_pretrained(config.model)
+    tokenizer = Tokenizer.from_pretrained(config.model)
+    worker, num_blocks, report = _build_worker(config, model_config, mesh)
+    info = EngineInfo(
+        model=config.model,
+        layout=config.layout,
+        device=config.device,
+        dtype=config.dtype,
+        quantization=_scheme(config, model_config),
+        cache_dtype=config.cache_dtype,
+        max_model_len=config.max_model_len,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        load_s=report.seconds,
+        read_bytes=report.read_bytes,
+        weight_bytes=report.held_bytes,
+    )
+    return Engine(config, model_config, worker, tokenizer, info)
+
+
+def follow(config: EngineConfig, mesh: Mesh) -> EngineConfig | None:
+    """Load this rank's share and take the leader's messages, in their order, until it closes.
+
+    Returns:
+        The config of the next engine; None when the job is over.
+
+    Raises:
+        ConfigError, LayoutError, CheckpointError: it cannot start, and why.
+    """
+    model_config = ModelConfig.from_pretrained(config.model)
+    worker, _, _ = _build_worker(config, model_config, mesh)
+    decoder = msgspec.msgpack.Decoder(FromLeader)
+    while True:
+        message = decoder.decode(mesh.control.receive_broadcast())
+        if isinstance(message, StepPlans):
+            result = worker.execute(message)
+            if message.trace and mesh.at.dp == 0 and mesh.at.tp == 0:
+                mesh.control.send(msgspec.msgpack.encode(worker.trace), "trace")
+            if result is not None:
+                mesh.control.send(msgspec.msgpack.encode(result.wait()), "result")
+        elif isinstance(message, Report):
+            mesh.control.send(msgspec.msgpack.encode(mesh.traffic.rows()), "report")
+        elif isinstance(message, Close):
+            mesh.close()
+            return message.config
+
+
+def _build_worker(
+    config: EngineConfig, model_config: ModelConfig, mesh: Mesh
+) -> tuple[Worker, int, LoadReport]:
+    """This rank's worker, the number of its cache blocks, and a report on loading."""
+    _check_model(config, model_config)
+    ops = ops_for(config.device, config)
+    _check_device(config, model_config, ops)
+    weights, report = _load(config, model_config, mesh, ops)
+    started = time.perf_counter()
+    num_blocks = _agree_on_blocks(config, model_config, mesh, ops)
+    # Waiting for the slowest rank is part of loading.
+    seconds = report.seconds + time.perf_counter() - started
+    worker = Worker(config, model_config, mesh, ops, weights, num_blocks)
+    return worker, num_blocks, replace(report, seconds=seconds)
+
+
+def _check_model(config: EngineConfig, model_config: ModelConfig) -> None:
+    """Refuse a layout or a length that does not fit the model."""
+    config.layout.check(model_config)
+    if config.max_model_len > model_config.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} exceeds the model's "
+            f"max_position_embeddings={model_config.max_position_embeddings}"
+        )
+
+
+def _check_device(config: EngineConfig, model_config: ModelConfig, ops: Ops) -> None:
+    """Refuse 8 bits where the device has no operations for them, before anything is read."""
+    device = f"device={config.device}" + (f" ({ops.chip})" if ops.chip else "")
+    scheme = _scheme(config, model_config)
+    if scheme is not None and scheme not in ops.quantizations:
+        needs = " (GPUs of compute capability 8.9 and newer, and CPUs, take it)"
+        others = " or ".join((*ops.quantizations, "a checkpoint of floats without --quantization"))
+        raise ConfigError(
+            f"quantization={scheme} is not implemented for {device}"
+            f"{needs if scheme == 'fp8' else ''}; use {others}"
+        )
+    if config.cache_dtype == "int8" and not ops.has_int8_cache:
+        raise ConfigError(f"kv_cache_dtype=int8 is not implemented for {device}; use auto")
+
+
+def _scheme(config: EngineConfig, model_config: ModelConfig) -> str | None:
+    """The quantization that the config asks for, or else that of the checkpoint."""
+    stored = model_config.quantization
+    return config.quantization or (stored.scheme if stored else None)
+
+
+def _load(
+    config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops
+) -> tuple[Weights, LoadReport]:
+    """This rank's share of the weights."""
+    dtype = getattr(torch, config.dtype)
+    quantization, source = config.quantization, _open(config, model_config, mesh.device)
+    if config.load_format == "dummy" and model_config.quantization:
+        # Random weights are floats, to be rounded as the checkpoint of this config would be.
+        quantization = quantization or model_config.quantization.scheme
+        model_config = replace(model_config, quantization=None)
+    experts = ExpertPlacement.make(config.expert_placement, model_config, config.layout)
+    # A non-numeric value counts as 0.
+    buffer = os.environ.get("HCCL_BUFFSIZE", str(DEFAULT_BUFFER_MB))
+    buffer_mb = int(buffer) if buffer.isdecimal() else 0
+    fused.check(config, model_config, experts, ops.chip, mesh.ranks_here, buffer_mb)
+    placement = place(model_config, config.layout, mesh.rank, experts, quantization)
+    # tqdm's own rule for `disable=None`: only a terminal gets a bar.
+    with tqdm(
+        desc="loading",
+        total=sum(map(source.num_bytes, placement.pieces)),
+        unit="B",
+        unit_scale=True,
+        disable=None if mesh.is_leader else True,
+        leave=False,
+    ) as bar:
+        return load_weights(
+            placement,
+            source,
+            dtype,
+            mesh.device,
+            new_builder=ops.builder,
+            check_finite=config.check_finite,
+            progress=bar.update,
+            maximum_over_tp=lambda maxima: mesh.tp.maximum(maxima.to(mesh.device), "load").cpu(),
+        )
+
+
+def _open(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> Source:
+    if config.load_format == "dummy":
+        return RandomSource(model_config, getattr(torch, config.dtype), config.seed, device)
+    return SafetensorsSource(config.model, model_config)
+
+
+def _agree_on_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops) -> int:
+    """Blocks of the KV cache, as many as the rank with the least memory has room for."""
+    num_blocks = config.num_blocks or _fitting_blocks(config, model_config, mesh, ops)
+    num_blocks = mesh.control.smallest(num_blocks)
+    if num_blocks < config.blocks_per_sequence:
+        raise ConfigError(
+            f"the memory left for the KV cache holds {num_blocks} blocks of {config.block_size} "
+            f"tokens, but one sequence of max_model_len={config.max_model_len} takes "
+            f"{config.blocks_per_sequence}; lower max_model_len, or use more ranks"
+        )
+    return num_blocks
+
+
+def _fitting_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops) -> int:
+    """Blocks that this rank has room for, and not more than all sequences can use."""
+    token_bytes = cache_bytes_per_token(model_config, config.layout, mesh.rank, config.cache_dtype)
+    device = DEVICES[config.device]
+    ranks_that_share = mesh.ranks_here if device.is_host else 1
+    room = available_bytes(mesh.device) * device.cache_share / ranks_that_share
+    wanted = config.max_num_seqs * config.layout.pp * config.blocks_per_sequence
+    fitting = int(room // (token_bytes * config.block_size)) - scratch_blocks(config, ops)
+    return min(wanted, max(fitting, 0))

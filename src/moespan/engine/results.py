@@ -1,0 +1,57 @@
+"""From a step's logits to its result, which the device may still be computing."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from moespan.engine.sampler import Sampling, token_logprobs
+from moespan.engine.step import PromptRow, PromptScores, StepPlan, StepResult
+
+
+class Pending:
+    """The result of a step, possibly still being computed on the device.
+
+    Args:
+        logits: those of `logit_rows`, [R, V] in the activations' dtype. If the plan reports on no
+            prompt, the next step may overwrite them.
+    """
+
+    def __init__(self, logits: Tensor, plan: StepPlan) -> None:
+        self._plan = plan
+        self.sampling = Sampling(logits[: len(plan.samples)], plan.samples)
+        self._prompt_logits = logits[len(plan.samples) :] if plan.prompts else None
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def wait(self) -> StepResult:
+        """Wait for the result: the only place where the host waits for the device."""
+        prompts, at = [], 0
+        for prompt in self._plan.prompts:
+            assert self._prompt_logits is not None
+            count = self._plan.query_lens[prompt.sequence]
+            prompts.append(_score(self._prompt_logits[at : at + count].float(), prompt))
+            at += count
+        return StepResult(self.sampling.wait(), prompts)
+
+
+def logit_rows(plan: StepPlan) -> list[int]:
+    """Query tokens whose logits the plan needs: the sampling rows, then all rows of each prompt."""
+    ends = list(accumulate(plan.query_lens))
+    rows = [ends[row.sequence] - 1 for row in plan.samples]
+    for prompt in plan.prompts:
+        end = ends[prompt.sequence]
+        rows += range(end - plan.query_lens[prompt.sequence], end)
+    return rows
+
+
+def _score(logits: Tensor, prompt: PromptRow) -> PromptScores:
+    """The scores of one sequence's query tokens, from float32 logits [Q, V]."""
+    logprobs = (
+        []
+        if prompt.logprobs is None or not prompt.targets
+        else token_logprobs(logits[: len(prompt.targets)], prompt.targets, prompt.logprobs)
+    )
+    raw = logits.cpu().numpy().tobytes() if prompt.logits else b""
+    return PromptScores(logprobs, raw)
