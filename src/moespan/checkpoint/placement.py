@@ -407,7 +407,12 @@ class _Table:
 
 
 def _check_groups(config: ModelConfig, layout: Layout, name: str, group_size: int) -> None:
-    """Refuse what would leave a part of a group."""
+    """Refuse a model or a layout that would leave part of a group.
+
+    Raises:
+        ConfigError: rows of the model are not whole groups.
+        LayoutError: tp cuts through a group.
+    """
     sizes = {"hidden_size": config.hidden_size}
     if config.num_moe_layers < config.num_hidden_layers:
         sizes["intermediate_size"] = config.intermediate_size
@@ -426,8 +431,8 @@ def _check_groups(config: ModelConfig, layout: Layout, name: str, group_size: in
     if cut(layout.tp) % group_size:
         fitting = [str(tp) for tp in range(1, layout.tp) if not cut(tp) % group_size]
         raise LayoutError(
-            f"tp={layout.tp} gives a rank {cut(layout.tp)} columns of o_proj, and cuts through "
-            f"{name}'s groups of {group_size}; use tp of {', '.join(fitting)}"
+            f"tp={layout.tp} gives a rank {cut(layout.tp)} columns of o_proj, which cuts through "
+            f"the groups of {group_size} of {name}; use tp of {', '.join(fitting)}"
         )
 
 
@@ -443,7 +448,7 @@ def head_shares(config: ModelConfig, tp: int, part: int) -> tuple[Share, Share]:
 
 
 def cache_heads(config: ModelConfig, layout: Layout, rank: int) -> int:
-    """KV heads of each of its layers whose keys and values `rank` keeps."""
+    """Number of KV heads whose keys and values `rank` keeps, in each layer of its stage."""
     at = layout.coordinates(rank)
     _, keys = head_shares(config, layout.tp * layout.sp, at.tp * layout.sp + at.sp)
     return keys.length // config.head_dim
@@ -457,8 +462,10 @@ def cache_bytes_per_token(config: ModelConfig, layout: Layout, rank: int, dtype:
 
 
 def checkpoint_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a checkpoint of this model, in the model's order; scales
-    of integers right after them, as vectors."""
+    """Name and shape of every tensor in a checkpoint of this model, in the model's order.
+
+    Scales come right after the tensor that they belong to; scales of rows are vectors.
+    """
     return {
         piece.tensor: tuple(part.stop for part in piece.tensor_index)
         for piece in place(config, Layout(), 0).pieces
@@ -466,7 +473,7 @@ def checkpoint_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Parameters of the model: all of them, and those that one token uses."""
+    """Number of all parameters of the model, and of the parameters that one token uses."""
     tensors = checkpoint_tensors(replace(config, quantization=None))
     total = sum(math.prod(shape) for shape in tensors.values())
     expert = 3 * config.hidden_size * config.moe_intermediate_size
@@ -475,7 +482,7 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def tolerated_tensors(config: ModelConfig) -> Iterator[str]:
-    """Names that checkpoints may hold beside the model's own, and that nothing reads."""
+    """Names of tensors that a checkpoint may hold in addition, and that nothing reads."""
     for name in checkpoint_tensors(config):
         if name.endswith(PACKED_SUFFIX):
             yield name.removesuffix(PACKED_SUFFIX) + SHAPE_SUFFIX

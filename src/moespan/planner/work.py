@@ -17,14 +17,14 @@ from moespan.config import EngineConfig, Layout, ModelConfig, share_of_experts_r
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the devices of a job can do together in a second."""
+    """What all devices of a job together do in a second."""
 
     bytes_per_s: float
     operations_per_s: float
 
     @classmethod
     def mean(cls, before: Limits, after: Limits) -> Limits:
-        """What held between two measurements."""
+        """The limits that held between two measurements."""
         return cls(
             (before.bytes_per_s + after.bytes_per_s) / 2,
             (before.operations_per_s + after.operations_per_s) / 2,
@@ -32,17 +32,17 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Work(NamedTuple):
-    """What cannot be avoided: arithmetic operations, and bytes to be read."""
+    """Unavoidable work: arithmetic operations, and bytes to read."""
 
     operations: float
     num_bytes: float
 
     def least_s(self, limits: Limits) -> float:
-        """Seconds that no program takes less than: the slower of the two, both at their limit."""
+        """Least seconds of any program: the longer of the two, each at its limit."""
         return max(self.operations / limits.operations_per_s, self.num_bytes / limits.bytes_per_s)
 
     def bound(self, limits: Limits) -> str:
-        """Which of the two is the slower: `compute` or `memory`."""
+        """The part of the work that takes longer: `compute` or `memory`."""
         compute_s = self.operations / limits.operations_per_s
         return "compute" if compute_s > self.num_bytes / limits.bytes_per_s else "memory"
 
