@@ -82,7 +82,7 @@ class TensorBuilder:
             known = None if maxima is None else maxima.to(values.device)
             parts = quantize(values, known, weight.values.dtype, weight.group_size)
             for to, part in zip((weight.values, weight.scales), parts, strict=True):
-                # A part has all columns of the share: elements, packed words or groups from 0 on.
+                # Columns begin at 0, whether they count elements, packed int32s or groups.
                 columns = tuple(slice(0, size) for size in part.shape[1:])
                 to[piece.index[:-1] + columns].copy_(part)
 

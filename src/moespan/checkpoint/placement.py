@@ -26,6 +26,9 @@ stage also has the embedding; the last stage has the norm and the head.
 | norm                         | (H)                           | model.norm                        |
 | head                         | (V/tp, H)                     | lm_head (embed when tied)         |
 
+With `attention_bias`, attention.qkv_bias and attention.out_bias hold the biases of the same
+projections, cut as the rows of qkv and out.
+
 Fewer KV heads than tp ranks are replicated: each rank holds the one head that its queries read. sp
 and dp cut no weights, but the KV cache is split by heads over tp·sp.
 
@@ -35,7 +38,8 @@ with the same numbers:
 
 - 8 bits: a scale belongs to a whole row of the checkpoint's tensor, wherever its columns are cut.
   A matrix (out, in) has (out) scales.
-- 4 bits: a scale belongs to a group of columns. A matrix (out, in) has (out, in / group) scales.
+- 4 bits: a scale belongs to a group of columns in a row. A matrix (out, in) has (out, in / group)
+  scales.
   Columns, and with them the widths I, are cut between groups.
 """
 
@@ -115,7 +119,7 @@ class Piece:
     number comes before them.
 
     With `is_scale`, the piece goes to the scales of the parameter. Columns of stored 4-bit integers
-    are counted in packed words, columns of their scales in groups.
+    are counted in int32s of eight, columns of their scales in groups.
     """
 
     tensor: str
@@ -171,7 +175,7 @@ def place(
 
     Args:
         experts: which ep rank holds which experts; None is contiguous.
-        quantization: one of `QUANTIZATIONS`; None keeps what the checkpoint has.
+        quantization: one of `QUANTIZATIONS`; None keeps the checkpoint's.
 
     Raises:
         ConfigError: the checkpoint holds weights of another quantization, or the model's rows are
@@ -199,7 +203,7 @@ class _Stored(NamedTuple):
     """One of the tensors that a checkpoint holds for a matrix.
 
     Attributes:
-        suffix: what the tensor's name adds to the matrix's name.
+        suffix: appended to the name of the matrix.
         columns: columns of the matrix for each element of a row; None: the whole row has one.
     """
 
@@ -240,12 +244,12 @@ class _Quantization:
         if name != "head" or self._scheme is None:
             return scheme
         if scheme is not None:
-            # What the head reads is never rounded: its errors would be those of the logits.
+            # The input of the head is never rounded: its errors would go into the logits.
             return replace(scheme, activation_bits=16)
         return SCHEMES[self._scheme.head] if self._scheme.head is not None else None
 
     def stored_as(self, tensor: str) -> tuple[_Stored, ...]:
-        """What the checkpoint holds for the matrix that has the name `tensor` as floats."""
+        """The tensors that the checkpoint holds for the matrix `tensor`."""
         if not self._is_stored(tensor):
             return _FLOATS
         if self.group_size is None:
@@ -258,7 +262,10 @@ _Rows = list[tuple[str, Share]]
 
 
 class _Table:
-    """Writes the placement of one rank, with a method for each part of `moespan.model.network`."""
+    """Writes the placement of one rank, with a method for each part of `moespan.model.network`.
+
+    `moespan.planner.traffic` and `moespan.planner.work` walk the same parts.
+    """
 
     def __init__(
         self,

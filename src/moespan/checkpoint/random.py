@@ -36,8 +36,8 @@ class RandomSource:
             layout.
     """
 
-    # Each block of rows has its own generator, so that a rank draws little beyond its share.
-    BLOCK_ROWS = 256
+    # Each chunk of rows has its own generator, so that a rank draws little beyond its share.
+    CHUNK_ROWS = 256
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class RandomSource:
             return torch.ones(rows.stop - rows.start, dtype=self.dtype, **self._options)
         columns = tuple(index[1:]) if index else ()
         std = 1.0 if name == "model.embed_tokens.weight" else math.prod(shape[1:]) ** -0.5
-        first = rows.start // self.BLOCK_ROWS
-        last = -(-rows.stop // self.BLOCK_ROWS)
+        first = rows.start // self.CHUNK_ROWS
+        last = -(-rows.stop // self.CHUNK_ROWS)
         drawn = []
-        for block in range(first, last):
-            start = block * self.BLOCK_ROWS
-            stop = min(start + self.BLOCK_ROWS, shape[0])
-            key = crc32(f"{self.seed}/{name}/{block}".encode()) + (self.seed << 32)
+        for chunk in range(first, last):
+            start = chunk * self.CHUNK_ROWS
+            stop = min(start + self.CHUNK_ROWS, shape[0])
+            key = crc32(f"{self.seed}/{name}/{chunk}".encode()) + (self.seed << 32)
             generator = torch.Generator(**self._options).manual_seed(key % 2**63)
             values = torch.empty((stop - start, *shape[1:]), **self._options)
             values.normal_(0.0, std, generator=generator)

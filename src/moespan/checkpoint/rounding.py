@@ -11,8 +11,8 @@ from torch import Tensor
 MOST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 """Dtype → the value of a row's largest element; -128 is unused, so that the range is symmetric."""
 
-# Elements that are rounded at a time; they stay in a core's cache.
-_BLOCK = 1 << 18
+# Elements that are rounded at once; they stay in a core's cache.
+_ELEMENTS_AT_ONCE = 1 << 18
 # A 4-bit integer is stored + 8; eight make one int32, the first in its lowest bits.
 _OFFSET, _PER_WORD = 8, 8
 
@@ -157,7 +157,7 @@ def quantize(
         group_size,
         lambda shape, dtype: torch.empty(shape, dtype=dtype, device=x.device),
     )
-    step = max(_BLOCK // max(x.shape[-1], 1), 1)
+    step = max(_ELEMENTS_AT_ONCE // max(x.shape[-1], 1), 1)
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
         if group_size is not None:

@@ -1,4 +1,4 @@
-"""Sources of weights: what a source answers, and the one that reads safetensors files.
+"""Sources of weights: the protocol of all sources, and the source that reads safetensors files.
 
 A source tells how large a slice is, which slices are best read together, and their values, so that
 the loader knows no files. The other source is `RandomSource` (`random.py`). Pickle checkpoints are
@@ -195,7 +195,7 @@ class SafetensorsSource:
         for file in sorted(by_file):
             left_bytes = 0
             for piece in sorted(by_file[file], key=lambda piece: self._order[piece.tensor]):
-                for part in _row_blocks(piece, _BATCH_BYTES // self._row_bytes[piece.tensor]):
+                for part in _split_rows(piece, _BATCH_BYTES // self._row_bytes[piece.tensor]):
                     if left_bytes <= 0:
                         batches.append([])
                         left_bytes = _BATCH_BYTES
@@ -214,7 +214,7 @@ class SafetensorsSource:
                 yield piece, values.flatten() if is_vector else values
 
 
-def _row_blocks(piece: Piece, most_rows: int) -> Iterator[Piece]:
+def _split_rows(piece: Piece, most_rows: int) -> Iterator[Piece]:
     """Cut `piece` into pieces of at most `most_rows` rows (at least one)."""
     if most_rows > _ROWS_TOGETHER:
         most_rows -= most_rows % _ROWS_TOGETHER

@@ -56,10 +56,10 @@ def step_work(
     Operations are two for each weight that a token meets, and four for each element of a query and
     each token that it attends to. The head meets only the last token of a sequence.
 
-    Bytes are those of the weights, as the engine keeps them and read once, and of the KV cache. Of
-    E experts, T tokens that choose K each read E·(1 − (1 − K/E)^T), if routing is as even as that
-    of random weights. A trained router is less even, and its tokens read fewer experts. Activations
-    are not counted.
+    Bytes are those of the weights, as the engine keeps them and read once, and of the KV cache. T
+    tokens that choose K of E experts each read E·(1 − (1 − K/E)^T) of them, if routing is as even
+    as that of random weights. A trained router is less even, and its tokens read fewer experts.
+    Activations are not counted.
 
     The whole model counts, however it is laid out: each weight is on some rank and has to be read.
     """
@@ -76,7 +76,7 @@ def step_work(
 
 
 class _Counts:
-    """Counts the work of a step, with a method for each part of `moespan.model.network`."""
+    """Counts the work of a step, by the parts of `moespan.model.network`."""
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ _NAMED_TOKENS: Final = (
     "mask_token",
 )
 
-# Texts that are encoded and decoded at load, by what is lost if the text changes.
+# Texts that are encoded and decoded at load, by what a tokenizer loses that changes the text.
 _SELF_TEST: Final = {
     "spaces": "  two before, two  between, one after ",
     "line breaks": "one\n\ntwo\r\n\tthree\n",
