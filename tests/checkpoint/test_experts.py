@@ -1,4 +1,4 @@
-"""Expert placement: rules, tables, and what is wrong with a table."""
+"""Expert placement by rules and by tables, and the errors of tables."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_contiguous_and_round_robin_order():
     assert ExpertPlacement.make("round_robin", CONFIG, TWO).of(1) == ((0, 2, 4), (1, 3, 5))
 
 
-def test_a_file_sets_all_layers_or_single_ones_and_may_repeat_experts(tmp_path: Path):
+def test_a_file_sets_all_layers_or_single_layers_and_may_repeat_experts(tmp_path: Path):
     table = {"default": [[5, 4, 3], [2, 1, 0]], "2": [[0, 1, 2], [3, 4, 5, 0]]}
     file = tmp_path / "experts.json"
     file.write_text(json.dumps(table))

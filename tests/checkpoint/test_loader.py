@@ -1,4 +1,4 @@
-"""Each rank reads exactly its placement's bytes, and holds little more while it does."""
+"""Each rank reads exactly its placement's bytes, and takes little more memory meanwhile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAYOUTS = [
 
 
 class CountingSource(SafetensorsSource):
-    """Counts the bytes that leave it."""
+    """A source that counts the bytes that it yields."""
 
     def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
         for piece, values in super().read(pieces):
@@ -131,14 +131,14 @@ def test_loading_takes_little_more_memory_than_the_weights(
     ).stdout
     grown_bytes, held_bytes = map(int, out.split())
     assert held_bytes > (50 if quantization else 80) << 20
-    # One batch of 64 MiB is mapped at a time by each thread. Rows that are cut over ranks wait as
-    # they were read: here, without ep, a third of the matrices.
+    # Each thread maps one batch of 64 MiB at a time. Rows that are cut over ranks wait as they were
+    # read: here, without ep, a third of the matrices.
     waiting_bytes = held_bytes // 3 if quantization else 0
     assert grown_bytes <= 1.1 * held_bytes + waiting_bytes + (96 << 20)
 
 
 def read_of(weights: Loaded, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where `piece` went: integers [rows, columns] and scales [rows]."""
+    """The values [rows, columns] and scales [rows] that `piece` was put into."""
     weight = weights[piece.parameter]
     assert isinstance(weight, QuantizedWeight)
     return weight.values[piece.index], weight.scales[piece.index[:-1]]
@@ -147,15 +147,15 @@ def read_of(weights: Loaded, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
 def load_ranks_together(
     config: ModelConfig, source: Source, layout: Layout, quantization: str
 ) -> list[Loaded]:
-    """What the ranks of one stage hold when they have told each other their maxima."""
-    told: list[torch.Tensor] = []
+    """The weights of all ranks of one stage, which exchange their maxima."""
+    maxima_of_ranks: list[torch.Tensor] = []
 
-    def tell(maxima: torch.Tensor) -> torch.Tensor:
-        told.append(maxima.clone())
+    def collect(maxima: torch.Tensor) -> torch.Tensor:
+        maxima_of_ranks.append(maxima.clone())
         return maxima
 
     loaded = []
-    for maximum_over_tp in (tell, lambda _: torch.stack(told).amax(0)):
+    for maximum_over_tp in (collect, lambda _: torch.stack(maxima_of_ranks).amax(0)):
         loaded = [
             load_weights(
                 place(config, layout, rank, quantization=quantization),
@@ -173,7 +173,7 @@ def load_ranks_together(
     "layout", [Layout(), Layout(tp=2), Layout(tp=4, ep=2), Layout(tp=8, ep=8)], ids=str
 )
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
-def test_every_layout_rounds_as_whole_rows_are(layout: Layout, quantization: str):
+def test_every_layout_rounds_whole_rows(layout: Layout, quantization: str):
     oracle = Oracle("sixteen")
     source, whole = oracle.source(), place(oracle.config, Layout(), 0, quantization=quantization)
     dtype = getattr(torch, SCHEMES[quantization].dtype)
@@ -203,7 +203,7 @@ def test_every_layout_rounds_as_whole_rows_are(layout: Layout, quantization: str
 
 
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
-def test_norms_router_and_embedding_stay_floats_and_activations_are_rounded_where_the_scheme_is(
+def test_norms_router_and_embedding_stay_floats_and_activations_are_rounded_by_the_scheme(
     scheme: str,
 ):
     oracle = Oracle("tiny")
@@ -256,7 +256,7 @@ def test_a_group_is_never_cut():
 
 
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
-def test_a_tied_head_stays_the_embedding_that_it_is(scheme: str):
+def test_a_tied_head_is_not_quantised(scheme: str):
     config = ModelConfig.from_dict(geometry(tie_word_embeddings=True, **WHOLE_GROUPS))
     parameters = place(config, Layout(), 0, quantization=scheme).parameters
     assert not parameters["embed"].is_quantized

@@ -1,4 +1,4 @@
-"""The placement table cuts every weight completely, once where it is cut, and in matching parts."""
+"""The placement table covers every weight, as often as it must be held, in matching parts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def placements(config: ModelConfig, layout: Layout) -> list[Placement]:
 
 
 def copies(name: str, config: ModelConfig, layout: Layout) -> int:
-    """On how many ranks each element of a tensor must be."""
+    """Number of ranks that must hold each element of a tensor."""
     replicas = layout.dp * layout.sp
     if ".experts." in name:
         return layout.stage_size // max(layout.tp, layout.ep)
@@ -103,7 +103,7 @@ def test_pieces_fit_their_parameters_and_never_overlap_or_touch_padding(
             assert piece.num_rows == lengths[0]
             target += 1
         assert all(counts.max() <= 1 for counts in written.values())
-        # What is written is what is read; the rest, padding, stays as it was allocated.
+        # Every element that is read is written. Padding is never written.
         assert sum(counts.sum() for counts in written.values()) == placement.num_elements_read
 
 
@@ -126,7 +126,7 @@ def test_ranks_of_a_stage_hold_parameters_of_the_same_names_and_shapes_but_for_e
 
 @settings(max_examples=200)
 @given(cuts())
-def test_padding_is_less_than_one_place_per_rank_for_each_length_that_is_cut(
+def test_padding_is_less_than_one_element_per_rank_for_each_length_that_is_cut(
     cut: Cut,
 ):
     config, layout = cut
@@ -141,7 +141,7 @@ def test_padding_is_less_than_one_place_per_rank_for_each_length_that_is_cut(
             assert 0 <= parameter.shape[2] * slices - config.moe_intermediate_size < slices
 
 
-def by_source(placement: Placement) -> dict[str, Piece]:
+def by_tensor(placement: Placement) -> dict[str, Piece]:
     found = {piece.tensor: piece for piece in placement.pieces}
     assert len(found) == len(placement.pieces)
     return found
@@ -152,7 +152,7 @@ def by_source(placement: Placement) -> dict[str, Piece]:
 def test_gate_up_and_down_of_a_rank_are_of_the_same_neurons(cut: Cut):
     config, layout = cut
     for placement in placements(config, layout):
-        pieces = by_source(placement)
+        pieces = by_tensor(placement)
         for name, down in pieces.items():
             if not name.endswith("down_proj.weight"):
                 continue
@@ -171,7 +171,7 @@ def test_a_rank_holds_the_kv_heads_that_its_queries_read(cut: Cut):
     config, layout = cut
     size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
     for placement in placements(config, layout):
-        pieces = by_source(placement)
+        pieces = by_tensor(placement)
         layer = min(name.split(".")[2] for name in pieces if ".self_attn." in name)
         attention = f"model.layers.{layer}.self_attn"
         queries, keys, values = (pieces[f"{attention}.{name}_proj.weight"] for name in "qkv")

@@ -1,4 +1,4 @@
-"""Presets are configs that the engine runs, and are had without torch."""
+"""Presets are configs that the engine runs. They need no torch."""
 
 from __future__ import annotations
 

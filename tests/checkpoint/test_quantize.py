@@ -1,4 +1,4 @@
-"""A quantised checkpoint is what loading quantised gives, and is whole or not there."""
+"""A quantised checkpoint equals quantisation while loading, and is complete or absent."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def assert_same(ours: torch.Tensor | QuantizedWeight, theirs: torch.Tensor | Qua
     else:
         assert isinstance(ours, torch.Tensor)
         assert ours.dtype == theirs.dtype
-        assert torch.equal(ours.float(), theirs.float())  # of 8-bit floats torch cannot tell
+        assert torch.equal(ours.float(), theirs.float())  # torch.equal takes no 8-bit floats
 
 
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
 @pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True, "attention_bias": True}])
-def test_it_loads_as_what_is_quantised_while_loading(
+def test_it_loads_as_weights_that_are_quantised_while_loading(
     tmp_path: Path, overrides: dict[str, bool], scheme: str
 ):
     make_checkpoint(tmp_path / "in", geometry(torch_dtype="bfloat16", **WHOLE_GROUPS, **overrides))
@@ -104,11 +104,11 @@ def test_integers_can_be_run_with_activations_rounded_or_not(tmp_path: Path):
         qkv = weights["layers.0.attention.qkv"]
         assert isinstance(qkv, QuantizedWeight)
         assert qkv.activation_bits == bits
-        # The head is floats in the file; asked for int8, it is rounded while loading.
+        # The file holds the head as floats. With int8 the head is rounded while loading.
         assert placement.parameters["head"].is_quantized == (scheme == "int8")
 
 
-def test_it_is_in_the_form_that_others_read(tmp_path: Path):
+def test_8_bit_integers_are_in_the_form_that_others_read(tmp_path: Path):
     out = written(tmp_path, QUICKSTART, "w8a8")
     names = {file.name for file in out.iterdir()}
     assert names == {
@@ -170,25 +170,25 @@ def test_4_bits_are_in_the_form_that_others_read(tmp_path: Path):
     assert (packed.dtype, packed.shape) == (torch.int32, (128, 64 // 8))
     assert (scales.dtype, scales.shape) == (torch.bfloat16, (128, 64 // 32))
     assert tensors[name + "_shape"].tolist() == [128, 64]
-    # As compressed-tensors unpacks it: eight to a word, the first in the lowest bits, less 8.
+    # Unpacked as compressed-tensors does: eight in an int32, the first in the lowest bits, minus 8.
     integers = torch.stack([(packed >> 4 * i & 15) - 8 for i in range(8)], -1).flatten(1)
     weights = integers * scales.float().repeat_interleave(32, 1)
     original = load_file(QUICKSTART / "model.safetensors")[name].float()
-    # Half a step, and what rounding the scale moves the outermost one of 8 by; or the step that
-    # the other end of the range lacks.
+    # The error is half a step and the change of the outermost value, 8, by the rounded scale; or,
+    # at the other end of the range, the missing step.
     steps = scales.float().abs().repeat_interleave(32, 1)
     assert ((weights - original).abs() <= 1.05 * steps).all()
     assert (weights - original).square().mean() < 0.01 * original.square().mean()
 
 
-def test_groups_need_rows_that_they_divide(tmp_path: Path):
+def test_groups_must_divide_rows(tmp_path: Path):
     make_checkpoint(tmp_path / "in", geometry(intermediate_size=72, moe_intermediate_size=32))
     with pytest.raises(ConfigError, match="groups of 32, and intermediate_size=72 is no multiple"):
         written(tmp_path, tmp_path / "in", "int4")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_integers_in_place_of_8_bit_floats_and_what_is_no_number_are_refused(tmp_path: Path):
+def test_nan_and_integers_in_place_of_8_bit_floats_are_refused(tmp_path: Path):
     out = written(tmp_path, Oracle("tiny").folder, "fp8")
     (file,) = out.glob("*.safetensors")
     tensors = load_file(file)
@@ -240,7 +240,7 @@ def test_nothing_is_overwritten_and_integers_are_not_quantised_again(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_fails_leaves_nothing_behind(tmp_path: Path):
+def test_a_failure_leaves_nothing_behind(tmp_path: Path):
     shutil.copytree(QUICKSTART, tmp_path / "in")
 
     def fail(_: int) -> None:

@@ -1,4 +1,4 @@
-"""Random weights are a pure function of seed and name, in files and without."""
+"""Random weights are a pure function of seed and name, with and without files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moespan.errors import ConfigError
 from tests.support import CPU, geometry
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# More rows than are drawn at a time, and cuts that do not fall between these blocks.
+# More rows than one chunk, and cuts inside chunks.
 TALL = ModelConfig.from_dict(geometry(vocab_size=901, num_hidden_layers=1))
 
 
@@ -77,7 +77,7 @@ def test_weights_differ_by_name_and_by_seed():
     assert not any(torch.equal(first[name], second[name]) for name in drawn)
     starts = {tuple(first[name].flatten()[:8].mul(1e6).long().tolist()) for name in drawn}
     assert len(starts) == len(drawn)
-    # Blocks of rows of one tensor differ as well.
+    # Chunks of rows of one tensor differ as well.
     assert not torch.equal(first[EMBED][:256], first[EMBED][256:512])
 
 

@@ -1,4 +1,4 @@
-"""Opening a checkpoint finds everything that is wrong with it, at once and by name."""
+"""Opening a checkpoint finds all its errors at once and names them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_single(folder: Path, values: Tensors) -> None:
 
 
 def write_sharded(folder: Path, values: Tensors) -> dict[str, str]:
-    """Every third tensor in a row to the same shard; returns the index."""
+    """Write every third tensor to the same shard; return the index."""
     weight_map = {name: SHARDS[at % 3] for at, name in enumerate(values)}
     for shard in SHARDS:
         mine = {name: values[name] for name, file in weight_map.items() if file == shard}
@@ -93,12 +93,12 @@ def test_the_system_is_asked_for_the_rows_of_the_pieces_ahead_and_for_no_others(
         asked.clear()
         next(iter(source.read(batch)))
         assert len({weight_map[piece.tensor] for piece in batch}) == 1
-        # Of columns whole rows: they lie in the same pages.
+        # Whole rows, even if columns are cut: they lie in the same pages.
         rows = [values[piece.tensor][piece.tensor_index[0]] for piece in batch]
         assert asked == [part.numpy().tobytes() for part in rows]
 
 
-def test_batches_cover_every_piece_in_file_order_and_bounded_blocks(
+def test_batches_cover_every_piece_in_file_order_and_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     values = tensors()
@@ -110,7 +110,7 @@ def test_batches_cover_every_piece_in_file_order_and_bounded_blocks(
     rows: dict[tuple[str, str], list[int]] = {}
     for batch in batches:
         assert len({weight_map[piece.tensor] for piece in batch}) == 1
-        # One block of rows may overshoot, and a row is never cut.
+        # The last piece may exceed the limit, and a row is never cut.
         whole_rows = [piece.num_rows * values[piece.tensor][0].numel() * 4 for piece in batch]
         assert sum(whole_rows[:-1]) < 1000
         assert whole_rows[-1] <= max(1000, values[batch[-1].tensor][0].numel() * 4)
@@ -204,7 +204,7 @@ def test_a_folder_in_place_of_a_file_is_a_problem(tmp_path: Path):
     assert "cannot be read" in problem
 
 
-def test_an_index_that_promises_what_a_shard_does_not_hold_is_reported(tmp_path: Path):
+def test_a_tensor_of_the_index_that_its_shard_lacks_is_reported(tmp_path: Path):
     weight_map = write_sharded(tmp_path, tensors())
     moved = next(name for name, file in weight_map.items() if file == SHARDS[0])
     write_index(tmp_path, {**weight_map, moved: SHARDS[1]})
@@ -250,7 +250,7 @@ def test_a_broken_index_is_refused_though_the_shards_are_there(tmp_path: Path, c
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
-def test_pickles_are_refused_with_the_way_out(tmp_path: Path, name: str):
+def test_pickles_are_refused_with_a_fix(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(CheckpointError) as caught:
         SafetensorsSource(tmp_path, CONFIG)

@@ -1,4 +1,4 @@
-"""The limits of this machine are measured by a process of its own."""
+"""A process of its own measures the limits of this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_all_caches_of_the_last_level_count_once(tmp_path: Path):
     assert _last_level_cache_bytes(tmp_path) == 2 << 20
 
 
-def test_the_probe_measures_this_machine_and_says_when_it_cannot():
+def test_the_probe_measures_this_machine_and_reports_that_its_process_ended():
     with Probe("cpu", "float32", num_devices=2) as probe:
         limits = probe()
         assert limits.bytes_per_s > 0 and limits.operations_per_s > 0

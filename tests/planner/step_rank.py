@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def run(case: dict[str, Any], model: ModelConfig, device: torch.device) -> list[dict[str, Any]]:
-    """Of each step: the rows counted in it, and layer → what this rank's router chose."""
+    """For each step: the counted rows, and layer → the choices of this rank's router."""
     config = EngineConfig(
         "unused",
         Layout(**case["layout"]),

@@ -1,4 +1,4 @@
-"""What real ranks send is what the formulas say: every rank, axis, collective and module."""
+"""The counters of real ranks equal the formulas for every rank, axis, collective and module."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MODEL = geometry(
 )
 CONFIG = ModelConfig.from_dict(MODEL)
 SIXTEEN_B = ModelConfig.from_dict(PRESETS["16b"])
-# Each replica's query lengths; what a step has beside prefill is a decode with some context.
+# Query lengths of each replica's sequences; each sequence has up to three tokens of context.
 STEPS = [
     [[13, 1, 1, 6], [5], [], [1, 1]],
     [[1], [], [7, 2], [1, 9, 1]],
@@ -84,11 +84,11 @@ CASES = [
     Case(Layout(pp=2, dp=2, sp=2, ep=4), "auto"),
     Case(Layout(dp=2, sp=2, tp=2, ep=8), "all_to_all"),
 ]
-if os.environ.get("EVERY_LAYOUT"):  # too many for every day
-    CASES = [Case(one, way) for one in all_layouts(RANKS, CONFIG) for way in one.dispatches]
+if os.environ.get("EVERY_LAYOUT"):  # takes too long for every run
+    CASES = [Case(one, how) for one in all_layouts(RANKS, CONFIG) for how in one.dispatches]
 
 Results = list[list[list[dict[str, Any]]]]
-"""rank → case → step → what `step_rank.py` found."""
+"""rank → case → step → the result of `step_rank.py`."""
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +117,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def plans(layout: Layout) -> Iterator[list[StepPlan | None]]:
-    """The steps, for as many replicas as there are. On one stage a replica's first token is one
-    that its plan before samples."""
+    """The steps, with a plan for each replica. If there is one stage, a replica's first token is
+    one that its previous plan samples."""
     rng = random.Random(str(layout))
     last: list[StepPlan | None] = [None] * layout.dp
     for step, lengths in enumerate(STEPS):
@@ -131,7 +131,7 @@ def plans(layout: Layout) -> Iterator[list[StepPlan | None]]:
 
 
 def num_sampled(layout: Layout, step: int) -> list[int]:
-    """How many tokens each replica's plan before sampled, where the plan names one of them."""
+    """Tokens that each replica's previous plan sampled, if the plan names one of them; else 0."""
     made = list(plans(layout))
     return (
         [
@@ -162,7 +162,7 @@ def _plan(step: int, query_lens: list[int], rng: random.Random) -> StepPlan | No
 
 
 def size_of(case: int, step: int, results: Results) -> StepSize:
-    """What the formulas take, with the choices of all routers put together."""
+    """The argument of the formulas, with the choices of all routers put together."""
     layout = CASES[case].layout
     chosen = list(plans(layout))[step]
     num_rows = [0 if plan is None else len(plan.samples) + plan.query_lens[0] for plan in chosen]
@@ -196,7 +196,7 @@ def test_counters_equal_formulas(number: int, results: Results) -> None:
             counted = [tuple(row) for row in results[rank][number][step]["traffic"]]
             assert counted == expected.rows(), f"step {step}, rank {rank}"
             total.update({row[0]: row[-1] for row in counted})
-    # What an axis is for was in fact sent over it, and nothing over others.
+    # Bytes were sent over every axis in use, and over no other.
     used = {axis for axis in ("tp", "sp", "pp") if case.layout.sizes[axis] > 1}
     if case.layout.ep_tp_groups > 1:
         used.add("ep" if case.dispatch == "all_to_all" else "ep_tp_groups")
@@ -216,7 +216,7 @@ PAIRS = [
 def test_all_to_all_never_sends_more_than_all_gather(
     ours: int, theirs: int, results: Results
 ) -> None:
-    """Of tokens and router choices; the word on how much goes where comes on top."""
+    """Tokens and router choices are compared; the message with the row counts comes on top."""
     layout = CASES[ours].layout
     for step in range(len(STEPS)):
         sent: Counter[str] = Counter()
@@ -255,14 +255,14 @@ def test_ranks_met_of_unequal_shares_are_counted_one_by_one() -> None:
     [Layout(dp=8, ep=8), Layout(tp=2, dp=4, ep=8), Layout(tp=4, sp=2, ep=8), Layout(dp=4, ep=4)],
     ids=str,
 )
-def test_all_to_all_is_below_all_gather_by_the_share_of_theory(layout: Layout) -> None:
-    def over_ep(way: str, choices: Any) -> int:
+def test_all_to_all_is_below_all_gather_by_the_expected_share(layout: Layout) -> None:
+    def over_ep(dispatch: str, choices: Any) -> int:
         step = StepSize([1024 // layout.dp] * layout.dp, [0] * layout.dp, choices)
         return sum(
             sent
             for rank in range(layout.world_size)
             for axis, _, module, _, sent in step_traffic(
-                SIXTEEN_B, layout, rank, "bfloat16", step, way
+                SIXTEEN_B, layout, rank, "bfloat16", step, dispatch
             ).rows()
             if axis in ("ep", "ep_tp_groups") and module != "counts"
         )
@@ -297,21 +297,21 @@ def test_expectation_with_replicas_is_the_mean_over_random_choices() -> None:
 
 def test_auto_takes_all_to_all_once_it_saves_enough() -> None:
     layout = Layout(dp=8, ep=8)
-    # (8 - 1) · (1 - 4.54/8) ranks spared, to and fro, 4096 bytes a token.
+    # (8 - 1) · (1 - 4.54/8) ranks spared, in both directions, 4096 bytes a token.
     least = -(-(1 << 20) // round(2 * 4096 * 7 * (1 - mean_ranks_met(SIXTEEN_B, layout) / 8)))
     assert least == 43
     assert choose_dispatch(SIXTEEN_B, layout, 2, [0, least - 1]) == "all_gather"
     assert choose_dispatch(SIXTEEN_B, layout, 2, [0, least]) == "all_to_all"
     assert choose_dispatch(SIXTEEN_B, Layout(tp=8, ep=8), 2, [10_000]) == "replicated"
-    # Two blocks meet on nearly every token's way: nothing is worth a second call.
+    # With two tp groups nearly every token goes to both: nothing is worth a second call.
     assert choose_dispatch(SIXTEEN_B, Layout(dp=2, ep=2), 2, [2048]) == "all_gather"
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-def test_what_is_sent_is_what_is_received(ranks: int) -> None:
+def test_as_many_bytes_are_sent_as_received(ranks: int) -> None:
     num_bytes = 24 * ranks
     part = num_bytes // ranks
-    # Every rank but the owner sends its share of each part; the owner sends the sum to the others.
+    # All ranks but the owner send their share of each part; the owner sends the sum to the others.
     reduced = ranks * (ranks - 1) * part
     assert ranks * sent_bytes("reduce_scatter", ranks, num_bytes) == reduced
     assert ranks * sent_bytes("all_gather", ranks, part) == reduced

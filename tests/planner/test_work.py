@@ -1,4 +1,4 @@
-"""The work of a step equals what one counts by hand."""
+"""The work of a step equals the work that is counted by hand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_prompt_attends_to_half_of_its_square_and_needs_one_row_of_logits():
 
 
 def test_a_step_of_four_layers_in_bytes_counted_by_hand():
-    # One dense layer and three of experts, of which 8 tokens meet 64 · (1 - (58/64)^8) = 34.9.
+    # One dense layer and three MoE layers. 8 tokens read 64 · (1 - (58/64)^8) = 34.9 experts.
     config = ModelConfig.from_dict(preset("16b-4l", {}))
     hidden, width, dense, vocabulary, context = 2048, 1408, 10944, 102400, 100
     experts = 64 * (1 - (58 / 64) ** 8)
@@ -65,7 +65,7 @@ def test_a_step_of_four_layers_in_bytes_counted_by_hand():
     assert work.num_bytes == pytest.approx(2 * matrices + routers + cache)
 
 
-def test_experts_weigh_nothing_in_a_model_without_them():
+def test_a_model_without_experts_reads_none():
     dense = ModelConfig.from_dict(preset("tiny", {"n_routed_experts": None}))
     total, _ = count_parameters(dense)
     work = step_work(dense, EngineConfig("", dtype="float32"), 1, 1, 0)

@@ -1,4 +1,4 @@
-"""A chat template renders as it should, or is stopped, whatever it does."""
+"""Every chat template renders as it should or is stopped."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_template_file_comes_before_the_configuration(tmp_path: Path) -> None:
     assert load(tmp_path).apply_chat_template(USER) == "from the file"
 
 
-def test_of_several_templates_the_default_one_is_meant(tmp_path: Path) -> None:
+def test_the_default_one_of_several_templates_is_used(tmp_path: Path) -> None:
     templates = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     tokenizer = load(write(tmp_path, PLAIN, {"chat_template": templates}))
     assert tokenizer.apply_chat_template(USER) == "yes"
@@ -89,7 +89,7 @@ def test_a_malformed_chat_template_entry_is_an_error(tmp_path: Path, value: obje
         load(write(tmp_path, PLAIN, {"chat_template": value}))
 
 
-def test_without_a_template_the_way_out_is_named(tmp_path: Path) -> None:
+def test_without_a_template_the_fix_is_named(tmp_path: Path) -> None:
     plain = load(write(tmp_path, PLAIN))
     with pytest.raises(RequestError, match=r"no chat template; put one .*chat_template\.jinja"):
         plain.apply_chat_template(USER)
@@ -110,7 +110,7 @@ def test_without_a_template_the_way_out_is_named(tmp_path: Path) -> None:
         ("{{ 'a b'|wordwrap(1) }}{{ [1]|pprint }}{{ '<'|e }}", "a\nb[1]&lt;"),
     ],
 )
-def test_templates_find_what_they_are_written_for(
+def test_templates_find_the_functions_that_they_are_written_for(
     chat: Callable[[str], Tokenizer], source: str, expected: str
 ) -> None:
     assert chat(source).apply_chat_template(USER) == expected
@@ -239,7 +239,7 @@ def test_a_prompt_that_memory_could_hold_but_no_model_is_refused(
 
 
 def test_hostile_templates_cost_some_tens_of_megabytes_at_most(tmp_path: Path) -> None:
-    """Measured from outside, with the limits as they are and nothing else in the process."""
+    """Measured from outside, with the real limits, in a process that does nothing else."""
     hostile = [REFUSED["one huge string"], REFUSED["doubling by addition"]]
     hostile += [REFUSED["a gigabyte of output"], SLOW["silent loops"]]
     write(tmp_path, DEEPSEEK)

@@ -1,4 +1,4 @@
-"""The tokenizer gives back what it is given, and streams it exactly."""
+"""The tokenizer returns the text that it is given, and streams it exactly."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def test_the_self_test_covers_every_byte_of_utf8_and_survives_normalization() ->
     assert unicodedata.normalize("NFC", text) == text
 
 
-def test_a_tokenizer_saved_as_llamas_is_refused_and_told_what_it_loses(tmp_path: Path) -> None:
-    """What saving this family's tokenizer under the wrong class makes of it."""
+def test_a_tokenizer_saved_as_llamas_is_refused_with_its_losses_named(tmp_path: Path) -> None:
+    """The file that results from saving this family's tokenizer under the wrong class."""
     content = json.loads(DEEPSEEK)
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -185,7 +185,7 @@ def test_the_end_token_is_a_string_or_an_object(tmp_path: Path, token: object) -
 
 
 @pytest.mark.parametrize("config", [None, {}, {"eos_token": None, "bos_token": None}])
-def test_special_tokens_map_speaks_where_the_configuration_is_silent(
+def test_special_tokens_map_fills_gaps_of_the_configuration(
     tmp_path: Path, config: dict[str, object] | None
 ) -> None:
     write(tmp_path, PLAIN, config)
@@ -225,7 +225,7 @@ def test_a_contradiction_in_the_configuration_is_named(
         load(write(tmp_path, PLAIN, config))
 
 
-def test_the_vocabulary_size_is_the_highest_id_and_one(tmp_path: Path, plain: Tokenizer) -> None:
+def test_the_vocabulary_size_is_the_highest_id_plus_one(tmp_path: Path, plain: Tokenizer) -> None:
     content = json.loads(PLAIN)
     assert plain.vocab_size == len(content["model"]["vocab"]) + 2
     content["model"]["vocab"]["ĠĠĠĠĠĠĠ"] = 5000
@@ -353,7 +353,7 @@ def ids_of(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 def pieces_of(
     detokenizer: IncrementalDetokenizer, ids: list[int], cuts: random.Random
 ) -> list[str]:
-    """What the pushes return when `ids` come in runs of random length, and then finish."""
+    """The results of `push` for runs of `ids` of random length, and of `finish`."""
     pieces = []
     while ids:
         length = cuts.randint(0, 3)
@@ -390,7 +390,7 @@ def test_text_streams_without_half_characters_and_without_delay(
     for id_ in ids:
         sent += deepseek.decode_bytes([id_], False)
         detokenizer.push([id_])
-        # Always the longest whole text that has been sent: nothing more, nothing less.
+        # Always the longest complete text that has been sent.
         assert detokenizer.text == sent.decode(errors="ignore")
     assert detokenizer.finish() == ""
     assert detokenizer.text == text

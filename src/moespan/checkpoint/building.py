@@ -1,5 +1,8 @@
-"""How what is read becomes the parameters that a rank holds: the seam between the loader, which
-knows files and slices, and the operations, which know how weights lie in memory."""
+"""Builders: they assemble a rank's parameters from the slices that are read.
+
+A builder is the seam between the loader and the operations. The loader knows files and slices; the
+operations know how weights lie in memory.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +18,31 @@ from moespan.memory import zeros
 
 
 class Builder(Protocol):
-    """One parameter while its pieces arrive, in any order and from several threads at once."""
+    """Assembles one parameter. Pieces come in any order and from several threads at once."""
 
     def put(self, piece: Piece, values: Tensor, maxima: Tensor | None = None) -> None:
-        """Take in what was read of `piece`: of a quantised parameter floats, which are rounded,
-        values in few bits, or scales. `values` may change after the call.
+        """Take in the `values` of `piece`. The memory of `values` may change after the call.
+
+        For a quantised parameter, `values` are floats to round, values in few bits, or scales.
 
         Args:
-            maxima: the largest magnitudes of the rows that `values` are parts of, float32 [rows].
+            maxima: float32 [rows], the largest magnitudes of the whole rows, if `values` are parts
+                of rows.
         """
 
     def finish(self) -> Any:
-        """The parameter, once all its pieces are there; zero where none was. Called once."""
+        """The parameter, with zeros where no piece was put. Called once, after all pieces."""
 
 
 NewBuilder = Callable[[str, Parameter, torch.dtype, torch.device], Builder]
-"""From the name of a parameter, what it is, the engine's dtype, and the device to hold it."""
+"""Makes a builder from a parameter's name and description, the engine's dtype, and the device."""
 
 
 class TensorBuilder:
-    """Builds a tensor, or `QuantizedWeight`, by the rows of the placement table.
+    """Builds a tensor or a `QuantizedWeight` of the shape in the placement table.
 
     Args:
-        prepare: what is made of it in the end.
+        prepare: turns the finished weight into the parameter.
     """
 
     def __init__(
@@ -50,7 +55,7 @@ class TensorBuilder:
     ) -> None:
         self._name, self._prepare = name, prepare
         self._weight: Tensor | QuantizedWeight
-        # Zeros, because padding must be.
+        # Padding must be zero.
         scheme = parameter.scheme
         if scheme is None:
             own = getattr(torch, parameter.dtype) if parameter.dtype else dtype
@@ -65,7 +70,7 @@ class TensorBuilder:
             self._weight = QuantizedWeight(values, scales, scheme.activation_bits)
 
     def put(self, piece: Piece, values: Tensor, maxima: Tensor | None = None) -> None:
-        """Copied to the device, and rounded there."""
+        """Copy `values` to the device; floats for a quantised parameter are rounded there."""
         weight = self._weight
         if isinstance(weight, Tensor):
             weight[piece.index].copy_(values)
@@ -77,10 +82,10 @@ class TensorBuilder:
             known = None if maxima is None else maxima.to(values.device)
             parts = quantize(values, known, weight.values.dtype, weight.group_size)
             for to, part in zip((weight.values, weight.scales), parts, strict=True):
-                # Columns begin at 0, whatever they are counted in.
+                # Columns begin at 0, whether they count elements, packed int32s or groups.
                 columns = tuple(slice(0, size) for size in part.shape[1:])
                 to[piece.index[:-1] + columns].copy_(part)
 
     def finish(self) -> Any:
-        """What `prepare` makes of it."""
+        """The weight, after `prepare`."""
         return self._prepare(self._name, self._weight)

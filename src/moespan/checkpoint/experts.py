@@ -29,7 +29,7 @@ class ExpertPlacement:
 
     @classmethod
     def make(cls, how: str | ExpertTable, config: ModelConfig, layout: Layout) -> ExpertPlacement:
-        """Build from a rule of `RULES` or a table.
+        """Build from a rule of `RULES` or from a table.
 
         Contiguous gives rank r the next E/ep experts (the first ranks one more where ep does not
         divide E); round-robin gives it r, r + ep, ...
@@ -53,16 +53,20 @@ class ExpertPlacement:
 
 
 def expert_rule(text: str) -> str | ExpertTable:
-    """What `ExpertPlacement.make` takes, from a rule's name or the path of a JSON file."""
+    """The argument of `ExpertPlacement.make` for a rule's name or the path of a JSON file.
+
+    Raises:
+        ConfigError: `text` is neither, or the file holds no such table.
+    """
     return text if text in RULES else _read_table(Path(text))
 
 
 def _read_table(path: Path) -> ExpertTable:
-    """Read `{"default": [[experts of ep rank 0], ...], "5": [...]}`: one table for all layers, and
-    others for single layers by number.
+    """Read `{"default": [[experts of ep rank 0], ...], "5": [...]}`: a table for all layers, and
+    tables for single layers by their numbers.
 
     Raises:
-        ConfigError: it is not of this form.
+        ConfigError: the file is not of this form.
     """
     if not path.exists():
         raise ConfigError(f"expert placement {path} is neither {' nor '.join(RULES)} nor a file")

@@ -1,4 +1,4 @@
-"""Hands a rank's slices of a source of weights to the builders of its parameters."""
+"""The loader: reads a rank's slices from a source and hands them to the builders of parameters."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from moespan.checkpoint.source import Source
 from moespan.errors import CheckpointError
 
 Loaded = dict[str, Any]
-"""Parameters, as their builders made them, by their names in the placement table."""
+"""Name in the placement table → parameter, as its builder made it."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading took: bytes read from the source, bytes of the parameters, and seconds."""
+    """The cost of loading: bytes read from the source, bytes of the parameters, and seconds."""
 
     read_bytes: int
     held_bytes: int
@@ -42,18 +42,19 @@ def load_weights(
     progress: Callable[[int], object] = lambda read_bytes: None,
     maximum_over_tp: Callable[[Tensor], Tensor] = lambda maxima: maxima,
 ) -> tuple[Loaded, LoadReport]:
-    """Build the parameters of `placement` on `device`, each of its own pieces.
+    """Build the parameters of `placement` on `device`, each from its own pieces.
 
-    Where a row of a matrix that is to be rounded is cut over ranks, its parts are kept as they were
-    read until these ranks have told each other their largest magnitudes: the scale is of the row.
+    A scale belongs to a whole row. If a row to be rounded is cut over ranks, its parts are kept as
+    read until these ranks have exchanged their largest magnitudes.
 
     Args:
-        new_builder: what builds each parameter; by default tensors and `QuantizedWeight`s.
+        new_builder: makes the builder of each parameter; the default builds tensors and
+            `QuantizedWeight`s.
         check_finite: look for NaN and Inf in every slice that is read.
-        threads: parallel readers; None is one per core of this rank, 8 at most.
+        threads: parallel readers; None is one per core of this rank, at most 8.
         progress: called with the bytes of each slice that has been read.
         maximum_over_tp: the elementwise maximum over tp ranks of a float32 vector on the CPU;
-            called once, if `placement.cut_rows` holds anything.
+            called once, and only if `placement.cut_rows` is not empty.
 
     Raises:
         CheckpointError: with `check_finite`, lists every tensor that holds NaN or Inf.
@@ -70,9 +71,9 @@ def load_weights(
         read_bytes = 0
         for piece, values in source.read(pieces):
             if check_finite and values.is_floating_point():
-                # torch does not ask floats of 8 bits.
-                asked = values.float() if values.itemsize == 1 else values
-                if not asked.isfinite().all():
+                # torch has no isfinite for 8-bit floats.
+                checked = values.float() if values.itemsize == 1 else values
+                if not checked.isfinite().all():
                     not_finite.append(f"{piece.tensor} holds NaN or Inf")
             if piece.tensor in placement.cut_rows:
                 cut.add(piece, values)
@@ -96,7 +97,7 @@ def load_weights(
             maxima = cut.split(maximum_over_tp(cut.maxima))
             list(pool.map(fill_cut, [maxima] * len(cut)))
     weights: Loaded = {}
-    while builders:  # what is finished may be a copy: one at a time
+    while builders:  # `finish` may copy: one at a time, so that only one parameter exists twice
         name, builder = builders.popitem()
         weights[name] = builder.finish()
         del builder
@@ -105,10 +106,10 @@ def load_weights(
 
 
 class _CutRows:
-    """Parts of rows, as they were read, and the largest magnitude in each.
+    """Parts of rows as they were read, and the largest magnitude in each part.
 
     Attributes:
-        maxima: float32, of all rows of all tensors; 0 where this rank has no part.
+        maxima: float32, one for each row of all tensors; 0 where this rank has no part.
     """
 
     def __init__(self, num_rows: dict[str, int]) -> None:
@@ -118,18 +119,18 @@ class _CutRows:
         self._parts: list[tuple[Piece, Tensor]] = []
 
     def split(self, maxima: Tensor) -> dict[str, Tensor]:
-        """Name of a tensor → those of its rows."""
+        """Name of a tensor → the values of `maxima` for its rows."""
         return dict(zip(self._num_rows, maxima.split(list(self._num_rows.values())), strict=True))
 
     def add(self, piece: Piece, values: Tensor) -> None:
-        """Keep a copy of what was read. Threads may call it, for different rows."""
+        """Keep a copy of what was read. Threads may call this at the same time for other rows."""
         self._maxima_of[piece.tensor][piece.tensor_index[0]] = row_maxima(values)
         self._parts.append((piece, values.clone()))
 
     def __len__(self) -> int:
-        """How many parts are kept."""
+        """Number of parts that are kept."""
         return len(self._parts)
 
     def pop(self) -> tuple[Piece, Tensor]:
-        """One of them, for the last time. Threads may call it."""
+        """Remove one part and return it. Threads may call this at the same time."""
         return self._parts.pop()

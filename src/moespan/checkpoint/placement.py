@@ -26,6 +26,9 @@ stage also has the embedding; the last stage has the norm and the head.
 | norm                         | (H)                           | model.norm                        |
 | head                         | (V/tp, H)                     | lm_head (embed when tied)         |
 
+With `attention_bias`, attention.qkv_bias and attention.out_bias hold the biases of the same
+projections, cut as the rows of qkv and out.
+
 Fewer KV heads than tp ranks are replicated: each rank holds the one head that its queries read. sp
 and dp cut no weights, but the KV cache is split by heads over tp·sp.
 
@@ -35,7 +38,8 @@ with the same numbers:
 
 - 8 bits: a scale belongs to a whole row of the checkpoint's tensor, wherever its columns are cut.
   A matrix (out, in) has (out) scales.
-- 4 bits: a scale belongs to a group of columns. A matrix (out, in) has (out, in / group) scales.
+- 4 bits: a scale belongs to a group of columns in a row. A matrix (out, in) has (out, in / group)
+  scales.
   Columns, and with them the widths I, are cut between groups.
 """
 
@@ -115,7 +119,7 @@ class Piece:
     number comes before them.
 
     With `is_scale`, the piece goes to the scales of the parameter. Columns of stored 4-bit integers
-    are counted in packed words, columns of their scales in groups.
+    are counted in int32s of eight, columns of their scales in groups.
     """
 
     tensor: str
@@ -171,7 +175,7 @@ def place(
 
     Args:
         experts: which ep rank holds which experts; None is contiguous.
-        quantization: one of `QUANTIZATIONS`; None keeps what the checkpoint has.
+        quantization: one of `QUANTIZATIONS`; None keeps the checkpoint's.
 
     Raises:
         ConfigError: the checkpoint holds weights of another quantization, or the model's rows are
@@ -199,7 +203,7 @@ class _Stored(NamedTuple):
     """One of the tensors that a checkpoint holds for a matrix.
 
     Attributes:
-        suffix: what the tensor's name adds to the matrix's name.
+        suffix: appended to the name of the matrix.
         columns: columns of the matrix for each element of a row; None: the whole row has one.
     """
 
@@ -240,12 +244,12 @@ class _Quantization:
         if name != "head" or self._scheme is None:
             return scheme
         if scheme is not None:
-            # What the head reads is never rounded: its errors would be those of the logits.
+            # The input of the head is never rounded: its errors would go into the logits.
             return replace(scheme, activation_bits=16)
         return SCHEMES[self._scheme.head] if self._scheme.head is not None else None
 
     def stored_as(self, tensor: str) -> tuple[_Stored, ...]:
-        """What the checkpoint holds for the matrix that has the name `tensor` as floats."""
+        """The tensors that the checkpoint holds for the matrix `tensor`."""
         if not self._is_stored(tensor):
             return _FLOATS
         if self.group_size is None:
@@ -258,7 +262,10 @@ _Rows = list[tuple[str, Share]]
 
 
 class _Table:
-    """Writes the placement of one rank, with a method for each part of `moespan.model.network`."""
+    """Writes the placement of one rank, with a method for each part of `moespan.model.network`.
+
+    `moespan.planner.traffic` and `moespan.planner.work` walk the same parts.
+    """
 
     def __init__(
         self,
@@ -407,7 +414,12 @@ class _Table:
 
 
 def _check_groups(config: ModelConfig, layout: Layout, name: str, group_size: int) -> None:
-    """Refuse what would leave a part of a group."""
+    """Refuse a model or a layout that would leave part of a group.
+
+    Raises:
+        ConfigError: rows of the model are not whole groups.
+        LayoutError: tp cuts through a group.
+    """
     sizes = {"hidden_size": config.hidden_size}
     if config.num_moe_layers < config.num_hidden_layers:
         sizes["intermediate_size"] = config.intermediate_size
@@ -426,8 +438,8 @@ def _check_groups(config: ModelConfig, layout: Layout, name: str, group_size: in
     if cut(layout.tp) % group_size:
         fitting = [str(tp) for tp in range(1, layout.tp) if not cut(tp) % group_size]
         raise LayoutError(
-            f"tp={layout.tp} gives a rank {cut(layout.tp)} columns of o_proj, and cuts through "
-            f"{name}'s groups of {group_size}; use tp of {', '.join(fitting)}"
+            f"tp={layout.tp} gives a rank {cut(layout.tp)} columns of o_proj, which cuts through "
+            f"the groups of {group_size} of {name}; use tp of {', '.join(fitting)}"
         )
 
 
@@ -443,7 +455,7 @@ def head_shares(config: ModelConfig, tp: int, part: int) -> tuple[Share, Share]:
 
 
 def cache_heads(config: ModelConfig, layout: Layout, rank: int) -> int:
-    """KV heads of each of its layers whose keys and values `rank` keeps."""
+    """Number of KV heads whose keys and values `rank` keeps, in each layer of its stage."""
     at = layout.coordinates(rank)
     _, keys = head_shares(config, layout.tp * layout.sp, at.tp * layout.sp + at.sp)
     return keys.length // config.head_dim
@@ -457,8 +469,10 @@ def cache_bytes_per_token(config: ModelConfig, layout: Layout, rank: int, dtype:
 
 
 def checkpoint_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a checkpoint of this model, in the model's order; scales
-    of integers right after them, as vectors."""
+    """Name and shape of every tensor in a checkpoint of this model, in the model's order.
+
+    Scales come right after the tensor that they belong to; scales of rows are vectors.
+    """
     return {
         piece.tensor: tuple(part.stop for part in piece.tensor_index)
         for piece in place(config, Layout(), 0).pieces
@@ -466,7 +480,7 @@ def checkpoint_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Parameters of the model: all of them, and those that one token uses."""
+    """Number of all parameters of the model, and of the parameters that one token uses."""
     tensors = checkpoint_tensors(replace(config, quantization=None))
     total = sum(math.prod(shape) for shape in tensors.values())
     expert = 3 * config.hidden_size * config.moe_intermediate_size
@@ -475,7 +489,7 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def tolerated_tensors(config: ModelConfig) -> Iterator[str]:
-    """Names that checkpoints may hold beside the model's own, and that nothing reads."""
+    """Names of tensors that a checkpoint may hold in addition, and that nothing reads."""
     for name in checkpoint_tensors(config):
         if name.endswith(PACKED_SUFFIX):
             yield name.removesuffix(PACKED_SUFFIX) + SHAPE_SUFFIX

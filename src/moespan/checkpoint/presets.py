@@ -1,4 +1,4 @@
-"""The `config.json` of geometries to try and to measure with random weights. Imports no torch."""
+"""Presets: configs of the geometries that are run with random weights. Imports no torch."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def preset(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The `config.json` of a preset with some keys replaced.
 
     Raises:
-        ConfigError: no such preset, no such key, or a config that the engine would refuse.
+        ConfigError: there is no such preset or key, or the engine would refuse the config.
     """
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} is not one of {', '.join(PRESETS)}")

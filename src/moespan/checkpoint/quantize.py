@@ -1,4 +1,5 @@
-"""Turns a checkpoint of floats into one of 8 or 4 bits, which loads as fast as it is read."""
+"""The conversion of a checkpoint of floats into one of 8 or 4 bits, which needs no rounding when
+it is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from moespan.config import (
 )
 from moespan.errors import ConfigError
 
-# Beside the weights; no code, and no weights of other kinds.
+# Files that are copied as they are: no code, and no weights in other forms.
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
 _WRITTEN = ("config.json", INDEX_FILE)
 
@@ -37,10 +38,10 @@ def quantize_checkpoint(
     scheme: str,
     progress: Callable[[int], object] = lambda written_bytes: None,
 ) -> None:
-    """Write what `folder` holds, quantised as loading it with `scheme` would, to `target`.
+    """Quantise the checkpoint in `folder`, as loading it with `scheme` would, and write `target`.
 
-    Tokenizer and generation settings are copied. The new folder appears under its name only when it
-    is whole; until then it is a hidden one beside it, which is removed if anything fails.
+    Tokenizer and generation settings are copied. The new folder gets its name only when it is
+    complete. Until then it is a hidden folder beside it, which is removed if anything fails.
 
     Args:
         scheme: one of `QUANTIZATIONS`.
@@ -48,8 +49,8 @@ def quantize_checkpoint(
 
     Raises:
         ConfigError: `target` exists, the checkpoint is quantised already, or its rows are not whole
-            groups of the scheme's.
-        CheckpointError: the checkpoint is not whole.
+            groups of the scheme.
+        CheckpointError: the checkpoint is not complete.
     """
     config = ModelConfig.from_pretrained(folder)
     if config.quantization is not None:
@@ -77,7 +78,7 @@ def quantize_checkpoint(
     def make(name: str) -> dict[str, Tensor]:
         ((_, values),) = source.read([pieces[name]])
         if not is_quantized[name]:
-            return {name: values.clone()}  # the file is unmapped when it is done with
+            return {name: values.clone()}  # `values` is a view of a file that will be unmapped
         rounded, scales = quantize(values, dtype=dtype, group_size=own.group_size)
         if own.group_size is None:
             return {name: rounded, name + SCALE_SUFFIX: scales[:, None]}
@@ -102,7 +103,7 @@ def quantize_checkpoint(
                     shutil.copyfile(file, partial / file.name)
         raw = read_json(folder / "config.json")
         write_json(partial / "config.json", {**raw, "quantization_config": stored.to_dict()})
-        partial.chmod(0o755)  # what is made for a moment is its owner's only
+        partial.chmod(0o755)  # mkdtemp lets only the owner in
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

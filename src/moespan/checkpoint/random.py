@@ -26,18 +26,18 @@ __all__ = ["RandomSource", "make_checkpoint", "preset"]
 class RandomSource:
     """Random weights that are a pure function of the seed and the tensor's name.
 
-    So `--load-format dummy` gives the values that `make-checkpoint` writes, and every layout gives
-    the same model. Standard deviations keep activations near one: 1/sqrt(fan-in) for matrices, 1
-    for the embedding; norms are 1.
+    `--load-format dummy` therefore gives the values that `make-checkpoint` writes, and every layout
+    has the same model. Standard deviations keep activations near one: 1/sqrt(fan-in) for matrices,
+    1 for the embedding. Norms are 1.
 
     Args:
-        device: where the values are for. On a GPU they are drawn there, which takes seconds where a
-            CPU takes minutes. They are then others than the CPU's, but again the same in every
+        device: device that the values are for. A GPU draws them itself, which takes seconds where a
+            CPU takes minutes. Its values differ from those of a CPU, but are the same in every
             layout.
     """
 
-    # Rows are drawn in blocks with a generator each, so that a rank draws little beyond its share.
-    BLOCK_ROWS = 256
+    # Each chunk of rows has its own generator, so that a rank draws little beyond its share.
+    CHUNK_ROWS = 256
 
     def __init__(
         self,
@@ -53,11 +53,11 @@ class RandomSource:
         self._options: dict[str, Any] = {"device": device if draws_there else torch.device("cpu")}
 
     def num_bytes(self, piece: Piece) -> int:
-        """How many bytes `piece` has."""
+        """Number of bytes of `piece`."""
         return piece.num_elements * int(self.dtype.itemsize)
 
     def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
-        """One list for each piece: nothing is gained by an order."""
+        """One list for each piece; no order is faster than another."""
         return [[piece] for piece in pieces]
 
     def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
@@ -73,13 +73,13 @@ class RandomSource:
             return torch.ones(rows.stop - rows.start, dtype=self.dtype, **self._options)
         columns = tuple(index[1:]) if index else ()
         std = 1.0 if name == "model.embed_tokens.weight" else math.prod(shape[1:]) ** -0.5
-        first = rows.start // self.BLOCK_ROWS
-        last = -(-rows.stop // self.BLOCK_ROWS)
+        first = rows.start // self.CHUNK_ROWS
+        last = -(-rows.stop // self.CHUNK_ROWS)
         drawn = []
-        for block in range(first, last):
-            start = block * self.BLOCK_ROWS
-            stop = min(start + self.BLOCK_ROWS, shape[0])
-            key = crc32(f"{self.seed}/{name}/{block}".encode()) + (self.seed << 32)
+        for chunk in range(first, last):
+            start = chunk * self.CHUNK_ROWS
+            stop = min(start + self.CHUNK_ROWS, shape[0])
+            key = crc32(f"{self.seed}/{name}/{chunk}".encode()) + (self.seed << 32)
             generator = torch.Generator(**self._options).manual_seed(key % 2**63)
             values = torch.empty((stop - start, *shape[1:]), **self._options)
             values.normal_(0.0, std, generator=generator)
@@ -100,8 +100,8 @@ def make_checkpoint(
     """Write `config.json`, shards and index of a random model into `folder`.
 
     Args:
-        raw: the `config.json` to write, as `preset` gives it.
-        seed: weights are a pure function of it and of each tensor's name.
+        raw: the `config.json` to write, as `preset` returns it.
+        seed: weights are a pure function of the seed and of each tensor's name.
         progress: called with the bytes of each shard written.
 
     Raises:
@@ -115,7 +115,7 @@ def make_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in source.shapes.items()}
     write_shards(folder, sizes, lambda name: {name: source.draw(name)}, progress)
-    # Last, so that a folder with a config is a whole checkpoint.
+    # Written last, so that a folder with a config is a complete checkpoint.
     generation = {"bos_token_id": raw["bos_token_id"], "eos_token_id": raw["eos_token_id"]}
     write_json(folder / "generation_config.json", generation)
     write_json(folder / "config.json", raw)

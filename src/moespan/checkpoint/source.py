@@ -1,4 +1,4 @@
-"""Sources of weights: what a source answers, and the one that reads safetensors files.
+"""Sources of weights: the protocol of all sources, and the source that reads safetensors files.
 
 A source tells how large a slice is, which slices are best read together, and their values, so that
 the loader knows no files. The other source is `RandomSource` (`random.py`). Pickle checkpoints are
@@ -27,40 +27,41 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _FLOATS = ("F32", "BF16", "F16")
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1, "F8_E4M3": 1}
-# Of what has scales, as torch and as safetensors call it.
+# Dtypes of tensors with scales: torch's name → safetensors' name.
 _QUANTIZED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3", "int32": "I32"}
 _BATCH_BYTES = 32 << 20
-# Rows of one read are a multiple of this, which suits what packs rows into tiles.
+# The rows of one read are a multiple of this, so that builders which pack tiles get whole tiles.
 _ROWS_TOGETHER = 64
 
 
 class Source(Protocol):
-    """Weights of one model, sliceable."""
+    """The weights of one model, read in slices."""
 
     def num_bytes(self, piece: Piece) -> int:
-        """How many bytes reading `piece` takes."""
+        """Number of bytes that are read for `piece`."""
 
     def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
-        """Cut `pieces` into lists that may be read in parallel, each in its best order."""
+        """Cut `pieces` into lists that may be read in parallel, each list in its best order."""
 
     def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
-        """Yield each piece with its values, a tensor that is valid until the next one."""
+        """Yield each piece with its values, a tensor that is valid until the next is yielded."""
 
 
 class SafetensorsSource:
     """A checkpoint folder: one `model.safetensors`, or shards with an index.
 
-    Opening it reads the headers only and checks everything that headers can show.
+    Opening a checkpoint reads only the headers and checks everything that headers can show.
 
     Raises:
-        CheckpointError: lists all missing, unexpected and ill-shaped tensors and bad files.
+        CheckpointError: lists all missing and unexpected tensors, wrong shapes and dtypes, and
+            files that cannot be read.
     """
 
     def __init__(self, path: str | Path, config: ModelConfig) -> None:
         self.path = Path(path)
         self._file_of: dict[str, str] = {}
         self._order: dict[str, int] = {}
-        self._begin: dict[str, int] = {}  # bytes of the file before it
+        self._begin: dict[str, int] = {}  # offset of the tensor in its file
         self._row_bytes: dict[str, int] = {}
         self._item_bytes: dict[str, int] = {}
         problems: list[str] = []
@@ -79,7 +80,7 @@ class SafetensorsSource:
         if problems:
             raise CheckpointError(
                 f"{path} is not a whole checkpoint of the model in its config.json "
-                f"({len(problems)} problem{'s' * (len(problems) > 1)}); copy it again, or mend "
+                f"({len(problems)} problem{'s' * (len(problems) > 1)}); copy it again, or fix "
                 "config.json",
                 _abridged(problems),
             )
@@ -123,7 +124,7 @@ class SafetensorsSource:
         try:
             with self._open(file) as handle:
                 names = handle.offset_keys()
-                # Eight bytes tell the length of the header; then data follow without holes.
+                # Eight bytes hold the length of the header. The data follow it without gaps.
                 with (self.path / file).open("rb") as opened:
                     begin = 8 + int.from_bytes(opened.read(8), "little")
                 for at, name in enumerate(names):
@@ -138,7 +139,7 @@ class SafetensorsSource:
                     begin += shape[0] * self._row_bytes[name] if shape else 0
                     if name not in expected:
                         continue
-                    # Scales of rows are (out) or (out, 1).
+                    # Scales of rows have the shape (out) or (out, 1).
                     if shape != expected[name] and not (
                         name.endswith(SCALE_SUFFIX) and shape == (*expected[name], 1)
                     ):
@@ -155,7 +156,7 @@ class SafetensorsSource:
             problems.append(
                 f"{file}: cannot be read ({error}); it is missing, cut short or corrupt"
             )
-            # Their loss is this one problem, not one for each tensor.
+            # A bad file is one problem, not one for each of its tensors.
             for name in expected if promised is None else promised:
                 self._file_of.setdefault(name, file)
             return
@@ -168,23 +169,24 @@ class SafetensorsSource:
         return safe_open(str(self.path / file), framework="pt", device="cpu")
 
     def _read_ahead(self, file: str, pieces: Sequence[Piece]) -> None:
-        """Have the system fetch the pieces' rows in large reads; a mapping asks page by page."""
+        """Ask the system to read the pieces' rows in large reads; a mapping reads page by page."""
         with (self.path / file).open("rb") as opened:
             for piece in pieces:
                 begin, row_bytes = self._begin[piece.tensor], self._row_bytes[piece.tensor]
                 rows = piece.tensor_index[0]
                 start, length = begin + rows.start * row_bytes, piece.num_rows * row_bytes
-                with contextlib.suppress(OSError):  # advice that a file system may not take
+                with contextlib.suppress(OSError):  # some file systems refuse the advice
                     os.posix_fadvise(opened.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def num_bytes(self, piece: Piece) -> int:
-        """How many bytes reading `piece` reads."""
+        """Number of bytes that are read for `piece`."""
         return piece.num_elements * self._item_bytes[piece.tensor]
 
     def batches(self, pieces: Iterable[Piece]) -> list[list[Piece]]:
-        """Lists within one file each, in the order of its bytes, so that a disk reads straight on.
+        """Lists of pieces of one file each, in the order of its bytes: a disk reads sequentially.
 
-        Pages that were read count as ours for as long as the file is mapped; batches bound that.
+        Pages that were read count as memory of this process while the file is mapped. The size of
+        a batch limits how many there are.
         """
         by_file: dict[str, list[Piece]] = defaultdict(list)
         for piece in pieces:
@@ -193,7 +195,7 @@ class SafetensorsSource:
         for file in sorted(by_file):
             left_bytes = 0
             for piece in sorted(by_file[file], key=lambda piece: self._order[piece.tensor]):
-                for part in _row_blocks(piece, _BATCH_BYTES // self._row_bytes[piece.tensor]):
+                for part in _split_rows(piece, _BATCH_BYTES // self._row_bytes[piece.tensor]):
                     if left_bytes <= 0:
                         batches.append([])
                         left_bytes = _BATCH_BYTES
@@ -212,7 +214,7 @@ class SafetensorsSource:
                 yield piece, values.flatten() if is_vector else values
 
 
-def _row_blocks(piece: Piece, most_rows: int) -> Iterator[Piece]:
+def _split_rows(piece: Piece, most_rows: int) -> Iterator[Piece]:
     """Cut `piece` into pieces of at most `most_rows` rows (at least one)."""
     if most_rows > _ROWS_TOGETHER:
         most_rows -= most_rows % _ROWS_TOGETHER

@@ -1,4 +1,4 @@
-"""Writes checkpoints in Hugging Face form, a shard at a time."""
+"""The writer of checkpoints in Hugging Face form, one shard at a time."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def write_shards(
     make: Callable[[str], dict[str, Tensor]],
     progress: Callable[[int], object] = lambda written_bytes: None,
 ) -> None:
-    """Write shards and their index into `folder`, with no more than one shard in memory.
+    """Write shards and their index into `folder`, with at most one shard in memory.
 
     Args:
-        sizes: what is to be made, in this order, and how many bytes each will have.
-        make: from a name of `sizes`, tensors by their names in the checkpoint.
+        sizes: name → bytes of the tensors that `make` returns for it, in the order of the files.
+        make: returns, for a name of `sizes`, tensors by their names in the checkpoint.
         progress: called with the bytes of each shard written.
     """
     shards: list[list[str]] = []
@@ -53,5 +53,5 @@ def write_shards(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """As Hugging Face writes it."""
+    """Write `value` to `path` with the indentation that Hugging Face uses."""
     path.write_text(json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

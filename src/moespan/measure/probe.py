@@ -1,8 +1,7 @@
-"""Measures how fast this machine reads memory and multiplies matrices: the limits that
-`moespan.planner.work` compares a step with.
+"""The probe: measures how fast this machine reads memory and multiplies matrices.
 
-A process of its own measures (`Probe`), so that its buffers are in nobody's memory figures. Only
-that process imports torch.
+`moespan.planner.work` compares a step with these limits. A process of its own measures (`Probe`),
+so that its buffers count in no other process's memory. Only that process imports torch.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from moespan.planner.work import Limits
 
 
 class Probe:
-    """Measures what the devices of a job can do, whenever it is called: about 0.1 s on a CPU.
+    """Measures the limits of a job's devices at each call, which takes about 0.1 s on a CPU.
 
-    Reading is the sum of a float32 tensor far larger than all caches, the best of four; arithmetic
-    is a product of matrices in the job's dtype, the best of three, on CPUs also with weights that
-    are packed before. On CPUs all threads of the job take part. On other devices the first one is
-    measured and counts for each rank.
+    Reading is the sum of a float32 tensor far larger than all caches, the best of four. Arithmetic
+    is a product of matrices in the job's dtype, the best of three; on CPUs also with weights that
+    were packed before. On CPUs all threads of the job take part. On other devices the first device
+    is measured and counts for each rank.
 
     Args:
-        dtype: of the matrices.
-        num_devices: how often what is measured counts.
+        dtype: dtype of the matrices.
+        num_devices: factor by which the measured limits are multiplied.
     """
 
     def __init__(self, device: str, dtype: str, num_devices: int = 1) -> None:
@@ -45,16 +44,16 @@ class Probe:
             [sys.executable, "-m", __name__, device, dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # No module is imported from whatever directory the user happens to stand in.
+            # No module is imported from the user's current directory.
             env={**os.environ, "PYTHONSAFEPATH": "1"},
         )
-        self()  # the first one only warms up
+        self()  # the first measurement only warms up
 
     def __call__(self) -> Limits:
-        """The limits right now.
+        """The limits at this moment.
 
         Raises:
-            MoespanError: the process that measures has ended.
+            MoespanError: the measuring process has ended.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
@@ -71,11 +70,11 @@ class Probe:
 
     @property
     def pid(self) -> int:
-        """Number of the process that measures."""
+        """Process id of the measuring process."""
         return self._process.pid
 
     def close(self) -> None:
-        """End the process."""
+        """End the measuring process."""
         self._process.kill()
         self._process.communicate()
 
@@ -103,13 +102,13 @@ def machine_name(device: str) -> str:
 
 _LEAST_CPU_BUFFER_BYTES = 192 << 20
 _DEVICE_BUFFER_BYTES = 1 << 30
-# Tokens, inputs and outputs of the product: on a CPU those of an expert's layer for a prompt.
+# Tokens, inputs and outputs of the product; on a CPU the sizes of an expert's layer for a prompt.
 _CPU_PRODUCT = (256, 2048, 5632)
 _DEVICE_PRODUCT = (8192, 8192, 8192)
 
 
 def _last_level_cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
-    """All caches of the last level together; 0 where the system does not tell."""
+    """Bytes of all caches of the last level together; 0 if the system does not report them."""
     sizes: dict[tuple[int, str], int] = {}
     for cache in cpus.glob("cpu[0-9]*/cache/index[0-9]*"):
         try:
@@ -127,7 +126,7 @@ def _best_s(run: Callable[[], object], times: int) -> float:
 
 
 def _measure(device: str, dtype: str) -> None:
-    """The process of `Probe`: a line of limits on stdout for each line on stdin."""
+    """The measuring process of `Probe`: one line of limits on stdout for each line on stdin."""
     import torch
 
     from moespan.machine.device import choose_device
@@ -143,7 +142,7 @@ def _measure(device: str, dtype: str) -> None:
     )
     rows, inputs, outputs = _CPU_PRODUCT if is_cpu else _DEVICE_PRODUCT
     if is_cpu:
-        # In huge pages, if the system has any: in small ones a sum reads about 7 % less.
+        # Huge pages, if the system has any: with small pages a sum reads about 7 % less.
         pages = mmap.mmap(-1, buffer_bytes)
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
@@ -161,8 +160,8 @@ def _measure(device: str, dtype: str) -> None:
 
     products = [multiply]
     if is_cpu:
-        # Some processors' instructions need another order of the weights, which `linear` makes anew
-        # in each call. Private, and not there for every processor and dtype.
+        # Some processors' instructions need the weights in another order, which `linear` makes anew
+        # in each call. The operators are private, and missing for some processors and dtypes.
         mkldnn = torch.ops.mkldnn
         with contextlib.suppress(AttributeError, RuntimeError):
             packed = mkldnn._reorder_linear_weight(weight, rows)

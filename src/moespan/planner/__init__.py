@@ -1,1 +1,1 @@
-"""What a layout costs, without running it and without torch: memory, traffic, work."""
+"""The costs of a layout, without running it and without torch: memory, traffic and work."""

@@ -21,22 +21,22 @@ _CACHE_DTYPES = (*DTYPE_BYTES, "int8")
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model takes, alone and cut by a layout. Lists have one value for each rank.
+    """Sizes of a model, alone and cut by a layout.
 
     Attributes:
         parameters: parameters of the model.
         active_parameters: parameters that one token uses.
-        bytes: dtype or quantization → bytes of all weights, unpadded and on one rank. Holds only
-            quantizations that the model can run with: a checkpoint of few bits can be run as some
-            only, and rows must be whole groups.
+        bytes: dtype or quantization → bytes of all weights on one rank. Quantizations that the
+            model cannot run with are left out: a quantised checkpoint runs with some only, and rows
+            must be whole groups.
         kv_bytes_per_token: dtype of the KV cache → bytes of one token, all layers and heads.
         dtype: dtype of weights and activations in the engine.
         quantization: the scheme that the weights run in; None if they are floats.
         kv_cache_dtype: dtype of the KV cache.
         layout: axis → its degree.
         pipeline_layers: number of layers of each stage.
-        weight_bytes_per_rank: bytes of weights, padding and scales included.
-        kv_bytes_per_token_per_rank: bytes of KV cache for one token of the rank's replica.
+        weight_bytes_per_rank: each rank's bytes of weights, padding and scales included.
+        kv_bytes_per_token_per_rank: each rank's bytes of KV cache for a token of its replica.
     """
 
     parameters: int
@@ -53,7 +53,7 @@ class Footprint:
 
 
 def footprint(config: EngineConfig, model: ModelConfig) -> Footprint:
-    """What `model` takes with the layout, dtypes and placement of `config`.
+    """The sizes of `model` with the layout, dtypes, quantization and placement of `config`.
 
     Raises:
         ConfigError: the quantization or the expert placement does not fit the model.
@@ -82,7 +82,7 @@ def footprint(config: EngineConfig, model: ModelConfig) -> Footprint:
 
 @dataclass(frozen=True)
 class Fit:
-    """What the rank with the least memory left takes.
+    """Memory of the rank with the least memory left.
 
     Attributes:
         weight_bytes, hccl_bytes, cache_bytes_per_token: bytes that the rank takes.
@@ -100,7 +100,7 @@ class Fit:
 
 
 def fit(config: EngineConfig, model: ModelConfig, room_bytes: int | None) -> Fit:
-    """What remains on the rank with the least memory left, if each rank finds `room_bytes` free.
+    """Memory of the rank with the least memory left, if each rank finds `room_bytes` free.
 
     Raises:
         ConfigError, LayoutError: as `footprint`.

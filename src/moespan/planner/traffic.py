@@ -64,7 +64,7 @@ def step_traffic(
     moe_dispatch: str = "auto",
     experts: ExpertPlacement | None = None,
 ) -> Traffic:
-    """What `rank` sends over the model's axes in one step.
+    """The traffic of `rank` over the model's axes in one step.
 
     Args:
         dtype: the dtype of activations.
@@ -95,10 +95,7 @@ def step_traffic(
 
 
 class _Counts:
-    """Counts what one rank sends in a step, with a method for each part of `moespan.model.network`.
-
-    L is the number of tokens that the rank holds between attentions.
-    """
+    """Counts what one rank sends in a step, by the parts of `moespan.model.network`."""
 
     def __init__(
         self,

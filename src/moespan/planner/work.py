@@ -17,14 +17,14 @@ from moespan.config import EngineConfig, Layout, ModelConfig, share_of_experts_r
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the devices of a job can do together in a second."""
+    """What all devices of a job together do in a second."""
 
     bytes_per_s: float
     operations_per_s: float
 
     @classmethod
     def mean(cls, before: Limits, after: Limits) -> Limits:
-        """What held between two measurements."""
+        """The limits that held between two measurements."""
         return cls(
             (before.bytes_per_s + after.bytes_per_s) / 2,
             (before.operations_per_s + after.operations_per_s) / 2,
@@ -32,17 +32,17 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Work(NamedTuple):
-    """What cannot be avoided: arithmetic operations, and bytes to be read."""
+    """Unavoidable work: arithmetic operations, and bytes to read."""
 
     operations: float
     num_bytes: float
 
     def least_s(self, limits: Limits) -> float:
-        """Seconds that no program takes less than: the slower of the two, both at their limit."""
+        """Least seconds of any program: the longer of the two, each at its limit."""
         return max(self.operations / limits.operations_per_s, self.num_bytes / limits.bytes_per_s)
 
     def bound(self, limits: Limits) -> str:
-        """Which of the two is the slower: `compute` or `memory`."""
+        """The part of the work that takes longer: `compute` or `memory`."""
         compute_s = self.operations / limits.operations_per_s
         return "compute" if compute_s > self.num_bytes / limits.bytes_per_s else "memory"
 
@@ -56,10 +56,10 @@ def step_work(
     Operations are two for each weight that a token meets, and four for each element of a query and
     each token that it attends to. The head meets only the last token of a sequence.
 
-    Bytes are those of the weights, as the engine keeps them and read once, and of the KV cache. Of
-    E experts, T tokens that choose K each read E·(1 − (1 − K/E)^T), if routing is as even as that
-    of random weights. A trained router is less even, and its tokens read fewer experts. Activations
-    are not counted.
+    Bytes are those of the weights, as the engine keeps them and read once, and of the KV cache. T
+    tokens that choose K of E experts each read E·(1 − (1 − K/E)^T) of them, if routing is as even
+    as that of random weights. A trained router is less even, and its tokens read fewer experts.
+    Activations are not counted.
 
     The whole model counts, however it is laid out: each weight is on some rank and has to be read.
     """
@@ -76,7 +76,7 @@ def step_work(
 
 
 class _Counts:
-    """Counts the work of a step, with a method for each part of `moespan.model.network`."""
+    """Counts the work of a step, by the parts of `moespan.model.network`."""
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""Text to token ids and back, and messages to text."""
+"""Text to token ids and back, and messages to text: the tokenizer and the chat template."""

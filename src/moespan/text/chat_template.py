@@ -1,8 +1,8 @@
-"""Chat templates: from messages to a prompt, whatever the template does.
+"""Chat templates: they turn messages into a prompt, in bounded time and memory.
 
-A chat template is a program that comes with a checkpoint. It runs in a child process that the
-kernel holds to a time and a memory limit: see `ChatTemplate`. The child imports this module too, so
-it imports little, and jinja2 only there.
+A chat template is a program that comes with a checkpoint. It runs in a child process, for which the
+kernel enforces a time limit and a memory limit (`ChatTemplate`). The child imports this module too,
+so the module imports little; only the child imports jinja2.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatTemplate", "check_unicode"]
 
-# The limits of one rendering. Memory is counted on top of what the child maps at rest, and holds
-# the largest conversation, even one of nothing but tiny messages, several times over.
+# The limits of one rendering. The memory limit is on top of what the child maps at rest. It holds
+# the largest conversation several times, even one of tiny messages only.
 _RENDER_SECONDS: Final = 1.5
 _RENDER_MEMORY_BYTES: Final = 64 << 20
 _MAX_CONVERSATION_BYTES: Final = 2 << 20
 _MAX_PROMPT_CHARACTERS: Final = 4 << 20
-_MAX_REPLY_BYTES: Final = 6 * _MAX_PROMPT_CHARACTERS + 1024  # JSON spends up to 6 bytes on one
+_MAX_REPLY_BYTES: Final = 6 * _MAX_PROMPT_CHARACTERS + 1024  # up to 6 bytes for a character in JSON
 
 
 class ChatTemplate:
-    """Renders one chat template, whatever is in it, in bounded time and memory.
+    """Renders one chat template, whatever it contains, in bounded time and memory.
 
-    Jinja's sandbox keeps a template from Python's inner parts, but not from asking for 10^10 steps
-    or bytes, and most ways to ask end in one uninterruptible call of C code: `"a" * 10**9`,
-    `|center`, `"%999999999d"`, the text of a list that holds itself twice, forty levels deep. So a
-    child process renders, and the kernel keeps the limits: an alarm that ends it, and RLIMIT_AS on
-    its memory. A RLIMIT_NOFILE of 0 leaves it no way to open a file or a socket either. The child
-    sets all of them on itself before it looks at the template.
+    Jinja's sandbox keeps a template away from Python's internals, but does not limit its steps or
+    its memory. A template can ask for 10^10 of either, mostly in one uninterruptible call of C
+    code: `"a" * 10**9`, `|center`, `"%999999999d"`, the text of a list that holds itself twice,
+    forty levels deep. Therefore a child process renders, and the kernel enforces the limits: an
+    alarm ends the child, and RLIMIT_AS bounds its memory. With RLIMIT_NOFILE at 0 it can open
+    neither a file nor a socket. The child sets all limits before it looks at the template.
 
-    The child starts with the first rendering, waits for the next, and goes when this object or this
-    process does. One that breaks a limit is replaced. Renderings take turns.
+    The child starts with the first rendering, waits for the next, and ends when this object or this
+    process does. A child that breaks a limit is replaced. Renderings take turns.
     """
 
     def __init__(self, source: str, named_tokens: Mapping[str, str], folder: Path) -> None:
@@ -63,7 +63,7 @@ class ChatTemplate:
             {
                 "messages": _checked_messages(messages),
                 "add_generation_prompt": add_generation_prompt,
-                # Templates ask whether these are none, which what is missing is not.
+                # Templates test these for `none`; a missing variable is undefined instead.
                 "tools": None,
                 "documents": None,
                 **self._named_tokens,
@@ -84,13 +84,17 @@ class ChatTemplate:
             case {"refusal": reason}:
                 raise RequestError(f"the chat template refuses the messages: {reason}")
         raise TokenizerError(
-            f"the chat template of {self._folder} cannot be used: {reply['fault']}. Put one that "
-            "can beside tokenizer.json as chat_template.jinja, or complete plain prompts"
+            f"the chat template of {self._folder} cannot be used: {reply['fault']}. Put a "
+            "working one beside tokenizer.json as chat_template.jinja, or complete plain prompts"
         )
 
 
 def _checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """`messages` as plain dicts, or a RequestError that names the first one that is malformed."""
+    """`messages` as plain dicts.
+
+    Raises:
+        RequestError: names the first message that is malformed.
+    """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(
             f"messages is {type(messages).__name__}; it must be a list of "
@@ -118,7 +122,11 @@ def _checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, s
 
 
 def check_unicode(text: str, name: str) -> None:
-    """Refuses half a surrogate pair, which JSON can carry and UTF-8 cannot."""
+    """Refuses half a surrogate pair, which JSON can represent and UTF-8 cannot.
+
+    Raises:
+        RequestError: `text` has one; the message calls the text `name`.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -129,13 +137,14 @@ def check_unicode(text: str, name: str) -> None:
 
 
 class _Child:
-    """The process that renders a template, seen from its parent. It ends with this object."""
+    """The parent's handle on the process that renders a template, which ends with this object."""
 
     def __init__(self, source: str) -> None:
         import subprocess
 
-        # It gets our search path, so that it finds what we found, and of our environment only what
-        # the interpreter and its clock need: no keys and tokens, no preloaded libraries.
+        # The child gets this process's search path, so that it finds the same modules. From the
+        # environment it gets only what the interpreter and its clock need: no keys or tokens, no
+        # preloaded libraries.
         path = [str(Path(__file__).resolve().parents[2]), *map(str, sys.path)]
         kept = ("LD_LIBRARY_PATH", "TZ")
         try:
@@ -160,18 +169,18 @@ class _Child:
         reply = self.ask(_json_line(setup))
         if reply:
             raise TokenizerError(
-                f"cannot render the chat template, which takes Linux and jinja2: {reply['fault']}"
+                f"cannot render the chat template, which needs Linux and jinja2: {reply['fault']}"
             )
 
     @property
     def is_usable(self) -> bool:
-        """Whether it still runs, as a child of this process: a fork of this process has none."""
+        """Whether the child still runs. In a fork of this process it counts as ended."""
         return self._process.poll() is None
 
     def ask(self, request: bytes) -> dict[str, str]:
-        """Sends one line, returns the line that answers it; no longer usable after a broken limit.
+        """Sends one line and returns the reply to it. After a broken limit the child is unusable.
 
-        The reply has one item: "text", "refusal" (of the messages, by the template) or "fault".
+        The reply has one item: "text", "refusal" (the template refuses the messages) or "fault".
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
@@ -181,7 +190,7 @@ class _Child:
             line = self._process.stdout.readline(_MAX_REPLY_BYTES)
             reply: dict[str, str] = json.loads(line) if line.endswith(b"\n") else {"limit": ""}
         except BaseException:
-            self._end()  # or the reply that is still to come would answer the next request
+            self._end()  # otherwise the late reply would answer the next request
             raise
         if "limit" not in reply:
             return reply
@@ -196,7 +205,7 @@ def _end_process(process: subprocess.Popen[bytes]) -> int:
     process.kill()
     status = process.wait()
     for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what could not be sent cannot be flushed
+        with contextlib.suppress(OSError):  # unsent data cannot be flushed
             pipe.close()  # type: ignore[union-attr]
     return status
 
@@ -205,7 +214,7 @@ def _json_line(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
-# What follows runs in the child, which imports this module anew.
+# The rest of this module runs in the child, which imports the module anew.
 _CHILD_PROGRAM: Final = (
     "import sys; sys.path[:] = sys.argv[1:]; "
     "from moespan.text.chat_template import _serve_template; _serve_template()"
@@ -217,7 +226,7 @@ class _RefusalError(Exception):
 
 
 def _serve_template() -> None:
-    """Reads what to serve and says that it is ready; then answers every request until the last."""
+    """Reads the template, reports that the child is ready, and answers requests until the last."""
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     setup = json.loads(requests.readline())
     environment = _template_environment()
@@ -248,7 +257,7 @@ def _serve_template() -> None:
 
 
 def _template_environment() -> jinja2.Environment:
-    """An environment like the one that chat templates are written for, Hugging Face's."""
+    """An environment like Hugging Face's, for which chat templates are written."""
     import datetime
 
     import jinja2
@@ -257,7 +266,7 @@ def _template_environment() -> jinja2.Environment:
 
     class Environment(ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj: object, attribute: str) -> jinja2.Undefined:
-            # Jinja's own would let the template print it, as nothing, and go on.
+            # Jinja's own method would let the template print nothing and go on.
             raise SecurityError(f"no access to {attribute!r} of a {type(obj).__name__}")
 
     def raise_exception(message: object) -> None:
@@ -286,7 +295,7 @@ def _template_environment() -> jinja2.Environment:
     )
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    # Jinja and Python import some of their parts at first use, when no file can be opened any more.
+    # Jinja and Python import some modules at first use. Use them now, while files can be opened.
     strftime_now("%c")
     with contextlib.suppress(jinja2.UndefinedError):
         environment.from_string(r"{{ '\n'|wordwrap|pprint|tojson }}{{ x.y }}").render()
@@ -294,10 +303,11 @@ def _template_environment() -> jinja2.Environment:
 
 
 def _limit_this_process(memory_bytes: int) -> None:
-    """Leaves this process `memory_bytes` beyond what it maps now, no new files, and its alarm."""
+    """Limits this process to `memory_bytes` beyond what it maps now, to no new files, and to the
+    time of its alarm."""
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to act on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     mapped_pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -312,7 +322,11 @@ def _limit_this_process(memory_bytes: int) -> None:
 
 
 def _limited_text(pieces: Iterable[str], limit_characters: int) -> str:
-    """The pieces, joined; stops at the one that goes beyond the limit."""
+    """The joined pieces.
+
+    Raises:
+        OverflowError: at the first piece that exceeds the limit.
+    """
     text = []
     left = limit_characters
     for piece in pieces:

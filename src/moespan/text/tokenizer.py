@@ -1,13 +1,13 @@
-"""From text to token ids and back: the tokenizer and its streaming twin.
+"""The tokenizer: text to token ids and back, also while the ids still arrive.
 
-Everything here rests on one fact of this family: its BPE is byte-level, so a token stands for a
-fixed run of bytes, and a text is the UTF-8 reading of the runs of its tokens. Encoding is left to
-the `tokenizers` library; decoding is one table look-up per token. A tokenizer that does not give
-back the text it is given is refused at load.
+The BPE of this model family is byte-level: a token stands for a fixed run of bytes, and a text is
+the UTF-8 decoding of the runs of its tokens. All of this module relies on that. The `tokenizers`
+library encodes; decoding is one table look-up per token. A tokenizer that does not return the text
+that it was given is refused at load.
 
-`moespan.text.chat_template` renders a chat template; its result is text to this module.
+`moespan.text.chat_template` renders chat templates; for this module their result is text.
 
-Nothing here knows of models or devices, and importing it loads neither `tokenizers` nor `jinja2`.
+This module knows no models and no devices. Importing it loads neither `tokenizers` nor `jinja2`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
 _MAX_FILE_BYTES: Final = 256 << 20
 
-# The tokens a chat template may name, by their keys in tokenizer_config.json.
+# Keys in tokenizer_config.json of the tokens that a chat template may name.
 _NAMED_TOKENS: Final = (
     "bos_token",
     "eos_token",
@@ -41,7 +41,7 @@ _NAMED_TOKENS: Final = (
     "mask_token",
 )
 
-# What goes through the tokenizer and back at load, by what is lost when it does not come back.
+# Texts that are encoded and decoded at load, by what a tokenizer loses that changes the text.
 _SELF_TEST: Final = {
     "spaces": "  two before, two  between, one after ",
     "line breaks": "one\n\ntwo\r\n\tthree\n",
@@ -68,12 +68,12 @@ class Tokenizer:
     """The tokenizer of one checkpoint. Threads may share it.
 
     Attributes:
-        eos_token_ids: the ids that end a generation: that of `eos_token`, and those that
+        eos_token_ids: ids that end a generation: the id of `eos_token`, and the ids that
             generation_config.json lists. May be empty.
-        bos_token_id: the id of `bos_token`, or None where there is none.
+        bos_token_id: the id of `bos_token`; None if there is no such token.
         vocab_size: the highest id + 1, added tokens included. A model's vocabulary may be padded
-            beyond it; those ids have no text.
-        has_chat_template: whether `apply_chat_template` has a template to apply.
+            beyond that; the additional ids have no text.
+        has_chat_template: whether `apply_chat_template` has a template.
     """
 
     def __init__(
@@ -87,19 +87,19 @@ class Tokenizer:
         """Use `from_pretrained`.
 
         Args:
-            folder: where it all comes from, for error messages.
-            backend: what tokenizer.json holds.
-            settings: what tokenizer_config.json holds.
-            eos_token_ids: ids that end a generation besides that of `eos_token`.
-            chat_template: its source.
+            folder: folder of the files, for error messages.
+            backend: the tokenizer of tokenizer.json.
+            settings: the content of tokenizer_config.json.
+            eos_token_ids: ids that end a generation in addition to the id of `eos_token`.
+            chat_template: source of the chat template.
         """
         self._folder = folder
         self._backend = backend
         added_tokens = backend.get_added_tokens_decoder()
         self._bytes_of = {id_: _token_bytes(token) for token, id_ in backend.get_vocab().items()}
-        # An added token is found in the text as it is written, so it must come back as it is
-        # written, though its letters may also be letters of the byte alphabet: DeepSeek adds "ü"
-        # and a dozen more, which the decoder of `tokenizers` reads as bytes and so turns into �.
+        # An added token is matched in the text literally, so it must be decoded literally, although
+        # its letters may be letters of the byte alphabet. DeepSeek adds "ü" and a dozen more, which
+        # the decoder of `tokenizers` takes for bytes and turns into �.
         self._bytes_of.update((id_, token.content.encode()) for id_, token in added_tokens.items())
         self.vocab_size = max(self._bytes_of, default=-1) + 1
 
@@ -113,7 +113,7 @@ class Tokenizer:
         own_eos = () if self._eos_token_id is None else (self._eos_token_id,)
         self.eos_token_ids = frozenset((*own_eos, *eos_token_ids))
 
-        # Where tokenizer_config.json does not say what to add, tokenizer.json does.
+        # If tokenizer_config.json does not say what to add, tokenizer.json decides.
         probe = self._backend_ids("a", add_special_tokens=True)
         self._first = self._token_to_add("add_bos_token", settings, self.bos_token_id, probe[:1])
         self._last = self._token_to_add("add_eos_token", settings, self._eos_token_id, probe[-1:])
@@ -130,7 +130,7 @@ class Tokenizer:
 
         Raises:
             TokenizerError: a file cannot be read, two files contradict each other, or text does
-                not survive the way to token ids and back.
+                not survive encoding and decoding.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -151,13 +151,13 @@ class Tokenizer:
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of `text`; special tokens written out in it become their ids.
+        """The token ids of `text`; special tokens that are written out in it become their ids.
 
-        With `add_special_tokens`, the begin token comes first and the end token last, where the
-        checkpoint's configuration wants them and where the text does not already have them.
+        With `add_special_tokens`, the begin token comes first and the end token last, if the
+        checkpoint's configuration asks for them and the text does not already have them.
 
         Raises:
-            RequestError: `text` holds half a surrogate pair, which is no character.
+            RequestError: `text` contains half a surrogate pair, which is not a character.
         """
         check_unicode(text, "text")
         ids = self._backend_ids(text, add_special_tokens=False)
@@ -169,7 +169,7 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `token_ids`. Bytes that are no UTF-8 become �; unknown ids have no text."""
+        """The text of `token_ids`. Invalid UTF-8 becomes �; unknown ids have no text."""
         return self.decode_bytes(token_ids, skip_special_tokens).decode("utf-8", "replace")
 
     def decode_bytes(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> bytes:
@@ -178,7 +178,7 @@ class Tokenizer:
         return b"".join(
             [
                 self._bytes_of.get(id_, b"")
-                for id_ in map(operator.index, token_ids)  # a tensor's items are no dict keys
+                for id_ in map(operator.index, token_ids)  # items of a tensor are not dict keys
                 if id_ not in hidden
             ]
         )
@@ -186,8 +186,8 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         r"""One token, special or not, as lists of log probabilities show it. Never raises.
 
-        A token that is not whole characters is shown as its bytes, `bytes:\xe6\xb7`, and an id
-        that has no token as `token_id:102399`: � would hide which of many tokens it is.
+        A token of incomplete characters is shown as its bytes, `bytes:\xe6\xb7`, because � would
+        hide which of many tokens it is. An id without a token is shown as `token_id:102399`.
         """
         data = self._bytes_of.get(token_id)
         if data is None:
@@ -202,12 +202,12 @@ class Tokenizer:
     ) -> str:
         """The prompt that the checkpoint's chat template makes of `messages`.
 
-        It already begins with the begin token if the template wants one, so encode it with
+        The prompt already begins with the begin token if the template adds one, so encode it with
         `add_special_tokens=False`.
 
         Args:
-            messages: each has a "role" and a "content"; what other keys mean is the template's.
-            add_generation_prompt: end with what makes the model answer.
+            messages: each has a "role" and a "content"; the template decides what other keys mean.
+            add_generation_prompt: end with the text after which the model answers.
 
         Raises:
             RequestError: there is no template, the messages are malformed or too long, or the
@@ -222,7 +222,7 @@ class Tokenizer:
         return self._chat_template.render(messages, add_generation_prompt)
 
     def _id_of(self, name: str) -> int | None:
-        """The id of the token that is called `name`, e.g. "bos_token"; None if none is."""
+        """The id of the token under the key `name`, e.g. "bos_token"; None without such a key."""
         token = self._named_tokens.get(name)
         if token is None:
             return None
@@ -241,7 +241,12 @@ class Tokenizer:
     def _token_to_add(
         self, setting: str, settings: Mapping[str, object], token_id: int | None, probe: list[int]
     ) -> int | None:
-        """`token_id` if `setting` asks `encode` to add it; `probe` is what tokenizer.json adds."""
+        """`token_id` if `encode` has to add it, else None.
+
+        Args:
+            setting: the key that decides, e.g. "add_bos_token".
+            probe: ids that tokenizer.json puts in this place; they decide without the key.
+        """
         asked = settings.get(setting, probe == [token_id])
         if not isinstance(asked, bool):
             raise TokenizerError(
@@ -256,7 +261,7 @@ class Tokenizer:
         return token_id if asked else None
 
     def _self_test(self) -> None:
-        """Refuses a tokenizer that does not give back the text it is given."""
+        """Refuses a tokenizer that does not return the text that it was given."""
         returned = {
             kind: self.decode(self.encode(text, add_special_tokens=False), False)
             for kind, text in _SELF_TEST.items()
@@ -273,14 +278,13 @@ class Tokenizer:
 
 
 class IncrementalDetokenizer:
-    """Turns token ids into text as they come: the text of a prefix, then of what follows it.
+    """Turns token ids into text while they arrive.
 
-    Whatever way a sequence is cut into calls of `push`, the pieces and the last one, from
-    `finish`, join to `Tokenizer.decode` of the whole. Only bytes can be cut in the middle, so all
-    that is ever held back is a character's first bytes, three at most, until the next token
-    completes them or shows that they are none.
+    However a sequence is cut into calls of `push`, the returned pieces and the piece of `finish`
+    join to `Tokenizer.decode` of the whole sequence. At most the first three bytes of a character
+    are held back, until the next token completes the character or shows that there is none.
 
-    If the prompt ends in the middle of a character, its completion begins the text.
+    If the prompt ends in the middle of a character, the rest of that character begins the text.
     """
 
     def __init__(
@@ -293,7 +297,7 @@ class IncrementalDetokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._pieces: list[str] = []
-        # Three bytes settle what is pending; anything before them is text already.
+        # The last three bytes decide what is pending; everything before them is complete.
         tail = b""
         for token_id in reversed(prompt_token_ids):
             tail = tokenizer.decode_bytes((token_id,), skip_special_tokens) + tail
@@ -308,11 +312,11 @@ class IncrementalDetokenizer:
         return self._pieces[0]
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Takes the next tokens; returns the text that they complete."""
+        """Takes the next tokens and returns the text that they complete."""
         return self._take(self._tokenizer.decode_bytes(token_ids, self._skip_special_tokens))
 
     def finish(self) -> str:
-        """Returns what is left at the end of the sequence: � for an unfinished character."""
+        """Ends the sequence and returns the rest of the text: � for an incomplete character."""
         return self._take(b"", final=True)
 
     def _take(self, data: bytes, final: bool = False) -> str:
@@ -322,7 +326,7 @@ class IncrementalDetokenizer:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The letters that byte-level BPE writes bytes in: printable ones as they are, others moved."""
+    """Letter of byte-level BPE → its byte: printable bytes are themselves, others are moved up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -334,7 +338,7 @@ _BYTE_OF_LETTER: Final = _byte_alphabet()
 
 
 def _token_bytes(token: str) -> bytes:
-    """The bytes that a token of the vocabulary stands for; a name outside the alphabet, its own."""
+    """The bytes of a token of the vocabulary; a token outside the alphabet is taken literally."""
     try:
         return bytes([_BYTE_OF_LETTER[letter] for letter in token])
     except KeyError:
@@ -369,9 +373,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _backend_errors(complaint: str) -> Iterator[None]:
-    """Turns what the `tokenizers` library raises into a TokenizerError that opens with `complaint`.
+    """Turns errors of the `tokenizers` library into a TokenizerError that begins with `complaint`.
 
-    It raises bare Exceptions, and where Rust code panics, a bare BaseException.
+    The library raises bare Exceptions, and a bare BaseException if its Rust code panics.
     """
     try:
         yield
@@ -387,14 +391,14 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
     content = _read_text(file)
     with _backend_errors(f"{file} is not a tokenizer that can be read"):
         backend = Backend.from_str(content)
-    # Both are leftovers of training that the file may carry, and would cut or pad every prompt.
+    # The file may hold both as leftovers of training. They would cut or pad every prompt.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 def _read_eos_token_ids(file: Path) -> list[int]:
-    """The `eos_token_id` of generation_config.json, which is absent, null, one id or several."""
+    """The ids of `eos_token_id` in generation_config.json: it is absent, null, an id or a list."""
     value = _read_json(file).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(id_) is int and id_ >= 0 for id_ in ids):
@@ -403,9 +407,9 @@ def _read_eos_token_ids(file: Path) -> list[int]:
 
 
 def _read_chat_template(file: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template in `file`, else the one in tokenizer_config.json, else None.
+    """The chat template in `file`, or else the one in tokenizer_config.json, or else None.
 
-    The latter is a string, or a list of {"name", "template"} of which "default" is meant.
+    tokenizer_config.json has a string, or a list of {"name", "template"} whose "default" is taken.
     """
     if file.exists():
         return _read_text(file)
@@ -424,7 +428,7 @@ def _read_chat_template(file: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _named_tokens(folder: Path, settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """The tokens that `settings` name, each as (key, content)."""
+    """Each token that `settings` names, as (key, content)."""
     for key in _NAMED_TOKENS:
         value = settings.get(key)
         content = value.get("content") if isinstance(value, Mapping) else value
