@@ -175,7 +175,7 @@ def _rope_kernel(
     TO_CACHE: tl.constexpr,
     IS_INT8: tl.constexpr,
 ):
-    """HEADS heads of one token, rotated in place; with TO_CACHE those of k and v go to the cache."""
+    """HEADS heads of one token, rotated in place; with TO_CACHE, k and v go to the cache."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     at = tl.arange(0, HALF)
