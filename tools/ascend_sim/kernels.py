@@ -195,9 +195,8 @@ def token_unpermute(
     unknown(padded_mode=padded_mode)
     name, num_rows = "npu_moe_token_unpermute", len(permuted_tokens)
     one_dtype(f"{name} (tokens)", FLOATS, permuted_tokens)
-    if (
-        probs is not None
-    ):  # may differ in dtype from the tokens (CANN's moe_token_unpermute_def.cpp)
+    if probs is not None:
+        # Their dtype may differ from that of the tokens (CANN's moe_token_unpermute_def.cpp).
         one_dtype(f"{name} (probs)", FLOATS, probs)
     index = sorted_indices.long()
     outside = index[(index < 0) | (index >= num_rows)]

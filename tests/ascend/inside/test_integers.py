@@ -1,5 +1,4 @@
-"""The operators for 8-bit integers in the stand-in: numbers as their documents have them, and what
-they refuse."""
+"""The operators for 8-bit integers in the stand-in: results as documented, and refusals."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import torch_npu
 from ascend_sim.rules import RefusedError
 
 FLOATS = [torch.bfloat16, torch.float16]
-COUNTS = [2, 0, 3]  # rows of three experts; a sixth row is nobody's
+COUNTS = [2, 0, 3]  # rows of three experts; a sixth row belongs to none
 
 
 def integers(*shape, seed=0):
@@ -165,7 +164,7 @@ def test_swiglu_of_sums_is_rounded_again():
     ],
     ids=str,
 )
-def test_what_the_fused_swiglu_refuses(change, why):
+def test_refusals_of_the_fused_swiglu(change, why):
     with pytest.raises(RefusedError, match=why):
         swiglu(**change)
 
@@ -238,7 +237,7 @@ def test_attention_over_integers_with_a_scale_for_each_token_and_head():
     ],
     ids=str,
 )
-def test_what_attention_over_integers_refuses(change, why):
+def test_refusals_of_attention_over_integers(change, why):
     with pytest.raises(RefusedError, match=why):
         attend(**change)
 
