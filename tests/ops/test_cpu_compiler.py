@@ -1,4 +1,4 @@
-"""The kernels are built once, if there is a compiler, and loaded only if no other user wrote them."""
+"""The kernels are built once, and a library that others may have written is not loaded."""
 
 from __future__ import annotations
 

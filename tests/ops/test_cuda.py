@@ -293,7 +293,7 @@ _NOT_LAUNCHED = {
 
 
 class Launches(TorchDispatchMode):
-    """Names of the kernels that a card would run: Triton kernels, and one for each torch operation."""
+    """Names of the kernels that a card would run: Triton kernels, one for each torch operation."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()

@@ -101,12 +101,12 @@ class Machine:
         size = part.numel() * part.element_size()
         start = part.storage_offset() * part.element_size()
         assert start % 4 == size % 4 == 0
-        self._barrier.wait()  # all have written before they came
+        self._barrier.wait()  # all ranks have written
         parts = [memory[start : start + size].view(part.dtype) for memory in self._memory]
         total = parts[0].clone()
         for other in parts[1:]:
             total += other
-        self._barrier.wait()  # and nobody writes again before all have read
+        self._barrier.wait()  # all ranks have read; only then may one write again
         return total.view(part.shape) + self.adds_wrongly * (rank == 1)
 
     def notice(self, message: str, from_any_rank: bool) -> None:
