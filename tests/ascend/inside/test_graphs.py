@@ -84,7 +84,7 @@ def test_copies_and_integer_indices_are_captured():
 )
 def test_the_host_cannot_take_part(name):
     x, host = torch.ones(3).npu(), torch.ones(3)
-    ways = {
+    uses = {
         "item": lambda: x.sum().item(),
         "bool": lambda: bool(x.any()),
         "to_cpu": lambda: x.cpu(),
@@ -97,7 +97,7 @@ def test_the_host_cannot_take_part(name):
     }
     # Reported by the simulator, or by the device that is asked to wait.
     with pytest.raises(RuntimeError, match=r"captured graph cannot|ACL stream synchronize failed"):
-        captured(ways[name])
+        captured(uses[name])
 
 
 def test_synchronising_while_capturing_fails():

@@ -93,14 +93,14 @@ def test_rotation_is_in_place(device):
     angle = torch.randn(5, 1, 64)
     cos, sin = (torch.cat([half] * 2, -1).to(DTYPE) for half in (angle.cos(), angle.sin()))
     q, k = torch.randn(5, 4, 128, dtype=DTYPE), torch.randn(5, 2, 128, dtype=DTYPE)
-    turned = [x.float() * cos + torch.cat((-x[..., 64:], x[..., :64]), -1) * sin for x in (q, k)]
+    rotated = [x.float() * cos + torch.cat((-x[..., 64:], x[..., :64]), -1) * sin for x in (q, k)]
     on_device = [x.to(device) for x in (q, k, cos, sin)]
     again = torch_npu.npu_rotary_mul(on_device[0], on_device[2], on_device[3])
     out = torch_npu.npu_apply_rotary_pos_emb(*on_device, layout="TND")
-    for got, same, want in zip(out, on_device, turned, strict=False):
+    for got, same, want in zip(out, on_device, rotated, strict=False):
         close(got, want, 0.05)
         assert torch.equal(got.cpu(), same.cpu())
-    close(again, turned[0], 0.05)
+    close(again, rotated[0], 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -148,7 +148,7 @@ def test_experts_add_up_over_ranges(made):
     close(sum(parts), want)
 
 
-def test_bug_rows_of_foreign_experts_are_read(made):
+def test_bug_rows_of_other_experts_are_read(made):
     w, b = made
     with pytest.raises(RefusedError, match=r"reads rows \[-1"):
         experts(SMALL, on("npu", w), b.x.npu(), 0, 2, tame=False)

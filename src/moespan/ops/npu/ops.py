@@ -86,7 +86,7 @@ class NpuOps(ReferenceOps):
         self._is_tiled = weight_format == "nz"
         if self._is_tiled:
             torch_npu.npu.config.allow_internal_format = True
-        # A 310P gives running sums of the experts' rows instead of counts, whatever is asked for.
+        # A 310P gives running sums of the experts' rows instead of counts, in any mode.
         self._counts_are_ends = self._is_310p
         schema = str(torch.ops.npu.npu_scatter_pa_kv_cache.default._schema)
         self._cache_mode = {"cache_mode": "Norm"} if "cache_mode" in schema else {}

@@ -19,7 +19,7 @@ extern "C" {
 
 // Packs rows `first` to `first + rows` of a matrix [out, in] with `in_bytes` bytes a row. Of each
 // row the first `bytes` are packed; rows are `stride` bytes apart. Parts of `panels` that no row
-// fills stay as they are. `sums` [rows], for int8 only, gets the sum of each row. A call uses one
+// fills stay unchanged. `sums` [rows], for int8 only, gets the sum of each row. A call uses one
 // thread: other threads pack other rows at the same time.
 void moespan_pack(const void* from, int64_t stride, int64_t bytes, int64_t first, int64_t rows,
                   int64_t out, int64_t in_bytes, int gate_up, void* panels, int32_t* sums) {
