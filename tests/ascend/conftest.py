@@ -1,4 +1,4 @@
-"""The stand-in for an Ascend NPU (`tools/ascend_sim`), built once, for tests that run inside it."""
+"""Builds the stand-in for an Ascend NPU (`tools/ascend_sim`) once, for the tests inside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CANNOT_BUILD = 77
 
-# These run inside the stand-in only, where `test_inside.py` starts them.
+# These tests run inside the stand-in only; `test_inside.py` starts them there.
 collect_ignore = [] if "ascend_sim" in sys.modules else ["inside"]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -1,4 +1,4 @@
-"""Runs the tests that need NPUs inside the stand-in for them."""
+"""Runs the tests that need NPUs inside the stand-in."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 INSIDE = Path(__file__).with_name("inside")
-# These fork ranks, which they can as long as their process has touched no NPU.
+# These fork ranks, which works only while their process has touched no NPU.
 FORKING = ("test_hccl.py", "test_fused.py", "test_layouts.py")
 
 
 def test_inside(ascend_sim):
-    """In two processes: to start one, with torch_npu in it, takes longer than most of the tests."""
+    """In two processes: starting one with torch_npu takes longer than most of the tests."""
     others = sorted(path.name for path in INSIDE.glob("test_*.py") if path.name not in FORKING)
 
     def run(names):
         files = (str(INSIDE / name) for name in names)
-        # Warnings are torch_npu's own there.
+        # The warnings there are torch_npu's own.
         return ascend_sim("--python", "-m", "pytest", "-q", "-W", "ignore", *files, timeout=400)
 
     with ThreadPoolExecutor() as pool:

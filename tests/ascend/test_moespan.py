@@ -1,4 +1,4 @@
-"""moespan itself in the stand-in, started as a user starts it. Its layouts are tried inside."""
+"""moespan in the stand-in, started as a user starts it; layouts are tested in `inside`."""
 
 from __future__ import annotations
 

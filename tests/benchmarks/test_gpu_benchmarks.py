@@ -67,7 +67,7 @@ def test_products_of_8_bit_floats_are_checked_like_those_of_other_weights(
 ):
     from moespan.ops.cuda.ops import CudaOps
 
-    interpreter.mend(monkeypatch)
+    interpreter.fix_floats(monkeypatch)
     sizes = replace(gpu.ELSEWHERE, check_tokens=(6,))
     config, cpu = ModelConfig.from_dict(geometry()), torch.device("cpu")
     with torch.inference_mode():

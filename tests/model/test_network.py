@@ -1,4 +1,4 @@
-"""The network computes what the Hugging Face model and a plain second implementation compute."""
+"""The network computes what the Hugging Face model and a second, plain implementation compute."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_logits_of_whole_prompts_are_those_of_the_hugging_face_model(oracle: Ora
 
 
 @pytest.mark.parametrize(("most_chunk", "block_size"), [(1, 1), (7, 3), (40, 16), (256, 256)])
-def test_logits_are_the_same_in_any_chunks_of_sequences_that_share_steps_and_cache(
+def test_logits_do_not_depend_on_chunks_or_on_other_sequences(
     oracle: Oracle, most_chunk: int, block_size: int
 ):
     num_blocks = 5 * -(-256 // block_size)
@@ -59,7 +59,7 @@ def test_greedy_continuations_are_those_of_the_hugging_face_model(oracle: Oracle
 
 
 class RecordingOps(CpuOps):
-    """Keeps what the router decides, layer after layer."""
+    """Keeps the router's decisions, layer after layer."""
 
     def __init__(self) -> None:
         self.routed: list[tuple[Tensor, Tensor]] = []
@@ -143,7 +143,7 @@ def test_bfloat16_stays_near_float32():
     assert_close(run.logits, expected.logits, 0.1)
 
 
-def test_observers_see_the_embedding_and_the_stream_after_every_layer():
+def test_observers_see_the_embedding_and_the_hidden_state_after_every_layer():
     raw = geometry()
     worker, source = random_model(raw)
     prompt = [3, 1, 4]

@@ -1,7 +1,7 @@
-"""What every implementation of the operations must compute: what the reference computes.
+"""The tests that every implementation of the operations must pass: results equal the reference's.
 
-A test module makes a subclass of `OpsContract`, and of `QuantizedContract` where the operations
-take 8 bits, whose name begins with `Test`. Inputs are made on the CPU and moved.
+A test module subclasses `OpsContract`, and `QuantizedContract` if the operations take 8 bits, by a
+class whose name begins with `Test`. Inputs are made on the CPU and moved to the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moespan.ops import AttentionBatch, ExpertBank, KVCache, Ops, ReferenceOps, 
 from moespan.parallel.mesh import Axis
 
 REFERENCE = ReferenceOps()
-# A share of the largest value: a few roundings, as the orders of operations differ.
+# As a share of the largest value: a few roundings, because the orders of operations differ.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DTYPES = list(TOLERANCE)
 CHOICES = ("random", "all on one", "none here")
@@ -37,11 +37,11 @@ def assert_close(ours: Tensor, theirs: Tensor, dtype: torch.dtype, least: float 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a matrix has 8 bits.
+    """A kind of 8-bit matrix.
 
     Attributes:
-        flip: how far a result moves, as a share of the largest, when one activation falls on the
-            other side of a half; 0 where activations are not rounded.
+        flip: largest change of a result, as a share of the largest result, when one activation is
+            rounded to the other side; 0 where activations are not rounded.
     """
 
     dtype: torch.dtype
@@ -49,20 +49,20 @@ class Kind:
     flip: float
 
 
-# A step is 1/127 of the row's largest, or up to an eighth of the element; its share of a result is
-# less by about the root of the row's length.
+# A rounding step is 1/127 of the largest element of the row, or up to an eighth of the element. Its
+# share of a result is smaller by about the square root of the row's length.
 KINDS = {
     "int8": Kind(torch.int8, 16, 0),
     "w8a8": Kind(torch.int8, 8, 2e-3),
     "fp8": Kind(torch.float8_e4m3fn, 8, 2e-2),
-    "fp8 of weights alone": Kind(torch.float8_e4m3fn, 16, 0),  # a head that a checkpoint holds so
+    "fp8 of weights alone": Kind(torch.float8_e4m3fn, 16, 0),  # the head of some checkpoints
 }
 
 
 def make_batch(
     query_lens: list[int], context_lens: list[int], block_size: int, device: torch.device
 ) -> tuple[AttentionBatch, int]:
-    """A batch whose blocks are dealt out at random, and how many blocks the cache must have."""
+    """A batch whose blocks are chosen at random, and the number of blocks of its cache."""
     counts = [
         -(-(query + context) // block_size)
         for query, context in zip(query_lens, context_lens, strict=True)
@@ -75,8 +75,12 @@ def make_batch(
 
 
 class Contract:
-    """What the tests need. `block_size` is one that the device's attention takes; experts get
-    `most_tokens` at most."""
+    """Shared helpers.
+
+    Attributes:
+        block_size: a block size that the device's attention takes.
+        most_tokens: most tokens in a test of experts.
+    """
 
     device = torch.device("cpu")
     block_size = 4
@@ -97,7 +101,7 @@ class Contract:
         return torch.randn(*shape, generator=generator).to(dtype)
 
     def to(self, *tensors: Tensor) -> list[Tensor]:
-        """Copies on the device: operations may not change what the reference is given."""
+        """Copies on the device, so that operations cannot change the inputs of the reference."""
         return [tensor.clone().to(self.device) for tensor in tensors]
 
     def prepared(self, ops: Ops, module: str, **weights: Tensor) -> list[Weight]:
@@ -132,7 +136,7 @@ class OpsContract(Contract):
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("num_tokens", [0, 2, 19])
-    def test_mlp_added_to_something(self, ops: Ops, num_tokens: int, dtype: torch.dtype):
+    def test_mlp_sum_with_an_addend(self, ops: Ops, num_tokens: int, dtype: torch.dtype):
         x, onto = (self.random(num_tokens, 34, dtype=dtype, seed=seed) for seed in (0, 1))
         gate_up = self.random(14, 34, dtype=dtype) / 8
         down = self.random(34, 7, dtype=dtype) / 8
@@ -173,7 +177,7 @@ class OpsContract(Contract):
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("num_tokens", [0, 1, 9])
     @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (10, 2)])
-    def test_rope_straight_to_the_cache(
+    def test_rope_to_cache(
         self, ops: Ops, num_heads: int, num_kv_heads: int, num_tokens: int, dtype: torch.dtype
     ):
         for head_size in self.head_sizes:
@@ -222,7 +226,7 @@ class OpsContract(Contract):
             batch, num_blocks = make_batch(query_lens, context_lens, self.block_size, self.device)
             at_home, _ = make_batch(query_lens, context_lens, self.block_size, torch.device("cpu"))
             shape = (num_blocks, self.block_size, num_kv_heads, head_size)
-            # What is cached before is read; everything else is NaN until it is written.
+            # The context is cached; everything else is NaN until it is written.
             before = [self.random(*shape, dtype=dtype, seed=seed) for seed in (0, 1)]
             is_cached = torch.zeros(shape[:2], dtype=torch.bool)
             for table, length in zip(at_home.block_tables, context_lens, strict=True):
@@ -324,16 +328,16 @@ class QuantizedContract(Contract):
     kinds: ClassVar = tuple(KINDS)
 
     def assert_close(self, ours: Tensor, theirs: Tensor, dtype: torch.dtype, kind: str) -> None:
-        """Equal, but that activations may be rounded to the other side here and there."""
+        """Equal, except that single activations may be rounded to the other side."""
         assert_close(ours, theirs, dtype, KINDS[kind].flip)
 
     def takes(self, kind: str) -> None:
-        """Go on only if these operations take it."""
+        """Skip the test unless these operations take `kind`."""
         if kind not in self.kinds:
             pytest.skip(f"no {kind}")
 
     def quantized(self, weight: Tensor, kind: str) -> QuantizedWeight:
-        """Of [..., out, in], each matrix for itself."""
+        """[..., out, in] quantised, each matrix by itself."""
         values, scales = quantize(weight.flatten(0, -2), dtype=KINDS[kind].dtype)
         return QuantizedWeight(
             values.view(weight.shape), scales.view(weight.shape[:-1]), KINDS[kind].activation_bits
@@ -364,13 +368,13 @@ class QuantizedContract(Contract):
             self.assert_close(found, expected, dtype, kind)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_activations_are_rounded_for_each_token_if_and_only_if_they_are_to_be(
+    def test_activations_are_rounded_by_token_for_8_activation_bits_only(
         self, ops: Ops, dtype: torch.dtype
     ):
         ones = torch.ones(32, 64)
         ones[:, 0] = 0
         for kind in self.kinds:
-            # Beside the first a 2⁻⁶ is rounded to nothing; beside 0.5, in the next row, it is not.
+            # 2⁻⁶ is rounded to zero in a row that begins with `first`, but not beside 0.5.
             first = 2.0**15 if KINDS[kind].dtype.is_floating_point else 2.0**3
             x = torch.full((2, 64), 2.0**-6, dtype=dtype)
             x[:, 0] = torch.tensor([first, 0.5], dtype=dtype)
@@ -430,9 +434,7 @@ class QuantizedContract(Contract):
             self.assert_close(found, expected, dtype, kind)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_what_is_cached_as_integers_is_off_by_half_a_step_at_most(
-        self, ops: Ops, dtype: torch.dtype
-    ):
+    def test_an_int8_cache_is_off_by_half_a_step_at_most(self, ops: Ops, dtype: torch.dtype):
         num_tokens, num_heads = 7, 3
         for head_size in self.head_sizes:
             shape = (4, self.block_size, num_heads, head_size)
@@ -463,7 +465,7 @@ class QuantizedContract(Contract):
         ids=str,
     )
     @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 2)])
-    def test_attention_over_a_cache_of_integers(
+    def test_attention_over_an_int8_cache(
         self,
         ops: Ops,
         num_heads: int,

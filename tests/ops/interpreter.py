@@ -1,6 +1,8 @@
-"""Triton's interpreter, with its small floats mended: it cuts float32 off on the way to bfloat16,
-takes the bits of bfloat16 for integers in products of matrices and when integers become bfloat16,
-rounds to 8-bit floats away from zero without a carry, and takes their NaN for a number.
+"""Corrects the 16-bit and 8-bit floats of Triton's interpreter.
+
+The interpreter truncates float32 to bfloat16. It treats the bits of bfloat16 as integers in matrix
+products and in conversions from integers. It rounds to 8-bit floats away from zero without a carry,
+and treats their NaN as a number.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 _WIDER = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def fix_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until `monkeypatch` is undone, floats round as on a card, and products are of floats."""
     import triton.language as tl
     from triton.runtime import interpreter
@@ -22,7 +24,7 @@ def mend(monkeypatch: pytest.MonkeyPatch) -> None:
     builder = interpreter.InterpreterBuilder
     convert, create_dot, cast = interpreter._convert_float, builder.create_dot, builder.cast_impl
 
-    def mended_convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+    def fixed_convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
         if (source, target) == (tl.float32, tl.float8e4nv):
             # `cvt.rn.satfinite`
             limited = torch.tensor(data.view(np.float32)).clamp(-448, 448)
@@ -38,10 +40,10 @@ def mend(monkeypatch: pytest.MonkeyPatch) -> None:
             return data.view(np.uint16).astype(np.uint32) << 16
         return convert(data, source, target, rounding)
 
-    def mended_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def fixed_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         a, b = (
             interpreter.TensorHandle(
-                mended_convert(part.data, tl.bfloat16, tl.float32, None).view(np.float32),
+                fixed_convert(part.data, tl.bfloat16, tl.float32, None).view(np.float32),
                 tl.float32,
             )
             if part.dtype.scalar == tl.bfloat16
@@ -50,11 +52,11 @@ def mend(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return create_dot(self, a, b, *rest)
 
-    def mended_cast(self: Any, source: Any, target: Any) -> Any:
+    def fixed_cast(self: Any, source: Any, target: Any) -> Any:
         if target.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
             source = interpreter.TensorHandle(source.data.astype(np.float32), tl.float32)
         return cast(self, source, target)
 
-    monkeypatch.setattr(interpreter, "_convert_float", mended_convert)
-    monkeypatch.setattr(builder, "create_dot", mended_dot)
-    monkeypatch.setattr(builder, "cast_impl", mended_cast)
+    monkeypatch.setattr(interpreter, "_convert_float", fixed_convert)
+    monkeypatch.setattr(builder, "create_dot", fixed_dot)
+    monkeypatch.setattr(builder, "cast_impl", fixed_cast)

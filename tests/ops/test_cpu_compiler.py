@@ -1,4 +1,4 @@
-"""The kernels are built once, by a compiler that may be missing, and loaded from nobody else."""
+"""The kernels are built once, and a library that others may have written is not loaded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def compiler(folder: Path, script: str) -> str:
-    """A program that stands in for the compiler."""
+    """A script that takes the place of the compiler."""
     path = folder / "c++"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return str(path)
 
 
-def test_without_a_compiler_plain_torch_does_the_work_and_says_so(
+def test_without_a_compiler_operations_run_in_plain_torch_with_a_notice(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -34,7 +34,7 @@ def test_without_a_compiler_plain_torch_does_the_work_and_says_so(
     assert "no-such-compiler" in said and "install g++, or set CXX" in said
 
 
-def test_what_the_compiler_says_is_the_error_and_nothing_is_left(
+def test_the_compilers_message_is_the_error_and_no_file_is_left(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("CXX", compiler(tmp_path, "echo cannot do that >&2; exit 1"))
@@ -43,10 +43,10 @@ def test_what_the_compiler_says_is_the_error_and_nothing_is_left(
     assert not list(cache.glob("*.so"))
 
 
-def test_it_is_built_once_and_not_loaded_when_others_may_write_it(
+def test_the_library_is_built_once_and_refused_if_others_may_write_it(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    # Writes no library, but the file that it was told to; and counts its runs.
+    # Writes a file that is no library, and counts its runs.
     script = f'echo >> {tmp_path}/runs; while [ "$1" != -o ]; do shift; done; echo no > "$2"'
     monkeypatch.setenv("CXX", compiler(tmp_path, script))
     for _ in range(2):
@@ -59,7 +59,7 @@ def test_it_is_built_once_and_not_loaded_when_others_may_write_it(
         library()
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unwritable_cache_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("MOESPAN_CACHE", str(file / "below"))

@@ -28,7 +28,7 @@ BF16 = torch.bfloat16
 
 
 def kinds_of_processors() -> list[tuple[str, ...]]:
-    """The compiler's flags for this processor, and for it without what not all have."""
+    """Compiler flags for this processor, and for it without features that others lack."""
     kinds: list[tuple[str, ...]] = [()]
     if "amx_bf16" in Path("/proc/cpuinfo").read_text():
         kinds.append(("-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"))
@@ -50,7 +50,7 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-2) -> None:
-    """`theirs` computed in float32 or better: ours is off by a few roundings to bfloat16."""
+    """Compare with `theirs`, computed in float32 or float64: a few roundings to bfloat16 apart."""
     assert ours.dtype == BF16 and ours.shape == theirs.shape
     worst = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()
     assert worst <= tolerance
@@ -76,7 +76,7 @@ def same_bits(ours: PackedWeight, theirs: PackedWeight) -> bool:
 
 
 def pieces_of(parameter: Parameter, rows: tuple[int, ...]) -> list[Piece]:
-    """Each matrix of the parameter in pieces that end at `rows` and at its last row."""
+    """The matrices of the parameter, cut at `rows`."""
     *bank, out, width = parameter.shape
     ends = [0, *rows, out]
     columns = slice(0, width)
@@ -91,7 +91,7 @@ def pieces_of(parameter: Parameter, rows: tuple[int, ...]) -> list[Piece]:
 @pytest.mark.parametrize("leaf", ["down", "gate_up"])
 @pytest.mark.parametrize("rows", [(), (64,), (3, 21, 77)], ids=str)
 @pytest.mark.parametrize("shape", [(160, 96), (3, 120, 68)], ids=str)
-def test_pieces_packed_as_they_come_are_the_whole_packed(
+def test_pieces_packed_in_any_order_equal_the_whole_packed(
     ops: NativeCpuOps, shape: tuple[int, ...], rows: tuple[int, ...], leaf: str, kind: str | None
 ):
     scheme = SCHEMES[kind] if kind else None
@@ -110,10 +110,8 @@ def test_pieces_packed_as_they_come_are_the_whole_packed(
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.int8])
-def test_parts_of_rows_and_scales_are_packed_with_zeros_after_them(
-    ops: NativeCpuOps, dtype: torch.dtype
-):
-    # A rank's columns in a file's longer rows; the last rows and columns that it has are padding.
+def test_parts_of_rows_and_scales_are_padded_with_zeros(ops: NativeCpuOps, dtype: torch.dtype):
+    # A rank reads some columns of the file's rows; its last rows and columns are padding.
     shape, columns, held = (48, 40), slice(9, 46), (slice(0, 45), slice(0, 37))
     parameter = Parameter(shape, None, None if dtype == BF16 else SCHEMES["int8"])
     piece = Piece("any", (held[0], columns), "any", held)
@@ -138,7 +136,7 @@ def test_parts_of_rows_and_scales_are_packed_with_zeros_after_them(
 
 @pytest.mark.parametrize("quantization", [None, "int8", "w8a8"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=4, ep=2), Layout(pp=2, tp=2)], ids=str)
-def test_every_rank_loads_what_preparing_its_whole_parameters_gives(
+def test_loading_equals_preparing_whole_parameters_on_every_rank(
     ops: NativeCpuOps, layout: Layout, quantization: str | None
 ):
     oracle = Oracle("sixteen")
@@ -160,7 +158,7 @@ def test_every_rank_loads_what_preparing_its_whole_parameters_gives(
 
 
 @pytest.mark.parametrize("width", [2, 33, 1030])
-def test_rows_are_rounded_to_the_very_integers_of_the_reference(ops: NativeCpuOps, width: int):
+def test_rows_are_rounded_to_the_integers_of_the_reference(ops: NativeCpuOps, width: int):
     rows = random(70, width) * torch.logspace(-30, 30, 70)[:, None].to(BF16)
     rows[3] = 0
     rows[5, -1] = torch.inf
@@ -169,7 +167,7 @@ def test_rows_are_rounded_to_the_very_integers_of_the_reference(ops: NativeCpuOp
     builder = PackedBuilder(ops._kernels, (70, 2 * width), 8, is_gate_up=False)
     for known in (None, maxima):
         (integers, scales), (expected, expected_scales) = (
-            way(rows, known) for way in (builder._round, quantize)
+            rounding(rows, known) for rounding in (builder._round, quantize)
         )
         is_finite = expected_scales.isfinite()
         assert torch.equal(is_finite, scales.isfinite())
@@ -289,7 +287,7 @@ def test_mlp_of_4_bits_whose_second_sum_is_long(ops: NativeCpuOps):
     assert_close(ops.mlp(x, *prepared), REFERENCE.mlp(x, gate_up, down), 2e-2)
 
 
-def test_what_no_expert_here_is_chosen_for_is_zero(ops: NativeCpuOps):
+def test_tokens_without_an_expert_here_get_zero(ops: NativeCpuOps):
     bank = ExpertBank(
         ops.prepare("mlp.experts.gate_up", random(2, 64, 32)),
         ops.prepare("mlp.experts.down", random(2, 32, 32)),
@@ -315,7 +313,7 @@ def test_attention_over_several_chunks_of_keys(
         used += count
     batch = AttentionBatch.build(query_lens, context_lens, tables, block_size, torch.device("cpu"))
     total = sum(query_lens)
-    # What belongs to no sequence is NaN.
+    # Slots of no sequence are NaN.
     caches = [torch.full((used, block_size, num_kv_heads, head_size), torch.nan).to(BF16)] * 2
     keys, values = (cache.clone() for cache in caches)
     for table, context_len in zip(tables, context_lens, strict=True):

@@ -17,7 +17,7 @@ class TestPlainCpuOps(OpsContract, QuantizedContract):
 
 
 class TestCpuOps(OpsContract, QuantizedContract):
-    """What `ops_for` gives for the dtype of the test: the kernels, for bfloat16."""
+    """The operations of `ops_for` for the dtype of the test: the kernels for bfloat16."""
 
     @pytest.fixture
     def ops(self, request: pytest.FixtureRequest) -> Ops:

@@ -1,4 +1,4 @@
-"""CUDA operations compute what the reference computes; here on the CPU, in Triton's interpreter."""
+"""CUDA operations compute what the reference computes; on the CPU, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter.mend(monkeypatch)
+    interpreter.fix_floats(monkeypatch)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 class TestCudaOps(OpsContract):
-    # Each takes its time in the interpreter.
+    # Few cases, because the interpreter is slow.
     head_sizes = (80,)
     most_tokens = 21
 
@@ -87,7 +87,7 @@ class TestCudaOpsOf8Bits(QuantizedContract):
     ("num_tokens", "num_chosen", "num_physical", "first", "held"),
     [(1, 1, 1, 0, 1), (7, 6, 64, 0, 64), (300, 3, 40, 8, 13), (90, 6, 64, 63, 1)],
 )
-def test_pairs_are_sorted_by_expert_and_then_as_they_came(
+def test_pairs_are_sorted_by_expert_and_the_sort_is_stable(
     num_tokens: int, num_chosen: int, num_physical: int, first: int, held: int
 ):
     from moespan.ops.cuda.routing import sort_pairs
@@ -122,9 +122,7 @@ def test_equal_logits_choose_the_first_experts(ops: Ops):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_size", [6, 80])
-def test_rotated_keys_are_rounded_on_their_way_to_an_int8_cache(
-    ops: Ops, head_size: int, dtype: torch.dtype
-):
+def test_rotated_keys_are_rounded_into_an_int8_cache(ops: Ops, head_size: int, dtype: torch.dtype):
     shape = (3, 4, 2, head_size)
     ours, theirs = (KVCache.zeros(shape, torch.int8, CPU) for _ in range(2))
     slots = torch.tensor([5, 0, 11], dtype=torch.int32)
@@ -136,14 +134,14 @@ def test_rotated_keys_are_rounded_on_their_way_to_an_int8_cache(
     expected = REFERENCE.rope_to_cache(qkv, rotation, theirs, slots)
     assert_close(q, expected.contiguous(), dtype)
     for found, wanted in zip(ours.tensors, theirs.tensors, strict=True):
-        # A rotated element that lies between two integers may go to either.
+        # A rotated element between two integers may be rounded to either.
         assert (found.float() - wanted.float()).abs().max() <= (
             1 if found.dtype == torch.int8 else 1e-4
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_what_is_no_number_stays_so_through_8_bits(ops: Ops, dtype: torch.dtype):
+def test_nan_and_infinity_survive_8_bit_products(ops: Ops, dtype: torch.dtype):
     x = torch.ones(6, 16)
     x[1, 3], x[4, 5] = torch.nan, torch.inf
     weight = QuantizedWeight(torch.ones(8, 16).to(dtype), torch.ones(8), 8)
@@ -152,7 +150,7 @@ def test_what_is_no_number_stays_so_through_8_bits(ops: Ops, dtype: torch.dtype)
         assert finite.tolist() == tokens.isfinite().all(-1).tolist()
 
 
-def test_what_is_no_number_stays_so_in_an_int8_cache(ops: Ops):
+def test_nan_and_infinity_survive_an_int8_cache(ops: Ops):
     x = torch.ones(6, 16)
     x[1, 3], x[4, 5] = torch.nan, torch.inf
     cache = KVCache.zeros((2, 4, 1, 16), torch.int8, CPU)
@@ -172,7 +170,7 @@ def test_rows_are_rounded_as_the_reference_rounds_them(width: int, dtype: torch.
     x = random(4, width)
     x[1] *= torch.logspace(-8, 4, width)  # subnormal numbers, too
     x[2] = 0
-    x[3] = 1e-40  # whose scale is less than any that a quotient of 448 could come of
+    x[3] = 1e-40  # its scale is smaller than any that gives a quotient of 448
     with Poisoned():
         values, scales = quantize(x, dtype)
     expected, expected_scales = round_rows(x, dtype=dtype)
@@ -233,7 +231,7 @@ def test_long_decodes_are_split_and_joined(ops: Ops, dtype: torch.dtype):
 
 
 def test_decode_reads_lengths_from_the_device_only(ops: Ops):
-    # A recorded graph keeps the integers of the host that it was recorded with.
+    # A recorded graph keeps the host integers of its recording.
     batch, num_blocks = make_batch([1, 1], [9, 4], 4, CPU)
     stale = AttentionBatch(
         [1, 1], [0, 0], batch.block_tables, batch.slots, batch.positions, batch.lengths
@@ -253,7 +251,7 @@ def test_the_network_of_8_bit_floats_computes_what_plain_torch_does(ops: Ops):
         make_worker(config, ops=one, quantization="fp8", enforce_eager=True)
         for one in (ops, ReferenceOps())
     )
-    prompt = list(range(6))  # in a step of one token more than few, and one of few
+    prompt = list(range(6))  # in a step of FEW_TOKENS + 1 tokens, and a step of one
     (found,), (expected,) = (run_prompts(one, [prompt], most_chunk=5) for one in (ours, theirs))
     assert abs(found.logits - expected.logits).max() <= 1e-4 * abs(expected.logits).max()
 
@@ -269,7 +267,7 @@ def test_the_network_computes_the_hugging_face_models_logits(name: str, ops: Ops
     assert abs(run.logits - theirs).max() <= 1e-5 * abs(theirs).max()
 
 
-def test_without_a_card_decode_steps_run_without_graphs_and_say_so(
+def test_without_a_card_decode_steps_run_without_graphs_with_one_notice(
     ops: Ops, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     from moespan import log
@@ -285,7 +283,7 @@ def test_without_a_card_decode_steps_run_without_graphs_and_say_so(
     assert capsys.readouterr().err.count("decode steps are not recorded as graphs") == 1
 
 
-# What a card would be given to do
+# The kernels that a card would launch
 
 _NOT_LAUNCHED = {
     *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute"),
@@ -295,7 +293,7 @@ _NOT_LAUNCHED = {
 
 
 class Launches(TorchDispatchMode):
-    """Names of the kernels that a card would run: Triton's, and one for each operation of torch."""
+    """Names of the kernels that a card would run: Triton kernels, one for each torch operation."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -327,11 +325,11 @@ class Launches(TorchDispatchMode):
 
 
 def decode_launches(ops: Ops, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of one MoE layer with shared experts, in a decode step over 512 places of cache."""
+    """The launches of one MoE layer with shared experts, in a decode step over 512 cache slots."""
     config = ModelConfig.from_dict(geometry(n_routed_experts=16))
     worker = make_worker(config, ops=ops, dtype="bfloat16", enforce_eager=True)
     tables = [list(range(i * 128, (i + 1) * 128)) for i in range(num_tokens)]
-    # All blocks exist, whatever is in them: nothing is read past the lengths.
+    # All blocks exist. Nothing is read past the lengths.
     tables = [[block % 256 for block in table] for table in tables]
     batch = AttentionBatch.build([1] * num_tokens, [3] * num_tokens, tables, 4, CPU)
     step = Step(batch, [num_tokens], worker.model.rope(batch.positions))

@@ -1,4 +1,4 @@
-"""What 8 and 4 bits mean: the reference against the plainest float64."""
+"""The meaning of 8-bit and 4-bit numbers: the reference against plain float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPS = ReferenceOps()
 
 
 class TestReferenceOps(QuantizedContract):
-    """What the contract checks without the reference; the rest of it is true of itself."""
+    """The parts of the contract that do not compare with the reference itself."""
 
     @pytest.fixture
     def ops(self) -> Ops:
@@ -48,7 +48,7 @@ def test_rows_are_rounded_half_to_even_by_their_largest_magnitude():
     assert scales.tolist() == [1, 0, 2]
 
 
-def test_rows_become_floats_of_three_bits_after_the_first_up_to_448():
+def test_rows_are_rounded_to_8_bit_floats_up_to_448():
     rows = torch.tensor([[448.0, 1.0625, 1.1875, -19, 2**-10], [0, 0, 0, 0, 0], [-896, 2, 0, 0, 1]])
     values, scales = round_rows(rows, dtype=torch.float8_e4m3fn)
     assert values.dtype == torch.float8_e4m3fn
@@ -56,7 +56,7 @@ def test_rows_become_floats_of_three_bits_after_the_first_up_to_448():
     assert scales.tolist() == [1, 0, 2]
 
 
-def test_no_quotient_is_too_large_for_8_bit_floats_even_where_the_scale_is_hardly_a_number():
+def test_quotients_fit_8_bit_floats_even_with_subnormal_scales():
     values, scales = round_rows(torch.tensor([[1e-43, -4e-43]]), dtype=torch.float8_e4m3fn)
     assert scales.isfinite().all() and values.float().isfinite().all()
     parts, _ = round_rows(torch.tensor([[1e4, -1e4]]), torch.tensor([1.0]), torch.float8_e4m3fn)
@@ -65,7 +65,7 @@ def test_no_quotient_is_too_large_for_8_bit_floats_even_where_the_scale_is_hardl
 
 @pytest.mark.parametrize("dtype", MOST)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_row_that_is_not_finite_has_a_scale_that_is_not(bad: float, dtype: torch.dtype):
+def test_a_row_that_is_not_finite_has_a_scale_that_is_not_finite(bad: float, dtype: torch.dtype):
     rows = torch.ones(2, 4)
     rows[1, 2] = bad
     _, scales = round_rows(rows, dtype=dtype)
@@ -75,7 +75,7 @@ def test_a_row_that_is_not_finite_has_a_scale_that_is_not(bad: float, dtype: tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1 << 19), (1000, 700), (0, 4), (4, 0)])
 @pytest.mark.parametrize("target", MOST)
-def test_large_matrices_are_rounded_as_small_ones_are(
+def test_large_matrices_are_rounded_like_small_ones(
     target: torch.dtype, shape: tuple[int, int], dtype: torch.dtype
 ):
     weight = random(*shape).to(dtype)
@@ -96,7 +96,7 @@ def test_parts_of_rows_are_rounded_with_the_scale_of_the_whole(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", MOST)
-def test_weights_stand_for_value_times_scale(dtype: torch.dtype):
+def test_a_weight_is_its_value_times_its_scale(dtype: torch.dtype):
     x, (values, scales) = random(5, 48), quantize(random(7, 48), dtype=dtype)
     weight = scales.double()[:, None] * values.double()
     expected = x.double() @ weight.T
@@ -108,41 +108,41 @@ def test_groups_are_rounded_so_that_their_largest_element_becomes_minus_8():
     groups = torch.tensor([[-8.0, 7.5, 0.5, 1.5], [4, -3.75, 0.25, -1], [0, 0, 0, 0]])
     packed, scales = round_groups(groups.repeat(1, 2).view(3, 8), 4)
     assert scales.tolist() == [[1, 1], [-0.5, -0.5], [0, 0]]
-    # 7.5 rounds to 8, which there is not; of equal distances the even one is taken.
+    # 7.5 would round to 8, which does not exist. Ties go to the even integer.
     expected = [[-8, 7, 0, 2] * 2, [-8, 7, 0, 2] * 2, [0] * 8]
     assert unpack(packed).tolist() == expected
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_group_that_is_not_finite_has_a_scale_that_is_not(bad: float):
+def test_a_group_that_is_not_finite_has_a_scale_that_is_not_finite(bad: float):
     groups = torch.ones(1, 96)
     groups[0, 40] = bad
     _, scales = round_groups(groups, 32)
     assert scales.isfinite().tolist() == [[True, False, True]]
 
 
-def test_eight_integers_are_packed_into_a_word_the_first_in_its_lowest_bits():
+def test_eight_integers_are_packed_into_a_word_from_the_lowest_bits_on():
     integers = torch.tensor([[-8, -7, -6, -5, 7, 6, 5, 0]], dtype=torch.int8)
     assert pack(integers).tolist() == [[0x8DEF3210 - (1 << 32)]]
     assert torch.equal(unpack(pack(integers)), integers)
 
 
 @pytest.mark.parametrize("shape", [(3, 32), (1000, 704), (0, 32)])
-def test_large_matrices_are_rounded_to_4_bits_as_small_ones_are(shape: tuple[int, int]):
+def test_large_matrices_are_rounded_to_4_bits_like_small_ones(shape: tuple[int, int]):
     weight = random(*shape).bfloat16()
     found = quantize(weight, group_size=32)
     for ours, theirs in zip(found, round_groups(weight, 32), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_weights_of_4_bits_stand_for_integer_times_the_scale_of_their_group():
+def test_a_4_bit_weight_is_its_integer_times_the_scale_of_its_group():
     x, (values, scales) = random(5, 96), quantize(random(7, 96), group_size=32)
     weight = unpack(values).double() * scales.double().repeat_interleave(32, 1)
     found = OPS.linear(x, QuantizedWeight(values, scales))
     torch.testing.assert_close(found.double(), x.double() @ weight.T, rtol=1e-5, atol=1e-5)
 
 
-def test_rounded_activations_stand_for_integer_times_scale_too():
+def test_a_rounded_activation_is_its_integer_times_its_scale():
     x, (values, scales) = random(5, 48), quantize(random(7, 48))
     steps = x.double().abs().amax(-1, keepdim=True) / 127
     rounded = (x.double() / steps).round() * steps
@@ -151,10 +151,10 @@ def test_rounded_activations_stand_for_integer_times_scale_too():
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rounded_activations_of_8_bit_floats_stand_for_value_times_scale_too():
+def test_an_8_bit_float_activation_is_its_value_times_its_scale():
     x, (values, scales) = random(5, 48), quantize(random(7, 48), dtype=torch.float8_e4m3fn)
     most = x.abs().amax(-1, keepdim=True)
-    # Steps of 1/8 of the power of two below, or of the least normal number, 2⁻⁶.
+    # Rounding steps are 1/8 of the power of two below, or of the smallest normal number, 2⁻⁶.
     scaled = x * 448 / most
     steps = torch.exp2(scaled.abs().log2().floor().clamp(-6) - 3)
     rounded = (scaled / steps).round() * steps * most / 448
@@ -163,7 +163,7 @@ def test_rounded_activations_of_8_bit_floats_stand_for_value_times_scale_too():
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_cache_of_integers_stands_for_integer_times_scale():
+def test_an_int8_cache_holds_integers_times_scales():
     batch, num_blocks = make_batch([3, 1], [2, 6], 4, torch.device("cpu"))
     integers, floats = (
         KVCache.zeros((num_blocks, 4, 2, 16), dtype, torch.device("cpu"))

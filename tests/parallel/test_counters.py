@@ -1,4 +1,4 @@
-"""A whole engine's counters, those of the control channel too, equal their formulas."""
+"""The counters of a whole engine, including the control channel, equal their formulas."""
 
 from __future__ import annotations
 

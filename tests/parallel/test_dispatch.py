@@ -1,4 +1,4 @@
-"""However tokens meet their experts, each gets the weighted sum of those that its router chose."""
+"""With every dispatch, each token gets the weighted sum of the experts that its router chose."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def num_met(holders: Tensor, group: int, layout: Layout) -> int:
     return sum(len({rank for rank in row if rank // layout.tp != own}) for row in holders.tolist())
 
 
-def test_each_tp_rank_carries_its_part_of_the_tokens():
+def test_each_tp_rank_sends_its_part_of_the_tokens():
     layout = Layout(tp=2, ep=4, sp=2)
     meshes = thread_meshes(layout, "all_to_all")
     table = physical([[0], [1], [2], [3, 4, 5]])
@@ -156,7 +156,7 @@ def test_each_tp_rank_carries_its_part_of_the_tokens():
 
     sent = on_all_ranks(meshes, run)
     # Each tp rank of group 0 sends 2 of the 4 tokens to both ranks of group 1 and gets them back;
-    # group 1 sends none. The last call of each rank is the way back.
+    # group 1 sends none. The last call of each rank returns results.
     for rank in (0, 1):
         assert sent[rank][2] == ("moe", 2 * 2 * HIDDEN)
         assert sent[rank][3] == ("moe", 0)

@@ -1,4 +1,4 @@
-"""What the fused operators cannot serve is refused before anything is loaded, with all reasons."""
+"""Options that the fused operators cannot serve are refused before loading, with all reasons."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check(
 
 
 @pytest.mark.parametrize("chip", ["910B", "910C"])
-def test_the_16b_model_on_two_servers_is_served(chip: str):
+def test_the_16b_model_on_two_servers_is_accepted(chip: str):
     check(config(moe_dispatch="fused"), chip=chip)
     check(config(Layout(tp=8, dp=2), npu_fused_all_reduce=512))
 
@@ -98,7 +98,7 @@ def test_options_of_npus_are_refused_elsewhere(option: dict[str, Any]):
         EngineConfig("", TWO_SERVERS, device="npu", dtype="float32", **option)
 
 
-def test_settings_that_mean_nothing_are_refused():
+def test_meaningless_settings_are_refused():
     with pytest.raises(ConfigError, match="npu_fused_all_reduce=-1"):
         config(npu_fused_all_reduce=-1)
     with pytest.raises(ConfigError, match="npu_weight_format='zn' is not one of nd, nz"):
@@ -108,8 +108,8 @@ def test_settings_that_mean_nothing_are_refused():
         Layout(tp=2, ep=2).check_dispatch("fused")
 
 
-def test_the_buffer_is_what_the_operators_pages_say():
-    # Of A2: 2·(256 tokens · 16 ranks · 4 experts · 2048 · 2 bytes + 2 MB) = 132 MB; A3 asks more.
+def test_the_buffer_follows_the_formula_of_the_operators_pages():
+    # A2: 2·(256 tokens · 16 ranks · 4 experts · 2048 · 2 bytes + 2 MB) = 132 MB; A3 needs more.
     asked = config(moe_dispatch="fused")
     assert fused.buffer_bytes(asked, SIXTEEN_B) == 2 * (256 * 16 * 4 * 4608 + 6 * 256 * 4096)
     assert fused_buffer_mb(asked, SIXTEEN_B) == 156
@@ -119,21 +119,21 @@ def test_the_buffer_is_what_the_operators_pages_say():
     assert hccl_bytes(asked, SIXTEEN_B) == 2 * MB * (sum(groups.values()) + 156)
 
 
-def test_the_group_of_the_fused_dispatch_is_another_one_than_that_of_all_to_all():
+def test_the_fused_dispatch_has_a_group_of_its_own():
     axes = _axes(TWO_SERVERS, "fused")
     assert axes["ep_fused"] == axes["ep"] == [tuple(range(16))]
     assert "ep_tp_groups" not in axes
 
 
-def test_a_step_too_large_for_the_operators_goes_by_all_to_all():
-    def way(*tokens: int) -> str:
+def test_a_step_too_large_for_the_operators_uses_all_to_all():
+    def dispatch(*tokens: int) -> str:
         return dispatch_of_step("fused", SIXTEEN_B, TWO_SERVERS, 2, tokens)
 
-    assert way(0, 512) == way(0, 0) == "fused"
-    assert way(0, 513) == "all_to_all"
+    assert dispatch(0, 512) == dispatch(0, 0) == "fused"
+    assert dispatch(0, 513) == "all_to_all"
 
 
-def test_every_rank_counts_as_many_rows_as_the_one_that_has_most():
+def test_every_rank_counts_the_rows_of_the_rank_with_most_tokens():
     step = StepSize([5, 0, 0, 0, 0, 0, 0, 0], [0] * 8)
     for rank in (0, 15):
         traffic = step_traffic(SIXTEEN_B, TWO_SERVERS, rank, "bfloat16", step, "fused")

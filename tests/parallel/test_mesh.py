@@ -1,4 +1,4 @@
-"""Which ranks an axis joins, and that no group exists that no axis uses."""
+"""The ranks that an axis joins; no group exists that no axis uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASES = [
 ]
 
 
-def test_every_line_of_an_axis_has_its_size_and_all_lines_share_out_the_world():
+def test_the_lines_of_an_axis_have_its_size_and_partition_the_world():
     for layout, dispatch in CASES:
         for name, lines in _axes(layout, dispatch).items():
             size = layout.ep_tp_groups if name == "ep_tp_groups" else layout.sizes[name]
@@ -29,18 +29,18 @@ def test_every_line_of_an_axis_has_its_size_and_all_lines_share_out_the_world():
             assert sorted(itertools.chain(*lines)) == list(range(layout.world_size))
 
 
-def test_along_an_axis_only_the_place_on_that_axis_changes():
+def test_along_an_axis_only_the_coordinate_of_that_axis_changes():
     for layout, dispatch in CASES:
         axes = _axes(layout, dispatch)
         for name in ("tp", "sp", "pp"):
             for line in axes[name]:
-                places = [layout.coordinates(rank) for rank in line]
-                assert [getattr(at, name) for at in places] == list(range(layout.sizes[name]))
+                coordinates = [layout.coordinates(rank) for rank in line]
+                assert [getattr(at, name) for at in coordinates] == list(range(layout.sizes[name]))
                 for other in {"tp", "sp", "pp", "dp"} - {name}:
-                    assert len({getattr(at, other) for at in places}) == 1
+                    assert len({getattr(at, other) for at in coordinates}) == 1
 
 
-def test_ranks_of_an_ep_line_hold_the_sets_of_experts_in_order_and_are_of_one_stage():
+def test_ranks_of_an_ep_line_are_in_order_of_their_experts_and_of_one_stage():
     for layout, dispatch in CASES:
         for line in _axes(layout, dispatch).get("ep", []):
             assert [layout.ep_rank(rank) for rank in line] == list(range(layout.ep))
@@ -49,7 +49,7 @@ def test_ranks_of_an_ep_line_hold_the_sets_of_experts_in_order_and_are_of_one_st
             assert len({layout.coordinates(rank).tp for rank in line}) == 1
 
 
-def test_ep_has_lines_only_across_blocks_and_only_for_the_ways_that_may_be_taken():
+def test_ep_has_lines_only_across_tp_groups_and_for_dispatches_in_use():
     for layout, dispatch in CASES:
         found = set(_axes(layout, dispatch)) - {"tp", "sp", "pp"}
         across = {
@@ -62,7 +62,7 @@ def test_ep_has_lines_only_across_blocks_and_only_for_the_ways_that_may_be_taken
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The lines for which `Mesh.create` makes groups, in a world that is not there."""
+    """The lines for which `Mesh.create` makes groups, in a simulated world."""
     found: list[tuple[int, ...]] = []
 
     def new_subgroups(lines: list[tuple[int, ...]], **_: object) -> tuple[None, list[None]]:
@@ -92,7 +92,7 @@ def create(
         (Layout(pp=4), "auto", [(0, 1, 2, 3)]),
         (Layout(tp=2, pp=2), "auto", [(0, 1), (2, 3), (0, 2), (1, 3)]),
         (Layout(sp=2, dp=2), "auto", [(0, 1), (2, 3)]),
-        (Layout(ep=4, dp=4), "auto", [(0, 1, 2, 3)]),  # one group serves both ways
+        (Layout(ep=4, dp=4), "auto", [(0, 1, 2, 3)]),  # one group serves both dispatches
         (Layout(ep=2, dp=4), "all_to_all", [(0, 1), (2, 3)]),
         (Layout(tp=2, ep=4, sp=2), "all_gather", [(0, 1), (2, 3), (0, 2), (1, 3)]),
         (Layout(tp=2, ep=4, dp=2), "all_to_all", [(0, 1), (2, 3), (0, 1, 2, 3)]),
@@ -100,7 +100,7 @@ def create(
     ],
     ids=str,
 )
-def test_groups_are_made_for_axes_that_something_is_sent_along_and_for_nothing_else(
+def test_groups_are_made_only_for_axes_along_which_something_is_sent(
     monkeypatch: pytest.MonkeyPatch,
     made: list[tuple[int, ...]],
     layout: Layout,

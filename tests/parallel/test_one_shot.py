@@ -1,8 +1,8 @@
-"""The choice of the one-shot sum, its arithmetic, and what happens where it cannot be had.
+"""The choice of the one-shot sum, its arithmetic, and the fallback where it is not available.
 
-Ranks are threads, and torch's symmetric memory is played on the CPU behind its real signatures:
+Ranks are threads. Torch's symmetric memory is simulated on the CPU behind its real signatures:
 `empty`, `rendezvous`, and the operator, with the checks and the order of additions of
-CUDASymmetricMemoryOps.cu. No GPU is needed, and none is tested.
+CUDASymmetricMemoryOps.cu. No GPU is needed or tested.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Machine:
     """GPUs as threads, all joined by NVLink unless `links` is changed.
 
     Attributes:
-        calls: (what, rank), in any order among ranks.
-        fails: what raises on which rank.
+        calls: (function, rank), in any order among ranks.
+        fails: (function, rank) pairs that raise.
         size: ranks of one machine.
     """
 
@@ -101,12 +101,12 @@ class Machine:
         size = part.numel() * part.element_size()
         start = part.storage_offset() * part.element_size()
         assert start % 4 == size % 4 == 0
-        self._barrier.wait()  # all have written before they came
+        self._barrier.wait()  # all ranks have written
         parts = [memory[start : start + size].view(part.dtype) for memory in self._memory]
         total = parts[0].clone()
         for other in parts[1:]:
             total += other
-        self._barrier.wait()  # and nobody writes again before all have read
+        self._barrier.wait()  # all ranks have read; only then may one write again
         return total.view(part.shape) + self.adds_wrongly * (rank == 1)
 
     def once(self, message: str, from_any_rank: bool) -> None:
@@ -175,7 +175,7 @@ def test_all_ranks_get_the_parts_added_in_their_order(machine: Machine, dtype: t
             assert torch.equal(totals[i], expected) and totals[i].dtype == dtype
 
 
-def test_a_sum_outlives_the_next_one_and_rows_may_lie_apart(machine: Machine):
+def test_a_sum_outlives_the_next_one_and_rows_need_not_be_contiguous(machine: Machine):
     def run(rank: int) -> list[Tensor]:
         sums = machine.join(rank)
         assert sums is not None
@@ -207,7 +207,7 @@ def test_size_and_dtype_decide(x: Tensor, taken: bool):
     assert OneShotSum("a group", 0, 2, CPU, MOST_BYTES).takes(x) == taken
 
 
-def test_every_axis_is_on_one_machine_or_none_sums_so(machine: Machine):
+def test_one_shot_needs_every_axis_on_one_machine(machine: Machine):
     joined = machine.on_all_ranks(lambda rank: machine.join(rank, ranks_here=1))
     assert joined == [None] * machine.size and machine.calls == []
     assert machine.heard == [
@@ -231,10 +231,10 @@ def test_a_pair_without_a_link_is_named(machine: Machine, kind: str):
 
 
 @pytest.mark.parametrize("what", ["empty", "rendezvous"])
-def test_what_fails_on_one_rank_stops_all_before_the_next_step_and_is_said_once(
+def test_a_failure_on_one_rank_stops_all_before_the_next_step_with_one_notice(
     machine: Machine, what: str
 ):
-    # A rendezvous is a collective: one that is not there is the last thing that they share.
+    # A rendezvous is a collective: it fails on all ranks.
     failing = range(machine.size) if what == "rendezvous" else [machine.size - 1]
     machine.fails = {(what, rank) for rank in failing}
     assert machine.on_all_ranks(machine.join) == [None] * machine.size
@@ -246,7 +246,7 @@ def test_what_fails_on_one_rank_stops_all_before_the_next_step_and_is_said_once(
     assert heard.endswith(f"RuntimeError: CUDA driver error: {what}")
 
 
-def test_a_kernel_that_adds_wrongly_is_found_at_the_start(machine: Machine):
+def test_a_kernel_with_wrong_sums_is_found_at_the_start(machine: Machine):
     machine.adds_wrongly = True
     assert machine.on_all_ranks(machine.join) == [None] * machine.size
     assert machine.heard == [
@@ -255,7 +255,7 @@ def test_a_kernel_that_adds_wrongly_is_found_at_the_start(machine: Machine):
     ]
 
 
-def test_an_axis_sends_small_sums_the_short_way_and_counts_them_alike(
+def test_an_axis_sums_small_messages_in_one_shot_and_counts_them_alike(
     monkeypatch: pytest.MonkeyPatch,
 ):
     through_group: list[int] = []
@@ -284,7 +284,7 @@ def test_an_axis_sends_small_sums_the_short_way_and_counts_them_alike(
     ],
     ids=str,
 )
-def test_only_gpus_sum_so_and_only_over_tp(
+def test_only_gpus_sum_in_one_shot_and_only_over_tp(
     monkeypatch: pytest.MonkeyPatch,
     layout: Layout,
     device: str,
@@ -311,7 +311,7 @@ def test_only_gpus_sum_so_and_only_over_tp(
     assert found == joined and mesh.tp.one_shot is None
 
 
-def test_the_bound_is_the_engines_setting(monkeypatch: pytest.MonkeyPatch):
+def test_the_largest_message_is_the_engines_setting(monkeypatch: pytest.MonkeyPatch):
     create = mock.create_autospec(Mesh.create)
     monkeypatch.setattr(Mesh, "create", create)
     make_mesh(EngineConfig("", Layout(tp=2), "cuda", cuda_one_shot_bytes=4096), CPU)

@@ -1,4 +1,4 @@
-"""A stage gets the hidden state of the stage before whole, and none of it travels twice."""
+"""A stage gets the whole hidden state of the previous stage, and no part travels twice."""
 
 from __future__ import annotations
 

@@ -22,19 +22,19 @@ PATIENCE_S = 30.0
 
 
 class _Line:
-    """What the ranks of one line share."""
+    """State shared by the ranks of one line."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=PATIENCE_S)
         self.values: list[Any] = [None] * size
-        # All of them now: a thread that sends and one that receives would each make its own.
+        # Made here for all pairs: otherwise sender and receiver could each make their own.
         self.queues: dict[tuple[int, int], Queue[Tensor]] = {
             pair: Queue() for pair in product(range(size), repeat=2)
         }
 
 
 class ThreadAxis(Axis):
-    """An `Axis` among threads. `sent` has what this rank gave to others: (collective, elements)."""
+    """An `Axis` among threads. `sent` lists what this rank sent to others: (module, elements)."""
 
     def __init__(self, name: str, ranks: tuple[int, ...], rank: int, line: _Line) -> None:
         super().__init__(name, ranks, rank)
@@ -70,7 +70,7 @@ class ThreadAxis(Axis):
         return x.copy_(self._line.queues[source, self.rank].get(timeout=PATIENCE_S))
 
     def _exchange(self, value: Any) -> list[Any]:
-        """What all ranks gave, in their order."""
+        """The values of all ranks, in their order."""
         self._line.values[self.rank] = value
         self._line.barrier.wait()
         values = list(self._line.values)
@@ -79,7 +79,7 @@ class ThreadAxis(Axis):
 
 
 def thread_meshes(layout: Layout, moe_dispatch: str = "auto") -> list[Mesh]:
-    """The mesh of every rank of `layout`, along the lines that the product makes."""
+    """The mesh of every rank of `layout`, with the lines that `Mesh.create` would use."""
     meshes = [Mesh(layout, rank, CPU) for rank in range(layout.world_size)]
     for name, lines in _axes(layout, moe_dispatch).items():
         for ranks in lines:
@@ -91,6 +91,6 @@ def thread_meshes(layout: Layout, moe_dispatch: str = "auto") -> list[Mesh]:
 
 
 def on_all_ranks(meshes: list[Mesh], run: Callable[[Mesh], Result]) -> list[Result]:
-    """Call `run` on all ranks at once, and return what they return."""
+    """Call `run` on all ranks at once, and return their results."""
     with ThreadPoolExecutor(len(meshes)) as pool:
         return list(pool.map(run, meshes))

@@ -1,4 +1,4 @@
-"""A pretend Ascend NPU: numbers, checks and graphs for torch_npu over a stand-in for CANN."""
+"""A simulated Ascend NPU: numbers, checks and graphs for torch_npu over a stand-in for CANN."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 
 
 def start_with_torch_npu() -> None:
-    """Make the import of torch_npu, whoever does it and when, start the simulator.
+    """Start the simulator when torch_npu is imported, wherever that happens.
 
-    Not before: most processes of a program never import torch, and should not wait for it.
+    Not earlier: most processes of a program never import torch and should not wait for it.
     """
     sys.meta_path.insert(0, _Finder())
 
@@ -23,7 +23,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         load = spec.loader.exec_module
-        # Kernels run in the calling thread then, in order, and not in one of torch_npu's own.
+        # Kernels then run in order in the calling thread, not in a thread of torch_npu.
         os.environ["TASK_QUEUE_ENABLE"] = "0"
 
         def load_and_start(module):

@@ -1,15 +1,15 @@
-"""Make a folder from which `import torch_npu` works without an NPU and without CANN.
+"""Builds a folder from which `import torch_npu` works without an NPU and without CANN.
 
     python build.py FOLDER [--torch-npu VERSION]
 
-The released torch_npu wheel goes into FOLDER, as it is; with FOLDER on its PYTHONPATH, the Python
-that ran this has the package. What the wheel is linked against comes from a stand-in for the CANN
-libraries: fake_cann.c (a device made of host memory, and HCCL between local processes), and one
-function that does nothing for every other symbol the wheel asks for, among them all operator
-kernels (`aclnn*`). It lies in FOLDER/torch_npu.libs, where the wheel's own RPATH looks first, so
+The released torch_npu wheel goes into FOLDER unchanged; with FOLDER on its PYTHONPATH, the Python
+that ran this script has the package. A stand-in replaces the CANN libraries that the wheel is
+linked against: fake_cann.c (a device in host memory, and HCCL between local processes), and an
+empty function for every other symbol that the wheel needs, including all operator kernels
+(`aclnn*`). The stand-in lies in FOLDER/torch_npu.libs, where the RPATH of the wheel looks first, so
 that no LD_LIBRARY_PATH is needed. A `sitecustomize` in FOLDER starts the simulator with torch_npu.
 
-Exit code 77: something that this needs is not here; standard error says what.
+Exit code 77: something needed is missing here; standard error says what.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TOOLS = ("gcc", "nm", "ldd")
-# torch_npu opens these by name at run time, so that they are in no ELF header.
+# torch_npu opens these by name at run time, so no ELF header lists them.
 OPENED_BY_NAME = ["libopapi.so", "libnnopbase.so", "libhcomm.so", "libascend_hal.so"]
 SITECUSTOMIZE = "import ascend_sim\n\nascend_sim.start_with_torch_npu()\n"
 
@@ -59,7 +59,7 @@ def check_machine() -> None:
 
 
 def installed_torch() -> str:
-    """The version without what comes after a `+`, such as `cpu`."""
+    """The version of the installed torch, without a local part such as `+cpu`."""
     try:
         return importlib.metadata.version("torch").partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
@@ -67,7 +67,7 @@ def installed_torch() -> str:
 
 
 def install(folder: Path, version: str) -> None:
-    """Put the wheel into `folder`, without torch, which the Python that runs this has."""
+    """Install the wheel into `folder`, without torch, which this Python already has."""
     if not (folder / f"torch_npu-{version}.dist-info").exists():
         shutil.rmtree(folder, ignore_errors=True)
         # fmt: off
@@ -85,11 +85,11 @@ def install(folder: Path, version: str) -> None:
 
 
 def build(folder: Path) -> str:
-    """Compile the stand-in and put it in the place of the libraries that are missing."""
+    """Compile the stand-in and link it under the names of the missing libraries."""
     target = folder / "torch_npu.libs"
     target.mkdir(exist_ok=True)
     for link in target.iterdir():
-        if link.is_symlink():  # of an earlier build
+        if link.is_symlink():  # from an earlier build
             link.unlink()
     libraries, asked = missing(folder)
     source = HERE / "fake_cann.c"
@@ -110,7 +110,7 @@ def build(folder: Path) -> str:
 
 
 def missing(folder: Path) -> tuple[set[str], set[str]]:
-    """The libraries that the wheel's shared objects lack here, and the symbols nobody defines."""
+    """The libraries that the wheel's shared objects lack here, and their undefined symbols."""
     torch = Path(importlib.metadata.distribution("torch").locate_file("torch/lib"))
     own = [*sorted(folder.glob("torch_npu/lib/*.so")), *sorted(folder.glob("torch_npu/_C.*.so"))]
     search = [str(torch), sysconfig.get_config_var("LIBDIR") or ""]
@@ -133,13 +133,13 @@ def missing(folder: Path) -> tuple[set[str], set[str]]:
 
 
 def symbols(library: Path | str, which: str) -> dict[str, str]:
-    """Dynamic symbols of a library, without their version suffix, and the letter of their type."""
+    """Dynamic symbols of a library, without version suffix → letter of their type."""
     rows = (line.split() for line in run("nm", "-D", which, library).splitlines())
     return {row[-1].split("@")[0]: row[-2] for row in rows}
 
 
 def kernels(folder: Path) -> set[str]:
-    """Operator kernels are looked up at run time; their names are constants in the library."""
+    """Names of the operator kernels, which are looked up at run time: constants in the library."""
     data = (folder / "torch_npu/lib/libtorch_npu.so").read_bytes()
     return {name.decode() for name in re.findall(rb"\0(aclnn[A-Z]\w*)(?=\0)", data)}
 

@@ -1,9 +1,9 @@
-"""The device: operations on `npu` tensors compute, and their real adapters are checked.
+"""The simulated device: operations on `npu` tensors compute, and pass torch_npu's real adapters.
 
 Each operation runs twice: through the adapter in libtorch_npu.so (checks of dtypes, shapes and
-devices; allocation of results; a kernel that does nothing), and on a CPU view of the same memory.
-Results must agree in shape and dtype; then the CPU's numbers go into the NPU's result. Collectives
-pass through to the pretend HCCL. What is allocated and not written is poisoned.
+devices; allocation of results; an empty kernel), and on a CPU view of the same memory. The results
+must agree in shape and dtype; then the CPU's numbers are written to the NPU's result. Collectives
+pass through to the stand-in for HCCL. Memory that is allocated and not written is poisoned.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ UNSEEN = ALLOCATING | {
     npu._npu_fused_infer_attention_score_v2_get_max_workspace,
     npu._npu_fused_infer_attention_score_v2_infer_output,
 }
-# These the pretend device really does.
+# Operations that the stand-in itself performs.
 COPYING = {aten._to_copy, aten.copy_, aten.clone, aten.item, aten._local_scalar_dense}
-# Adapters of these look at what their kernels computed.
+# Operations whose adapters read the results of their kernels.
 WITHOUT_ADAPTER = {aten.index, aten.index_put_, aten.bincount, npu.npu_format_cast}
-# What takes a matrix in tiles.
+# Operations that take a matrix in tiles.
 PRODUCTS = {
     aten.linear,
     aten.mm,
@@ -58,13 +58,14 @@ PRODUCTS = {
 }
 # Tensors in NZ format, by the address of their memory.
 tiled = {}
-# Operations whose result's shape, or the host's next step, depends on numbers: by tag, and by name.
+# Operations that the host must wait for, since shapes or control flow depend on numbers: by name,
+# and by tag.
 WAITING = {aten.where.default, aten.is_nonzero.default, aten.repeat_interleave.self_Tensor}
 DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
 class SimulatedNPU(TorchDispatchMode):
-    """The mode in which operations on npu tensors compute, of the thread that enters it."""
+    """The mode in which operations on npu tensors compute, for the thread that enters it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -84,7 +85,7 @@ class SimulatedNPU(TorchDispatchMode):
             result = func(*args, **kwargs)
             if storages(result) <= storages((args, kwargs)):
                 return result
-            # Not a view: `.contiguous()` or `.reshape()` had to copy.
+            # Not a view: `.contiguous()` or `.reshape()` copied.
             if Graph.capturing is not None:
                 Graph.record(func, args, kwargs, result)
             return result
@@ -101,7 +102,7 @@ class SimulatedNPU(TorchDispatchMode):
 
 
 def cast_format(args, kwargs):
-    """As torch_npu does: unless internal formats are allowed the cast changes nothing."""
+    """As in torch_npu, the cast changes nothing unless internal formats are allowed."""
     result = compute(npu.npu_format_cast.default, args, kwargs)
     allowed = torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT")
     if args[1] == FRACTAL_NZ and allowed in (b"enable", "enable"):
@@ -115,21 +116,22 @@ def format_of(tensor):
 
 
 def tiled_whole(tensor):
-    """The tensor in NZ format that this one is, or is a view of."""
+    """The tensor in NZ format whose memory `tensor` shares; None if there is none."""
     found = tiled.get(tensor.untyped_storage().data_ptr()) if is_npu(tensor) else None
     return found and found()
 
 
 def check_tiled(func, args, kwargs):
-    """Tensors in tiles are for matrix products, whole: all else would be converted back first."""
+    """Refuse a tensor in tiles unless it is used whole, in a matrix product: torch_npu would
+    convert it back first."""
     for x in tree_leaves((args, kwargs)):
         whole = tiled_whole(x) if tiled and is_npu(x) else None
         if whole is None:
             continue
-        turned = whole.dim() == 2 and (x.shape, x.stride()) == (whole.t().shape, whole.t().stride())
-        if func.overloadpacket not in PRODUCTS or not (
-            (x.shape, x.stride()) == (whole.shape, whole.stride()) or turned
-        ):
+        layouts = [(whole.shape, whole.stride())]
+        if whole.dim() == 2:
+            layouts.append((whole.t().shape, whole.t().stride()))
+        if func.overloadpacket not in PRODUCTS or (x.shape, x.stride()) not in layouts:
             raise RefusedError(
                 f"{func} of {tuple(x.shape)} with strides {x.stride()}, a view of a tensor in "
                 f"NZ format {tuple(whole.shape)}: NZ is for whole matrices in products"
@@ -138,7 +140,7 @@ def check_tiled(func, args, kwargs):
 
 @functools.cache
 def is_composite(func):
-    """Whether the device has no kernel of its own for it, but for the parts that it is made of."""
+    """Whether the device has kernels only for the parts of an operation, not for the whole."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return has_kernel(func.name(), "CompositeImplicitAutograd") and not has_kernel(
         func.name(), "PrivateUse1"
@@ -153,7 +155,7 @@ def concerns_npu(args, kwargs):
 
 
 def waits(func, args):
-    """Whether the host needs a number from the device before it can go on."""
+    """Whether the host needs a number from the device to continue."""
     if func.overloadpacket in (aten.index, aten.index_put_):  # by a mask, not by numbers
         masks = (torch.bool, torch.uint8)
         return any(isinstance(x, torch.Tensor) and x.dtype in masks for x in tree_leaves(args[1]))
@@ -174,7 +176,10 @@ def compute(func, args, kwargs):
 
 
 def compute_checked(func, args, kwargs):
-    """Both runs. The adapter may copy what it mutates, so the CPU gets a copy made before."""
+    """Run the adapter and the CPU kernel.
+
+    Since the adapter may change its arguments, the CPU kernel gets copies made before.
+    """
     names = func._schema.arguments
     bound = [*zip(names, args, strict=False)]
     bound += [(name, kwargs[name.name]) for name in names[len(args) :] if name.name in kwargs]
@@ -201,7 +206,7 @@ def compute_checked(func, args, kwargs):
 
 
 def capture(func, args, kwargs):
-    """Check and record, but compute nothing."""
+    """Check and record the operation, without computing."""
     leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     copies = func.overloadpacket in COPYING
     if waits(func, args):
@@ -226,7 +231,7 @@ def capture(func, args, kwargs):
 def start():
     """Simulate in all threads of this process until it ends."""
     graphs.install()
-    show = torch._tensor_str._tensor_str  # it computes, but leaves every mode to do so
+    show = torch._tensor_str._tensor_str  # it computes outside every dispatch mode
     torch._tensor_str._tensor_str = lambda tensor, indent: show(
         tensor.cpu() if is_npu(tensor) else tensor, indent
     )

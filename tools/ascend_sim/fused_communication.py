@@ -1,9 +1,9 @@
-"""CPU numbers behind the operators that communicate and compute in one kernel (MC2).
+"""CPU kernels for the operators that communicate and compute in one kernel (MC2).
 
-They really communicate, over the stand-in's HCCL, and refuse what the documents refuse on an
-Atlas A2. The order of rows inside an expert, and what `assist_info`, `ep_recv_counts` and
-`expand_scales` hold, is this simulator's own: the documents promise no more than that combine
-understands what dispatch returned.
+They communicate over the stand-in's HCCL, and refuse what the documents exclude on an Atlas A2. The
+order of rows inside an expert, and the contents of `assist_info`, `ep_recv_counts` and
+`expand_scales`, are the simulator's own: the documents promise only that combine understands the
+results of dispatch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ASSIST = 128  # int32 per row in assist_info_for_combine
 
 
 class Group:
-    """A communicator of this process, by the name that torch_npu gives it."""
+    """A communicator of this process, found by the name that torch_npu gives it."""
 
     _cann = None
-    with_matmul = None  # the one that matmuls with a collective use
+    with_matmul = None  # name of the communicator of matmuls with a collective
 
     @staticmethod
     def find(name, only_fused=False):
-        """The communicator's address; None if there is none (any more)."""
+        """The address of the communicator; None if it does not exist (any more)."""
         if Group._cann is None:
             folder = Path(torch_npu.__file__).parent.parent / "torch_npu.libs"
             Group._cann = ctypes.CDLL(str(folder / "libfakecann.so"))
@@ -68,7 +68,7 @@ class Group:
         return out
 
     def all_to_all(self, x, send, receive):
-        """Rows of x in the order of the ranks they go to → rows in the order of their ranks."""
+        """Rows of x ordered by receiver → received rows ordered by sender."""
         x = x.contiguous()
         out = x.new_empty(sum(receive), *x.shape[1:])
         width = x[0].numel() if len(x) else out.shape[1:].numel()
@@ -113,7 +113,8 @@ def mm_all_reduce_base(x1, x2, hcom, *, reduce_op="sum", bias=None, x3=None, com
 
 
 def check_limits(name, group, x, k, ep_world_size, ep_rank_id, moe_expert_num, comm_alg, global_bs):
-    """What an A2 takes, and that all ranks say the same. Returns the local experts."""
+    """Check the limits of an A2, and that all ranks agree. Returns the experts of a rank and the
+    batch of all ranks."""
     num_tokens, hidden = x.shape
     demand(comm_alg in ("", "fullmesh", "hierarchy"), f"{name}: {comm_alg=}")
     hierarchy = comm_alg == "hierarchy"

@@ -1,9 +1,9 @@
-"""Graphs, as torch_npu's functions promise them: operations are recorded, replayed and replaced.
+"""Graphs as torch_npu defines them: operations are recorded, replayed and updated.
 
-While a graph is captured nothing computes, as on the hardware: results are poison until a replay,
-and memory that operations write in place is left alone. A replay does the same operations again on
-the same addresses, with the captured host values unless a task update replaced them. A graph does
-not keep the memory of its arguments alive; that is the program's duty, on hardware too.
+Nothing computes during capture, as on hardware: results are poison until a replay, and memory that
+operations write in place stays unchanged. A replay runs the same operations on the same addresses,
+with the captured host values unless a task update replaced them. A graph does not keep the memory
+of its arguments alive; on hardware, too, that is the program's duty.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _task_groups = {}  # handle → (steps of its graph, first, last)
 
 
 class Graph:
-    """Where operations go just now: nowhere, or to one of these lists of steps."""
+    """The lists of steps to which operations are recorded at the moment; None if they compute."""
 
     capturing = updating = None
     group_start = group = None
 
     @staticmethod
     def record(func, args, kwargs, result):
-        """Add a step to the graph that is captured."""
+        """Add a step to the graph being captured."""
         Graph.capturing.append(step_of(func, args, kwargs, result))
 
     @staticmethod
     def record_update(func, args, kwargs):
-        """Add a step to the task group that is updated; returns the operation's result."""
+        """Add a step to the task group being updated; returns the result of the operation."""
         if func._schema.returns and "out" not in kwargs:
             raise RefusedError(f"{func} in a task update makes a new tensor: use an out variant")
         result = kwargs.get("out")
@@ -48,10 +48,10 @@ class Graph:
 
 
 def step_of(func, args, kwargs, result):
-    """What a replay does for one operation."""
+    """A function that repeats one operation in a replay."""
     if func.namespace in COLLECTIVES:
         return lambda: func(*args, **kwargs)
-    # Views of the memory as it is now: a tensor that the program frees, frees its memory.
+    # Views of the memory at its present address: they do not keep it alive.
     args, kwargs, result = tree_map(to_cpu, (args, kwargs, result))
     places = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
 
@@ -105,7 +105,7 @@ def graph_task_update_end(stream):
 
 
 def install():
-    """Put the simulator's functions into the place of torch_npu's."""
+    """Replace torch_npu's functions by those of the simulator."""
     for function in (capture_begin, capture_end, replay):
         setattr(_graphs.NPUGraph, function.__name__, function)
     for function in (

@@ -1,7 +1,7 @@
-"""CPU numbers behind the operators of torch_npu for 8-bit integers, as their documents say.
+"""CPU kernels for the operators of torch_npu on 8-bit integers, as their documents define them.
 
-What an Atlas A2 takes is stated on the operators' pages in Ascend/op-plugin, and checked by CANN's
-own sources (ops-transformer, ops-nn). Sums of products of integers are exact here; rounding is to
+The limits of an Atlas A2 come from the operators' pages in Ascend/op-plugin and from the checks in
+CANN's sources (ops-transformer, ops-nn). Sums of integer products are exact here; rounding is to
 the nearest, half to even.
 """
 
@@ -14,12 +14,15 @@ from ascend_sim.rules import HALVES, demand, kernel, plain, poison_of, uninitial
 
 MOST = 127
 MOST_SIZE = 65535
-# torch's own numbers of its types, which is how arguments of `output_dtype` arrive.
+# torch's numbers of its dtypes, as `output_dtype` arrives.
 TYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
 
 
 def round_by_rows(x):
-    """int8, and float32 scales of all dims but the last. What a row of zeros gets is not said."""
+    """int8 [..., W] and float32 scales [...].
+
+    The integers of a row of zeros are undefined: poison.
+    """
     largest = x.float().abs().amax(-1)
     scale = largest / MOST
     y = (x.float() / scale.unsqueeze(-1)).round()
@@ -28,7 +31,7 @@ def round_by_rows(x):
 
 
 def exact(x, weight):
-    """The product of two matrices of integers, int32: float64 holds each of its sums."""
+    """The int32 product of two integer matrices; float64 holds each of its sums exactly."""
     return (x.double() @ weight.double()).to(torch.int32)
 
 
@@ -150,7 +153,7 @@ def dequant_swiglu_quant(
     glu_alpha=1.702,
     glu_bias=1.0,
 ):
-    """Of groups; rows of none stay unwritten."""
+    """Rows in groups; rows of no group stay unwritten."""
     name = "npu_dequant_swiglu_quant"
     unknown(bias=bias, quant_scale=quant_scale, quant_offset=quant_offset, dst_type=dst_type)
     unknown(round_mode=round_mode, activate_dim=activate_dim, swiglu_mode=swiglu_mode)
@@ -187,15 +190,18 @@ def dequant_swiglu_quant(
     return y, scale
 
 
-# Of a grouped matmul, lists of one tensor.
+# Arguments of a grouped matmul that are lists of one tensor.
 QUANTITIES = ("scale", "per_token_scale", "antiquant_scale", "antiquant_offset")
 
 
 def integer_product(x, weight, quantities, output_dtype):
-    """How one group of rows is multiplied with a matrix of the int8 bank [E, K, N], and to what
-    dtype. Which dtypes go together is what CANN checks (aclnn_grouped_matmul.cpp): of rows of int8,
-    with no scales to int32, with a scale for each row too to the scales' own 16 bits or from
-    float32 to float16; of rows of 16 bits only with scales and offsets of theirs."""
+    """The product of a group of rows with a matrix of the int8 bank [E, K, N], and its dtype.
+
+    The combinations of dtypes are those that CANN checks (aclnn_grouped_matmul.cpp). Rows of int8
+    without scales give int32. With scales of columns and of rows they give bfloat16 if the columns'
+    scales are bfloat16, and float16 if these are float32. Rows of 16 bits need scales and offsets
+    of their own dtype.
+    """
     name = "npu_grouped_matmul of int8"
     given = {key: value[0] for key, value in quantities.items() if value}
     demand(weight.dim() == 3, f"{name}: the simulator knows one bank, not {tuple(weight.shape)}")
@@ -238,8 +244,8 @@ def integer_product(x, weight, quantities, output_dtype):
 
 
 def check_scales(key, key_scale, value_scale, modes, layout, queries, block_table, heads, size):
-    """A cache of int8 as an A2 takes it: paged, of one query each and not TND, with a scale for
-    each token and head (mode 5), which lie like the blocks."""
+    """Check an int8 cache as an A2 takes it: paged, one query for each sequence, not TND, and one
+    scale for each token and head (mode 5), in blocks like the cache."""
     name = "npu_fused_infer_attention_score of int8"
     if modes != (5, 5):
         raise NotImplementedError(f"the simulator knows {name} with modes 5 and 5, not {modes}")

@@ -1,8 +1,7 @@
-"""CPU numbers behind the fused operators of torch_npu that an inference engine needs.
+"""CPU kernels for the fused operators of torch_npu that an inference engine needs.
 
 Importing this module registers them, so that `torch_npu.npu_rms_norm(x, g)` works on CPU tensors.
-The schemas, their defaults and the checks of arguments stay torch_npu's own. A real NPU has the
-last word.
+Schemas, defaults and the checks of arguments stay torch_npu's own. Only a real NPU is proof.
 
 Shapes: T tokens, H hidden, N query heads, KV key heads, D head size, E experts, K experts per
 token, S sequences, B blocks of the cache.
@@ -71,10 +70,10 @@ def rotate(x, cos, sin, mode):
     x32 = x.float()
     if mode == "half":
         first, second = x32.chunk(2, -1)
-        turned = torch.cat((-second, first), -1)
+        quarter_turn = torch.cat((-second, first), -1)
     else:
-        turned = torch.stack((-x32[..., 1::2], x32[..., ::2]), -1).flatten(-2)
-    return (x32 * cos.float() + turned * sin.float()).to(x.dtype)
+        quarter_turn = torch.stack((-x32[..., 1::2], x32[..., ::2]), -1).flatten(-2)
+    return (x32 * cos.float() + quarter_turn * sin.float()).to(x.dtype)
 
 
 @kernel("npu::npu_rotary_mul")
@@ -87,7 +86,7 @@ def rotary_mul(x, cos, sin, rotary_mode="half", rotate_by=None):
 
 @kernel("npu::npu_apply_rotary_pos_emb")
 def apply_rotary_pos_emb(query, key, cos, sin, layout="BSND", rotary_mode="half"):
-    """In place, although the schema does not say so."""
+    """Works in place, although the schema does not say so."""
     name, dims = "npu_apply_rotary_pos_emb", {"BSND": 4, "TND": 3}
     demand(layout in dims and rotary_mode == "half", f"{name}: {layout!r}, {rotary_mode!r}")
     one_dtype(name, FLOATS, query, key, cos, sin)
@@ -161,10 +160,10 @@ def init_routing(
     expanded[: kept.numel()] = x[kept // k]
     if row_scales is not None:
         scales[: kept.numel()] = row_scales[kept // k]
-    if row_idx_type == 0:  # gather: where each (token, choice) went, -1 for the experts of others
+    if row_idx_type == 0:  # gather: the row of each (token, choice), -1 for other ranks' experts
         row_idx = torch.full((flat.numel(),), -1, dtype=torch.int32)
         row_idx[order.long()] = torch.arange(order.numel(), dtype=torch.int32)
-    else:  # scatter: which (token, choice) each row came from
+    else:  # scatter: the (token, choice) of each row
         row_idx = uninitialised((flat.numel(),), torch.int32)
         row_idx[: order.numel()] = order
     counts = torch.bincount(flat[active] - start, minlength=end - start)
@@ -196,7 +195,8 @@ def token_unpermute(
     unknown(padded_mode=padded_mode)
     name, num_rows = "npu_moe_token_unpermute", len(permuted_tokens)
     one_dtype(f"{name} (tokens)", FLOATS, permuted_tokens)
-    if probs is not None:  # of a dtype of its own, if it likes (CANN's moe_token_unpermute_def.cpp)
+    if probs is not None:
+        # Their dtype may differ from that of the tokens (CANN's moe_token_unpermute_def.cpp).
         one_dtype(f"{name} (probs)", FLOATS, probs)
     index = sorted_indices.long()
     outside = index[(index < 0) | (index >= num_rows)]
@@ -292,7 +292,7 @@ def grouped_matmul(
 
 
 def split_sequences(tensor, layout, heads, lengths):
-    """Queries, keys or values as one [S, N, D] per sequence."""
+    """Queries, keys or values, as one tensor [tokens, N, D] for each sequence."""
     if layout == "TND":
         demand(
             lengths
@@ -313,7 +313,7 @@ def split_sequences(tensor, layout, heads, lengths):
 def paged_rows(cache, table, heads, lengths, block_size, scales=None):
     """The cached rows of each sequence; the cache is [B, size, KV·D] or [B, KV, size, D].
 
-    scales: of a cache of int8, float32 [B, KV, size].
+    scales: float32 [B, KV, size] for an int8 cache, else None.
     """
     demand(cache.dim() in (3, 4), f"a paged cache has 3 or 4 dims: {tuple(cache.shape)}")
     if cache.dim() == 4:
@@ -338,7 +338,7 @@ def paged_rows(cache, table, heads, lengths, block_size, scales=None):
 
 
 def visible(num_queries, num_keys, mode, mask, pre_tokens, next_tokens, sequence):
-    """True where a query may look."""
+    """bool [queries, keys]: True where a query sees a key."""
     back = torch.arange(num_queries).unsqueeze(1) - torch.arange(num_keys)
     if mode in (0, 1):
         if mask is None:
@@ -498,7 +498,7 @@ def fused_infer_attention_score_v2_out(*args, out, workspace=None, **same):
 
 @kernel("atb::_npu_reshape_and_cache")
 def reshape_and_cache(key, value, key_cache, value_cache, slot_indices):
-    """A negative slot is padding. Two rows for one slot race, so that neither can be read."""
+    """A negative slot is padding. Two rows for one slot race: the slot is poisoned."""
     plain("the write into the cache", key, value, key_cache, value_cache, slot_indices)
     one_dtype("the write into the cache", (*FLOATS, torch.int8), key, value, key_cache, value_cache)
     demand(len(slot_indices) == len(key), f"{len(slot_indices)} slots for {len(key)} rows")
@@ -544,8 +544,8 @@ def scatter_nd_update(tensor, indices, updates):
 
 @kernel("npu::npu_format_cast")
 def format_cast(tensor, acl_format, *, customize_dtype=None, input_dtype=None):
-    """A copy: how the hardware lays numbers out in memory is its own business. What may be done
-    with the copy is in device.py."""
+    """A copy, since the memory layout of the hardware is not simulated. device.py checks how the
+    copy is used."""
     unknown(customize_dtype=customize_dtype, input_dtype=input_dtype)
     demand(acl_format in (ND, FRACTAL_NZ), f"the simulator does not know format {acl_format}")
     if acl_format == FRACTAL_NZ:

@@ -1,4 +1,4 @@
-"""NPU tensors as the CPU sees them: the pretend device's memory is the host's."""
+"""NPU tensors as the CPU sees them: the simulated device's memory is host memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ascend_sim.rules import poison_of
 
-# What a program allocates beyond this is not poisoned: caches may be larger than the host's memory.
+# Larger allocations are not poisoned: caches may be larger than the host's memory.
 MOST_POISONED_BYTES = 64 << 20
 
 
@@ -30,7 +30,7 @@ def host(tensor):
 
 
 def to_cpu(x):
-    """An argument as the CPU kernel wants it."""
+    """An argument as a CPU kernel takes it."""
     if is_npu(x):
         return host(x)
     if isinstance(x, torch.device):
@@ -39,14 +39,14 @@ def to_cpu(x):
 
 
 def to_meta(x):
-    """An argument without numbers, for asking what shape a result has."""
+    """An argument without numbers, to find the shape of a result."""
     if isinstance(x, torch.Tensor):
         return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
     return torch.device("meta") if isinstance(x, torch.device) else x
 
 
 def on_cpu(func, args, kwargs, instead=None):
-    """Run `func` over the memory of its arguments, or over what replaces some of them by id."""
+    """Run `func` over the memory of its arguments; `instead` maps ids to replacements."""
     instead = instead or {}
 
     def place(x):
@@ -57,14 +57,14 @@ def on_cpu(func, args, kwargs, instead=None):
 
 
 def deliver(values, tensors):
-    """Write the CPU's results into NPU tensors."""
+    """Write results of the CPU into NPU tensors."""
     for tensor, value in zip(tree_leaves(tensors), tree_leaves(values), strict=True):
         if is_npu(tensor):
             host(tensor).copy_(value)
 
 
 def poison(tensors):
-    """Make what nobody has written unreadable."""
+    """Fill unwritten memory with poison."""
     for tensor in tree_leaves(tensors):
         if is_npu(tensor) and 0 < tensor.numel() * tensor.element_size() <= MOST_POISONED_BYTES:
             host(tensor).fill_(poison_of(tensor.dtype))

@@ -1,8 +1,9 @@
-"""What the simulator's kernels say and refuse: the words they share.
+"""The checks that the simulator's kernels share.
 
-What CANN's kernels refuse, or compute undefined, as their documents say for an Atlas A2, is a
-`RefusedError`; what the simulator does not know is a `NotImplementedError`. What an NPU leaves
-uninitialised is NaN or -2**31, so that a program which reads it fails.
+A call that CANN's kernels refuse, or whose result is undefined, raises a `RefusedError`; the limits
+are those of their documents for an Atlas A2. A call that the simulator does not know raises a
+`NotImplementedError`. Memory that an NPU leaves uninitialised is NaN or -2**31, so that a program
+that reads it fails.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ def plain(name, *tensors):
 
 
 def unknown(**arguments):
-    """Refuse what is not simulated, unless it has a value that means nothing."""
+    """Refuse arguments that are not simulated, unless their value has no effect."""
     for name, value in arguments.items():
         if value not in (None, 0, False, "", []):
             raise NotImplementedError(f"the simulator does not know {name}={value}")
 
 
 def poison_of(dtype):
-    """What stands in memory that nobody has written: it must not be read."""
+    """The value of unwritten memory, which must not be read."""
     if dtype.is_floating_point:
         return float("nan")
     return max(-(2**31), torch.iinfo(dtype).min) if dtype != torch.bool else False

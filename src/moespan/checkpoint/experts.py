@@ -1,7 +1,7 @@
 """Which ep rank holds which routed experts: a table for each layer, by rule or from a file.
 
-An expert may be on several ranks (replicas); then its tokens take turns. Every place that an expert
-takes is a *slot*; slots are numbered through, rank after rank. Imports no torch.
+An expert may have copies on several ranks; its tokens then take turns on the copies. Each copy is a
+*physical expert*; physical experts are numbered from 0, rank after rank. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ RULES = ("contiguous", "round_robin")
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """The experts of every ep rank, `default` for layers that `layers` does not name."""
+    """The experts of every ep rank; `default` applies to layers that `layers` does not name."""
 
     default: tuple[tuple[int, ...], ...]
     layers: Mapping[int, tuple[tuple[int, ...], ...]]
 
     def of(self, layer: int) -> tuple[tuple[int, ...], ...]:
-        """For each ep rank, the experts that it holds of `layer`, in the order of its slots."""
+        """For each ep rank, the experts of `layer` that it holds, in the order of their physical
+        ids."""
         return self.layers.get(layer, self.default)
 
     @classmethod
     def make(cls, how: str | ExpertTable, config: ModelConfig, layout: Layout) -> ExpertPlacement:
         """Build from a rule of `RULES` or from a table.
 
-        Contiguous gives rank r the next E/ep experts (the first ranks one more where ep does not
-        divide E); round-robin gives it r, r + ep, ...
+        Contiguous gives each rank the next E/ep experts; if ep does not divide E, the first ranks
+        hold one more. Round-robin gives rank r the experts r, r + ep, ...
 
         Raises:
             ConfigError: the table leaves an expert out, or does not fit the model or the layout.
@@ -53,20 +54,17 @@ class ExpertPlacement:
 
 
 def expert_rule(text: str) -> str | ExpertTable:
-    """The argument of `ExpertPlacement.make` for a rule's name or the path of a JSON file.
-
-    Raises:
-        ConfigError: `text` is neither, or the file holds no such table.
-    """
+    """The argument of `ExpertPlacement.make`, from a rule's name or the path of a JSON file."""
     return text if text in RULES else _read_table(Path(text))
 
 
 def _read_table(path: Path) -> ExpertTable:
-    """Read `{"default": [[experts of ep rank 0], ...], "5": [...]}`: a table for all layers, and
-    tables for single layers by their numbers.
+    """Read `{"default": [[experts of ep rank 0], ...], "5": [...]}`.
+
+    `default` is the table of all layers; a number is the table of one layer.
 
     Raises:
-        ConfigError: the file is not of this form.
+        ConfigError: the file does not have this form.
     """
     if not path.exists():
         raise ConfigError(f"expert placement {path} is neither {' nor '.join(RULES)} nor a file")

@@ -1,4 +1,4 @@
-"""The network, in reading order: attention → MLP → MoE → layer → model.
+"""The network, in reading order: rope → attention → MLP → MoE → layer → model.
 
 The network is written once, against `Ops` and `Mesh`, and knows no device. Weights are looked up by
 the names of the placement table. Shapes are those of one rank:
@@ -6,7 +6,9 @@ the names of the placement table. Shapes are those of one rank:
     T   tokens of its replica's step
     L   tokens that the rank holds outside attention: all T, unless sp splits them
     H   hidden size
-    N   query heads, KV key heads, D head size
+    N   query heads
+    KV  key heads
+    D   head size
     K   experts of one token
     V   rows of the vocabulary
     R   tokens whose logits are wanted
@@ -52,6 +54,32 @@ class Step:
     batch: AttentionBatch
     lengths: list[int]
     rotation: Rotation
+
+
+def _local_heads(config: ModelConfig, tp: Axis) -> tuple[int, int]:
+    """Query heads N and key heads KV of one tp rank."""
+    queries, keys = head_shares(config, tp.size, tp.rank)
+    return queries.length // config.head_dim, keys.length // config.head_dim
+
+
+class Rope:
+    """The rotary embedding (arXiv 2104.09864): its table in `dtype`, computed in float32, for
+    positions below `length`."""
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, mesh: Mesh, length: int, dtype: torch.dtype
+    ) -> None:
+        self.num_heads, self.num_kv_heads = _local_heads(config, mesh.tp)
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
+        frequencies = 1.0 / (config.rope_theta ** (exponents / config.head_dim))
+        positions = torch.arange(length, dtype=torch.float32) / config.rope_linear_factor
+        angles = torch.outer(positions, frequencies)
+        cos, sin = angles.cos().to(mesh.device), angles.sin().to(mesh.device)
+        self.cos, self.sin = ops.rotary_table(cos, sin, dtype)
+
+    def __call__(self, positions: Tensor) -> Rotation:
+        """Integers [L] → the rotation of L tokens."""
+        return Rotation(self.num_heads, self.num_kv_heads, self.cos[positions], self.sin[positions])
 
 
 class Attention:
@@ -118,32 +146,6 @@ class Attention:
         received = self.sp.all_to_all(attended, lengths, [num_tokens] * self.sp.size, "attention")
         by_rank = received.unflatten(0, (self.sp.size, num_tokens))
         return by_rank.transpose(0, 1).flatten(1, 2)
-
-
-def _local_heads(config: ModelConfig, tp: Axis) -> tuple[int, int]:
-    """Query heads N and key heads KV of one tp rank."""
-    queries, keys = head_shares(config, tp.size, tp.rank)
-    return queries.length // config.head_dim, keys.length // config.head_dim
-
-
-class Rope:
-    """The rotary embedding (arXiv 2104.09864): its table in `dtype`, computed in float32, for
-    positions below `length`."""
-
-    def __init__(
-        self, config: ModelConfig, ops: Ops, mesh: Mesh, length: int, dtype: torch.dtype
-    ) -> None:
-        self.num_heads, self.num_kv_heads = _local_heads(config, mesh.tp)
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
-        frequencies = 1.0 / (config.rope_theta ** (exponents / config.head_dim))
-        positions = torch.arange(length, dtype=torch.float32) / config.rope_linear_factor
-        angles = torch.outer(positions, frequencies)
-        cos, sin = angles.cos().to(mesh.device), angles.sin().to(mesh.device)
-        self.cos, self.sin = ops.rotary_table(cos, sin, dtype)
-
-    def __call__(self, positions: Tensor) -> Rotation:
-        """Integers [L] → the rotation of L tokens."""
-        return Rotation(self.num_heads, self.num_kv_heads, self.cos[positions], self.sin[positions])
 
 
 class MLP:

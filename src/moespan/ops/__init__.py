@@ -1,4 +1,9 @@
-"""Operations by device. Only this package and `launch` know which device it is."""
+"""The operations of the network, by device.
+
+`base.py` states the protocol that the network is written against. `reference.py` defines what each
+operation means, in plain torch. `cpu/`, `cuda/` (Triton) and `npu/` (torch_npu) are faster
+implementations of the same numbers. `ops_for` chooses one.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +38,11 @@ __all__ = [
 
 
 def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
-    """The fastest implementation for a device type, with the options that `config` asks for."""
+    """The fastest implementation that this machine has for a device type.
+
+    Args:
+        config: options of the device; None for their defaults.
+    """
     if device_type == "cpu":
         return _cpu_ops(config.dtype if config else "bfloat16")
     if device_type == "npu":
@@ -44,7 +53,7 @@ def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
         return NpuOps(None, config.npu_fused_all_reduce, config.npu_weight_format)
     if device_type == "cuda":
         if importlib.util.find_spec("triton") is None:
-            once("every operation goes through plain torch, and is slow: Triton is not installed")
+            once("all operations run in plain torch, which is slow: Triton is not installed")
             return ReferenceOps()
         from moespan.ops.cuda.ops import CudaOps  # needs Triton
 
@@ -60,5 +69,5 @@ def _cpu_ops(dtype: str) -> CpuOps:
     try:
         return NativeCpuOps()
     except BuildError as error:
-        once(f"CPU operations go through plain torch, which is slower: {error}")
+        once(f"CPU operations run in plain torch, which is slower: {error}")
         return CpuOps()

@@ -1,9 +1,9 @@
-"""The seam between the model and the hardware: what an implementation of the operations offers.
+"""The seam between the model and the hardware: the protocol of the operations, and its values.
 
-`reference.py` defines the meaning in plain torch. Every other implementation is a faster way to
-the same numbers and is tested against it. Shapes: T tokens of a step, S sequences, H hidden,
-N query heads and KV key heads of this rank, D head size, E experts of this rank, K experts per
-token, I expert width of this rank, B blocks of the cache.
+`reference.py` defines what every operation means, in plain torch. Other implementations are faster,
+and are tested against the reference. Shapes: T tokens of a step, S sequences, H hidden, N query
+heads and KV key heads of this rank, D head size, E experts of this rank, K experts per token,
+I expert width of this rank, B blocks of the cache.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from moespan.parallel.mesh import Axis
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """How the flattened tokens of a step lie in the sequences and in the cache.
+    """Where the flattened tokens of a step lie in their sequences and in the cache.
 
-    Kernels differ in what they read: some take lengths as integers of the host, some from the
-    device. Both are here, so that none has to wait for the other side.
+    Some kernels take lengths as integers of the host, others read them on the device. Both forms
+    are here, so that neither side waits for the other.
 
     Attributes:
         query_lens: query tokens of each sequence, S integers that sum to T.
         context_lens: tokens of each sequence in the cache before this step, S integers.
         block_tables: int32 [S, most blocks]; rows are padded with any valid block.
-        slots: int32 [T], where each token's key and value go: block · block size + offset.
-        positions: int32 [T], each token's place in its sequence.
+        slots: int32 [T], the cache slot of each token's key and value: block · block size + offset.
+        positions: int32 [T], the position of each token in its sequence.
         lengths: int32 [S], `total_lens` on the device.
     """
 
@@ -57,8 +57,8 @@ class AttentionBatch:
         block_size: int,
         device: torch.device,
     ) -> AttentionBatch:
-        """Derive positions and slots; the tables may be ragged."""
-        # NumPy's operations on small arrays take a fraction of the time of torch's.
+        """Derive positions and slots. Rows of `block_tables` may differ in length."""
+        # On small arrays NumPy takes a fraction of torch's time.
         width = max(map(len, block_tables), default=0)
         tables = np.zeros((len(block_tables), width), np.int32)
         for row, table in zip(tables, block_tables, strict=True):
@@ -84,7 +84,7 @@ class AttentionBatch:
 
     @cached_property
     def query_ends(self) -> list[int]:
-        """Where each sequence's query tokens end among the T, S integers."""
+        """Running sums of `query_lens`, S integers: where each sequence ends among the T tokens."""
         return list(accumulate(self.query_lens))
 
     @cached_property
@@ -98,9 +98,9 @@ class KVCache:
     """The paged cache of one layer on this rank.
 
     Attributes:
-        keys, values: [B, block size, KV, D], of the activations' dtype, or int8.
-        key_scales, value_scales: where those are int8, float32 [B, block size, KV]: a head's D
-            elements of a token are their integers times this.
+        keys, values: [B, block size, KV, D], in the activations' dtype or int8.
+        key_scales, value_scales: float32 [B, block size, KV] for int8, else None. One scale
+            multiplies the D integers of one head of one token.
     """
 
     keys: Tensor
@@ -112,7 +112,7 @@ class KVCache:
     def zeros(
         cls, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """An empty one of `shape` [B, block size, KV, D]; of int8 with scales."""
+        """An empty cache of `shape` [B, block size, KV, D]; int8 comes with scales."""
         parts = [zeros(shape, dtype, device) for _ in range(2)]
         if dtype == torch.int8:
             parts += [zeros(shape[:-1], torch.float32, device) for _ in range(2)]
@@ -120,12 +120,12 @@ class KVCache:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it holds integers."""
+        """Whether keys and values are int8."""
         return self.key_scales is not None
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that it holds."""
+        """Keys, values and, for int8, their scales."""
         parts = (self.keys, self.values, self.key_scales, self.value_scales)
         return [part for part in parts if part is not None]
 
@@ -151,7 +151,7 @@ class Rotation:
 
 
 Weight = Any
-"""What `Ops.builder` makes of a parameter: a tensor, or a form that only these operations read."""
+"""A parameter as `Ops.builder` returns it: a tensor, or a form that only these operations read."""
 
 
 @dataclass(frozen=True)
@@ -174,51 +174,57 @@ class ExpertBank:
 
 
 class Replay(Protocol):
-    """Recorded work, to be run again on the memory that it was recorded on."""
+    """Recorded work that runs again on the memory that it was recorded with."""
 
     def __call__(self, total_lens: list[int]) -> None:
-        """Run it; attention sees `total_lens` tokens of each sequence."""
+        """Run the work. Attention sees `total_lens` tokens of each sequence."""
 
 
 class Ops(Protocol):
-    """Operations of one transformer layer. Inputs are not modified unless it is said."""
+    """Operations of one transformer layer. They leave inputs unmodified unless stated.
 
-    # Whether `record` works on this kind of device.
+    Attributes:
+        has_graphs: whether `record` works on this kind of device.
+        quantizations: quantizations whose weights (`QuantizedWeight`) the operations take.
+        has_int8_cache: whether the operations take caches of int8.
+        chip: kind of NPU: 910B (A2), 910C (A3) or 310P; empty for other NPUs and other devices.
+    """
+
     has_graphs: bool
-    # Quantizations whose weights (`QuantizedWeight`) it takes.
     quantizations: tuple[str, ...]
-    # Whether it takes caches of 8-bit integers.
     has_int8_cache: bool
-    # Of an NPU: 910B (A2), 910C (A3) or 310P; empty if it is another one, or none.
     chip: str
 
     def builder(
         self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
     ) -> Builder:
-        """What takes in a parameter while it is read, and makes of it what `prepare` would make of
-        the whole."""
+        """A builder that assembles a parameter from the pieces that are read; its result equals
+        `prepare` of the whole parameter."""
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
-        """Lay out a parameter, by its name in the placement table, as the kernels here like it.
+        """Lay out a whole parameter, named as in the placement table, as these kernels read it.
 
-        Called once, when it is whole; its memory may be used for the result. Embeddings, norms,
-        biases and routers stay tensors; the others are read by `linear`, `mlp` and `experts` only.
+        Called once for a parameter, whose memory may be reused for the result. Embeddings, norms,
+        biases and routers stay tensors. Only `linear`, `mlp` and `experts` read the others.
         """
 
     def new_cache(
         self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """An empty cache of one layer, `shape` [B, block size, KV, D], as the kernels here like its
-        parts to lie in memory."""
+        """An empty cache of one layer, `shape` [B, block size, KV, D], laid out in memory as these
+        kernels read it."""
 
     def rotary_table(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables for activations of `dtype` from float32 [positions, D/2]; `rope` gets rows."""
+        """Tables for activations of `dtype`, from float32 cos and sin [positions, D/2].
+
+        A `Rotation` has rows of these tables.
+        """
 
     def record(self, run: Callable[[], object]) -> Replay:
-        """Record what `run`, which has run before, does on the device."""
+        """Record the device work of `run`, which must have run once before."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """[T, H] → [T, H]; normalised in float32, rounded to x's dtype, then scaled."""
+        """[T, H] → [T, H]: normalised in float32, rounded to x's dtype, then scaled."""
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -228,36 +234,41 @@ class Ops(Protocol):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x·Wᵀ + bias: [T, in], [out, in] → [T, out].
 
-        With a `QuantizedWeight` of 16 activation bits W is its values times its scales. With 8, x
-        is rounded too, each row for itself and to the dtype of the values (`round_rows` in
-        `moespan.checkpoint.rounding`); the products of 8 bits are summed, of integers exactly
-        and of floats in float32, then scaled by both. `mlp` and `experts` mean the same of their
-        two products, of which the second one's input is rounded to x's dtype first.
+        With a `QuantizedWeight` of 16 activation bits, W is its values times its scales. With 8
+        activation bits x is rounded too: each row by itself, to the dtype of the values
+        (`round_rows` in `moespan.checkpoint.rounding`). The 8-bit products are summed, exactly for
+        integers and in float32 for floats, and then scaled by both scales.
+
+        The same holds for the two products of `mlp` and `experts`. The input of the second product
+        is first rounded to x's dtype.
         """
 
     def linear_sum(self, x: Tensor, weight: Weight, axis: Axis, module: str) -> Tensor:
         """`linear`, summed over `axis`: [T, in], [out, in] → [T, out], replicated over it."""
 
     def rope(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, N + 2·KV, D] → q [T, N, D], k and v [T, KV, D], with q and k rotated by the angles
-        in the half-split form.
+        """[T, N + 2·KV, D] → q [T, N, D], k and v [T, KV, D]; q and k are rotated in the half-split
+        form.
 
         `qkv` is used up: it may be overwritten.
         """
 
     def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-        """Store k, v [T, KV, D] at `slots` of the cache, in place; in one of int8 as `round_rows`
-        rounds each head of a token."""
+        """Store k, v [T, KV, D] at `slots` of the cache, in place.
+
+        For an int8 cache `round_rows` rounds each head of each token.
+        """
 
     def rope_to_cache(
         self, qkv: Tensor, rotation: Rotation, cache: KVCache, slots: Tensor
     ) -> Tensor:
-        """`rope`, then `write_cache` of what it gives → q [T, N, D]."""
+        """`rope`, then `write_cache` of its k and v → q [T, N, D]."""
 
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
-        """Causal attention of q [T, N, D] over each sequence's cached keys, this step's included.
+        """Causal attention: q [T, N, D] → [T, N, D].
 
-        Query head n reads key head n // (N / KV). Softmax in float32. → [T, N, D].
+        Each token attends to the cached keys of its sequence, this step's included. Query head n
+        reads key head n // (N / KV). Softmax is in float32.
         """
 
     def mlp(self, x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
@@ -275,18 +286,20 @@ class Ops(Protocol):
         module: str,
         plus: Tensor | None = None,
     ) -> Tensor:
-        """`mlp`, plus what is partial like it, [T, H], summed over `axis`: → replicated over it.
+        """`mlp` + `plus`, summed over `axis`: [T, H] → [T, H], replicated over the axis.
 
-        `plus` is used up: it may be overwritten.
+        `plus` [T, H] is partial over the axis, as the result of `mlp` is. It is used up: it may be
+        overwritten.
         """
 
     def route(
         self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
-        """Weights float32 [T, K] and expert numbers, integers [T, K], for x [T, H].
+        """x [T, H] → weights float32 [T, K] and expert numbers, integers [T, K].
 
-        softmax(x·Wᵀ) over all experts in float32, router [experts, H] float32; the K largest,
-        divided by their sum + 1e-20 if `renormalize` and K > 1.
+        The weights are the K largest of softmax(x·Wᵀ), computed in float32 over all experts, with
+        the router W float32 [experts, H]. If `renormalize` and K > 1, they are divided by their
+        sum + 1e-20.
         """
 
     def experts(self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:

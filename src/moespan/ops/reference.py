@@ -27,25 +27,25 @@ class ReferenceOps:
     def builder(
         self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
     ) -> Builder:
-        """A tensor, to be prepared when it is whole."""
+        """A builder of a tensor, which `prepare` gets when it is whole."""
         return TensorBuilder(name, parameter, dtype, device, self.prepare)
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
-        """The weight as it is."""
+        """The weight, unchanged."""
         return weight
 
     def new_cache(
         self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """As `KVCache.zeros` makes it."""
+        """`KVCache.zeros`."""
         return KVCache.zeros(shape, dtype, device)
 
     def rotary_table(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The table as it is, float32."""
+        """The float32 table, unchanged."""
         return cos, sin
 
     def record(self, run: Callable[[], object]) -> Replay:
-        """Not here."""
+        """Not available."""
         raise NotImplementedError
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -157,18 +157,18 @@ class ReferenceOps:
     def experts_across(
         self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank, axis: Axis
     ) -> Tensor:
-        """Not here."""
+        """Not available."""
         raise NotImplementedError
 
 
 def gather(cache: KVCache, table: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of the blocks in `table` [..., B], float32 [..., B · block size, KV, D]."""
     dim = table.dim()
-    keys, values = (part.flatten(dim - 1, dim) for part in multiplied_out(cache, table))
+    keys, values = (part.flatten(dim - 1, dim) for part in dequantized(cache, table))
     return keys, values
 
 
-def multiplied_out(cache: KVCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def dequantized(cache: KVCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values in `blocks` [...], float32 [..., block size, KV, D]."""
     parts = []
     for stored, scales in (
@@ -181,13 +181,13 @@ def multiplied_out(cache: KVCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """In float32, rounded once to x's dtype."""
+    """`linear` in float32, rounded once to x's dtype."""
     if weight.activation_bits == 16:
         out = F.linear(x.float(), weight.dequantize())
     else:
         values, scales = round_rows(x, dtype=weight.values.dtype)
-        # float64 holds every sum of so few products of 8 bits: those of float8_e4m3fn, too, are
-        # multiples of 2⁻¹⁸ below 2¹⁸.
+        # float64 holds every such sum exactly: products of float8_e4m3fn are multiples of 2⁻¹⁸
+        # below 2¹⁸.
         sums = F.linear(values.double(), weight.values.double())
         out = sums.float() * (scales[:, None] * weight.scales)
     if bias is not None:

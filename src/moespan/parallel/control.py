@@ -1,7 +1,7 @@
-"""The control channel: the leader's messages to all ranks, and theirs to it.
+"""The control channel: messages of the leader to all ranks, and of ranks to the leader.
 
-Bytes in, bytes out; never pickled. It has a group of its own on the CPU, so that what it carries
-never waits for, or mixes with, the model's collectives.
+Messages are bytes and are never pickled. The channel has a group of its own on the CPU, so that
+messages neither wait for the model's collectives nor mix with them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch.distributed as dist
 
 from moespan.parallel.counters import Traffic, sent_bytes
 
-# Most plans fit into one broadcast of this size; a longer one takes a second.
+# Most plans fit into one broadcast of this size; a longer message takes a second broadcast.
 _FRAME_BYTES = 16 << 10
 _LENGTH_BYTES = 8
-# Beyond these the oldest must have arrived: far fewer plans are in flight.
-_MOST_UNDER_WAY = 256
+# Unfinished sends. Far fewer plans are in flight, so beyond this the oldest has long arrived.
+_MOST_UNFINISHED = 256
 
 
 class Control:
-    """One rank's end of the channel; without a group, that of a world of one rank.
+    """One rank's end of the channel. Without a group, the world has one rank.
 
-    Messages are counted by their kind, which travels no further.
+    `kind` of a message names it in the traffic counters and is not sent.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Control:
 
     @classmethod
     def create(cls, traffic: Traffic, timeout_s: float) -> Control:
-        """Make the group; all ranks call it together. Nobody waits longer than `timeout_s`."""
+        """Make the group; all ranks call it together. No rank waits longer than `timeout_s`."""
         timeout = timedelta(seconds=timeout_s)
         return cls(dist.new_group(timeout=timeout, backend="gloo", group_desc="control"), traffic)
 
     def broadcast(self, message: bytes, kind: str) -> None:
-        """On the leader: start sending `message` to all ranks; they may be behind by some."""
+        """On the leader: start sending `message` to all ranks. They may be some messages behind."""
         if self._group is None:
             return
         frame = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
@@ -83,7 +83,7 @@ class Control:
         return _to_bytes(body)
 
     def smallest(self, value: int) -> int:
-        """The least of all ranks' `value`s."""
+        """The smallest `value` of all ranks, which call it together."""
         if self._group is None:
             return value
         least = torch.tensor(value)
@@ -92,7 +92,7 @@ class Control:
         return int(least)
 
     def close(self) -> None:
-        """Wait for what is under way and give the group back."""
+        """Wait for unfinished sends and destroy the group."""
         while self._sending:
             self._sending.popleft()[0].wait()
         if self._group is not None:
@@ -108,10 +108,10 @@ class Control:
         self._traffic.count("control", collective, kind, sent)
 
     def _keep(self, work: dist.Work | None, data: torch.Tensor) -> None:
-        """Hold `data` until it is sent; raise what went wrong with much earlier messages."""
+        """Keep `data` alive until it is sent. Raises the errors of much earlier messages."""
         assert work is not None
         self._sending.append((work, data))
-        if len(self._sending) > _MOST_UNDER_WAY:
+        if len(self._sending) > _MOST_UNFINISHED:
             self._sending.popleft()[0].wait()
 
 

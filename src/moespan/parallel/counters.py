@@ -1,4 +1,4 @@
-"""What goes over each axis: calls and bytes, counted where the collectives are called."""
+"""Traffic counters: calls and sent bytes of each axis, counted where collectives are called."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 TrafficRows = list[tuple[str, str, str, int, int]]
-"""(axis, collective, module, calls, sent bytes), plain values to send to the leader."""
+"""Rows (axis, collective, module, calls, sent bytes), as they are sent to the leader."""
 
 
 def sent_bytes(collective: str, ranks: int, num_bytes: int) -> int:
-    """What one of `ranks` ranks sends in the bandwidth-optimal algorithm.
+    """Bytes that one of n = `ranks` ranks sends in the bandwidth-optimal algorithm.
 
-    | collective       | `num_bytes`, b             | a rank sends    |
-    |------------------|----------------------------|-----------------|
-    | `all_reduce`     | its tensor                 | 2·(n-1) · ⌈b/n⌉ |
-    | `all_gather`     | its part                   | (n-1) · b       |
-    | `reduce_scatter` | its tensor                 | (n-1) · ⌈b/n⌉   |
-    | `all_to_all`     | what is for other ranks    | b               |
-    | `dispatch`       | a row for each expert      | b               |
-    | `combine`        | a row for each expert      | b               |
-    | `send`           | its tensor                 | b               |
-    | `broadcast`      | the message, at its source | (n-1) · b       |
+    | collective       | `num_bytes`, b               | a rank sends    |
+    |------------------|------------------------------|-----------------|
+    | `all_reduce`     | its tensor                   | 2·(n-1) · ⌈b/n⌉ |
+    | `all_gather`     | its part                     | (n-1) · b       |
+    | `reduce_scatter` | its tensor                   | (n-1) · ⌈b/n⌉   |
+    | `all_to_all`     | rows for other ranks         | b               |
+    | `dispatch`       | a row for each chosen expert | b               |
+    | `combine`        | a row for each chosen expert | b               |
+    | `send`           | its tensor                   | b               |
+    | `broadcast`      | the message, at its source   | (n-1) · b       |
 
-    It is counted so whatever algorithm is taken: in one shot (`moespan.parallel.one_shot`) a rank's
-    b bytes are read by n-1 others.
+    The formula holds whatever algorithm runs. In one shot (`moespan.parallel.one_shot`), for
+    example, n-1 other ranks read the b bytes of a rank.
 
-    Only the device knows how many of the rows that `dispatch` and `combine` carry are for experts
-    of the same rank, and it is not asked: all of them count.
+    `dispatch` and `combine` count all rows. Only the device knows how many of them stay on the same
+    rank, and it is not asked.
 
-    So over all ranks of an axis as much is sent as is received. The model never rounds up: tp and
-    sp divide the heads and with them the hidden size, and ranks that reduce-scatter rows have
-    equally many.
+    Over all ranks of an axis, sent bytes equal received bytes. The model never rounds up: tp and sp
+    divide the heads, and with them the hidden size, and ranks that reduce-scatter rows have equally
+    many.
     """
     others, part = ranks - 1, -(-num_bytes // ranks)
     return {
@@ -60,7 +60,7 @@ class Traffic:
         self.sent_bytes[axis, collective, module] += sent_bytes
 
     def add(self, other: Traffic) -> None:
-        """Count again what `other` has counted."""
+        """Add the counts of `other`."""
         self.calls.update(other.calls)
         self.sent_bytes.update(other.sent_bytes)
 
@@ -75,5 +75,5 @@ class Traffic:
             self.calls, self.sent_bytes = calls, sent_bytes
 
     def rows(self) -> TrafficRows:
-        """Everything counted, sorted."""
+        """All counts, sorted."""
         return [(*key, self.calls[key], self.sent_bytes[key]) for key in sorted(self.calls)]

@@ -1,4 +1,4 @@
-"""What the operators of an NPU demand that communicate and compute in one kernel.
+"""Limits of the NPU operators that communicate and compute in one kernel.
 
 | option                   | operators                            | what they replace             |
 |--------------------------|--------------------------------------|-------------------------------|
@@ -7,8 +7,8 @@
 | `npu_fused_all_reduce=R` | `npu_mm_all_reduce_base`             | a matmul and its all-reduce,  |
 |                          |                                      | in steps of R rows or more    |
 
-All of it is checked here, before weights are loaded. The limits are those of the operators' pages
-in Ascend/op-plugin (docs/zh/custom_APIs/torch_npu). Imports no torch.
+The limits are checked before weights are loaded. They come from the operators' pages in
+Ascend/op-plugin (docs/zh/custom_APIs/torch_npu). Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.errors import ConfigError
 
 MOST_TOKENS = 256
-"""That a rank may send to experts at once. An A3 would take 512; no step needs them."""
+"""Most tokens that a rank may send to experts at once. An A3 takes 512; no step needs them."""
 
 _MOST_CHOSEN, _MOST_EXPERTS = 16, 1024
 _ALL_REDUCE_RANKS = (2, 4, 8)
@@ -30,7 +30,7 @@ _A2, _A3 = "910B", "910C"
 
 @dataclass(frozen=True)
 class _Limits:
-    """Of the fused dispatch on one kind of chip: sizes of the ep group, and of the hidden state."""
+    """Limits of the fused dispatch on one kind of chip: ranks of the ep group, hidden sizes."""
 
     ranks: Sequence[int]
     hidden_sizes: Sequence[int]
@@ -43,15 +43,16 @@ _DISPATCH = {
 
 
 def sent_tokens(layout: Layout, group_tokens: Sequence[int]) -> int:
-    """Tokens that every rank of an ep group sends in a step: as many as the one that has most."""
+    """Tokens that every rank of an ep group sends in a step: those of the rank with most."""
     return max(-(-tokens // layout.tp) for tokens in group_tokens)
 
 
 def buffer_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    """The buffer that the fused dispatch needs for steps of `max_num_batched_tokens`.
+    """Bytes of the buffer that the fused dispatch needs for steps of `max_num_batched_tokens`.
 
-    A2: 2·(S·ep·min(E, K)·2H + 2 MB), A3: 2·(S·ep·E·(2H + 64) + K·S·2H), both parts in brackets of
-    512 bytes, for S tokens of a rank and E experts on it; the larger one is taken.
+    For S tokens of a rank and E experts on it, an A2 needs 2·(S·ep·min(E, K)·2H + 2 MB), an A3
+    2·(S·ep·E·(2H + 64) + K·S·2H) with 2H + 64 and 2H each rounded up to 512 bytes. The result is
+    the larger of the two.
     """
     layout = config.layout
     held_tokens = -(-config.max_num_batched_tokens // layout.sp)
@@ -77,10 +78,10 @@ def check(
         experts: which ep rank holds which experts.
         chip: `910B` (A2), `910C` (A3), `310P`, or empty.
         ranks_here: ranks on this node.
-        hccl_buffer_mb: what a group gets that asks for no other.
+        hccl_buffer_mb: MB of a group's default buffer.
 
     Raises:
-        ConfigError: naming the option, all that is against it, and the way out.
+        ConfigError: with the option, all limits that it breaks, and the fix.
     """
     if config.moe_dispatch == "fused":
         needed_mb = -(-buffer_bytes(config, model) >> 20)
@@ -135,9 +136,9 @@ def _against_all_reduce(
         yield "all fused operators of a process share one group, and moe_dispatch=fused has another"
 
 
-def _refuse(option: str, problems: Sequence[str], way_out: str) -> None:
+def _refuse(option: str, problems: Sequence[str], fix: str) -> None:
     if problems:
-        raise ConfigError(f"{option} does not work here: {'; '.join(problems)}; {way_out}")
+        raise ConfigError(f"{option} does not work here: {'; '.join(problems)}; {fix}")
 
 
 def _words(sizes: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """The ranks and the axes between them. All collectives of the model go through an `Axis`.
 
-What needs a group is handed a `Mesh`; nothing asks the world. An axis of size 1 has no group and
-costs nothing, and no group exists that no axis uses.
+Code that communicates is handed a `Mesh` and never asks torch for the world. An axis of size 1 has
+no group and costs nothing. No group exists that no axis uses.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Axis:
-    """One dimension of the mesh as one rank sees it, with its collectives, counted.
+    """One dimension of the mesh as one rank sees it, with its collectives, which are counted.
 
-    Every method is called by all ranks of the axis together. Nothing is sent for an empty tensor,
-    which is empty on all of them.
+    All ranks of the axis call a collective together. Nothing is sent for an empty tensor, which is
+    empty on all ranks.
 
     Attributes:
-        name: of the axis, for the counters.
-        size: ranks along it.
-        rank: this rank's place along it.
-        one_shot: what sums small messages, where there is something faster than the group.
+        name: name of the axis, for the counters.
+        size: ranks along the axis.
+        rank: index of this rank along the axis.
+        one_shot: sums small messages faster than the group does; None if not available.
     """
 
     def __init__(
@@ -63,7 +63,10 @@ class Axis:
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def all_reduce(self, x: torch.Tensor, module: str) -> torch.Tensor:
-        """The sum of `x` over the axis; `x` is used up. in: partial → out: replicated."""
+        """The sum of `x` over the axis. `x` is used up: it may be overwritten.
+
+        in: partial → out: replicated.
+        """
         if self.size > 1 and x.numel():
             self._count("all_reduce", module, _bytes(x))
             if self.one_shot is not None and self.one_shot.takes(x):
@@ -79,7 +82,10 @@ class Axis:
         return x
 
     def all_gather(self, x: torch.Tensor, module: str) -> torch.Tensor:
-        """Stack the ranks' `x`, all of one shape, along dim 0. in: split → out: replicated."""
+        """Concatenate `x` of all ranks, all of one shape, along dim 0.
+
+        in: split → out: replicated.
+        """
         if self.size == 1:
             return x
         gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
@@ -89,7 +95,10 @@ class Axis:
         return gathered
 
     def reduce_scatter(self, x: torch.Tensor, module: str) -> torch.Tensor:
-        """Sum `x` over the axis and keep this rank's equal part of dim 0. partial → split."""
+        """Sum `x` over the axis and keep this rank's part of dim 0; all parts are equal.
+
+        in: partial → out: split.
+        """
         if self.size == 1:
             return x
         part = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
@@ -101,10 +110,10 @@ class Axis:
     def all_to_all(
         self, x: torch.Tensor, send_rows: list[int], receive_rows: list[int], module: str
     ) -> torch.Tensor:
-        """Send the next `send_rows[i]` rows of `x` to rank i, for all i; return what they sent.
+        """Send the next `send_rows[i]` rows of `x` to rank i, for every i.
 
         Returns:
-            `receive_rows[i]` rows from rank i, in the order of the ranks.
+            The rows received: `receive_rows[i]` from rank i, in the order of the ranks.
         """
         if self.size == 1:
             return x
@@ -116,7 +125,7 @@ class Axis:
         return received
 
     def broadcast(self, x: torch.Tensor, module: str) -> torch.Tensor:
-        """Overwrite `x` by that of the first rank, and return it."""
+        """Overwrite `x` with the first rank's `x`, and return it."""
         if self.size > 1 and x.numel():
             if self.rank == 0:
                 self._count("broadcast", module, _bytes(x))
@@ -124,10 +133,10 @@ class Axis:
         return x
 
     def send(self, x: torch.Tensor, to: int, module: str) -> None:
-        """Start sending `x` to the rank at place `to`.
+        """Start sending `x` to rank `to` of the axis.
 
-        It does not wait for `x` to be received, but for what was sent as many calls ago as the axis
-        has ranks: no more plans than that are in flight.
+        It does not wait until `x` is received. It waits for the tensor that was sent `size` calls
+        earlier, because at most `size` plans are in flight.
         """
         if not x.numel():
             return
@@ -140,7 +149,7 @@ class Axis:
             self._sending.popleft()[0].wait()
 
     def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
-        """Fill `x` with what the rank at place `source` sends, and return it."""
+        """Fill `x` with the tensor that rank `source` of the axis sends, and return it."""
         if x.numel():
             dist.recv(x, self._ranks[source], group=self._group)
         return x
@@ -157,7 +166,7 @@ class Axis:
         return str(backend.get_hccl_comm_name(self.rank))
 
     def finish(self) -> None:
-        """Wait until all that was sent has been received."""
+        """Wait until every tensor sent has been received."""
         while self._sending:
             self._sending.popleft()[0].wait()
 
@@ -172,14 +181,15 @@ class Mesh:
     Attributes:
         layout: degree of parallelism on each axis.
         rank: this rank in the world; rank 0 is the leader.
-        at: its place along each axis.
-        device: where its tensors live.
-        ranks_here: how many ranks share this node and the memory of its CPUs.
-        traffic: what it has sent over all axes.
-        tp, sp, pp: the axes of the same names.
+        at: coordinates of this rank along each axis.
+        device: device of this rank's tensors.
+        ranks_here: ranks that share this node and the memory of its CPUs.
+        traffic: counters of this rank over all axes.
+        tp, sp, pp: the axes of these names.
         ep: the ranks over which one set of experts is spread (dispatch `all_to_all`).
-        ep_tp_groups: those of them with this rank's place in tp (dispatch `all_gather`).
-        ep_fused: the ranks of ep, with a group that carries nothing else (dispatch `fused`).
+        ep_tp_groups: the ranks of `ep` with this rank's tp coordinate, one of each tp group
+            (dispatch `all_gather`).
+        ep_fused: the ranks of `ep`, with a group that carries nothing else (dispatch `fused`).
         control: the leader's channel to all ranks.
     """
 
@@ -214,18 +224,18 @@ class Mesh:
         buffers_mb: Mapping[str, int] = _NO_BUFFERS,
         one_shot_bytes: int = 0,
     ) -> Mesh:
-        """Build the mesh of `layout`; with more than one rank, torch.distributed must be up.
+        """Build the mesh of `layout`; with more than one rank, torch.distributed must be set up.
 
         Args:
-            moe_dispatch: the way for which axes are made (`moespan.parallel.dispatch`).
-            idle_timeout_s: how long a rank waits for the leader's next message.
-            ranks_here: ranks on this node; None is all of them.
-            buffers_mb: buffer of each axis's groups, on devices that have such
-                (`moespan.parallel.buffers`); axes that are not in it keep the default.
-            one_shot_bytes: up to what size GPUs sum over tp in one shot, where they can.
+            moe_dispatch: dispatch for which axes are made (`moespan.parallel.dispatch`).
+            idle_timeout_s: seconds that a rank waits for the leader's next message.
+            ranks_here: ranks on this node; None means all.
+            buffers_mb: axis → MB of its groups' buffer, on devices with such buffers
+                (`moespan.parallel.buffers`); other axes keep the default.
+            one_shot_bytes: largest message in bytes that GPUs sum over tp in one shot, if they can.
 
         Raises:
-            LayoutError: the world has another number of ranks than the layout.
+            LayoutError: the world and the layout differ in their number of ranks.
         """
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         if world_size != layout.world_size:
@@ -259,17 +269,17 @@ class Mesh:
 
     @property
     def is_speaker(self) -> bool:
-        """Whether this rank samples for its replica and tells the leader."""
+        """Whether this rank samples for its replica and reports to the leader."""
         return self.is_last_stage and self.at.sp == 0 and self.at.tp == 0
 
     @property
     def speakers(self) -> list[int]:
-        """The speaking rank of each replica."""
+        """The speaker of each replica."""
         last = self.layout.pp - 1
         return [self.layout.rank(Coordinates(last, dp, 0, 0)) for dp in range(self.layout.dp)]
 
     def close(self) -> None:
-        """Wait for what is under way and give the groups back."""
+        """Wait for unfinished sends and destroy the groups."""
         self.pp.finish()
         self.control.close()
         for group in self._groups.values():
@@ -277,12 +287,15 @@ class Mesh:
         self._groups.clear()
 
     def _axis(self, name: str, lines: list[tuple[int, ...]]) -> Axis:
-        """The line through this rank; all ranks make all lines, as torch demands."""
-        # Axes with the same lines share their groups, but for what must have one for itself.
+        """The axis along the line through this rank.
+
+        All ranks create the groups of all lines, as torch demands.
+        """
+        # Axes with the same lines share their groups, except `ep_fused`, which needs its own.
         key = name if name == "ep_fused" else "", tuple(lines)
         if len(lines[0]) > 1 and key not in self._groups:
-            # What a DeviceMesh does inside. It would also make groups for axes that nothing is sent
-            # along, and takes no timeout.
+            # DeviceMesh calls this function too, but takes no timeout, and would also make groups
+            # for axes along which nothing is sent.
             self._groups[key], _ = dist.new_subgroups_by_enumeration(
                 lines,
                 timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
@@ -296,7 +309,7 @@ class Mesh:
         return Axis(name, mine, mine.index(self.rank), group, self.traffic, one_shot)
 
     def _one_shot(self, group: dist.ProcessGroup | None, ranks: Sequence[int]) -> OneShotSum | None:
-        """The short way over tp, where nearly all all-reduces are."""
+        """Sums small messages over tp, which has nearly all all-reduces; None if not available."""
         device = DEVICES[self.device.type]
         if group is None or not device.has_one_shot_sum or not self._one_shot_bytes:
             return None
@@ -311,7 +324,7 @@ class Mesh:
         )
 
     def _options(self, axis: str) -> Any:
-        """What the backend of this axis's groups is to be told; None for its defaults."""
+        """Options of the backend for this axis's groups; None for the defaults."""
         if not DEVICES[self.device.type].has_group_buffers or axis not in self._buffers_mb:
             return None
         from torch_npu._C._distributed_c10d import (  # type: ignore[import-not-found,unused-ignore]
@@ -324,13 +337,13 @@ class Mesh:
 
 
 def _axes(layout: Layout, moe_dispatch: str) -> dict[str, list[tuple[int, ...]]]:
-    """Axis → the lines of ranks along it. dp has none: nothing is sent along it."""
-    places = [layout.coordinates(rank) for rank in range(layout.world_size)]
+    """Axis → its lines of ranks. dp has none: nothing is sent along it."""
+    coordinates = [layout.coordinates(rank) for rank in range(layout.world_size)]
 
     def lines(name: str) -> list[tuple[int, ...]]:
         return [
             tuple(layout.rank(replace(at, **{name: i})) for i in range(layout.sizes[name]))
-            for at in places
+            for at in coordinates
             if getattr(at, name) == 0
         ]
 

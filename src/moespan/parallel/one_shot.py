@@ -1,24 +1,23 @@
-"""Small sums between the GPUs of one machine, each in one kernel over NVLink instead of NCCL's.
+"""Small all-reduces between the GPUs of one machine, in one kernel over NVLink instead of NCCL.
 
-In decode an all-reduce carries a few kilobytes, and what it takes is latency. In one shot every
-rank copies its part to where all can read, waits for the others' word, reads all parts and adds
-them in the order of the ranks: so all ranks get the same bits, in every run. (n-1)·b bytes come to
-each rank, where a ring brings 2·(n-1)/n·b: this is for small messages.
+In decode an all-reduce carries a few kilobytes, and its time is latency. In one shot every rank
+copies its part to memory that all ranks can read, waits for the other ranks' signals, reads all
+parts, and adds them in the order of the ranks. All ranks therefore get the same bits, in every run.
+Each rank receives (n-1)·b bytes, where a ring brings 2·(n-1)/n·b: this is for small messages.
 
-Memory and kernel are torch's, from 2.11 on: `torch.distributed._symmetric_memory`. What is said of
-them here stands in pytorch/pytorch, torch/csrc/distributed/c10d/symm_mem: CUDASymmetricMemoryOps.cu
-and CUDASymmetricMemory-inl.cuh. Of the four operators that all-reduce
+Memory and kernels are torch's, from 2.11 on: `torch.distributed._symmetric_memory`. The statements
+below follow its sources, torch/csrc/distributed/c10d/symm_mem/CUDASymmetricMemoryOps.cu and
+CUDASymmetricMemory-inl.cuh in pytorch/pytorch. Torch has four such all-reduces:
 
-- `one_shot_all_reduce` is used, after a copy on the same stream, as c10d's IntraNodeComm does;
-- `one_shot_all_reduce_copy`, which copies in the same kernel, is not: it gives word to the others
-  before all threads of a block have written, without the __syncthreads that "Pattern 1" of the
-  header asks for;
+- `one_shot_all_reduce` is used here, after a copy on the same stream, as in c10d's IntraNodeComm;
+- `one_shot_all_reduce_copy` copies in the same kernel. It signals the other ranks before all
+  threads of a block have written, without the __syncthreads that "Pattern 1" of the header demands;
 - `two_shot_all_reduce_` is for sizes where NCCL does well;
-- `multimem_all_reduce_` has the switch add, in an order that torch does not promise.
+- `multimem_all_reduce_` adds in the switch, in an order that torch does not promise.
 
-They run on the current stream, and in recorded graphs once the memory is known to all ranks. Two
-at once on two streams may wait for each other for ever (pytorch issue 189228): a step has one
-stream. They have no time limit of their own.
+The kernels run on the current stream, and in recorded graphs once all ranks know the memory. Two of
+them on two streams may wait for each other forever (pytorch issue 189228); a step uses one stream.
+The kernels have no timeout.
 """
 
 from __future__ import annotations
@@ -33,20 +32,20 @@ from moespan.errors import ConfigError, MoespanError
 from moespan.log import once
 from moespan.parallel.control import Control
 
-# What a thread of the kernel reads at once; it would take 4 bytes, but slower.
+# Bytes that a thread of the kernel reads at once. Multiples of 4 bytes would work, but slower.
 _PIECE_BYTES = 16
 _DTYPES = (torch.bfloat16, torch.float32)
-_NOBODY = 1 << 31
+_NO_RANK = 1 << 31
 
 
 class OneShotSum:
     """Sums over the GPUs of one group, on one machine.
 
     Args:
-        group: its name.
-        place: of this rank in it.
-        size: ranks in it.
-        most_bytes: of a message.
+        group: name of the group.
+        place: index of this rank in the group.
+        size: ranks in the group.
+        most_bytes: largest message.
     """
 
     def __init__(
@@ -67,13 +66,14 @@ class OneShotSum:
         most_bytes: int,
         control: Control,
     ) -> OneShotSum | None:
-        """One over `group`; None, and word of why, unless all groups of the world can have one.
+        """An instance over `group`; None, with a notice, unless all groups can have one.
 
-        All ranks of the world call it together, each for the group that it is in.
+        All ranks of the world call it together, each with its own group.
 
         Args:
-            ranks: of the group, in the world and in order; `rank` is this one.
-            ranks_here: ranks on each machine, numbered through; each has the GPU of its place.
+            ranks: world ranks of the group, in order; `rank` is this one.
+            ranks_here: ranks on each machine. World ranks are numbered machine after machine, and
+                a rank uses the GPU with its index on the machine.
         """
         sums = cls(group, ranks.index(rank), len(ranks), device, most_bytes)
         steps: list[Callable[[], None]] = [
@@ -89,26 +89,27 @@ class OneShotSum:
             except MoespanError as error:
                 problem = str(error)
             except Exception as error:
-                # Whatever torch, a driver or a container finds wrong with it: NCCL works without.
+                # Any failure of torch, the driver or the container: NCCL works without it.
                 problem = f"{type(error).__name__}: {error}".splitlines()[0]
-            # Nobody goes on alone: in the next step it would wait for those who cannot.
-            first = control.smallest(rank if problem else _NOBODY)
+            # All ranks go on, or none: in the next step one would wait for the ranks that failed.
+            first = control.smallest(rank if problem else _NO_RANK)
             if first == rank:
                 once(f"small all-reduces go through NCCL, which is slower: {problem}", True)
-            if first != _NOBODY:
+            if first != _NO_RANK:
                 return None
         return sums
 
     def takes(self, x: Tensor) -> bool:
-        """Whether `x` can be summed here: by its shape and dtype alone, so that ranks agree."""
+        """Whether `x` can be summed here. Depends on its shape and dtype alone, so ranks agree."""
         num_bytes = x.numel() * x.element_size()
         fits = 0 < num_bytes <= self._most_bytes and num_bytes % _PIECE_BYTES == 0
         return fits and x.dtype in _DTYPES
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' `x`, in new memory; each addition rounds to x's dtype.
+        """The sum of `x` over all ranks, in new memory; each addition rounds to x's dtype.
 
-        in: partial → out: replicated. Once it is there no rank still reads what this one gave.
+        in: partial → out: replicated. When the result is complete, no rank reads this rank's part
+        any more.
         """
         assert self._buffer is not None
         part = self._buffer[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
@@ -117,7 +118,7 @@ class OneShotSum:
         return total
 
     def _allocate(self) -> None:
-        """Make the memory that the others will read."""
+        """Allocate the memory that the other ranks will read."""
         from torch.distributed import _symmetric_memory
 
         self._buffer = _symmetric_memory.empty(
@@ -125,15 +126,17 @@ class OneShotSum:
         )
 
     def _meet(self) -> None:
-        """Make all ranks' memory known to all."""
+        """Exchange the memory handles of all ranks."""
         from torch.distributed import _symmetric_memory
 
         assert self._buffer is not None
         _symmetric_memory.rendezvous(self._buffer, self._group)
 
     def _prove(self) -> None:
-        """Sum the largest messages, of numbers that both dtypes hold exactly; this also loads the
-        kernels before a graph is recorded."""
+        """Check sums of the largest messages, with numbers that both dtypes hold exactly.
+
+        This also loads the kernels before a graph is recorded.
+        """
         right = []
         for dtype in _DTYPES:
             count = self._most_bytes // _PIECE_BYTES * (_PIECE_BYTES // dtype.itemsize)
@@ -141,14 +144,16 @@ class OneShotSum:
             given = torch.stack([(numbers + place) % 3 for place in range(self._size)])
             total = self(given[self._place].to(dtype))
             right.append(torch.equal(total, given.sum(0).to(dtype)))
-        # Only now: the others are in the next sum until this rank is.
+        # Only after both sums: the other ranks wait in the next sum until this rank joins.
         if not all(right):
             raise ConfigError("the one-shot kernel gives wrong sums on this machine")
 
 
 def _check_links(ranks: Sequence[int], ranks_here: int) -> None:
-    """Refuse ranks whose GPUs are not all joined by NVLink: the kernel's word to the others is an
-    atomic operation on their memory, which PCIe need not carry."""
+    """Refuse ranks whose GPUs are not all joined by NVLink.
+
+    The kernel signals ranks by atomic operations on their memory, which PCIe need not carry.
+    """
     from torch._C._autograd import DeviceType
     from torch._C._distributed_c10d import (  # type: ignore[attr-defined,unused-ignore]
         _detect_dma_connectivity,

@@ -1,4 +1,4 @@
-"""The way of the hidden state from one pipeline stage to the next."""
+"""Transport of the hidden state from one pipeline stage to the next."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from moespan.parallel.mesh import Mesh
 class StageLink:
     """Sends hidden states [L, H], replicated over tp, to the next stage.
 
-    Each tp rank sends 1/tp of it to its peer, and the peers gather it: nothing travels twice
-    between stages, which may be on different nodes.
+    Each tp rank sends 1/tp of the tensor to its peer, and the peers gather the parts. Nothing
+    travels twice between stages, which may be on different nodes.
     """
 
     def __init__(self, mesh: Mesh, hidden_size: int, dtype: torch.dtype) -> None:
@@ -29,7 +29,7 @@ class StageLink:
         pp.send(padded, pp.rank + 1, "hidden")
 
     def receive(self, num_tokens: int) -> Tensor:
-        """Wait for the hidden state [num_tokens, H] of the stage before."""
+        """Wait for the hidden state [num_tokens, H] of the previous stage."""
         tp, pp = self._mesh.tp, self._mesh.pp
         part = torch.empty(
             self._part_length(num_tokens), dtype=self._dtype, device=self._mesh.device

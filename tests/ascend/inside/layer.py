@@ -1,6 +1,6 @@
 """One decoder layer of a small DeepSeek-MoE in torch_npu's operators, and the same in plain torch.
 
-It stands for what an engine does, so that the tests of the stand-in need no engine.
+It takes the place of an engine in the tests of the stand-in.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def on(device, group):
 
 
 def altered(batch, **changes):
-    """A batch with a cache of its own, and something else that is changed."""
+    """A copy of a batch with a cache of its own, and with `changes`."""
     return SimpleNamespace(**{**vars(batch), "cache": batch.cache.clone(), **changes})
 
 
@@ -93,7 +93,7 @@ def attention(c, w, b):
 
 
 def experts(c, w, h, first=0, last=None, tame=True):
-    """What experts first..last-1 add; `tame`: foreign rows are made harmless, as they must be."""
+    """The sum over experts first..last-1. `tame`: rows of other experts are set to zero."""
     last = last or c.experts
     weight, ids, _ = torch_npu.npu_moe_gating_top_k_softmax(h @ w.gate, None, c.top)
     rows, where, counts, _ = torch_npu.npu_moe_init_routing_v2(

@@ -1,6 +1,6 @@
-"""Runs a function on several ranks, each a process with a pretend NPU of its own.
+"""Runs a function on several ranks, each a process with a simulated NPU of its own.
 
-They are forked, which is fast, but only works as long as this process has touched no NPU.
+Processes are forked, which is fast, but works only while this process has touched no NPU.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import torch.distributed as dist
 
 
 def run_ranks(size, function, *args, timeout_s=60, **environ):
-    """What `function(rank, *args)` returned on each rank, in a group of all of them, or
-    `Type: message` of what it raised."""
+    """The results of `function(rank, *args)` on each rank, in a group of all ranks.
+
+    An exception gives the result `Type: message`.
+    """
     with tempfile.TemporaryDirectory() as folder:
 
         def on_rank(rank):
@@ -38,8 +40,10 @@ def run_ranks(size, function, *args, timeout_s=60, **environ):
 
 
 def run_program(size, function, *args, timeout_s=120, **environ):
-    """What `function(*args)` returned on rank 0 of a program that torchrun, as it seems, started
-    on all ranks; the others may end in it."""
+    """The result of `function(*args)` on rank 0, in an environment as torchrun would start it.
+
+    The processes of other ranks may exit inside `function`.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -61,7 +65,7 @@ def run_program(size, function, *args, timeout_s=120, **environ):
 
 
 def _fork(size, on_rank, timeout_s, environ_of, answers=None):
-    """What the first ranks (all, unless `answers` says how many) have to say."""
+    """The results of the first `answers` ranks; None means all ranks."""
     context = multiprocessing.get_context("fork")
     ranks = []
     for rank in range(size):

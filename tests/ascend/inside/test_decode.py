@@ -1,4 +1,4 @@
-"""The engine's worker on a pretend NPU: graphs, waits and kernels of a decode step."""
+"""The engine's worker on a simulated NPU: graphs, waits and kernels of a decode step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moespan.parallel.mesh import Mesh
 from tests.support import Oracle, execute, geometry, greedy_row, make_worker, run_prompts
 
 NPU = torch.device("npu", 0)
-# Heads of 128 and experts of 64, as the fused kernels want them.
+# Heads of 128 and experts of 64, which the fused kernels take.
 FUSED = ModelConfig.from_dict(
     geometry(
         hidden_size=256,
@@ -93,7 +93,7 @@ def decode(context_lens: list[int], **settings: Any) -> StepPlan:
 
 
 class Waits(TorchDispatchMode):
-    """Lists what makes the host wait for the device: values read, and memory that is not pinned."""
+    """Lists operations that make the host wait: reads of values, and copies of unpinned memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,11 +138,11 @@ def test_decode_steps_are_started_ahead_without_a_wait_for_the_device(
     for length in range(3):
         execute(worker, decode([length, length + 20, length]))
     steps = [decode([3, 23, 3], **settings), decode([4, 24, 4], **settings)]
-    steps[1].token_ids[:] = [~0, ~1, ~2]  # what the first of them samples
+    steps[1].token_ids[:] = [~0, ~1, ~2]  # the tokens that the first step samples
     with Waits() as waits:
         started = [worker.execute(StepPlans.of([step])) for step in steps]
     assert waits.seen == []
-    # The same tokens as one step after the other.
+    # The same tokens as with one step after another.
     results = [one.wait() for one in started if one is not None]
     first = execute(worker, steps[0])
     steps[1].token_ids[:] = [sampled.token_id for sampled in first.samples]
@@ -169,13 +169,13 @@ KERNELS = {
     "InplaceCopy Matmul MoeGatingTopKSoftmax MoeInitRoutingV3 GroupedMatmulV5 DequantSwigluQuantV2 "
     "GroupedMatmulV5 MoeTokenUnpermute DynamicQuantV2 QuantMatmulV5 SwiGlu DynamicQuantV2 "
     "QuantMatmulV5 Add",
-    # and two IndexPut, which the stand-in does by itself
+    # and two IndexPut, which the stand-in does without a kernel
     "cache": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 FloorDivides RemainderTensorScalar "
     "DynamicQuantV2 DynamicQuantV2 ScatterPaKvCache FusedInferAttentionScoreV3 Matmul AddRmsNorm "
     "InplaceCopy Matmul MoeGatingTopKSoftmax MoeInitRoutingV3 GroupedMatmulV5 SwiGlu "
     "GroupedMatmulV5 MoeTokenUnpermute Matmul SwiGlu Matmul Add",
 }
-# Matrices of integers, and what else is launched with them.
+# Matrices of integers, and the other kernels that they launch.
 SETTINGS: dict[str, dict[str, str]] = {
     "whole": {},
     "half": {},
@@ -187,7 +187,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 @pytest.fixture(scope="module")
 def launched() -> dict[str, str]:
-    """Names of the kernels of each part, of one process: only a new one can be traced."""
+    """Names of the kernels of each part, from one new process: only such a one can be traced."""
     result = subprocess.run(
         [sys.executable, "-m", "tests.ascend.inside.test_decode"],
         env={**os.environ, "ASCEND_SIM_TRACE": "1"},
@@ -210,7 +210,7 @@ def test_a_decode_layer_launches_these_kernels_and_no_others(launched: dict[str,
 
 
 def run_layer(part: str) -> None:
-    """One MoE layer of a decode step, twice, with marks around the second."""
+    """Run one MoE layer of a decode step twice, with marks around the second run."""
     worker = npu_worker(FUSED, block_size=32, dtype="bfloat16", **SETTINGS[part])
     layer: Any = worker.model.layers[1]
     if part == "half":

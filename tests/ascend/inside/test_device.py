@@ -1,4 +1,4 @@
-"""The pretend device: plain operators, memory, threads."""
+"""The simulated device: plain operators, memory, threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def sample(*shape, dtype=F32):
     return torch.randn(*shape).to(dtype)
 
 
-# What a model, a sampler and an engine do between the fused operators.
+# Operators that a model, a sampler and an engine use between the fused ones.
 PLAIN = {
     "matmul": lambda d: sample(4, 8).to(d) @ sample(8, 3).to(d),
     "linear": lambda d: torch.nn.functional.linear(*(sample(4, 4).to(d) for _ in range(3))),
@@ -118,7 +118,7 @@ def test_devices_do_not_mix():
         torch.ones(2, 2).npu() @ torch.ones(2, 2)
 
 
-def test_what_nobody_wrote_cannot_be_read():
+def test_unwritten_memory_reads_as_poison():
     assert torch.empty(3, device="npu").isnan().all()
     assert torch.empty_like(torch.ones(2, dtype=BF16).npu()).isnan().all()
     assert (torch.ones(1).npu().new_empty(2, dtype=torch.int64) == -(2**31)).all()

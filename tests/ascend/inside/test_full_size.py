@@ -1,5 +1,7 @@
-"""DeepSeek-MoE-16B's layers at full size on tensors without memory, for ranks of every layout of 8
-and 16: each operator's arguments, shapes, dtypes and devices are checked by its own rules."""
+"""DeepSeek-MoE-16B's layers at full size on tensors without memory, for layouts of 8 and 16 ranks.
+
+Each operator checks its own arguments, shapes, dtypes and devices.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,10 @@ from moespan.parallel.mesh import Axis, Mesh
 from moespan.parallel.tokens import split_evenly, tp_group_tokens
 
 NPU = torch.device("npu", 0)
-# As wide as the whole model; a dense layer and three with experts.
+# The width of the whole model, with one dense layer and three with experts.
 CONFIG = ModelConfig.from_dict(preset("16b-4l", {}))
 ALL = [layout for world in (8, 16) for layout in all_layouts(world, CONFIG)]
-# All take minutes: MOESPAN_ALL_LAYOUTS=1.
+# All layouts take minutes: MOESPAN_ALL_LAYOUTS=1.
 CHOSEN = [
     Layout(tp=8),
     Layout(tp=8, ep=8),
@@ -48,7 +50,7 @@ BLOCK, BLOCKS = 128, 600
 
 
 class Shapes(Axis):
-    """An axis that sends nothing, and returns what has the right shape."""
+    """An axis that sends nothing and returns tensors of the right shape."""
 
     def all_reduce(self, x: Tensor, module: str) -> Tensor:
         return x
@@ -92,7 +94,7 @@ def num_bytes(weight: Weight) -> int:
 
 
 def kinds(layout: Layout) -> list[int]:
-    """Ranks that hold parameters of different names or shapes, or more or fewer tokens."""
+    """One rank for each set of parameter names and shapes, and for more or fewer tokens."""
     found: dict[Any, int] = {}
     for rank in range(layout.world_size):
         shapes = tuple((n, p.shape) for n, p in place(CONFIG, layout, rank).parameters.items())

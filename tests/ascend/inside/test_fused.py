@@ -1,5 +1,5 @@
-"""The operators that communicate and compute at once, as the engine calls them: right, and with
-bugs planted that must not go by unseen."""
+"""The operators that communicate and compute at once, as the engine calls them: correct results,
+and planted bugs that must be noticed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_axis(rank: int) -> Axis:
 
 
 def experts_across(rank: int, bug: str) -> float:
-    """How far a rank's result is from the reference's, with a bug in what is handed on."""
+    """The difference between a rank's result and the reference, with a bug in the arguments."""
     axis = make_axis(rank)
     x, weights, physical_ids, gate_up, down = made(2)
     chosen, whole = physical_ids[rank].clone(), ExpertBank(gate_up, down, 0, EXPERTS)
@@ -98,7 +98,7 @@ def test_bug_of_dispatch_changes_what_comes_back(bug: str):
 @pytest.mark.parametrize(
     ("bug", "message"),
     [
-        ("ids", "error code 1"),  # not the same for both
+        ("ids", "error code 1"),  # dispatch and combine get different ids
         ("nobody", "an expert is not one of them"),
         ("twice", "one expert twice"),
         ("origins", "not what dispatch returned"),
@@ -111,7 +111,7 @@ def test_bug_of_dispatch_is_refused(bug: str, message: str):
 
 
 def sums(rank: int, tiled: bool) -> float:
-    """How far matmuls with their all-reduce are from those without."""
+    """The difference between matmuls with a fused all-reduce and without."""
     axis = make_axis(rank)
     x, _, _, gate_up, down = made(2)
     fused = NpuOps(None, TOKENS, "nz" if tiled else "nd")

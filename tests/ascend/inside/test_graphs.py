@@ -1,4 +1,4 @@
-"""Graph capture: what is frozen, what is updated, what cannot be captured."""
+"""Graph capture: frozen values, updated values, and operations that cannot be captured."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_replays_see_new_tokens_but_new_lengths_only_after_an_update():
     npu_b.x.copy_(other)
     graph.replay()
     assert difference(x=other) < TOLERANCE
-    # One step later, which only the lengths and slots say.
+    # One step later: only lengths and slots change.
     later = {"x": other, "cached": [3, 230], "slots": b.slots + torch.tensor([0, 0, 0, 101])}
     npu_b.slots.copy_(later["slots"])
     graph.replay()
@@ -84,7 +84,7 @@ def test_copies_and_integer_indices_are_captured():
 )
 def test_the_host_cannot_take_part(name):
     x, host = torch.ones(3).npu(), torch.ones(3)
-    ways = {
+    uses = {
         "item": lambda: x.sum().item(),
         "bool": lambda: bool(x.any()),
         "to_cpu": lambda: x.cpu(),
@@ -95,9 +95,9 @@ def test_the_host_cannot_take_part(name):
         "copy_in": lambda: x.copy_(host),
         "cpu_operand": lambda: torch.add(x, host),
     }
-    # Said by the simulator, or by the device that is asked to wait.
+    # Reported by the simulator, or by the device that is asked to wait.
     with pytest.raises(RuntimeError, match=r"captured graph cannot|ACL stream synchronize failed"):
-        captured(ways[name])
+        captured(uses[name])
 
 
 def test_synchronising_while_capturing_fails():
@@ -106,7 +106,7 @@ def test_synchronising_while_capturing_fails():
 
 
 def test_graph_memory_is_used_again():
-    """Two graphs of one pool take the memory of the larger one."""
+    """Two graphs of one pool together take the memory of the larger one."""
     x = torch.ones(1 << 20).npu()
 
     def chain():

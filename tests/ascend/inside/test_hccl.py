@@ -1,4 +1,4 @@
-"""Collectives between pretend NPUs: their numbers, what they refuse, what hangs, what they cost."""
+"""Collectives between simulated NPUs: results, refusals, hangs, and memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_numbers():
 
 
 def exchange(rank):
-    """Both at once, which is safe in one batch."""
+    """Send and receive at once, which is safe in one batch."""
     sent, got = torch.full((2,), float(rank), device="npu"), torch.empty(2, device="npu")
     ops = [dist.P2POp(dist.isend, sent, 1 - rank), dist.P2POp(dist.irecv, got, 1 - rank)]
     for work in dist.batch_isend_irecv(ops):
@@ -64,7 +64,7 @@ def test_batched_exchange():
 
 
 def ring(rank, in_chain_order):
-    """Send to the right, receive from the left. The first transfer of a pair meets its peer."""
+    """Send to the right, receive from the left. The first transfer of a pair waits for its peer."""
     size = dist.get_world_size()
     right, left = (rank + 1) % size, (rank - 1) % size
     sent, got = torch.full((2,), float(rank), device="npu"), torch.empty(2, device="npu")
@@ -82,7 +82,7 @@ def ring(rank, in_chain_order):
 
 def test_bug_a_ring_of_sends_hangs_but_not_forever():
     results = run_ranks(3, ring, False, ASCEND_SIM_TIMEOUT="2")
-    # Who opens the communicator times out in HCCL, who joins it where torch keeps its address.
+    # The rank that opens the communicator times out in HCCL, the one that joins in torch's store.
     assert all("error code is 9" in str(said) or "imeout" in str(said) for said, _ in results)
     assert all(1 < seconds < 20 for _, seconds in results), results
 
@@ -162,7 +162,7 @@ def buffers(rank):
 
 def test_every_group_takes_its_buffers():
     for world, small, mesh in run_ranks(2, buffers, HCCL_BUFFSIZE="100"):
-        assert 200 <= world < 230  # and the memory that tensors are cut from
+        assert 200 <= world < 230  # including the memory pool of tensors
         assert small == 64
         assert mesh in (0, 200)  # the group of the world may be used again
 

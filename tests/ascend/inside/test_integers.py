@@ -1,5 +1,4 @@
-"""The operators for 8-bit integers in the stand-in: numbers as their documents have them, and what
-they refuse."""
+"""The operators for 8-bit integers in the stand-in: results as documented, and refusals."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import torch_npu
 from ascend_sim.rules import RefusedError
 
 FLOATS = [torch.bfloat16, torch.float16]
-COUNTS = [2, 0, 3]  # rows of three experts; a sixth row is nobody's
+COUNTS = [2, 0, 3]  # rows of three experts; a sixth row belongs to none
 
 
 def integers(*shape, seed=0):
@@ -55,8 +54,8 @@ def test_products_of_one_matrix(dtype, has_bias):
     want = (x.double() @ weight.t().double()).float() * scale * rows[:, None]
     want = want if bias is None else want + bias
     arguments = x.npu(), weight.npu().t(), scale.npu()
-    told = {"pertoken_scale": rows.npu(), "bias": on_device, "output_dtype": dtype}
-    close(torch_npu.npu_quant_matmul(*arguments, **told), want, dtype)
+    kwargs = {"pertoken_scale": rows.npu(), "bias": on_device, "output_dtype": dtype}
+    close(torch_npu.npu_quant_matmul(*arguments, **kwargs), want, dtype)
 
     floats, scale = positive(5, 96).to(dtype), scale.to(dtype)
     want = floats.float() @ (weight.float() * scale.float()[:, None]).t()
@@ -69,8 +68,8 @@ def test_products_of_one_matrix(dtype, has_bias):
     close(found, want, dtype)
 
 
-def grouped(x, weight, **told):
-    told = {name: [x.npu()] if torch.is_tensor(x) else x for name, x in told.items()}
+def grouped(x, weight, **kwargs):
+    kwargs = {name: [x.npu()] if torch.is_tensor(x) else x for name, x in kwargs.items()}
     return torch_npu.npu_grouped_matmul(
         [x.npu()],
         [weight.npu()],
@@ -78,7 +77,7 @@ def grouped(x, weight, **told):
         group_list_type=1,
         group_type=0,
         split_item=2,
-        **told,
+        **kwargs,
     )[0]
 
 
@@ -117,15 +116,15 @@ def test_products_of_each_expert(dtype):
     ],
     ids=str,
 )
-def test_dtypes_that_do_not_go_together_for_experts(given, why):
-    told = {
+def test_refused_combinations_of_dtypes_for_experts(given, why):
+    kwargs = {
         name: torch.ones(3, 16, dtype=value) if "scale" in name else value
         for name, value in given.items()
     }
-    if "scale" in told:
-        told["per_token_scale"] = torch.ones(6)
+    if "scale" in kwargs:
+        kwargs["per_token_scale"] = torch.ones(6)
     with pytest.raises(RefusedError, match=why):
-        grouped(integers(6, 32), integers(3, 32, 16), **told)
+        grouped(integers(6, 32), integers(3, 32, 16), **kwargs)
     with pytest.raises(RefusedError, match="takes antiquant_scale and antiquant_offset"):
         scale = torch.ones(3, 16).bfloat16()
         grouped(positive(6, 32).bfloat16(), integers(3, 32, 16), antiquant_scale=scale)
@@ -165,7 +164,7 @@ def test_swiglu_of_sums_is_rounded_again():
     ],
     ids=str,
 )
-def test_what_the_fused_swiglu_refuses(change, why):
+def test_refusals_of_the_fused_swiglu(change, why):
     with pytest.raises(RefusedError, match=why):
         swiglu(**change)
 
@@ -238,7 +237,7 @@ def test_attention_over_integers_with_a_scale_for_each_token_and_head():
     ],
     ids=str,
 )
-def test_what_attention_over_integers_refuses(change, why):
+def test_refusals_of_attention_over_integers(change, why):
     with pytest.raises(RefusedError, match=why):
         attend(**change)
 

@@ -1,5 +1,5 @@
-"""The engine on several pretend NPUs computes what the Hugging Face model computes, whatever the
-layout, the dispatch and the options."""
+"""The engine on several simulated NPUs computes what the Hugging Face model computes, with every
+layout, dispatch and option."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ascend.inside.ranks import run_program
 from tests.support import DATA
 
 MODEL = DATA / "oracle" / "sixteen"
-# Prompts of the reference, and how many tokens are generated.
+# Prompts of the reference, and the number of generated tokens.
 PROMPTS, NUM_GREEDY = ("p1", "p2"), 4
 
 
@@ -26,8 +26,8 @@ class Case:
     """One engine.
 
     Attributes:
-        dispatches: ways that tokens meet experts, one after the other.
-        uses: collectives that it must have used.
+        dispatches: dispatches to test, one after another.
+        uses: collectives that the engine must use.
     """
 
     layout: Layout
@@ -76,7 +76,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some prompts of the reference, with short continuations: ranks share two cores."""
+    """Some prompts of the reference, with short continuations, because ranks share few cores."""
     tensors = load_file(MODEL / "ref" / "ref_logits.safetensors")
     kept = {name: x for name, x in tensors.items() if name.split(".")[0] in PROMPTS}
     short = {n: x[:NUM_GREEDY] if n.endswith("greedy") else x for n, x in kept.items()}
@@ -86,7 +86,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def failures(cases: list[Case], path: Path) -> list[str]:
-    """What is wrong with each case, and how often each collective was used by rank 0."""
+    """The failures of each case, and rank 0's calls of each collective."""
     first = cases[0].layout
     names = ("tensor", "expert", "pipeline", "sequence", "data")
     sizes = {

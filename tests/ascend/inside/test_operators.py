@@ -1,4 +1,4 @@
-"""The fused operators on CPU tensors and on the device: their numbers, and what they refuse."""
+"""The fused operators on CPU tensors and on the device: results and refusals."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def close(got, want, tolerance=TOLERANCE):
     torch.testing.assert_close(got.cpu().float(), want.cpu().float(), atol=tolerance, rtol=0.02)
 
 
-def test_the_wheel_is_real_and_the_device_is_pretended():
+def test_the_wheel_is_real_and_the_device_is_simulated():
     assert torch.npu.get_device_name(0) == "Ascend910B3"
     assert torch.npu.device_count() == 8
     assert torch.npu.mem_get_info()[1] == 64 << 30
@@ -93,14 +93,14 @@ def test_rotation_is_in_place(device):
     angle = torch.randn(5, 1, 64)
     cos, sin = (torch.cat([half] * 2, -1).to(DTYPE) for half in (angle.cos(), angle.sin()))
     q, k = torch.randn(5, 4, 128, dtype=DTYPE), torch.randn(5, 2, 128, dtype=DTYPE)
-    turned = [x.float() * cos + torch.cat((-x[..., 64:], x[..., :64]), -1) * sin for x in (q, k)]
+    rotated = [x.float() * cos + torch.cat((-x[..., 64:], x[..., :64]), -1) * sin for x in (q, k)]
     on_device = [x.to(device) for x in (q, k, cos, sin)]
     again = torch_npu.npu_rotary_mul(on_device[0], on_device[2], on_device[3])
     out = torch_npu.npu_apply_rotary_pos_emb(*on_device, layout="TND")
-    for got, same, want in zip(out, on_device, turned, strict=False):
+    for got, same, want in zip(out, on_device, rotated, strict=False):
         close(got, want, 0.05)
         assert torch.equal(got.cpu(), same.cpu())
-    close(again, turned[0], 0.05)
+    close(again, rotated[0], 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -148,7 +148,7 @@ def test_experts_add_up_over_ranges(made):
     close(sum(parts), want)
 
 
-def test_bug_rows_of_foreign_experts_are_read(made):
+def test_bug_rows_of_other_experts_are_read(made):
     w, b = made
     with pytest.raises(RefusedError, match=r"reads rows \[-1"):
         experts(SMALL, on("npu", w), b.x.npu(), 0, 2, tame=False)
@@ -163,7 +163,7 @@ def test_layer(made, place):
 
 @pytest.fixture
 def attended(made):
-    """How far attention is from the right one when something of its batch is changed."""
+    """A function that returns the error of attention after `changes` to its batch."""
     _, cpu_batch = made
     b = on("npu", cpu_batch)
     q = torch.randn(4, SMALL.heads, SMALL.dim, dtype=DTYPE).npu()
@@ -183,7 +183,7 @@ def test_bug_query_lengths_are_not_cumulative(attended, ends):
 
 
 def test_bug_lengths_of_cached_sequences_are_cumulative(attended):
-    assert attended(cached=[3, 132]) > 0.01  # rows that are not the sequence's own
+    assert attended(cached=[3, 132]) > 0.01  # reads rows of another sequence
     with pytest.raises(RefusedError, match="not cumulative"):
         attended(cached=[3, 257])
 
@@ -253,7 +253,7 @@ def test_cache_writes(made):
         write([0, 1, 512], cache)
 
 
-def test_what_a2_refuses():
+def test_refusals_of_an_a2():
     x = torch.randn(4, 64).npu()
     with torch.inference_mode():
         with pytest.raises(RefusedError, match="gamma"):

@@ -38,7 +38,7 @@ class TestNpuOpsOfIntegers(QuantizedContract):
     kinds: ClassVar = ("int8", "w8a8")
 
     def assert_close(self, ours: Tensor, theirs: Tensor, dtype: torch.dtype, kind: str) -> None:
-        # Swiglu is rounded once here, or not at all, where the reference rounds twice.
+        # Swiglu is rounded once here or not at all; the reference rounds twice.
         is_rounded = kind == "w8a8" and dtype == torch.float16
         assert_close(ours, theirs, dtype, 1e-2 if is_rounded else KINDS[kind].flip)
 
@@ -82,7 +82,7 @@ class TestNpuOpsOfIntegers(QuantizedContract):
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("gather_bytes", [64 << 20, 1])
-    def test_a_cache_that_it_made_itself_in_steps_of_all_kinds(
+    def test_a_cache_of_new_cache_in_mixed_steps(
         self,
         ops: Ops,
         monkeypatch: pytest.MonkeyPatch,
@@ -108,10 +108,10 @@ class TestNpuOpsOfIntegers(QuantizedContract):
                 torch.testing.assert_close(our_part.cpu(), part)
             found = ops.attention(*self.to(q), ours, batch, 0.3)
             expected = REFERENCE.attention(q, theirs, at_home, 0.3)
-            # Rounding may have gone the other way here and there.
+            # Single values may be rounded to the other side.
             self.assert_close(found, expected, dtype, "w8a8")
 
-    def test_tiles_are_for_integers_that_meet_integers(self):
+    def test_tiles_need_activations_of_8_bits(self):
         ops = NpuOps(weight_format="nz")
         x = self.random(3, 64, dtype=torch.bfloat16)
         weight = self.quantized(self.random(32, 64), "w8a8")
@@ -125,7 +125,7 @@ class TestNpuOpsOfIntegers(QuantizedContract):
 
 
 class TestNpuOpsOfA310P(TestNpuOps):
-    """The operators that it goes without, on a device that has them."""
+    """The code for a 310P, which uses fewer operators, on a device that has all of them."""
 
     @pytest.fixture
     def ops(self) -> Ops:
@@ -142,6 +142,6 @@ class TestNpuOpsOfA310P(TestNpuOps):
         with pytest.raises(ConfigError, match="Ascend310P3 has no bfloat16; use --dtype float16"):
             ops.prepare("norm", torch.ones(2, dtype=torch.bfloat16))
 
-    def test_integers_are_not_for_it(self, ops: Ops):
+    def test_integers_are_not_taken(self, ops: Ops):
         assert not ops.quantizations and not ops.has_int8_cache
         assert ops_for("npu").quantizations == ("int8", "w8a8")

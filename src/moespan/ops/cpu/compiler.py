@@ -1,9 +1,8 @@
-"""The kernels of `kernels/`: built once for this machine's processor, called through ctypes.
+"""Builds the kernels of `kernels/` once for this machine's processor, and loads them with ctypes.
 
-The library is built at first use by the C++ compiler that `CXX` names, or `c++`, into
-`$MOESPAN_CACHE`, or `$XDG_CACHE_HOME/moespan`, or `~/.cache/moespan`. Its name tells of which
-source, compiler and processor it is made, so that a folder shared between machines holds one for
-each.
+At first use the C++ compiler named by `CXX`, or `c++`, builds the library. The library goes to
+`$MOESPAN_CACHE`, or `$XDG_CACHE_HOME/moespan`, or `~/.cache/moespan`. Its name depends on source,
+compiler and processor, so that machines can share the folder. A build fails after 300 s.
 """
 
 from __future__ import annotations
@@ -24,14 +23,16 @@ _BUILD_TIMEOUT_S = 300
 
 
 class BuildError(Exception):
-    """The kernels cannot be built here; says why and what would help."""
+    """The kernels cannot be built here; the text says why, and what would help."""
 
 
 def library(*flags: str) -> ctypes.CDLL:
-    """The library, built if need be. Torch must have been imported: both share its OpenMP.
+    """Load the library, and build it first if needed.
+
+    Torch must have been imported before: the library uses its OpenMP.
 
     Args:
-        flags: more of the compiler's, such as `-march=x86-64-v3` for an older processor.
+        flags: further compiler flags, such as `-march=x86-64-v3` for an older processor.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -45,7 +46,7 @@ def library(*flags: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(
-            f"{path} does not load ({error}); delete it to have it built anew"
+            f"{path} does not load ({error}); delete it, so that it is built again"
         ) from None
 
 
@@ -70,14 +71,14 @@ def _path(command: list[str]) -> Path:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """The lines of /proc/cpuinfo on which `-march=native` depends."""
     names = ("model name", "flags", "CPU implementer", "CPU part", "Features")
     lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     return "\n".join(line for line in lines if line.split("\t")[0].strip() in names)
 
 
 def _build(path: Path, command: list[str]) -> None:
-    """Build into `path`; of many ranks that come at once, one does."""
+    """Build the library at `path`. Among ranks that start together, one builds and others wait."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock").open("w")
@@ -104,7 +105,7 @@ def _build(path: Path, command: list[str]) -> None:
 
 
 def _check_owner(path: Path) -> None:
-    """Code is loaded only if nobody else could have written it."""
+    """Refuse a library that another user owns or could have written."""
     status = path.stat()
     if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
         raise BuildError(

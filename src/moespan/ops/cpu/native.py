@@ -1,6 +1,6 @@
-"""Operations for CPUs in bfloat16, through the kernels of `kernels/`.
+"""Operations for CPUs in bfloat16, through the C++ kernels of `kernels/`.
 
-What the kernels do not take (sizes that do not fill their vectors) goes through plain torch.
+Sizes that the kernels do not take, because they do not fill their vectors, run in plain torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _MOST_HEAD_SIZE = 256
 _LINEAR = ("qkv", "out", "gate_up", "down", "head")
 _INT4_GROUP = 32
 
-# The parameters of each kernel, as `kernels/kernels.cpp` declares them: p is a pointer, n an int64.
+# The parameters of each kernel as `kernels/kernels.cpp` declares them. p is a pointer, n an int64,
+# i an int, f a float.
 _SIGNATURES = {
     "pack": "pnnnnnnipp",
     "pack_int4": "pppnnnii",
@@ -44,10 +45,13 @@ class NativeCpuOps(CpuOps):
     """See `moespan.ops.base.Ops` for what each operation promises."""
 
     def __init__(self, *flags: str) -> None:
-        """Build the kernels if this machine has none yet; raises `BuildError` if it cannot.
+        """Load the kernels, and build them first if this machine has none yet.
 
         Args:
             flags: see `library`.
+
+        Raises:
+            BuildError: they cannot be built.
         """
         kernels = library(*flags)
         for name, signature in _SIGNATURES.items():
@@ -60,7 +64,7 @@ class NativeCpuOps(CpuOps):
     def builder(
         self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
     ) -> Builder:
-        """Matrices are packed as they are read."""
+        """A builder that packs matrices while they are read."""
         scheme = parameter.scheme
         held = getattr(torch, scheme.storage) if scheme else dtype
         bits = scheme.activation_bits if scheme else None
@@ -68,7 +72,7 @@ class NativeCpuOps(CpuOps):
         return packer or super().builder(name, parameter, dtype, device)
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
-        """Matrices are packed; the router is transposed."""
+        """The parameter packed, if it is a matrix; the router with transposed memory."""
         if isinstance(weight, QuantizedWeight):
             if weight.group_size == _INT4_GROUP and _leaf(name) in _LINEAR:
                 return self._pack_int4(weight, _leaf(name) == "gate_up")
@@ -107,7 +111,7 @@ class NativeCpuOps(CpuOps):
         out, count = values.shape[-2], values.shape[:-2].numel()
         width = weight.scales.shape[-1] * _INT4_GROUP
         padded_out = padded(out, is_gate_up)
-        # Nibbles, and bfloat16 scales.
+        # Half a byte for each weight, two for each scale.
         row_bytes = width // 2 + weight.scales.shape[-1] * 2
         panels = torch.empty((count, padded_out, row_bytes), dtype=torch.uint8)
         self._kernels.moespan_pack_int4(
@@ -178,7 +182,7 @@ class NativeCpuOps(CpuOps):
         return out
 
     def rope(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, N + 2·KV, D], float32 [T, D/2] twice → views of qkv, which is rotated in place."""
+        """[T, N + 2·KV, D] → q, k, v as views of qkv, which is rotated in place."""
         if qkv.shape[-1] % (2 * _LANES):
             return super().rope(qkv, rotation)
         qkv = qkv.contiguous()
@@ -215,7 +219,7 @@ class NativeCpuOps(CpuOps):
             )
 
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
-        """[T, N, D] over the cache → [T, N, D]."""
+        """[T, N, D] → [T, N, D]."""
         head_size = q.shape[-1]
         if head_size % _LANES or head_size > _MOST_HEAD_SIZE:
             return super().attention(q, cache, batch, scale)
@@ -270,14 +274,14 @@ class NativeCpuOps(CpuOps):
         return weights, chosen
 
     def mlp(self, x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-        """[T, H] → [T, H]: an expert that every token chooses."""
+        """[T, H] → [T, H]: computed as one expert that every token chooses."""
         if not _are_packed(gate_up, down):
             return super().mlp(x, gate_up, down)
         only_expert = torch.zeros((len(x), 1), dtype=torch.int32)
         return self._experts(x, None, only_expert, gate_up, down, 0)
 
     def experts(self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:
-        """[T, H] → [T, H]; touches the weights of chosen experts only, each once."""
+        """[T, H] → [T, H]. Reads the weights of chosen experts only, each once."""
         if not _are_packed(bank.gate_up, bank.down):
             return super().experts(x, weights, physical_ids, bank)
         weights, physical_ids = weights.contiguous(), physical_ids.int().contiguous()
@@ -322,10 +326,10 @@ class NativeCpuOps(CpuOps):
         return out
 
     def _buffer(self, name: str, num_bytes: int) -> int:
-        """Where so many bytes of scratch memory are, until the next call with this name.
+        """Address of `num_bytes` bytes of scratch memory, valid until the next call with this name.
 
-        It is kept: fresh memory of this size is given page by page, which takes longer than some
-        of the work that is done in it. `zeros` has large pages.
+        The memory is kept between calls. Fresh memory of this size comes page by page, which takes
+        longer than some of the work done in it. `zeros` allocates large pages.
         """
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < num_bytes:
@@ -342,7 +346,7 @@ def _are_packed(gate_up: Weight, down: Weight) -> bool:
 
 
 def _with_dense_tokens(heads: Tensor) -> Tensor:
-    """[T, heads, D] with each token's elements in one piece."""
+    """[T, heads, D], copied unless the elements of each token are contiguous."""
     is_dense = heads.stride(2) == 1 and heads.stride(1) == heads.shape[2]
     return heads if is_dense else heads.contiguous()
 

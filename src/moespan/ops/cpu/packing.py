@@ -1,4 +1,4 @@
-"""Matrices in the panels that the kernels read (`kernels/packing.h`), filled row by row."""
+"""Packs matrices into the panels that the kernels read (`kernels/packing.h`), row by row."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from moespan.memory import zeros
 _LANES, _PANEL = 16, 32
 _BF16, _W8A8, _W8A16, INT4 = range(4)
 
-# Rows are rounded in blocks of about so many elements, to be packed while a cache has them.
-_BLOCK = 1 << 18
+# Rows are rounded in chunks of about this many elements, and packed while a cache holds them.
+_CHUNK = 1 << 18
 
 
 def padded(out: int, is_gate_up: bool) -> int:
-    """Channels of the panels that hold `out`; of a gate-up matrix both halves fill theirs."""
+    """Channels of the panels that hold `out` channels. In a gate-up matrix, gate and up are padded
+    separately."""
     halves = 2 if is_gate_up else 1
     return _PANEL * -(-out // halves // (_PANEL // halves))
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A matrix [out, in], or a bank of `count`, in the panels that `kernels/packing.h` describes.
+    """`count` matrices [out, in] in the panels that `kernels/packing.h` describes.
 
     Attributes:
-        kind: 0 bfloat16; 1 and 2 int8 for activations of 8 and of 16 bits; 3 of 4 bits.
-        padded_out: channels with those that fill the last panel.
-        scales, sums: float32 and int32 [count, padded_out], of int8 weights.
+        kind: 0 bfloat16, 1 int8 for activations of 8 bits, 2 int8 for activations of 16 bits, 3
+            weights of 4 bits.
+        padded_out: channels, including the padding of the last panel.
+        width: inputs `in`.
+        scales, sums: float32 and int32 [count, padded_out], for int8 weights; else None.
     """
 
     panels: Tensor
@@ -46,7 +49,7 @@ class PackedWeight:
 
     @property
     def pointers(self) -> tuple[int, int | None, int | None]:
-        """Where panels, scales and sums are."""
+        """Addresses of panels, scales and sums."""
         scales, sums = (
             None if part is None else part.data_ptr() for part in (self.scales, self.sums)
         )
@@ -54,13 +57,13 @@ class PackedWeight:
 
 
 class PackedBuilder:
-    """Packs the pieces of a matrix [out, in], or of a bank of them, as they are read: one pass over
-    memory. See `moespan.checkpoint.building.Builder`.
+    """Packs the pieces of a matrix [out, in], or of a bank of matrices, while they are read: one
+    pass over memory. See `moespan.checkpoint.building.Builder`.
 
     Args:
         kernels: the library.
         shape: [..., out, in].
-        activation_bits: see `QuantizedWeight`, where it is of 8-bit integers; None for bfloat16.
+        activation_bits: as in `QuantizedWeight` for int8; None for bfloat16.
     """
 
     def __init__(
@@ -76,14 +79,14 @@ class PackedBuilder:
         self._padded_out = padded(self._out, is_gate_up)
         cpu = torch.device("cpu")
         dtype = torch.bfloat16 if self._bits is None else torch.int8
-        # Zeros: padding is never written.
+        # Zeros, because padding is never written.
         self._panels = zeros((self._count, self._padded_out, self._width), dtype, cpu)
-        # By rows of the matrix, until all are there.
+        # In the order of rows; `finish` reorders them by channel.
         self._scales = torch.zeros(self._count, self._out)
         self._sums = torch.zeros(self._count, self._out, dtype=torch.int32)
 
     def put(self, piece: Piece, values: Tensor, maxima: Tensor | None = None) -> None:
-        """Rows of one matrix, from its first column on; what is left of them is padding."""
+        """Take in rows of one matrix, from column 0 on; the rest of each row is padding."""
         *bank, rows = piece.index if piece.is_scale else piece.index[:-1]
         matrix, first = bank[0] if bank else 0, rows.start
         if piece.is_scale:
@@ -91,16 +94,16 @@ class PackedBuilder:
         elif self._bits is None or values.dtype == torch.int8:
             self._pack(matrix, first, values.to(self._panels.dtype))
         else:
-            step = max(_BLOCK // values.shape[1], _LANES)
+            step = max(_CHUNK // values.shape[1], _LANES)
             for at in range(0, len(values), step):
-                block = slice(at, at + step)
-                known = None if maxima is None else maxima[block]
-                integers, scales = self._round(values[block], known)
+                chunk = slice(at, at + step)
+                known = None if maxima is None else maxima[chunk]
+                integers, scales = self._round(values[chunk], known)
                 self._scales[matrix, first + at : first + at + len(scales)] = scales
                 self._pack(matrix, first + at, integers)
 
     def put_all(self, values: Tensor, scales: Tensor | None) -> None:
-        """Pack the whole parameter; `scales` [..., out] of integers."""
+        """Pack the whole parameter; `scales` [..., out] where `values` are int8."""
         for i, matrix in enumerate(values.reshape(self._count, self._out, self._width)):
             self._pack(i, 0, matrix)
         if scales is not None:
@@ -117,7 +120,7 @@ class PackedBuilder:
         )
 
     def _pack(self, matrix: int, first: int, rows: Tensor) -> None:
-        """Rows of the panels' dtype [rows, columns], from row `first` of `matrix` on."""
+        """Pack rows [rows, columns] of the panels' dtype, from row `first` of `matrix` on."""
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         sums = self._sums[matrix, first:]
         self._kernels.moespan_pack(
@@ -134,7 +137,7 @@ class PackedBuilder:
         )
 
     def _round(self, rows: Tensor, maxima: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What `quantize` gives."""
+        """The result of `quantize`: int8 [rows, columns] and float32 [rows]."""
         if rows.dtype != torch.bfloat16:
             return quantize(rows, maxima)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -152,7 +155,7 @@ class PackedBuilder:
         return integers, scales
 
     def _by_channel(self, x: Tensor) -> Tensor:
-        """[count, out] by rows → [count, padded out] by channels of the panels."""
+        """[count, out] in the order of rows → [count, padded out] in the order of channels."""
         halves = 2 if self._is_gate_up else 1
         panels, lanes = self._padded_out // _PANEL, _PANEL // halves
         padded = x.new_zeros(self._count, halves, panels * lanes)

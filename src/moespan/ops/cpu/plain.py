@@ -1,4 +1,4 @@
-"""Operations for CPUs: the reference, where it is slow done in fewer and larger steps."""
+"""Operations for CPUs in plain torch: the slow parts of the reference in fewer, larger steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moespan.log import once
 from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Weight
 from moespan.ops.reference import ReferenceOps
 
-# Decodes are attended together, as many as keep the gathered keys and values this small.
+# Most bytes of gathered keys and values when several decodes are attended together.
 _GATHER_BYTES = 64 << 20
 
 
@@ -19,19 +19,19 @@ class CpuOps(ReferenceOps):
     """See `moespan.ops.base.Ops` for what each operation promises."""
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
-        """The weight as it is."""
+        """The weight, unchanged. Says once that 8-bit floats are slow."""
         if isinstance(weight, QuantizedWeight) and weight.values.dtype == torch.float8_e4m3fn:
-            once("products of 8-bit floats go through plain torch, which is slow on a CPU")
+            once("products of 8-bit floats run in plain torch, which is slow on a CPU")
         return super().prepare(name, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """[T, H] → [T, H]; torch's kernel accumulates in float32 and rounds once, after scaling."""
+        """[T, H] → [T, H]. Torch's kernel rounds once, after scaling: it serves float32 only."""
         if x.dtype == torch.float32:
             return F.rms_norm(x, (x.shape[-1],), weight, eps)
         return super().rms_norm(x, weight, eps)
 
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
-        """[T, N, D] over the cache → [T, N, D]: prefills one by one, decodes in groups."""
+        """[T, N, D] → [T, N, D]: prefills one at a time, decodes in groups."""
         if cache.is_quantized:
             return super().attention(q, cache, batch, scale)
         k_cache, v_cache = cache.keys, cache.values
@@ -48,7 +48,7 @@ class CpuOps(ReferenceOps):
                 table = batch.block_tables[sequence]
                 out[rows] = _prefill(q[rows], k_cache, v_cache, table, context_len, scale)
             row += query_len
-        # Neighbours in length are attended together: little is gathered only to be hidden.
+        # Sequences of similar length are attended together, so that little is gathered in vain.
         decodes.sort(key=lambda decode: batch.context_lens[decode[1]])
         row_bytes = 2 * k_cache[0].numel() * k_cache.element_size()
         while decodes:
@@ -64,7 +64,7 @@ class CpuOps(ReferenceOps):
         return out
 
     def experts(self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:
-        """[T, H] → [T, H]; touches the weights of chosen experts only, each once."""
+        """[T, H] → [T, H]. Reads the weights of chosen experts only, each once."""
         num_chosen, num_held = physical_ids.shape[1], len(bank.gate_up)
         local = physical_ids - bank.first
         pairs = ((local >= 0) & (local < num_held)).flatten().nonzero()[:, 0]
@@ -87,7 +87,7 @@ class CpuOps(ReferenceOps):
 def _prefill(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, context_len: int, scale: float
 ) -> Tensor:
-    """One sequence: [Q, N, D] → [Q, N, D]."""
+    """Q tokens of one sequence: [Q, N, D] → [Q, N, D]."""
     length = context_len + len(q)
     blocks = table[: -(-length // k_cache.shape[1])]
     k, v = (cache[blocks].flatten(0, 1)[:length].transpose(0, 1) for cache in (k_cache, v_cache))
@@ -101,14 +101,14 @@ def _prefill(
 def _decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
-    """One token each of several sequences: [S, N, D] → [S, N, D]."""
+    """One token of each of S sequences: [S, N, D] → [S, N, D]."""
     num_sequences, num_heads, head_size = q.shape
     num_kv_heads = k_cache.shape[2]
     k, v = (cache[tables].flatten(1, 2).transpose(1, 2) for cache in (k_cache, v_cache))
     grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_size)
     scores = torch.matmul(grouped, k.transpose(2, 3)).float() * scale
     hidden = torch.arange(k.shape[2]) >= lengths[:, None]
-    # Past its length a sequence sees other sequences' blocks; a NaN there times 0 would be NaN.
+    # Past its length a sequence reads blocks of others. A NaN there times weight 0 would be NaN.
     v.masked_fill_(hidden[:, None, :, None], 0)
     probabilities = scores.masked_fill_(hidden[:, None, None], -torch.inf).softmax(-1)
     return torch.matmul(probabilities.to(v.dtype), v).view_as(q)

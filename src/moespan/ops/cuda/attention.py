@@ -1,15 +1,15 @@
-"""Attention over the paged cache: steps that only decode, and prompts.
+"""Attention over the paged cache: one kernel for decodes, one for prompts.
 
-Both kernels are FlashAttention's online softmax (arXiv 2205.14135) over keys that a block table
-leads to. In decode the keys of one sequence are split over several programs and their parts joined
-by a second launch (Flash-Decoding), into how many follows from shapes alone. Softmax is float32.
+Both use the online softmax of FlashAttention (arXiv 2205.14135), in float32, over keys that a block
+table addresses. In decode the keys of one sequence are split over several programs, whose results a
+second launch joins (Flash-Decoding). The number of splits follows from shapes alone.
 
-Why kernels of our own. FlashAttention 2, which torch's `varlen_attn` calls, takes pages of 256
-tokens or more, which is too coarse for a prefix cache; FlashAttention 3 is another package.
-FlashInfer plans on the host before every step, also where the step is a recorded graph. None takes
-float32, an int8 cache with a scale for each token and head, or head sizes such as 80 and 16, and
-the tests need the first. What is lost is small: of the 16B model's operations in a prompt of 2048
-tokens attention has one in twenty.
+Why own kernels: FlashAttention 2, which torch's `varlen_attn` calls, takes pages of 256 tokens or
+more, too coarse for a prefix cache. FlashAttention 3 is another package. FlashInfer plans on the
+host before every step, even if the step is a recorded graph. None of them takes float32, which the
+tests need, an int8 cache with a scale for each token and head, or head sizes such as 80 and 16.
+The loss is small: in a prompt of 2048 tokens, attention has one in twenty of the 16B model's
+operations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moespan.ops.base import AttentionBatch, KVCache
 from moespan.ops.cuda.tiles import processors
 
 _LOG2_E = 1.4426950408889634
-# Least keys that are worth a program of their own, and most parts of one sequence.
+# Fewest keys for a program of their own, and most splits of one sequence.
 _LEAST_SPLIT_KEYS = 128
 _MOST_SPLITS = 32
 _PROGRAMS_PER_PROCESSOR = 2
@@ -57,7 +57,7 @@ def _attend(
     IS_MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Take keys `start` to `stop` into the running softmax of queries [M, HEAD] at `positions`."""
+    """Add keys `start` to `stop` to the running softmax of queries [M, HEAD] at `positions`."""
     element = tl.arange(0, HEAD)
     in_head = element < HEAD_SIZE
     for at in range(start, stop, BLOCK_N):
@@ -66,7 +66,7 @@ def _attend(
         block = tl.load(table + place // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
         row = (block * BLOCK_SIZE + place % BLOCK_SIZE) * NUM_KV_HEADS + kv_head
         offsets = row[:, None] * HEAD_SIZE + element[None, :]
-        # What lies past a sequence's end may be NaN: it is not read.
+        # Memory past the end of a sequence may hold NaN, so it is not read.
         mask = there[:, None] & in_head[None, :]
         k = tl.load(keys + offsets, mask=mask, other=0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
@@ -118,7 +118,7 @@ def _decode_kernel(
     IS_MIXED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The query heads that share a key head, for one sequence and one part of its keys."""
+    """The query heads that share a key head, for one sequence and one split of its keys."""
     number = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -167,7 +167,7 @@ def _join_kernel(
     HEAD: tl.constexpr,
     IS_MIXED: tl.constexpr,
 ):
-    """One head of one sequence, from its parts; those without a key have a sum of zero."""
+    """Joins the splits of one head of one sequence. Splits without a key have a sum of zero."""
     number = tl.program_id(0)
     head = tl.program_id(1)
     query_row = tl.load(rows + number).to(tl.int64) if IS_MIXED else number.to(tl.int64)
@@ -208,7 +208,7 @@ def _prompt_kernel(
     IS_INT8: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One head of some consecutive tokens of one sequence."""
+    """One head of up to BLOCK_M consecutive tokens of one sequence."""
     tile = tiles + 4 * tl.program_id(1)
     head = tl.program_id(0)
     first_row = tl.load(tile).to(tl.int64)
@@ -227,7 +227,7 @@ def _prompt_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     kv_head = head // GROUP_SIZE
     table = tables + sequence * table_stride
-    # Keys up to the first query are seen by all; only those after it need the causal mask.
+    # All queries see the keys up to the first query; only later keys need the causal mask.
     whole = (first_position + 1) // BLOCK_N * BLOCK_N
     acc, highest, total = _attend(
         queries, acc, highest, total, 0, whole, positions, keys, values, key_scales, value_scales,
@@ -246,13 +246,14 @@ def _prompt_kernel(
 
 
 class StepTiles:
-    """What of a step's sequences the kernels need on the device, made once for all layers.
+    """The sequences of a step as the kernels read them on the device, made once for all layers.
 
     Attributes:
-        decode_rows, decode_sequences: int32, the rows of q that are their sequence's only one, and
-            those sequences; None where all are, so that row and sequence are the same number.
-        prompts: int32 [tiles, 4]: first row of q, rows, position of the first, sequence; tiles with
-            most keys first, so that the longest do not begin last.
+        num_decodes: sequences with one query token.
+        decode_rows, decode_sequences: int32 [num_decodes], the row of q and the number of each such
+            sequence. None in a step of decodes only, where both equal the program's number.
+        prompts: int32 [tiles, 4]: first row of q, rows, position of the first row, sequence. Tiles
+            with the most keys come first, so that none of them starts last. None in such a step.
     """
 
     def __init__(self, batch: AttentionBatch, device: torch.device, block_m: int) -> None:
@@ -287,16 +288,16 @@ class StepTiles:
 
 
 def prompt_rows(head_size: int, dtype: torch.dtype) -> int:
-    """Rows of q that one program attends with: as many as fit beside its keys and values."""
+    """Rows of q in one program: as many as fit into shared memory beside keys and values."""
     return 64 if head_size <= 128 and dtype.itemsize == 2 else 32
 
 
 def attention(
     q: Tensor, cache: KVCache, batch: AttentionBatch, tiles: StepTiles, scale: float
 ) -> Tensor:
-    """[T, N, D], whose tokens may lie apart, over the cache → [T, N, D].
+    """[T, N, D] → [T, N, D]; the tokens of q need not be contiguous.
 
-    One launch for prompts; one for decodes, two where their keys are split.
+    One launch for prompts; one for decodes, two if their keys are split.
     """
     num_tokens, num_heads, head_size = q.shape
     out = torch.empty((num_tokens, num_heads, head_size), dtype=q.dtype, device=q.device)
@@ -320,7 +321,7 @@ def attention(
     if tiles.num_decodes:
         splits = _num_splits(tiles.num_decodes * num_kv_heads, tables, cache.block_size)
         partial = (tiles.num_decodes, num_heads, splits)
-        # float32 even where no part is kept: an empty tensor costs nothing.
+        # The kernel takes float32 tensors even if nothing is split; empty ones cost nothing.
         parts = q.new_empty((*partial, head_size) if splits > 1 else (0,), dtype=torch.float32)
         sums = q.new_empty((*partial, 2) if splits > 1 else (0,), dtype=torch.float32)
         is_mixed = tiles.decode_rows is not None
@@ -359,7 +360,7 @@ def attention(
 
 
 def _num_splits(num_programs: int, tables: Tensor, block_size: int) -> int:
-    """Into how many parts the keys of each sequence go: a power of two, from shapes alone."""
+    """Splits of the keys of each sequence: a power of two that follows from shapes alone."""
     most_keys = tables.shape[1] * block_size
     wanted = _PROGRAMS_PER_PROCESSOR * processors(tables.device) // num_programs
     most = min(_MOST_SPLITS, most_keys // _LEAST_SPLIT_KEYS, wanted)

@@ -1,18 +1,19 @@
-"""Products of activations with one matrix or with a bank of experts, in two ways.
+"""Products of activations with one matrix or with a bank of experts, by two sets of kernels.
 
-*few*: so few tokens that hardly two meet one expert, as in decode of small batches. No order is
-made: each pair of token and expert reads its expert through, as a sum of products; what two pairs
-share comes from the cache of the card. Reading the weights is all that takes time.
+*few*: for so few tokens that two of them rarely share an expert, as in decode of small batches.
+Pairs of token and expert are not sorted. Each pair reads the whole matrix of its expert and sums
+products; a matrix shared by two pairs comes from the card's cache. Only reading weights takes time.
 
-*grouped*: pairs in the order of experts (`routing.sort_pairs`), in tiles for the tensor cores.
+*grouped*: pairs are sorted by expert (`routing.sort_pairs`), and computed in tiles for the tensor
+cores.
 
-In both the first product ends in swiglu, and the second in what is left: few sums the weighted
-results of a token's experts itself; grouped leaves one row for each pair, rounded as the reference
-rounds it, and a third kernel sums them in the order of k.
+In both the first product ends with swiglu. The second product of *few* also sums the weighted
+results of a token's experts. In *grouped* the second product leaves one row for each pair, rounded
+as the reference rounds it, and a third kernel sums the rows in the order of k.
 
-Weights may be of 8 bits with a scale for each output (W8A16: they become 16-bit on the way), and
-activations too, with a scale for each row (W8A8: products of 8 bits). Sums of integers are exact,
-those of floats are in float32; the scales come last.
+Weights may have 8 bits with a scale for each output (W8A16: they are widened to 16 bits in the
+kernel). Activations may have 8 bits too, with a scale for each row (W8A8: products of 8 bits).
+Integer sums are exact, float sums are in float32; scales are applied last.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from moespan.ops.cuda.routing import Order, sort_pairs
 from moespan.ops.cuda.rows import gated, quantize
 from moespan.ops.cuda.tiles import tile
 
-# Tokens up to which the way is *few*.
+# Largest number of tokens for the kernels *few*.
 FEW_TOKENS = 4
-# Elements of a row that one program of the last sum takes.
+# Elements of a row that one program of the last sum handles.
 _BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight as the kernels take it: [out, in] or a bank [E, out, in].
+    """A weight as the kernels take it: one matrix [out, in] or a bank [E, out, in].
 
     Attributes:
-        scales: float32 [..., out] where `values` are int8 or float8_e4m3fn.
-        rounds_activations: whether activations are to be rounded to the dtype of `values` too.
+        scales: float32 [..., out] where `values` are int8 or float8_e4m3fn; else None.
+        rounds_activations: whether activations are rounded to the dtype of `values`.
     """
 
     values: Tensor
@@ -51,7 +52,7 @@ class Matrix:
 
     @classmethod
     def of(cls, weight: Weight) -> Matrix:
-        """Of a tensor or a `QuantizedWeight`."""
+        """From a tensor or a `QuantizedWeight`."""
         if isinstance(weight, QuantizedWeight):
             return cls(weight.values, weight.scales, weight.activation_bits == 8)
         return cls(weight, None, False)
@@ -72,7 +73,7 @@ class Matrix:
         return int(self.values.shape[0])
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [R, in] as it meets this weight: of 8 bits with a scale for each row, or as it is."""
+        """x [R, in] as this weight needs it: 8 bits with a scale for each row, or unchanged."""
         x = x.contiguous()
         return quantize(x, self.values.dtype) if self.rounds_activations else (x, None)
 
@@ -88,7 +89,7 @@ def _few_rows(
     OUTS: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """Products of some elements of one row of x and of some rows of a matrix: [N, K]."""
+    """Products of K elements of one row of x with N rows of a matrix: [N, K]."""
     mask = columns < WIDTH
     value = tl.load(x + columns, mask=mask, other=0.0).to(KIND)
     at = (start + outs)[:, None] * WIDTH + columns[None, :]
@@ -115,7 +116,7 @@ def _few_gate_up_kernel(
     HAS_SCALES: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """Some elements of swiglu(gate_up(x)) of one pair; nothing for other ranks' experts."""
+    """BLOCK_N elements of swiglu(gate_up(x)) for one pair; pairs of other ranks are skipped."""
     pair = tl.program_id(1).to(tl.int64)
     expert = pair * 0
     if HAS_IDS:
@@ -169,7 +170,7 @@ def _few_down_kernel(
     HAS_SCALES: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """Some elements of a token's output: its experts' weighted results, in the order of k."""
+    """BLOCK_N elements of a token's output: the weighted sum over its experts in order of k."""
     token = tl.program_id(1).to(tl.int64)
     outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = outs < WIDTH
@@ -214,8 +215,9 @@ def _tile_of(tiles, index, num_rows, BLOCK_M: tl.constexpr, IS_GROUPED: tl.const
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a·b. A Hopper card sums products of 8-bit floats in fewer bits than float32 has; here
-    it does so within one tile only, as DeepSeek-V3 (arXiv:2412.19437, 3.3.2) found necessary."""
+    """acc + a·b. A Hopper card sums products of 8-bit floats in fewer bits than float32 has. Here
+    only the sum within one tile does so, as DeepSeek-V3 (arXiv:2412.19437, 3.3.2) found necessary.
+    """
     depth: tl.constexpr = a.shape[1] if a.dtype == tl.float8e4nv else 0
     return tl.dot(
         a,
@@ -262,7 +264,7 @@ def _gate_up_kernel(
         token = tl.load(pairs + row, mask=is_row, other=0).to(tl.int64) // NUM_CHOSEN
     token = tl.where(is_row, token, 0)
     outs = tl.program_id(0) % num_columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows that are not there are another's: their results are not stored.
+    # Columns past the end read the first row of the matrix; their results are not stored.
     known = tl.where(outs < INNER, outs, 0)
     depth = tl.arange(0, BLOCK_K)
     left = x + token[:, None] * WIDTH + depth[None, :]
@@ -320,7 +322,7 @@ def _down_kernel(
     ROUNDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of rows times a matrix; of pairs, each row goes to the place of its pair."""
+    """A tile of rows times a matrix; a row of a grouped product is stored at its pair's place."""
     num_columns: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     index = tl.program_id(0) // num_columns
     expert, start, rows = _tile_of(tiles, index, num_rows, BLOCK_M, IS_GROUPED)
@@ -372,7 +374,8 @@ def _sum_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Weighted rows of a token's pairs, in the order of k; those of other ranks were never set."""
+    """The weighted sum of a token's pairs, in the order of k. Rows of other ranks' pairs were never
+    written, and are not read."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -413,7 +416,7 @@ def mlp(x: Tensor, gate_up: Matrix, down: Matrix, onto: Tensor | None = None) ->
 
 
 def experts(x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:
-    """As `Ops.experts`. For unquantised weights two launches for few tokens, else four or five."""
+    """`Ops.experts`. With unquantised weights two launches for few tokens, else four or five."""
     out = torch.empty_like(x)
     if not x.numel():
         return out
@@ -424,7 +427,7 @@ def experts(x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) 
     hidden = x.new_empty(physical_ids.numel(), down.in_width)
     if len(x) <= FEW_TOKENS:
         if down.rounds_activations:
-            hidden.zero_()  # rows of other ranks' experts are rounded too
+            hidden.zero_()  # rows of other ranks' pairs, never written, are rounded too
         _few_gate_up(values, scales, physical_ids, gate_up, hidden, first, num_chosen)
         values, scales = down.activations(hidden)
         _few_down(values, scales, physical_ids, weights, down, None, out, first)
@@ -584,11 +587,11 @@ def _down(
 
 
 def _fitting(sizes: dict[str, int], in_width: int) -> dict[str, int]:
-    """A row that is shorter than BLOCK_K is read in one short piece."""
+    """`sizes`, with BLOCK_K reduced for rows that are shorter."""
     short = triton.next_power_of_2(in_width)
     return {**sizes, "BLOCK_K": min(sizes["BLOCK_K"], short)}
 
 
 def _precision(x: Tensor) -> str:
-    """float32 means float32; the argument says nothing of other types."""
+    """`input_precision` of tl.dot: exact for float32, without effect on other dtypes."""
     return "ieee" if x.dtype == torch.float32 else "tf32"

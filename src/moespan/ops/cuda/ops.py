@@ -1,16 +1,12 @@
-"""Operations for CUDA GPUs: Triton kernels of our own, and cuBLAS for what is one dense product.
+"""The operations on CUDA GPUs: Triton kernels, and cuBLAS for single dense products.
 
-What is particular here:
-
-- No operation waits for the device or asks it for a number, and launches depend on shapes alone:
-  in decode all of a step can be recorded as one CUDA graph. Lengths, tables and slots are read on
-  the device, so that a replay needs no word from the host.
-- Sums have a fixed order: what a batch computes is the same in every run. It does depend, within
-  rounding, on the number of tokens, as kernels for few and for many differ.
-- Weights may be `QuantizedWeight`s, as they lie in the checkpoint; an 8-bit cache likewise. 8-bit
-  floats are for weights and activations, on cards whose tensor cores take them.
-
-The kernels are in `moespan.ops.cuda`, which says how they work.
+- No operation waits for the device or reads a number from it, and launches depend on shapes alone.
+  A decode step can therefore be recorded as one CUDA graph. Lengths, tables and slots are read on
+  the device, so that a replay needs nothing from the host.
+- Sums have a fixed order: a batch gives the same results in every run. Results do depend, within
+  rounding, on the number of tokens, because kernels for few and for many tokens differ.
+- Weights may be `QuantizedWeight`s in the layout of the checkpoint, and caches may be int8. 8-bit
+  floats serve for weights and activations, on cards whose tensor cores take them.
 """
 
 from __future__ import annotations
@@ -30,7 +26,7 @@ from moespan.ops.cuda.matmul import Matrix
 from moespan.ops.reference import ReferenceOps
 from moespan.parallel.mesh import Axis
 
-# From which on there are instructions for float8_e4m3fn (PTX ISA, `cvt` and `mma`).
+# First compute capability with instructions for float8_e4m3fn (PTX ISA, `cvt` and `mma`).
 _FLOAT8_CAPABILITY = (8, 9)
 
 
@@ -43,9 +39,9 @@ class CudaOps(ReferenceOps):
         self.quantizations = ("int8", "w8a8", "fp8")
         if torch.cuda.is_available() and torch.cuda.get_device_capability() < _FLOAT8_CAPABILITY:
             self.quantizations = ("int8", "w8a8")
-        # Of the step that runs: its layers share them.
+        # The tiles of the current step, shared by its layers.
         self._tiles: attention.StepTiles | None = None
-        # All graphs share their memory: they never run at the same time.
+        # Graphs never run at the same time, so they share memory.
         self._graph_pool: Any = None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -59,14 +55,14 @@ class CudaOps(ReferenceOps):
         return rows.add_rms_norm(x, residual, weight, eps)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """[T, in], [out, in] → [T, out]; by cuBLAS unless the weight is quantised."""
+        """[T, in], [out, in] → [T, out]; through cuBLAS unless the weight is quantised."""
         if not isinstance(weight, QuantizedWeight):
             return F.linear(x, weight, bias)
         onto = None if bias is None else bias.expand(len(x), -1).contiguous()
         return matmul.linear(x, Matrix.of(weight), onto)
 
     def rope(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, N + 2·KV, D], float32 [T, D/2] twice → [T, N, D], [T, KV, D] twice, parts of qkv."""
+        """[T, N + 2·KV, D] → q [T, N, D], k and v [T, KV, D], as views of qkv."""
         return rows.rope(qkv, rotation)
 
     def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
@@ -76,11 +72,11 @@ class CudaOps(ReferenceOps):
     def rope_to_cache(
         self, qkv: Tensor, rotation: Rotation, cache: KVCache, slots: Tensor
     ) -> Tensor:
-        """[T, N + 2·KV, D] → q [T, N, D], a part of it; keys and values go straight to `slots`."""
+        """[T, N + 2·KV, D] → q [T, N, D], a view of qkv; one kernel rotates and fills the cache."""
         return rows.rope(qkv, rotation, cache, slots)[0]
 
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
-        """[T, N, D] over the cache → [T, N, D]: prompts in tiles, decodes split over their keys."""
+        """[T, N, D] → [T, N, D]: prompts in tiles of queries, decodes split over their keys."""
         if not q.numel():
             return q
         if self._tiles is None or self._tiles.batch is not batch:
@@ -105,7 +101,7 @@ class CudaOps(ReferenceOps):
         module: str,
         plus: Tensor | None = None,
     ) -> Tensor:
-        """[T, H] replicated over `axis` → the same; adding `plus` is part of the last product."""
+        """[T, H] → [T, H], replicated over `axis`; the last product also adds `plus`."""
         return axis.all_reduce(self._mlp(x, gate_up, down, plus), module)
 
     def route(
@@ -119,15 +115,15 @@ class CudaOps(ReferenceOps):
         return matmul.experts(x, weights, physical_ids, bank)
 
     def record(self, run: Callable[[], object]) -> Replay:
-        """Record what `run` does; all lengths that it reads are on the device."""
+        """Record the work of `run`, which reads all lengths on the device."""
         if self._graph_pool is None:
             self._graph_pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # A graph of an engine that is gone must not be collected while this one is recorded.
+        # The graph of a discarded engine must not be collected while this one is recorded.
         gc.collect()
         gc.disable()
         try:
-            # What other threads do meanwhile, such as watching NCCL, is not part of it.
+            # Work of other threads, such as the NCCL watchdog, is not recorded.
             with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                 run()
         finally:

@@ -1,8 +1,9 @@
-"""The router, and the order in which the experts see the tokens.
+"""The router, and the sorting of pairs of token and expert.
 
-Pair p = token · K + k is a token with the k-th of its chosen experts. The grouped products want
-pairs of one expert next to each other, in tiles of BLOCK_M rows: a counting sort on the device,
-whose launches depend on the number of pairs alone. It is stable, so that results never change.
+Pair p = token · K + k is a token with the k-th of its chosen experts. The grouped products need the
+pairs of one expert next to each other, in tiles of BLOCK_M rows. A counting sort on the device
+makes this order. Its launches depend on the number of pairs alone, and it is stable, so that
+results are the same in every run.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tokens up to which the router reads its matrix through for each: few, as in decode.
+# Largest number of tokens for which each token reads the whole matrix of the router, as in decode.
 _FEW_TOKENS = 32
-# Elements of the largest table of pairs and experts that a program keeps: alone, or one of many.
+# Elements of the largest table of pairs × experts that a program keeps: a single one, one of many.
 _LONE_TABLE, _SHARED_TABLE = 16384, 8192
 
 
@@ -31,7 +32,7 @@ def _logits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """float32 throughout: some experts' logits of one token."""
+    """Logits of BLOCK_N experts for one token, in float32 throughout."""
     token = tl.program_id(1).to(tl.int64)
     experts = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -62,7 +63,7 @@ def _choose_kernel(
     CHOSEN: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):
-    """Softmax over all experts and the largest of it; of equal ones, the first."""
+    """Softmax over all experts, and its largest values; the first of equal ones comes first."""
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     expert = tl.arange(0, EXPERTS)
     place = tl.arange(0, CHOSEN)
@@ -137,7 +138,8 @@ def _one_hot(
     CHUNK: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """This program's pairs, and which of this rank's experts each is of: int32 [CHUNK, EXPERTS]."""
+    """The pairs of this program, whether each is of this rank, and one-hot int32 [CHUNK, EXPERTS]
+    of its expert."""
     pairs = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     is_pair = pairs < num_pairs
     expert = tl.load(physical_ids + pairs, mask=is_pair, other=0).to(tl.int32) - first
@@ -156,7 +158,7 @@ def _count_kernel(
     CHUNK: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """How many pairs of this chunk each expert has."""
+    """The number of pairs of each expert in this chunk."""
     _, _, hot = _one_hot(physical_ids, num_pairs, first, NUM_EXPERTS, CHUNK, EXPERTS)
     tl.store(counts + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS), tl.sum(hot, 0))
 
@@ -178,7 +180,7 @@ def _order_kernel(
     TILES: tl.constexpr,
     IS_ALONE: tl.constexpr,
 ):
-    """Where this chunk's pairs go, and this program's part of the table of tiles."""
+    """Writes this chunk's pairs to their sorted places, and a part of the table of tiles."""
     chunk = tl.program_id(0)
     lane = tl.arange(0, EXPERTS)
     pairs, is_here, hot = _one_hot(physical_ids, num_pairs, first, NUM_EXPERTS, CHUNK, EXPERTS)
@@ -216,12 +218,12 @@ def _order_kernel(
 
 @dataclass(frozen=True)
 class Order:
-    """Pairs in the order of this rank's experts.
+    """Pairs sorted by expert of this rank.
 
     Attributes:
-        pairs: int32 [P]; only the first ones, as many as there are pairs of this rank, are set.
-        tiles: int32 [tiles, 3]: expert, first place in `pairs`, rows; those that are not needed
-            have no rows. How many there are follows from shapes: as many as could be needed.
+        pairs: int32 [P]. The first ones are the pairs of this rank; the others are not set.
+        tiles: int32 [tiles, 3]: expert, first place in `pairs`, rows. Their number is the most that
+            these shapes could need; unneeded tiles have 0 rows.
         block_m: most rows of a tile.
     """
 
@@ -231,14 +233,14 @@ class Order:
 
 
 def most_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
-    """Tiles that so many pairs can fill: each expert with a pair has one that is not full."""
+    """Most tiles that `num_pairs` pairs can need: each expert may have one that is not full."""
     return num_pairs // block_m + min(num_experts, num_pairs)
 
 
 def sort_pairs(physical_ids: Tensor, first: int, num_experts: int, block_m: int) -> Order:
-    """Sort `physical_ids`, integers [T, K], of this rank's experts `first` and on.
+    """Sort the pairs of `physical_ids`, integers [T, K], whose experts this rank holds.
 
-    One launch for few pairs, else two.
+    It holds `num_experts` experts from `first` on. One launch for few pairs, else two.
     """
     num_pairs = physical_ids.numel()
     experts = triton.next_power_of_2(num_experts)

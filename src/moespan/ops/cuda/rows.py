@@ -1,4 +1,4 @@
-"""Kernels that treat each token by itself: norms, swiglu, rotary embedding, cache, 8 bits."""
+"""Kernels on single tokens: norms, swiglu, rotary embedding, cache writes, rounding to 8 bits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from moespan.checkpoint.rounding import MOST
 from moespan.ops.base import KVCache, Rotation
 
-# Elements of a row that one program of an elementwise kernel takes.
+# Elements of a row that one program of an elementwise kernel handles.
 _BLOCK = 1024
-# Heads that one program rotates: enough of them that a single token occupies several processors.
+# Heads that one program rotates: so few that a single token occupies several multiprocessors.
 _HEADS = 8
-# Adding this to a float32 below 2^22, and taking it away, rounds it to an integer, half to even.
+# Adding and then subtracting this rounds a float32 below 2^22 to an integer, half to even.
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)
 
 
@@ -30,7 +30,7 @@ def _norm_kernel(
     BLOCK: tl.constexpr,
     ADDS: tl.constexpr,
 ):
-    """One row: float32 inside, rounded to the activations' dtype before it is scaled."""
+    """One row, computed in float32 and rounded to the activations' dtype before scaling."""
     start = tl.program_id(0).to(tl.int64) * WIDTH
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
@@ -80,7 +80,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
 
 @triton.jit
 def gated(gate, up, dtype: tl.constexpr):
-    """silu(gate) · up of float32, rounded to `dtype` where the reference rounds; of that dtype."""
+    """silu(gate) · up from float32, in `dtype`; rounds at the same points as the reference."""
     gate = gate.to(dtype).to(tl.float32)
     gate = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
     return (gate * up.to(dtype).to(tl.float32)).to(dtype)
@@ -110,20 +110,20 @@ def swiglu(x: Tensor) -> Tensor:
 
 @triton.jit
 def _magnitude(x):
-    """|x|, and infinity for what is no number, which a maximum would pass over."""
+    """|x|, and infinity for NaN, which a maximum would ignore."""
     return tl.where(x == x, tl.abs(x), float("inf"))
 
 
 @triton.jit
 def _quotients(x, scale):
-    """x / scale; as it is where that is no number."""
+    """x / scale; x itself where scale is zero, infinite or NaN."""
     return x / tl.where((scale > 0) & (scale < float("inf")), scale, 1.0)
 
 
 @triton.jit
 def _integers(x, scale):
-    """x / scale, rounded half to even. Where the scale is not finite it is what shows; then, and in
-    rows that nobody has set, the integers are 0."""
+    """x / scale, rounded half to even. Quotients beyond ±127 become 0: those of rows whose scale is
+    not finite, where the scale carries the error, and of rows that were never written."""
     rounded = (_quotients(x, scale) + _ROUNDER) - _ROUNDER
     return tl.where(tl.abs(rounded) <= 127, rounded, 0.0)
 
@@ -142,7 +142,7 @@ def _store_heads(
     HALF: tl.constexpr,
     IS_INT8: tl.constexpr,
 ):
-    """Both halves of some heads of one token, float32 [heads, HALF] each, to their slot."""
+    """Stores heads of one token at its slot; the halves of the heads are float32 [heads, HALF]."""
     at = tl.arange(0, HALF)
     place = slot * NUM_KV_HEADS + heads
     to = cache + place[:, None] * (2 * HALF_SIZE) + at[None, :]
@@ -175,7 +175,7 @@ def _rope_kernel(
     TO_CACHE: tl.constexpr,
     IS_INT8: tl.constexpr,
 ):
-    """Some heads of one token, rotated in place or, keys and values, stored in the cache."""
+    """HEADS heads of one token, rotated in place; with TO_CACHE, k and v go to the cache."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     at = tl.arange(0, HALF)
@@ -188,18 +188,18 @@ def _rope_kernel(
     c = tl.load(cos + token * HALF_SIZE + at, mask=in_half, other=0.0)[None, :]
     s = tl.load(sin + token * HALF_SIZE + at, mask=in_half, other=0.0)[None, :]
     is_rotated = heads < NUM_HEADS + NUM_KV_HEADS
-    turned_first = tl.where(is_rotated[:, None], first * c - second * s, first)
-    turned_second = tl.where(is_rotated[:, None], second * c + first * s, second)
-    # As if rounded on the way to the cache: an int8 cache holds what a rounded key gives.
-    turned_first = turned_first.to(qkv.dtype.element_ty)
-    turned_second = turned_second.to(qkv.dtype.element_ty)
+    rotated_first = tl.where(is_rotated[:, None], first * c - second * s, first)
+    rotated_second = tl.where(is_rotated[:, None], second * c + first * s, second)
+    # Rounded first to the activations' dtype, as if stored, and only then to int8.
+    rotated_first = rotated_first.to(qkv.dtype.element_ty)
+    rotated_second = rotated_second.to(qkv.dtype.element_ty)
     in_place = heads < NUM_HEADS if TO_CACHE else is_rotated
-    tl.store(whole, turned_first, mask=mask & in_place[:, None])
-    tl.store(whole + HALF_SIZE, turned_second, mask=mask & in_place[:, None])
+    tl.store(whole, rotated_first, mask=mask & in_place[:, None])
+    tl.store(whole + HALF_SIZE, rotated_second, mask=mask & in_place[:, None])
     if TO_CACHE:
         slot = tl.load(slots + token).to(tl.int64)
-        first = turned_first.to(tl.float32)
-        second = turned_second.to(tl.float32)
+        first = rotated_first.to(tl.float32)
+        second = rotated_second.to(tl.float32)
         _store_heads(
             first, second, keys, key_scales, slot, heads - NUM_HEADS,
             (heads >= NUM_HEADS) & is_rotated, NUM_KV_HEADS, HALF_SIZE, HALF, IS_INT8,
@@ -216,10 +216,9 @@ def rope(
     cache: KVCache | None = None,
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, N + 2·KV, D], float32 [T, D/2] twice → views of it, [T, N, D], [T, KV, D] twice.
+    """[T, N + 2·KV, D] → q [T, N, D], k and v [T, KV, D], as views of qkv. One launch.
 
-    With a cache, keys and values go to their `slots` there, and the views of them are as they were.
-    One launch.
+    With a cache, rotated keys and values are stored at `slots` there, and k and v stay unrotated.
     """
     qkv = qkv.contiguous()
     num_heads, num_kv_heads = rotation.num_heads, rotation.num_kv_heads
@@ -286,7 +285,7 @@ def _write_cache_kernel(
 
 
 def write_cache(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-    """Store k, v [T, KV, D], whose tokens may lie apart, at `slots`. One launch."""
+    """Store k, v [T, KV, D] at `slots`; their tokens need not be contiguous. One launch."""
     if not k.numel():
         return
     num_tokens, num_kv_heads, head_size = k.shape
@@ -335,7 +334,7 @@ def _quantize_kernel(
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[R, W] → `dtype` (int8 or float8_e4m3fn) [R, W] and float32 [R], as `round_rows`."""
+    """`round_rows`: [R, W] → `dtype` (int8 or float8_e4m3fn) [R, W] and float32 [R]. One launch."""
     values = torch.empty_like(x, dtype=dtype)
     scales = x.new_empty(len(x), dtype=torch.float32)
     if x.numel():

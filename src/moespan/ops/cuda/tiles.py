@@ -1,9 +1,9 @@
-"""The sizes in which the matmul kernels work: a table, read from `tiles.json`.
+"""The tile sizes of the matmul kernels: a table, read from `tiles.json`.
 
-The file maps a card (a part of its name; `any` for all others) to kernels, and each kernel to rows
-of the table, by the number of rows of activations that meet one matrix: the first row whose `rows`
-is not smaller is taken. Under `shapes`, tables of one shape come before the general one.
-`benchmarks/tune_moe.py` finds them on a card and writes them; those of `any` are estimates.
+The file maps a card (a part of its name; `any` for all others) to kernels, and each kernel to a
+list of entries. An entry applies to up to `rows` rows of activations per matrix; the first that
+applies is taken, or else the last. Lists for single shapes, under `shapes`, take precedence.
+`benchmarks/tune_moe.py` measures and writes them on a card; the entries of `any` are estimates.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 Tile = dict[str, int]
-"""BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages: what a kernel is launched with."""
+"""The launch sizes of a kernel: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages."""
 
-# As many as an H100 has: what shapes are cut for where there is no card to ask.
+# Multiprocessors of an H100, assumed where there is no card.
 _PROCESSORS_ELSEWHERE = 132
 
 
@@ -43,7 +43,7 @@ def _table() -> dict[str, Any]:
 
 
 def shape_key(kernel: str, out_width: int, in_width: int, weight_dtype: torch.dtype) -> str:
-    """How `tiles.json` calls one shape of one kernel."""
+    """The key in `tiles.json` of one shape of one kernel."""
     return f"{kernel} {out_width}x{in_width} {str(weight_dtype).removeprefix('torch.')}"
 
 
@@ -55,10 +55,10 @@ def tile(
     weight_dtype: torch.dtype,
     device: torch.device,
 ) -> Tile:
-    """What `kernel` is launched with.
+    """The launch sizes of `kernel`.
 
     Args:
-        rows: of activations that meet one matrix of `weight_dtype` [out, in], on average.
+        rows: rows of activations per matrix of `weight_dtype` [out, in], on average.
     """
     return dict(_choose(kernel, _bucket(rows), out_width, in_width, weight_dtype, device))
 
@@ -85,6 +85,6 @@ def _choose(
     entry = next((entry for entry in entries if entry["rows"] >= rows), entries[-1])
     chosen = {name: value for name, value in entry.items() if name != "rows"}
     if weight_dtype == torch.float32:
-        # Twice the bytes: half of them at a time, so that they fit on the chip.
+        # Elements are twice as large: half as many fit into shared memory.
         chosen["BLOCK_K"] = max(16, chosen["BLOCK_K"] // 2)
     return chosen

@@ -1,23 +1,21 @@
-"""Operations for Ascend NPUs, through the fused operators of torch_npu.
+"""The operations on Ascend NPUs, through the fused operators of torch_npu.
 
-What is particular here:
-
-- Calls name every argument whose default changed between releases of torch_npu, and ask an
-  operator's schema, never a version, for what only some of them have.
-- Attention (`npu_fused_infer_attention_score`) takes 16-bit types and heads of 128. Anything else
-  goes through plain torch, which is said once; float32 does, for comparing with a reference.
-- Norms round once, after scaling, where the reference rounds before it too. Cosines and sines are
-  of the activations' dtype. Experts' outputs are rounded to it before they are weighted and summed,
-  both in float32. All of it is within the rounding of the 16-bit types.
-- Matrices of integers take the operators that `moespan.ops.npu.integers` lists. In float32 they are
-  multiplied out first: that, too, is for comparing.
-- A cache of integers is attended in place by sequences of one query only. For the others the kernel
-  takes no such cache, so that what they read of it is multiplied out before.
+- Calls name every argument whose default changed between releases of torch_npu. Features that only
+  some releases have are looked up in the operator's schema, never by version.
+- Attention (`npu_fused_infer_attention_score`) takes 16-bit types and heads of 128. Everything else
+  runs in plain torch, with one notice. So does float32, which serves to compare with a reference.
+- Norms round once, after scaling; the reference rounds before scaling too. Cosines and sines have
+  the activations' dtype. Outputs of experts are rounded to that dtype, then weighted and summed in
+  float32. All of this is within the rounding of the 16-bit types.
+- Matrices of integers use the operators that `moespan.ops.npu.integers` lists. For float32, which
+  again serves to compare, they are dequantised first.
+- Only sequences of one query token attend to an int8 cache in place. The kernel takes no int8 cache
+  for longer queries, so the blocks that these read are dequantised first.
 - Nothing waits for the device.
-- Options (`EngineConfig.npu_*`) are off unless asked for: nobody has measured them for this model.
+- Options (`EngineConfig.npu_*`) are off by default: nobody has measured them for this model.
 
-An Ascend 310P has no bfloat16, which is refused, as integers are, and lacks the operators of
-attention, cache and router, so that it takes the plain ones.
+An Ascend 310P has no bfloat16 and takes no integers; both are refused. It lacks the operators of
+attention, cache and router, and uses plain torch for them.
 """
 
 from __future__ import annotations
@@ -38,25 +36,25 @@ from moespan.log import once
 from moespan.memory import zeros
 from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Replay, Rotation, Weight
 from moespan.ops.npu.integers import IntegerMatrix
-from moespan.ops.reference import ReferenceOps, gather, multiplied_out
+from moespan.ops.reference import ReferenceOps, dequantized, gather
 from moespan.parallel.mesh import Axis
 
 _ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
 _ATTENTION_HEAD_SIZE = 128
 _ROTARY_HEAD_SIZES = (64, 128)
-# The causal mask of any lengths, as the attention kernel wants it: its corner of 2048 × 2048.
+# The attention kernel takes a corner of 2048 × 2048 of the causal mask, for any lengths.
 _MASK_SIZE = 2048
-# Blocks' sizes that the attention kernel takes: of a step and up to; of 16-bit types, of integers.
+# Block sizes of the attention kernel, (multiple, most): for 16-bit types, and for integers.
 _FLOAT_BLOCKS, _INTEGER_BLOCKS = (16, 1024), (32, 512)
-# A scale for each token and head, in blocks as the cache is.
+# Mode of the kernel's scales: one for each token and head, in blocks like the cache.
 _PER_TOKEN_AND_HEAD = 5
-# Blocks of integers are multiplied out for as many sequences as keep the result this small.
+# Most bytes of blocks that are dequantised at a time.
 _GATHER_BYTES = 64 << 20
 _FEWEST_COUNTED_ROWS = 4096
-# Names of chips in what a device calls itself.
+# Part of a device's name → chip.
 _CHIPS = {"910B": "910B", "910_93": "910C", "310P": "310P"}
 _FRACTAL_NZ = 29
-# What stays in rows: looked up, added, multiplied elementwise, or float32.
+# Parameters that stay in rows: they are looked up, added, multiplied elementwise, or float32.
 _NEVER_TILED = ("embed", "norm", "router", "bias")
 
 
@@ -68,11 +66,12 @@ class NpuOps(ReferenceOps):
     def __init__(
         self, soc: str | None = None, fused_all_reduce_rows: int = 0, weight_format: str = "nd"
     ) -> None:
-        """Use what `soc` has; None is the device that is there.
+        """Choose the operators that `soc` has.
 
         Args:
-            fused_all_reduce_rows: from how many rows on a matmul takes its all-reduce along; 0 is
-                never.
+            soc: name of the system on chip; None asks the device.
+            fused_all_reduce_rows: from this many rows on, one operator does a matmul and its
+                all-reduce; 0 means never.
             weight_format: `nd`, or `nz` for matrices in tiles.
         """
         import torch_npu  # type: ignore[import-not-found,unused-ignore]
@@ -87,18 +86,19 @@ class NpuOps(ReferenceOps):
         self._is_tiled = weight_format == "nz"
         if self._is_tiled:
             torch_npu.npu.config.allow_internal_format = True
-        self._counts_are_ends = self._is_310p  # whatever is asked for
+        # A 310P gives running sums of the experts' rows instead of counts, in any mode.
+        self._counts_are_ends = self._is_310p
         schema = str(torch.ops.npu.npu_scatter_pa_kv_cache.default._schema)
         self._cache_mode = {"cache_mode": "Norm"} if "cache_mode" in schema else {}
-        # Recorded graphs hold the addresses of constants, so that these are never freed.
+        # Recorded graphs hold the addresses of these constants, so they are never freed.
         self._masks: dict[torch.device, Tensor] = {}
         self._row_numbers: list[Tensor] = []
-        # All graphs share their memory: they never run at the same time.
+        # Graphs never run at the same time, so they share memory.
         self._graph_pool: Any = None
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
-        """Experts' matrices become [E, in, out], which grouped matmuls read; others stay as they
-        are. Either may be in tiles."""
+        """Matrices of experts as [E, in, out], which grouped matmuls read; other parameters
+        unchanged. With `nz` all matrices are in tiles."""
         if isinstance(weight, QuantizedWeight):
             return self._prepare_integers(name, weight)
         if self._is_310p and weight.dtype == torch.bfloat16:
@@ -112,7 +112,7 @@ class NpuOps(ReferenceOps):
     def new_cache(
         self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """The scales of integers lie in memory as the attention kernel reads them."""
+        """As `KVCache.zeros`, with scales of int8 in the memory order of the attention kernel."""
         cache = super().new_cache(shape, dtype, device)
         if not cache.is_quantized:
             return cache
@@ -167,19 +167,20 @@ class NpuOps(ReferenceOps):
         return normed, total
 
     def rotary_table(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """float32 [P, D/2] twice → of `dtype`, [P, 1, D] twice, where the kernel takes D."""
+        """float32 [P, D/2] twice → [P, 1, D] twice in `dtype`, if the kernel takes D; else
+        unchanged."""
         if 2 * cos.shape[-1] not in _ROTARY_HEAD_SIZES:
             return cos, sin
         whole = (torch.cat([half, half], -1)[:, None].to(dtype) for half in (cos, sin))
         return next(whole), next(whole)
 
     def rope(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, N + 2·KV, D], rows of the table → [T, N, D], [T, KV, D] twice, all contiguous."""
+        """[T, N + 2·KV, D] → q [T, N, D], k and v [T, KV, D], all contiguous."""
         if qkv.shape[-1] not in _ROTARY_HEAD_SIZES:
             q, k, v = super().rope(qkv, rotation)
             return q.contiguous(), k.contiguous(), v.contiguous()
         num_heads, num_kv_heads = rotation.num_heads, rotation.num_kv_heads
-        # The kernel writes into q and k, whatever its schema says.
+        # The kernel writes into q and k, although its schema does not say so.
         if num_heads == num_kv_heads:
             q, k, v = qkv.unflatten(1, (3, num_heads)).transpose(0, 1).contiguous()
         else:
@@ -206,7 +207,7 @@ class NpuOps(ReferenceOps):
         )
 
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
-        """[T, N, D] over the cache [B, block size, KV, D] → [T, N, D]."""
+        """[T, N, D] → [T, N, D]."""
         if not q.numel():
             return q
         if not self._has_attention(q, cache):
@@ -261,8 +262,9 @@ class NpuOps(ReferenceOps):
         else:
             results = self._mlp_of_each(rows, gate_up, down, sizes)
         if not is_whole:
-            # Rows after those of this rank are whatever was in memory. If another rank's expert is
-            # among the chosen, there is one at the end: its zeros are what that expert adds here.
+            # Rows after those of this rank hold whatever was in memory, and are set to zero. Pairs
+            # of other ranks have index -1, which becomes the last row. If there is such a pair, the
+            # last row is one of these zero rows.
             num_rows = sizes[-1] if self._counts_are_ends else sizes.sum()
             results.masked_fill_(self._numbered(len(rows), x.device) >= num_rows, 0)
             row_of = row_of.remainder(len(rows))  # -1 → the last
@@ -302,7 +304,7 @@ class NpuOps(ReferenceOps):
         return out
 
     def record(self, run: Callable[[], object]) -> Replay:
-        """Record what `run` does; replaying it gives the attention kernels their lengths anew."""
+        """Record the work of `run`. A replay gives the attention kernels their new lengths."""
         if self._graph_pool is None:
             self._graph_pool = self._npu.npu.graph_pool_handle()
         return _Graph(run, self._graph_pool)
@@ -313,7 +315,7 @@ class NpuOps(ReferenceOps):
             return matrix
         if not matrix.rounds:
             raise ConfigError(
-                f"npu_weight_format=nz: {name} is of 8-bit integers for activations of 16 bits, "
+                f"npu_weight_format=nz: {name} has 8-bit integers for activations of 16 bits, "
                 "whose operator takes rows only; leave it out, or use --quantization w8a8 on a "
                 "checkpoint of floats"
             )
@@ -336,7 +338,7 @@ class NpuOps(ReferenceOps):
         return values, scales
 
     def _has_attention(self, q: Tensor, cache: KVCache) -> bool:
-        """Whether the attention kernel takes them; says so once where it does not."""
+        """Whether the attention kernel takes q and the cache; if not, says so once."""
         step, most = _INTEGER_BLOCKS if cache.is_quantized else _FLOAT_BLOCKS
         if (
             q.dtype in _ATTENTION_DTYPES
@@ -347,10 +349,9 @@ class NpuOps(ReferenceOps):
         ):
             return True
         once(
-            f"attention goes through plain torch, and is slow: the kernel takes float16 and "
-            f"bfloat16, heads of 128 and blocks of {step} to {most} tokens, in steps of {step}, on "
-            f"A2 and A3, not {q.dtype}, heads of {q.shape[-1]} and blocks of {cache.block_size} on "
-            f"{self._soc}"
+            f"attention runs in plain torch, which is slow: the kernel takes float16 and bfloat16, "
+            f"heads of 128 and blocks of {step} to {most} tokens in steps of {step}, on A2 and A3, "
+            f"not {q.dtype}, heads of {q.shape[-1]} and blocks of {cache.block_size} on {self._soc}"
         )
         return False
 
@@ -363,7 +364,7 @@ class NpuOps(ReferenceOps):
         total_lens: list[int],
         scale: float,
     ) -> Tensor:
-        """Over a cache of q's dtype."""
+        """Attention of q [T, N, D] over a cache of q's dtype → [T, N, D]."""
         return self._infer_attention(
             q,
             cache,
@@ -383,46 +384,47 @@ class NpuOps(ReferenceOps):
         tables: Tensor,
         total_lens: list[int],
         scale: float,
-        **how: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        """The operator on a paged cache; q [..., N, D], as `input_layout` has it."""
+        """The operator on a paged cache; q [..., N, D], in the order that `input_layout` names."""
         out: Tensor = self._npu.npu_fused_infer_attention_score(
             q.contiguous(),
             cache.keys.flatten(2),
             cache.values.flatten(2),
-            # Of a paged cache these are lengths of sequences, not their running sum.
+            # For a paged cache these are lengths of sequences, not running sums.
             actual_seq_lengths_kv=total_lens,
             block_table=tables,
             num_heads=q.shape[-2],
             num_key_value_heads=cache.keys.shape[2],
             scale=scale,
             block_size=cache.block_size,
-            **how,
+            **kwargs,
         )[0]
         return out
 
     def _attention_over_integers(
         self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float
     ) -> Tensor:
-        """[T, N, D] → [T, N, D]: sequences of one query in place, the others multiplied out."""
+        """[T, N, D] → [T, N, D]: sequences of one query token read the int8 cache in place; for
+        others the blocks that they read are dequantised."""
         block_bytes = 2 * cache.keys[0].numel() * q.element_size()
         outs, row = [], 0
-        for some, width in _neighbours(batch, cache.block_size, _GATHER_BYTES // block_bytes):
-            ends = list(accumulate(batch.query_lens[some]))
+        for run, width in _runs(batch, cache.block_size, _GATHER_BYTES // block_bytes):
+            ends = list(accumulate(batch.query_lens[run]))
             queries = q[row : row + ends[-1]]
             row += ends[-1]
-            tables, total_lens = batch.block_tables[some], batch.total_lens[some]
+            tables, total_lens = batch.block_tables[run], batch.total_lens[run]
             if ends[-1] == len(ends):
                 outs.append(self._decode_integers(queries, cache, tables, total_lens, scale))
             else:
-                floats, places = _blocks_in_floats(cache, tables[:, :width], q.dtype)
-                outs.append(self._attend(queries, floats, places, ends, total_lens, scale))
+                floats, float_tables = _dequantized_blocks(cache, tables[:, :width], q.dtype)
+                outs.append(self._attend(queries, floats, float_tables, ends, total_lens, scale))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _decode_integers(
         self, q: Tensor, cache: KVCache, tables: Tensor, total_lens: list[int], scale: float
     ) -> Tensor:
-        """One token of each sequence, [S, N, D] → [S, N, D]."""
+        """One token of each sequence, [S, N, D] → [S, N, D], over an int8 cache."""
         assert cache.key_scales is not None and cache.value_scales is not None
         return self._infer_attention(
             q[:, None],
@@ -431,7 +433,7 @@ class NpuOps(ReferenceOps):
             total_lens,
             scale,
             input_layout="BSND",
-            # As they lie, of a cache of `new_cache`.
+            # No copy: `new_cache` lays the scales out in this order.
             key_antiquant_scale=cache.key_scales.transpose(1, 2).contiguous(),
             value_antiquant_scale=cache.value_scales.transpose(1, 2).contiguous(),
             key_antiquant_mode=_PER_TOKEN_AND_HEAD,
@@ -439,14 +441,16 @@ class NpuOps(ReferenceOps):
         )[:, 0]
 
     def _is_fused(self, x: Tensor, axis: Axis) -> bool:
-        """Whether an all-reduce over `axis` after a matmul of so many rows goes into its operator,
-        which is for prefill (`moespan.parallel.fused` has its other limits)."""
+        """Whether one operator does the matmul of x and its all-reduce over `axis`.
+
+        The operator is for prefill; `moespan.parallel.fused` states its other limits.
+        """
         return axis.size > 1 and 0 < self._fused_rows <= len(x)
 
     def _matmul_all_reduce(
         self, x: Tensor, weight: Tensor, axis: Axis, module: str, plus: Tensor | None = None
     ) -> Tensor:
-        """Σ over `axis` of x·Wᵀ + plus: [T, in], [out, in], [T, out] → [T, out]."""
+        """Σ over `axis` of x·Wᵀ + plus: x [T, in], W [out, in], plus [T, out] → [T, out]."""
         sent_bytes = len(x) * len(weight) * x.element_size()
         axis.count_in_kernel("all_reduce", module, sent_bytes)
         out: Tensor = self._npu.npu_mm_all_reduce_base(
@@ -455,7 +459,8 @@ class NpuOps(ReferenceOps):
         return out
 
     def _mlp_of_each(self, rows: Tensor, gate_up: Weight, down: Weight, sizes: Tensor) -> Tensor:
-        """Rows [R, H] in the order of experts, `sizes` for each → [R, H]; others are not set."""
+        """Rows [R, H] sorted by expert → [R, H]. `sizes` has the rows of each expert; rows after
+        them are not set."""
         hidden = self.swiglu(self._product_of_each(rows, gate_up, sizes))
         return self._product_of_each(hidden, down, sizes)
 
@@ -468,7 +473,7 @@ class NpuOps(ReferenceOps):
         sizes: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        """The same of int8 [R, H] with float32 [R] → [R, H] of `dtype`."""
+        """`_mlp_of_each` of int8 rows [R, H] with scales float32 [R] → [R, H] of `dtype`."""
         if gate_up.has_swiglu:
             sums = self._grouped_matmul(rows, gate_up.values, sizes, output_dtype=torch.int32)
             hidden, hidden_scales = self._npu.npu_dequant_swiglu_quant(
@@ -477,26 +482,27 @@ class NpuOps(ReferenceOps):
                 activation_scale=row_scales[:, None],
                 group_index=sizes,
                 activate_left=True,
-                quant_mode=1,  # of each row anew
+                quant_mode=1,  # a new scale for each row
             )
         else:
-            told = gate_up.of_integers(row_scales, dtype)
-            gated = self.swiglu(self._grouped_matmul(rows, gate_up.values, sizes, **told))
+            kwargs = gate_up.kwargs_for_integers(row_scales, dtype)
+            gated = self.swiglu(self._grouped_matmul(rows, gate_up.values, sizes, **kwargs))
             hidden, hidden_scales = self._npu.npu_dynamic_quant(gated)
-        told = down.of_integers(hidden_scales, dtype)
-        return self._grouped_matmul(hidden, down.values, sizes, **told)
+        kwargs = down.kwargs_for_integers(hidden_scales, dtype)
+        return self._grouped_matmul(hidden, down.values, sizes, **kwargs)
 
     def _product_of_each(self, x: Tensor, weight: Weight, sizes: Tensor) -> Tensor:
-        """Rows of experts [R, in], [E, in, out] → [R, out] of x's dtype."""
+        """Rows sorted by expert [R, in], [E, in, out] → [R, out] of x's dtype."""
         if not isinstance(weight, IntegerMatrix):
             return self._grouped_matmul(x, weight, sizes)
         if x.dtype == torch.float32:
             x, matrices = weight.in_float32(x)
             return self._grouped_matmul(x, matrices, sizes)
-        return self._grouped_matmul(x, weight.values, sizes, **weight.of_floats(x.dtype))
+        return self._grouped_matmul(x, weight.values, sizes, **weight.kwargs_for_floats(x.dtype))
 
-    def _grouped_matmul(self, x: Tensor, weight: Tensor, sizes: Tensor, **told: Any) -> Tensor:
-        """Rows of experts [R, in], [E, in, out] → [R, out]; rows beyond all groups are not set."""
+    def _grouped_matmul(self, x: Tensor, weight: Tensor, sizes: Tensor, **kwargs: Any) -> Tensor:
+        """Rows sorted by expert [R, in], [E, in, out] → [R, out]; rows after those in `sizes` are
+        not set."""
         (out,) = self._npu.npu_grouped_matmul(
             [x],
             [weight],
@@ -504,7 +510,7 @@ class NpuOps(ReferenceOps):
             group_list_type=0 if self._counts_are_ends else 1,
             group_type=0,
             split_item=2,
-            **told,
+            **kwargs,
         )
         result: Tensor = out
         return result
@@ -527,8 +533,8 @@ class NpuOps(ReferenceOps):
 
 
 class _Graph:
-    """A recorded NPU graph. Lengths are the host's integers inside it, so that each replay is told
-    new ones, by torch_npu's own way of rewriting recorded attention calls."""
+    """A recorded NPU graph. It holds lengths as integers of the host; before each replay torch_npu
+    updates them in the recorded attention calls."""
 
     def __init__(self, run: Callable[[], object], pool: Any) -> None:
         npu: Any = torch.get_device_module("npu")
@@ -536,7 +542,7 @@ class _Graph:
             raise RuntimeError("this torch_npu cannot update the lengths of recorded attention")
         self._graph = npu.NPUGraph()
         self._done = npu.Event()
-        # A graph of an engine that is gone must not be collected while another one is recorded.
+        # The graph of a discarded engine must not be collected while this one is recorded.
         gc.collect()
         gc.disable()
         try:
@@ -546,8 +552,8 @@ class _Graph:
             gc.enable()
 
     def __call__(self, total_lens: list[int]) -> None:
-        # The lengths must not change under a replay that still runs. As a rule none does: its
-        # result has been read, or has come back through a rank whose result has been.
+        # The lengths must not change while the previous replay runs. It has usually finished by
+        # now: its result, or a result that depends on it, has been read.
         self._done.synchronize()
         self._graph.update(cpu_update_input=[{"actual_seq_lengths_kv": total_lens}])
         self._graph.replay()
@@ -555,15 +561,16 @@ class _Graph:
 
 
 def _rounds(gate_up: Weight, x: Tensor) -> bool:
-    """Whether experts take x in 8 bits, as operators round it."""
+    """Whether operators round x to 8 bits for the experts."""
     return isinstance(gate_up, IntegerMatrix) and gate_up.rounds and x.dtype != torch.float32
 
 
-def _neighbours(
-    batch: AttentionBatch, block_size: int, most_blocks: int
-) -> Iterator[tuple[slice, int]]:
-    """Sequences that are attended together, and the most blocks that one of them has: neighbours of
-    one query each, and of several, these as many as have `most_blocks` together, or one."""
+def _runs(batch: AttentionBatch, block_size: int, most_blocks: int) -> Iterator[tuple[slice, int]]:
+    """Consecutive sequences that are attended together, and the blocks of the longest of them.
+
+    A run has either sequences of one query token only, or of several only. Of the latter it has as
+    many as have `most_blocks` blocks together, but at least one.
+    """
     first = 0
     for is_one, group in groupby(batch.query_lens, lambda length: length == 1):
         last = first + len(list(group))
@@ -574,17 +581,18 @@ def _neighbours(
         first = last
 
 
-def _blocks_in_floats(cache: KVCache, tables: Tensor, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
-    """The blocks in tables [S, W] of a cache of integers, one after the other, as a cache of
-    `dtype`, and the tables of that."""
+def _dequantized_blocks(
+    cache: KVCache, tables: Tensor, dtype: torch.dtype
+) -> tuple[KVCache, Tensor]:
+    """A cache of `dtype` with the blocks in `tables` [S, W] of an int8 cache, and its tables."""
     blocks = tables.flatten()
-    keys, values = (part.to(dtype) for part in multiplied_out(cache, blocks))
+    keys, values = (part.to(dtype) for part in dequantized(cache, blocks))
     places = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device)
     return KVCache(keys, values), places.view(tables.shape)
 
 
 def plain_decode(q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
-    """One token of each sequence, [S, N, D] → [S, N, D]; lengths are read on the device only."""
+    """One token of each sequence, [S, N, D] → [S, N, D]; reads lengths on the device only."""
     num_sequences, num_heads, head_size = q.shape
     num_kv_heads = cache.keys.shape[2]
     k, v = (part.transpose(1, 2) for part in gather(cache, batch.block_tables))
@@ -594,6 +602,6 @@ def plain_decode(q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float)
     places = torch.arange(k.shape[2], device=q.device, dtype=torch.int32)
     hidden = (places >= batch.lengths[:, None])[:, None, None]
     probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    # What lies past a sequence's end may be NaN, and NaN times 0 is NaN.
+    # Memory past the end of a sequence may hold NaN, and NaN times weight 0 would be NaN.
     values = v.masked_fill(hidden.transpose(2, 3), 0)
     return torch.matmul(probabilities, values).to(q.dtype).view_as(q)

@@ -1,4 +1,4 @@
-// Matrix instructions (Intel's AMX): products of two tiles of 16 rows by 64 bytes.
+// Matrix instructions (Intel AMX): products of two tiles of 16 rows by 64 bytes.
 
 #pragma once
 
@@ -16,10 +16,10 @@ namespace {
 
 constexpr int64_t AMX_ROWS = 16;
 constexpr int64_t AMX_BYTES = 64;
-// So many rows take less time than as dot products.
+// From this many rows on, matrix instructions are faster than dot products.
 constexpr int64_t LEAST_AMX_ROWS = 2;
 
-// Whether this process may use them: the system keeps their registers for those that ask.
+// Whether this process may use AMX. The kernel saves its registers only for processes that ask.
 inline bool has_amx() {
 #if AMX
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
@@ -30,31 +30,31 @@ inline bool has_amx() {
 #endif
 }
 
-// Rows of the input, in one tile or two: chunks of 64 bytes along the sum, `chunk` bytes apart, in
-// which rows are `row` bytes apart and the second tile begins `offset` bytes after the first. What
-// is left along the sum comes after the chunks, rows close to each other.
+// Input rows, in one tile or two. The sum runs over chunks of 64 bytes, `chunk` bytes apart. In a
+// chunk rows are `row` bytes apart, and the second tile begins `offset` bytes after the first. A
+// shorter remainder follows the chunks, with its rows next to each other.
 struct AmxInput {
     const char* at;
-    int64_t first, second;            // rows of each tile; no second one: 0
+    int64_t first, second;            // rows of each tile; second is 0 without a second tile
     int64_t chunk, row, offset, offset_of_rest;
 };
 
 #if AMX
 
-// The compiler does not know that the instructions below read memory: without this it may write
-// later, or leave out, what they are to read at `p` and elsewhere.
+// The compiler does not know that the instructions below read memory. Without this barrier it may
+// delay or drop the stores that they read, at `p` and elsewhere.
 inline void finish_stores(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 
-// The shapes of this thread's tiles, from their first use to the end of the scope: results in tiles
-// 0 to 3, the input in 4 and 5, weights in 6 and 7. They are set when they change: it takes as long
-// as a dozen products, and empties the tiles.
+// The tile shapes of this thread, from first use to the end of the scope: results in tiles 0 to 3,
+// input in 4 and 5, weights in 6 and 7. They are set only when they change, because setting takes
+// as long as a dozen products and empties the tiles.
 class AmxShapes {
   public:
     ~AmxShapes() {
         if (bytes_) _tile_release();
     }
 
-    // `bytes` of each row.
+    // `bytes`: width of a row.
     void set(const AmxInput& x, int64_t bytes) {
         if (x.first == first_ && x.second == second_ && bytes == bytes_) return;
         first_ = x.first, second_ = x.second, bytes_ = bytes;
@@ -96,7 +96,7 @@ inline void amx_step(const char* x, int64_t row, int64_t offset, const char* pan
     }
 }
 
-// The second tile's rows go `second` bytes after the first's.
+// The results of the second tile go `second` bytes after those of the first.
 template <bool TWO>
 inline void store_results(char* out, int64_t second, int64_t row) {
     _tile_stored(0, out, row);
@@ -105,8 +105,8 @@ inline void store_results(char* out, int64_t second, int64_t row) {
     if constexpr (TWO) _tile_stored(3, out + second + 64, row);
 }
 
-// Rows times a panel of `bytes` along the sum → float32 or int32 [rows, 32], rows `ld` apart. In each
-// step `ahead` bytes are asked for, beginning with `next`.
+// Rows times a panel, with `bytes` along the sum → float32 or int32 [rows, 32], rows `ld` elements
+// apart. Each step prefetches `ahead` bytes, starting at `next`.
 template <bool IS_BF16, bool TWO>
 void amx_product(AmxShapes& shapes, const AmxInput& x, const char* panel, int64_t bytes,
                  const char* next, int64_t ahead, void* results, int64_t ld) {
@@ -126,7 +126,7 @@ void amx_product(AmxShapes& shapes, const AmxInput& x, const char* panel, int64_
         panel += AMX_BYTES / 4 * 128;
         next += ahead;
     }
-    if (rest && bytes > AMX_BYTES) {  // tiles of another width lose what they hold
+    if (rest && bytes > AMX_BYTES) {  // a change of width empties the tiles
         store_results<TWO>(out, x.first * row, row);
         shapes.set(x, rest);
         _tile_loadd(0, out, row);

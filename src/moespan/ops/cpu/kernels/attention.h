@@ -1,4 +1,5 @@
-// Attention over the paged cache: one query token of many heads, or many query tokens of one head.
+// Attention over the paged cache. decode: one query token, many heads. prefill: many query tokens,
+// one key head.
 
 #pragma once
 
@@ -18,7 +19,7 @@ inline int64_t slot_of(const int32_t* table, int64_t token, const Cache& c) {
     return table[token / c.block_size] * c.block_size + token % c.block_size;
 }
 
-// D elements of a key or value head, as float32 vectors' sources.
+// 16 elements of a cached head, as float32.
 template <class T>
 inline f32x16 load_cached(const T* p) {
     if constexpr (sizeof(T) == 1)
@@ -27,11 +28,11 @@ inline f32x16 load_cached(const T* p) {
         return load_bf16(p);
 }
 
-constexpr int CHUNK = 64;             // keys at a time, of one query
-constexpr int KEYS = 256;             // the same of many queries
-constexpr int MOST_HEAD_VECTORS = 16; // heads of up to 256
+constexpr int CHUNK = 64;             // keys at a time in decode
+constexpr int KEYS = 256;             // keys at a time in prefill
+constexpr int MOST_HEAD_VECTORS = 16; // heads have up to 256 elements
 
-// A cached head of D elements as bfloat16: as it is, or computed into `room`.
+// A cached head of D elements as bfloat16: in place, or dequantised into `room`.
 inline const bf16* as_bf16(const bf16* x, float, int64_t, bf16*) { return x; }
 
 inline const bf16* as_bf16(const int8_t* x, float scale, int64_t D, bf16* room) {
@@ -39,7 +40,7 @@ inline const bf16* as_bf16(const int8_t* x, float scale, int64_t D, bf16* room) 
     return room;
 }
 
-// One query token of one sequence, query heads that read key heads h0 to h1.
+// One query token of one sequence, and the query heads that read key heads h0 to h1.
 template <class T>
 void decode(const bf16* q, bf16* out, const Cache& c, const int32_t* table, int64_t length,
             int64_t h0, int64_t h1, int64_t group, float scale, float* scratch) {
@@ -67,7 +68,7 @@ void decode(const bf16* q, bf16* out, const Cache& c, const int32_t* table, int6
         for (int t = 0; t < count; t++) {
             const T* key = keys + (slot[t] * c.heads + h0) * D;
             const char* value = (const char*)(values + (slot[t] * c.heads + h0) * D);
-            // Values are read by head, keys by token: these lines are asked for in memory's order.
+            // Values are read head by head, but prefetched here in the order of memory.
             for (int64_t b = 0; b < (h1 - h0) * D * (int64_t)sizeof(T); b += 64)
                 __builtin_prefetch(value + b, 0, 2);
             for (int64_t h = h0; h < h1; h++, key += D)
@@ -88,7 +89,7 @@ void decode(const bf16* q, bf16* out, const Cache& c, const int32_t* table, int6
             f32x16 m = load<f32x16>(row);
             for (int t = LANES; t < CHUNK; t += LANES) m = vmax(m, load<f32x16>(row + t));
             const float now = std::max(most[i], largest(m));
-            // A first chunk has nothing to shrink; scores of -inf or NaN go the way that they must.
+            // The first chunk has no previous sum to rescale. Scores of -inf and NaN propagate.
             const float shrink = most[i] == -INFINITY ? 0.0f : std::exp(most[i] - now);
             f32x16 s = splat(0);
             for (int t = 0; t < CHUNK; t += LANES) {
@@ -135,8 +136,8 @@ void decode(const bf16* q, bf16* out, const Cache& c, const int32_t* table, int6
     }
 }
 
-// Keys `start` to `start + count` of one head → panels whose channels are keys, the last one padded
-// with zeros: what memory holds there may be NaN.
+// Keys `start` to `start + count` of one head → panels whose channels are keys. The last panel is
+// padded with zeros, because memory past the last key may hold NaN.
 template <class T>
 void pack_keys(const T* keys, const Cache& c, const int32_t* table, int64_t start, int64_t count,
                int64_t head, bf16* packed) {
@@ -153,7 +154,8 @@ void pack_keys(const T* keys, const Cache& c, const int32_t* table, int64_t star
     }
 }
 
-// The same of values → panels of KEYS along the sum, whose channels are elements of the head.
+// Values `start` to `start + count` → panels with KEYS along the sum, whose channels are elements
+// of the head.
 template <class T>
 void pack_values(const T* values, const Cache& c, const int32_t* table, int64_t start,
                  int64_t count, int64_t head, bf16* packed) {
@@ -171,14 +173,15 @@ void pack_values(const T* values, const Cache& c, const int32_t* table, int64_t 
         }
         for (int64_t d = 0; d < D; d += LANES) {
             bf16* to = packed + (d / PANEL * (KEYS / 2) + t / 2) * PANEL * 2;
-            // A float is a bfloat16 above 16 zeros.
+            // A bfloat16 is the upper half of a float32.
             const u32x16 low = (u32x16)load_bf16(pair[0] + d) >> 16;
             store(to + d % PANEL * 2, low | (u32x16)load_bf16(pair[1] + d));
         }
     }
 }
 
-// Weights bfloat16 [a tile's rows, KEYS], of which w.in count, times a panel of values → [rows, 32].
+// Attention weights bfloat16 [rows of a tile, KEYS], of which the first w.in are used, times a
+// panel of values → [rows, 32].
 inline void weigh(AmxShapes& shapes, const Tile& tile, const Matrix& w, const bf16* weights,
                   float* out) {
     const Prefetch nothing{w.panels, 0};
@@ -195,8 +198,8 @@ inline void weigh(AmxShapes& shapes, const Tile& tile, const Matrix& w, const bf
                              PANEL);
 }
 
-// `count` query tokens of one sequence from `position` on, all query heads of one key head. Queries
-// of one token and the next are `q_stride` elements apart, results `stride`.
+// `count` query tokens of one sequence from `position` on, and all query heads of one key head.
+// Tokens are `q_stride` elements apart in q and `stride` in out.
 template <class T>
 void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const Cache& c,
              const int32_t* table, int64_t position, int64_t count, int64_t kv_head, int64_t group,
@@ -233,7 +236,7 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
         pack_values(values, c, table, start, here, kv_head, packed_values);
         for (const Tile& tile : tiles) {
             const int64_t r0 = tile.row, n = tile.rows;
-            // What the last query of the tile sees of these keys, in whole panels.
+            // Keys of this block that the last query of the tile sees, rounded up to whole panels.
             const int64_t last = position + (r0 + n - 1) / group + 1 - start;
             if (last <= 0) continue;
             const int64_t seen_by_tile = std::min<int64_t>(KEYS, ceil_div(last, PANEL) * PANEL);
@@ -252,7 +255,7 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
                 float& before = most[r0 + r];
                 const float now = std::max(before, largest(m) * scale);
                 shrink[r] = before == -INFINITY ? 0.0f : std::exp(before - now);
-                // A query of this tile that sees none of the keys has nothing to scale by.
+                // A query that has seen no key yet has no maximum.
                 const float base = now == -INFINITY ? 0.0f : now;
                 before = now;
                 f32x16 s = splat(0);
@@ -283,7 +286,7 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
     }
 }
 
-// Query tokens of a sequence that are attended together.
+// Query rows (tokens × query heads of a key head) of one task.
 constexpr int64_t QUERY_BLOCK = 480;
 
 }  // namespace

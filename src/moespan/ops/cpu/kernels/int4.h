@@ -2,13 +2,13 @@
 //
 // A panel of 32 channels holds, for each group of 32 along `in`, 512 bytes of integers and then 32
 // bfloat16 scales: 4.5 bits a weight, read in order. The integers of 8 elements along `in` are two
-// vectors of 16 channels of 32 bits. A channel's even elements are the four nibbles of its lower 16
-// bits, its odd ones those of its upper 16. So one table lookup of 16-bit words makes a vector of
-// pairs of bfloat16 of every nibble in turn, which is what a dot product takes.
+// vectors of 16 channels with 32 bits each. The even elements of a channel are the four nibbles of
+// its lower 16 bits, the odd elements those of its upper 16 bits. One table lookup of 16-bit words
+// therefore turns one nibble of each half into a pair of bfloat16, as a dot product takes them.
 //
-// Few rows are multiplied with the integers, which bfloat16 holds exactly, and a group's sum is
-// scaled in float32. For many rows a panel is made a panel of bfloat16 once, each weight rounded
-// from integer times scale, in memory that stays in the second-level cache.
+// Few rows are multiplied with the integers, which bfloat16 holds exactly, and the sum of a group
+// is scaled in float32. For many rows a panel is unpacked once to bfloat16, each weight rounded
+// from integer times scale, into memory that stays in the second-level cache.
 
 #pragma once
 
@@ -16,7 +16,7 @@
 
 namespace {
 
-// Which row of a matrix is channel `c` of panel `p`; -1 is padding.
+// The row of a matrix at channel `c` of panel `p`; -1 for padding.
 inline int64_t source_row(int64_t p, int c, int64_t out, bool gate_up) {
     if (!gate_up) {
         const int64_t row = p * PANEL + c;
@@ -26,8 +26,8 @@ inline int64_t source_row(int64_t p, int c, int64_t out, bool gate_up) {
     return row >= half ? -1 : c < LANES ? row : half + row;
 }
 
-// Packs panel `p` of integers [out, in / 8], eight to a word, the first in its lowest bits and each
-// + 8, and of scales [out, in / 32].
+// Packs panel `p` from integers [out, in / 8] and scales [out, in / 32]. A word has eight integers,
+// each plus 8, the first in the lowest bits.
 inline void pack_int4_panel(const uint32_t* integers, const bf16* scales, char* panel, int64_t p,
                             int64_t out, int64_t in, bool gate_up) {
     const int64_t groups = in / GROUP;
@@ -49,20 +49,20 @@ inline void pack_int4_panel(const uint32_t* integers, const bf16* scales, char* 
     }
 }
 
-// bfloat16 of the integers -8 to 7, twice: a lookup reads one bit more than a nibble has.
+// The integers -8 to 7 as bfloat16, twice, because a lookup uses one bit more than a nibble has.
 alignas(64) constexpr bf16 INTEGERS[32] = {
     0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
     0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
     0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
 
-// 16 channels' eight elements as four vectors of pairs.
+// Eight elements of 16 channels, as four vectors of pairs.
 struct Pairs {
     u32x16 of[4];
 
     explicit Pairs(const char* p) {
 #if WIDE
         const __m512i table = _mm512_load_si512(INTEGERS);
-        // A byte further all words are shifted by 8 bits, which costs no instruction. The last load
+        // Loading one byte further shifts all words by 8 bits without an instruction. The last load
         // of a group reaches into its scales.
         const __m512i low = _mm512_loadu_si512(p), high = _mm512_loadu_si512(p + 1);
         of[0] = (u32x16)_mm512_permutexvar_epi16(low, table);
@@ -73,7 +73,7 @@ struct Pairs {
         const u32x16 words = load<u32x16>((const uint32_t*)p);
         for (int j = 0; j < 4; j++) {
             const u32x16 even = words >> 4 * j & 15, odd = words >> (16 + 4 * j) & 15;
-            // Integers of so few bits are bfloat16 when the lower half of their float32 is left out.
+            // For integers this small the upper half of the float32 is the exact bfloat16.
             const f32x16 first = __builtin_convertvector((i32x16)even - 8, f32x16);
             const f32x16 second = __builtin_convertvector((i32x16)odd - 8, f32x16);
             of[j] = (u32x16)first >> 16 | (u32x16)second;
@@ -82,7 +82,7 @@ struct Pairs {
     }
 };
 
-// acc + the products of 16 lanes of two bfloat16 with x's two.
+// acc + w[lane][0] * x[0] + w[lane][1] * x[1], for 16 lanes of two bfloat16 each.
 inline f32x16 dot2(f32x16 acc, u32x16 w, uint32_t x) {
 #if WIDE
     return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
@@ -92,11 +92,11 @@ inline f32x16 dot2(f32x16 acc, u32x16 w, uint32_t x) {
 }
 
 // The R rows of a tile, packed as for BF16, times one panel → float32 [R, 32], rows `ld` elements
-// apart. Of what is `next` in memory, `ahead` bytes are asked for with each group.
+// apart. Each group prefetches `ahead` bytes, starting at `next`.
 template <int R>
 void multiply_int4(const char* p, int64_t in, const uint32_t* x, const char* next, int64_t ahead,
                    float* out, int64_t ld) {
-    // A result waits for the one before it: few rows need more chains to keep busy.
+    // Each product waits for the previous one in its chain: few rows need more chains.
     constexpr int CHAINS = R >= 4 ? 1 : 2;
     f32x16 acc[R][2] = {};
     for (int64_t g = 0; g < in / GROUP; g++, p += GROUP_BYTES, x += GROUP / 2 * R, next += ahead) {
@@ -134,7 +134,7 @@ void multiply_int4(const char* p, int64_t in, const uint32_t* x, const char* nex
 // 16 pairs of bfloat16, each from two float32.
 inline u32x16 joined(f32x16 first, f32x16 second) {
 #if WIDE
-    // Both halves in order, then one element of each in turn.
+    // Interleaves the two halves of the vector.
     alignas(64) static constexpr uint16_t TURNS[32] = {
         0, 16, 1, 17, 2, 18, 3, 19, 4,  20, 5,  21, 6,  22, 7,  23,
         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -148,7 +148,7 @@ inline u32x16 joined(f32x16 first, f32x16 second) {
 #endif
 }
 
-// Memory for a panel of bfloat16, of one thread.
+// Memory of one thread for an unpacked panel.
 struct Room {
     std::vector<char> memory;
 
@@ -158,7 +158,7 @@ struct Room {
     }
 };
 
-// Makes a panel one of bfloat16, and asks for the panel after it meanwhile.
+// Unpacks a panel to bfloat16 and prefetches the next one.
 inline void unpack_int4_panel(const char* p, int64_t in, char* to) {
     const char* next = p + in / GROUP * GROUP_BYTES;
     for (int64_t g = 0; g < in / GROUP; g++, p += GROUP_BYTES, next += GROUP_BYTES) {

@@ -1,8 +1,12 @@
 // Kernels for CPUs: matrix products on packed weights, mixtures of experts, attention over a paged
 // cache, norms, rotary embedding and routing, for bfloat16 activations.
 //
-// Everything is called from `moespan/ops/cpu/native.py` through a plain C interface, so that
-// nothing here needs a header of torch and any C++ compiler builds it in seconds.
+// `moespan/ops/cpu/native.py` calls all of it through a plain C interface: no header of torch is
+// needed, and any C++ compiler builds the library in seconds.
+//
+// vectors.h: vectors of 16 lanes. amx.h: matrix instructions. packing.h: how weights and
+// activations lie in memory. int4.h: weights of 4 bits. products.h: matrix products and experts.
+// attention.h: attention over the paged cache.
 
 #include <omp.h>
 
@@ -13,9 +17,10 @@
 
 extern "C" {
 
-// Packs rows `first` to `first + rows` of a matrix [out, in] of `in_bytes` a row: the first `bytes` of
-// each, `stride` bytes apart. What no row fills in `panels` stays as it is. `sums`, of int8: the sum
-// of each row, [rows]. One thread does it: others pack other rows meanwhile.
+// Packs rows `first` to `first + rows` of a matrix [out, in] with `in_bytes` bytes a row. Of each
+// row the first `bytes` are packed; rows are `stride` bytes apart. Parts of `panels` that no row
+// fills stay unchanged. `sums` [rows], for int8 only, gets the sum of each row. A call uses one
+// thread: other threads pack other rows at the same time.
 void moespan_pack(const void* from, int64_t stride, int64_t bytes, int64_t first, int64_t rows,
                   int64_t out, int64_t in_bytes, int gate_up, void* panels, int32_t* sums) {
     const int64_t half = gate_up ? out / 2 : out;
@@ -34,8 +39,8 @@ void moespan_pack(const void* from, int64_t stride, int64_t bytes, int64_t first
     }
 }
 
-// Packs a matrix [out, in], or a bank of `count`, of 4-bit integers [out, in / 8], eight to a word,
-// with scales [out, in / 32]: see int4.h.
+// Packs `count` matrices [out, in] of 4-bit integers, stored as [out, in / 8] with eight to a word,
+// and their scales [out, in / 32]. See int4.h for the result.
 void moespan_pack_int4(const uint32_t* integers, const bf16* scales, char* to, int64_t count,
                        int64_t out, int64_t in, int gate_up, int threads) {
     const int64_t panels = gate_up ? ceil_div(out / 2, LANES) : ceil_div(out, PANEL);
@@ -47,8 +52,9 @@ void moespan_pack_int4(const uint32_t* integers, const bf16* scales, char* to, i
     }
 }
 
-// Rounds rows [rows, n], `stride` elements apart, to int8 `to` [rows, n] with scales [rows]. `maxima`
-// [rows], where given, are the largest magnitudes of the rows that these are parts of.
+// Rounds rows [rows, n], `stride` elements apart, to int8 `to` [rows, n] with scales [rows].
+// `maxima` [rows] may be null; else these are parts of longer rows, whose largest magnitudes it
+// holds.
 void moespan_round(const bf16* x, int64_t stride, int64_t rows, int64_t n, const float* maxima,
                    int8_t* to, float* scales) {
     for (int64_t r = 0; r < rows; r++)
@@ -69,16 +75,16 @@ void moespan_linear(int kind, const bf16* x, int64_t rows, int64_t in, int64_t o
     run(x, rows, w, out, bias, y, threads, s);
 }
 
-// See `Ops.experts`. Banks are packed, gate_up as such, down with `down_out` >= H channels.
-// weights null means 1 for all. Scratch for up to R = tokens · chosen rows: packed
+// See `Ops.experts`. Both banks are packed: gate_up as a gate-up matrix, down with `down_out` >= H
+// channels. `weights` null means 1 for all. Scratch for up to R = tokens · chosen rows: packed
 // [R, max(H, width)] times 2 bytes; for int8 row_scales [R], integers [max(R · width, tokens · H)]
 // times 2 bytes; hidden [R, width]; sums [tokens, down_out].
 void moespan_experts(int kind, const bf16* x, int64_t tokens, int64_t H, const float* weights,
-                     const int32_t* slots, int64_t chosen, int64_t first, int64_t num_experts,
-                     const void* up_panels, const float* up_scales, const int32_t* up_sums,
-                     int64_t up_out, const void* down_panels, const float* down_scales,
-                     const int32_t* down_sums, int64_t down_out, int64_t width, bf16* y,
-                     int threads, void* packed, float* row_scales, uint8_t* integers, bf16* hidden,
+                     const int32_t* physical_ids, int64_t chosen, int64_t first,
+                     int64_t num_experts, const void* up_panels, const float* up_scales,
+                     const int32_t* up_sums, int64_t up_out, const void* down_panels,
+                     const float* down_scales, const int32_t* down_sums, int64_t down_out,
+                     int64_t width, bf16* y, int threads, void* packed, float* row_scales, uint8_t* integers, bf16* hidden,
                      float* sums) {
     const Bank gate_up{(const char*)up_panels, up_scales, up_sums, H, up_out};
     const Bank down{(const char*)down_panels, down_scales, down_sums, width, down_out};
@@ -87,12 +93,12 @@ void moespan_experts(int kind, const bf16* x, int64_t tokens, int64_t H, const f
                : kind == W8A8 ? experts<W8A8>
                : kind == INT4 ? experts<INT4>
                               : experts<W8A16>;
-    run(x, tokens, H, weights, slots, chosen, first, num_experts, gate_up, down, width, y, threads,
-        s);
+    run(x, tokens, H, weights, physical_ids, chosen, first, num_experts, gate_up, down, width, y,
+        threads, s);
 }
 
-// See `Ops.attention`; q and out [T, N, D], tokens of q `q_stride` elements apart. `is_int8` tells
-// the cache's kind.
+// See `Ops.attention`. q and out [T, N, D]; tokens of q are `q_stride` elements apart. `is_int8`:
+// the cache holds int8 and has scales.
 void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_heads,
                        int64_t head_size, int64_t num_kv_heads, const void* keys, const void* values,
                        const float* key_scales, const float* value_scales, int is_int8,
@@ -107,7 +113,8 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
     std::vector<Task> tasks;
     int64_t decodes = 0;
     for (int64_t s = 0; s < num_sequences; s++) decodes += query_lens[s] == 1;
-    // Few sequences are shared by heads; but a task of many heads reads memory in longer pieces.
+    // With few sequences, threads share a sequence by heads. With many, a task takes all heads: it
+    // then reads memory in longer pieces.
     const int64_t splits = std::clamp<int64_t>(
         ceil_div(4 * threads, std::max<int64_t>(decodes, 1)), 1, num_kv_heads);
     const int64_t heads_each =
@@ -132,7 +139,7 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
                 most_rows = std::max(most_rows, n * group);
             }
     }
-    // The largest first, so that no thread is left alone with one at the end.
+    // Largest tasks first, so that no thread ends up alone with a large one.
     std::stable_sort(tasks.begin(), tasks.end(),
                      [](const Task& a, const Task& b) { return a.work > b.work; });
     const int64_t D = head_size, width = ceil_div(D, PANEL) * PANEL;
@@ -162,7 +169,7 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
     }
 }
 
-// residual may be null; else total gets x + residual, rounded, and is what is normalised.
+// `residual` may be null. Else `total` gets x + residual, rounded, and the norm is of `total`.
 void moespan_rms_norm(const bf16* x, const bf16* residual, const bf16* weight, int64_t rows,
                       int64_t width, float eps, bf16* total, bf16* y, int threads) {
 #pragma omp parallel for num_threads(rows > 4 ? threads : 1) schedule(static)
@@ -189,8 +196,8 @@ void moespan_rms_norm(const bf16* x, const bf16* residual, const bf16* weight, i
     }
 }
 
-// Rotates the first `rotated` of `heads` heads of each token in place, half-split; cos and sin
-// float32 [tokens, D / 2].
+// Rotates the first `rotated` of the `heads` heads of each token in place, in the half-split form.
+// cos and sin are float32 [tokens, D / 2].
 void moespan_rope(bf16* qkv, int64_t tokens, int64_t heads, int64_t rotated, int64_t head_size,
                   const float* cos, const float* sin, int threads) {
     const int64_t half = head_size / 2;
@@ -209,8 +216,8 @@ void moespan_rope(bf16* qkv, int64_t tokens, int64_t heads, int64_t rotated, int
         }
 }
 
-// Stores heads of k or v, [T, KV, D] with tokens `stride` elements apart, at slots of a cache: as
-// they are, or (scales not null) as integers with one scale for each head.
+// Stores k or v [T, KV, D], tokens `stride` elements apart, at slots of a cache: unchanged, or,
+// where `scales` is not null, as int8 with one scale for each head of a token.
 void moespan_write_cache(const bf16* x, int64_t tokens, int64_t heads, int64_t head_size,
                          int64_t stride, const int32_t* slots, void* cache, float* scales,
                          int threads) {
@@ -235,9 +242,9 @@ void moespan_write_cache(const bf16* x, int64_t tokens, int64_t heads, int64_t h
     }
 }
 
-// See `Ops.route`; the router is transposed, float32 [H, experts].
+// See `Ops.route`. The router is transposed: float32 [H, experts].
 void moespan_route(const bf16* x, const float* router, int64_t tokens, int64_t H, int64_t experts,
-                   int64_t chosen, int renormalize, float* weights, int32_t* slots, int threads) {
+                   int64_t chosen, int renormalize, float* weights, int32_t* ids, int threads) {
     constexpr int TOKENS = 4, VECTORS = 4;
 #pragma omp parallel num_threads(tokens > 4 ? threads : 1)
     {
@@ -274,7 +281,7 @@ void moespan_route(const bf16* x, const float* router, int64_t tokens, int64_t H
                 for (int64_t e = 1; e < experts; e++) most = std::max(most, row[e]);
                 for (int64_t e = 0; e < experts; e++) total += row[e] = std::exp(row[e] - most);
                 float* w = weights + (t0 + t) * chosen;
-                int32_t* to = slots + (t0 + t) * chosen;
+                int32_t* to = ids + (t0 + t) * chosen;
                 for (int64_t c = 0; c < chosen; c++) {
                     int64_t best = 0;
                     for (int64_t e = 1; e < experts; e++)

@@ -1,18 +1,19 @@
 // How weights and activations lie in memory for the products.
 //
 // Packed weights. A matrix [out, in] is cut into panels of 32 output channels, padded with zeros. A
-// panel holds, for each step along `in` (2 bfloat16 or 4 int8, which one dot-product instruction
-// takes per lane), two vectors of 16 channels. So one pass over a panel reads memory in order, and
-// keeps the results of up to MAX_ROWS rows of the input in registers until they are complete. A row
-// has its place whatever the others hold, so that rows are packed as they are read.
+// step along `in` is what one dot-product instruction takes per lane: 2 bfloat16 or 4 int8. For
+// each step a panel holds two vectors of 16 channels. One pass over a panel therefore reads memory
+// in order, and keeps the results of up to MAX_ROWS input rows in registers until they are
+// complete. The place of a row does not depend on other rows, so rows can be packed as they are
+// read.
 //
-// In a packed gate-up matrix a panel holds 16 channels of the gate and the same 16 of up, so that
-// silu(gate) * up is applied to registers.
+// In a packed gate-up matrix a panel holds 16 channels of gate and the same 16 channels of up, so
+// that silu(gate) * up is computed in registers.
 //
-// 8-bit products need unsigned activations: a row is stored as integer + 128, and 128 times the sum
-// of a channel's weights, kept beside its scale, is taken off again. Where activations have 16 bits
-// (weight-only quantisation) their high and low bytes are multiplied apart: the high ones carry the
-// sign, and the integer results are joined in float32.
+// 8-bit products need unsigned activations. A row is stored as integer + 128; then 128 times the
+// sum of a channel's weights, kept beside its scale, is subtracted from the result. Activations of
+// 16 bits (weight-only quantisation) are multiplied as high and low bytes separately: the high
+// bytes carry the sign, and the two integer results are joined in float32.
 
 #pragma once
 
@@ -23,19 +24,20 @@
 namespace {
 
 // A panel of 4-bit integers: see int4.h.
-constexpr int GROUP = 32;                              // weights along `in` that have one scale
+constexpr int GROUP = 32;                              // weights along `in` that share a scale
 constexpr int64_t GROUP_INTEGERS = GROUP * PANEL / 2;  // bytes
 constexpr int64_t GROUP_BYTES = GROUP_INTEGERS + PANEL * sizeof(bf16);
 
-// So many rows take less time as matrix instructions on a panel that is made bfloat16 for them.
+// From this many rows on, matrix instructions are faster, although the panel must first be unpacked
+// to bfloat16 for them.
 constexpr int64_t LEAST_INT4_AMX_ROWS = 6;
 
-// Rows whose results fill the registers: 2 accumulators each.
+// Rows whose results fill the registers, with 2 accumulators each.
 constexpr int MAX_ROWS = WIDE ? 12 : 3;
 
 enum Kind { BF16 = 0, W8A8 = 1, W8A16 = 2, INT4 = 3 };
 
-// As which kind rows of the input are packed that are multiplied with weights of `kind`.
+// The kind in which input rows are packed for weights of `kind`.
 constexpr int rows_of(int kind) { return kind == INT4 ? BF16 : kind; }
 
 inline int64_t panel_bytes(int kind, int64_t in) {
@@ -48,7 +50,7 @@ struct Matrix {
     const float* scales;      // [padded out], int8 only
     const int32_t* sums;      // [padded out], of a channel's integers, int8 only
     int64_t in;
-    int64_t all = in;         // inputs of whole panels, where `in` of each are to be summed up
+    int64_t all = in;         // inputs of a whole panel, if only `in` of them are summed
 
     const char* panel(int kind, int64_t p) const { return panels + p * panel_bytes(kind, all); }
 
@@ -58,21 +60,22 @@ struct Matrix {
     }
 };
 
-// Which channel row `row` of a matrix [out, in] is, those of all panels numbered through. In a gate-up
-// matrix of `half` channels each, a panel is 16 of the gate and the same 16 of up.
+// The channel of row `row` of a matrix [out, in], counted over all panels. In a gate-up matrix,
+// whose gate and up have `half` channels each, a panel holds 16 channels of gate and the same 16 of
+// up.
 inline int64_t channel_of(int64_t row, int64_t out, bool gate_up) {
     if (!gate_up) return row;
     const int64_t half = out / 2, is_up = row >= half, i = row - is_up * half;
     return i / LANES * PANEL + is_up * LANES + i % LANES;
 }
 
-// Puts the `bytes` of one row into its channel, whose first four bytes are at `to`.
+// Writes the `bytes` of one row to its channel, whose first four bytes are at `to`.
 inline void pack_row(const char* from, int64_t bytes, char* to) {
     for (int64_t k = 0; k < bytes; k += 4)
         std::memcpy(to + k * PANEL, from + k, std::min<int64_t>(4, bytes - k));
 }
 
-// The same of 16 rows, `stride` bytes apart, whose channels are neighbours.
+// The same for 16 rows, `stride` bytes apart, with consecutive channels.
 inline void pack_lanes(const char* from, int64_t stride, int64_t bytes, char* to) {
     constexpr int64_t BLOCK = 4 * LANES;
     int64_t k = 0;
@@ -86,10 +89,10 @@ inline void pack_lanes(const char* from, int64_t stride, int64_t bytes, char* to
         pack_row(from + i * stride + k, bytes - k, to + k * PANEL + 4 * i);
 }
 
-// One row to int8, as `round_rows` in `checkpoint/rounding.py` rounds it; returns the scale.
-// `largest` is the largest magnitude of the whole row; none: it is this one's.
+// Rounds one row to int8, as `round_rows` in `checkpoint/rounding.py` does, and returns the scale.
+// `largest` is the largest magnitude of the whole row; null means that of x.
 inline float round_row(const bf16* x, int64_t n, const float* largest, int8_t* to) {
-    // Magnitudes of bfloat16 are ordered as their bits are, with NaN above all.
+    // Magnitudes of bfloat16 have the order of their bits, with NaN above all others.
     bf16 most = 0;
     if (!largest)
         for (int64_t i = 0; i < n; i++) most = std::max(most, bf16(x[i] & 0x7fff));
@@ -104,23 +107,23 @@ inline float round_row(const bf16* x, int64_t n, const float* largest, int8_t* t
 
 // -------------------------------------------------------------------------------- activation tiles
 
-// Rows of the input that are multiplied together, packed, so that a product reads them in order,
-// whatever lies between the rows. For dot products: up to MAX_ROWS of them; for each step along
-// `in`, the four bytes of every row. For matrix instructions: up to twice 16; for each 64 bytes
-// along `in`, and for the fewer that may be left, those of every row.
+// Input rows that are multiplied together. They are packed, so that a product reads them in order
+// wherever they come from. For dot products a tile has up to MAX_ROWS rows and holds, for each step
+// along `in`, four bytes of every row. For matrix instructions it has up to twice 16 rows and
+// holds, for each 64 bytes along `in` (fewer at the end), those bytes of every row.
 struct Tile {
-    int64_t row;                      // the first
+    int64_t row;                      // the first row
     int64_t rows;
-    int64_t matrix;                   // of a bank
+    int64_t matrix;                   // number in a bank
     bool is_amx;
 };
 
-// Packed tiles of one input, one after the other.
+// The packed tiles of one input, one after another.
 struct Input {
     const char* packed;
-    const float* scales;              // of each row, quantised only
+    const float* scales;              // of each row; quantised only
     int64_t row_bytes;
-    int64_t skipped = 0;              // bytes of each row that are not to be summed up, of bfloat16
+    int64_t skipped = 0;              // bytes at the start of each row to leave out; bfloat16 only
 
     const char* tile(const Tile& t) const {
         return packed + t.row * row_bytes + t.rows * skipped;
@@ -143,8 +146,9 @@ inline int64_t row_bytes(int64_t in) {
     return KIND == W8A8 ? in : 2 * in;
 }
 
-// Appends tiles for rows `first` to `first + count`: of matrix instructions where there are enough
-// rows for them, all but the last full; else of dot products, all of about one height.
+// Appends tiles for rows `first` to `first + count`. Enough rows become tiles for matrix
+// instructions, all full except the last; fewer rows become tiles for dot products, all of about
+// the same height.
 template <int KIND>
 void add_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t matrix) {
     constexpr int64_t least = KIND == INT4 ? LEAST_INT4_AMX_ROWS : LEAST_AMX_ROWS;
@@ -161,8 +165,8 @@ void add_tiles(std::vector<Tile>& tiles, int64_t first, int64_t count, int64_t m
     }
 }
 
-// One row to integers + 128: `PLANES` 1 → 8 bits, 2 → 16 bits, whose high bytes come before the low
-// ones. Returns the scale.
+// Rounds one row to integers + 128 and returns the scale. `PLANES` 1: 8 bits. `PLANES` 2: 16 bits,
+// all high bytes before all low bytes.
 template <int PLANES>
 float quantize_row(const bf16* x, int64_t n, uint8_t* out) {
     f32x16 most = splat(0);
@@ -183,8 +187,8 @@ float quantize_row(const bf16* x, int64_t n, uint8_t* out) {
     return std::isfinite(amax) ? scale : NAN;
 }
 
-// Packs tiles of `in` elements each row; `row_at(r)` is where row r begins. Quantised rows are read
-// from `integers`, as quantize_row left them, by the same number.
+// Packs one tile with `in` elements a row; row r begins at `row_at(r)`. Quantised rows are as
+// quantize_row wrote them.
 template <int KIND, class RowAt>
 void pack_tile(const Tile& t, int64_t in, char* packed, RowAt row_at) {
     constexpr int PLANES = planes<KIND>();

@@ -1,4 +1,4 @@
-// Products of packed activations and packed weights: matrices, and mixtures of experts.
+// Products of packed activations and packed weights: single matrices, and mixtures of experts.
 
 #pragma once
 
@@ -10,31 +10,33 @@
 
 namespace {
 
-// Rows of the input that stay in the second-level cache while panels pass by, in bytes: of 2 MiB
-// where there are matrix instructions, else of 1 MiB.
+// Bytes of input rows that stay in the second-level cache while panels pass by. Processors with
+// matrix instructions have 2 MiB of it, others 1 MiB.
 constexpr int64_t ROW_BLOCK_BYTES = (AMX ? 1024 : 512) << 10;
-// Inputs of bfloat16 that are summed up at once; a multiple of 32, as tiles are.
+// Most bfloat16 inputs in one partial sum; a multiple of 32, as tiles are.
 constexpr int64_t MOST_INPUTS = 2048;
-// What a thread sums up at a time.
+// Bytes of sums that a thread works on at a time.
 constexpr int64_t SUMS_BYTES = 1 << 20;
-// Elements of a result that is written past the caches.
+// From this many elements on, a result is written past the caches.
 constexpr int64_t LARGE_RESULT = 1 << 20;
 constexpr int64_t MOST_TILE_ROWS = 2 * AMX_ROWS;
 constexpr int64_t PREFETCH_BYTES = 4096;
-// Two panels of so many bytes have room in the second-level cache beside the rows.
+// Two panels of up to this many bytes fit into the second-level cache beside the rows.
 constexpr int64_t NEXT_PANEL_BYTES = 160 << 10;
-// So many tiles take a panel of 4-bit integers as it is; more are worth making it one of bfloat16.
+// Up to this many tiles read a panel of 4-bit integers directly. For more it is unpacked to
+// bfloat16.
 constexpr int64_t MOST_INT4_TILES = 2;
 
 // ------------------------------------------------------------------------------------------ tiles
 
-// What to ask of memory while a tile is computed: a run of addresses, so many bytes each step.
+// What to prefetch while a tile is computed: from `at` on, `bytes` bytes in each step.
 struct Prefetch {
     const char* at;
     int64_t bytes;
 };
 
-// What 16 channels' sums of integers come to; `low` is that of the low bytes, if there are two.
+// The values of 16 channels from their integer sums. `low` is the sum of the low bytes, if there
+// are two planes.
 template <int KIND>
 inline f32x16 scaled(i32x16 sums, i32x16 low, const Matrix& w, int64_t channel, float row_scale) {
     sums -= load<i32x16>(w.sums + channel) * 128;
@@ -43,8 +45,9 @@ inline f32x16 scaled(i32x16 sums, i32x16 low, const Matrix& w, int64_t channel, 
     return v * load<f32x16>(w.scales + channel) * row_scale;
 }
 
-// The R rows of a packed tile times one panel → float32 [R, 32], rows `ld` elements apart. `scales`
-// are those of the rows. With STRIDE, of bfloat16, rows are not packed but so many pairs apart.
+// The R rows of a packed tile times one panel → float32 [R, 32], rows `ld` elements apart.
+// `scales`: one for each row. With STRIDE (bfloat16 only) rows are not packed, but STRIDE pairs
+// apart.
 template <int KIND, int R, int STRIDE = 0>
 void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const float* scales,
               Prefetch ahead, float* out, int64_t ld) {
@@ -53,7 +56,7 @@ void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const float* sc
     if constexpr (KIND == INT4) {
         multiply_int4<R>(p, w.in, x, next, ahead.bytes * GROUP_BYTES / 128, out, ld);
     } else if constexpr (KIND == BF16) {
-        // A result waits for the one before it: few rows need more chains to keep busy.
+        // Each product waits for the previous one in its chain: few rows need more chains.
         constexpr int CHAINS = R >= 4 ? 1 : R >= 2 ? 2 : 4;
         constexpr int ROW = STRIDE ? STRIDE : 1, STEP = STRIDE ? 1 : R;
         f32x16 acc[CHAINS][R][2] = {};
@@ -145,7 +148,7 @@ void multiply(int64_t rows, const Matrix& w, int64_t panel, const uint32_t* x, c
 
 #if AMX
 
-// Rows as AmxInput has them times one panel → float32 [rows, 32], rows `ld` elements apart.
+// The rows of an AmxInput times one panel → float32 [rows, 32], rows `ld` elements apart.
 template <int KIND>
 void multiply_amx(AmxShapes& shapes, const Matrix& w, int64_t panel, const AmxInput& x,
                   const float* scales, Prefetch ahead, float* out, int64_t ld) {
@@ -193,10 +196,10 @@ inline void multiply(AmxShapes& shapes, const Tile& t, const Matrix& w, int64_t 
                    ld);
 }
 
-// Some tiles of an input times one panel; `emit(row, channels 0-15, channels 16-31)` gets each row's
-// results. A single tile waits for memory, and asks for its own panel a little ahead. A few have
-// time to bring the next panel, if the second-level cache has room for both. Many dot products do
-// not wait for memory; matrix instructions always do.
+// `count` tiles of an input times one panel. `emit(row, channels 0-15, channels 16-31)` gets the
+// results of each row. A single tile is limited by memory, and prefetches its own panel a little
+// ahead. A few tiles have time to prefetch the next panel, if the second-level cache has room for
+// both. Many tiles of dot products do not wait for memory; matrix instructions always do.
 template <int KIND, class Emit>
 inline void tiles_times_panel(AmxShapes& shapes, Room& room, const Matrix& w, int64_t panel,
                               const Input& input, const Tile* tiles, int64_t count, Emit emit) {
@@ -232,19 +235,21 @@ inline void store_some(bf16* p, f32x16 v, int64_t count) {
     }
 }
 
-// Panels taken at a time: enough of them to balance the threads, few enough to stream.
+// Panels that a thread takes at a time: few enough to balance the threads, enough to read memory in
+// long runs.
 inline int64_t panels_at_once(int64_t panels, int threads) {
     return std::clamp<int64_t>(panels / (threads * 8), 1, 16);
 }
 
 // --------------------------------------------------------------------------------------- products
 
-// A part of the work: tiles `first` to `last`, all of one matrix, times some panels.
+// A part of the work: tiles `first` to `last`, all of one matrix, times `panels` panels from
+// `panel` on.
 struct Item {
     int64_t first, last, panel, panels;
 };
 
-// Cuts runs of tiles of one matrix so that the rows of each part stay in the second-level cache.
+// Cuts the tiles of each matrix into runs whose rows stay in the second-level cache.
 template <int KIND, class Take>
 void in_blocks(const std::vector<Tile>& tiles, int64_t in, Take take) {
     const int64_t most = std::max<int64_t>(ROW_BLOCK_BYTES / row_bytes<KIND>(in), 1);
@@ -259,7 +264,7 @@ void in_blocks(const std::vector<Tile>& tiles, int64_t in, Take take) {
     }
 }
 
-// Memory to work in; see the functions below for how much of it.
+// Working memory; the functions in kernels.cpp state the sizes.
 struct Scratch {
     char* packed;
     float* scales;
@@ -268,7 +273,7 @@ struct Scratch {
     float* sums;
 };
 
-// Packs rows of x [rows, in], each where `tiles` has it. Call it inside a parallel region.
+// Packs the rows of x [rows, in] into `tiles`. To be called inside a parallel region.
 template <int KIND>
 void pack_rows(const bf16* x, int64_t rows, int64_t in, const std::vector<Tile>& tiles,
                const Scratch& s) {
@@ -301,7 +306,8 @@ void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf1
             items.push_back({first, last, p, std::min(step, panels - p)});
     });
     const Input input{s.packed, s.scales, row_bytes<ROWS>(w.in)};
-    // What does not stay in the caches anyway would only wait for its old contents to be read.
+    // A normal store first reads the old contents of a line. A result that does not stay in the
+    // caches anyway gains nothing from that.
     const bool past_caches = AMX && rows * out >= LARGE_RESULT && out % PANEL == 0 &&
                              (uintptr_t)y % (PANEL * sizeof(bf16)) == 0;
 #pragma omp parallel num_threads(threads)
@@ -336,22 +342,22 @@ void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf1
     }
 }
 
-// Tokens' choices sorted by expert: rows `ends[e]` to `ends[e + 1]` are those of expert e.
+// Pairs of token and expert, sorted by expert: rows `ends[e]` to `ends[e + 1]` belong to expert e.
 struct Groups {
     std::vector<int64_t> ends;
-    std::vector<int64_t> pair_of;     // row → token * chosen + place
+    std::vector<int64_t> pair_of;     // row → token * chosen + k
 
-    Groups(const int32_t* slots, int64_t tokens, int64_t chosen, int64_t first, int64_t experts)
+    Groups(const int32_t* ids, int64_t tokens, int64_t chosen, int64_t first, int64_t experts)
         : ends(experts + 1, 0) {
         for (int64_t i = 0; i < tokens * chosen; i++) {
-            const int64_t e = slots[i] - first;
+            const int64_t e = ids[i] - first;
             if (e >= 0 && e < experts) ends[e + 1]++;
         }
         for (int64_t e = 0; e < experts; e++) ends[e + 1] += ends[e];
         pair_of.resize(ends[experts]);
         std::vector<int64_t> next(ends.begin(), ends.end() - 1);
         for (int64_t i = 0; i < tokens * chosen; i++) {
-            const int64_t e = slots[i] - first;
+            const int64_t e = ids[i] - first;
             if (e >= 0 && e < experts) pair_of[next[e]++] = i;
         }
     }
@@ -371,11 +377,12 @@ struct Bank {
 };
 
 template <int KIND>
-void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, const int32_t* slots,
-             int64_t chosen, int64_t first, int64_t num_experts, const Bank& gate_up,
-             const Bank& down, int64_t width, bf16* y, int threads, const Scratch& s) {
+void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights,
+             const int32_t* physical_ids, int64_t chosen, int64_t first, int64_t num_experts,
+             const Bank& gate_up, const Bank& down, int64_t width, bf16* y, int threads,
+             const Scratch& s) {
     constexpr int ROWS = rows_of(KIND), PLANES = planes<ROWS>();
-    const Groups groups(slots, tokens, chosen, first, num_experts);
+    const Groups groups(physical_ids, tokens, chosen, first, num_experts);
     const int64_t rows = groups.pair_of.size();
     const int64_t up_panels = gate_up.out / PANEL, down_panels = down.out / PANEL;
     std::vector<Tile> tiles;
@@ -387,13 +394,14 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights, con
         for (int64_t p = 0; p < up_panels; p += step)
             items.push_back({from, to, p, std::min(step, up_panels - p)});
     });
-    // Long sums of many rows are cut, so that parts of panels stay in the cache while rows pass by.
+    // Long sums of many rows are cut into parts, so that a part of a panel stays in the cache while
+    // rows pass by.
     const bool is_cut = ROWS == BF16 && width >= 2 * MOST_INPUTS && rows > MOST_TILE_ROWS;
     const int64_t part = is_cut ? MOST_INPUTS : width;
     in_blocks<ROWS>(tiles, part,
                     [&](int64_t from, int64_t to) { blocks.push_back({from, to, 0, 0}); });
-    // A thread sums up some channels of all experts, so that sums have one order and no races. They
-    // lie together, and stay in the second-level cache.
+    // A thread sums some channels over all experts: sums have a fixed order and no races. The sums
+    // lie together and stay in the second-level cache.
     const int64_t down_step =
         std::clamp<int64_t>(std::min(down_panels / (threads * 2),
                                      SUMS_BYTES / (tokens * PANEL * (int64_t)sizeof(float) + 1)),

@@ -1,4 +1,4 @@
-// Vectors of 16 lanes: AVX-512 with bfloat16 and VNNI, or the compiler's own.
+// Vectors of 16 lanes: AVX-512 with bfloat16 and VNNI, or the compiler's generic vectors.
 
 #pragma once
 
@@ -78,7 +78,7 @@ inline void store_bf16(bf16* p, f32x16 v) {
 #endif
 }
 
-// 32 elements at a multiple of 64 bytes, which are not going to be read soon.
+// Stores 32 elements at a multiple of 64 bytes; for data that is not read again soon.
 inline void store_past_caches(bf16* p, f32x16 a, f32x16 b) {
 #if WIDE
     _mm512_stream_si512((__m512i*)p, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
@@ -88,7 +88,7 @@ inline void store_past_caches(bf16* p, f32x16 a, f32x16 b) {
 #endif
 }
 
-// Other threads see what was written past the caches before this.
+// Makes earlier stores past the caches visible to other threads.
 inline void finish_past_caches() {
 #if WIDE
     _mm_sfence();
@@ -151,7 +151,7 @@ inline u8x16 low_bytes(i32x16 v) {
 #endif
 }
 
-// Rows of a square become its columns.
+// Transposes a square of 16 × 16.
 inline void transpose(u32x16 (&x)[LANES]) {
 #if WIDE
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -176,7 +176,8 @@ inline void transpose(u32x16 (&x)[LANES]) {
 #endif
 }
 
-// exp for x <= 0 or so: 2^n * 2^f with a polynomial for 2^f, |f| <= 1/2; relative error 2e-7.
+// exp for arguments up to about 0: 2^n * 2^f with a polynomial for 2^f, |f| <= 1/2. Relative error
+// 2e-7.
 inline f32x16 vexp(f32x16 x) {
     x = vmax(x, splat(-87.3f));
     f32x16 t = x * 1.44269504f;
@@ -198,12 +199,12 @@ inline f32x16 vexp(f32x16 x) {
 }
 
 inline f32x16 silu(f32x16 x) {
-    // x / (1 + exp(-x)); exp of large numbers is bounded, where silu is 0 anyway.
+    // x / (1 + exp(-x)). The argument of exp is bounded where silu is 0 anyway.
     f32x16 e = vexp(-vmax(x, splat(-87.0f)) < 88.0f ? -vmax(x, splat(-87.0f)) : splat(88.0f));
     return x / (e + 1.0f);
 }
 
-// acc + w[lane][0] * x[0] + w[lane][1] * x[1], for 16 lanes of two bfloat16.
+// acc + w[lane][0] * x[0] + w[lane][1] * x[1], for 16 lanes of two bfloat16 each.
 inline f32x16 dot2(f32x16 acc, const void* w, uint32_t x) {
 #if WIDE
     return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w),
@@ -215,7 +216,7 @@ inline f32x16 dot2(f32x16 acc, const void* w, uint32_t x) {
 #endif
 }
 
-// acc + the sum over j < 4 of w[lane][j] * x[j], for 16 lanes of four int8; x is unsigned.
+// acc + the sum over j < 4 of w[lane][j] * x[j], for 16 lanes of four int8 each; x is unsigned.
 inline i32x16 dot4(i32x16 acc, const void* w, uint32_t x) {
 #if WIDE
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32((int)x),
