@@ -1,4 +1,4 @@
-"""Every line of a JSONL file is answered once, or reported; what is finished is never lost."""
+"""Every line of a JSONL file is answered once or reported; finished answers are never lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 class Batch:
-    """Runs `lines` (records, or raw text) and keeps what came of them."""
+    """Runs `lines` (records, or raw text) and keeps the answers and the reports."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Batch:
             {"temperature": 0, "max_tokens": 8, **(defaults or {})},
             chat=chat,
             done=done or set(),
-            complain=self.complaints.append,
+            report_failure=self.complaints.append,
             advance=self._advance,
         )
 
@@ -172,8 +172,8 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "half a character": ('{"prompt": "\\ud83d"}', "half of a surrogate pair"),
     "half a character in the id": ('{"prompt": "a", "id": "\\ud83d"}', "cannot be written as JSON"),
     "NaN as id": ('{"prompt": "a", "id": NaN}', "cannot be written as JSON"),
-    "params a list": ({"prompt": "a", "params": []}, "params is [], not an object"),
-    "params false": ({"prompt": "a", "params": False}, "params is False, not an object"),
+    "params a list": ({"prompt": "a", "params": []}, "params=[] must be an object"),
+    "params false": ({"prompt": "a", "params": False}, "params=False must be an object"),
     "unknown parameter": ({"prompt": "a", "params": {"heat": 1}}, "unknown field `heat`"),
     "wrong type": ({"prompt": "a", "params": {"top_k": "x"}}, "Expected `int`, got `str`"),
     "out of bounds": ({"prompt": "a", "params": {"top_p": 0}}, "top_p=0.0 must be above 0"),
@@ -181,7 +181,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "far too many": ({"prompt": "a", "params": {"max_tokens": 2**70}}, "must be below 2**31"),
     "half a stop": ('{"prompt": "a", "params": {"stop": "\\ud83d"}}', "must be whole characters"),
     "misplaced": ({"prompt": "a", "max_tokens": 5}, "max_tokens belongs in params"),
-    "messages without chat": ({"messages": []}, "messages are for chat; add --chat"),
+    "messages without chat": ({"messages": []}, "messages are only for chat; add --chat"),
 }
 
 

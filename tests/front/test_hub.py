@@ -1,4 +1,4 @@
-"""A model's name becomes a folder, through a hub client only where it can be no folder."""
+"""A model's name becomes a folder; a hub client is asked only if it cannot be a folder."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def test_what_a_hub_cannot_fetch_is_one_line(clients: Path):
     with pytest.raises(ConfigError) as caught:
         resolve("org/missing")
     assert str(caught.value) == (
-        "org/missing is no folder here, and huggingface_hub could not fetch it: 404: no such model"
+        "org/missing is not a folder here, and huggingface_hub could not download it: "
+        "404: no such model"
     )
 
 

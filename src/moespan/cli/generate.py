@@ -156,7 +156,7 @@ def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str,
             params,
             chat=args.chat,
             done=done,
-            complain=lambda message: tqdm.write(f"moespan: {message}", file=sys.stderr),
+            report_failure=lambda message: tqdm.write(f"moespan: {message}", file=sys.stderr),
             advance=bar.update,
         )
     if report.num_skipped and not args.quiet:
