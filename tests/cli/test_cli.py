@@ -296,7 +296,7 @@ def test_a_file_is_answered_and_resumed(cli: Cli, tmp_path: Path):
     whole = output.read_text()
     ran = cli(*arguments)
     assert ran.code == 1
-    assert "exists; add --resume to answer only what is missing" in ran.err
+    assert "exists; add --resume to answer only the missing ids" in ran.err
     assert output.read_text() == whole
 
     input_path.write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""`moespan info`: a model in one page."""
+"""`moespan info`: describes a model in one page."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lines(model: ModelConfig, layout: Layout, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and value of each line."""
+    """Name and value of each printed line."""
     experts = (
         f"{model.n_routed_experts} routed, top {model.num_experts_per_tok}, "
         f"{model.n_shared_experts or 0} shared, width {model.moe_intermediate_size}, "
@@ -94,7 +94,7 @@ def _facts(config: ModelConfig, engine: EngineConfig) -> dict[str, Any]:
     world = range(layout.world_size)
     quantized = {}
     for name in stored.same_weights if stored else QUANTIZATIONS:
-        with contextlib.suppress(ConfigError):  # rows need not be whole groups
+        with contextlib.suppress(ConfigError):  # a row may not be a whole number of groups
             quantized[name] = place(config, Layout(), 0, quantization=name).num_bytes(engine.dtype)
     return {
         "parameters": total,

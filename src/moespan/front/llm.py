@@ -174,7 +174,7 @@ class LLM:
         its unfinished requests.
 
         Args:
-            requests: texts of prompts, or None, with their requests (`request`).
+            requests: pairs of a prompt's text (or None) and its request, as `request` makes them.
             observe: called with every delta of these requests, as soon as its step is done.
 
         Raises:
