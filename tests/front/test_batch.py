@@ -117,7 +117,7 @@ def test_an_id_is_any_json_and_without_one_the_number_of_the_line(run: Callable[
     assert "二" in batch.output.getvalue()  # as it is, not escaped
 
 
-def test_params_of_a_line_go_before_those_of_all(run: Callable[..., Batch]):
+def test_params_of_a_line_override_the_defaults(run: Callable[..., Batch]):
     batch = run(
         {"prompt": "347+85="},
         {"prompt": "347+85=", "params": {"max_tokens": 1}},
@@ -141,7 +141,7 @@ def test_scores_and_continuations_are_in_the_answer(run: Callable[..., Batch]):
     assert len(record["prompt_logprobs"]) == 8
 
 
-def test_chat_lines_are_what_the_user_says_or_whole_conversations(run: Callable[..., Batch]):
+def test_chat_lines_are_user_messages_or_whole_conversations(run: Callable[..., Batch]):
     batch = run(
         {"prompt": "12+30="},
         {"messages": [{"role": "user", "content": "12+30="}]},
@@ -261,7 +261,7 @@ def test_resuming_skips_what_is_answered(run: Callable[..., Batch], tmp_path: Pa
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20, -1])
-def test_a_line_cut_short_is_removed_and_answered_again(
+def test_a_truncated_line_is_removed_and_counts_as_unanswered(
     run: Callable[..., Batch], tmp_path: Path, cut: int
 ):
     lines = [{"prompt": f"{number}+1=", "id": number} for number in (1, 2)]
@@ -284,7 +284,7 @@ def test_a_line_cut_short_is_removed_and_answered_again(
         '[{"id": 1}]\n',
     ],
 )
-def test_a_file_of_somebody_else_is_refused_and_stays_as_it_is(tmp_path: Path, content: str):
+def test_a_file_that_holds_no_answers_is_refused_and_left_alone(tmp_path: Path, content: str):
     output = tmp_path / "output.jsonl"
     output.write_text(content)
     with pytest.raises(ConfigError, match=r"output\.jsonl:1 is not an answer of an earlier run"):
@@ -298,7 +298,7 @@ def test_an_empty_file_is_an_earlier_run_that_answered_nothing(tmp_path: Path):
     assert answered_ids(output) == set()
 
 
-def test_a_crash_in_the_middle_loses_nothing_that_was_finished(
+def test_a_crash_loses_no_finished_answer(
     small: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     lines: list[Any] = [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 EXIT_FAILED = 1
-"""Exit code of a verb that could not do what was asked, or whose check did not pass."""
+"""Exit code of a verb that could not do its work, or whose check failed."""
 
 LAYOUT_ROW = "{:<28}{:<12}{:>10}  {:<8}{:<8}{}"
 

@@ -26,8 +26,8 @@ ExpertTable = dict[str, list[list[int]]]
 class EngineOptions:
     """The options that reach the ranks exactly as the user gives them.
 
-    They are declared, documented and checked here alone: `Settings` (what a user asks for) and
-    `EngineConfig` (what a rank gets) both inherit them.
+    This is the only place that declares, documents and checks them. `Settings` (the options of a
+    user) and `EngineConfig` (the configuration of a rank) both inherit them.
 
     Attributes:
         quantization: scheme in which matrices are held, one of `QUANTIZATIONS`. A checkpoint of
@@ -136,7 +136,7 @@ class EngineConfig(EngineOptions):
             )
 
     def _check_device_options(self) -> None:
-        """Refuse options that only other devices have, and those that need a 16-bit dtype."""
+        """Refuse options that only other devices have, or that need a 16-bit dtype."""
         is_asked = {
             "moe_dispatch=fused": self.moe_dispatch == "fused",
             "npu_fused_all_reduce": self.npu_fused_all_reduce > 0,

@@ -252,8 +252,8 @@ def _require(raw: Mapping[str, Any], **implemented: tuple[Any, ...]) -> None:
                 f"quantization_config: {key}={found!r} is not implemented; only "
                 f"{' or '.join(repr(value) for value in values)} is (int-quantized or "
                 "float-quantized, 8 bits, symmetric, weights per channel, activations per token; "
-                "int-quantized also without these; pack-quantized, 4 bits, symmetric, weights in "
-                "groups of 32)"
+                "int-quantized also without rounded activations; pack-quantized, 4 bits, "
+                "symmetric, weights in groups of 32)"
             )
 
 

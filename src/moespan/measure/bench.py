@@ -217,7 +217,8 @@ def bench(llm: LLM, workload: Workload, nnodes: int = 1) -> dict[str, Any]:
     """
     if llm.config.enable_prefix_caching:
         raise ConfigError(
-            "enable_prefix_caching=True would keep the prompts that are measured; start without it"
+            "enable_prefix_caching=True is refused: the prefix cache would keep the measured "
+            "prompts; start without it"
         )
     cases = [
         *(Case(1, length) for length in workload.prefill),
