@@ -105,7 +105,9 @@ def _preset_model(name: str, settings: Settings) -> Iterator[Settings]:
     if settings.model is not None:
         raise ConfigError(f"both {settings.model} and --preset {name} are given; leave one out")
     if settings.load_format == "safetensors":
-        raise ConfigError("--preset has no file to read; leave --load-format out, or use dummy")
+        raise ConfigError(
+            "--load-format safetensors finds no file with --preset; use --load-format dummy"
+        )
     if settings.nnodes > 1:
         raise ConfigError(
             "--preset makes its config on one node only; give MODEL, a folder with a config.json "
