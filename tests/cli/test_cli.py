@@ -57,7 +57,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 
 @pytest.fixture
 def sixteen_b(tmp_path: Path) -> Path:
-    """The folder of the 16B model, but for its weights."""
+    """A folder with the config of the 16B model, without weights."""
     folder = tmp_path / "16b"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(preset("16b", {})))
@@ -138,12 +138,12 @@ def test_info_takes_every_spelling(flag: str):
         (["--disable-radix-cache"], False),
     ],
 )
-def test_the_prefix_cache_is_on_unless_told(flags: list[str], is_on: bool):
+def test_the_prefix_cache_is_on_by_default(flags: list[str], is_on: bool):
     args = parse("generate", "M", "--prompt", "a", *flags)
     assert settings_of(args).enable_prefix_caching is is_on
 
 
-def test_every_sampling_parameter_that_has_a_flag_is_the_engines():
+def test_every_sampling_flag_names_a_parameter_of_the_engine():
     flags = {name for name, *_ in SAMPLING} | {"ignore_eos"}
     assert flags <= {*SamplingParams.__struct_fields__}
 
@@ -157,7 +157,7 @@ def test_remote_code_is_refused_with_the_reason(cli: Cli, verb: str):
     assert "code that comes with a checkpoint is never run" in ran.err
 
 
-def test_flags_are_not_guessed_from_their_beginning(cli: Cli):
+def test_abbreviated_flags_are_refused(cli: Cli):
     ran = cli("generate", QUICKSTART, "--prompt", "a", "--max-tok", 3)
     assert ran.code == 2
     assert "unrecognized arguments: --max-tok" in ran.err
@@ -175,7 +175,7 @@ def test_help_is_shown(cli: Cli, verb: list[str]):
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["generate", "--help"], ["--version"], ["info", str(QUICKSTART)]]
 )
-def test_what_only_prints_imports_no_torch(arguments: list[str]):
+def test_verbs_that_only_print_import_no_torch(arguments: list[str]):
     code = (
         "import sys, moespan.cli\n"
         "try:\n    moespan.cli.main(sys.argv[1:])\n"
@@ -296,7 +296,7 @@ def test_a_file_is_answered_and_resumed(cli: Cli, tmp_path: Path):
     whole = output.read_text()
     ran = cli(*arguments)
     assert ran.code == 1
-    assert "exists; add --resume to answer only what is missing" in ran.err
+    assert "exists; add --resume to answer only the missing ids" in ran.err
     assert output.read_text() == whole
 
     input_path.write_text("\n".join(lines) + "\n")
@@ -327,7 +327,7 @@ def test_answers_of_a_file_go_to_stdout_without_an_output(cli: Cli, tmp_path: Pa
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_what_ends_a_run_is_told_in_one_line(
+def test_the_cause_of_a_failed_run_is_one_line(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str
 ):
     def fail(*_: object) -> None:
@@ -340,7 +340,7 @@ def test_what_ends_a_run_is_told_in_one_line(
     assert ran.err.count("\n") == (1 if says else 0)
 
 
-def test_a_small_step_needs_no_word_on_the_number_of_sequences(cli: Cli):
+def test_a_small_step_lowers_the_default_number_of_sequences(cli: Cli):
     arguments = ["--quiet", "--max-num-batched-tokens", 3, "--prompt", "1+1=", "2+2="]
     assert cli("generate", QUICKSTART, *arguments).out == "\n1+1=\n→ 2\n\n2+2=\n→ 4\n"
 
@@ -355,7 +355,7 @@ def test_two_ranks_answer_like_one():
     assert "tp=2" in ran.stderr
 
 
-def test_a_reader_that_goes_away_ends_it_without_noise():
+def test_a_closed_stdout_ends_a_run_without_noise():
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = [sys.executable, "-m", "moespan", "info", QUICKSTART]
@@ -364,7 +364,7 @@ def test_a_reader_that_goes_away_ends_it_without_noise():
     assert (ran.returncode, ran.stderr) == (1, b"")
 
 
-def test_the_version_is_told():
+def test_the_version_is_printed():
     command = [sys.executable, "-m", "moespan", "--version"]
     assert subprocess.check_output(command, text=True) == f"moespan {__version__}\n"
 
@@ -386,7 +386,7 @@ def test_verify_passes_with_exit_code_0(cli: Cli):
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "fp8", "int4"])
-def test_verify_without_a_file_compares_with_the_floats_that_8_bits_were_made_from(
+def test_verify_without_a_file_compares_with_the_checkpoint_of_floats(
     cli: Cli, tmp_path: Path, scheme: str
 ):
     assert cli("quantize", TINY, tmp_path / "out", "--quantization", scheme).code == 0
@@ -436,7 +436,7 @@ def test_a_reference_is_written_and_passes(cli: Cli, tmp_path: Path):
     assert "exists; give a new file to write" in ran.err
 
 
-def test_a_reference_is_written_for_prompts_of_ones_own(cli: Cli, tmp_path: Path):
+def test_a_reference_is_written_for_given_prompts(cli: Cli, tmp_path: Path):
     made = tmp_path / "made.safetensors"
     arguments = ["--reference", made, "--write-reference", "--prompt", "1+1=", "--prompt", "2+2="]
     assert cli("verify", QUICKSTART, *arguments).code == 0
@@ -486,7 +486,7 @@ def test_info_says_what_a_rank_holds(cli: Cli, sixteen_b: Path):
     assert "2.10 GB of int8 weights, 14.4375 KiB of int8 KV cache per token" in ran.out
 
 
-def test_info_leaves_out_the_bits_that_a_model_cannot_have(cli: Cli, sixteen_b: Path):
+def test_info_leaves_out_schemes_that_the_model_cannot_have(cli: Cli, sixteen_b: Path):
     config = json.loads((sixteen_b / "config.json").read_text())
     (sixteen_b / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 1400}))
     ran = cli("info", sixteen_b)
@@ -519,11 +519,11 @@ def test_info_on_a_dense_model(cli: Cli, tmp_path: Path):
         (5e15, "5000.00 TB"),
     ],
 )
-def test_a_number_has_the_unit_that_it_fills(number: float, text: str):
+def test_a_number_has_the_largest_unit_that_it_fills(number: float, text: str):
     assert scaled(number, BYTES) == text
 
 
-def test_a_count_of_few_has_no_unit():
+def test_a_small_count_has_no_unit():
     assert [scaled(n, COUNTS, 3) for n in (12, 12_345)] == ["12", "12.345 K"]
 
 
@@ -580,7 +580,7 @@ WRONG_COMMANDS: list[tuple[list[object], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "says"), WRONG_COMMANDS)
-def test_a_wrong_command_is_told_with_the_usage(cli: Cli, arguments: list[object], says: str):
+def test_a_wrong_command_shows_the_usage(cli: Cli, arguments: list[object], says: str):
     ran = cli(*arguments)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("usage: moespan")
@@ -684,7 +684,7 @@ WRONG_INPUT: list[tuple[str, str]] = [
 
 @pytest.fixture
 def places(tmp_path: Path) -> dict[str, object]:
-    """What stands for the names in `WRONG_INPUT`."""
+    """Values of the names in the commands of `WRONG_INPUT`."""
     contents = {"llama": '{"model_type": "llama"}', "no_json": "{", "deep": "[" * 100_000}
     for name, content in contents.items():
         (tmp_path / name).mkdir()
@@ -721,4 +721,4 @@ def test_wrong_input_is_one_clear_line(
     *_, error = [line for line in ran.err.splitlines() if line.startswith("moespan: ")]
     assert says.format(**places) in error
     assert "Traceback" not in ran.err
-    assert sorted(tmp_path.rglob("*")) == before  # nothing half-done is left
+    assert sorted(tmp_path.rglob("*")) == before  # no partial file is left

@@ -1,4 +1,4 @@
-"""What a start does not load. Modules are counted, not seconds."""
+"""Modules that a start must not load. Modules are counted, not seconds."""
 
 from __future__ import annotations
 

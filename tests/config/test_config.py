@@ -1,4 +1,4 @@
-"""A config is read in full or refused by name: nothing that changes the model is passed over."""
+"""A config is read in full or refused by name; nothing that changes the model is ignored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ POSITIVE_INTEGERS = (*REQUIRED, "num_key_value_heads", "n_routed_experts", "n_sh
 
 
 def refusal(**changes: Any) -> str:
-    """What the error says about a small config with these changes."""
+    """The error message about a small config with `changes`."""
     with pytest.raises(ConfigError) as caught:
         ModelConfig.from_dict({**geometry(), **changes})
     return str(caught.value)
@@ -50,7 +50,7 @@ def refusal(**changes: Any) -> str:
         ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
     ],
 )
-def test_what_would_change_the_model_and_is_not_implemented_is_refused(key: str, value: object):
+def test_a_key_that_changes_the_model_and_is_not_implemented_is_refused(key: str, value: object):
     message = refusal(**{key: value})
     assert f"{key}={value!r}" in message
     assert "not implemented" in message
@@ -64,7 +64,7 @@ def test_rope_scaling_other_than_linear_is_refused(kind: str | None, key: str):
 
 
 @pytest.mark.parametrize("value", ["linear", "default", [], 4.0])
-def test_rope_scaling_that_is_no_object_is_refused(value: object):
+def test_rope_scaling_that_is_not_an_object_is_refused(value: object):
     assert f"rope_scaling={value!r} must be" in refusal(rope_scaling=value)
 
 
@@ -168,7 +168,7 @@ def test_null_routed_experts_make_a_dense_model():
     assert total == active
 
 
-def test_null_shared_experts_make_none():
+def test_null_shared_experts_mean_no_shared_experts():
     config = ModelConfig.from_dict(geometry(n_shared_experts=None))
     assert (config.num_moe_layers, config.shared_intermediate_size) == (2, 0)
 
@@ -253,7 +253,7 @@ def test_remote_code_stays_inert(tmp_path: Path):
         (b"", "cannot be read as JSON"),
     ],
 )
-def test_a_config_file_that_is_no_json_object_is_refused(
+def test_a_config_file_that_is_not_a_json_object_is_refused(
     tmp_path: Path, content: bytes | None, said: str
 ):
     if content is not None:
@@ -325,13 +325,13 @@ def moe_config(experts: int = 8, layers: int = 4) -> ModelConfig:
             Layout(pp=5),
             "pp=5 exceeds num_hidden_layers=4: a stage would be empty; use pp=1, 2, 3, 4",
         ),
-        (Layout(pp=2, pipeline_layers=(4,)), "pipeline_layers=4 has 1 stages, not pp=2"),
+        (Layout(pp=2, pipeline_layers=(4,)), "pipeline_layers=4 is for pp=1, not pp=2"),
         (Layout(pp=2, pipeline_layers=(4, 0)), "pipeline_layers=4,0 must be positive and sum to"),
         (Layout(pp=2, pipeline_layers=(2, 1)), "pipeline_layers=2,1 must be positive and sum to"),
     ],
     ids=str,
 )
-def test_a_layout_error_names_the_broken_rule_and_the_nearest_ways_out(layout: Layout, said: str):
+def test_a_layout_error_names_the_broken_rule_and_the_nearest_fixes(layout: Layout, said: str):
     with pytest.raises(LayoutError, match=re.escape(said)):
         layout.check(moe_config())
 
@@ -366,7 +366,7 @@ def test_every_listed_layout_fits_and_no_other_of_that_size_does():
 
 
 @pytest.mark.parametrize("layout", all_layouts(8, moe_config()), ids=str)
-def test_ranks_have_a_place_each_with_tp_fastest_and_pp_slowest(layout: Layout):
+def test_each_rank_has_its_own_place_with_tp_fastest_and_pp_slowest(layout: Layout):
     ranks = range(layout.world_size)
     places = [layout.coordinates(rank) for rank in ranks]
     assert [(at.pp, at.dp, at.sp, at.tp) for at in places] == list(
@@ -379,7 +379,7 @@ def test_ranks_have_a_place_each_with_tp_fastest_and_pp_slowest(layout: Layout):
         assert held == sorted(list(range(layout.ep)) * layout.expert_slices)
 
 
-def test_the_largest_expert_parallelism_of_a_stage_is_taken_on_demand():
+def test_the_largest_ep_that_the_other_axes_and_the_model_allow_is_taken():
     def largest(experts: int = 8, **sizes: int) -> int:
         return Layout(**sizes).with_largest_ep(moe_config(experts)).ep
 
@@ -404,8 +404,8 @@ def test_stages_are_cut_where_the_costliest_one_costs_the_least(pp: int):
         return max(sum(itertools.islice(left, length)) for length in lengths)
 
     cuts = itertools.combinations(range(1, 12), pp - 1)
-    everyone = (tuple(b - a for a, b in itertools.pairwise((0, *cut, 12))) for cut in cuts)
-    assert worst(tuple(map(len, stages))) == pytest.approx(min(map(worst, everyone)))
+    all_lengths = (tuple(b - a for a, b in itertools.pairwise((0, *cut, 12))) for cut in cuts)
+    assert worst(tuple(map(len, stages))) == pytest.approx(min(map(worst, all_lengths)))
 
 
 def test_stages_of_the_16b_model_weigh_the_dense_layer_and_the_head():
@@ -415,7 +415,7 @@ def test_stages_of_the_16b_model_weigh_the_dense_layer_and_the_head():
     assert by_hand.stages(config)[1] == range(7, 14)
 
 
-def test_tokens_can_meet_experts_where_they_are_or_be_sent_to_them():
+def test_a_layout_allows_the_dispatches_that_its_tp_groups_need():
     assert Layout(tp=4, ep=2).dispatches == ("replicated",)
     assert Layout(tp=4, ep=4, dp=2).dispatches == ("replicated",)
     assert Layout(tp=2, ep=4, dp=2).dispatches == ("all_gather", "all_to_all")

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its integers is read in full, or refused by name."""
+"""A `quantization_config` is read in full, or refused by name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def written(scheme: str = "w8a8") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
-def test_what_is_written_is_read_as_it_was(scheme: str):
+def test_a_written_config_reads_back_the_same(scheme: str):
     config = ModelConfig.from_dict(geometry() | {"quantization_config": written(scheme)})
     assert config.quantization == QuantizationConfig.of(scheme)
 
 
-def test_what_llm_compressor_writes_is_read():
+def test_the_8_bit_integers_of_llm_compressor_are_read():
     integers = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
     stored = {
         "quant_method": "compressed-tensors",
@@ -41,7 +41,7 @@ def test_what_llm_compressor_writes_is_read():
     )
 
 
-def test_what_llm_compressor_writes_of_8_bit_floats_is_read():
+def test_the_8_bit_floats_of_llm_compressor_are_read():
     floats = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
     stored = {
         "quant_method": "compressed-tensors",
@@ -67,7 +67,7 @@ def test_what_llm_compressor_writes_of_8_bit_floats_is_read():
         (("group_0",), "input_activations", None, "'float-quantized' without input_activations"),
     ],
 )
-def test_other_ways_to_8_bit_floats_are_refused(
+def test_other_forms_of_8_bit_floats_are_refused(
     place: tuple[str, ...], key: str, value: object, complaint: str
 ):
     stored = written("fp8")
@@ -79,7 +79,7 @@ def test_other_ways_to_8_bit_floats_are_refused(
         QuantizationConfig.from_dict(stored)
 
 
-def test_what_llm_compressor_writes_of_4_bits_is_read():
+def test_the_4_bit_integers_of_llm_compressor_are_read():
     weights = {
         "num_bits": 4,
         "type": "int",
@@ -104,7 +104,7 @@ def test_what_llm_compressor_writes_of_4_bits_is_read():
     ("key", "value"),
     [("num_bits", 8), ("group_size", 128), ("symmetric", False), ("actorder", "group")],
 )
-def test_other_ways_to_4_bits_are_refused(key: str, value: object):
+def test_other_forms_of_4_bits_are_refused(key: str, value: object):
     stored = written("int4")
     stored["config_groups"]["group_0"]["weights"][key] = value
     with pytest.raises(ConfigError, match=f"{key}={value!r} is not implemented"):
@@ -124,7 +124,7 @@ def test_4_bits_with_rounded_activations_are_refused():
     [("int8", "w8a8", "w8a8"), ("w8a8", "int8", "int8"), ("w8a8", None, "w8a8"),
      ("fp8", "fp8", "fp8"), ("fp8", None, "fp8"), ("int4", None, "int4")],
 )  # fmt: skip
-def test_what_is_stored_runs_as_any_scheme_of_the_same_weights(
+def test_a_checkpoint_runs_as_any_scheme_of_the_same_weights(
     scheme: str, wanted: str | None, running: str
 ):
     assert QuantizationConfig.of(scheme).running_as(wanted) == running
@@ -133,7 +133,7 @@ def test_what_is_stored_runs_as_any_scheme_of_the_same_weights(
 @pytest.mark.parametrize(
     ("scheme", "wanted"), [("fp8", "w8a8"), ("int8", "fp8"), ("int8", "int4"), ("int4", "int8")]
 )
-def test_what_is_stored_runs_as_no_scheme_of_other_weights(scheme: str, wanted: str):
+def test_a_checkpoint_runs_as_no_scheme_of_other_weights(scheme: str, wanted: str):
     with pytest.raises(ConfigError, match=f"quantization={wanted}.* holds weights of {scheme}"):
         QuantizationConfig.of(scheme).running_as(wanted)
 
@@ -155,7 +155,7 @@ def test_what_is_stored_runs_as_no_scheme_of_other_weights(scheme: str, wanted: 
         (("config_groups", "group_0", "input_activations"), "dynamic", False),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(
+def test_a_value_that_is_not_implemented_is_refused_by_name(
     place: tuple[str, ...], key: str, value: object
 ):
     stored = inner = written()
@@ -178,7 +178,7 @@ def test_what_is_not_implemented_is_refused_by_name(
         (written() | {"ignore": ["re:.*a.*b.*c.*d"]}, "is refused"),
     ],
 )
-def test_what_is_malformed_or_could_run_for_ever_is_refused(stored: object, complaint: str):
+def test_a_malformed_config_or_a_slow_pattern_is_refused(stored: object, complaint: str):
     with pytest.raises(ConfigError, match=complaint):
         ModelConfig.from_dict(geometry() | {"quantization_config": stored})
 

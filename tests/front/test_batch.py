@@ -1,4 +1,4 @@
-"""Every line of a JSONL file is answered once, or reported; what is finished is never lost."""
+"""Every line of a JSONL file is answered once or reported; finished answers are never lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 class Batch:
-    """Runs `lines` (records, or raw text) and keeps what came of them."""
+    """Runs `lines` (records, or raw text) and keeps the answers and the reports."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Batch:
             {"temperature": 0, "max_tokens": 8, **(defaults or {})},
             chat=chat,
             done=done or set(),
-            complain=self.complaints.append,
+            report_failure=self.complaints.append,
             advance=self._advance,
         )
 
@@ -117,7 +117,7 @@ def test_an_id_is_any_json_and_without_one_the_number_of_the_line(run: Callable[
     assert "二" in batch.output.getvalue()  # as it is, not escaped
 
 
-def test_params_of_a_line_go_before_those_of_all(run: Callable[..., Batch]):
+def test_params_of_a_line_override_the_defaults(run: Callable[..., Batch]):
     batch = run(
         {"prompt": "347+85="},
         {"prompt": "347+85=", "params": {"max_tokens": 1}},
@@ -141,7 +141,7 @@ def test_scores_and_continuations_are_in_the_answer(run: Callable[..., Batch]):
     assert len(record["prompt_logprobs"]) == 8
 
 
-def test_chat_lines_are_what_the_user_says_or_whole_conversations(run: Callable[..., Batch]):
+def test_chat_lines_are_user_messages_or_whole_conversations(run: Callable[..., Batch]):
     batch = run(
         {"prompt": "12+30="},
         {"messages": [{"role": "user", "content": "12+30="}]},
@@ -172,8 +172,8 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "half a character": ('{"prompt": "\\ud83d"}', "half of a surrogate pair"),
     "half a character in the id": ('{"prompt": "a", "id": "\\ud83d"}', "cannot be written as JSON"),
     "NaN as id": ('{"prompt": "a", "id": NaN}', "cannot be written as JSON"),
-    "params a list": ({"prompt": "a", "params": []}, "params is [], not an object"),
-    "params false": ({"prompt": "a", "params": False}, "params is False, not an object"),
+    "params a list": ({"prompt": "a", "params": []}, "params=[] must be an object"),
+    "params false": ({"prompt": "a", "params": False}, "params=False must be an object"),
     "unknown parameter": ({"prompt": "a", "params": {"heat": 1}}, "unknown field `heat`"),
     "wrong type": ({"prompt": "a", "params": {"top_k": "x"}}, "Expected `int`, got `str`"),
     "out of bounds": ({"prompt": "a", "params": {"top_p": 0}}, "top_p=0.0 must be above 0"),
@@ -181,7 +181,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "far too many": ({"prompt": "a", "params": {"max_tokens": 2**70}}, "must be below 2**31"),
     "half a stop": ('{"prompt": "a", "params": {"stop": "\\ud83d"}}', "must be whole characters"),
     "misplaced": ({"prompt": "a", "max_tokens": 5}, "max_tokens belongs in params"),
-    "messages without chat": ({"messages": []}, "messages are for chat; add --chat"),
+    "messages without chat": ({"messages": []}, "messages are only for chat; add --chat"),
 }
 
 
@@ -261,7 +261,7 @@ def test_resuming_skips_what_is_answered(run: Callable[..., Batch], tmp_path: Pa
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20, -1])
-def test_a_line_cut_short_is_removed_and_answered_again(
+def test_a_truncated_line_is_removed_and_counts_as_unanswered(
     run: Callable[..., Batch], tmp_path: Path, cut: int
 ):
     lines = [{"prompt": f"{number}+1=", "id": number} for number in (1, 2)]
@@ -284,7 +284,7 @@ def test_a_line_cut_short_is_removed_and_answered_again(
         '[{"id": 1}]\n',
     ],
 )
-def test_a_file_of_somebody_else_is_refused_and_stays_as_it_is(tmp_path: Path, content: str):
+def test_a_file_that_holds_no_answers_is_refused_and_left_alone(tmp_path: Path, content: str):
     output = tmp_path / "output.jsonl"
     output.write_text(content)
     with pytest.raises(ConfigError, match=r"output\.jsonl:1 is not an answer of an earlier run"):
@@ -298,7 +298,7 @@ def test_an_empty_file_is_an_earlier_run_that_answered_nothing(tmp_path: Path):
     assert answered_ids(output) == set()
 
 
-def test_a_crash_in_the_middle_loses_nothing_that_was_finished(
+def test_a_crash_loses_no_finished_answer(
     small: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     lines: list[Any] = [

@@ -1,4 +1,4 @@
-"""A model's name becomes a folder, through a hub client only where it can be no folder."""
+"""A model's name becomes a folder; a hub client is asked only if it cannot be a folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli
 @pytest.mark.parametrize(
     "name", ["missing", "./a/b", "/a/b", "a/b/c", "~/a/b", "~no-such-user/x", "a/../../b", "a\0b"]
 )
-def test_what_looks_like_a_path_is_never_asked_of_a_hub(clients: Path, name: str):
+def test_a_name_that_looks_like_a_path_never_reaches_a_hub(clients: Path, name: str):
     with pytest.raises(ConfigError, match="does not exist"):
         resolve(name)
     assert not [*clients.glob("from *")]
@@ -75,11 +75,12 @@ def test_the_other_hub_is_asked_on_request(clients: Path, monkeypatch: pytest.Mo
     assert resolve("org/name") == clients / "from modelscope"
 
 
-def test_what_a_hub_cannot_fetch_is_one_line(clients: Path):
+def test_a_failed_download_is_one_line(clients: Path):
     with pytest.raises(ConfigError) as caught:
         resolve("org/missing")
     assert str(caught.value) == (
-        "org/missing is no folder here, and huggingface_hub could not fetch it: 404: no such model"
+        "org/missing is not a folder here, and huggingface_hub could not download it: "
+        "404: no such model"
     )
 
 

@@ -1,4 +1,4 @@
-"""`LLM` gives every prompt its own answer, the same one however it is batched, and goes on."""
+"""`LLM` answers every prompt, independent of batching, and goes on after errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def engine(llm: LLM) -> Engine:
 
 
 def assert_idle(llm: LLM) -> None:
-    """Nothing is left of any request: no sequence, no text, no block that somebody holds."""
+    """Assert that no request has left a sequence, a text, or a block in use."""
     scheduler = engine(llm)._replicas.schedulers[0]
     scheduler.check_integrity()
     assert not scheduler.has_unfinished
@@ -55,7 +55,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def logits_of(llm: LLM, token_ids: list[int]) -> np.ndarray:
-    """The model's logits [T, V] at every position, by the way that `verify` takes."""
+    """The model's logits [T, V] at every position, computed as `verify` does."""
     request = llm.request(token_ids, greedy(max_tokens=1), prompt_logits=True)
     (output,) = llm.stream([request])
     return np.frombuffer(output.prompt_logits, np.float32).reshape(len(token_ids), -1)
@@ -76,7 +76,7 @@ def llm(quickstart: LLM) -> Iterator[LLM]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Callable[..., LLM]:
-    """Makes engines with random weights, without tokenizer, so small that they run in no time."""
+    """Makes tiny, fast engines with random weights and without a tokenizer."""
 
     def make(**settings: Any) -> LLM:
         folder = write_config(tmp_path / "small")
@@ -131,7 +131,7 @@ def test_one_conversation_or_several_are_answered_through_the_template(llm: LLM)
     outputs = llm.chat(sums, GREEDY)
     assert [output.outputs[0].text.strip() for output in outputs] == ["42", "50", "61"]
     assert outputs[0].prompt == "<|begin|>User: 12+30=\n\nAssistant:"
-    # The template has written the begin token; it is there once.
+    # The template writes the begin token, so it occurs once.
     assert outputs[0].prompt_token_ids.count(BEGIN) == 1
     (alone,) = llm.chat(sums[0], GREEDY)
     assert alone.outputs == outputs[0].outputs
@@ -196,7 +196,7 @@ def test_an_error_names_the_conversation(llm: LLM, bad: Any, says: str):
         llm.chat([good, bad])
 
 
-def test_without_a_tokenizer_token_ids_work_and_text_is_refused_with_the_way_out(
+def test_without_a_tokenizer_token_ids_work_and_text_is_refused_with_the_fix(
     small: Callable[..., LLM],
 ):
     with small() as llm:
@@ -208,7 +208,7 @@ def test_without_a_tokenizer_token_ids_work_and_text_is_refused_with_the_way_out
             llm.generate("text")
         with pytest.raises(RequestError, match=r"^prompt 0: chat needs a tokenizer"):
             llm.chat([{"role": "user", "content": "hello"}])
-        # The engine sees this one; the request alone fails.
+        # The engine finds this error; only the request fails.
         (output,) = llm.generate([3, 1, 4], greedy(stop=["."]))
         assert output.error is not None
         assert "use stop_token_ids" in output.error
@@ -374,7 +374,7 @@ def test_a_seeded_request_gets_the_same_tokens_whatever_shares_its_batch(
         assert_idle(llm)
 
 
-# However it is batched
+# Independence of batching
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +384,7 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="module")
 def alone(oracle: Oracle) -> list[list[int]]:
-    """What each prompt gives when nothing else runs; it is what the Hugging Face model gives."""
+    """Output of each prompt when it runs alone, equal to that of the Hugging Face model."""
     params = greedy(ignore_eos=True)
     with LLM(str(oracle.folder), device="cpu", dtype="float32") as llm:
         found = [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in oracle.prompts]
@@ -416,7 +416,7 @@ def test_batching_changes_no_greedy_token(
         assert_idle(llm)
 
 
-def test_the_next_step_is_started_before_the_last_one_is_waited_for(
+def test_the_next_step_starts_before_the_previous_result_is_awaited(
     oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ):
     order: list[str] = []
@@ -434,14 +434,14 @@ def test_the_next_step_is_started_before_the_last_one_is_waited_for(
     assert orders[1] == ["start", *["start", "wait"] * 3, "wait"]
 
 
-def test_what_was_planned_ahead_of_a_stop_is_settled_when_somebody_asks(oracle: Oracle):
+def test_a_plan_made_ahead_of_a_stop_is_finished_before_a_trace(oracle: Oracle):
     with LLM(str(oracle.folder), device="cpu", dtype="float32", async_scheduling=True) as llm:
         (free,) = llm.generate(oracle.prompts[0], greedy(ignore_eos=True))
         stop = free.outputs[0].token_ids[2]
         (output,) = llm.generate(oracle.prompts[0], greedy(stop_token_ids=[stop]))
         cut = free.outputs[0].token_ids.index(stop) + 1
         assert output.outputs[0].token_ids == free.outputs[0].token_ids[:cut]
-        assert llm.trace([3, 1, 4])  # which takes an idle engine
+        assert llm.trace([3, 1, 4])  # a trace needs an idle engine
         assert_idle(llm)
 
 
@@ -571,7 +571,7 @@ def test_a_request_that_cannot_be_sent_fails_alone(
         assert [one.finish_reason for one in outputs[1].outputs] == ["error", "error"]
 
 
-def test_a_dead_engine_is_told_once_and_as_itself(
+def test_a_dead_engine_raises_its_own_error_once(
     small: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ):
     def die(*_: object) -> None:
@@ -585,7 +585,7 @@ def test_a_dead_engine_is_told_once_and_as_itself(
         assert caught.value.__context__ is None
 
 
-# Numbers that are none
+# Logits that are not finite
 
 
 def test_logits_that_are_not_finite_end_one_request_and_the_others_go_on(tmp_path: Path):
@@ -654,7 +654,7 @@ def test_the_engine_says_what_it_is(quickstart: LLM):
     assert info.weight_bytes > info.read_bytes > 3_700_000  # bfloat16 in the file
 
 
-def test_closing_twice_is_closing_once(small: Callable[..., LLM]):
+def test_close_is_idempotent(small: Callable[..., LLM]):
     llm = small()
     with llm:
         pass
@@ -671,7 +671,7 @@ def test_integers_are_refused_where_the_device_has_no_operations_for_them(
         LLM(str(QUICKSTART), device="cpu", **setting)
 
 
-def test_8_bit_floats_are_refused_with_what_takes_them_and_what_else_there_is(
+def test_8_bit_floats_are_refused_with_the_hardware_and_the_schemes_that_work(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("moespan.ops.CpuOps.quantizations", ("int8", "w8a8"))
@@ -679,13 +679,13 @@ def test_8_bit_floats_are_refused_with_what_takes_them_and_what_else_there_is(
         LLM(str(QUICKSTART), device="cpu", quantization="fp8")
 
 
-def test_4_bits_are_refused_with_what_else_there_is(monkeypatch: pytest.MonkeyPatch):
+def test_4_bits_are_refused_with_the_schemes_that_work(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("moespan.ops.CpuOps.quantizations", ("int8", "w8a8"))
     with pytest.raises(ConfigError, match=r"=int4 is not .* device=cpu; use int8 or w8a8 or"):
         LLM(str(QUICKSTART), device="cpu", quantization="int4")
 
 
-def test_a_variable_for_other_devices_is_not_read_into_an_error(monkeypatch: pytest.MonkeyPatch):
+def test_a_bad_variable_of_another_device_is_ignored(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HCCL_BUFFSIZE", "much")
     with LLM(str(QUICKSTART), device="cpu") as llm:
         (output,) = llm.generate(["2+2="], SamplingParams(temperature=0, max_tokens=1))

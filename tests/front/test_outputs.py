@@ -1,4 +1,4 @@
-"""Whole outputs are what the deltas of all steps add up to."""
+"""An output is the sum of the deltas of all steps."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_prompt_is_reported_over_several_steps():
     assert output.num_cached_tokens == 1
 
 
-def test_what_was_not_asked_for_is_none_and_what_was_a_list():
+def test_scores_are_lists_if_asked_for_and_else_none():
     plain, asked = begin(), begin(logprobs=0, prompt_logprobs=0)
     assert (plain.outputs[0].logprobs, plain.prompt_logprobs) == (None, None)
     assert plain.outputs[0].cumulative_logprob is None

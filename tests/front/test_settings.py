@@ -1,4 +1,4 @@
-"""Every option is declared once, and everybody who judges a run judges the one that would start."""
+"""Every option is declared once, and every verb judges the configuration that would start."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_type_checkers_know_the_keywords_of_llm(tmp_path: Path):
     assert [line.partition(":")[0] for line in lines if "error" in line] == ["3", "4"], ran.stdout
 
 
-def test_what_reaches_the_ranks_is_what_was_asked_for():
+def test_options_reach_the_ranks_as_given():
     config = resolved(kv_cache_dtype="int8", seed=7, enforce_eager=True, max_model_len=64)
     assert (config.kv_cache_dtype, config.seed, config.enforce_eager) == ("int8", 7, True)
     assert (config.max_model_len, config.model) == (64, str(QUICKSTART.resolve()))
@@ -95,7 +95,7 @@ def test_what_reaches_the_ranks_is_what_was_asked_for():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_is_not_given_suits_the_model_and_the_device(device: str):
+def test_defaults_suit_the_model_and_the_device(device: str):
     config = Settings(MODEL, device=device).resolve(to_run=False).engine_config
     assert config.block_size == DEVICES[device].block_size
     assert (config.dtype, config.max_model_len) == ("bfloat16", 512)
@@ -149,7 +149,7 @@ def test_an_option_that_is_wrong_by_itself_is_refused_at_once(options: dict[str,
     ],
 )
 @pytest.mark.parametrize("to_run", [True, False])
-def test_options_that_do_not_go_together_are_refused_whoever_asks(
+def test_options_that_do_not_go_together_are_refused_for_every_verb(
     options: dict[str, Any], says: str, to_run: bool
 ):
     with pytest.raises((ConfigError, LayoutError)) as caught:

@@ -114,7 +114,7 @@ def test_node_0_warns_of_tp_that_crosses_nodes(capsys: pytest.CaptureFixture[str
     warn_if_tp_crosses_nodes(Layout(tp=4), Nodes(nnodes=2, node_rank=1))
     assert capsys.readouterr().err == ""
     warn_if_tp_crosses_nodes(Layout(tp=4), Nodes(nnodes=2))
-    assert capsys.readouterr().err.startswith("moespan: tp=4 crosses nodes, which have 2 of the 4")
+    assert capsys.readouterr().err.startswith("moespan: tp=4 crosses nodes, each with 2 of the 4")
 
 
 def test_the_command_line_takes_the_names_of_vllm_and_sglang() -> None:

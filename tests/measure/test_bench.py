@@ -1,4 +1,4 @@
-"""`bench` says all that it promises, refuses what has no room, and counts what it should."""
+"""`bench` reports every promised figure, refuses cases without room, and counts correctly."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def test_a_preset_needs_no_file_and_runs_under_a_layout_as_a_table(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_measured_is_one_clear_line(
+def test_a_case_that_cannot_be_measured_is_one_clear_line(
     capsys: pytest.CaptureFixture[str], arguments: list[object], says: str
 ):
     code, out, err = run(capsys, *arguments, *SMALL)
     assert code in (1, 2) and not out and says in err
 
 
-def test_a_cache_of_prefixes_is_refused():
+def test_a_prefix_cache_is_refused():
     with (
         LLM(str(QUICKSTART), device="cpu") as llm,
         pytest.raises(ConfigError, match="prefix cache"),
@@ -108,12 +108,12 @@ def test_all_sequences_decode_together_for_as_long_as_wanted():
         max_num_batched_tokens=8,
         enable_prefix_caching=False,
     ) as llm:
-        case = Case(batch=4, length=10, num_tokens=6)  # whose prefills take several steps
+        case = Case(batch=4, length=10, num_tokens=6)  # its prefills take several steps
         speed = measure(llm, case, random.Random(0))
     assert speed.seconds > 0 and len(speed.gaps_s) >= 4 * 6
 
 
-def test_decoding_counts_from_the_last_first_token_until_one_ends():
+def test_decode_speed_counts_from_the_latest_first_token_until_a_sequence_ends():
     times = [[1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 5.0]]  # together from 2 to 4
     speed = decode_speed(times)
     assert speed.seconds == pytest.approx(2 * 2 / 3)  # two steps of two, less the one that is late
@@ -128,7 +128,7 @@ def test_a_percentile_is_one_of_the_values():
     assert percentile([7.0], 0.99) == 7
 
 
-def test_memory_counts_the_processes_under_this_one():
+def test_peak_memory_counts_child_processes():
     alone = peak_rss_bytes()
     program = "x = b'1' * (64 << 20); print(flush=True); input()"
     with subprocess.Popen(

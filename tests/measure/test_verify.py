@@ -1,4 +1,4 @@
-"""`verify` passes the right model within the tolerance of its dtype, and nothing else."""
+"""`verify` passes the right model within the tolerance of its dtype, and fails all others."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tiny() -> Iterator[LLM]:
         yield llm
 
 
-# What passes
+# References that pass
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -134,7 +134,7 @@ def test_8_bits_stay_within_their_tolerance_of_the_model_of_floats(
     assert report.failures == []
     # Floats with three bits after the first are four times as coarse as integers of a row.
     assert report.top1 >= (0.8 if report.quantization == "fp8" else 0.9)
-    # They are in use: nothing but rounding to 8 bits differs by so much in float32.
+    # The 8 bits are in use: in float32 no other rounding makes so large a difference.
     assert dtype == "bfloat16" or report.max_relative_diff > 1e-3
     assert report.quantization == settings.get("quantization")
 
@@ -157,7 +157,7 @@ def test_a_reference_of_integers_is_held_to_the_contract_of_the_dtype(tmp_path: 
     assert report.failures == []
 
 
-# What fails, and why
+# References that fail
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -225,7 +225,7 @@ def test_a_nan_of_the_reference_fails_wherever_it_is(
 
     report = verify(tiny, altered_reference(tmp_path, spoil))
     assert "max |Δ| is" in report.failures[0]
-    # What is printed for programs is JSON, which has no NaN.
+    # The printed report is JSON, which has no NaN.
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert plain["max_abs_diff"] is None
     assert plain["passed"] is False
@@ -235,7 +235,9 @@ def test_the_reference_of_another_model_is_refused_by_its_shape(tmp_path: Path):
     folder = write_config(tmp_path / "small", vocab_size=600)
     with (
         model(folder, load_format="dummy") as llm,
-        pytest.raises(ConfigError, match=r"p\d\.logits has shape \[\d+, 512\].*another model's"),
+        pytest.raises(
+            ConfigError, match=r"p\d\.logits has shape \[\d+, 512\].*use a reference of this model"
+        ),
     ):
         verify(llm, Reference(reference_path("tiny")))
 
@@ -254,7 +256,7 @@ def test_the_reference_of_another_model_of_the_same_shape_fails(tiny: LLM):
     assert len(report.failures) > 1
 
 
-# Files that are no reference
+# Malformed references
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):
             Reference(path)
 
 
-# The tolerance and the numbers it is held against
+# Tolerance and report
 
 
 @pytest.mark.parametrize(("dtype", "u"), [("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
@@ -318,7 +320,7 @@ def test_the_tolerance_of_float32_is_a_contract():
     # Steps of 4/127 deviations; 2⁻⁴ of an element, in either direction.
     [("int8", 4 / 127 / math.sqrt(12)), ("float8_e4m3fn", 2**-4 / math.sqrt(3))],
 )
-def test_all_that_is_of_8_bits_widens_the_tolerance_and_ends_the_contract(kind: str, error: float):
+def test_each_kind_of_8_bit_tensor_widens_the_tolerance(kind: str, error: float):
     config = ModelConfig.from_dict(geometry())
     limits = [
         tolerance("float32", config, 1.0, Rounding(*kinds))

@@ -1,8 +1,8 @@
-"""The command line: one module for each verb, with its flags and what it runs.
+"""The command line: one module for each verb, with its flags and its code.
 
 `moespan VERB --help` shows a verb's flags; vLLM's and SGLang's spellings are accepted too. Heavy
-imports wait until a verb needs them. A new verb is a module with `SUMMARY`, `add_flags` and `run`,
-and its name in `_VERBS`.
+imports wait until a verb runs. A new verb is a module with `SUMMARY`, `add_flags` and `run` that is
+listed in `_VERBS`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output is gone. Python flushes once more at exit, now into nothing.
+        # The reader of stdout is gone. Python flushes once more at exit, now into /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
     except (MoespanError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`moespan bench`: speed against the machine's limits."""
+"""`moespan bench`: speed, beside the limits of the machine."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="sequences that decode together (1,8,32)",
     )
     group.add_argument(
-        "--context", type=int, default=128, metavar="N", help="prompt tokens of these (128)"
+        "--context", type=int, default=128, metavar="N", help="prompt tokens of each (128)"
     )
     group.add_argument(
-        "--decode-tokens", type=int, default=32, metavar="N", help="timed tokens of these (32)"
+        "--decode-tokens", type=int, default=32, metavar="N", help="timed tokens of each (32)"
     )
     group.add_argument(
         "--repeats", type=int, default=5, metavar="N", help="rounds after a warm-up (5)"
@@ -58,8 +58,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure prefill and decode speed, latencies, memory and start-up, and what share of the
-    machine's limits is reached. Random token ids, greedy, no prefix cache, medians."""
+    """Measure prefill and decode speed, latencies, memory and start-up time, and compare the speed
+    with the limits of the machine. Token ids are random, sampling is greedy, the prefix cache is
+    off, and figures are medians."""
     from moespan.measure.bench import Workload, bench, first_token_s
 
     workload = Workload(
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _for_bench(settings: Settings, decode_batch: tuple[int, ...]) -> Settings:
-    """No prefix cache, and room for the largest batch unless `--max-num-seqs` says otherwise."""
+    """`settings` without a prefix cache, and with room for the largest batch by default."""
     max_num_seqs = settings.max_num_seqs
     if max_num_seqs is None:
         fitting = min(EngineConfig.max_num_seqs, settings.max_num_batched_tokens)
@@ -98,13 +99,15 @@ def _for_bench(settings: Settings, decode_batch: tuple[int, ...]) -> Settings:
 
 @contextlib.contextmanager
 def _preset_model(name: str, settings: Settings) -> Iterator[Settings]:
-    """`settings` with a model folder that holds the config of a preset, while the engine runs."""
+    """`settings` with a temporary model folder that holds only the config of a preset."""
     from moespan.checkpoint.presets import preset
 
     if settings.model is not None:
         raise ConfigError(f"both {settings.model} and --preset {name} are given; leave one out")
     if settings.load_format == "safetensors":
-        raise ConfigError("--preset has no file to read; it goes with --load-format dummy")
+        raise ConfigError(
+            "--load-format safetensors finds no file with --preset; use --load-format dummy"
+        )
     if settings.nnodes > 1:
         raise ConfigError(
             "--preset makes its config on one node only; give MODEL, a folder with a config.json "

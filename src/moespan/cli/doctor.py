@@ -1,4 +1,4 @@
-"""`moespan doctor`: what on this machine would stop a job, or slow it down."""
+"""`moespan doctor`: finds what would stop a job on this machine, or slow it down."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--collectives",
         action="store_true",
-        help="also start the layout's ranks, and time all-reduces over each axis",
+        help="also start the ranks of the layout, and time all-reduces over each axis",
     )
     parser.add_argument(
         "--compare-nodes",
         action="store_true",
-        help="also compare code and clocks with the other nodes, which run the same meanwhile",
+        help="also compare code and clocks of all nodes; run the same command on each at once",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look for what would stop a job on this machine or slow it down; exit code 1 if something
-    would stop it."""
+    """Look for anything on this machine that would stop a job or slow it down. The exit code is 1
+    if something would stop the job."""
     from moespan.doctor import report
     from moespan.doctor.checks import examine
     from moespan.doctor.host import Host

@@ -1,4 +1,4 @@
-"""`--print-env`: the environment variables that the ranks would get."""
+"""`--print-env`: prints the environment variables that the ranks would get."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moespan.cli.flags import settings_of
 
 
 def print_environment(args: argparse.Namespace) -> int:
-    """Show the environment variables that the ranks would get."""
+    """Print the environment variables that the ranks would get, and start nothing."""
     from moespan.machine.binding import binding_here
     from moespan.machine.environment import describe, environment_here
     from moespan.machine.interfaces import address_towards, interface_of

@@ -1,7 +1,7 @@
-"""Groups of flags that several verbs share, and the `Settings` that they come to.
+"""Groups of flags that several verbs share, and the `Settings` that they make.
 
-A flag of an engine option sets the field of `Settings` that its `dest` names, and has no default of
-its own: a flag that is not given leaves the field's default.
+The flag of an engine option sets the field of `Settings` that its `dest` names. The flag has no
+default of its own: without it, the field keeps its default.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def settings_of(args: argparse.Namespace, **defaults: Any) -> Settings:
     """The settings that the flags ask for.
 
     Args:
-        defaults: a verb's own defaults, for fields that no flag sets.
+        defaults: the verb's own defaults, for fields that no given flag sets.
 
     Raises:
-        ConfigError: a setting that cannot be used.
+        ConfigError: a setting cannot be used.
     """
     names = [field.name for field in fields(Settings) if field.name not in PYTHON_ONLY]
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
@@ -37,12 +37,12 @@ def settings_of(args: argparse.Namespace, **defaults: Any) -> Settings:
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """`1,2,3` as numbers, for argparse; an empty text has none."""
+    """The numbers in a text like `1,2,3`, for argparse; none in an empty text."""
     return tuple(int(part) for part in text.split(",") if part)
 
 
 def add_model_flags(parser: argparse.ArgumentParser, model_is_required: bool = True) -> None:
-    """MODEL, the layout, and the dtypes of weights and KV cache."""
+    """Flags of the model, the layout, and the dtypes of weights and KV cache."""
     _add(
         parser,
         "model",
@@ -57,14 +57,14 @@ def add_model_flags(parser: argparse.ArgumentParser, model_is_required: bool = T
         "quantization",
         "--quantization",
         choices=QUANTIZATIONS,
-        help="hold matrices in 8 or 4 bits (default: as the checkpoint does)",
+        help="hold matrices in 8 or 4 bits (default: as in the checkpoint)",
     )
     _add(
         parser,
         "kv_cache_dtype",
         "--kv-cache-dtype",
         choices=KV_CACHE_DTYPES,
-        help="auto is --dtype (auto)",
+        help="auto: same as --dtype (auto)",
     )
     _add(
         parser,
@@ -114,7 +114,7 @@ def add_settings_flags(parser: argparse.ArgumentParser, model_is_required: bool 
 
 
 def add_print_env_flag(parser: argparse.ArgumentParser) -> None:
-    """`--print-env`, which `main` handles for every verb that has it."""
+    """The flag `--print-env`, which `main` handles for every verb that has it."""
     parser.add_argument(
         "--print-env",
         action="store_true",
@@ -123,7 +123,7 @@ def add_print_env_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _add(parser: argparse._ActionsContainer, field: str, *names: str, **options: Any) -> None:
-    """A flag (without `names` a positional argument) that sets `field` of `Settings`."""
+    """Add a flag that sets `field` of `Settings`; without `names`, a positional argument."""
     if names:
         options["dest"] = field
     parser.add_argument(*(names or (field,)), default=argparse.SUPPRESS, **options)
@@ -158,7 +158,7 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
         "enable_expert_parallel",
         "--enable-expert-parallel",
         action="store_true",
-        help="the largest -ep that fits",
+        help="use the largest -ep that fits",
     )
     _add(
         group,
@@ -178,7 +178,7 @@ def _add_layout_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
-    """Lengths, batch sizes, and the blocks of the KV cache."""
+    """Flags of lengths, batch sizes, and the blocks of the KV cache."""
     _add(
         parser,
         "max_model_len",
@@ -228,7 +228,7 @@ def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_step_flags(parser: argparse.ArgumentParser) -> None:
-    """How steps are planned and run."""
+    """Flags of how steps are planned and run."""
     _add(
         parser,
         "enable_prefix_caching",
@@ -270,7 +270,7 @@ def _add_step_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:
-    """Cores, and the options of single devices."""
+    """Flags of the binding to cores, and of options that only one device has."""
     _add(
         parser,
         "bind",
@@ -308,7 +308,7 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_node_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("many nodes (the same command on each, but for --node-rank)")
+    group = parser.add_argument_group("many nodes (the same command on each, except --node-rank)")
     _add(group, "nnodes", "--nnodes", type=int, metavar="N", help="machines of the job (1)")
     _add(
         group,

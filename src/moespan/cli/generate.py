@@ -45,7 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `generate`."""
     add_settings_flags(parser)
     add_print_env_flag(parser)
-    # One of the two is required, but not with --print-env.
+    # One of the two is required, except with --print-env.
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts"
@@ -60,12 +60,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE.jsonl",
-        help="answers, a line each as they finish (default: stdout)",
+        help="one line for each answer, in the order in which they finish (default: stdout)",
     )
-    parser.add_argument("--resume", action="store_true", help="skip ids that --output has already")
+    parser.add_argument("--resume", action="store_true", help="skip ids that --output already has")
     parser.add_argument("--chat", action="store_true", help="treat each prompt as a user message")
     parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
-    parser.add_argument("--quiet", action="store_true", help="only answers and errors")
+    parser.add_argument("--quiet", action="store_true", help="print only answers and errors")
     _add_sampling_flags(parser)
 
 
@@ -141,7 +141,7 @@ def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str,
 
     from moespan.front.batch import run_batch
 
-    def complain(message: str) -> None:
+    def report_failure(message: str) -> None:
         with tqdm.external_write_mode(file=sys.stderr):  # the bar makes room for the line
             log.logger.error("%s", message)
 
@@ -161,7 +161,7 @@ def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str,
             params,
             chat=args.chat,
             done=done,
-            complain=complain,
+            report_failure=report_failure,
             advance=bar.update,
         )
     if report.num_skipped and not args.quiet:
@@ -173,21 +173,21 @@ def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str,
 
 
 def _answered_before(args: argparse.Namespace) -> set[str]:
-    """Ids that `--output` has already; refuses files that could not be read or written later."""
+    """Ids that `--output` already holds; refuses files that cannot be read or written."""
     from moespan.front.batch import answered_ids
 
     if not args.input.is_file():
         raise ConfigError(f"--input {args.input} is not a file")
     if args.output is None:
         if args.resume:
-            raise ConfigError("--resume needs --output FILE.jsonl, where the answers so far are")
+            raise ConfigError("--resume needs --output FILE.jsonl, with the answers so far")
         return set()
     check_writable(args.output, "--output")
     if not args.output.exists():
         return set()
     if not args.resume:
         raise ConfigError(
-            f"--output {args.output} exists; add --resume to answer only what is missing in it, or "
+            f"--output {args.output} exists; add --resume to answer only the missing ids, or "
             "give another file"
         )
     return answered_ids(args.output)

@@ -1,4 +1,4 @@
-"""`moespan info`: a model in one page."""
+"""`moespan info`: describes a model in one page."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lines(model: ModelConfig, layout: Layout, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and value of each line."""
+    """Name and value of each printed line."""
     experts = (
         f"{model.n_routed_experts} routed, top {model.num_experts_per_tok}, "
         f"{model.n_shared_experts or 0} shared, width {model.moe_intermediate_size}, "

@@ -1,4 +1,4 @@
-"""`moespan make-checkpoint`: random weights in Hugging Face form."""
+"""`moespan make-checkpoint`: writes random weights in the Hugging Face format."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write a random checkpoint in Hugging Face form."""
+    """Write a checkpoint of random weights in the Hugging Face format."""
     from moespan.checkpoint.placement import count_parameters
     from moespan.checkpoint.presets import preset
     from moespan.checkpoint.random import make_checkpoint
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _overrides(items: list[str]) -> dict[str, Any]:
-    """`key=value` items as a dict; a value that is not JSON is a string."""
+    """`key=value` items as a dict; values are JSON, or else strings."""
     overrides: dict[str, Any] = {}
     for item in items:
         key, separator, value = item.partition("=")

@@ -1,4 +1,4 @@
-"""`moespan quantize`: a checkpoint of 8 or 4 bits."""
+"""`moespan quantize`: writes a checkpoint of 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--quantization",
         choices=QUANTIZATIONS,
         default="int8",
-        help="int8: 8-bit integer weights; w8a8: integer weights, and integer activations when it "
-        "runs; fp8: 8-bit floats for both; int4: 4-bit integer weights (int8)",
+        help="int8: 8-bit integer weights; w8a8: the same, and integer activations at run time; "
+        "fp8: 8-bit floats for both; int4: 4-bit integer weights (int8)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write a checkpoint of 8 or 4 bits, for this engine and others (compressed-tensors)."""
+    """Write a checkpoint of 8 or 4 bits, for this engine and others (compressed-tensors format)."""
     from moespan.checkpoint.placement import place
     from moespan.checkpoint.quantize import quantize_checkpoint
     from moespan.front.hub import resolve

@@ -1,4 +1,4 @@
-"""What the verbs print for people, and the checks of files that they share."""
+"""Text that the verbs print for people, and checks of files that several verbs make."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 EXIT_FAILED = 1
-"""Exit code of a verb that could not do what was asked, or whose check did not pass."""
+"""Exit code of a verb that could not do its work, or whose check failed."""
 
 LAYOUT_ROW = "{:<28}{:<12}{:>10}  {:<8}{:<8}{}"
 
@@ -49,7 +49,7 @@ BYTES = (" B", " kB", " MB", " GB", " TB")
 
 
 def scaled(number: float, units: Sequence[str], digits: int = 2) -> str:
-    """`number` in the largest of `units`, each a thousand of the one before, that it fills."""
+    """`number` in the largest unit that it fills; each of `units` is 1000 of the previous one."""
     power = 0
     while number >= 1000 and power + 1 < len(units):
         number /= 1000
@@ -58,7 +58,7 @@ def scaled(number: float, units: Sequence[str], digits: int = 2) -> str:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Refuse now a file that could not be written after a long run."""
+    """Raise `ConfigError` for a file that could not be written, before a long run."""
     if path.is_dir():
         raise ConfigError(f"{flag} {path} is a folder; give a file")
     if not path.parent.is_dir():
@@ -66,7 +66,7 @@ def check_writable(path: Path, flag: str) -> None:
 
 
 def progress_bytes(total_bytes: int) -> tqdm[Any]:
-    """A bar on stderr that counts bytes, on a terminal only."""
+    """A progress bar on stderr that counts bytes; shown only on a terminal."""
     from tqdm import tqdm
 
     return tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False)
@@ -78,12 +78,12 @@ def say(text: str) -> None:
 
 
 def say_written(folder: Path, total_bytes: int, seconds: float) -> None:
-    """Say on stderr what was written."""
+    """Print on stderr which checkpoint was written."""
     say(f"wrote {folder}: {scaled(total_bytes, BYTES)} in {seconds:.1f} s")
 
 
 def say_start(args: argparse.Namespace, llm: LLM) -> None:
-    """Say on stderr where the engine runs, and how."""
+    """Print on stderr where and how the engine runs."""
     if args.quiet:
         return
     info = llm.info
@@ -114,7 +114,7 @@ def print_text(prompt: str, output: Any) -> None:
 
 
 def bench_table(report: dict[str, Any]) -> Iterator[str]:
-    """What `bench` measured, line by line."""
+    """Lines of the table that `bench` prints."""
     layout = ", ".join(f"{axis}={n}" for axis, n in report["layout"].items() if n > 1)
     low, high = report["bandwidth_range_GBps"]
     yield f"{report['model']}, {report['dtype']}, {layout or 'one rank'}"
@@ -144,7 +144,7 @@ def bench_table(report: dict[str, Any]) -> Iterator[str]:
 
 
 def kinds(report: VerifyReport) -> str:
-    """dtype, and what is of 8 bits, in words."""
+    """Dtype, quantisation and dtype of the KV cache, in words."""
     parts = [report.dtype]
     if report.quantization is not None:
         parts.append(report.quantization)

@@ -1,4 +1,4 @@
-"""How verbs start an engine. Torch and `LLM` are imported only here, when a verb runs."""
+"""Starts an engine for a verb. `LLM` is imported only when a verb runs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 def start_llm(settings: Settings) -> LLM:
-    """A running engine; on a node other than node 0 it serves node 0 and never returns."""
+    """Start an engine. On nodes other than node 0 this serves node 0 and never returns."""
     from moespan.front.llm import LLM
 
     return LLM.from_settings(settings)
 
 
 def serve_unless_first_node(settings: Settings) -> None:
-    """On a node other than node 0 serve node 0, which reads and writes all files; never return.
+    """On nodes other than node 0, serve node 0 and never return. On node 0, do nothing.
 
-    Verbs call it before they look at any file, which only node 0 needs to have.
+    Only node 0 reads and writes files. So verbs call this function before they look at any file.
     """
     if settings.node_rank > 0:
         start_llm(settings)

@@ -1,4 +1,4 @@
-"""`moespan verify`: the engine beside reference logits, under one layout or under all."""
+"""`moespan verify`: compares the engine with reference logits, under one layout or all."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--reference",
         type=Path,
         metavar="FILE.safetensors",
-        help="p<i>.ids [T], p<i>.logits [T, V], p<i>.greedy [N] (default: what the checkpoint "
-        "gives in float32)",
+        help="p<i>.ids [T], p<i>.logits [T, V], p<i>.greedy [N] (default: made from the checkpoint "
+        "in float32)",
     )
     parser.add_argument(
         "--all-layouts",
@@ -61,40 +61,41 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write-reference",
         action="store_true",
-        help="make the file, from the float32 model on one rank",
+        help="write the --reference file, from the float32 model on one rank",
     )
     parser.add_argument(
         "--prompt",
         nargs="+",
         action="extend",
         metavar="TEXT",
-        help="prompts of a reference to be made (default: random token ids)",
+        help="prompts of the reference that is made (default: random token ids)",
     )
     parser.add_argument(
         "--max-tokens",
         type=int,
         metavar="N",
-        help=f"greedy tokens in a reference to be made ({_REFERENCE_TOKENS})",
+        help=f"greedy tokens of the reference that is made ({_REFERENCE_TOKENS})",
     )
     parser.add_argument(
         "--against",
         metavar="MODEL",
-        help="without --reference: the checkpoint of floats to compare with (MODEL itself)",
+        help="without --reference: the float checkpoint to compare with (MODEL itself)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare the engine with reference logits: of a file, which it can also write, or of what the
-    same checkpoint gives in float32 without rounding to integers."""
+    """Compare the engine with reference logits. They come from a file, which verify can also write.
+    Without a file, they come from the same checkpoint in float32, without rounding to 8 or 4
+    bits."""
     settings = settings_of(args, max_num_batched_tokens=_BATCHED_TOKENS)
     layouts = _layouts(args.all_layouts, settings)
     serve_unless_first_node(settings.with_layout(layouts[0]) if layouts else settings)
     makes_reference = args.write_reference or args.reference is None
     if not makes_reference and (args.prompt or args.max_tokens is not None or args.against):
         raise ConfigError(
-            "--prompt, --max-tokens and --against are for making a reference: leave --reference "
-            "out, or add --write-reference"
+            "--prompt, --max-tokens and --against are only for making a reference; leave "
+            "--reference out, or add --write-reference"
         )
     if args.write_reference:
         if args.reference is None:
@@ -119,7 +120,10 @@ def _layouts(world_size: int | None, settings: Settings) -> list[Layout]:
         if _can_be_cut(model, layout, settings.quantization)
     ]
     if not layouts:
-        raise ConfigError(f"--all-layouts {world_size}: no layout of so many ranks fits")
+        raise ConfigError(
+            f"--all-layouts {world_size}: no layout with that many ranks fits the model; use "
+            "another number"
+        )
     return layouts
 
 
@@ -147,13 +151,13 @@ def _compare(
 def _compare_with_floats(
     args: argparse.Namespace, settings: Settings, layouts: list[Layout]
 ) -> int:
-    """Make the reference first, with an engine that has ended when the one to verify starts.
+    """Make the reference with a first engine, close that engine, and verify a second one.
 
-    That engine has the same layout, except for `--all-layouts`: there it is one rank that rounds
-    weights and cache as all layouts are to do.
+    The first engine computes in float32, without rounding to 8 or 4 bits, in the same layout. With
+    `--all-layouts` it is one rank, and it rounds weights and cache as the layouts do.
     """
     if args.trace:
-        raise ConfigError("--trace needs --reference: what is made here holds no hidden states")
+        raise ConfigError("--trace needs --reference: a reference made here holds no hidden states")
     if settings.nnodes > 1:
         raise ConfigError("on many nodes verify needs --reference; make one with --write-reference")
     plain = replace(settings, dtype="float32", model=args.against or settings.model)
@@ -192,7 +196,7 @@ def _compare_layouts(
 ) -> int:
     from moespan.measure.verify_layouts import verify_layouts
 
-    # What differs inside a layout is compared with one rank, which node 0 runs alone.
+    # A layout that fails is compared with one rank, which node 0 runs alone.
     one_rank: Callable[[], LLM] = lambda: start_llm(  # noqa: E731
         replace(settings.with_layout(Layout()), nnodes=1)
     )
@@ -232,7 +236,7 @@ def _write_reference(args: argparse.Namespace, settings: Settings) -> int:
 def _make_reference(
     settings: Settings, path: Path, texts: list[str] | None, num_tokens: int | None
 ) -> int:
-    """Write what an engine of `settings` computes; returns the number of prompts."""
+    """Write the results of an engine of `settings`; returns the number of prompts."""
     from moespan.measure.verify import write_reference
 
     num_tokens = _REFERENCE_TOKENS if num_tokens is None else num_tokens
@@ -245,12 +249,12 @@ def _make_reference(
 
 
 def _reference_prompts(texts: list[str] | None, llm: LLM, num_tokens: int) -> list[list[int]]:
-    """`texts` encoded, or random prompts that leave room for `num_tokens` more."""
+    """Token ids of `texts`, or random prompts that leave room for `num_tokens` more."""
     if texts is not None:
         if llm.tokenizer is None:
             raise ConfigError("--prompt needs a tokenizer, and this checkpoint has none")
         return [llm.tokenizer.encode(text) for text in texts]
-    draw = random.Random(0)
+    generator = random.Random(0)
     longest = llm.config.max_model_len - num_tokens
     if longest < 1:
         raise ConfigError(
@@ -258,7 +262,7 @@ def _reference_prompts(texts: list[str] | None, llm: LLM, num_tokens: int) -> li
             f"max_model_len={llm.config.max_model_len}"
         )
     return [
-        [draw.randrange(llm.model_config.vocab_size) for _ in range(length)]
+        [generator.randrange(llm.model_config.vocab_size) for _ in range(length)]
         for length in _REFERENCE_LENGTHS
         if length <= longest
     ]

@@ -1,6 +1,6 @@
-"""What a user asks for: the model's geometry, the layout, the engine's options, the nodes.
+"""Configuration of a run: the model's geometry, the layout, the engine's options, the nodes.
 
-Typed, checked, and free of torch, so that code that only plans or prints starts fast.
+All of it is typed, checked, and free of torch, so that code that only plans or prints starts fast.
 """
 
 from moespan.config.engine import (

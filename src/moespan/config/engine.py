@@ -26,14 +26,14 @@ ExpertTable = dict[str, list[list[int]]]
 class EngineOptions:
     """The options that reach the ranks exactly as the user gives them.
 
-    They are declared, documented and checked here alone: `Settings` (what a user asks for) and
-    `EngineConfig` (what a rank gets) both inherit them.
+    This is the only place that declares, documents and checks them. `Settings` (the options of a
+    user) and `EngineConfig` (the configuration of a rank) both inherit them.
 
     Attributes:
-        quantization: scheme in which matrices are held, one of `QUANTIZATIONS`, made while loading
-            from a checkpoint of floats; None for what the checkpoint holds. `int8` and `int4` hold
-            weights as integers; `w8a8` (integers) and `fp8` (floats) also round the activations
-            that multiply them. A checkpoint that holds 8-bit integers runs as `int8` or `w8a8`.
+        quantization: scheme in which matrices are held, one of `QUANTIZATIONS`. A checkpoint of
+            floats is quantised while it is loaded. None keeps the form of the checkpoint. `int8`
+            and `int4` hold weights as integers; `w8a8` (integers) and `fp8` (floats) also round the
+            activations that multiply them. A checkpoint of 8-bit integers runs as `int8` or `w8a8`.
         kv_cache_dtype: dtype of the KV cache: `auto` for the engine's dtype, or `int8`.
         max_num_batched_tokens: most tokens in one step; longer prompts are prefilled in chunks.
         num_blocks: blocks of the KV cache; None sizes the cache from the free memory.
@@ -44,8 +44,8 @@ class EngineOptions:
         bind: cores and NUMA node of each rank: `auto`, `off`, or a map `local rank:node,...`. For
             one rank in the user's own process `auto` binds nothing.
         enforce_eager: never run decode steps as recorded graphs (`moespan.engine.graphs`).
-        async_scheduling: plan a step while the previous one runs; None does so on devices that work
-            apart from the host. Pipeline stages have a plan in flight each, whatever it says.
+        async_scheduling: plan a step while the previous one runs. None does so on devices that
+            compute apart from the host. With pp > 1 each stage has a plan in flight in any case.
         npu_fused_all_reduce: fewest rows for which an NPU runs a matmul and its all-reduce as one
             operator (`moespan.parallel.fused`); 0 for never.
         npu_weight_format: how matrices lie in an NPU's memory: `nd`, row after row, or `nz`, in
@@ -67,9 +67,8 @@ class EngineOptions:
     async_scheduling: bool | None = None
     npu_fused_all_reduce: int = 0
     npu_weight_format: str = "nd"
-    # The largest message for which c10d's IntraNodeComm takes the same kernel
-    # (kOneShotThreshBytes), and vLLM a kernel of its own among 8 H100s.
-    # `benchmarks/all_reduce.py` measures it.
+    # c10d's IntraNodeComm takes the same kernel up to this size (kOneShotThreshBytes), and vLLM
+    # takes its own kernel up to this size among 8 H100s. `benchmarks/all_reduce.py` measures it.
     cuda_one_shot_bytes: int = 256 << 10
 
     def __post_init__(self) -> None:
@@ -90,7 +89,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineConfig(EngineOptions):
-    """Everything that a rank needs to know to do its part. Plain values only: it travels as JSON.
+    """Everything that a rank needs to know to do its part. It is sent as JSON: plain values only.
 
     Attributes:
         model: checkpoint folder.
@@ -137,7 +136,7 @@ class EngineConfig(EngineOptions):
             )
 
     def _check_device_options(self) -> None:
-        """Refuse options that only other devices have, and those that need a 16-bit dtype."""
+        """Refuse options that only other devices have, or that need a 16-bit dtype."""
         is_asked = {
             "moe_dispatch=fused": self.moe_dispatch == "fused",
             "npu_fused_all_reduce": self.npu_fused_all_reduce > 0,

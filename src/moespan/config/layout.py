@@ -1,4 +1,4 @@
-"""The layout: how many ranks each axis has, which rank is where, and what a model allows."""
+"""The layout: the size of each axis, the place of each rank, and the rules of a model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 from moespan.config.model import ModelConfig
 from moespan.errors import LayoutError
 
-# Ways out that one error names.
+# Most sizes of an axis that one error suggests.
 _MOST_ADVICE = 6
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one rank stands in a layout: its place along each axis."""
+    """Position of one rank along each axis of a layout."""
 
     pp: int
     dp: int
@@ -29,14 +29,16 @@ class Layout:
     """Degree of parallelism on each axis. Ranks are laid out as (pp, dp, sp, tp), tp fastest.
 
     Attributes:
-        tp: tensor parallelism: heads, MLP widths and the vocabulary are split; tokens replicated.
-        ep: expert parallelism: whole routed experts are spread over the ranks of a stage. Either it
-            divides tp, and each expert is cut over tp/ep ranks, or it is tp·k with k dividing
+        tp: tensor parallelism: heads, MLP widths and the vocabulary are split; tokens are
+            replicated.
+        ep: expert parallelism: whole routed experts are spread over the ranks of a stage. Either ep
+            divides tp, and each expert is cut over tp/ep ranks. Or ep is tp·k, where k divides
             sp·dp.
         pp: pipeline parallelism: layers are split into stages.
-        sp: sequence parallelism (Ulysses): the tokens of a step are split; attention is by heads.
+        sp: sequence parallelism (Ulysses): the tokens of a step are split, and in attention the
+            heads.
         dp: data parallelism: sequences are split over replicas.
-        pipeline_layers: layers of each stage; None cuts by cost (`stages`).
+        pipeline_layers: number of layers in each stage; None cuts the layers by cost (`stages`).
     """
 
     tp: int = 1
@@ -68,37 +70,37 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks; ep adds none."""
+        """Number of ranks; ep adds no ranks."""
         return self.pp * self.stage_size
 
     @property
     def stage_size(self) -> int:
-        """Ranks of one pipeline stage."""
+        """Number of ranks in one pipeline stage."""
         return self.dp * self.sp * self.tp
 
     @property
     def expert_slices(self) -> int:
-        """How many parts each expert's width is cut into."""
+        """Number of parts into which the width of each expert is cut."""
         return self.tp // self.ep if self.ep < self.tp else 1
 
     @property
     def ep_tp_groups(self) -> int:
-        """How many tp blocks, each with tokens of its own, one set of experts is spread over."""
+        """Number of tp groups, each with its own tokens, that share one set of experts."""
         return max(self.ep // self.tp, 1)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """The place of `rank` (taken modulo the world) along each axis."""
+        """Position of `rank` (taken modulo the world size) along each axis."""
         rank, tp = divmod(rank, self.tp)
         rank, sp = divmod(rank, self.sp)
         rank, dp = divmod(rank, self.dp)
         return Coordinates(rank % self.pp, dp, sp, tp)
 
     def rank(self, at: Coordinates) -> int:
-        """The rank at a place; the inverse of `coordinates`."""
+        """The rank at a position; the inverse of `coordinates`."""
         return ((at.pp * self.dp + at.dp) * self.sp + at.sp) * self.tp + at.tp
 
     def ep_rank(self, rank: int) -> int:
-        """Which of the ep sets of experts `rank` holds."""
+        """Number of the expert set that `rank` holds, from 0 to ep - 1."""
         at = self.coordinates(rank)
         if self.ep < self.tp:
             return at.tp // self.expert_slices
@@ -124,7 +126,7 @@ class Layout:
             raise LayoutError(problem + (f"; use {' or '.join(advice)}" if advice else ""))
 
     def _broken_rules(self, config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Each broken rule, and the axes of which one can be changed to mend it."""
+        """Each broken rule, and the axes that can each be changed to fix it."""
         for name, cut in (("tp", self.tp), ("tp·sp", self.tp * self.sp)):
             axes = ("tp",) if name == "tp" else ("tp", "sp")
             heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -132,7 +134,7 @@ class Layout:
                 yield f"{name}={cut} does not divide num_attention_heads={heads}", axes
             elif kv_heads % cut and cut % kv_heads:
                 yield (
-                    f"{name}={cut} and num_key_value_heads={kv_heads} do not divide one another",
+                    f"{name}={cut} and num_key_value_heads={kv_heads}: neither divides the other",
                     axes,
                 )
         experts = config.n_routed_experts or 0
@@ -156,7 +158,7 @@ class Layout:
             given = ",".join(map(str, self.pipeline_layers))
             if len(self.pipeline_layers) != self.pp:
                 stages = len(self.pipeline_layers)
-                yield f"pipeline_layers={given} has {stages} stages, not pp={self.pp}", ()
+                yield f"pipeline_layers={given} is for pp={stages}, not pp={self.pp}", ()
             elif min(self.pipeline_layers) < 1 or sum(self.pipeline_layers) != layers:
                 yield (
                     f"pipeline_layers={given} must be positive and sum to "
@@ -165,7 +167,7 @@ class Layout:
                 )
 
     def _usable(self, axis: str, config: ModelConfig) -> list[int]:
-        """The sizes of `axis` that fit while the other axes stay, nearest first."""
+        """Sizes of `axis` that fit while the other axes stay the same, nearest first."""
         most = max(config.num_attention_heads, config.num_hidden_layers, self.stage_size)
         sizes = [
             size
@@ -180,11 +182,11 @@ class Layout:
 
     @property
     def dispatches(self) -> tuple[str, ...]:
-        """How tokens can meet experts here, the default first (`moespan.parallel.dispatch`)."""
+        """Dispatches that this layout allows, the default first (`moespan.parallel.dispatch`)."""
         return ("replicated",) if self.ep_tp_groups == 1 else ("all_gather", "all_to_all")
 
     def check_dispatch(self, dispatch: str) -> None:
-        """Raise `LayoutError` if `dispatch`, unless it is `auto`, does not apply here."""
+        """Raise `LayoutError` if `dispatch` does not apply to this layout; `auto` always does."""
         if dispatch not in ("auto", *self.dispatches, *self._dispatches_of_npus):
             raise LayoutError(
                 f"moe_dispatch={dispatch} does not apply to layout {self}; use auto or "
@@ -208,17 +210,17 @@ def all_layouts(world_size: int, config: ModelConfig) -> list[Layout]:
     ]
 
 
-# A decode step of this many sequences is what stages are balanced for: it reads nearly all experts,
-# as every larger step does, and still reads each weight for few tokens.
+# Stages are balanced for a decode step of this many sequences. Such a step reads nearly all
+# experts, as every larger step does, and still reads each weight for few tokens.
 _BALANCED_TOKENS = 32
 
 
 def balanced_stages(config: ModelConfig, pp: int) -> list[int]:
-    """Layers of each of `pp` stages such that the costliest stage costs the least.
+    """Number of layers in each of `pp` stages, such that the costliest stage costs the least.
 
-    A layer costs the weights that a decode step of 32 sequences reads: of E experts, of which a
-    token chooses K, E·(1 − (1 − K/E)^32) on average. The head counts as part of the last layer.
-    Of cuts that are equal in this the evenest is taken.
+    The cost of a layer is the number of weights that a decode step of 32 sequences reads. If each
+    token chooses K of E experts, the step reads E·(1 − (1 − K/E)^32) experts on average. The head
+    counts as part of the last layer. Among equally good cuts the most even one is taken.
     """
     costs = [layer_cost(config, layer) for layer in range(config.num_hidden_layers)]
     costs[-1] += config.vocab_size * config.hidden_size
@@ -240,7 +242,7 @@ def balanced_stages(config: ModelConfig, pp: int) -> list[int]:
 
 
 def layer_cost(config: ModelConfig, layer: int) -> float:
-    """Weights of a layer that a decode step of 32 sequences reads."""
+    """Number of weights of a layer that a decode step of 32 sequences reads."""
     head_width = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     cost = float(config.hidden_size * head_width)
     if not config.is_moe(layer):

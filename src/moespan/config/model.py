@@ -1,4 +1,4 @@
-"""The model: geometry and numerics, from a Hugging Face `config.json`."""
+"""Geometry and numerics of a model, read from a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class ModelConfig:
     """Geometry and numerics of one DeepSeek-MoE model (HF `model_type: deepseek`).
 
-    Field names are those of the Hugging Face `config.json`; the defaults of the optional ones are
-    those of its `DeepseekConfig`.
+    Fields have the names of the Hugging Face `config.json`. Optional fields have the defaults of
+    Hugging Face's `DeepseekConfig`.
 
     Attributes:
-        quantization: what the checkpoint holds in 8 or 4 bits; None if nothing.
+        quantization: matrices that the checkpoint holds in 8 or 4 bits; None if it holds floats.
     """
 
     vocab_size: int
@@ -54,7 +54,8 @@ class ModelConfig:
         """Read `config.json` (and the EOS ids of `generation_config.json`) in a checkpoint folder.
 
         Raises:
-            ConfigError: the file is missing or not JSON, or names something not implemented.
+            ConfigError: the file is missing, is not JSON, or asks for something that is not
+                implemented.
         """
         raw = read_json(Path(path) / "config.json")
         generation = Path(path) / "generation_config.json"
@@ -68,11 +69,13 @@ class ModelConfig:
         """Build from the contents of an HF `config.json`; `auto_map` (remote code) is ignored.
 
         Raises:
-            ConfigError: a key is missing, ill-typed, or asks for what is not implemented.
+            ConfigError: a key is missing or ill-typed, or asks for something that is not
+                implemented.
         """
         _refuse_unsupported(raw)
         heads = _integer(raw, "num_attention_heads")
-        # HF: null means "no experts", and null KV heads mean as many as query heads.
+        # In HF, null routed experts mean a dense model, and null KV heads mean as many as query
+        # heads.
         experts = _optional_integer(raw, "n_routed_experts")
         config = cls(
             vocab_size=_integer(raw, "vocab_size"),
@@ -134,11 +137,11 @@ class ModelConfig:
 
     @property
     def shared_intermediate_size(self) -> int:
-        """Width of the shared-expert MLP; 0 when there is none."""
+        """Width of the shared-expert MLP; 0 without shared experts."""
         return (self.n_shared_experts or 0) * self.moe_intermediate_size
 
     def is_moe(self, layer: int) -> bool:
-        """Whether `layer` (from 0) has routed experts instead of a dense MLP."""
+        """Whether `layer` (counted from 0) has routed experts instead of a dense MLP."""
         return (
             self.n_routed_experts is not None
             and layer >= self.first_k_dense_replace
@@ -147,7 +150,7 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """How many layers have routed experts."""
+        """Number of layers that have routed experts."""
         return sum(self.is_moe(layer) for layer in range(self.num_hidden_layers))
 
     def kv_bytes_per_token(self, dtype: str | None = None) -> int:
@@ -156,7 +159,7 @@ class ModelConfig:
         return heads * self.kv_bytes_per_head(dtype or self.dtype)
 
     def kv_bytes_per_head(self, dtype: str) -> int:
-        """Bytes of one token's key (or value) of one head; `int8` has a scale beside it."""
+        """Bytes of one token's key (or value) in one head; `int8` adds a float32 scale."""
         if dtype == "int8":
             return self.head_dim + SCALE_BYTES
         return self.head_dim * DTYPE_BYTES[dtype]
@@ -180,17 +183,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    """Refuse by name whatever would change the model's function and is not implemented."""
+    """Raise `ConfigError` for a key that changes the model and is not implemented."""
     implemented = {"model_type": "deepseek", "scoring_func": "softmax", "hidden_act": "silu"}
     for key, value in implemented.items():
         found = raw.get(key, None if key == "model_type" else value)
         if found != value:
             raise ConfigError(f"{key}={found!r} is not implemented; only {value!r} is")
-    must_be_absent = {
-        "routed_scaling_factor": 1.0,
-        "rope_parameters": None,
-    }
-    for key, neutral in must_be_absent.items():
+    neutral_values = {"routed_scaling_factor": 1.0, "rope_parameters": None}
+    for key, neutral in neutral_values.items():
         if raw.get(key) not in (None, neutral):
             raise ConfigError(f"{key}={raw[key]!r} is not implemented")
 

@@ -1,9 +1,11 @@
-"""Weights of 8 and of 4 bits: the schemes, and how a checkpoint says that it holds them.
+"""Schemes that hold weights in 8 or 4 bits, and how `config.json` declares them.
 
-The words are those of compressed-tensors (`quantization_config` of `config.json`), which vLLM and
-llm-compressor read and write: formats `int-quantized` and `float-quantized`, 8 bits, symmetric, one
-scale for each output channel, activations, if they are rounded, anew for each token; and
-`pack-quantized`, integers of 4 bits, symmetric, one scale for each group of 32 along the input.
+A checkpoint declares its scheme under `quantization_config`, in the format of compressed-tensors,
+which vLLM and llm-compressor read and write. All schemes are symmetric. Three formats are known:
+
+- `int-quantized` and `float-quantized`: 8 bits and one scale for each output channel. Activations
+  that are rounded get a new scale for each token.
+- `pack-quantized`: 4-bit integers and one scale for each group of 32 along the input.
 """
 
 from __future__ import annotations
@@ -16,24 +18,25 @@ from typing import Any
 from moespan.errors import ConfigError
 
 SCALE_BYTES = 4
-"""Scales of rows are float32."""
+"""Bytes of the scale of a whole row, which is float32."""
 
+# The scale of a group is bfloat16.
 _GROUP_SCALE_BYTES = 2
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What becomes of weights, and of what they are multiplied with.
+    """How weights, and the activations that multiply them, are rounded.
 
     Attributes:
-        dtype: of weights, as torch calls it.
-        activation_bits: 8 where activations are rounded to the same dtype; 16 where they stay.
-        format: of a checkpoint, as compressed-tensors calls it.
-        number_type: `int` or `float`, its word for what `num_bits` are.
-        weight_bits: of each number.
-        group_size: how many neighbours of a row have one scale, which is bfloat16 then; None is a
-            float32 scale for the whole row.
-        head: the scheme of a head that the checkpoint holds as floats; None leaves it so.
+        dtype: torch's name of the weights' dtype.
+        activation_bits: 8 if activations are rounded to `dtype` too; 16 if they are not rounded.
+        format: compressed-tensors' name of the checkpoint format.
+        number_type: compressed-tensors' `type` of the numbers, `int` or `float`.
+        weight_bits: bits of one weight.
+        group_size: neighbours in a row that share one bfloat16 scale; None is one float32 scale for
+            the whole row.
+        head: scheme for a head that the checkpoint holds as floats; None leaves the head in floats.
     """
 
     dtype: str
@@ -46,11 +49,11 @@ class Scheme:
 
     @property
     def storage(self) -> str:
-        """The dtype of the tensor that holds weights, as torch calls it: 4 bits are packed."""
+        """Torch's name of the dtype of the tensor that holds the weights; 4 bits are packed."""
         return "int32" if self.weight_bits < 8 else self.dtype
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of a row of `width` with its scales."""
+        """Bytes of a row of `width` weights, scales included."""
         groups = self.group_size and width // self.group_size
         scale_bytes = SCALE_BYTES if groups is None else groups * _GROUP_SCALE_BYTES
         return width * self.weight_bits // 8 + scale_bytes
@@ -65,16 +68,17 @@ SCHEMES = {
 QUANTIZATIONS = tuple(SCHEMES)
 
 KV_CACHE_DTYPES = ("auto", "int8")
-"""`auto`: the engine's dtype. `int8`: with a float32 scale for each token and head."""
+"""`auto` is the engine's dtype; `int8` adds a float32 scale for each token and head."""
 
 SCALE_SUFFIX = "_scale"
-"""What the name of a quantised tensor gains to name its scales."""
+"""Suffix that turns the name of a quantised tensor into the name of its scales."""
 
 PACKED_SUFFIX, SHAPE_SUFFIX = "_packed", "_shape"
-"""What it gains, of 4 bits, to name its integers, eight to an int32, and the shape that it has."""
+"""Suffixes of a tensor of 4 bits: its integers, eight to an int32, and its unpacked shape."""
 
 _HEAD, _ROUTER = "lm_head", "re:.*mlp.gate$"
-# A pattern of `ignore` is run on every module's name, so it may only be one that ends soon.
+# A pattern of `ignore` is matched against the name of every module. Patterns that could backtrack
+# for long are refused.
 _PATTERN = re.compile(r"\^?(?:[\w.]|\\\.|\.\*)*\$?")
 _MOST_WILDCARDS = 3
 
@@ -85,7 +89,7 @@ class QuantizationConfig:
 
     Attributes:
         scheme: one of `QUANTIZATIONS`.
-        ignore: names of modules, and patterns after `re:`, whose weights are left as they were.
+        ignore: names of modules, and patterns after `re:`, whose weights stay unquantised.
     """
 
     scheme: str
@@ -93,36 +97,38 @@ class QuantizationConfig:
 
     @classmethod
     def of(cls, scheme: str) -> QuantizationConfig:
-        """What this engine makes of a model: of all linear layers but the router, and where
-        activations are rounded or weights have 4 bits but the head, as the published recipes have
-        it, so that the checkpoint can be read elsewhere."""
+        """The matrices that this engine quantises when it makes `scheme` from floats.
+
+        These are all linear layers except the router. The head is left out too where activations
+        are rounded or weights have 4 bits. The published recipes do the same, so that other engines
+        can read the checkpoint.
+        """
         own = SCHEMES[scheme]
         leaves_head = own.activation_bits == 8 or own.weight_bits < 8
         return cls(scheme, (_ROUTER, *((_HEAD,) if leaves_head else ())))
 
     @property
     def same_weights(self) -> tuple[str, ...]:
-        """Schemes whose weights are those that are stored."""
+        """Schemes that run with the weights exactly as the checkpoint holds them."""
         dtype = SCHEMES[self.scheme].dtype
         return tuple(name for name, scheme in SCHEMES.items() if scheme.dtype == dtype)
 
     def running_as(self, wanted: str | None) -> str:
-        """The scheme in which what is stored is run: its own, or `wanted` if the weights are the
-        same in both.
+        """The scheme in which the checkpoint runs: `wanted`, or its own if `wanted` is None.
 
         Raises:
-            ConfigError: they are not.
+            ConfigError: the weights of `wanted` are not those that the checkpoint holds.
         """
         if wanted not in (None, *self.same_weights):
             raise ConfigError(
                 f"quantization={wanted}: the checkpoint holds weights of {self.scheme}, which can "
-                f"be run as {' or '.join(self.same_weights)} only; use the one that it was made "
-                "from"
+                f"be run as {' or '.join(self.same_weights)} only; use the checkpoint that it was "
+                "made from"
             )
         return wanted or self.scheme
 
     def with_ignored_head(self) -> QuantizationConfig:
-        """The same, but for the head."""
+        """The same matrices except the head."""
         return replace(self, ignore=tuple(dict.fromkeys((*self.ignore, _HEAD))))
 
     @classmethod
@@ -130,35 +136,13 @@ class QuantizationConfig:
         """Read a `quantization_config`.
 
         Raises:
-            ConfigError: it is none, or asks for what is not implemented.
+            ConfigError: `raw` is malformed, or asks for something that is not implemented.
         """
         if not isinstance(raw, dict):
             raise ConfigError(f"quantization_config={raw!r} must be an object")
         formats = tuple(dict.fromkeys(scheme.format for scheme in SCHEMES.values()))
-        _demand(raw, quant_method=("compressed-tensors",), format=formats, kv_cache_scheme=(None,))
-        schemes = {name: one for name, one in SCHEMES.items() if one.format == raw["format"]}
-        first = next(iter(schemes.values()))
-        groups = raw.get("config_groups")
-        if not isinstance(groups, dict) or len(groups) != 1:
-            raise ConfigError("quantization_config: config_groups must be an object of one group")
-        (group,) = groups.values()
-        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-            raise ConfigError("quantization_config: the group has no weights")
-        _demand(group, targets=(["Linear"],), output_activations=(None,))
-        _demand(group["weights"], **_weights(first), dynamic=(False, None))
-        activations = group.get("input_activations")
-        bits = 16
-        if activations is not None:
-            if not isinstance(activations, dict):
-                raise ConfigError("quantization_config: input_activations must be an object")
-            _demand(activations, **_activations(first), dynamic=(True,))
-            bits = 8
-        scheme = next((name for name in schemes if schemes[name].activation_bits == bits), None)
-        if scheme is None:
-            raise ConfigError(
-                f"quantization_config: format={raw['format']!r} "
-                f"{'without' if bits == 16 else 'with'} input_activations is not implemented"
-            )
+        _require(raw, quant_method=("compressed-tensors",), format=formats, kv_cache_scheme=(None,))
+        scheme = _scheme_of(_only_group(raw), raw["format"])
         ignore = raw.get("ignore") or []
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise ConfigError(f"quantization_config: ignore={ignore!r} must be a list of names")
@@ -167,24 +151,14 @@ class QuantizationConfig:
         return cls(scheme, tuple(ignore))
 
     def to_dict(self) -> dict[str, Any]:
-        """The `quantization_config` that `from_dict` reads, with all keys that others expect."""
-
+        """The `quantization_config` that `from_dict` reads, with every key that others expect."""
         scheme = SCHEMES[self.scheme]
-
-        def numbers(kind: dict[str, tuple[Any, ...]], dynamic: bool) -> dict[str, Any]:
-            return {
-                **{key: value for key, (value,) in kind.items()},
-                "dynamic": dynamic,
-                "block_structure": None,
-                "observer": None if dynamic else "minmax",
-                "observer_kwargs": {},
-            }
-
+        rounds_activations = scheme.activation_bits == 8
         group = {
             "targets": ["Linear"],
-            "weights": numbers(_weights(scheme), dynamic=False),
-            "input_activations": numbers(_activations(scheme), dynamic=True)
-            if scheme.activation_bits == 8
+            "weights": _entry(_weights(scheme), dynamic=False),
+            "input_activations": _entry(_activations(scheme), dynamic=True)
+            if rounds_activations
             else None,
             "output_activations": None,
         }
@@ -199,7 +173,7 @@ class QuantizationConfig:
         }
 
     def holds(self, module: str) -> bool:
-        """Whether the weight of `module`, a linear layer by its HF name, is stored quantised."""
+        """Whether the weight of the linear layer with the HF name `module` is quantised."""
         return not any(
             re.match(name.removeprefix("re:"), module)
             if name.startswith("re:")
@@ -208,8 +182,41 @@ class QuantizationConfig:
         )
 
 
+def _only_group(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The one entry of `config_groups`."""
+    groups = raw.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        raise ConfigError("quantization_config: config_groups must be an object of one group")
+    (group,) = groups.values()
+    if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+        raise ConfigError("quantization_config: the group has no weights")
+    _require(group, targets=(["Linear"],), output_activations=(None,))
+    return group
+
+
+def _scheme_of(group: Mapping[str, Any], format_: str) -> str:
+    """The scheme of a group of a checkpoint whose format is `format_`."""
+    schemes = {name: one for name, one in SCHEMES.items() if one.format == format_}
+    first = next(iter(schemes.values()))
+    _require(group["weights"], **_weights(first), dynamic=(False, None))
+    activations = group.get("input_activations")
+    bits = 16
+    if activations is not None:
+        if not isinstance(activations, dict):
+            raise ConfigError("quantization_config: input_activations must be an object")
+        _require(activations, **_activations(first), dynamic=(True,))
+        bits = 8
+    scheme = next((name for name in schemes if schemes[name].activation_bits == bits), None)
+    if scheme is None:
+        raise ConfigError(
+            f"quantization_config: format={format_!r} "
+            f"{'without' if bits == 16 else 'with'} input_activations is not implemented"
+        )
+    return scheme
+
+
 def _weights(scheme: Scheme) -> dict[str, tuple[Any, ...]]:
-    """What is implemented of a scheme's weights, in compressed-tensors' words."""
+    """Key of compressed-tensors → its implemented values, for the weights of `scheme`."""
     return {
         "num_bits": (scheme.weight_bits,),
         "type": (scheme.number_type,),
@@ -221,12 +228,23 @@ def _weights(scheme: Scheme) -> dict[str, tuple[Any, ...]]:
 
 
 def _activations(scheme: Scheme) -> dict[str, tuple[Any, ...]]:
-    """What is implemented of activations that are rounded."""
+    """Key of compressed-tensors → its implemented values, for rounded activations."""
     return {**_weights(scheme), "num_bits": (8,), "strategy": ("token",), "group_size": (None,)}
 
 
-def _demand(raw: Mapping[str, Any], **implemented: tuple[Any, ...]) -> None:
-    """Refuse by name whatever is not implemented."""
+def _entry(implemented: Mapping[str, tuple[Any, ...]], dynamic: bool) -> dict[str, Any]:
+    """The object that declares weights or activations in a group of `config_groups`."""
+    return {
+        **{key: value for key, (value,) in implemented.items()},
+        "dynamic": dynamic,
+        "block_structure": None,
+        "observer": None if dynamic else "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def _require(raw: Mapping[str, Any], **implemented: tuple[Any, ...]) -> None:
+    """Raise `ConfigError` for the first key whose value is not implemented."""
     for key, values in implemented.items():
         found = raw.get(key)
         if not any(type(found) is type(value) and found == value for value in values):
@@ -234,12 +252,13 @@ def _demand(raw: Mapping[str, Any], **implemented: tuple[Any, ...]) -> None:
                 f"quantization_config: {key}={found!r} is not implemented; only "
                 f"{' or '.join(repr(value) for value in values)} is (int-quantized or "
                 "float-quantized, 8 bits, symmetric, weights per channel, activations per token; "
-                "int-quantized also without these; pack-quantized, 4 bits, symmetric, weights in "
-                "groups of 32)"
+                "int-quantized also without rounded activations; pack-quantized, 4 bits, "
+                "symmetric, weights in groups of 32)"
             )
 
 
 def _check_pattern(name: str) -> None:
+    """Refuse a pattern of `ignore` that is more than letters, dots and a few `.*`."""
     if not name.startswith("re:"):
         return
     pattern = name.removeprefix("re:")

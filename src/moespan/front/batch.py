@@ -1,8 +1,8 @@
-"""Many prompts from a JSONL file, answered into a JSONL file; what is finished is never lost.
+"""Answers the prompts of a JSONL file into another JSONL file; finished answers are never lost.
 
-Input lines are `{"prompt": text or token ids, "id": any, "params": {...}}`; `id` defaults to the
-number of the line, from 1. With chat, `"messages"` may stand instead of `"prompt"`, and a prompt
-is what the user says. Each answer is one line, written as soon as its request finishes.
+Input lines are `{"prompt": text or token ids, "id": any, "params": {...}}`. `id` defaults to the
+number of the line, counted from 1. With chat, a text prompt is one user message, and `"messages"`
+may replace `"prompt"`. Each answer is one line, written as soon as its request finishes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moespan.front.outputs import RequestOutput
 
 @dataclass
 class BatchReport:
-    """What became of the lines: answered now, skipped because answered before, failed."""
+    """Counts of the lines that were answered, skipped because already answered, and failed."""
 
     num_answered: int = 0
     num_skipped: int = 0
@@ -36,7 +36,7 @@ class BatchReport:
 
 @dataclass
 class _Lines:
-    """Reads requests from an input file, one at a time, and reports the lines that are bad."""
+    """Reads requests from an input file, one at a time, and reports bad lines."""
 
     llm: LLM
     path: Path
@@ -44,7 +44,7 @@ class _Lines:
     chat: bool
     done: set[str]
     report: BatchReport
-    complain: Callable[[str], object]
+    report_failure: Callable[[str], object]
     advance: Callable[[int], object]
     ids: dict[str, Any] = field(default_factory=dict)
     line_numbers: dict[str, int] = field(default_factory=dict)
@@ -60,7 +60,9 @@ class _Lines:
                     given_id = item.get("id", number)
                     key = _key(given_id)
                     if key in seen:
-                        raise RequestError(f"id {given_id!r} is on an earlier line too")
+                        raise RequestError(
+                            f"id {given_id!r} is on an earlier line too; give each line its own"
+                        )
                     seen.add(key)
                     if key in self.done:
                         self.report.num_skipped += 1
@@ -76,13 +78,13 @@ class _Lines:
 
     def fail(self, number: int, message: str) -> None:
         self.report.num_failed += 1
-        self.complain(f"{self.path}:{number}: {message}")
+        self.report_failure(f"{self.path}:{number}: {message}")
         self.advance(1)
 
     def _request(self, item: dict[str, Any]) -> tuple[str | None, Request]:
         raw = {} if item.get("params") is None else item["params"]
         if not isinstance(raw, dict):
-            raise RequestError(f"params is {raw!r:.80}, not an object")
+            raise RequestError(f"params={raw!r:.80} must be an object")
         misplaced = sorted(item.keys() & {*SamplingParams.__struct_fields__})
         if misplaced:
             raise RequestError(f'{misplaced[0]} belongs in params: {{"params": {{...}}}}')
@@ -90,7 +92,7 @@ class _Lines:
         prompt: Any = item.get("prompt")
         messages: Any = item.get("messages")
         if messages is not None and not self.chat:
-            raise RequestError("messages are for chat; add --chat, or give a prompt")
+            raise RequestError("messages are only for chat; add --chat, or give a prompt")
         if messages is None and prompt is None:
             raise RequestError("the line has no prompt")
         if messages is not None and prompt is not None:
@@ -110,7 +112,7 @@ def run_batch(
     *,
     chat: bool,
     done: set[str],
-    complain: Callable[[str], object],
+    report_failure: Callable[[str], object],
     advance: Callable[[int], object] = lambda num_lines: None,
 ) -> BatchReport:
     """Answer every line of `input_path` into `output`.
@@ -118,15 +120,15 @@ def run_batch(
     Args:
         defaults: sampling parameters for lines that do not set them.
         done: keys of the ids that are answered already (`answered_ids`); they are skipped.
-        complain: told of each line that fails, with its number.
-        advance: told of each line that is through.
+        report_failure: called with a message for each line that fails; the message has its number.
+        advance: called with the number of lines that have just been finished.
 
     Raises:
-        EngineDeadError: the ranks are gone; every answer that was finished is in `output`.
+        EngineDeadError: the ranks are gone; every finished answer is in `output`.
     """
     started = time.perf_counter()
     report = BatchReport()
-    lines = _Lines(llm, input_path, defaults, chat, done, report, complain, advance)
+    lines = _Lines(llm, input_path, defaults, chat, done, report, report_failure, advance)
     for result in llm.stream(lines):
         given_id = lines.ids.pop(result.request_id)
         number = lines.line_numbers.pop(result.request_id)
@@ -143,7 +145,7 @@ def run_batch(
 
 
 def answer(given_id: Any, result: RequestOutput) -> dict[str, Any]:
-    """One finished request as a JSON object; with n > 1, `outputs` holds all continuations."""
+    """A finished request as a JSON object; with n > 1, `outputs` holds all continuations."""
     continuations = [
         {
             "text": one.text,
@@ -169,10 +171,10 @@ def answer(given_id: Any, result: RequestOutput) -> dict[str, Any]:
 
 
 def answered_ids(path: Path) -> set[str]:
-    """Keys of the ids that an earlier run answered into `path`; a line cut short is removed.
+    """Keys of the ids that an earlier run answered into `path`; a truncated last line is removed.
 
     Raises:
-        ConfigError: a line is not an answer; then nothing has changed.
+        ConfigError: a line is not an answer; the file is then left as it is.
     """
     keys: set[str] = set()
     whole_bytes = 0
@@ -183,7 +185,7 @@ def answered_ids(path: Path) -> set[str]:
                     keys.add(_key_of_answer(line))
                     whole_bytes += len(line)
                 elif line[: len(_BEGIN)] != _BEGIN[: len(line)]:
-                    raise RequestError("not cut from an answer")
+                    raise RequestError("not the beginning of an answer")
             except RequestError:
                 raise ConfigError(
                     f"{path}:{number} is not an answer of an earlier run; give another --output"
@@ -192,7 +194,7 @@ def answered_ids(path: Path) -> set[str]:
     return keys
 
 
-# How every answer begins.
+# First bytes of every answer.
 _BEGIN = b'{"id": '
 
 
@@ -214,9 +216,9 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _key(given_id: Any) -> str:
-    """`given_id` as text: equal for equal ids, and only for these."""
+    """`given_id` as text; two keys are equal exactly if the ids are equal."""
     try:
         json.dumps(given_id, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:  # it could not be written into an answer
+    except ValueError as error:  # an answer could not hold the id
         raise RequestError(f"id {given_id!r:.80} cannot be written as JSON: {error}") from None
     return json.dumps(given_id, sort_keys=True)

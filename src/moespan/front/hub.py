@@ -1,4 +1,4 @@
-"""From a model's name to a folder on this machine."""
+"""Finds the checkpoint folder of a model: a folder here, or a download of a hub client."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ _FILES = ["*.safetensors", "*.json", "*.jinja"]
 
 
 def resolve(model: str) -> Path:
-    """The folder of `model`: itself if it is one, else what a hub client has or downloads.
+    """The folder of `model`, which is itself a folder, or a name that a hub client downloads.
 
-    `huggingface_hub` is asked first, `modelscope` if only that is installed or if
-    `MOESPAN_USE_MODELSCOPE=1` is set.
+    The client is `huggingface_hub`. `modelscope` takes its place if only `modelscope` is installed,
+    or if `MOESPAN_USE_MODELSCOPE=1` is set.
 
     Raises:
-        ConfigError: no such folder and no such model, or no client to ask.
+        ConfigError: there is neither a folder nor a hub model of this name, or no client is
+            installed.
     """
     try:
         folder = Path(model).expanduser()
-    except RuntimeError as error:  # ~user, and there is no such user
+    except RuntimeError as error:  # the user in ~user does not exist
         raise ConfigError(f"{model} does not exist: {error}") from None
     if folder.is_dir():
         return folder
@@ -35,7 +36,7 @@ def resolve(model: str) -> Path:
     clients = [name for name in ("huggingface_hub", "modelscope") if importlib.util.find_spec(name)]
     if not clients:
         raise ConfigError(
-            f"{model} is no folder here, and no hub client is installed to download it; give a "
+            f"{model} is not a folder here, and no hub client is installed to download it; give a "
             'checkpoint folder, or pip install "moespan[hub]"'
         )
     if os.environ.get("MOESPAN_USE_MODELSCOPE") == "1" and "modelscope" in clients:
@@ -48,8 +49,8 @@ def resolve(model: str) -> Path:
         from modelscope import snapshot_download as modelscope_download
 
         return Path(modelscope_download(model, allow_patterns=_FILES))
-    except Exception as error:  # the clients raise whatever their transports do
+    except Exception as error:  # the clients pass on every error of their transports
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f"{model} is no folder here, and {clients[0]} could not fetch it: {reason}"
+            f"{model} is not a folder here, and {clients[0]} could not download it: {reason}"
         ) from error

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 Self_ = TypeVar("Self_")
 
-# Requests handed to the engine ahead of need, as a multiple of the requests that one step takes.
+# Requests that the engine has at once, as a multiple of the requests that one step takes.
 _WINDOW = 2
 
 
 def _options_of(
     settings: Callable[P, Settings],
 ) -> Callable[[Callable[[Self_, Settings], None]], Callable[Concatenate[Self_, P], None]]:
-    """Give `__init__` the parameters of `Settings`, also for type checkers, editors and `help`."""
+    """Give `__init__` the parameters of `settings`, also for type checkers, editors and `help`."""
 
     def decorate(
         init: Callable[[Self_, Settings], None],
@@ -59,13 +59,15 @@ def _options_of(
 
 
 class LLM:
-    """A running engine. It loads the model on construction; use it as a context manager or `close`
+    """A running engine. The constructor loads the model; use `LLM` as a context manager or `close`
     it.
 
-    With more than one rank it starts them as processes of their own, unless the program itself was
-    started by `torchrun`: then its processes are the ranks, the leader goes on, and the others
-    serve it inside this constructor and exit when it closes. The nodes other than node 0 of a job
-    that runs on many do the same: the same program runs on all, with another `node_rank` on each.
+    If there are several ranks, the constructor starts each as a process of its own. Under
+    `torchrun` the processes of the program are the ranks instead. The leader's constructor returns.
+    On all other ranks the constructor serves the leader, and exits when the engine closes.
+
+    A job on several nodes runs the same program on each, with another `node_rank`. The constructor
+    returns on node 0. On the other nodes it serves node 0, and exits when the engine closes.
 
     Args:
         model: checkpoint folder, or a name for the hub clients.
@@ -73,9 +75,9 @@ class LLM:
             those of its bases, `EngineOptions` and `Nodes`, describe each.
 
     Raises:
-        ConfigError, LayoutError, CheckpointError, TokenizerError: it cannot start, and why.
+        ConfigError, LayoutError, CheckpointError, TokenizerError: the engine cannot start.
         MeetingError: the nodes did not come together.
-        EngineDeadError: a rank died while starting; on a node other than node 0: or at any time.
+        EngineDeadError: a rank died while starting or, on nodes other than node 0, at any time.
     """
 
     @_options_of(Settings)
@@ -84,7 +86,7 @@ class LLM:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LLM:
-        """An engine of settings that are there already; raises what the constructor raises."""
+        """Start an engine from `settings`. Raises the errors of the constructor."""
         llm = cls.__new__(cls)
         llm._start(settings)
         return llm
@@ -113,7 +115,7 @@ class LLM:
         """Continue every prompt; the outputs come in the order of the prompts.
 
         Raises:
-            RequestError: a prompt or its parameters break a limit; nothing was run.
+            RequestError: a prompt or its parameters break a limit; no prompt was run.
             EngineDeadError: the ranks are gone.
         """
         # A list that begins with a number is one prompt's token ids.
@@ -138,7 +140,7 @@ class LLM:
         return self._run_all(many, self.chat_prompt, sampling_params, use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message]) -> Encoded:
-        """A conversation as the text and the token ids that the model gets.
+        """Text and token ids of a conversation, as the model gets them.
 
         Raises:
             RequestError: the messages are malformed, or the checkpoint has no chat template.
@@ -153,7 +155,7 @@ class LLM:
         *,
         prompt_logits: bool = False,
     ) -> tuple[str | None, Request]:
-        """A checked request for `stream`, and the prompt's text where it has one.
+        """The prompt's text, if it has one, and a checked request for `stream`.
 
         Raises:
             RequestError: the prompt or its parameters break a limit.
@@ -165,17 +167,19 @@ class LLM:
         requests: Iterable[tuple[str | None, Request]],
         observe: Callable[[OutputDelta], object] | None = None,
     ) -> Iterator[RequestOutput]:
-        """Run any number of requests; yield each as it finishes.
+        """Run any number of requests; yield the output of each as it finishes.
 
-        Only as many are taken from `requests` as keep the engine busy, so memory stays bounded.
-        A request that fails is yielded with its `error`; the others go on. Within one thread,
-        streams may be mixed, and each yields its own. Closing one aborts what it has not yielded.
+        Requests are taken from `requests` only as fast as the engine needs them, so memory stays
+        bounded. A request that fails is yielded with its `error`; the others go on. Several streams
+        may run in turns within one thread; each yields its own requests. Closing a stream aborts
+        its unfinished requests.
 
         Args:
-            observe: called with what a step brings to one of these requests, as it comes.
+            requests: pairs of a prompt's text (or None) and its request, as `request` makes them.
+            observe: called with every delta of these requests, as soon as its step is done.
 
         Raises:
-            EngineDeadError: the ranks are gone; what was yielded before was finished.
+            EngineDeadError: the ranks are gone; every output yielded so far was finished.
         """
         source = iter(requests)
         mine: dict[str, RequestOutput] = {}
@@ -208,10 +212,10 @@ class LLM:
                     self._client.abort(request_id)
 
     def relayout(self, layout: Layout, moe_dispatch: str = "auto") -> None:
-        """Cut the model anew over the same ranks, which is faster than to start them again.
+        """Load the model under another layout on the same ranks, faster than a new start.
 
         Raises:
-            LayoutError: it does not fit the model, or has another number of ranks.
+            LayoutError: `layout` does not fit the model, or has another number of ranks.
         """
         if layout.world_size != self.config.layout.world_size:
             raise LayoutError(
@@ -242,7 +246,7 @@ class LLM:
         return self._client.ask(Trace(token_ids))
 
     def close(self) -> None:
-        """End the engine and its ranks. Idempotent."""
+        """Stop the engine and its ranks. Idempotent."""
         self._client.close()
 
     def __enter__(self) -> LLM:
@@ -258,13 +262,13 @@ class LLM:
 
     @property
     def _num_wanted(self) -> int:
-        """Requests that keep every replica and every pipeline stage busy."""
+        """Number of requests that keep every replica and every pipeline stage busy."""
         layout = self.config.layout
         return _WINDOW * self.config.max_num_seqs * layout.dp * layout.pp
 
     def _take_in(self, deltas: list[OutputDelta]) -> None:
         for delta in deltas:
-            if (output := self._live.get(delta.id)) is not None:  # None: aborted meanwhile
+            if (output := self._live.get(delta.id)) is not None:  # None if aborted meanwhile
                 output.add(delta)
 
     def _run_all(

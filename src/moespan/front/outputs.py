@@ -1,4 +1,4 @@
-"""What a front hands to its user: whole outputs, put together from the engine's deltas."""
+"""Outputs that a user gets, assembled from the deltas of the engine's steps."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from moespan.engine.request import OutputDelta, Request, TokenLogprobs
 
 @dataclass
 class CompletionOutput:
-    """One continuation.
+    """One continuation of a prompt.
 
     Attributes:
-        index: which of the request's `n`.
-        logprobs: one entry for each token, if asked for.
-        cumulative_logprob: their sum, if asked for.
+        index: number of the continuation among the request's `n`, from 0.
+        logprobs: one entry for each token; None if the request did not ask for log probabilities.
         finish_reason: None while running, then `stop`, `length`, `abort` or `error`.
-        stop_reason: the stop string or stop token id that ended it; None for EOS.
-        error: what went wrong, with `finish_reason` `error`.
+        stop_reason: stop string or stop token id that ended the continuation; None for EOS.
+        error: error message if `finish_reason` is `error`, else None.
     """
 
     index: int
@@ -30,13 +29,13 @@ class CompletionOutput:
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """Log probability of the continuation; None when log probabilities were not asked for."""
+        """Log probability of the whole continuation; None if `logprobs` is None."""
         if self.logprobs is None:
             return None
         return sum(entry.logprob for entry in self.logprobs)
 
     def add(self, delta: OutputDelta) -> None:
-        """Append what one step brought."""
+        """Append the result of one step."""
         self.text += delta.text
         self.token_ids += delta.token_ids
         if self.logprobs is not None:
@@ -51,10 +50,11 @@ class RequestOutput:
     """One request with all its continuations.
 
     Attributes:
-        prompt: its text; None when it was given as token ids.
-        prompt_logprobs: one entry for each prompt token, None for the first, if asked for.
-        prompt_logits: float32 rows [prompt tokens, vocabulary] as bytes, if asked for.
-        num_cached_tokens: prompt tokens that the prefix cache held.
+        prompt: text of the prompt; None if it was given as token ids.
+        prompt_logprobs: one entry for each prompt token, None for the first token. The whole list
+            is None if the request did not ask for it.
+        prompt_logits: float32 rows [prompt tokens, vocabulary] as bytes; empty if not asked for.
+        num_cached_tokens: prompt tokens that were found in the prefix cache.
     """
 
     request_id: str
@@ -87,11 +87,11 @@ class RequestOutput:
 
     @property
     def error(self) -> str | None:
-        """What went wrong with the first continuation that ended in an error, if any did."""
+        """Error of the first continuation that failed; None if none did."""
         return next((output.error for output in self.outputs if output.error), None)
 
     def add(self, delta: OutputDelta) -> None:
-        """Take in what one step brought."""
+        """Append the result of one step to its continuation."""
         self.outputs[delta.index].add(delta)
         if self.prompt_logprobs is not None:
             self.prompt_logprobs += delta.prompt_logprobs

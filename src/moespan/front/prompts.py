@@ -1,4 +1,4 @@
-"""Prompts as users give them (text, token ids, messages) made into checked requests.
+"""Makes checked requests of prompts as users give them: text, token ids or messages.
 
 Imports neither torch nor `LLM`: an HTTP server uses it as `LLM` does.
 """
@@ -23,10 +23,10 @@ Encoded = tuple[str | None, list[int]]
 
 
 class Prompts:
-    """Encodes prompts and makes numbered requests of them.
+    """Encodes prompts and turns them into numbered requests.
 
     Args:
-        tokenizer: the checkpoint's; None if it has none.
+        tokenizer: tokenizer of the checkpoint; None if it has none.
         max_model_len: most tokens of one sequence.
         vocab_size: number of token ids of the model.
     """
@@ -41,7 +41,7 @@ class Prompts:
         """Text and token ids of a `Prompt`.
 
         Raises:
-            RequestError: it is neither text nor token ids, or it is text and there is no tokenizer.
+            RequestError: `prompt` is neither text nor token ids, or is text without a tokenizer.
         """
         given = prompt
         if isinstance(prompt, Mapping):
@@ -65,9 +65,9 @@ class Prompts:
             TokenizerError: the chat template is faulty.
         """
         if self._tokenizer is None:
-            raise RequestError("chat needs a tokenizer, and this checkpoint has none")
+            raise RequestError("chat needs a tokenizer, and this checkpoint has no tokenizer.json")
         text = self._tokenizer.apply_chat_template(messages)
-        # The template writes the special tokens itself.
+        # The template itself writes the special tokens.
         return text, self._tokenizer.encode(text, add_special_tokens=False)
 
     def request(
@@ -77,7 +77,7 @@ class Prompts:
         *,
         prompt_logits: bool = False,
     ) -> tuple[str | None, Request]:
-        """A checked request with an id of its own, and the prompt's text where it has one.
+        """The prompt's text, if it has one, and a checked request with an id of its own.
 
         Raises:
             RequestError: the prompt or its parameters break a limit.

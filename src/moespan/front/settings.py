@@ -1,4 +1,4 @@
-"""Every option of a run, once: its name, default and check, and how `auto` is resolved.
+"""Every option of a run, declared once: its name, default, check, and the meaning of `auto`.
 
 `LLM(model, **options)`, the flags of the command line, and the verbs (`doctor`, `bench`, `verify`,
 ...) all make a `Settings` and `resolve` it, so that they judge and run the same configuration. A
@@ -35,7 +35,7 @@ _FIELD_OF_AXIS = {
 
 
 class Resolved(NamedTuple):
-    """What `Settings` come to: the model (None if none is named), the engine, and the nodes."""
+    """Resolved `Settings`: the model (None if none is named), the engine, and the nodes."""
 
     model_config: ModelConfig | None
     engine_config: EngineConfig
@@ -44,13 +44,13 @@ class Resolved(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings(EngineOptions, Nodes):
-    """What a user asks for, with vLLM's names where the meaning is the same.
+    """Options that a user gives, with vLLM's names where the meaning is the same.
 
-    The options of `EngineOptions` and `Nodes` belong to it, besides these:
+    `EngineOptions` and `Nodes` hold the other options. The fields declared here are:
 
     Attributes:
-        model: checkpoint folder, or a name for the hub clients. None where nothing is run: a doctor
-            that judges a machine without a model.
+        model: checkpoint folder, or a name for the hub clients. None only if nothing is run, as
+            when the doctor judges a machine without a model.
         tensor_parallel_size: ranks over which heads, widths and the vocabulary are split.
         expert_parallel_size: ranks over which whole routed experts are spread.
         pipeline_parallel_size: stages into which the layers are split.
@@ -110,11 +110,11 @@ class Settings(EngineOptions, Nodes):
         )
 
     def resolve(self, *, to_run: bool = True) -> Resolved:
-        """Find the model, replace every `auto` and None, and check that all of it goes together.
+        """Find the model, replace every `auto` and None, and check that all settings fit together.
 
         Args:
-            to_run: whether the device has to work here and now. A run that is only judged takes a
-                named device as it is, and for `auto` the one whose driver is here.
+            to_run: whether the device must work here and now. If False, a named device is taken
+                without a check, and `auto` is the device whose driver is on this machine.
 
         Raises:
             ConfigError, LayoutError: the first setting that cannot be used, and why.
@@ -189,7 +189,7 @@ def check_experts(config: EngineConfig, model_config: ModelConfig) -> None:
 
 
 def _inherited(settings: Settings, base: type[Any]) -> dict[str, Any]:
-    """The options that `settings` has from one of its bases."""
+    """The fields of `settings` that its base class `base` declares, with their values."""
     return {field.name: getattr(settings, field.name) for field in fields(base)}
 
 

@@ -1,7 +1,7 @@
-"""Starts an engine and connects to it, wherever its ranks are. Imports torch only for a rank.
+"""Starts an engine and connects to it. Imports torch only if this process is a rank.
 
-What the ranks of another process compute is reached through `RanksClient`; one rank alone, or a
-program that `torchrun` started, computes in this process.
+Ranks in other processes are reached through `RanksClient`. A single rank, and a rank that
+`torchrun` started, computes in this process.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def connect(config: EngineConfig, nodes: Nodes) -> EngineClient:
     """Start the ranks that are missing and connect to the leader.
 
-    It returns on node 0, and under torchrun in the leader. On every other node, and in every other
-    process of torchrun, it serves the leader and then exits.
+    This function returns on node 0 and, under torchrun, in the leader. On every other node, and in
+    every other process of torchrun, it serves the leader until the engine closes, then exits.
 
     Raises:
         ConfigError, LayoutError, CheckpointError, TokenizerError: the engine cannot start.
         MeetingError: the nodes did not come together.
-        EngineDeadError: a rank died while starting; on a node other than node 0: or at any time.
+        EngineDeadError: a rank died while starting or, on nodes other than node 0, at any time.
     """
     is_torchrun = started_by_torchrun()
     if nodes.nnodes > 1:
@@ -54,11 +54,10 @@ def connect(config: EngineConfig, nodes: Nodes) -> EngineClient:
 
 
 def warn_if_tp_crosses_nodes(layout: Layout, nodes: Nodes) -> None:
-    """Warn, on node 0, of a tp axis whose ranks are on several nodes."""
+    """On node 0, warn if the ranks of a tp axis are on several nodes."""
     ranks = nodes.ranks_per_node(layout)
     if ranks % layout.tp and nodes.node_rank == 0:
         log.logger.warning(
-            f"tp={layout.tp} crosses nodes, which have {ranks} of the {layout.world_size} ranks "
-            "each: every layer waits for the network; it would not if each node had a multiple of "
-            "tp ranks"
+            f"tp={layout.tp} crosses nodes, each with {ranks} of the {layout.world_size} ranks: "
+            "every layer waits for the network; use a tp that divides the ranks of a node"
         )

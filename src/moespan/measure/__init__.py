@@ -1,1 +1,1 @@
-"""Is it right, and how fast is it: comparison with references, and speed beside limits."""
+"""Correctness and speed: comparison with reference logits, and speed beside hardware limits."""

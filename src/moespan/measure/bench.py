@@ -1,6 +1,7 @@
-"""How fast a running engine is, beside the limits of its machine measured right around each figure.
+"""Measures the speed of a running engine beside the limits of its machine.
 
-Through `LLM`, as a user would see it: scheduling, sampling and the front's part are in it.
+The limits are measured right before and after each figure. The engine is measured through `LLM`, as
+a user sees it: the figures include scheduling, sampling and the front's share.
 """
 
 from __future__ import annotations
@@ -27,25 +28,26 @@ from moespan.planner.work import Limits, Work, step_work
 from moespan.version import __version__
 
 Timeline = list[list[float]]
-"""For each prompt, the seconds after the start at which each of its tokens came."""
+"""For each prompt, the time at which each of its tokens came, in seconds after the start."""
 
 FIRST_PROMPT_TOKENS = 16
-"""Length of the prompt whose first token ends the start-up."""
+"""Length of the prompt whose first token ends the start-up time."""
 
-# Threads of one process that wait for work busily (OpenMP) leave the cores to the other by then.
+# OpenMP threads busy-wait for work. After this time the threads of one process have left the cores
+# to the other process.
 _SETTLE_S = 0.1
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What to measure.
+    """Prefills and decodes to measure.
 
     Attributes:
-        prefill: lengths of the prompts, one after the other alone.
+        prefill: lengths of single prompts, which run one after another.
         decode_batch: numbers of sequences that decode together.
-        context: prompt tokens of each of these.
-        decode_tokens: tokens of each of these that are timed.
-        repeats: how often everything is measured, after one round that only warms up.
+        context: prompt tokens of each decoding sequence.
+        decode_tokens: timed tokens of each decoding sequence.
+        repeats: measurements of each figure, after one warm-up round.
     """
 
     prefill: tuple[int, ...] = (128, 512, 2048)
@@ -68,8 +70,8 @@ class Speed:
     """One measurement.
 
     Attributes:
-        seconds: of the whole prefill, or of one decode step.
-        gaps_s: between two tokens of one sequence, for all sequences; empty for a prefill.
+        seconds: duration of the whole prefill, or of one decode step.
+        gaps_s: times between two tokens of one sequence, for all sequences; empty for a prefill.
     """
 
     seconds: float
@@ -77,7 +79,7 @@ class Speed:
 
 
 def timeline(llm: LLM, prompts: Sequence[list[int]], num_tokens: Sequence[int]) -> Timeline:
-    """Continue each prompt greedily by its number of tokens, come what may; say when each came.
+    """Continue each prompt greedily by exactly its number of tokens; EOS does not end it.
 
     Raises:
         MoespanError: a request failed.
@@ -99,10 +101,10 @@ def timeline(llm: LLM, prompts: Sequence[list[int]], num_tokens: Sequence[int]) 
 
 
 def decode_speed(times: Timeline) -> Speed:
-    """Of the time in which all sequences decode: from the last one's first token until one ends.
+    """Speed while all sequences decode: from the latest first token until a sequence ends.
 
     Raises:
-        MoespanError: there is no such time.
+        MoespanError: the sequences never decode all at once.
     """
     began = max(one[0] for one in times)
     ended = min(one[-1] for one in times)
@@ -119,8 +121,13 @@ def decode_speed(times: Timeline) -> Speed:
 
 @dataclass(frozen=True)
 class Case:
-    """`batch` prompts of `length` tokens; with `num_tokens` their decoding is measured, else the
-    prefill of the one."""
+    """One row of the table: a single prefill, or a batch that decodes.
+
+    Attributes:
+        batch: number of prompts; 1 for a prefill.
+        length: tokens of each prompt.
+        num_tokens: timed decode tokens of each prompt; 0 measures the prefill.
+    """
 
     batch: int
     length: int
@@ -128,27 +135,30 @@ class Case:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that `Speed.seconds` are for."""
+        """Number of tokens that are processed in `Speed.seconds`."""
         return self.batch if self.num_tokens else self.length
 
     def prompts(self, draw: random.Random, vocab_size: int) -> list[list[int]]:
-        """Random ones."""
+        """Random prompts."""
         return [draw.choices(range(vocab_size), k=self.length) for _ in range(self.batch)]
 
     def tokens_wanted(self, max_num_batched_tokens: int) -> int:
-        """Tokens of each prompt's answer, so that all of them decode together for `num_tokens`
-        steps, whoever's prefill comes first."""
+        """Number of tokens to generate from each prompt.
+
+        It is large enough for all prompts to decode together for `num_tokens` steps, although the
+        first prompts decode while the others are still prefilled.
+        """
         if not self.num_tokens:
             return 1
         room = max(max_num_batched_tokens - self.batch, 1)
         return 1 + self.num_tokens + -(-self.batch * self.length // room)
 
     def speed(self, times: Timeline) -> Speed:
-        """Of the measurement that the tokens' times tell of."""
+        """The speed that the times of the tokens show."""
         return decode_speed(times) if self.num_tokens else Speed(times[0][0])
 
     def work(self, config: ModelConfig, engine: EngineConfig) -> Work:
-        """What a prefill, or the middle one of the decode steps, cannot do without."""
+        """Least work of the prefill, or of the middle decode step."""
         if not self.num_tokens:
             return step_work(config, engine, 1, self.length, 0)
         return step_work(config, engine, self.batch, 1, self.length + self.num_tokens / 2)
@@ -160,7 +170,7 @@ class Case:
 
 
 def measure(llm: LLM, case: Case, draw: random.Random) -> Speed:
-    """Once, on fresh random prompts."""
+    """Measure `case` once, on fresh random prompts."""
     prompts = case.prompts(draw, llm.model_config.vocab_size)
     count = case.tokens_wanted(llm.config.max_num_batched_tokens)
     return case.speed(timeline(llm, prompts, [count] * case.batch))
@@ -173,7 +183,7 @@ def check_room(llm: LLM, case: Case) -> None:
     if longest > engine.max_model_len:
         raise ConfigError(
             f"{case} needs sequences of {longest} tokens, and max_model_len is "
-            f"{engine.max_model_len}; measure shorter ones, or raise --max-model-len"
+            f"{engine.max_model_len}; measure shorter sequences, or raise --max-model-len"
         )
     per_replica = -(-case.batch // engine.layout.dp)
     if per_replica > engine.max_num_seqs:
@@ -190,53 +200,83 @@ def check_room(llm: LLM, case: Case) -> None:
 
 
 def bench(llm: LLM, workload: Workload, nnodes: int = 1) -> dict[str, Any]:
-    """Measure everything in turns, `workload.repeats` times after a round that only warms up.
+    """Measure all cases in turns, `workload.repeats` times after one warm-up round.
 
-    Token ids are random and new each time. The limits are those right before and after each
-    measurement, so that a neighbour who takes bandwidth takes it from both. Of every figure it is
-    the median of the repeats; the share of the limit is the median of each repeat's own share.
+    Token ids are random, and new in each measurement. Each figure is the median of the repeats.
+    The limits are measured right before and after each measurement, so that a neighbour who takes
+    bandwidth takes it from both. The share of the limit is the median of the shares of the repeats.
 
     Args:
-        nnodes: machines that the engine runs on.
+        nnodes: number of machines on which the engine runs.
 
     Returns:
-        What `moespan bench --json` prints, but for the start-up.
+        The object that `moespan bench --json` prints, except the start-up times.
 
     Raises:
-        ConfigError: the engine has no room for what is to be measured, or shares prefixes.
+        ConfigError: the engine has no room for a case, or has a prefix cache.
         MoespanError: a request failed.
     """
     if llm.config.enable_prefix_caching:
-        raise ConfigError("the prefix cache would keep what is measured; start without it")
+        raise ConfigError(
+            "enable_prefix_caching=True is refused: the prefix cache would keep the measured "
+            "prompts; start without it"
+        )
     cases = [
         *(Case(1, length) for length in workload.prefill),
         *(Case(batch, workload.context, workload.decode_tokens) for batch in workload.decode_batch),
     ]
     for case in cases:
         check_room(llm, case)
-    engine, info = llm.config, llm.info
+    # Ranks on the host share one machine; elsewhere each rank has a device of its own.
+    is_host = DEVICES[llm.config.device].is_host
+    num_devices = nnodes if is_host else llm.config.layout.world_size
+    return _report(llm, workload, _measure_all(llm, cases, workload.repeats, num_devices))
+
+
+@dataclass
+class _Measurements:
+    """Everything that is measured.
+
+    Attributes:
+        speeds: speeds of each case, one for each repeat.
+        limits: mean of the limits before and after each of `speeds`.
+        probes: all measurements of the limits, in their order.
+        peak_bytes: peak memory of the engine on this machine.
+    """
+
+    speeds: dict[Case, list[Speed]]
+    limits: dict[Case, list[Limits]]
+    probes: list[Limits]
+    peak_bytes: int = 0
+
+
+def _measure_all(llm: LLM, cases: list[Case], repeats: int, num_devices: int) -> _Measurements:
+    """Measure `cases` in turns, with the limits of `num_devices` devices in between."""
     draw = random.Random(0)
-    speeds: dict[Case, list[Speed]] = {case: [] for case in cases}
-    limits: dict[Case, list[Limits]] = {case: [] for case in cases}
-    probes: list[Limits] = []
     for case in cases:
         measure(llm, case, draw)
-    # Ranks on the host share one machine; elsewhere each has a device of its own.
-    num_devices = nnodes if DEVICES[engine.device].is_host else engine.layout.world_size
-    with Probe(engine.device, engine.dtype, num_devices) as probe:
-        probes.append(probe())
-        for _ in range(workload.repeats):
+    found = _Measurements({case: [] for case in cases}, {case: [] for case in cases}, [])
+    with Probe(llm.config.device, llm.config.dtype, num_devices) as probe:
+        found.probes.append(probe())
+        for _ in range(repeats):
             for case in cases:
                 time.sleep(_SETTLE_S)
-                speeds[case].append(measure(llm, case, draw))
+                found.speeds[case].append(measure(llm, case, draw))
                 time.sleep(_SETTLE_S)
-                probes.append(probe())
-                limits[case].append(Limits.mean(probes[-2], probes[-1]))
-        peak_bytes = peak_rss_bytes(without=probe.pid)
+                found.probes.append(probe())
+                found.limits[case].append(Limits.mean(*found.probes[-2:]))
+        found.peak_bytes = peak_rss_bytes(without=probe.pid)
+    return found
+
+
+def _report(llm: LLM, workload: Workload, found: _Measurements) -> dict[str, Any]:
+    """All figures as a JSON object."""
+    engine, info = llm.config, llm.info
     rows = {
-        case: _row(case, case.work(llm.model_config, engine), speeds[case], limits[case])
-        for case in cases
+        case: _row(case, case.work(llm.model_config, engine), speeds, found.limits[case])
+        for case, speeds in found.speeds.items()
     }
+    bandwidths = [one.bytes_per_s for one in found.probes]
     return {
         "model": engine.model,
         "device": engine.device,
@@ -248,14 +288,12 @@ def bench(llm: LLM, workload: Workload, nnodes: int = 1) -> dict[str, Any]:
         "layout": engine.layout.sizes,
         "versions": versions(),
         "settings": asdict(workload),
-        "prefill": {str(case.length): rows[case] for case in cases if not case.num_tokens},
-        "decode": {str(case.batch): rows[case] for case in cases if case.num_tokens},
-        "bandwidth_GBps": statistics.median(one.bytes_per_s for one in probes) / 1e9,
-        "gemm_TFLOPs": statistics.median(one.operations_per_s for one in probes) / 1e12,
-        "bandwidth_range_GBps": [
-            pick(one.bytes_per_s for one in probes) / 1e9 for pick in (min, max)
-        ],
-        "peak_rss_bytes": peak_bytes,
+        "prefill": {str(case.length): row for case, row in rows.items() if not case.num_tokens},
+        "decode": {str(case.batch): row for case, row in rows.items() if case.num_tokens},
+        "bandwidth_GBps": statistics.median(bandwidths) / 1e9,
+        "gemm_TFLOPs": statistics.median(one.operations_per_s for one in found.probes) / 1e12,
+        "bandwidth_range_GBps": [min(bandwidths) / 1e9, max(bandwidths) / 1e9],
+        "peak_rss_bytes": found.peak_bytes,
         "weight_bytes": info.weight_bytes,
         "load_s": info.load_s,
     }
@@ -264,7 +302,7 @@ def bench(llm: LLM, workload: Workload, nnodes: int = 1) -> dict[str, Any]:
 def first_token_s(llm: LLM) -> float:
     """Seconds from the start of this process until the engine has answered its first prompt.
 
-    Call it once, right after the engine has started. What was done before it is in it.
+    Call it once, right after the engine has started. All earlier work of the process counts.
     """
     timeline(llm, [[0] * FIRST_PROMPT_TOKENS], [1])
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -272,17 +310,19 @@ def first_token_s(llm: LLM) -> float:
 
 
 def peak_rss_bytes(pid: int | None = None, without: int = 0) -> int:
-    """Most memory that a process and those under it held, each at its own time, on this machine.
+    """Sum of the peak memory of a process and of its descendants on this machine.
+
+    Each process may reach its peak at another time.
 
     Args:
-        pid: number of the process; None is this one.
-        without: number of a process that does not count.
+        pid: id of the process; None is this process.
+        without: id of a process that does not count, nor do its descendants.
     """
     children: dict[int, list[int]] = defaultdict(list)
     for process in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         children[parent].append(int(process.name))
 
@@ -296,12 +336,12 @@ def peak_rss_bytes(pid: int | None = None, without: int = 0) -> int:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest of `values` that at least `share` of them do not exceed."""
+    """Smallest of `values` such that at least `share` of all values are not larger."""
     return sorted(values)[max(math.ceil(share * len(values)), 1) - 1]
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
+    """Versions of the software on which the figures depend."""
     from importlib.metadata import version
 
     return {"moespan": __version__, "torch": version("torch")}
@@ -310,7 +350,7 @@ def versions() -> dict[str, str]:
 def _row(
     case: Case, work: Work, speeds: Sequence[Speed], limits: Sequence[Limits]
 ) -> dict[str, Any]:
-    """One line of the table, as JSON holds it."""
+    """One row of the table, as a JSON object."""
     seconds = [speed.seconds for speed in speeds]
     median_s = statistics.median(seconds)
     shares = [work.least_s(one) / s for one, s in zip(limits, seconds, strict=True)]

@@ -1,9 +1,8 @@
-"""Is the output right? Compares the engine with reference logits, position by position.
+"""Compares the engine with reference logits, position by position.
 
-A reference is a safetensors file with, for prompts i = 0, 1, ...: `p<i>.ids` int64 [T],
-`p<i>.logits` [T, V], and optionally `p<i>.greedy` int64 [N], the greedy continuation (EOS does not
-end it).
-Reading one needs no trust: safetensors holds nothing that runs.
+A reference is a safetensors file. For each prompt i = 0, 1, ... it holds `p<i>.ids` int64 [T] and
+`p<i>.logits` [T, V]. It may hold `p<i>.greedy` int64 [N], the greedy continuation, which EOS does
+not end. A reference from a stranger is safe to read: safetensors holds no code.
 """
 
 from __future__ import annotations
@@ -30,12 +29,14 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What counts as equal.
+    """Limits within which outputs count as equal.
 
     Attributes:
-        relative: most |Δlogit| as a share of the reference's largest |logit|.
-        kl: most mean Kullback-Leibler divergence from the reference, in nats; None for any.
-        top1: least share of positions with the same most probable token; None for any.
+        relative: largest allowed |Δlogit|, as a share of the reference's largest |logit|.
+        kl: largest allowed mean Kullback-Leibler divergence from the reference, in nats; None for
+            no limit.
+        top1: smallest allowed share of positions with the same most probable token; None for no
+            limit.
         greedy: whether the greedy continuation must be identical.
     """
 
@@ -48,11 +49,12 @@ class Tolerance:
 _UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 _ROUNDINGS_PER_LAYER = 8
 _PRODUCTS_PER_LAYER = 4
-# The largest of a row's elements as a multiple of their standard deviation.
+# Largest element of a row, as a multiple of the standard deviation of the row.
 _CREST = 4
-# The same of 32 neighbours: the root of what its square comes to, on average, if they are normal.
+# The same for a group of 32 normally distributed neighbours: the root mean square over groups.
 _GROUP_CREST = 2.3
-# Of the relative error of rounding: integers in steps of the row or group, floats in their own.
+# Variance of the relative error of rounding. The step of an integer depends on the largest element
+# of its row or group, the step of a float on the float itself.
 _VARIANCE = {
     "int8": (_CREST / 127) ** 2 / 12,
     "float8_e4m3fn": 2.0**-8 / 3,
@@ -62,13 +64,14 @@ _VARIANCE = {
 
 @dataclass(frozen=True)
 class Rounding:
-    """What is rounded to 8 or 4 bits in the engine that is verified, and is not in the reference.
+    """Tensors that the verified engine rounds to 8 or 4 bits and the reference does not.
 
-    A result of other roundings is a jump that no order of operations explains, so what depends on
-    the order falls under this even where the reference rounds it, too: activations and the cache.
+    Activations and KV cache count even if the reference rounds them too. They depend slightly on
+    the order of operations, and rounding can turn such a small difference into a whole step.
 
     Attributes:
-        weights, activations, kv_cache: the dtype that they are rounded to; None if they are not.
+        weights, activations, kv_cache: dtype to which these tensors are rounded; None if they do
+            not count.
     """
 
     weights: str | None = None
@@ -77,7 +80,7 @@ class Rounding:
 
     @classmethod
     def of(cls, llm: LLM, reference: Reference) -> Rounding:
-        """What `llm` rounds, seen from `reference`."""
+        """Tensors that `llm` rounds and `reference` does not."""
         ours, theirs = (
             SCHEMES.get(name or "") for name in (llm.info.quantization, reference.quantization)
         )
@@ -90,7 +93,7 @@ class Rounding:
 
     @property
     def variance(self) -> float:
-        """Of the relative error that they add to the result of a product."""
+        """Variance of the relative error that rounding adds to the result of a product."""
         kinds = (self.weights, self.activations, self.kv_cache)
         return sum(_VARIANCE[kind] for kind in kinds if kind is not None)
 
@@ -100,36 +103,43 @@ def tolerance(
 ) -> Tolerance:
     """The tolerance for `dtype`.
 
-    float32 is a contract: 2e-4 of the largest logit, and the same greedy tokens. For the 16-bit
-    types it follows from two sources of error; docs/verification.md derives it:
+    float32 is a contract: 2e-4 of the largest logit, and the same greedy tokens. For 16-bit dtypes
+    the tolerance follows from two sources of error; docs/verification.md derives it:
 
-    - Rounding of the residual stream: 8 times in each of L layers, uniform within the unit roundoff
-      u, adds up to a relative error of sigma = u·sqrt(8·L/3).
-    - Experts that swap where the router is undecided by less than u: it happens to about one token
-      in 1/u per MoE layer, and moves it by about the weight of one of the k chosen experts, 1/k.
+    - Rounding of the residual stream, 8 times in each of L layers. Each error is uniform within the
+      unit roundoff u. Together they are a relative error of sigma = u·√(8·L/3).
+    - Swapped experts. Where the probabilities of two experts differ by less than u, rounding may
+      swap them. This happens to a share u of tokens per MoE layer and direction, 2·M·u in all. It
+      changes a token's output by about the weight of one of the k chosen experts, 1/k.
 
-    8 bits add to both. Rows whose largest element is c standard deviations are rounded to integers
-    in steps of c/127 of them, a relative error of e = c/(127·√12) in the result of each of the four
-    products of a layer for each kind that is rounded; floats with three bits after the leading one
-    are rounded within 2⁻⁴ of themselves, e = 2⁻⁴/√3; routers are undecided by e then.
+    Rounding to 8 or 4 bits adds to both sources. Each kind of tensor that is rounded adds a
+    relative error e to the result of each of the four products of a layer:
 
-    An error of relative variance v in logits of standard deviation s costs s²·v/2 nats.
+    - 8-bit integers: the largest element of a row is c = 4 standard deviations, and a step is c/127
+      of a deviation, so e = c/(127·√12).
+    - 8-bit floats: three bits follow the leading one, so a float is rounded within 2⁻⁴ of itself,
+      e = 2⁻⁴/√3.
+    - 4-bit integers: the largest element of a group is c = 2.3 standard deviations, and a step is
+      c/8 of a deviation, so e = c/(8·√12).
+
+    Then sigma² grows by 4·L·Σe², and experts may swap where they differ by less than u + √Σe². An
+    error of relative variance v in logits of standard deviation s costs s²·v/2 nats.
 
     Args:
         logit_std: standard deviation of the reference's logits over the vocabulary.
-        rounding: what is rounded that the reference has not; None is nothing.
+        rounding: tensors that are rounded, but not in the reference; None for no such tensors.
     """
-    step_variance = (rounding or Rounding()).variance
-    if dtype == "float32" and not step_variance:
+    rounding_variance = (rounding or Rounding()).variance
+    if dtype == "float32" and not rounding_variance:
         return Tolerance(relative=2e-4, kl=None, top1=None, greedy=True)
     u = _UNIT_ROUNDOFF.get(dtype, 0.0)
     layers = config.num_hidden_layers
     sigma = math.sqrt(
-        u**2 * _ROUNDINGS_PER_LAYER * layers / 3 + step_variance * _PRODUCTS_PER_LAYER * layers
+        u**2 * _ROUNDINGS_PER_LAYER * layers / 3 + rounding_variance * _PRODUCTS_PER_LAYER * layers
     )
     swap = 1 / config.num_experts_per_tok if config.num_moe_layers else 0.0
-    undecided = u + math.sqrt(step_variance)
-    variance = sigma**2 + 2 * config.num_moe_layers * undecided * swap**2
+    swap_margin = u + math.sqrt(rounding_variance)
+    variance = sigma**2 + 2 * config.num_moe_layers * swap_margin * swap**2
     kl = logit_std**2 * variance / 2
     return Tolerance(
         relative=6 * sigma + swap, kl=kl, top1=1 - 2 * math.sqrt(variance), greedy=False
@@ -138,16 +148,16 @@ def tolerance(
 
 @dataclass(frozen=True)
 class PromptReport:
-    """How one prompt compares.
+    """Differences of one prompt from the reference.
 
     Attributes:
         max_abs_diff: largest |Δlogit| over all positions.
         max_abs_logit: largest |logit| of the reference.
         mean_kl, max_kl: KL(reference ‖ ours), in nats, over the positions.
         top1: share of positions with the same most probable token.
-        first_divergence: first position whose most probable token differs; None if none does.
-        greedy_equal: whether the greedy continuation is the same; None if there is no reference.
-        first_greedy_divergence: first generated token that differs; None if none does.
+        first_divergence: first position whose most probable token differs; None if all agree.
+        greedy_equal: whether the greedy continuation is the same; None if the reference has none.
+        first_greedy_divergence: first generated token that differs; None if all agree.
     """
 
     name: str
@@ -164,10 +174,10 @@ class PromptReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """How all prompts compare, and whether that is within the tolerance of the dtype.
+    """Differences of all prompts from the reference, and the rules that they break.
 
     Attributes:
-        quantization, cache_dtype: of the engine that was verified.
+        dtype, quantization, cache_dtype, layout: those of the engine that was verified.
     """
 
     dtype: str
@@ -179,7 +189,7 @@ class VerifyReport:
 
     @property
     def max_abs_diff(self) -> float:
-        """Largest |Δlogit|; NaN if there is one anywhere (Python's own `max` may pass over it)."""
+        """Largest |Δlogit|; NaN if any prompt has a NaN (Python's `max` might ignore it)."""
         return float(np.max([prompt.max_abs_diff for prompt in self.prompts]))
 
     @property
@@ -195,7 +205,7 @@ class VerifyReport:
 
     @property
     def max_kl(self) -> float:
-        """Largest divergence at any position, in nats; NaN if there is one."""
+        """Largest divergence at any position, in nats; NaN if any position has a NaN."""
         return float(np.max([prompt.max_kl for prompt in self.prompts]))
 
     @property
@@ -205,10 +215,10 @@ class VerifyReport:
 
     @property
     def failures(self) -> list[str]:
-        """Every rule of the tolerance that is broken; empty if it passed."""
+        """One message for each broken rule of the tolerance; empty if all rules hold."""
         limit = self.tolerance
         found = []
-        # Written so that a NaN breaks the rule.
+        # Negated comparisons, so that a NaN breaks the rule.
         if not self.max_relative_diff <= limit.relative:
             found.append(
                 f"max |Δ| is {self.max_relative_diff:.2e} of the largest logit, "
@@ -227,7 +237,7 @@ class VerifyReport:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values for JSON, which has no NaN: None stands for it."""
+        """The report as plain values for JSON; None replaces NaN, which JSON lacks."""
         report = {
             "passed": not self.failures,
             "failures": self.failures,
@@ -251,7 +261,7 @@ class VerifyReport:
         return float(np.average([getattr(p, name) for p in self.prompts], weights=weights))
 
 
-# Number of dimensions and dtypes of what a reference file holds.
+# Number of dimensions and allowed dtypes of the tensors of a reference file.
 _FORM = {
     "ids": (1, ("I64", "I32")),
     "logits": (2, ("F64", "F32", "F16")),
@@ -260,13 +270,14 @@ _FORM = {
 
 
 class Reference:
-    """A reference file, opened; `prompts` are the names p0, p1, ... that it holds.
+    """An open reference file.
 
     Attributes:
-        quantization: scheme of the model that made it, if it said so.
+        prompts: names p0, p1, ... of its prompts, in the order of their numbers.
+        quantization: scheme of the model that wrote the file; None if the file names none.
 
     Raises:
-        ConfigError: it cannot be read, is malformed, or holds no prompt.
+        ConfigError: the file cannot be read, is malformed, or holds no prompt.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -295,7 +306,7 @@ class Reference:
             )
 
     def _check(self, path: str | Path, key: str) -> None:
-        """Refuse what `ids`, `logits` and `greedy` could not read."""
+        """Raise `ConfigError` if `ids`, `logits` or `greedy` could not read the tensor `key`."""
         num_dims, dtypes = _FORM.get(key.rpartition(".")[2], (None, ()))
         part = self._file.get_slice(key)
         shape, dtype = part.get_shape(), part.get_dtype()
@@ -306,28 +317,28 @@ class Reference:
             )
 
     def ids(self, name: str) -> list[int]:
-        """The token ids of a prompt."""
+        """Token ids of the prompt `name`."""
         return [int(token) for token in self._file.get_tensor(f"{name}.ids")]
 
     def logits(self, name: str) -> Floats:
-        """Its logits, float32 [T, V]."""
+        """Logits of the prompt `name`, float32 [T, V]."""
         logits: Floats = self._file.get_tensor(f"{name}.logits").astype(np.float32)
         return logits
 
     def get(self, key: str) -> Floats | None:
-        """Any tensor of the file in float32; None if it has none of that name."""
+        """The tensor `key` of the file in float32; None if the file has no such tensor."""
         if key not in self._keys:
             return None
         values: Floats = self._file.get_tensor(key).astype(np.float32)
         return values
 
     def greedy(self, name: str) -> list[int] | None:
-        """Its greedy continuation, if the file has one."""
+        """Greedy continuation of the prompt `name`; None if the file has none."""
         key = f"{name}.greedy"
         return [int(t) for t in self._file.get_tensor(key)] if key in self._keys else None
 
 
-# Infinities make NaN, which breaks every rule of the tolerance and needs no warning.
+# Infinities become NaN, which breaks every rule of the tolerance. NumPy need not warn of them.
 @np.errstate(invalid="ignore")
 def verify(llm: LLM, reference: Reference) -> VerifyReport:
     """Compare `llm` with `reference` at every position.
@@ -356,7 +367,7 @@ def verify(llm: LLM, reference: Reference) -> VerifyReport:
 def write_reference(
     llm: LLM, path: Path, prompts: Iterable[list[int]], num_greedy_tokens: int
 ) -> None:
-    """Make a reference file from what `llm` computes, best on one rank in float32.
+    """Write a reference file from the results of `llm`, best of one rank in float32.
 
     Raises:
         RequestError: a prompt does not fit the model.
@@ -367,16 +378,16 @@ def write_reference(
         tensors[f"{name}.ids"] = np.array(named[name], dtype=np.int64)
         tensors[f"{name}.logits"] = logits
         tensors[f"{name}.greedy"] = np.array(greedy, dtype=np.int64)
-    made = {"made_by": "moespan", "dtype": llm.config.dtype}
+    metadata = {"made_by": "moespan", "dtype": llm.config.dtype}
     if llm.info.quantization is not None:
-        made["quantization"] = llm.info.quantization
-    save_file(tensors, str(path), metadata=made)
+        metadata["quantization"] = llm.info.quantization
+    save_file(tensors, str(path), metadata=metadata)
 
 
 def _compute(
     llm: LLM, prompts: dict[str, list[int]], num_greedy_tokens: dict[str, int]
 ) -> Iterator[tuple[str, Floats, list[int]]]:
-    """Each prompt's logits [T, V] and greedy continuation, as they finish."""
+    """Name, logits [T, V] and greedy continuation of each prompt, as prompts finish."""
     names: dict[str, str] = {}
 
     def requests() -> Iterator[tuple[None, Request]]:
@@ -405,8 +416,8 @@ def _compare(
 ) -> PromptReport:
     if ours.shape != theirs.shape:
         raise ConfigError(
-            f"reference {name}.logits has shape {list(theirs.shape)}, the model gives "
-            f"{list(ours.shape)}; is it another model's?"
+            f"reference {name}.logits has shape {list(theirs.shape)}, and the model gives "
+            f"{list(ours.shape)}; use a reference of this model"
         )
     same = ours.argmax(-1) == theirs.argmax(-1)
     log_p, log_q = _log_softmax(theirs), _log_softmax(ours)

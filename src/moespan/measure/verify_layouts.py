@@ -1,5 +1,4 @@
-"""Is every layout right? Runs them one after the other on the same ranks, and says where a wrong
-one begins to differ."""
+"""Verifies all layouts one after another on the same ranks, and finds where a wrong one differs."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ from moespan.measure.verify import Reference, VerifyReport, verify
 
 @dataclass(frozen=True)
 class LayoutReport:
-    """How one layout compares.
+    """Result of one layout with one dispatch.
 
     Attributes:
-        dispatch: how tokens met experts.
-        sent_bytes_per_token: axis → bytes that all ranks together sent over it for one token.
-        first_difference: where a layout that failed first differs from one rank, in words.
-        seconds: what building and comparing it took.
+        dispatch: how tokens reached experts (`moespan.parallel.dispatch`).
+        sent_bytes_per_token: axis → bytes that all ranks together sent over the axis for one token.
+        first_difference: where a failed layout first differs from one rank, in words; else None.
+        seconds: time to build and to compare the layout.
     """
 
     layout: Layout
@@ -37,7 +36,7 @@ class LayoutReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values for JSON."""
+        """The report as plain values for JSON."""
         return {
             **self.report.to_dict(),
             "dispatch": self.dispatch,
@@ -56,8 +55,9 @@ def verify_layouts(
     """Compare every layout, with every dispatch that applies to it, and yield the reports.
 
     Args:
-        llm: running on as many ranks as each of `layouts` has.
-        one_rank: starts the same model on one rank; called when a layout fails, to find out where.
+        llm: an engine with as many ranks as each of `layouts`.
+        one_rank: starts the same model on one rank. It is called if a layout fails, to find where
+            the layout differs.
     """
     cases = [(layout, dispatch) for layout in layouts for dispatch in layout.dispatches]
     for layout, dispatch in cases:
@@ -83,7 +83,7 @@ def verify_layouts(
 
 
 def sent_bytes(llm: LLM) -> dict[str, int]:
-    """Axis → bytes that all ranks together have sent over it in steps; the model's axes only."""
+    """Axis of the model → bytes that all ranks together have sent over it in steps."""
     total: Counter[str] = Counter()
     for axis, _, module, _, sent in itertools.chain.from_iterable(llm.traffic()):
         if axis != "control" and module != "load":
@@ -92,9 +92,14 @@ def sent_bytes(llm: LLM) -> dict[str, int]:
 
 
 def trace_against_reference(llm: LLM, reference: Reference, relative: float) -> dict[str, str]:
-    """Prompt → where what the network computes inside first differs from what the file holds: of
-    `p<i>.hidden<l>` [T, H], what goes into layer l, and `p<i>.layer<l>.topk_idx` and
-    `.topk_weight` [T, K]. Prompts that nowhere differ are left out."""
+    """Compare values inside the network with those in the reference.
+
+    The file may hold `p<i>.hidden<l>` [T, H], the input of layer l, and the router's choices
+    `p<i>.layer<l>.topk_idx` and `p<i>.layer<l>.topk_weight` [T, K].
+
+    Returns:
+        Prompt → its first difference, in words. Prompts without a difference are left out.
+    """
     found = {}
     for name in reference.prompts:
         expected = list(_expected(llm, reference, name))
@@ -108,7 +113,7 @@ def _first_difference(llm: LLM, one_rank: Callable[[], LLM], reference: Referenc
     with one_rank() as single:
         for name in reference.prompts:
             ids = reference.ids(name)
-            limit = 1e-3  # beyond what rounding does to float32, within what a bug does
+            limit = 1e-3  # more than rounding changes in float32, less than a bug changes
             difference = first_difference(llm.trace(ids), single.trace(ids), limit)
             if difference is not None:
                 return f"{name}, {difference}"
@@ -127,6 +132,6 @@ def _expected(llm: LLM, reference: Reference, name: str) -> Iterator[Observation
             yield Observation(layer, "router.experts", ordered.shape[1], ordered.tobytes())
         weights = reference.get(f"{name}.layer{layer}.topk_weight")
         if weights is not None:
-            # The file's order among the chosen ones need not be ours.
+            # The file may list the chosen experts in another order.
             ordered = -np.sort(-weights, -1)
             yield Observation(layer, "router.weights", ordered.shape[1], ordered.tobytes())
