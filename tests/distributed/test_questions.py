@@ -53,7 +53,7 @@ def test_questions_while_requests_run_change_no_token_and_mix_up_no_message(
     llm = ranks.llm(model, layout, async_scheduling=ahead)
     client = llm._client
     tokens: dict[str, list[int]] = {request.id: [] for request in requests()}
-    num_finished, sent, refusals = 0, [0], 0
+    num_finished, sent = 0, [0]
     for request in requests():
         client.add(request)
     while num_finished < COUNT:
@@ -67,13 +67,11 @@ def test_questions_while_requests_run_change_no_token_and_mix_up_no_message(
         assert len(traffic) == layout.world_size
         sent.append(sum(row[4] for rows in traffic for row in rows))
         try:
-            client.ask(Trace([1, 2, 3]))
+            client.ask(Trace([1, 2, 3]))  # answered only if all requests have finished by then
         except RequestError as error:
             assert "idle" in str(error)
-            refusals += 1
     assert tokens == expected
     assert sent == sorted(sent)
-    assert refusals > 2
     assert len(llm.trace([1, 2, 3])[0].values) == 3
     assert llm.stats().kv_usage == 0
 

@@ -12,13 +12,10 @@ from zlib import crc32
 import torch
 
 from moespan.checkpoint.placement import Index, Piece, checkpoint_tensors
-from moespan.checkpoint.presets import preset
 from moespan.checkpoint.writer import write_json, write_shards
 from moespan.config import ModelConfig
 from moespan.device import DEVICES
 from moespan.errors import ConfigError
-
-__all__ = ["RandomSource", "make_checkpoint", "preset"]
 
 # Devices whose random numbers follow from seed and shape alone.
 

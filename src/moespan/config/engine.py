@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moespan.config.layout import Layout
-from moespan.config.model import DTYPE_BYTES
+from moespan.config.model import DTYPE_BYTES, ModelConfig
 from moespan.config.schemes import KV_CACHE_DTYPES, QUANTIZATIONS
 from moespan.device import DEVICES
 from moespan.errors import ConfigError
@@ -153,6 +153,21 @@ class EngineConfig(EngineOptions):
                 raise ConfigError(
                     f"{shown} takes float16 and bfloat16, not dtype={self.dtype}; leave it out"
                 )
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise if `model` cannot run this way.
+
+        Raises:
+            LayoutError: the layout does not fit the model, or the dispatch the layout.
+            ConfigError: `max_model_len` exceeds the model's limit.
+        """
+        self.layout.check(model)
+        self.layout.check_dispatch(self.moe_dispatch)
+        if self.max_model_len > model.max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len={self.max_model_len} exceeds the model's "
+                f"max_position_embeddings={model.max_position_embeddings}"
+            )
 
     @property
     def cache_dtype(self) -> str:

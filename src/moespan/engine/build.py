@@ -95,7 +95,7 @@ def _build_worker(
     config: EngineConfig, model_config: ModelConfig, mesh: Mesh
 ) -> tuple[Worker, int, LoadReport]:
     """This rank's worker, the number of its cache blocks, and a report on loading."""
-    _check_model(config, model_config)
+    config.check(model_config)
     ops = ops_for(config.device, config)
     _check_device(config, model_config, ops)
     weights, report = _load(config, model_config, mesh, ops)
@@ -105,16 +105,6 @@ def _build_worker(
     seconds = report.seconds + time.perf_counter() - started
     worker = Worker(config, model_config, mesh, ops, weights, num_blocks)
     return worker, num_blocks, replace(report, seconds=seconds)
-
-
-def _check_model(config: EngineConfig, model_config: ModelConfig) -> None:
-    """Refuse a layout or a length that does not fit the model."""
-    config.layout.check(model_config)
-    if config.max_model_len > model_config.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len={config.max_model_len} exceeds the model's "
-            f"max_position_embeddings={model_config.max_position_embeddings}"
-        )
 
 
 def _check_device(config: EngineConfig, model_config: ModelConfig, ops: Ops) -> None:

@@ -19,7 +19,7 @@ from moespan.engine.request import OutputDelta, Request, SamplingParams, refusal
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
 from moespan.front.outputs import RequestOutput
 from moespan.front.prompts import Encoded, Message, Prompt, Prompts
-from moespan.front.settings import Settings, check_experts
+from moespan.front.settings import Settings, check
 from moespan.front.start import connect
 from moespan.text.tokenizer import Tokenizer
 
@@ -222,9 +222,8 @@ class LLM:
                 f"layout {layout} has {layout.world_size} ranks, but "
                 f"{self.config.layout.world_size} are running"
             )
-        layout.check(self.model_config)
         config = replace(self.config, layout=layout, moe_dispatch=moe_dispatch)
-        check_experts(config, self.model_config)
+        check(config, self.model_config)
         self.config = config
         self._client.reload(config)
 

@@ -135,7 +135,7 @@ class Settings(EngineOptions, Nodes):
             **_inherited(self, EngineOptions),
         )
         if model is not None:
-            check_experts(config, model)
+            check(config, model)
         return Resolved(model, config, Nodes(**_inherited(self, Nodes)))
 
     @property
@@ -151,12 +151,9 @@ class Settings(EngineOptions, Nodes):
     def _layout(self, model: ModelConfig | None) -> Layout:
         sizes = {axis: getattr(self, field) for axis, field in _FIELD_OF_AXIS.items()}
         layout = Layout(**sizes, pipeline_layers=_tuple(self.pipeline_layers))
-        if model is None:
+        if model is None or not self.enable_expert_parallel:
             return layout
-        if self.enable_expert_parallel:
-            layout = layout.with_largest_ep(model)
-        layout.check(model)
-        return layout
+        return layout.with_largest_ep(model)
 
     def _dtype(self, model: ModelConfig | None) -> str:
         if self.dtype != "auto":
@@ -166,25 +163,17 @@ class Settings(EngineOptions, Nodes):
     def _max_model_len(self, model: ModelConfig | None) -> int:
         if model is None:
             return self.max_model_len or EngineConfig.max_model_len
-        longest = model.max_position_embeddings
-        if self.max_model_len is None:
-            return longest
-        if self.max_model_len > longest:
-            raise ConfigError(
-                f"max_model_len={self.max_model_len} exceeds the model's "
-                f"max_position_embeddings={longest}"
-            )
-        return self.max_model_len
+        return model.max_position_embeddings if self.max_model_len is None else self.max_model_len
 
 
-def check_experts(config: EngineConfig, model_config: ModelConfig) -> None:
-    """Refuse a dispatch or an expert placement that cannot work, before any rank is started.
+def check(config: EngineConfig, model_config: ModelConfig) -> None:
+    """Refuse an engine that the model cannot run on, before any rank is started.
 
     Raises:
-        LayoutError: `moe_dispatch` does not apply to the layout.
-        ConfigError: `expert_placement` does not fit the model or the layout.
+        LayoutError: the layout does not fit the model, or the dispatch the layout.
+        ConfigError: `max_model_len` or `expert_placement` does not fit the model.
     """
-    config.layout.check_dispatch(config.moe_dispatch)
+    config.check(model_config)
     ExpertPlacement.make(config.expert_placement, model_config, config.layout)
 
 
