@@ -1,14 +1,14 @@
 """All-reduces between the GPUs of one machine: in one shot, beside NCCL's. Are they right, are they
-faster, and up to what size?
+faster, and up to which size?
 
     torchrun --nproc-per-node 8 benchmarks/all_reduce.py
     torchrun --nproc-per-node 2 benchmarks/all_reduce.py --device cpu    # its logic, without a GPU
 
 Messages are those of decode steps: rows of the model's hidden size. Each size is first summed over
 fresh random numbers, by a recorded graph as in a step; in one shot all ranks must get exactly the
-parts added in the order of the ranks, while NCCL may round otherwise. Then the same sum is recorded
-many times over and replayed. A time is the median of the replays on the slowest rank, by the number
-of sums. The last line has the flag that suits this machine. Exits with 1 if a sum is wrong.
+parts added in the order of the ranks; NCCL may round differently. Then a graph of many such sums is
+recorded and replayed. A time is the median replay on the slowest rank, divided by the number of
+sums. The last line has the flag that suits this machine. Exits with 1 if a sum is wrong.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from moespan.parallel.mesh import Axis, Mesh
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512)
 DRAWS, SUMS, REPEATS = 3, 50, 20
-# A share of the largest value: roundings, as the orders of additions differ.
+# Share of the largest value: the order of additions differs, and with it the rounding.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One size: seconds of one sum, and whether all were right. None: not in one shot here."""
+    """One message size: seconds of one sum, and whether all were right. None: not in one shot."""
 
     message_bytes: int
     nccl_s: float
@@ -45,7 +45,7 @@ class Row:
 
 
 def bound(rows: Sequence[Row]) -> int:
-    """The largest size up to which one shot is never slower, in bytes; 0 if it never is faster."""
+    """Largest size in bytes up to which one shot is never slower; 0 if it is never faster."""
     found = 0
     for row in sorted(rows, key=lambda row: row.message_bytes):
         if row.one_shot_s is None or row.one_shot_s > row.nccl_s:
@@ -55,7 +55,7 @@ def bound(rows: Sequence[Row]) -> int:
 
 
 def recorded(ops: Ops, run: Callable[[], object]) -> Callable[[], object]:
-    """`run`, which is run once, as a graph where there are any."""
+    """Run `run` once, and return it as a graph where the device has graphs."""
     run()
     if not ops.has_graphs:
         return run
@@ -64,7 +64,7 @@ def recorded(ops: Ops, run: Callable[[], object]) -> Callable[[], object]:
 
 
 def sums(axis: Axis, ops: Ops, draws: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of all `draws`, by one graph."""
+    """The sums of all `draws`, computed by one graph."""
     x, found = draws[0].clone(), []
     total = x
 
@@ -90,7 +90,7 @@ def in_order(axis: Axis, draw: Tensor) -> Tensor:
 
 
 def seconds(axis: Axis, ops: Ops, x: Tensor, synchronize: Callable[[], object]) -> float:
-    """Of one sum of `x`, zeros, on the slowest rank."""
+    """Seconds of one sum of `x`, which holds zeros, on the slowest rank."""
     replay = recorded(ops, lambda: [axis.all_reduce(x, "benchmark") for _ in range(SUMS)])
     taken = []
     for _ in range(REPEATS):
@@ -108,7 +108,7 @@ def seconds(axis: Axis, ops: Ops, x: Tensor, synchronize: Callable[[], object]) 
 def measure(
     nccl: Axis, short: Axis, hidden_size: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Row]:
-    """A row for each size; all ranks take part."""
+    """Measure a row for each size; all ranks take part."""
     ops = ops_for(device.type)
     synchronize: Callable[[], object] = (
         (lambda: None) if device.type == "cpu" else torch.get_device_module(device).synchronize

@@ -1,11 +1,11 @@
-"""Compiles every kernel of the CUDA path for a card that need not be there, and says what it takes.
+"""Compiles every kernel of the CUDA path, without a GPU, and prints the resources that each needs.
 
     python benchmarks/compile_kernels.py                       # the 16B model on an H100 or H200
     python benchmarks/compile_kernels.py --capability 80 --quick
 
-The operations are called as the model calls them, on tensors of the CPU that are never read; in
-place of each launch the kernel is compiled, as the launch would have. It shows that all kernels
-compile and fit, not that they are right or fast. Needs Triton, and no GPU.
+The operations are called as the model calls them, on CPU tensors that are never read. Instead of
+launching a kernel, each call compiles it as the launch would. This shows that all kernels compile
+and fit, not that they are right or fast. It needs Triton, and no GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Compiled:
 
 
 class Compiler:
-    """Compiles what is launched while it is active, each kernel once for each kind of arguments."""
+    """While active, compiles every launched kernel once for each kind of arguments."""
 
     def __init__(self, capability: int) -> None:
         self.compiled: list[Compiled] = []
@@ -57,7 +57,7 @@ class Compiler:
         target = GPUTarget("cuda", self._capability, 32)
 
         class Absent:
-            """A driver of a card that is not there."""
+            """A stand-in for the driver of a GPU that is not there."""
 
             def get_current_target(self) -> GPUTarget:
                 return target
@@ -105,7 +105,7 @@ class Compiler:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack, where registers that do not fit go."""
+    """Registers of a thread, and bytes of its stack for the registers that do not fit."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -134,7 +134,7 @@ def call_everything(quick: bool, capability: int) -> Iterator[str]:
     block_size = DEVICES["cuda"].block_size
     dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float16, torch.float32]
 
-    # Where the tensor cores take no 8-bit floats the engine refuses them.
+    # Where tensor cores do not take 8-bit floats, the engine refuses them.
     schemes = [one for name, one in SCHEMES.items() if name != "fp8" or capability >= 89]
 
     def weight(scheme: Scheme | None, dtype: torch.dtype, *shape: int) -> Weight:

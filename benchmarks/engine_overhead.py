@@ -1,10 +1,10 @@
-"""What the engine itself costs in a decode step on the host, without the model; and sampling alone.
+"""Host time of the engine itself in a decode step, without the model; and of sampling alone.
 
     python benchmarks/engine_overhead.py --json build/engine_overhead.json
 
 The engine, its worker, and the socket to a front are the real ones, on the quickstart model's
-tokenizer and geometry; only the network is replaced, by one that returns fixed logits. Sampling is
-then measured by itself, with the vocabulary of DeepSeek-MoE-16B. README.md says how to read the
+tokenizer and geometry. Only the network is replaced, by a function that returns fixed logits.
+Sampling is then measured alone, with the vocabulary of DeepSeek-MoE-16B. README.md explains the
 tables.
 """
 
@@ -44,7 +44,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "drawn": {"temperature": 0.7, "top_p": 0.9},
     "penalty": {"temperature": 0.0, "presence_penalty": 0.5},
 }
-# Ways of sampling by themselves, at temperature 1 unless they say otherwise.
+# Ways of sampling, at temperature 1 unless another is given.
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature": {},
@@ -55,7 +55,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Clock:
-    """Adds up what calls take, by part; those inside another timed call count for the inner."""
+    """Adds up the time of calls by part; a nested timed call counts for the inner part only."""
 
     def __init__(self) -> None:
         self.spent_ns: Counter[str] = Counter()
@@ -78,7 +78,7 @@ class Clock:
 
 
 def build(batch_size: int, context: int, num_steps: int) -> Engine:
-    """An engine on one rank, whose network returns the same logits again and again."""
+    """An engine on one rank whose network always returns the same logits."""
     config = EngineConfig(
         str(MODEL),
         Layout(),
@@ -102,7 +102,7 @@ def build(batch_size: int, context: int, num_steps: int) -> Engine:
 
 @contextmanager
 def watched(clock: Clock, engine: Engine) -> Iterator[None]:
-    """Time the parts of the engine's steps meanwhile."""
+    """Time the parts of the engine's steps while the context is open."""
     places: list[tuple[Any, str, str]] = [
         (engine._replicas, "schedule", "schedule"),
         (StepPlans, "of", "encode"),
@@ -124,7 +124,7 @@ def watched(clock: Clock, engine: Engine) -> Iterator[None]:
 
 
 def measure(batch_size: int, sampling: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Mean microseconds of each part of a decode step, and of all of it, over its faster half."""
+    """Mean microseconds of each part of a decode step and of the whole, over the faster half."""
     num_steps = args.warmup + args.steps + 1
     engine = build(batch_size, args.context, num_steps)
     clock = Clock()
@@ -151,7 +151,7 @@ def measure(batch_size: int, sampling: str, args: argparse.Namespace) -> dict[st
             clock.spent_ns["total"] = time.perf_counter_ns() - started
             steps.append(clock.spent_ns)
     measured = steps[args.warmup + 1 : args.warmup + 1 + args.steps]
-    # Others on the machine only ever add, so the faster half tells what the engine does.
+    # Other processes only add time, so the faster half shows the engine's own.
     measured = sorted(measured, key=lambda step: step["total"])[: max(args.steps // 2, 1)]
     mean_us = {
         part: statistics.fmean(step[part] for step in measured) / 1e3 for part in (*PARTS, "total")
@@ -191,7 +191,7 @@ def measure_sampling(
 
 
 def run_sampling(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All ways of sampling at all batch sizes, and top_p where it leaves nearly all tokens."""
+    """Measure all ways of sampling at all batch sizes, and a top_p that keeps nearly all tokens."""
     most = max(args.batch_sizes)
     zipf = language_logits(most, args.vocab_size)
     flat = torch.randn(most, args.vocab_size, generator=torch.Generator().manual_seed(0))
@@ -204,8 +204,8 @@ def run_sampling(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """All batch sizes and ways of sampling, one after the other."""
-    torch.set_num_threads(1)  # what is measured is one thread's work
+    """Measure all batch sizes and ways of sampling, one after the other."""
+    torch.set_num_threads(1)  # one thread's work is measured
     return {
         "machine": machine_name("cpu"),
         "cores": len(os.sched_getaffinity(0)),

@@ -3,14 +3,15 @@
     python benchmarks/gpu.py --json build/gpu.json
     python benchmarks/gpu.py --device cpu --preset tiny        # its logic, where there is no card
 
-In this order, each only while there is time: every operation against the reference, on fresh random
-inputs, with memory poisoned that is handed out unset; `verify` on the small checkpoints of the
-tests; the limits of the card; decode and prefill of the model with random weights, drawn on the
-card; the same through the scheduler; transformers, if it is installed. A short table comes last.
+The parts run in this order while time is left: every operation against the reference, on new random
+inputs, with uninitialised memory poisoned; `verify` on the small checkpoints of the tests; the
+limits of the card; decode and prefill of the model with random weights, drawn on the card; the same
+through the scheduler; transformers, if it is installed. A short table comes last.
 
-A decode or prefill is one step of a worker: what the leader sends, the graph or the kernels, and
-the sampling, up to the token on the host. Its limit: bytes that must be read at the copy bandwidth,
-or operations at the rate of large matrix products, both measured here, whichever takes longer.
+A decode or prefill is one step of a worker: the leader's message, the graph or the kernels, and
+sampling, up to the token on the host. Its limit is the longer of two times: that of the bytes to be
+read at the copy bandwidth, and that of the operations at the rate of large matrix products. Both
+rates are measured here.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ from moespan.parallel.mesh import Axis, Mesh
 from moespan.planner.work import Limits, Work, step_work
 
 ORACLES = Path(__file__).parents[1] / "tests" / "data" / "oracle"
-# A share of the largest value: roundings, as the orders of operations differ.
+# Share of the largest value: the order of operations differs, and with it the rounding.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-# At least so much where activations are rounded: one that falls on the other side of a half moves
+# At least this much where activations are rounded: a value on the other side of a half moves
 # by a step, of integers 1/127 of the row's largest, of floats up to an eighth of itself.
 ROUNDED = {"w8a8": 2e-3, "fp8": 2e-2}
 # Tokens of a decode that are timed through the scheduler and in transformers.
@@ -76,7 +77,7 @@ DECODE_TOKENS = 32
 
 
 class Clock:
-    """What is left of the time that all of it may take."""
+    """The time left of the limit for the whole program."""
 
     def __init__(self, budget_s: float) -> None:
         self._ends_at = time.perf_counter() + budget_s
@@ -88,7 +89,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, on a card or where there is none."""
+    """Sizes to measure, with a GPU and without one."""
 
     check_tokens: tuple[int, ...]
     decode_batch: tuple[int, ...]
@@ -128,7 +129,7 @@ ELSEWHERE = Sizes(
 class Inputs:
     """Random tensors for the operations, and the results of both implementations side by side.
 
-    Every input is drawn anew; memory that is handed out unset is poisoned.
+    Every input is drawn anew. Uninitialised memory is poisoned.
     """
 
     def __init__(self, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
@@ -136,11 +137,11 @@ class Inputs:
         self._dtype, self._device = dtype, device
 
     def draw(self, *shape: int, kind: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        """Normally distributed."""
+        """A tensor of normally distributed numbers."""
         return (torch.randn(*shape, device=self._device) * scale).to(kind or self._dtype)
 
     def matrix(self, quantization: str | None, *shape: int) -> Weight:
-        """[..., out, in] that keeps the size of what it is multiplied with."""
+        """A matrix [..., out, in] whose products keep the magnitude of their inputs."""
         drawn = self.draw(*shape, scale=shape[-1] ** -0.5)
         if quantization is None:
             return drawn
@@ -149,7 +150,7 @@ class Inputs:
         return QuantizedWeight(values.view(shape), scales.view(shape[:-1]), scheme.activation_bits)
 
     def both(self, name: str, run: Callable[[Any], Tensor]) -> tuple[str, Tensor, Tensor]:
-        """(name, what the operations give, what the reference gives on the same device)."""
+        """Yield (name, result of the operations, result of the reference) on the same device."""
         with Poisoned():
             ours = run(self._ops)
         return name, ours, run(self._reference)
@@ -163,7 +164,7 @@ def product_checks(
     num_tokens: int,
     device: torch.device,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """As `Inputs.both`, of products with matrices of the model's sizes."""
+    """Results as `Inputs.both` yields them, for products with matrices of the model's sizes."""
     inputs = Inputs(ops, dtype, device)
     width, inner = config.hidden_size, config.moe_intermediate_size
     num_experts, num_chosen = config.n_routed_experts or 1, config.num_experts_per_tok
@@ -198,7 +199,7 @@ def product_checks(
 def operation_checks(
     ops: Ops, config: ModelConfig, dtype: torch.dtype, num_tokens: int, device: torch.device
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """As `Inputs.both`, of all else."""
+    """Results as `Inputs.both` yields them, for all other operations."""
     inputs = Inputs(ops, dtype, device)
     draw, both = inputs.draw, inputs.both
     width, num_experts = config.hidden_size, config.n_routed_experts or 1
@@ -251,7 +252,7 @@ def check_operations(
     sizes: Sizes,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """One row for each operation, dtype, quantization and number of tokens."""
+    """Check every operation: a row for each dtype, quantization and number of tokens."""
     found = []
 
     def note(check: tuple[str, Tensor, Tensor], limit: float, **row: Any) -> None:
@@ -274,7 +275,7 @@ def check_operations(
 
 
 def verify_oracles(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The small checkpoints against the logits of the Hugging Face model, with graphs."""
+    """Compare the small checkpoints, with graphs, with the logits of the Hugging Face model."""
     found = []
     for folder in sorted(path for path in ORACLES.iterdir() if path.is_dir()):
         for dtype in ("float32", "bfloat16"):
@@ -305,12 +306,12 @@ def verify_oracles(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Limits:
-    """Bytes read and written by a copy, and operations of a product of random matrices."""
+    """Measure the bytes per second of a copy, and the operations per second of a matrix product."""
     source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     copy_s = _best_s(lambda: target.copy_(source), device)
     width = sizes.product_width
-    # Of random numbers: a card multiplies zeros and ones faster than it can go on doing.
+    # Random numbers: a GPU multiplies zeros and ones faster than it can sustain.
     left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     product_s = _best_s(lambda: torch.mm(left, right), device)
     return Limits(2 * sizes.copy_bytes / copy_s, 2 * width**3 / product_s)
@@ -337,7 +338,7 @@ def _wait(device: torch.device) -> None:
 
 @dataclass
 class Row:
-    """One figure: `new` tokens of each of `batch` sequences after `context` others."""
+    """One figure: `new` tokens of each of `batch` sequences, after `context` tokens each."""
 
     engine: str
     phase: str
@@ -353,12 +354,12 @@ class Row:
         return self.batch * self.new / self.seconds if self.seconds else None
 
     def work(self, config: ModelConfig, engine: EngineConfig) -> Work:
-        """What its step cannot do without."""
+        """The least work of the step."""
         return step_work(config, engine, self.batch, self.new, self.context)
 
 
 class Bench:
-    """The model with random weights, and steps of it."""
+    """The model with random weights, and the times of its steps."""
 
     def __init__(self, folder: str, config: ModelConfig, args: Any, sizes: Sizes) -> None:
         self.device = torch.device(args.device, 0) if args.device != "cpu" else torch.device("cpu")
@@ -400,7 +401,7 @@ class Bench:
                     scales.fill_(0.01)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         del self.worker
 
     def step(self, batch: int, context: int, new: int) -> float | None:
@@ -416,7 +417,7 @@ class Bench:
             for i in range(batch)
         ]
         seconds = []
-        # Kernels are compiled in the first, and a graph is recorded; the second may still warm up.
+        # The first call compiles kernels and records a graph; the second may still warm up.
         for number in range(2 + self.sizes.repeats):
             plan = StepPlan(
                 step=number,
@@ -436,7 +437,7 @@ class Bench:
         return statistics.median(seconds[2:])
 
     def through_the_engine(self, batch: int, context: int) -> float | None:
-        """Seconds of a decode step with scheduler and text of all requests: what a user sees."""
+        """Seconds of a decode step as a user sees it, with scheduler and text of all requests."""
         blocks = -(-(context + DECODE_TOKENS + 2) // self.config.block_size)
         if batch * blocks > self.num_blocks:
             return None
@@ -473,7 +474,7 @@ class Bench:
 
 
 class Transformers:
-    """The closest model that transformers has of its own: the same matrices and as many tokens.
+    """The closest native model of transformers: the same matrices and as many tokens.
 
     Qwen2-MoE adds a gate to the shared experts, one row of weights. DeepSeek-MoE itself is there as
     remote code only, which loops over experts. Settings: grouped_mm for experts, sdpa for
@@ -523,7 +524,7 @@ class Transformers:
             parameter.normal_(0, parameter.shape[-1] ** -0.5)
 
     def seconds(self, batch: int, context: int, num_tokens: int, cache: str | None) -> float:
-        """Continuing random prompts by so many tokens."""
+        """Seconds to continue random prompts by so many tokens."""
         prompts = torch.randint(self._vocab_size, (batch, context), device=self._device)
         _wait(self._device)
         started = time.perf_counter()
@@ -553,7 +554,7 @@ class Transformers:
 
 
 def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
-    """All of it, as one report."""
+    """Run all parts and return one report."""
     on_a_card = args.device != "cpu"
     sizes = ON_A_CARD if on_a_card else ELSEWHERE
     device = torch.device(args.device, 0) if on_a_card else torch.device("cpu")
@@ -572,7 +573,7 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
     }
 
     def part(name: str, needs_s: float, make: Callable[[], Any]) -> Any:
-        """Make a part of the report, unless the time has run out; its failure is part of it too."""
+        """Make a part of the report if time is left; a failure becomes that part."""
         if clock.left_s() < (needs_s if on_a_card else 0):
             report["skipped"].append(f"{name}: {clock.left_s():.0f} s were left")
             return None
@@ -580,7 +581,7 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
         started = time.perf_counter()
         try:
             report[name] = make()
-        except Exception as error:  # the rest still tells something
+        except Exception as error:  # the other parts are still useful
             report["skipped"].append(f"{name}: {type(error).__name__}: {error}"[:500])
             report[name] = None
         report.setdefault("seconds", {})[name] = time.perf_counter() - started
@@ -592,7 +593,7 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
         ops = CudaOps()
         dtypes, quantizations = list(TOLERANCE), ops.quantizations
         if not on_a_card:
-            # The interpreter takes its time, does not know how to multiply bfloat16, and rounds to
+            # The interpreter is slow, cannot multiply bfloat16, and rounds to
             # 8-bit floats wrongly.
             dtypes = [torch.float32, torch.float16]
             quantizations = tuple({args.quantization} & {"int8", "w8a8"})
@@ -662,7 +663,7 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
 
 
 def asdict_limits(limits: Limits) -> dict[str, float]:
-    """As JSON takes it."""
+    """The limits as plain values for JSON."""
     return {
         "bytes_per_s": limits.bytes_per_s,
         "operations_per_s": limits.operations_per_s,
@@ -677,7 +678,7 @@ def _peer(
     clock: Clock,
     rows: list[Row],
 ) -> int:
-    """Rows of transformers: prefill, decode, then decode compiled, as far as the time goes."""
+    """Rows of transformers: prefill, decode, then compiled decode, while time is left."""
     peer = Transformers(config, dtype, device)
     before = len(rows)
     for length in sizes.prefill:

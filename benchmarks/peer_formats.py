@@ -32,7 +32,7 @@ GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 Read = Callable[[str], Tensor]
 """A tensor of the checkpoint by its Hugging Face name."""
 
-# Elements that are quantised at once, so that temporaries stay small.
+# Elements that are quantised in one go, so that temporaries stay small.
 _ELEMENTS_AT_ONCE = 1 << 24
 
 

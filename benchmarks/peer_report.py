@@ -1,6 +1,6 @@
-"""What `peers.py` measured, as a table in Markdown and as pictures. Imports nothing of moespan.
+"""The measurements of `peers.py` as a table in Markdown and as pictures; no import of moespan.
 
-A report is what `results.json` holds:
+A report is the contents of `results.json`:
 
     {"machine", "cores", "threads", "model", "rounds",
      "limits": {"bytes_per_s", "lowest_bytes_per_s", "highest_bytes_per_s", "operations_per_s"},
@@ -25,7 +25,7 @@ PRECISIONS = {16: "bfloat16", 8: "8-bit weights", 4: "4-bit weights"}
 
 
 class Line(NamedTuple):
-    """A line of the table: a figure of each engine that has one, and how it is written."""
+    """A line of the table: the figures of the engines that have one, and their format."""
 
     label: str
     figures: dict[str, float]
@@ -34,7 +34,7 @@ class Line(NamedTuple):
 
 
 def table(report: Report) -> Iterator[str]:
-    """Markdown, a table for each precision; engines of ours come first."""
+    """Markdown with a table for each precision; this project's engines come first."""
     limits = report["limits"]
     yield (
         f"{report['model']} on {report['machine']}, {report['threads']} threads, medians of "
@@ -70,12 +70,12 @@ def table(report: Report) -> Iterator[str]:
 
 
 def is_ours(name: str) -> bool:
-    """Whether it is this project's engine, in whatever precision."""
+    """Whether an engine is this project's, in any precision."""
     return name.partition("-")[0] == OURS
 
 
 def ratio_to_best_peer(figures: dict[str, float], more_is_better: bool) -> float | None:
-    """How many times as good our best is as the best of all others; None without both."""
+    """Our best figure divided by the best of all others; None if either is missing."""
     best = max if more_is_better else min
     ours = [figure for name, figure in figures.items() if is_ours(name)]
     peers = [figure for name, figure in figures.items() if not is_ours(name)]
@@ -94,7 +94,7 @@ def _lines(report: Report) -> Iterator[Line]:
             more_is_better=True,
         )
     for key, row in report["rows"].items():
-        if row["work"] is None:  # a mix has no latency of its own
+        if row["work"] is None:  # a mix has no single latency
             continue
         cells = row["engines"]
         what = "first token" if key.startswith("prefill") else "between tokens"
@@ -125,7 +125,7 @@ def _latency_text(cell: dict[str, Any]) -> str:
 
 
 def three_digits(number: float) -> str:
-    """As many places as three significant digits take, and never an exponent."""
+    """A number with three significant digits and no exponent."""
     return (
         f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
     )

@@ -5,10 +5,10 @@
     python benchmarks/peers.py table results/results.json      the table, in Markdown
     python benchmarks/peers.py plot results/results.json       the pictures (needs matplotlib)
 
-Each engine runs in a process of its own virtual environment (`peer_engines.py`), one at a time;
-every round goes through all of them, each second round backwards. The machine's limits are measured
-before and after each measurement. What is measured is written at once: the same command again goes
-on where it was stopped. README.md says how to install the engines and how to read the table.
+Each engine runs in a process of its own virtual environment (`peer_engines.py`), one at a time.
+Every round goes through all engines, every second round in reverse order. The machine's limits are
+measured before and after each measurement. Each measurement is written at once; the same command
+resumes after an interruption. README.md explains how to install the engines and read the table.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from moespan.planner.work import Limits
 HERE = Path(__file__).parent
 MAX_TOKENS_PER_STEP = 2048
 
-# Busily waiting threads of one process (OpenMP's) leave the cores to the next by then.
+# After this time, OpenMP's busily waiting threads have left the cores to the next process.
 _SETTLE_S = 0.25
-# A measurement during which others used more of the cores than this is made again.
+# A measurement is repeated if other processes used more than this share of the cores.
 _QUIET_SHARE = 0.06
 _ANSWER_TIMEOUT_S = 900.0
 
@@ -53,10 +53,10 @@ class Peer:
     Attributes:
         engine: its name in `peer_engines.ENGINES`.
         python: which of the interpreters that `--python` names runs it.
-        bits: of its weights.
-        model: what it reads: `checkpoint`, `w8a8`, or the type of a GGUF file.
-        options: its own.
-        script: of an engine that is not among those.
+        bits: bits of its weights.
+        model: format that it reads: `checkpoint`, `w8a8`, or the type of a GGUF file.
+        options: options of this engine.
+        script: script of an engine that is not in `ENGINES`.
     """
 
     engine: str
@@ -84,7 +84,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a case, or without one a mix of requests; how often in each round."""
+    """One line of the table: a case, or a mix of requests if there is none; and runs per round."""
 
     label: str
     case: Case | None
@@ -95,13 +95,13 @@ class Row:
         if self.case is not None:
             count = self.case.tokens_wanted(MAX_TOKENS_PER_STEP)
             return self.case.prompts(draw, vocab_size), [count] * self.case.batch
-        sizes = random.Random(0)  # the same mix every time, of other tokens
+        sizes = random.Random(0)  # the same mix every time, with other tokens
         lengths = [sizes.randint(32, 256) for _ in range(_MIXED_REQUESTS)]
         counts = [sizes.randint(8, 32) for _ in range(_MIXED_REQUESTS)]
         return [draw.choices(range(vocab_size), k=length) for length in lengths], counts
 
     def warm_up(self, draw: random.Random, vocab_size: int) -> tuple[list[list[int]], list[int]]:
-        """As `questions`, but for decoding with prompts that are short."""
+        """Like `questions`, but with short prompts for decoding."""
         if self.case is None or not self.case.num_tokens:
             return self.questions(draw, vocab_size)
         return Case(self.case.batch, 8, 2).prompts(draw, vocab_size), [4] * self.case.batch
@@ -126,12 +126,12 @@ class PeerError(Exception):
 
 
 class Process:
-    """An engine in its process: loaded, and with its first prompt answered.
+    """An engine in a process of its own that has loaded and answered its first prompt.
 
     Attributes:
         load_s: seconds of loading, with imports and the first prompt.
         start_s: seconds from the start of the process to the first token.
-        versions: of its packages.
+        versions: versions of its packages.
     """
 
     def __init__(self, peer: Peer, python: str, model: str, threads: int, log: Path) -> None:
@@ -165,10 +165,10 @@ class Process:
         self.versions: dict[str, str] = ready["versions"]
 
     def ask(self, prompts: list[list[int]], num_tokens: list[int]) -> dict[str, Any]:
-        """`times` and `others`, or why it `cannot` do this.
+        """`times` and `others`, or the reason in `cannot`.
 
         Raises:
-            PeerError: it failed; it is of no use any more.
+            PeerError: the engine failed and cannot be used any more.
         """
         assert self._process.stdin is not None
         question = json.dumps({"prompts": prompts, "num_tokens": num_tokens})
@@ -181,7 +181,7 @@ class Process:
 
     @property
     def peak_rss_bytes(self) -> int:
-        """Most memory that it and its children have held."""
+        """Peak memory in bytes of the engine and its children."""
         return peak_rss_bytes(self._process.pid)
 
     def close(self) -> None:
@@ -210,21 +210,21 @@ class Process:
 
 
 class Records:
-    """What has been measured so far: lines of JSON, each written when it is known.
+    """The measurements so far: lines of JSON, each written as soon as it is known.
 
-    The first line says what is measured; the others are a measurement, the start, the memory or the
-    failure of an engine in a round.
+    The first line describes what is measured. Each other line is a measurement, the start, the
+    memory or the failure of an engine in a round.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        """Begin, or go on with what `path` has.
+        """Begin a file, or continue the one at `path`.
 
         Raises:
-            PeerError: it is of another measurement.
+            PeerError: the file holds another measurement.
         """
         self._path = path
         self.lines = read_records(path) if path.exists() else []
-        # Without a last line that was cut off, so that the next one is one of its own.
+        # Drop a last line that was cut off, so that the next line stands alone.
         path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         if not self.lines:
             self.add(**header)
@@ -241,7 +241,7 @@ class Records:
             file.write(json.dumps(record) + "\n")
 
     def count(self, **wanted: Any) -> int:
-        """Lines that have all of these values."""
+        """Number of lines that have all of these values."""
         return sum(wanted.items() <= _plain(line).items() for line in self.lines[1:])
 
 
@@ -250,7 +250,7 @@ def _plain(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of the file; a last one that was cut off by a crash is left out."""
+    """All complete lines of the file; a last line that a crash cut off is left out."""
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -303,12 +303,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def say(text: str) -> None:
-    """How it goes, on stderr."""
+    """Print progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def chosen_peers(args: argparse.Namespace) -> dict[str, Peer]:
-    """Those of `--peers`, or all whose interpreter is given; `--engine` adds some."""
+    """The peers of `--peers`, or all whose interpreter is given; `--engine` adds more."""
     for text in args.engine:
         name, _, rest = text.partition("=")
         python, _, script = rest.partition(":")
@@ -326,7 +326,7 @@ def chosen_peers(args: argparse.Namespace) -> dict[str, Peer]:
 
 
 def converted(peer: Peer, args: argparse.Namespace) -> str:
-    """What the engine reads; written now if it is not there, in the engine's environment."""
+    """The model in the engine's format, converted now in the engine's environment if missing."""
     if peer.model == "checkpoint":
         return str(args.checkpoint)
     folder: Path = args.converted
@@ -350,19 +350,19 @@ def _without_our_path() -> dict[str, str]:
 
 
 def _is_missing(records: Records, number: int, name: str, rows: Sequence[str]) -> bool:
-    """Whether anything of this engine's round is to be measured."""
+    """Whether a measurement of this engine's round is missing."""
     return any(_left(records, number, name, row) for row in rows)
 
 
 def _left(records: Records, number: int, name: str, row: str) -> int:
-    """How many measurements are missing."""
+    """Number of missing measurements."""
     if records.count(round=number, engine=name, row=row, measured=0):
         return 0
     return ROWS[row].repeats - records.count(round=number, engine=name, row=row, measured=1)
 
 
 def _warm_page_cache(model: Path) -> None:
-    """Read the files once, so that no engine's load time is the disk's."""
+    """Read the files once, so that no engine's load time includes the disk's."""
     for file in sorted(model.glob("*.safetensors")) if model.is_dir() else [model]:
         with file.open("rb", buffering=0) as opened:
             buffer = bytearray(16 << 20)
@@ -379,7 +379,7 @@ def _measure(
     args: argparse.Namespace,
     vocab_size: int,
 ) -> None:
-    """All that is missing of one engine's round."""
+    """Measure everything that is missing of one engine's round."""
     where: dict[str, Any] = {"round": number, "engine": name}
     records.add(**where, load_s=process.load_s, start_s=process.start_s, versions=process.versions)
     say(f"round {number}, {name}: first token after {process.start_s:.1f} s")
@@ -417,12 +417,12 @@ def _measure(
 
 
 def _speed(row: Row, times: list[list[float]]) -> Speed:
-    """Of a case; of a mix the seconds until all is done."""
+    """The speed of a case; for a mix, the seconds until all requests are done."""
     return row.case.speed(times) if row.case is not None else Speed(max(one[-1] for one in times))
 
 
 def _tokens(row: Row) -> int:
-    """What `Speed.seconds` are for: tokens of a step, or all that go in and out of a mix."""
+    """Tokens that `Speed.seconds` cover: those of a step, or all that go in and out of a mix."""
     if row.case is not None:
         return row.case.tokens_per_step
     prompts, counts = row.questions(random.Random(0), 2)
@@ -434,7 +434,7 @@ def summary(records: Sequence[dict[str, Any]], bits: dict[str, int]) -> Report:
 
     Args:
         records: the lines of `measurements.jsonl`.
-        bits: of each engine's weights.
+        bits: bits of each engine's weights.
     """
     header, lines = records[0], list(records[1:])
     measured = [line for line in lines if line.get("measured")]
@@ -494,7 +494,7 @@ def summary(records: Sequence[dict[str, Any]], bits: dict[str, int]) -> Report:
 
 
 def _engine_facts(lines: Sequence[dict[str, Any]], bits: int) -> dict[str, Any]:
-    """What is known of one engine from its lines."""
+    """The facts that the lines tell about one engine."""
 
     def values(key: str) -> list[Any]:
         return [line[key] for line in lines if key in line]

@@ -1,4 +1,4 @@
-"""Memory that is handed out as it is, made to show: whoever reads it before writing gets NaN."""
+"""Poisons uninitialised memory: a read before the first write gives NaN."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UNSET = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_stride
 
 
 class Poisoned(TorchDispatchMode):  # type: ignore[misc]
-    """While it is active, `torch.empty` and its like give NaN, or the largest integer."""
+    """While active, `torch.empty` and similar functions return NaN, or the largest integer."""
 
     def __torch_dispatch__(
         self,

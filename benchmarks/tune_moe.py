@@ -1,11 +1,11 @@
-"""Finds the tiles in which the matmul kernels are fastest on this card.
+"""Finds the tile sizes with which the matmul kernels are fastest on this GPU.
 
     python benchmarks/tune_moe.py                 # prints what it finds
     python benchmarks/tune_moe.py --write         # and puts it into tiles.json
     python benchmarks/tune_moe.py --device cpu --preset tiny    # its logic, in the interpreter
 
 For each number of rows that an expert gets, every candidate is timed on random tokens spread evenly
-over the experts; `moespan.ops.cuda.tiles` says how the table is read.
+over the experts. `moespan.ops.cuda.tiles` explains the table.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST_ROWS = 1 << 30
 
 
 def candidates(kernel: str, rows: int, quick: bool) -> Iterator[dict[str, int]]:
-    """What might suit so many rows; few of them if `quick`."""
+    """Tile sizes that may suit so many rows; only a few if `quick`."""
     if kernel.startswith("few_"):
         small = itertools.product((4, 8, 16), (256, 512, 1024), (2, 4, 8))
         every = [
@@ -54,14 +54,14 @@ def candidates(kernel: str, rows: int, quick: bool) -> Iterator[dict[str, int]]:
             }
             for m in sorted({most, max(16, most // 2)})
             for n, k, warps, stages in wide
-            # The larger do not fit into the registers of so few warps.
+            # Larger tiles do not fit into the registers of so few warps.
             if m * n <= 4096 * warps
         ]
     yield from every[:: len(every) // 2] if quick else every
 
 
 def measure(run: Callable[[], object], device: torch.device, times: int) -> float:
-    """Least seconds of a call. What does not fit on the card never comes first."""
+    """Least seconds of a call; infinite for tiles that do not fit on the card."""
     best = float("inf")
     try:
         for _ in range(times + 2):
@@ -86,7 +86,7 @@ def tune(
     device: torch.device,
     quick: bool,
 ) -> dict[str, list[dict[str, int]]]:
-    """Shape → its table, as `tiles.json` holds it."""
+    """Shape → table, in the form of `tiles.json`."""
     from moespan.ops import ExpertBank, Weight
     from moespan.ops.cuda import matmul, tiles
 
@@ -123,7 +123,7 @@ def tune(
                 weights = torch.rand(num_tokens, num_chosen, device=device)
                 run = partial(matmul.experts, x, weights, physical_ids, bank)
                 current.clear()
-                # Both products work in tiles of the same rows: of the second one first.
+                # Both products use the same row tiles; those of the second product come first.
                 for kernel in ("few_down", "few_gate_up") if few else ("down", "gate_up"):
                     timed = []
                     for sizes in candidates(kernel, rows, quick):
