@@ -15,7 +15,6 @@ import pytest
 
 import moespan
 from moespan.cli import _parser
-from moespan.config import EngineOptions, Nodes
 from moespan.front.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,12 +113,17 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 @cache
-def verbs() -> dict[str, set[str]]:
-    """The flags of every verb."""
+def parsers() -> dict[str, argparse.ArgumentParser]:
     (subparsers,) = (
         action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
     )
-    return {name: flags_of(parser) for name, parser in subparsers.choices.items()}
+    return dict(subparsers.choices)
+
+
+@cache
+def verbs() -> dict[str, set[str]]:
+    """The flags of every verb."""
+    return {name: flags_of(parser) for name, parser in parsers().items()}
 
 
 def sections(page: Path) -> dict[str, str]:
@@ -147,12 +151,37 @@ def test_the_reference_describes_exactly_the_flags_of_a_verb(verb: str):
     assert documented <= verbs()[verb] | everywhere
 
 
-def test_the_reference_gives_the_defaults_of_settings():
-    text = text_of(ROOT / "docs" / "cli.md")
-    for kind in (EngineOptions, Nodes, Settings):
-        for name, field in kind.__dataclass_fields__.items():
-            if type(field.default) in (int, float) and field.default not in (0, 1):
-                assert f"{field.default:g}" in text or str(field.default) in text, name
+def default_of(action: argparse.Action) -> Any:
+    """The default of a flag, which may be that of the field of `Settings` that it sets."""
+    field = Settings.__dataclass_fields__.get(action.dest)
+    return field.default if field and action.default == argparse.SUPPRESS else action.default
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_the_reference_gives_the_defaults(verb: str):
+    rows = re.findall(r"^\| (.*?) \| (.*?) \|", text_of(ROOT / "docs" / "cli.md"), re.MULTILINE)
+    written: dict[str, str] = {}
+    defaults: dict[str, str] = {}
+    for action in parsers()[verb]._actions:
+        cells = [
+            cell
+            for names, cell in rows
+            for flag in action.option_strings[:1]
+            if f"`{flag}`" in names
+        ]
+        written[action.dest] = written.get(action.dest, "") + " ".join(cells)
+        default = default_of(action)
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        if isinstance(default, int | float | str) and not isinstance(default, bool):
+            defaults[action.dest] = str(default).removesuffix(".0")
+    del defaults["help"]
+    wrong = [
+        name
+        for name, default in defaults.items()
+        if not re.search(rf"\b{re.escape(default)}\b", written[name])
+    ]
+    assert not wrong
 
 
 def commands(text: str) -> Iterator[list[str]]:
