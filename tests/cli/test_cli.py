@@ -343,6 +343,7 @@ def test_a_small_step_needs_no_word_on_the_number_of_sequences(cli: Cli):
     assert cli("generate", QUICKSTART, *arguments).out == "\n1+1=\n→ 2\n\n2+2=\n→ 4\n"
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_like_one():
     command = [sys.executable, "-m", "moespan", "generate", QUICKSTART, "--device", "cpu"]
     more = ["--dtype", "float32", "--json", "-tp", "2", "--prompt", "347+85=", "sort 42 7 93:"]

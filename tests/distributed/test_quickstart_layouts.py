@@ -10,6 +10,7 @@ import pytest
 
 from moespan import LLM, SamplingParams
 from moespan.config import Layout
+from tests import tiers
 from tests.distributed.ranks import Ranks
 from tests.support import QUICKSTART
 
@@ -19,7 +20,11 @@ tasks = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = tasks
 _spec.loader.exec_module(tasks)
 
-EXERCISES = [(task, prompt) for task in tasks.TASKS for prompt, _ in tasks.heldout(task, 8)]
+EXERCISES = [
+    (task, prompt)
+    for task in tasks.TASKS
+    for prompt, _ in tasks.heldout(task, 8 if tiers.ALL else 4)
+]
 LAYOUTS = [
     Layout(tp=4, ep=4),
     Layout(tp=2, ep=4, sp=2),

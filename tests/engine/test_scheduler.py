@@ -21,6 +21,7 @@ from moespan.engine.sequence import Sequence, Status
 from moespan.engine.step import StepPlan
 from moespan.errors import ConfigError, MoespanError, RequestError
 from tests.engine.paged_model import EOS, VOCAB, PagedModel, expected_output, expected_states
+from tests.tiers import examples
 
 
 @dataclass
@@ -1134,6 +1135,6 @@ class RandomSchedules(RuleBasedStateMachine):
 
 
 RandomSchedules.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, derandomize=True
+    max_examples=examples(150), stateful_step_count=60, deadline=None, derandomize=True
 )
 TestRandomSchedules = RandomSchedules.TestCase

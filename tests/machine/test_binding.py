@@ -500,6 +500,7 @@ def test_cores_that_are_gone_are_said_and_survived() -> None:
 FAKE_RANK = str(Path(__file__).parents[1] / "launch" / "fake_rank.py")
 
 
+@pytest.mark.slow
 def test_started_ranks_have_the_cores_that_the_plan_says() -> None:
     expected = choose_binding("auto", "cpu", 2)
     config = EngineConfig("fake", Layout(tp=2))
@@ -515,6 +516,7 @@ def test_started_ranks_have_the_cores_that_the_plan_says() -> None:
             assert masks == {frozenset(part.cpus or os.sched_getaffinity(0))}
 
 
+@pytest.mark.slow
 def test_the_front_hears_of_a_bad_map() -> None:
     config = EngineConfig("fake", Layout(tp=2), bind="0:0,1:99")
     with pytest.raises(ConfigError, match="'1:99' names NUMA node 99"):

@@ -51,8 +51,8 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@pytest.mark.sampled(3)  # the interpreter is slow; each combination meets one of three dtypes
 class TestCudaOps(OpsContract):
-    # Each takes its time in the interpreter.
     head_sizes = (80,)
     most_tokens = 21
 
@@ -62,6 +62,7 @@ class TestCudaOps(OpsContract):
             yield ops
 
 
+@pytest.mark.sampled(3)
 class TestCudaOpsOf8Bits(QuantizedContract):
     head_sizes = (6,)
     most_tokens = 21

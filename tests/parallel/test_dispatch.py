@@ -13,6 +13,7 @@ from moespan.parallel.dispatch import Dispatch, Slots
 from moespan.parallel.mesh import Mesh
 from tests.parallel.threads import on_all_ranks, thread_meshes
 from tests.support import CPU, assert_close, geometry
+from tests.tiers import examples
 
 NUM_EXPERTS, NUM_CHOSEN, HIDDEN = 6, 2, 4
 CONFIG = ModelConfig.from_dict(geometry())
@@ -84,7 +85,7 @@ def steps(draw: st.DrawFn) -> tuple[Layout, str, str | dict, list[int], int]:
     )
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(steps())
 def test_every_token_gets_the_weighted_sum_of_its_experts(
     step: tuple[Layout, str, str | dict, list[int], int],

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from moespan import LLM
 from moespan.config import Layout
 from moespan.measure.verify import Reference, verify
+from tests import tiers
 from tests.ascend.inside.ranks import run_program
 from tests.support import DATA
 
@@ -62,12 +63,15 @@ CASES = {
         Case(Layout(tp=4, ep=4), "bfloat16", settings=W8A8),
         Case(Layout(dp=4, ep=4), "float16", ("all_to_all", "fused"), W8A8, ("dispatch",)),
     ],
-    8: [
-        Case(Layout(tp=8)),
-        Case(Layout(tp=8, ep=8)),
-        Case(Layout(tp=4, pp=2, ep=4)),
-        Case(Layout(tp=2, sp=4, ep=8)),
-    ],
+    8: tiers.every(
+        [
+            Case(Layout(tp=8, ep=8)),
+            Case(Layout(tp=8)),
+            Case(Layout(tp=2, sp=4, ep=8)),
+            Case(Layout(tp=4, pp=2, ep=4)),
+        ],
+        nth=2,
+    ),
     16: [
         Case(Layout(tp=2, dp=8, ep=16), "bfloat16", **FUSED),
     ],
