@@ -203,7 +203,7 @@ def test_integers_of_weights_are_the_same_in_every_layout(
 ):
     folder = tmp_path / "model"
     make_checkpoint(folder, geometry(num_key_value_heads=2, **sizes))
-    settings = {"quantization": scheme}
+    settings: dict[str, Any] = {"quantization": scheme}
     if is_stored:
         quantize_checkpoint(folder, tmp_path / "stored", scheme)
         folder, settings = tmp_path / "stored", {}

@@ -126,9 +126,10 @@ def test_parts_of_rows_and_scales_are_packed_with_zeros_after_them(
     if dtype == torch.int8:
         scale = Piece("any", held[:1], "any", held[:1], is_scale=True)
         builder.put(scale, scales[held[0]])
-    expected: Tensor | QuantizedWeight = torch.zeros(shape, dtype=BF16)
+    expected: Tensor | QuantizedWeight
     if dtype == BF16:
-        expected[held] = file[piece.source_index]
+        expected = whole = torch.zeros(shape, dtype=BF16)
+        whole[held] = file[piece.source_index]
     else:
         expected = QuantizedWeight(torch.zeros(shape, dtype=torch.int8), torch.zeros(48))
         expected.values[held] = integers[piece.source_index]
@@ -190,10 +191,10 @@ def test_experts_of_a_shard(ops: NativeCpuOps, num_tokens: int, width: int):
     expected = REFERENCE.experts(
         x.float(), weights, slots, gate_up.float(), down.float(), first, num_slots
     )
-    banks = [
-        ops.prepare(f"layers.1.mlp.experts.{name}", bank.clone())
-        for name, bank in (("gate_up", gate_up), ("down", down))
-    ]
+    banks = (
+        ops.prepare("layers.1.mlp.experts.gate_up", gate_up.clone()),
+        ops.prepare("layers.1.mlp.experts.down", down.clone()),
+    )
     assert_close(ops.experts(x, weights, slots, *banks, first, num_slots), expected)
 
 
@@ -226,19 +227,21 @@ def test_linear_of_integers_for_any_number_of_rows(
 def test_experts_of_integers(ops: NativeCpuOps, num_tokens: int, bits: int):
     hidden_size, width, held = 64, 40, 3
     x = random(num_tokens, hidden_size)
-    banks = [
-        QuantizedWeight(values.view(held, *shape), scales.view(held, -1), bits)
-        for shape in ((2 * width, hidden_size), (hidden_size, width))
-        for values, scales in [quantize(random(held * shape[0], shape[1]))]
-    ]
+
+    def bank(*shape: int) -> QuantizedWeight:
+        values, scales = quantize(random(held * shape[0], shape[1]))
+        return QuantizedWeight(values.view(held, *shape), scales.view(held, -1), bits)
+
+    banks = bank(2 * width, hidden_size), bank(hidden_size, width)
     generator = torch.Generator().manual_seed(1)
     slots = torch.rand(num_tokens, 4, generator=generator).argsort(-1)[:, :2]
     weights = torch.rand(num_tokens, 2, generator=generator)
     expected = REFERENCE.experts(x, weights, slots, *banks, 0, 4)
-    packed = [
-        ops.prepare(f"mlp.experts.{name}", replace(bank, values=bank.values.clone()))
-        for name, bank in zip(("gate_up", "down"), banks, strict=True)
-    ]
+    copies = [replace(bank, values=bank.values.clone()) for bank in banks]
+    packed = (
+        ops.prepare("mlp.experts.gate_up", copies[0]),
+        ops.prepare("mlp.experts.down", copies[1]),
+    )
     assert_close(ops.experts(x, weights, slots, *packed, 0, 4), expected, 2e-2)
 
 
@@ -270,10 +273,10 @@ def test_experts_of_4_bits(ops: NativeCpuOps, num_tokens: int, width: int):
     generator = torch.Generator().manual_seed(1)
     slots = torch.rand(num_tokens, 4, generator=generator).argsort(-1)[:, :2]
     weights = torch.rand(num_tokens, 2, generator=generator)
-    packed = [
-        ops.prepare(f"mlp.experts.{name}", bank)
-        for name, bank in zip(("gate_up", "down"), banks, strict=True)
-    ]
+    packed = (
+        ops.prepare("mlp.experts.gate_up", banks[0]),
+        ops.prepare("mlp.experts.down", banks[1]),
+    )
     expected = REFERENCE.experts(x, weights, slots, *banks, 0, 4)
     assert_close(ops.experts(x, weights, slots, *packed, 0, 4), expected, 2e-2)
 
@@ -287,10 +290,10 @@ def test_mlp_of_4_bits_whose_second_sum_is_long(ops: NativeCpuOps):
 
 
 def test_what_no_expert_here_is_chosen_for_is_zero(ops: NativeCpuOps):
-    bank = [
+    bank = (
         ops.prepare("mlp.experts.gate_up", random(2, 64, 32)),
         ops.prepare("mlp.experts.down", random(2, 32, 32)),
-    ]
+    )
     slots = torch.tensor([[5, 4], [4, 5]])
     out = ops.experts(random(2, 32), torch.ones(2, 2), slots, *bank, 0, 4)
     assert not out.any()

@@ -22,6 +22,8 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
         load = spec.loader.exec_module
         # Kernels run in the calling thread then, in order, and not in one of torch_npu's own.
         os.environ["TASK_QUEUE_ENABLE"] = "0"
@@ -32,5 +34,5 @@ class _Finder(importlib.abc.MetaPathFinder):
 
             start()
 
-        spec.loader.exec_module = load_and_start
+        setattr(spec.loader, "exec_module", load_and_start)  # noqa: B010
         return spec

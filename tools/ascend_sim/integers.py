@@ -227,7 +227,7 @@ def integer_product(x, weight, quantities, output_dtype):
         f"{name}: {x.dtype} to {output} with {kinds}",
     )
 
-    def product(rows, i, places):
+    def integer_product(rows, i, places):
         sums = exact(rows, weight[i])
         if not kinds:
             return sums

@@ -40,6 +40,7 @@ CHOSEN = [
 ]
 # Quantization, and the dtype of the cache.
 FLOATS, INTEGERS = (None, "bfloat16"), [("int8", "int8"), ("w8a8", "int8")]
+CASES: list[tuple[Layout, str | None, str]]
 CASES = [(layout, *FLOATS) for layout in (ALL if tiers.ALL else CHOSEN)]
 CASES += [(layout, *kind) for layout in (ALL if tiers.ALL else CHOSEN[1:4]) for kind in INTEGERS]
 BLOCK, BLOCKS = 128, 600

@@ -45,7 +45,7 @@ class Case:
 EAGER = {"enforce_eager": True}
 INT8 = {"quantization": "int8"}
 W8A8 = {"quantization": "w8a8", "kv_cache_dtype": "int8"}
-FUSED = {"dispatches": ("fused",), "uses": ("dispatch", "combine")}
+FUSED: dict[str, Any] = {"dispatches": ("fused",), "uses": ("dispatch", "combine")}
 CASES = {
     1: [
         *(Case(Layout(), dtype) for dtype in ("float32", "bfloat16", "float16")),
@@ -93,11 +93,16 @@ def failures(cases: list[Case], path: Path) -> list[str]:
     """What is wrong with each case, and how often each collective was used by rank 0."""
     first = cases[0].layout
     names = ("tensor", "expert", "pipeline", "sequence", "data")
-    sizes = {
+    sizes: dict[str, Any] = {
         f"{name}_parallel_size": size
         for name, size in zip(names, first.sizes.values(), strict=True)
     }
-    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "num_blocks": 64, "bind": "off"}
+    settings: dict[str, Any] = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "num_blocks": 64,
+        "bind": "off",
+    }
     wrong = []
     with LLM(str(MODEL), **sizes, device="npu", dtype="float32", **settings) as llm:
         start = llm.config

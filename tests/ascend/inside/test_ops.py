@@ -58,7 +58,7 @@ class TestNpuOpsOfIntegers(QuantizedContract):
         down = self.quantized(self.random(4, 128, hidden) / 8, kind)
         expected = REFERENCE.experts(x, weights, slots, gate_up, down, 2, 8)
         banks = self.prepared_quantized(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
-        found = ops.experts(*self.to(x, weights, slots), *banks, 2, 8)
+        found = ops.experts(*self.to(x, weights, slots), banks[0], banks[1], 2, 8)
         self.assert_close(found, expected, dtype, kind)
 
     @pytest.mark.parametrize("kind", ["int8", "w8a8"])
