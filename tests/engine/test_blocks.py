@@ -248,13 +248,13 @@ def test_random_use_keeps_every_published_prefix_true(seed):
             shared = allocator.match(digests)
             for i, block in enumerate(shared):
                 assert contents[block] == tuple(tokens[: (i + 1) * SIZE])
-            table = take(allocator, len(digests) - len(shared), shared)
-            if table is not None:
+            taken = allocator.take(len(digests) - len(shared), shared)
+            if taken is not None:
                 num_hits += len(shared)
-                live.append(table)
-                for i in range(len(shared), rng.randint(len(shared), len(table))):
-                    contents[table[i]] = tuple(tokens[: (i + 1) * SIZE])
-                    allocator.publish(table[i], digests[i])
+                live.append(taken)
+                for i in range(len(shared), rng.randint(len(shared), len(taken))):
+                    contents[taken[i]] = tuple(tokens[: (i + 1) * SIZE])
+                    allocator.publish(taken[i], digests[i])
         allocator.check_integrity(live)
     assert num_hits > 100
     for table in live:

@@ -1119,7 +1119,7 @@ class RandomSchedules(RuleBasedStateMachine):
     @precondition(lambda self: len(self.bench.flights) < self.depth)
     @rule()
     def schedule(self):
-        self.bench.plan()
+        self.bench.schedule()
 
     @precondition(lambda self: self.bench.flights)
     @rule(bad=st.sampled_from([None, None, None, None, 0]))
