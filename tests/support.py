@@ -234,8 +234,8 @@ def run_prompts(
             chosen[row.sequence].rows.append(logits.reshape(query_lens[row.sequence], -1))
         for run, query_len in zip(chosen, query_lens, strict=True):
             run.num_computed += query_len
-        for row, sampled in zip(samples, result.samples, strict=True):
-            run = chosen[row.sequence]
+        for sample, sampled in zip(samples, result.samples, strict=True):
+            run = chosen[sample.sequence]
             assert sampled.token_id is not None
             if run.num_computed < run.prompt_len + num_generated:
                 run.token_ids.append(sampled.token_id)

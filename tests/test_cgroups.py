@@ -50,7 +50,6 @@ class Machine:
     def v1(self, controller: str, group: str, files: Mapping[str, str]) -> None:
         self.v2(group, files, f"sys/fs/cgroup/{controller}")
 
-    @property
     def memory(self) -> tuple[int | None, int | None]:
         """The limit, and the memory available within all limits."""
         return memory_limit_bytes(self.root), available_memory_bytes(self.root)
@@ -81,7 +80,7 @@ def v1_quota(quota_us: int) -> dict[str, str]:
 def test_v2_in_a_container_with_a_namespace(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "0::/\n", V2_MOUNT.format(top="/", at="/sys/fs/cgroup"))
     machine.v2("", {**v2_memory(1000, 400, 150, kills=2), "cpu.max": "250000 100000"})
-    assert machine.memory == (1000, 750)
+    assert machine.memory() == (1000, 750)
     assert quota_cores(tmp_path) == 2
     assert oom_kills(tmp_path) == 2
 
@@ -89,7 +88,7 @@ def test_v2_in_a_container_with_a_namespace(tmp_path: Path) -> None:
 def test_v2_on_the_host_has_no_files_at_the_root(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "0::/init.scope\n", V2_MOUNT.format(top="/", at="/sys/fs/cgroup"))
     machine.v2("/init.scope", {**v2_memory("max", 400), "cpu.max": "max 100000"})
-    assert machine.memory == (None, None)
+    assert machine.memory() == (None, None)
     assert quota_cores(tmp_path) is None
     assert oom_kills(tmp_path) == 0
 
@@ -108,7 +107,7 @@ def test_v2_below_the_root_is_bound_by_every_group_above(tmp_path: Path, own: st
     machine.v2(above, {**v2_memory(1000, 300, 100, kills=8), "cpu.max": "350000 100000"})
     top = "/" + own.split("/")[1]
     machine.v2(top, {**v2_memory(5000, 4900), "cpu.max": "800000 100000"})
-    assert machine.memory == (1000, 100)  # the slice has less left than the job
+    assert machine.memory() == (1000, 100)  # the slice has less left than the job
     assert quota_cores(tmp_path) == 3
     assert oom_kills(tmp_path) == 1  # of our own group, not of others in the slice
 
@@ -118,27 +117,27 @@ def test_v2_without_a_namespace_in_a_mount_of_a_part(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "0::/docker/abc/worker\n", mounts)
     machine.v2("", v2_memory(1000, 400))
     machine.v2("/worker", v2_memory(800, 100))
-    assert machine.memory == (800, 600)
+    assert machine.memory() == (800, 600)
 
 
 def test_v2_mounted_elsewhere_under_a_name_with_a_space(tmp_path: Path) -> None:
     mounts = V2_MOUNT.format(top="/", at="/mnt/all\\040groups")
     machine = Machine(tmp_path, "0::/a:b\n", mounts)
     machine.v2("/a:b", v2_memory(500), at="mnt/all groups")
-    assert machine.memory == (500, 500)
+    assert machine.memory() == (500, 500)
 
 
 def test_groups_outside_the_namespace_are_not_guessed(tmp_path: Path) -> None:
     # A mount from above the namespace: its group is above ours, the ones between have no names.
     machine = Machine(tmp_path, "0::/\n", V2_MOUNT.format(top="/../..", at="/sys/fs/cgroup"))
     machine.v2("", v2_memory(1000, 100))
-    assert machine.memory == (1000, 900)
+    assert machine.memory() == (1000, 900)
     # A process that was moved out of the namespace that it sees.
     machine.write("proc/self/cgroup", "0::/../../other\n")
     machine.write(
         "proc/self/mountinfo", OTHER_MOUNTS + V2_MOUNT.format(top="/", at="/sys/fs/cgroup")
     )
-    assert machine.memory == (None, None)
+    assert machine.memory() == (None, None)
 
 
 MEMORY_V1 = "4:memory:{own}\n3:cpu,cpuacct:{own}\n1:name=systemd:{own}\n"
@@ -154,7 +153,7 @@ def test_v1_in_docker(tmp_path: Path) -> None:
     machine = Machine(tmp_path, MEMORY_V1.format(own="/docker/abc"), v1_mounts("/docker/abc"))
     machine.v1("memory", "", v1_memory(1000, 700, 250, kills=3))
     machine.v1("cpu,cpuacct", "", v1_quota(150000))
-    assert machine.memory == (1000, 550)
+    assert machine.memory() == (1000, 550)
     assert quota_cores(tmp_path) == 1
     assert oom_kills(tmp_path) == 3
 
@@ -166,12 +165,12 @@ def test_v1_nested_on_the_host(tmp_path: Path, unlimited: int) -> None:
     machine.v1("memory", "", v1_memory(unlimited, 5000))
     machine.v1("memory", "/slurm", v1_memory(unlimited, 4000))
     machine.v1("cpu,cpuacct", own, v1_quota(-1))
-    assert machine.memory == (None, None)
+    assert machine.memory() == (None, None)
     assert quota_cores(tmp_path) is None
     machine.v1("memory", "/slurm/uid_1000", v1_memory(3000, 1000))
     machine.v1("memory", own, v1_memory(2500, 200))
     machine.v1("cpu,cpuacct", "/slurm", v1_quota(600000))
-    assert machine.memory == (2500, 2000)
+    assert machine.memory() == (2500, 2000)
     assert quota_cores(tmp_path) == 6
 
 
@@ -181,29 +180,29 @@ def test_hybrid_has_its_controllers_in_v1(tmp_path: Path) -> None:
     machine.v2("/app", {"cgroup.procs": "1"}, at="sys/fs/cgroup/unified")
     machine.v1("memory", "/app", v1_memory(1000, 300))
     machine.v1("cpu,cpuacct", "/app", v1_quota(400000))
-    assert machine.memory == (1000, 700)
+    assert machine.memory() == (1000, 700)
     assert quota_cores(tmp_path) == 4
 
 
 def test_without_mountinfo_the_usual_places_are_read(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "", "")
     machine.v2("", {**v2_memory(1000, 100), "cpu.max": "200000 100000"})
-    assert machine.memory == (1000, 900)
+    assert machine.memory() == (1000, 900)
     machine.v1("memory", "", v1_memory(800, 100))
     machine.v1("cpu", "", v1_quota(100000))
-    assert machine.memory == (800, 700)
+    assert machine.memory() == (800, 700)
     assert quota_cores(tmp_path) == 1
     machine.write("proc/self/cgroup", "0::/pod/container\n")
     machine.v2("/pod", v2_memory(500, 450))
-    assert machine.memory == (500, 50)
+    assert machine.memory() == (500, 50)
 
 
 def test_a_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "0::/\n", V2_MOUNT.format(top="/", at="/sys/fs/cgroup"))
     machine.v2("", v2_memory(1000, 1200))
-    assert machine.memory == (1000, 0)
+    assert machine.memory() == (1000, 0)
     machine.v2("", v2_memory(1000, 100, cache=900))  # more page cache than memory in use
-    assert machine.memory == (1000, 1000)
+    assert machine.memory() == (1000, 1000)
 
 
 def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
@@ -260,7 +259,7 @@ def test_garbage_is_no_limit_and_no_error(
             ("cpu.cfs_period_us", quota),
         ):
             (root / f"sys/fs/cgroup{at}" / name).write_text(text, errors="replace")
-    given_limit, available = machine.memory
+    given_limit, available = machine.memory()
     assert given_limit is None or given_limit == int(limit)
     assert available is None or available >= 0
     cores = quota_cores(root)
@@ -271,7 +270,7 @@ def test_garbage_is_no_limit_and_no_error(
 def test_folders_that_cannot_be_read_are_no_limit(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "0::/" + "a" * 300 + "\n", "")
     (tmp_path / "sys/fs/cgroup/memory.max").mkdir(parents=True)
-    assert machine.memory == (None, None)
+    assert machine.memory() == (None, None)
 
 
 def test_this_machine_can_be_read() -> None:

@@ -23,7 +23,9 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def ascend_sim() -> Run:
     """`tools/ascend_sim/run.sh` with its arguments; skipped where it cannot be built."""
 
-    def run(*arguments: str, timeout: float = 170, **environ: str) -> Run:
+    def run(
+        *arguments: str, timeout: float = 170, **environ: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["bash", str(ROOT / "tools/ascend_sim/run.sh"), *arguments],
             env={**os.environ, "PYTHON": sys.executable, **environ},

@@ -26,7 +26,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = replace(gpu.ELSEWHERE, check_tokens=(3,), contexts=(8,), repeats=1)
     monkeypatch.setattr(gpu, "ELSEWHERE", sizes)
     monkeypatch.setattr(gpu, "verify_oracles", lambda args: [])
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)  # no transformers
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no transformers
 
 
 def test_one_command_checks_and_measures(

@@ -154,7 +154,7 @@ def test_a_disturbed_measurement_is_made_again(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(peers, "_QUIET_SHARE", -1.0)  # nothing is quiet enough
-    monkeypatch.setattr(peers.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     asked = 0
     ask = peers.Process.ask
 

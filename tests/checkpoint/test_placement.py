@@ -25,6 +25,7 @@ from moespan.checkpoint.placement import (
 from moespan.checkpoint.presets import PRESETS
 from moespan.config import Layout, ModelConfig, all_layouts
 from tests.support import ORACLES, Oracle, geometry
+from tests.tiers import examples
 
 Cut = tuple[ModelConfig, Layout]
 
@@ -71,7 +72,7 @@ def copies(name: str, config: ModelConfig, layout: Layout) -> int:
     return replicas
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(cuts())
 def test_all_ranks_together_hold_every_element_as_often_as_they_must(
     cut: Cut,
@@ -85,7 +86,7 @@ def test_all_ranks_together_hold_every_element_as_often_as_they_must(
         assert (counts == copies(name, config, layout)).all(), name
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(cuts())
 def test_pieces_fit_their_parameters_and_never_overlap_or_touch_padding(
     cut: Cut,
@@ -107,7 +108,7 @@ def test_pieces_fit_their_parameters_and_never_overlap_or_touch_padding(
         assert sum(counts.sum() for counts in written.values()) == placement.num_elements_read
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(cuts())
 def test_ranks_of_a_stage_hold_parameters_of_the_same_names_and_shapes_but_for_experts(cut: Cut):
     config, layout = cut
@@ -124,7 +125,7 @@ def test_ranks_of_a_stage_hold_parameters_of_the_same_names_and_shapes_but_for_e
         assert all(shapes(other) == shapes(first) for other in others)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(cuts())
 def test_padding_is_less_than_one_element_per_rank_for_each_length_that_is_cut(
     cut: Cut,
@@ -147,7 +148,7 @@ def by_tensor(placement: Placement) -> dict[str, Piece]:
     return found
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(cuts())
 def test_gate_up_and_down_of_a_rank_are_of_the_same_neurons(cut: Cut):
     config, layout = cut
@@ -165,7 +166,7 @@ def test_gate_up_and_down_of_a_rank_are_of_the_same_neurons(cut: Cut):
             assert up.index[-2].start == width
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(cuts())
 def test_a_rank_holds_the_kv_heads_that_its_queries_read(cut: Cut):
     config, layout = cut
@@ -192,7 +193,7 @@ def test_a_rank_holds_the_kv_heads_that_its_queries_read(cut: Cut):
         assert pieces[f"{attention}.o_proj.weight"].tensor_index[1] == q_rows
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(cuts())
 def test_the_heads_of_a_replica_are_in_the_cache_of_as_many_ranks_as_they_must(cut: Cut):
     config, layout = cut

@@ -342,11 +342,16 @@ def test_a_model_without_experts_has_no_expert_parallelism():
         Layout(tp=2, ep=2).check(config)
 
 
+def layout_of(sizes: dict[str, Any]) -> Layout:
+    """The layout whose axes have these sizes, by name."""
+    return Layout(**sizes)
+
+
 def test_a_layout_has_at_least_one_rank_on_every_axis():
     assert (Layout().world_size, Layout(tp=4).world_size) == (1, 4)
     for axis in Layout.AXES:
         with pytest.raises(LayoutError, match=f"{axis}=0 must be at least 1"):
-            Layout(**{axis: 0})
+            layout_of({axis: 0})
 
 
 def test_every_listed_layout_fits_and_no_other_of_that_size_does():
@@ -354,7 +359,7 @@ def test_every_listed_layout_fits_and_no_other_of_that_size_does():
     listed = all_layouts(8, config)
     assert len(set(listed)) == len(listed) > 30
     for sizes in itertools.product((1, 2, 3, 4, 8), repeat=5):
-        layout = Layout(*sizes)
+        layout = layout_of(dict(zip(Layout.AXES, sizes, strict=True)))
         if layout.world_size != 8:
             continue
         try:
@@ -380,7 +385,7 @@ def test_each_rank_has_its_own_place_with_tp_fastest_and_pp_slowest(layout: Layo
 
 
 def test_the_largest_ep_that_the_other_axes_and_the_model_allow_is_taken():
-    def largest(experts: int = 8, **sizes: int) -> int:
+    def largest(experts: int = 8, **sizes: Any) -> int:
         return Layout(**sizes).with_largest_ep(moe_config(experts)).ep
 
     assert largest(tp=4) == 4

@@ -33,7 +33,7 @@ class Ranks:
     """
 
     def __init__(self, program: Sequence[str] | None = None) -> None:
-        self._program = {} if program is None else {"program": program}
+        self._program: dict[str, Any] = {} if program is None else {"program": program}
         self._clients: dict[int, RanksClient] = {}
 
     def __enter__(self) -> Ranks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from moespan.checkpoint.quantize import quantize_checkpoint
 from moespan.checkpoint.random import make_checkpoint
 from moespan.config import Layout, ModelConfig, all_layouts
 from moespan.measure.verify import Reference, verify, write_reference
+from tests import tiers
 from tests.distributed.ranks import Ranks, cases, oracle, oracle_reference
 from tests.support import ORACLES, geometry
 
+Case = tuple[Layout, str]
+"""A layout and a dispatch that applies to it."""
+
 # Of the 64 layouts of 8 ranks, these have every axis alone and beside every other one.
-# `moespan verify --all-layouts 8` runs the others.
+# `MOESPAN_TEST_ALL=1` and `moespan verify --all-layouts 8` run all.
 OF_EIGHT = [
     Layout(tp=8, ep=8),
     Layout(dp=8, ep=8),
@@ -31,17 +36,28 @@ OF_EIGHT = [
 ]
 
 
-def every_case(name: str) -> list[Any]:
+def sampled(cases: Iterable[Case]) -> list[Case]:
+    """The first case that has an axis of some size, or some axes together under some dispatch."""
+    kept, seen = [], set[Any]()
+    for layout, dispatch in cases:
+        sizes = [(axis, size) for axis, size in layout.sizes.items() if size > 1]
+        traits = {*sizes, (tuple(axis for axis, _ in sizes), dispatch)}
+        if not traits <= seen:
+            kept.append((layout, dispatch))
+            seen |= traits
+    return kept
+
+
+def every_case(name: str) -> list[Case]:
     config = ModelConfig.from_pretrained(oracle(name))
-    found = []
+    if name == "sixteen":
+        layouts = [*all_layouts(2, config), *all_layouts(4, config)]
+        layouts += all_layouts(8, config) if tiers.ALL else OF_EIGHT
+        found = list(cases(config, layouts))
+        return found if tiers.ALL else sampled(found)
     # The other oracles' geometries meet every axis alone, and tp beside others.
-    for world in (2, 4, 8) if name == "sixteen" else (2,):
-        layouts = all_layouts(world, config) if world < 8 else OF_EIGHT
-        if name != "sixteen":
-            layouts += [Layout(tp=2, pp=2), Layout(tp=2, ep=4, dp=2)]
-        for layout, dispatch in cases(config, layouts):
-            found.append(pytest.param(name, layout, dispatch, id=f"{name}-{layout}-{dispatch}"))
-    return found
+    layouts = [*all_layouts(2, config), Layout(tp=2, pp=2), Layout(tp=2, ep=4, dp=2)]
+    return list(cases(config, layouts))
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +68,13 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
 
 @pytest.mark.parametrize(
     ("name", "layout", "dispatch"),
-    sorted(
-        itertools.chain.from_iterable(map(every_case, ORACLES)),
-        key=lambda case: case.values[1].world_size,
-    ),
+    [
+        pytest.param(name, layout, dispatch, id=f"{name}-{layout}-{dispatch}")
+        for world_size in (2, 4, 8)
+        for name in ORACLES
+        for layout, dispatch in every_case(name)
+        if layout.world_size == world_size
+    ],
 )
 def test_float32_is_what_the_hugging_face_model_computes(
     ranks: Ranks, references: dict[str, Reference], name: str, layout: Layout, dispatch: str
@@ -74,6 +93,25 @@ def test_the_chosen_layouts_of_eight_ranks_have_every_pair_of_axes():
     }
     assert pairs == set(itertools.combinations(Layout.AXES, 2))
     assert all(layout.world_size == 8 for layout in OF_EIGHT)
+
+
+def test_the_sample_has_every_size_of_an_axis_and_every_pair_of_axes_under_every_dispatch():
+    config = ModelConfig.from_pretrained(oracle("sixteen"))
+    everything = list(cases(config, [*all_layouts(2, config), *all_layouts(4, config), *OF_EIGHT]))
+    sample = sampled(everything)
+    assert len(sample) < len(everything)
+
+    def pairs(chosen: list[Case]) -> set[tuple[Any, str]]:
+        return {
+            (pair, dispatch)
+            for layout, dispatch in chosen
+            for pair in itertools.combinations([a for a, n in layout.sizes.items() if n > 1], 2)
+        }
+
+    assert pairs(sample) == pairs(everything)
+    for axis in Layout.AXES:
+        sizes = {layout.sizes[axis] for layout, _ in everything}
+        assert {layout.sizes[axis] for layout, _ in sample} == sizes
 
 
 @pytest.mark.parametrize(
@@ -165,7 +203,7 @@ def test_integers_of_weights_are_the_same_in_every_layout(
 ):
     folder = tmp_path / "model"
     make_checkpoint(folder, geometry(num_key_value_heads=2, **sizes))
-    settings = {"quantization": scheme}
+    settings: dict[str, Any] = {"quantization": scheme}
     if is_stored:
         quantize_checkpoint(folder, tmp_path / "stored", scheme)
         folder, settings = tmp_path / "stored", {}

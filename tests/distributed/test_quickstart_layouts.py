@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from moespan import LLM, SamplingParams
 from moespan.config import Layout
+from tests import tiers
 from tests.distributed.ranks import Ranks
+from tests.quickstart.files import tasks
 from tests.support import QUICKSTART
 
-_PATH = Path(__file__).parents[2] / "tools" / "quickstart" / "tasks.py"
-_spec = importlib.util.spec_from_file_location("quickstart_tasks", _PATH)
-tasks = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = tasks
-_spec.loader.exec_module(tasks)
-
-EXERCISES = [(task, prompt) for task in tasks.TASKS for prompt, _ in tasks.heldout(task, 8)]
+EXERCISES = [
+    (task, prompt)
+    for task in tasks.TASKS
+    for prompt, _ in tasks.heldout(task, 8 if tiers.ALL else 4)
+]
 LAYOUTS = [
     Layout(tp=4, ep=4),
     Layout(tp=2, ep=4, sp=2),

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,8 +29,8 @@ VERY_DIFFERENT = [
 ]
 # The same with plans made ahead, on every axis along which sampled tokens are sent.
 AHEAD = [(Layout(tp=4, ep=2), "replicated"), (Layout(tp=2, ep=8, sp=2, dp=2), "all_to_all")]
-# The blocks of a replica suffice for one sequence of the greatest length, plus one block.
-FEW = {
+# A replica's blocks hold one sequence of the greatest length and one block more.
+FEW: dict[str, Any] = {
     "max_model_len": 48,
     "block_size": 4,
     "num_blocks": 13,
@@ -113,7 +114,7 @@ def run(llm: LLM, jobs: list[Job], drop: bool, at_once: int = 12) -> dict[Key, R
         mine = received[delta.id, delta.index]
         assert not mine.ends, "something came after the end"
         mine.token_ids += delta.token_ids
-        mine.ends += [delta.finish_reason] * (delta.finish_reason is not None)
+        mine.ends += [delta.finish_reason] if delta.finish_reason is not None else []
         limit = jobs_by_id[delta.id].dropped_after
         if drop and limit is not None and len(mine.token_ids) >= limit and delta.id not in dropped:
             client.abort(delta.id)

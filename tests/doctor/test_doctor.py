@@ -775,6 +775,7 @@ def test_a_collective_in_one_shot_is_marked() -> None:
     assert "8 KB 1000 µs (70.00 GB/s, one shot), 64 MB 1000 µs (70.00 GB/s)" in found
 
 
+@pytest.mark.slow
 def test_collectives_of_real_ranks() -> None:
     timings = collectives.measure(config_of(Layout(tp=2, pp=2), "cpu"))
     assert [(one.axis, one.ranks) for one in timings] == [("tp", 2)] * 3 + [("pp", 2)] * 3
@@ -788,6 +789,7 @@ def test_collectives_without_an_axis_or_with_nodes() -> None:
         assert finding.status == report.SKIPPED and finding.check == "collectives"
 
 
+@pytest.mark.slow
 def test_ranks_that_fail_are_a_problem() -> None:
     broken = config_of(Layout(tp=2), "cpu", bind="0:99,1:99")
     (finding,) = collectives.findings(broken)

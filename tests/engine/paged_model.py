@@ -7,6 +7,7 @@ it reads. So a block that is shared wrongly, stale, or not recomputed changes th
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set as AbstractSet
 
 from moespan.engine.request import Request, TokenLogprobs
 from moespan.engine.step import PromptScores, Sampled, SampleRow, StepPlan, StepResult
@@ -25,11 +26,16 @@ def read(state: int, value: int) -> int:
     return hash((state, value, 2))
 
 
-def sample(state: int, row: SampleRow) -> Sampled:
+def sample(state: int, row: SampleRow) -> int:
+    """The token that the model draws."""
     seen = (tuple(row.seen_prompt), tuple(sorted(row.seen_output.items())))
     draw = hash((state, row.seed, row.position, seen))
     allowed = [token_id for token_id in range(VOCAB) if token_id not in row.barred]
-    token_id = allowed[draw % len(allowed)]
+    return allowed[draw % len(allowed)]
+
+
+def sampled(state: int, row: SampleRow) -> Sampled:
+    token_id = sample(state, row)
     logprobs = None if row.logprobs is None else TokenLogprobs(token_id, float(state), [])
     return Sampled(token_id, logprobs)
 
@@ -45,7 +51,8 @@ def expected_states(token_ids: list[int]) -> list[int]:
 
 def expected_output(request: Request, index: int, max_model_len: int, seed: int = 0) -> list[int]:
     """Continue a request alone, without cache and scheduler."""
-    params, output = request.params, []
+    params = request.params
+    output: list[int] = []
     first_seed = seed if params.seed is None else params.seed
     eos = [] if params.ignore_eos else [EOS]
     room = max_model_len - len(request.prompt_token_ids)
@@ -64,7 +71,7 @@ def expected_output(request: Request, index: int, max_model_len: int, seed: int 
             barred=eos + params.stop_token_ids if len(output) < params.min_tokens else [],
         )
         state = expected_states(request.prompt_token_ids + output)[-1]
-        output.append(sample(state, row).token_id)
+        output.append(sample(state, row))
         if output[-1] in eos + params.stop_token_ids:
             break
     return output
@@ -88,7 +95,7 @@ class PagedModel:
     def slot(self, table: list[int], position: int) -> tuple[int, int]:
         return table[position // self.block_size], position % self.block_size
 
-    def execute(self, plan: StepPlan, corrupt: set[int] = frozenset()) -> StepResult:
+    def execute(self, plan: StepPlan, corrupt: AbstractSet[int] = frozenset()) -> StepResult:
         """Compute a step; the sequences in `corrupt` that sample get garbage instead."""
         token_ids = [token if token >= 0 else self.sampled[~token] for token in plan.token_ids]
         states, start = [], 0  # states[sequence][query token]
@@ -107,12 +114,12 @@ class PagedModel:
             states.append(mine)
             start += query_len
         assert start == len(plan.token_ids)
-        samples = [sample(states[row.sequence][-1], row) for row in plan.samples]
-        self.sampled = [sampled.token_id for sampled in samples]
+        last = [states[row.sequence][-1] for row in plan.samples]
+        self.sampled = [sample(*pair) for pair in zip(last, plan.samples, strict=True)]
         return StepResult(
             samples=[
-                Sampled(None) if row.sequence in corrupt else sampled
-                for row, sampled in zip(plan.samples, samples, strict=True)
+                Sampled(None) if row.sequence in corrupt else sampled(state, row)
+                for state, row in zip(last, plan.samples, strict=True)
             ],
             prompts=[
                 PromptScores(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -17,9 +18,16 @@ def digests_of(allocator: BlockAllocator, token_ids: list[int]) -> list[bytes]:
     return digests
 
 
+def take(allocator: BlockAllocator, count: int, cached: Sequence[int] = ()) -> list[int]:
+    """Take blocks, which must be there."""
+    table = allocator.take(count, cached)
+    assert table is not None
+    return table
+
+
 def take_published(allocator: BlockAllocator, token_ids: list[int]) -> list[int]:
     """Take the blocks of `token_ids`, all full, and publish them."""
-    table = allocator.take(len(token_ids) // SIZE)
+    table = take(allocator, len(token_ids) // SIZE)
     for block, digest in zip(table, digests_of(allocator, token_ids), strict=True):
         allocator.publish(block, digest)
     return table
@@ -27,17 +35,17 @@ def take_published(allocator: BlockAllocator, token_ids: list[int]) -> list[int]
 
 def test_taken_blocks_are_distinct_and_used_until_freed():
     allocator = BlockAllocator(5, SIZE)
-    first, second = allocator.take(2), allocator.take(3)
+    first, second = take(allocator, 2), take(allocator, 3)
     assert sorted(first + second) == [0, 1, 2, 3, 4]
     assert (allocator.num_free, allocator.num_used) == (0, 5)
     allocator.free(first)
     assert (allocator.num_free, allocator.num_used) == (2, 3)
-    assert sorted(allocator.take(2)) == sorted(first)
+    assert sorted(take(allocator, 2)) == sorted(first)
 
 
 def test_too_few_free_blocks_give_none_and_change_nothing():
     allocator = BlockAllocator(3, SIZE)
-    table = allocator.take(2)
+    table = take(allocator, 2)
     assert allocator.take(2) is None
     assert allocator.num_free == 1
     allocator.check_integrity([table])
@@ -55,7 +63,8 @@ def test_only_full_blocks_have_digests():
 
 def test_digests_extended_piece_by_piece_are_those_made_at_once():
     allocator = BlockAllocator(1, SIZE)
-    tokens, digests = list(range(17)), []
+    tokens = list(range(17))
+    digests: list[bytes] = []
     for end in range(len(tokens) + 1):
         allocator.extend_digests(digests, tokens[:end])
     assert digests == digests_of(allocator, tokens)
@@ -85,7 +94,7 @@ def test_digests_are_keyed_anew_for_every_allocator():
 def test_only_published_blocks_are_found():
     allocator = BlockAllocator(4, SIZE)
     tokens = list(range(12))
-    table, digests = allocator.take(3), digests_of(allocator, tokens)
+    table, digests = take(allocator, 3), digests_of(allocator, tokens)
     assert allocator.match(digests) == []
     allocator.publish(table[0], digests[0])
     assert allocator.match(digests) == table[:1]
@@ -98,7 +107,7 @@ def test_only_published_blocks_are_found():
 def test_shared_blocks_are_freed_by_the_last_user():
     allocator = BlockAllocator(4, SIZE)
     first = take_published(allocator, list(range(8)))
-    second = allocator.take(1, allocator.match(digests_of(allocator, list(range(8)))))
+    second = take(allocator, 1, allocator.match(digests_of(allocator, list(range(8)))))
     assert second[:2] == first
     assert allocator.num_used == 3
     allocator.check_integrity([first, second])
@@ -115,9 +124,9 @@ def test_freed_published_blocks_are_found_until_evicted():
     digests = digests_of(allocator, list(range(8)))
     allocator.free(take_published(allocator, list(range(8))))
     assert len(allocator.match(digests)) == 2
-    allocator.take(1)  # the empty one goes first
+    take(allocator, 1)  # the empty one goes first
     assert len(allocator.match(digests)) == 2
-    allocator.take(2)
+    take(allocator, 2)
     assert allocator.match(digests) == []
 
 
@@ -127,7 +136,7 @@ def test_a_cached_block_that_is_shared_is_not_counted_as_free_twice():
     shared = allocator.match(digests_of(allocator, list(range(8))))
     assert allocator.take(1, shared) is None
     allocator.check_integrity([])
-    assert allocator.take(0, shared) == shared
+    assert take(allocator, 0, shared) == shared
     allocator.check_integrity([shared])
 
 
@@ -136,7 +145,7 @@ def test_shared_blocks_are_not_evicted_for_the_new_blocks_of_the_same_take():
     allocator.free(take_published(allocator, list(range(4))))
     allocator.free(take_published(allocator, list(range(10, 18))))
     shared = allocator.match(digests_of(allocator, list(range(4))))
-    table = allocator.take(2, shared)
+    table = take(allocator, 2, shared)
     assert table[:1] == shared and len(set(table)) == 3
     allocator.check_integrity([table])
 
@@ -149,7 +158,7 @@ def test_the_least_recently_used_prefix_is_evicted_first_and_its_tail_before_its
         allocator.free(table)
     found = []
     for _ in range(4):
-        allocator.take(1)
+        take(allocator, 1)
         found.append([len(allocator.match(digests_of(allocator, t))) for t in (old, new)])
     assert found == [[1, 2], [0, 2], [0, 1], [0, 0]]
 
@@ -158,8 +167,8 @@ def test_using_a_cached_block_again_makes_it_recent():
     allocator = BlockAllocator(2, SIZE)
     for tokens in ([0] * 4, [1] * 4):
         allocator.free(take_published(allocator, tokens))
-    allocator.free(allocator.take(0, allocator.match(digests_of(allocator, [0] * 4))))
-    allocator.take(1)
+    allocator.free(take(allocator, 0, allocator.match(digests_of(allocator, [0] * 4))))
+    take(allocator, 1)
     assert len(allocator.match(digests_of(allocator, [0] * 4))) == 1
     assert len(allocator.match(digests_of(allocator, [1] * 4))) == 0
 
@@ -172,7 +181,7 @@ def test_of_two_blocks_with_equal_contents_the_first_is_known_and_the_other_beco
     allocator.free(second)
     allocator.free(first)
     allocator.check_integrity([])
-    assert allocator.take(1) == second  # empty, so it goes before the cached one
+    assert take(allocator, 1) == second  # empty, so it goes before the cached one
     assert allocator.match(digests_of(allocator, [1] * 4)) == first
 
 
@@ -195,7 +204,7 @@ def test_without_prefix_caching_nothing_is_found():
 
 def test_a_block_freed_twice_is_refused():
     allocator = BlockAllocator(2, SIZE)
-    table = allocator.take(1)
+    table = take(allocator, 1)
     allocator.free(table)
     with pytest.raises(AssertionError, match=f"block {table[0]} is freed, but nobody uses it"):
         allocator.free(table)
@@ -239,13 +248,13 @@ def test_random_use_keeps_every_published_prefix_true(seed):
             shared = allocator.match(digests)
             for i, block in enumerate(shared):
                 assert contents[block] == tuple(tokens[: (i + 1) * SIZE])
-            table = allocator.take(len(digests) - len(shared), shared)
-            if table is not None:
+            taken = allocator.take(len(digests) - len(shared), shared)
+            if taken is not None:
                 num_hits += len(shared)
-                live.append(table)
-                for i in range(len(shared), rng.randint(len(shared), len(table))):
-                    contents[table[i]] = tuple(tokens[: (i + 1) * SIZE])
-                    allocator.publish(table[i], digests[i])
+                live.append(taken)
+                for i in range(len(shared), rng.randint(len(shared), len(taken))):
+                    contents[taken[i]] = tuple(tokens[: (i + 1) * SIZE])
+                    allocator.publish(taken[i], digests[i])
         allocator.check_integrity(live)
     assert num_hits > 100
     for table in live:

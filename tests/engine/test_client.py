@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,7 +90,12 @@ def test_a_question_waits_for_one_step_while_another_thread_receives(
     client: LocalClient, monkeypatch: pytest.MonkeyPatch
 ):
     step_s, execute = 0.02, Worker.execute
-    monkeypatch.setattr(Worker, "execute", lambda *args: (time.sleep(step_s), execute(*args))[1])
+
+    def slow(*args: Any) -> Any:
+        time.sleep(step_s)
+        return execute(*args)
+
+    monkeypatch.setattr(Worker, "execute", slow)
     received: list[OutputDelta] = []
 
     def receive() -> None:
@@ -103,8 +109,9 @@ def test_a_question_waits_for_one_step_while_another_thread_receives(
     with ThreadPoolExecutor() as pool:
         while not received:
             time.sleep(step_s)
-        futures = [pool.submit(client.ask, question) for question in [Stats(), Traffic()] * 4]
-        answers = [future.result(60) for future in futures]
+        questions: list[Question[Any]] = [Stats(), Traffic()]
+        futures = [pool.submit(client.ask, question) for question in questions * 4]
+        answers: list[Any] = [future.result(60) for future in futures]
         assert receiver.is_alive()  # so none waited for the end
     receiver.join(60)
     assert [answer.num_running for answer in answers[::2]] == [2] * 4
@@ -129,7 +136,7 @@ def test_a_step_that_is_cut_short_leaves_a_dead_engine(
         with pytest.raises(error):
             while True:
                 client.receive()
-    questions: list[Question[object]] = [Stats(), Traffic(), Trace([1])]
+    questions: list[Question[Any]] = [Stats(), Traffic(), Trace([1])]
     for question in questions:
         with pytest.raises(EngineDeadError, match=f"cut short by {error.__name__}"):
             client.ask(question)

@@ -16,6 +16,7 @@ from moespan.engine.sequence import Sequence
 from moespan.engine.step import StepPlan
 from moespan.errors import RequestError
 from tests.engine.paged_model import EOS, VOCAB, PagedModel, expected_output
+from tests.tiers import examples
 
 
 class Fleet:
@@ -265,6 +266,6 @@ class RandomReplicas(RuleBasedStateMachine):
 
 
 RandomReplicas.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=50, deadline=None, derandomize=True
+    max_examples=examples(80), stateful_step_count=50, deadline=None, derandomize=True
 )
 TestRandomReplicas = RandomReplicas.TestCase

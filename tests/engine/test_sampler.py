@@ -113,7 +113,8 @@ def naive_kept(
 def test_top_k_top_p_and_min_p_keep_exactly_the_right_tokens(
     logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
 ):
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    settings: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    settings["temperature"] = temperature
     expected = naive_kept(logits, **settings)
     # No token is rarer than 1 in 160, so that each shows up among so many.
     assert set(draws(logits, [row(position=i, **settings) for i in range(3000)])) == expected

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -21,6 +23,7 @@ from moespan.engine.sequence import Sequence, Status
 from moespan.engine.step import StepPlan
 from moespan.errors import ConfigError, MoespanError, RequestError
 from tests.engine.paged_model import EOS, VOCAB, PagedModel, expected_output, expected_states
+from tests.tiers import examples
 
 
 @dataclass
@@ -82,6 +85,12 @@ class Bench:
         self.received.update((sequence, Received(request)) for sequence in sequences)
         return sequences
 
+    def plan(self) -> StepPlan:
+        """The next step's plan where there must be one."""
+        plan = self.schedule()
+        assert plan is not None
+        return plan
+
     def schedule(self) -> StepPlan | None:
         scheduler, config = self.scheduler, self.config
         waiting = set(scheduler.waiting)
@@ -128,7 +137,7 @@ class Bench:
             for block in table[context // self.config.block_size :]:
                 assert len(users[block]) == 1, f"block {block} is written while others use it"
 
-    def deliver(self, corrupt: set[int] = frozenset()) -> list[SequenceUpdate]:
+    def deliver(self, corrupt: AbstractSet[int] = frozenset()) -> list[SequenceUpdate]:
         """Execute the oldest plan in flight and hand back its result."""
         plan, _, planned_context = self.flights.popleft()
         context = self.model.context(plan)
@@ -154,6 +163,12 @@ class Bench:
         plan = self.schedule()
         if plan is not None:
             self.deliver()
+        return plan
+
+    def planned_step(self) -> StepPlan:
+        """A step where there must be a plan for one."""
+        plan = self.step()
+        assert plan is not None
         return plan
 
     def finish(self, sequence: Sequence) -> None:
@@ -235,10 +250,10 @@ def test_nothing_to_do_gives_no_plan():
 def test_a_prompt_and_its_output_go_through_the_cache_in_order():
     bench = Bench(budget=16)
     bench.add([5, 6, 7, 8, 9], max_tokens=3, ignore_eos=True)
-    first = bench.step()
+    first = bench.planned_step()
     assert (first.token_ids, first.query_lens, first.context_lens) == ([5, 6, 7, 8, 9], [5], [0])
     assert len(first.block_tables[0]) == 2 and len(first.samples) == 1
-    second = bench.step()
+    second = bench.planned_step()
     assert (second.query_lens, second.context_lens) == ([1], [5])
     assert second.block_tables == first.block_tables
     assert second.token_ids == bench.received[next(iter(bench.received))].token_ids[:1]
@@ -250,7 +265,7 @@ def test_a_prompt_and_its_output_go_through_the_cache_in_order():
 def test_long_prompts_are_computed_in_chunks_and_only_the_last_chunk_samples():
     bench = Bench(budget=5)
     bench.add(prompt_of(12), max_tokens=1)
-    plans = [bench.step() for _ in range(3)]
+    plans = [bench.planned_step() for _ in range(3)]
     assert [plan.query_lens for plan in plans] == [[5], [5], [2]]
     assert [plan.context_lens for plan in plans] == [[0], [5], [10]]
     assert [len(plan.block_tables[0]) for plan in plans] == [2, 3, 3]
@@ -263,17 +278,17 @@ def test_prefill_chunks_and_decodes_share_a_step_and_the_running_ones_come_first
     bench.add([1, 2], ignore_eos=True)
     bench.step()
     bench.add(prompt_of(9))
-    plan = bench.step()
+    plan = bench.planned_step()
     assert (plan.query_lens, plan.context_lens) == ([1, 5], [2, 0])
     assert [row.sequence for row in plan.samples] == [0]
-    assert bench.step().query_lens == [1, 4]
+    assert bench.planned_step().query_lens == [1, 4]
 
 
 def test_a_step_holds_at_most_max_num_seqs_sequences():
     bench = Bench(max_num_seqs=2)
     for seed in range(3):
         bench.add(prompt_of(2, seed), ignore_eos=True, max_tokens=2)
-    assert [len(bench.step().query_lens) for _ in range(3)] == [2, 2, 1]
+    assert [len(bench.planned_step().query_lens) for _ in range(3)] == [2, 2, 1]
     bench.drain()
     bench.check_outputs()
 
@@ -289,12 +304,12 @@ def test_sequences_are_first_scheduled_in_the_order_of_arrival():
 
 def test_a_sample_row_carries_the_sampling_parameters():
     bench = Bench()
-    options = {
+    options: dict[str, Any] = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 7, "logprobs": 2,
         "logit_bias": {4: 1.5},
     }  # fmt: skip
     bench.add([1, 2], **options)
-    row = bench.schedule().samples[0]
+    row = bench.plan().samples[0]
     assert {name: getattr(row, name) for name in options} == options
     assert (row.position, row.barred, row.seen_prompt, row.seen_output) == (0, [], [], {})
 
@@ -302,7 +317,7 @@ def test_a_sample_row_carries_the_sampling_parameters():
 def test_the_position_of_a_sample_counts_the_output():
     bench = Bench()
     bench.add([1, 2], ignore_eos=True, max_tokens=3)
-    assert [bench.step().samples[0].position for _ in range(3)] == [0, 1, 2]
+    assert [bench.planned_step().samples[0].position for _ in range(3)] == [0, 1, 2]
 
 
 def test_seen_tokens_are_sent_only_to_penalties_that_need_them():
@@ -313,7 +328,7 @@ def test_seen_tokens_are_sent_only_to_penalties_that_need_them():
     bench.step()
     bench.step()
     outputs = [dict(Counter(received.token_ids)) for received in bench.received.values()]
-    rows = bench.schedule().samples
+    rows = bench.plan().samples
     assert [row.seen_prompt for row in rows] == [[1, 3], [], []]
     assert [row.seen_output for row in rows] == [outputs[0], outputs[1], {}]
 
@@ -321,7 +336,7 @@ def test_seen_tokens_are_sent_only_to_penalties_that_need_them():
 def test_a_plan_does_not_change_after_it_was_made():
     bench = Bench()
     bench.add([1, 2, 3], ignore_eos=True, presence_penalty=1.0, max_tokens=6)
-    plan = bench.schedule()
+    plan = bench.plan()
     before = repr(plan)
     bench.deliver()
     bench.drain()
@@ -342,7 +357,7 @@ def test_log_probabilities_come_with_their_token():
 def test_continuation_i_of_n_has_seed_plus_i_and_comes_back_under_its_index():
     bench = Bench()
     bench.add(prompt_of(5), n=3, seed=40)
-    assert [row.seed for row in bench.schedule().samples] == [40, 41, 42]
+    assert [row.seed for row in bench.plan().samples] == [40, 41, 42]
     assert [sequence.index for sequence in bench.received] == [0, 1, 2]
     bench.deliver()
     bench.drain()
@@ -419,7 +434,7 @@ def test_the_models_length_ends_with_length(max_tokens):
 def test_eos_and_stop_tokens_are_barred_before_min_tokens():
     bench = Bench()
     bench.add(prompt_that_outputs(EOS, at=0), min_tokens=2, stop_token_ids=[7, 3])
-    assert [bench.step().samples[0].barred for _ in range(2)] == [[EOS, 3, 7]] * 2
+    assert [bench.planned_step().samples[0].barred for _ in range(2)] == [[EOS, 3, 7]] * 2
     plan = bench.step()
     assert plan is None or plan.samples[0].barred == []
     bench.drain()
@@ -429,7 +444,7 @@ def test_eos_and_stop_tokens_are_barred_before_min_tokens():
 def test_ignored_eos_is_not_barred():
     bench = Bench()
     bench.add([1, 2], min_tokens=2, stop_token_ids=[7], ignore_eos=True)
-    assert bench.schedule().samples[0].barred == [7]
+    assert bench.plan().samples[0].barred == [7]
 
 
 def test_logits_that_are_not_finite_end_only_their_sequence_with_an_error():
@@ -520,7 +535,7 @@ def test_results_out_of_order_are_refused():
     bench = Bench(budget=2, max_num_seqs=1)
     bench.add([1, 2])
     bench.add([1, 3])
-    first, second = bench.schedule(), bench.schedule()
+    first, second = bench.plan(), bench.plan()
     result = bench.model.execute(second)
     with pytest.raises(MoespanError, match=r"the result of step 1 is not due; in flight: \[0, 1\]"):
         bench.scheduler.update(second, result)
@@ -539,7 +554,7 @@ def test_a_prompt_goes_on_from_the_blocks_of_an_equal_prefix():
     bench.add(prompt_of(9), max_tokens=1)
     bench.step()
     (second,) = bench.add([*prompt_of(9), 5, 5])
-    plan = bench.step()
+    plan = bench.planned_step()
     assert (plan.context_lens, plan.query_lens) == ([8], [3])
     assert second.num_cached_tokens == 8
     scheduler = bench.scheduler
@@ -554,7 +569,7 @@ def test_blocks_of_running_sequences_and_of_outputs_are_shared_too():
     for _ in range(8):
         bench.step()
     (second,) = bench.add(list(first.token_ids))
-    assert bench.schedule().context_lens == [13, 12]
+    assert bench.plan().context_lens == [13, 12]
     assert second.block_table[:3] == first.block_table[:3]
     bench.deliver()
     bench.drain()
@@ -567,7 +582,7 @@ def test_at_least_one_token_is_computed_if_the_cache_has_the_whole_prompt(num_to
     bench.add(prompt_of(12), max_tokens=1)
     bench.step()
     bench.add(prompt_of(12)[:num_tokens])
-    plan = bench.step()
+    plan = bench.planned_step()
     assert (plan.context_lens, plan.query_lens) == (([4], [4]) if num_tokens == 8 else ([8], [1]))
     bench.drain()
     bench.check_outputs()
@@ -623,7 +638,7 @@ def test_every_prompt_position_is_reported_once_with_any_chunks_and_cache(budget
 def test_a_prompt_row_names_the_token_after_each_query_token():
     bench = Bench(budget=4)
     bench.add([1, 2, 3, 4, 5, 6], prompt_logprobs=2)
-    rows = [row for _ in range(3) for row in bench.step().prompts]
+    rows = [row for _ in range(3) for row in bench.planned_step().prompts]
     assert [(row.targets, row.logprobs, row.logits) for row in rows] == [
         ([2, 3, 4, 5], 2, False),
         ([6], 2, False),
@@ -633,7 +648,7 @@ def test_a_prompt_row_names_the_token_after_each_query_token():
 def test_only_the_first_continuation_reports_on_the_prompt():
     bench = Bench()
     bench.add(prompt_of(5), n=3, prompt_logprobs=0)
-    assert [row.sequence for row in bench.schedule().prompts] == [0]
+    assert [row.sequence for row in bench.plan().prompts] == [0]
     bench.deliver()
     bench.drain()
     bench.check_outputs()
@@ -673,7 +688,7 @@ def test_nothing_is_admitted_in_a_step_that_preempted():
     """A waiting sequence that fits into the freed blocks is admitted one step later."""
     bench = Bench(num_blocks=8, budget=17)
     old, short, long = [
-        (bench.add(prompt_of(n, seed=n), max_tokens=None, ignore_eos=True), bench.schedule())[0][0]
+        (bench.add(prompt_of(n, seed=n), max_tokens=None, ignore_eos=True), bench.plan())[0][0]
         for n in (4, 5, 17)
     ]
     bench.deliver()
@@ -683,7 +698,7 @@ def test_nothing_is_admitted_in_a_step_that_preempted():
     bench.deliver()
     bench.deliver()
     while not long.num_preemptions:
-        plan = bench.step()
+        plan = bench.planned_step()
     assert len(plan.query_lens) == 1 and bench.scheduler.allocator.num_free == 4
     assert list(bench.scheduler.waiting) == [short, long]
     bench.step()
@@ -699,7 +714,7 @@ def test_a_preempted_sequence_finds_its_own_blocks_again():
     contexts = []
     while young.status is not Status.FINISHED:
         admitted = young.num_preemptions and young.status is Status.WAITING
-        plan = bench.step()
+        plan = bench.planned_step()
         if admitted and young.status is Status.RUNNING:
             contexts.append(plan.context_lens[-1])
     assert young.num_preemptions > 0 and min(contexts) >= 4
@@ -809,7 +824,7 @@ def test_one_continuation_can_be_finished_and_the_others_go_on():
     bench.step()
     bench.finish(first)
     bench.finish(first)
-    assert bench.schedule().query_lens == [1]
+    assert bench.plan().query_lens == [1]
     assert bench.abort("a") == [second]
     assert bench.deliver() == []
     bench.check_outputs()
@@ -822,11 +837,11 @@ def test_plans_in_flight_hold_different_sequences():
     bench = Bench(max_num_seqs=2, budget=16)
     for seed in range(4):
         bench.add(prompt_of(3, seed), ignore_eos=True)
-    first, second = bench.schedule(), bench.schedule()
+    first, second = bench.plan(), bench.plan()
     assert (len(first.query_lens), len(second.query_lens)) == (2, 2)
     assert bench.schedule() is None
     bench.deliver()
-    assert bench.schedule().token_ids == [
+    assert bench.plan().token_ids == [
         sequence.token_ids[-1] for sequence in list(bench.received)[:2]
     ]
     bench.drain(depth=2)
@@ -873,7 +888,7 @@ def test_metrics_follow_the_sequences():
 
 
 def test_the_same_calls_make_the_same_plans():
-    def plans() -> list[StepPlan]:
+    def plans() -> list[StepPlan | None]:
         bench = Bench(num_blocks=9, budget=7)
         for seed in range(8):
             bench.add(prompt_of(4 + seed, seed % 2), n=2)
@@ -896,14 +911,14 @@ def test_a_plan_ahead_names_the_token_that_the_last_plan_samples():
     bench = Bench(ahead=True)
     bench.add(prompt_of(3), max_tokens=1)
     bench.add(prompt_of(4), ignore_eos=True, max_tokens=3)
-    first, second = bench.schedule(), bench.schedule()
+    first, second = bench.plan(), bench.plan()
     assert len(first.samples) == 2
     # The first sequence ends with its token; the other's has index 1.
     assert (second.token_ids, second.query_lens, second.context_lens) == ([~1], [1], [4])
     assert [row.position for row in second.samples] == [1]
     assert bench.schedule() is None  # two are in flight
     bench.deliver()
-    assert bench.schedule().token_ids == [~0]
+    assert bench.plan().token_ids == [~0]
     bench.drain(depth=2)
     bench.check_outputs()
     assert bench.num_steps == 3  # the limit is known ahead, so no step is wasted
@@ -913,15 +928,15 @@ def test_a_plan_after_the_result_is_back_has_the_token_itself():
     bench = Bench(ahead=True)
     bench.add(prompt_of(3), ignore_eos=True)
     bench.step()
-    assert bench.schedule().token_ids == bench.received[next(iter(bench.received))].token_ids
+    assert bench.plan().token_ids == bench.received[next(iter(bench.received))].token_ids
 
 
 def test_a_prompt_goes_on_in_the_next_plan_while_its_last_chunk_is_computed():
     bench = Bench(budget=5, ahead=True)
     bench.add(prompt_of(12), max_tokens=1)
-    plans = [bench.schedule(), bench.schedule()]
+    plans = [bench.plan(), bench.plan()]
     bench.deliver()
-    plans.append(bench.schedule())
+    plans.append(bench.plan())
     assert [plan.query_lens for plan in plans] == [[5], [5], [2]]
     assert [plan.context_lens for plan in plans] == [[0], [5], [10]]
     assert [len(plan.samples) for plan in plans] == [0, 0, 1]
@@ -933,7 +948,7 @@ def test_the_plan_ahead_of_a_stopped_sequence_is_dropped_and_then_its_blocks_are
     bench = Bench(ahead=True)
     (sequence,) = bench.add(prompt_that_outputs(EOS, at=0))
     bench.schedule()
-    ahead = bench.schedule()
+    ahead = bench.plan()
     (update,) = bench.deliver()
     assert (update.token_ids, update.finish_reason) == ([EOS], "stop")
     assert sequence.block_table == ahead.block_tables[0] and bench.scheduler.has_unfinished
@@ -951,7 +966,7 @@ def test_the_next_plan_waits_for_a_result_that_it_depends_on(options):
     bench.schedule()
     assert bench.schedule() is None
     bench.deliver()
-    assert len(bench.schedule().query_lens) == 2  # all sequences advance together
+    assert len(bench.plan().query_lens) == 2  # all sequences advance together
     bench.drain(depth=2)
     bench.check_outputs()
 
@@ -959,7 +974,7 @@ def test_the_next_plan_waits_for_a_result_that_it_depends_on(options):
 def test_stop_tokens_are_barred_in_plans_ahead_until_min_tokens_are_planned():
     bench = Bench(ahead=True)
     bench.add(prompt_of(3), min_tokens=1, stop_token_ids=[7], ignore_eos=True)
-    assert [bench.schedule().samples[0].barred for _ in range(2)] == [[7], []]
+    assert [bench.plan().samples[0].barred for _ in range(2)] == [[7], []]
 
 
 def test_a_block_whose_last_token_is_not_known_yet_is_not_shared():
@@ -969,7 +984,7 @@ def test_a_block_whose_last_token_is_not_known_yet_is_not_shared():
     bench.schedule()  # it writes the fourth token of the block, whose id is unknown
     bench.deliver()
     bench.add([*first.token_ids, 1])
-    assert bench.schedule().context_lens[1] == 0
+    assert bench.plan().context_lens[1] == 0
     bench.drain(depth=2)
     bench.check_outputs()
 
@@ -993,7 +1008,7 @@ def test_a_plan_ahead_takes_no_blocks_from_sequences_in_flight():
     (old,) = bench.add(prompt_of(15, seed=1), ignore_eos=True, max_tokens=None)
     (young,) = bench.add(prompt_of(15, seed=2), ignore_eos=True, max_tokens=None)
     while old.num_tokens + old.num_expected_tokens < 17:
-        assert len(bench.schedule().query_lens) == 2
+        assert len(bench.plan().query_lens) == 2
         if len(bench.flights) == 2:
             bench.deliver()
     assert bench.schedule() is None  # `old` needs a fifth block, and `young` is in flight
@@ -1009,7 +1024,7 @@ def test_a_plan_ahead_takes_no_blocks_from_sequences_in_flight():
 PREFIXES = [prompt_of(n, seed=100 + n % 3) for n in (4, 8, 9, 12)]
 
 
-def random_request(rng: random.Random, max_model_len: int) -> tuple[list[int], dict]:
+def random_request(rng: random.Random, max_model_len: int) -> tuple[list[int], dict[str, Any]]:
     prefix = rng.choice([[], *PREFIXES])
     prompt = prefix + [rng.randrange(VOCAB) for _ in range(rng.choice([0, 1, 2, 5, 12]))]
     prompt = (prompt or [3])[: max_model_len - 1]
@@ -1139,6 +1154,6 @@ class RandomSchedules(RuleBasedStateMachine):
 
 
 RandomSchedules.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, derandomize=True
+    max_examples=examples(150), stateful_step_count=60, deadline=None, derandomize=True
 )
 TestRandomSchedules = RandomSchedules.TestCase

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moespan.engine.request import SamplingParams
 from moespan.engine.text import TextStream
+from tests.tiers import examples
 
 SPECIAL = 999
 
@@ -67,7 +68,7 @@ def cut_texts(draw: st.DrawFn) -> list[list[bytes]]:
     return steps
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(steps=cut_texts(), stops=stop_strings, include=st.booleans())
 def test_the_pieces_join_to_the_text_cut_at_its_first_stop_string(
     steps: list[list[bytes]], stops: list[str], include: bool
@@ -90,7 +91,7 @@ def test_the_pieces_join_to_the_text_cut_at_its_first_stop_string(
         assert (text, stream.stopped_by) == (whole[: start + len(stop) * include], stop)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(steps=cut_texts(), stops=stop_strings)
 def test_exactly_the_possible_beginning_of_a_stop_string_is_held_back(
     steps: list[list[bytes]], stops: list[str]

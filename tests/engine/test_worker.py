@@ -146,6 +146,7 @@ def test_a_sequence_that_is_not_finite_fails_alone():
     source = RandomSource(CONFIG, torch.float32, seed=0)
     worker = make_worker(CONFIG, source)
     poison = 60
+    assert worker.model.embed is not None
     worker.model.embed[poison] = torch.nan
     lonely = execute(worker, plan([TOKENS], [0], samples=[greedy_row(0, logprobs=2)])).samples
     step = plan(

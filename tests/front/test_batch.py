@@ -104,6 +104,7 @@ def test_an_answer_has_all_that_the_contract_names(run: Callable[..., Batch]):
 
 
 def test_prompts_are_text_or_token_ids(run: Callable[..., Batch], llm: LLM):
+    assert llm.tokenizer is not None
     batch = run({"prompt": "12+30="}, {"prompt": llm.tokenizer.encode("347+85=")})
     assert (batch.text_of(1), batch.text_of(2)) == ("42", "432")
 
@@ -151,6 +152,7 @@ def test_chat_lines_are_user_messages_or_whole_conversations(run: Callable[..., 
 
 
 def test_token_ids_are_given_as_they_are_even_with_chat(run: Callable[..., Batch], llm: LLM):
+    assert llm.tokenizer is not None
     batch = run({"prompt": llm.tokenizer.encode("12+30=")}, chat=True)
     assert batch.text_of(1) == "42"
 

@@ -28,7 +28,7 @@ def greedy(**settings: Any) -> SamplingParams:
 
 
 def engine(llm: LLM) -> Engine:
-    return llm._client._engine  # type: ignore[attr-defined,no-any-return]
+    return llm._client._engine  # type: ignore[attr-defined]
 
 
 def assert_idle(llm: LLM) -> None:
@@ -95,6 +95,7 @@ def test_outputs_come_in_the_order_of_the_prompts(llm: LLM):
     outputs = llm.generate(prompts, params)
     assert [output.prompt for output in outputs] == prompts
     for output, one in zip(outputs, params, strict=True):
+        assert output.prompt is not None and one.max_tokens is not None
         a, b = map(int, output.prompt.rstrip("=").split("+"))
         answer = str(a + b)
         assert output.outputs[0].text == answer[: one.max_tokens]
@@ -103,6 +104,7 @@ def test_outputs_come_in_the_order_of_the_prompts(llm: LLM):
 
 
 def test_text_token_ids_and_dicts_are_the_same_prompt(llm: LLM):
+    assert llm.tokenizer is not None
     ids = llm.tokenizer.encode("347+85=")
     ways: list[Any] = [
         "347+85=",
@@ -277,7 +279,7 @@ def test_an_output_ends_at_the_models_length(small: Callable[..., LLM]):
 
 def test_n_continuations_are_those_of_n_requests_with_following_seeds(llm: LLM):
     story = "Story: Mia, fox, lake."
-    settings = {"max_tokens": 20, "temperature": 1.5}
+    settings: dict[str, Any] = {"max_tokens": 20, "temperature": 1.5}
     (together,) = llm.generate(story, SamplingParams(n=3, seed=7, **settings))
     alone = llm.generate([story] * 3, [SamplingParams(seed=7 + i, **settings) for i in range(3)])
     assert [one.index for one in together.outputs] == [0, 1, 2]
@@ -297,12 +299,14 @@ def test_requests_without_a_seed_are_drawn_from_the_engines(small: Callable[...,
 
 
 def test_logprobs_are_those_of_the_models_own_distribution(llm: LLM):
+    assert llm.tokenizer is not None
     prompt = llm.tokenizer.encode("Story: Mia, fox, lake.")
     params = SamplingParams(
         max_tokens=12, temperature=2.0, top_k=40, seed=3, logprobs=4, ignore_eos=True
     )
     one = llm.generate(prompt, params)[0].outputs[0]
     expected = log_softmax(logits_of(llm, prompt + one.token_ids))[len(prompt) - 1 : -1]
+    assert one.logprobs is not None
     assert [entry.token_id for entry in one.logprobs] == one.token_ids
     for entry, row in zip(one.logprobs, expected, strict=True):
         assert entry.logprob == pytest.approx(row[entry.token_id], abs=1e-4)
@@ -321,8 +325,9 @@ def test_prompt_logprobs_are_one_for_each_token_but_the_first(
     with small(max_num_seqs=1, max_num_batched_tokens=max_num_batched_tokens) as llm:
         (output,) = llm.generate(prompt, greedy(max_tokens=1, prompt_logprobs=2))
         expected = log_softmax(logits_of(llm, prompt))
-        first, *others = output.prompt_logprobs
-        assert first is None
+        assert output.prompt_logprobs is not None
+        assert output.prompt_logprobs[0] is None
+        others = [entry for entry in output.prompt_logprobs[1:] if entry is not None]
         assert [entry.token_id for entry in others] == prompt[1:]
         for entry, row in zip(others, expected, strict=False):
             assert entry.logprob == pytest.approx(row[entry.token_id], abs=1e-5)
@@ -333,7 +338,9 @@ def test_scores_that_were_asked_for_are_lists_and_others_none(small: Callable[..
     with small() as llm:
         (asked,) = llm.generate([3], greedy(max_tokens=2, logprobs=0, prompt_logprobs=0))
         assert asked.prompt_logprobs == [None]
-        assert [entry.top for entry in asked.outputs[0].logprobs] == [[], []]
+        scores = asked.outputs[0].logprobs
+        assert scores is not None
+        assert [entry.top for entry in scores] == [[], []]
         (plain,) = llm.generate([3], greedy(max_tokens=2))
         assert plain.prompt_logprobs is None
         assert plain.outputs[0].logprobs is None
@@ -421,8 +428,17 @@ def test_the_next_step_starts_before_the_previous_result_is_awaited(
 ):
     order: list[str] = []
     execute, wait = Worker.execute, Pending.wait
-    monkeypatch.setattr(Worker, "execute", lambda *args: (order.append("start"), execute(*args))[1])
-    monkeypatch.setattr(Pending, "wait", lambda self: (order.append("wait"), wait(self))[1])
+
+    def noted_execute(*args: Any) -> Any:
+        order.append("start")
+        return execute(*args)
+
+    def noted_wait(self: Pending) -> Any:
+        order.append("wait")
+        return wait(self)
+
+    monkeypatch.setattr(Worker, "execute", noted_execute)
+    monkeypatch.setattr(Pending, "wait", noted_wait)
     params = greedy(ignore_eos=True, max_tokens=4)
     orders = []
     for ahead in (False, True):
@@ -663,7 +679,7 @@ def test_close_is_idempotent(small: Callable[..., LLM]):
 
 @pytest.mark.parametrize("setting", [{"quantization": "int8"}, {"kv_cache_dtype": "int8"}], ids=str)
 def test_integers_are_refused_where_the_device_has_no_operations_for_them(
-    monkeypatch: pytest.MonkeyPatch, setting: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any]
 ):
     monkeypatch.setattr("moespan.ops.CpuOps.quantizations", ())
     monkeypatch.setattr("moespan.ops.CpuOps.has_int8_cache", False)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from moespan.config import EngineConfig, Layout
 from moespan.engine.info import EngineInfo, EngineStats
-from moespan.engine.questions import Question, Stats, Traffic
+from moespan.engine.questions import Question, Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import CheckpointError, RequestError
 from moespan.launch.rank import run_rank
@@ -93,6 +93,7 @@ class FakeEngine:
         if isinstance(question, Traffic):
             time.sleep(ANSWER_S)
             return [[("fake", "send", "nothing", 0, 0)]]
+        assert isinstance(question, Trace)
         if question.token_ids == [0]:
             fail()
         raise RequestError("this trace is refused")

@@ -100,7 +100,7 @@ def test_a_message_larger_than_the_socket_does_not_block_its_sender(ends: Ends) 
     large = Add(Request(id="large", prompt_token_ids=[70000] * 2_000_000, params=params))
     front.send(large)
     front.send(Abort("large"))
-    received: list[Add | Abort] = []
+    received: list[FromFront] = []
     while len(received) < 2:
         front.receive(0)
         received += leader.receive(0)

@@ -119,7 +119,12 @@ def test_requests_are_answered_by_both_ranks(client: RanksClient) -> None:
 def test_threads_add_while_another_receives(client: RanksClient) -> None:
     ids = [str(number) for number in range(12)]
     threads = [threading.Thread(target=client.add, args=[request(name)]) for name in ids]
-    timer = threading.Timer(0.3, lambda: [thread.start() for thread in threads])
+
+    def start_all() -> None:
+        for thread in threads:
+            thread.start()
+
+    timer = threading.Timer(0.3, start_all)
     timer.start()
     deltas = client.receive()  # waits before anything is asked
     while len(deltas) < 12:

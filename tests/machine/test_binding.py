@@ -504,6 +504,7 @@ def test_cores_that_do_not_exist_are_reported_and_not_fatal() -> None:
 FAKE_RANK = str(Path(__file__).parents[1] / "launch" / "fake_rank.py")
 
 
+@pytest.mark.slow
 def test_started_ranks_have_the_cores_of_their_binding() -> None:
     expected = binding_here("auto", "cpu", 2)
     config = EngineConfig("fake", Layout(tp=2))
@@ -519,6 +520,7 @@ def test_started_ranks_have_the_cores_of_their_binding() -> None:
             assert masks == {frozenset(part.cpus or os.sched_getaffinity(0))}
 
 
+@pytest.mark.slow
 def test_a_bad_map_is_an_error_of_the_front() -> None:
     config = EngineConfig("fake", Layout(tp=2), bind="0:0,1:99")
     with pytest.raises(ConfigError, match="'1:99' names NUMA node 99"):

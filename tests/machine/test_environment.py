@@ -368,6 +368,7 @@ def test_the_chip_is_known_by_pci(tmp_path: Path) -> None:
     assert npu_chip(tmp_path) == "910B"
 
 
+@pytest.mark.slow
 def test_ranks_get_the_environment_that_is_printed(tmp_path: Path) -> None:
     """A fake rank writes its environment to a file."""
     program = tmp_path / "rank.py"

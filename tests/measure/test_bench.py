@@ -52,6 +52,7 @@ def test_one_command_gives_all_figures_of_a_checkpoint(capsys: pytest.CaptureFix
     assert report["layout"]["tp"] == 1 and report["model"] == str(QUICKSTART)
 
 
+@pytest.mark.slow
 def test_a_preset_needs_no_file_and_runs_under_a_layout_as_a_table(
     capsys: pytest.CaptureFixture[str],
 ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +18,11 @@ from torch import Tensor
 from moespan.checkpoint.rounding import QuantizedWeight, quantize, round_rows
 from moespan.ops import AttentionBatch, ExpertBank, KVCache, Ops, ReferenceOps, Rotation, Weight
 from moespan.parallel.mesh import Axis
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack
+
+    Tensors = TypeVarTuple("Tensors")
 
 REFERENCE = ReferenceOps()
 # As a share of the largest value: a few roundings, because the orders of operations differ.
@@ -84,7 +89,7 @@ class Contract:
 
     device = torch.device("cpu")
     block_size = 4
-    head_sizes = (6, 64, 128)
+    head_sizes: tuple[int, ...] = (6, 64, 128)
     most_tokens = 40
 
     @pytest.fixture
@@ -100,9 +105,11 @@ class Contract:
         generator = torch.Generator().manual_seed(seed + sum(shape))
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    def to(self, *tensors: Tensor) -> list[Tensor]:
-        """Copies on the device, so that operations cannot change the inputs of the reference."""
-        return [tensor.clone().to(self.device) for tensor in tensors]
+    def to(self, *tensors: Unpack[Tensors]) -> tuple[Unpack[Tensors]]:
+        """Copies on the device: operations may not change what the reference is given."""
+        given: Any = tensors
+        copies: Any = tuple(tensor.clone().to(self.device) for tensor in given)
+        return copies
 
     def prepared(self, ops: Ops, module: str, **weights: Tensor) -> list[Weight]:
         return [ops.prepare(f"{module}.{name}", *self.to(w)) for name, w in weights.items()]
@@ -140,9 +147,10 @@ class OpsContract(Contract):
         x, onto = (self.random(num_tokens, 34, dtype=dtype, seed=seed) for seed in (0, 1))
         gate_up = self.random(14, 34, dtype=dtype) / 8
         down = self.random(34, 7, dtype=dtype) / 8
-        weights = self.prepared(ops, "layers.0.mlp", gate_up=gate_up, down=down)
+        prepared = self.prepared(ops, "layers.0.mlp", gate_up=gate_up, down=down)
         expected = REFERENCE.mlp_sum(x, gate_up, down, Axis(), "mlp", onto.clone())
-        found = ops.mlp_sum(*self.to(x), *weights, Axis(), "mlp", *self.to(onto))
+        ours, to_add = self.to(x, onto)
+        found = ops.mlp_sum(ours, prepared[0], prepared[1], Axis(), "mlp", to_add)
         assert_close(found, expected, dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -318,7 +326,7 @@ class OpsContract(Contract):
         for kind in (torch.int64, torch.int32) if choice == "random" else (torch.int32,):
             matrices = self.prepared(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
             moved = self.to(x, weights, physical_ids.to(kind))
-            found = ops.experts(*moved, ExpertBank(*matrices, first, num_physical))
+            found = ops.experts(*moved, ExpertBank(matrices[0], matrices[1], first, num_physical))
             assert_close(found, expected, dtype)
 
 
@@ -430,7 +438,7 @@ class QuantizedContract(Contract):
             module = "layers.0.mlp.experts"
             matrices = self.prepared_quantized(ops, module, gate_up=gate_up, down=down)
             moved = self.to(x, weights, physical_ids)
-            found = ops.experts(*moved, ExpertBank(*matrices, first, num_physical))
+            found = ops.experts(*moved, ExpertBank(matrices[0], matrices[1], first, num_physical))
             self.assert_close(found, expected, dtype, kind)
 
     @pytest.mark.parametrize("dtype", DTYPES)

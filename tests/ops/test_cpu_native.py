@@ -124,9 +124,10 @@ def test_parts_of_rows_and_scales_are_padded_with_zeros(ops: NativeCpuOps, dtype
     if dtype == torch.int8:
         scale = Piece("any", held[:1], "any", held[:1], is_scale=True)
         builder.put(scale, scales[held[0]])
-    expected: Tensor | QuantizedWeight = torch.zeros(shape, dtype=BF16)
+    expected: Tensor | QuantizedWeight
     if dtype == BF16:
-        expected[held] = file[piece.tensor_index]
+        expected = whole = torch.zeros(shape, dtype=BF16)
+        whole[held] = file[piece.tensor_index]
     else:
         expected = QuantizedWeight(torch.zeros(shape, dtype=torch.int8), torch.zeros(48))
         expected.values[held] = integers[piece.tensor_index]
@@ -192,7 +193,7 @@ def test_experts_of_a_shard(ops: NativeCpuOps, num_tokens: int, width: int):
         ops.prepare(f"layers.1.mlp.experts.{name}", matrices.clone())
         for name, matrices in (("gate_up", gate_up), ("down", down))
     ]
-    bank = ExpertBank(*packed, first, num_physical)
+    bank = ExpertBank(packed[0], packed[1], first, num_physical)
     assert_close(ops.experts(x, weights, physical_ids, bank), expected)
 
 
@@ -225,20 +226,21 @@ def test_linear_of_integers_for_any_number_of_rows(
 def test_experts_of_integers(ops: NativeCpuOps, num_tokens: int, bits: int):
     hidden_size, width, held = 64, 40, 3
     x = random(num_tokens, hidden_size)
-    banks = [
-        QuantizedWeight(values.view(held, *shape), scales.view(held, -1), bits)
-        for shape in ((2 * width, hidden_size), (hidden_size, width))
-        for values, scales in [quantize(random(held * shape[0], shape[1]))]
-    ]
+
+    def matrices(*shape: int) -> QuantizedWeight:
+        values, scales = quantize(random(held * shape[0], shape[1]))
+        return QuantizedWeight(values.view(held, *shape), scales.view(held, -1), bits)
+
+    banks = matrices(2 * width, hidden_size), matrices(hidden_size, width)
     generator = torch.Generator().manual_seed(1)
     physical_ids = torch.rand(num_tokens, 4, generator=generator).argsort(-1)[:, :2]
     weights = torch.rand(num_tokens, 2, generator=generator)
     expected = REFERENCE.experts(x, weights, physical_ids, ExpertBank(*banks, 0, 4))
     packed = [
-        ops.prepare(f"mlp.experts.{name}", replace(bank, values=bank.values.clone()))
-        for name, bank in zip(("gate_up", "down"), banks, strict=True)
+        ops.prepare(f"mlp.experts.{name}", replace(one, values=one.values.clone()))
+        for name, one in zip(("gate_up", "down"), banks, strict=True)
     ]
-    bank = ExpertBank(*packed, 0, 4)
+    bank = ExpertBank(packed[0], packed[1], 0, 4)
     assert_close(ops.experts(x, weights, physical_ids, bank), expected, 2e-2)
 
 
@@ -271,11 +273,11 @@ def test_experts_of_4_bits(ops: NativeCpuOps, num_tokens: int, width: int):
     physical_ids = torch.rand(num_tokens, 4, generator=generator).argsort(-1)[:, :2]
     weights = torch.rand(num_tokens, 2, generator=generator)
     packed = [
-        ops.prepare(f"mlp.experts.{name}", bank)
-        for name, bank in zip(("gate_up", "down"), banks, strict=True)
+        ops.prepare(f"mlp.experts.{name}", one)
+        for name, one in zip(("gate_up", "down"), banks, strict=True)
     ]
     expected = REFERENCE.experts(x, weights, physical_ids, ExpertBank(*banks, 0, 4))
-    bank = ExpertBank(*packed, 0, 4)
+    bank = ExpertBank(packed[0], packed[1], 0, 4)
     assert_close(ops.experts(x, weights, physical_ids, bank), expected, 2e-2)
 
 

@@ -59,8 +59,8 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@pytest.mark.sampled(3)  # the interpreter is slow; each combination meets one of three dtypes
 class TestCudaOps(OpsContract):
-    # Few cases, because the interpreter is slow.
     head_sizes = (80,)
     most_tokens = 21
 
@@ -70,6 +70,7 @@ class TestCudaOps(OpsContract):
             yield ops
 
 
+@pytest.mark.sampled(3)
 class TestCudaOpsOf8Bits(QuantizedContract):
     head_sizes = (6,)
     most_tokens = 21
@@ -194,7 +195,7 @@ def test_experts_of_8_bit_floats_at_odd_sizes(ops: Ops, num_tokens: int, choice:
     if choice != "random":
         one = first if choice == "all on one" else num_physical
         physical_ids = torch.full_like(physical_ids, one)
-    args = (x, weights, physical_ids, ExpertBank(*matrices, first, num_physical))
+    args = (x, weights, physical_ids, ExpertBank(matrices[0], matrices[1], first, num_physical))
     with Poisoned():
         found = ops.experts(*args)
     assert_close(found, REFERENCE.experts(*args), torch.bfloat16, kind.flip)

@@ -172,8 +172,8 @@ def test_an_int8_cache_holds_integers_times_scales():
     slots = torch.arange(num_blocks * 4)
     k, v = random(len(slots), 2, 16), random(len(slots), 2, 16, seed=1)
     OPS.write_cache(k, v, integers, slots)
-    rounded = [(x * 127 / (m := x.abs().amax(-1, True))).round() * m / 127 for x in (k, v)]
-    OPS.write_cache(*rounded, floats, slots)
+    keys, values = ((x * 127 / (m := x.abs().amax(-1, True))).round() * m / 127 for x in (k, v))
+    OPS.write_cache(keys, values, floats, slots)
     q = random(4, 4, 16)
     expected = OPS.attention(q, floats, batch, 0.25)
     torch.testing.assert_close(OPS.attention(q, integers, batch, 0.25), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +13,9 @@ from moespan.checkpoint.experts import ExpertPlacement
 from moespan.config import Layout, ModelConfig
 from moespan.parallel.dispatch import Dispatch, PhysicalExperts
 from moespan.parallel.mesh import Mesh
-from tests.parallel.threads import on_all_ranks, thread_meshes
+from tests.parallel.threads import on_all_ranks, sent_over, thread_meshes
 from tests.support import CPU, assert_close, geometry
+from tests.tiers import examples
 
 NUM_EXPERTS, NUM_CHOSEN, HIDDEN = 6, 2, 4
 CONFIG = ModelConfig.from_dict(geometry())
@@ -67,9 +70,10 @@ def compute_on(held: tuple[int, ...], first: int, seen: list[int]):
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[Layout, str, str | dict, list[int], int]:
+def steps(draw: st.DrawFn) -> tuple[Layout, str, str | dict[str, Any], list[int], int]:
     layout = draw(st.sampled_from(SPREAD))
     dispatch = draw(st.sampled_from(layout.dispatches))
+    rules: list[str | dict[str, Any]]
     rules = ["contiguous", "round_robin", *([TABLE] if layout.ep == 4 else [])]
     if layout.ep > NUM_EXPERTS:
         rules = [{"default": [[rank % NUM_EXPERTS] for rank in range(layout.ep)]}]
@@ -84,10 +88,10 @@ def steps(draw: st.DrawFn) -> tuple[Layout, str, str | dict, list[int], int]:
     )
 
 
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(steps())
 def test_every_token_gets_the_weighted_sum_of_its_experts(
-    step: tuple[Layout, str, str | dict, list[int], int],
+    step: tuple[Layout, str, str | dict[str, Any], list[int], int],
 ):
     layout, dispatch, rule, tp_group_tokens, seed = step
     placement = ExpertPlacement.make(rule, CONFIG, layout)
@@ -152,7 +156,7 @@ def test_each_tp_rank_sends_its_part_of_the_tokens():
         held = ([0], [1], [2], [3, 4, 5])[layout.ep_rank(mesh.rank)]
         compute = compute_on(tuple(held), send.first_physical(table), [])
         send(x, torch.ones(4, 2), chosen, table, compute)
-        return mesh.ep.sent
+        return sent_over(mesh.ep)
 
     sent = on_all_ranks(meshes, run)
     # Each tp rank of group 0 sends 2 of the 4 tokens to both ranks of group 1 and gets them back;
@@ -183,4 +187,4 @@ def test_inside_tp_nothing_is_sent_and_the_ranks_parts_add_up():
     total = torch.stack(on_all_ranks(meshes, run)).sum(0)
     expected = x * (weights * (chosen + 1)).sum(-1, keepdim=True)
     assert_close(total.numpy(), expected.numpy(), 1e-5)
-    assert all(mesh.tp.sent == [] for mesh in meshes)
+    assert all(sent_over(mesh.tp) == [] for mesh in meshes)

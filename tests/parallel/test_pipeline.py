@@ -9,7 +9,7 @@ from torch import Tensor
 from moespan.config import Layout
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.pipeline import StageLink
-from tests.parallel.threads import on_all_ranks, thread_meshes
+from tests.parallel.threads import on_all_ranks, sent_over, thread_meshes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -33,7 +33,7 @@ def test_the_hidden_state_arrives_whole_and_each_tp_rank_sends_its_part(
         assert here.dtype == dtype and torch.equal(here, x)
     part = -(-num_tokens * hidden_size // tp)
     for mesh in meshes:
-        assert mesh.pp.sent == ([] if mesh.is_last_stage else [("hidden", part)])
+        assert sent_over(mesh.pp) == ([] if mesh.is_last_stage else [("hidden", part)])
 
 
 def test_steps_in_flight_arrive_in_their_order():

@@ -29,7 +29,7 @@ class _Line:
         self.values: list[Any] = [None] * size
         # Made here for all pairs: otherwise sender and receiver could each make their own.
         self.queues: dict[tuple[int, int], Queue[Tensor]] = {
-            pair: Queue() for pair in product(range(size), repeat=2)
+            pair: Queue() for pair in product(range(size), range(size))
         }
 
 
@@ -88,6 +88,11 @@ def thread_meshes(layout: Layout, moe_dispatch: str = "auto") -> list[Mesh]:
                 if len(ranks) > 1:
                     setattr(meshes[rank], name, ThreadAxis(name, ranks, place, line))
     return meshes
+
+
+def sent_over(axis: Axis) -> list[tuple[str, int]]:
+    """What a rank gave to others over an axis of `thread_meshes`: (collective, elements)."""
+    return axis.sent if isinstance(axis, ThreadAxis) else []
 
 
 def on_all_ranks(meshes: list[Mesh], run: Callable[[Mesh], Result]) -> list[Result]:

@@ -1,13 +1,16 @@
-"""One rank of `test_traffic.py`: executes steps under many layouts, one layout after the other.
+"""The ranks of `test_traffic.py`: they execute steps under many layouts, one after the other.
 
-Reads `cases.json` in the folder on its command line, writes what it counted to `rank<r>.json`.
+`step_rank.py FOLDER RANKS` forks the ranks, so that torch is imported once. Each reads `cases.json`
+in the folder and writes what it counted to `rank<r>.json`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +31,40 @@ from moespan.ops import CpuOps
 from moespan.parallel.mesh import Mesh
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    rank = int(os.environ["RANK"])
-    device = init_distributed("cpu", folder / "store", timeout_s=60)
-    given = json.loads((folder / "cases.json").read_text())
-    model = ModelConfig.from_dict(given["model"])
-    results = [run(case, model, device) for case in given["cases"]]
-    (folder / f"rank{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+def main() -> int:
+    """Run all ranks; returns 1 if one of them fails, and ends the others then."""
+    folder, world_size = Path(sys.argv[1]), int(sys.argv[2])
+    os.environ.update(WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    ranks = set()
+    for rank in range(world_size):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(run_rank(folder, rank))
+        ranks.add(pid)
+    while ranks:
+        pid, status = os.wait()
+        ranks.remove(pid)
+        if status:
+            for left in ranks:
+                os.kill(left, signal.SIGKILL)
+            return 1
+    return 0
+
+
+def run_rank(folder: Path, rank: int) -> int:
+    """Run all cases; returns 1 and prints the traceback if that fails."""
+    os.environ["RANK"] = str(rank)
+    try:
+        device = init_distributed("cpu", folder / "store", timeout_s=60)
+        given = json.loads((folder / "cases.json").read_text())
+        model = ModelConfig.from_dict(given["model"])
+        results = [run(case, model, device) for case in given["cases"]]
+        (folder / f"rank{rank}.json").write_text(json.dumps(results))
+        dist.destroy_process_group()
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def run(case: dict[str, Any], model: ModelConfig, device: torch.device) -> list[dict[str, Any]]:
@@ -73,4 +101,4 @@ def run(case: dict[str, Any], model: ModelConfig, device: torch.device) -> list[
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

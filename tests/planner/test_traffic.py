@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from moespan.engine.step import PromptRow, StepPlan
 from moespan.parallel.counters import sent_bytes
 from moespan.parallel.tokens import choose_dispatch, mean_ranks_met
 from moespan.planner.traffic import StepSize, step_traffic
+from tests import tiers
 from tests.support import geometry, greedy_row
 
 RANKS = 8
@@ -84,8 +84,8 @@ CASES = [
     Case(Layout(pp=2, dp=2, sp=2, ep=4), "auto"),
     Case(Layout(dp=2, sp=2, tp=2, ep=8), "all_to_all"),
 ]
-if os.environ.get("EVERY_LAYOUT"):  # takes too long for every run
-    CASES = [Case(one, how) for one in all_layouts(RANKS, CONFIG) for how in one.dispatches]
+if tiers.ALL:
+    CASES = [Case(one, way) for one in all_layouts(RANKS, CONFIG) for way in one.dispatches]
 
 Results = list[list[list[dict[str, Any]]]]
 """rank → case → step → the result of `step_rank.py`."""
@@ -105,14 +105,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         for case in CASES
     ]
     (folder / "cases.json").write_text(json.dumps({"model": MODEL, "cases": cases}))
-    program = [sys.executable, str(Path(__file__).with_name("step_rank.py")), str(folder)]
-    world = {**os.environ, "WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(program, env={**world, "RANK": str(rank)}, stderr=subprocess.PIPE)
-        for rank in range(RANKS)
-    ]
-    errors = [rank.communicate()[1].decode() for rank in ranks]
-    assert not any(rank.returncode for rank in ranks), max(errors, key=len)
+    program = [sys.executable, str(Path(__file__).with_name("step_rank.py"))]
+    ran = subprocess.run([*program, str(folder), str(RANKS)], stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 0, ran.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -182,6 +177,7 @@ def size_of(case: int, step: int, results: Results) -> StepSize:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_counters_equal_formulas(number: int, results: Results) -> None:
     case = CASES[number]
@@ -212,6 +208,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=[str(CASES[a].layout) for a, _ in PAIRS])
 def test_all_to_all_never_sends_more_than_all_gather(
     ours: int, theirs: int, results: Results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_held_out_items_are_answered_exactly(llm: LLM, task: str, num_items: int
     ],
     ids=str,
 )
-def test_8_and_4_bits_answer_held_out_items_nearly_as_well(settings: dict[str, str]):
+def test_8_and_4_bits_answer_held_out_items_nearly_as_well(settings: dict[str, Any]):
     with LLM(str(MODEL), device="cpu", max_model_len=256, **settings) as llm:
         for task in ("sum", "sort"):
             prompts = [prompt for prompt, _ in tasks.heldout(task, 60)]

@@ -13,7 +13,7 @@ from tests.quickstart.files import TOOLS, tasks
 SIZES = {"sum": 300, "sort": 300, "story": 50}
 
 
-def take(seed: int, n: int) -> list:
+def take(seed: int, n: int) -> list[tasks.Item]:
     return list(itertools.islice(tasks.training_items(seed), n))
 
 

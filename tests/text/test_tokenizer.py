@@ -37,6 +37,7 @@ from tests.text.tokenizer_files import (
     run_script,
     write,
 )
+from tests.tiers import examples
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +316,7 @@ def test_the_text_of_one_token(deepseek: Tokenizer) -> None:
 
 
 any_text = st.text(max_size=60) | st.lists(st.sampled_from(CORPUS), max_size=2).map("".join)
-many_examples = settings(max_examples=100, deadline=None)
+many_examples = settings(max_examples=examples(100), deadline=None)
 
 
 @many_examples

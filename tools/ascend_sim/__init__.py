@@ -22,6 +22,8 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
         load = spec.loader.exec_module
         # Kernels then run in order in the calling thread, not in a thread of torch_npu.
         os.environ["TASK_QUEUE_ENABLE"] = "0"
@@ -32,5 +34,5 @@ class _Finder(importlib.abc.MetaPathFinder):
 
             start()
 
-        spec.loader.exec_module = load_and_start
+        setattr(spec.loader, "exec_module", load_and_start)  # noqa: B010
         return spec

@@ -110,8 +110,8 @@ def build(folder: Path) -> str:
 
 
 def missing(folder: Path) -> tuple[set[str], set[str]]:
-    """The libraries that the wheel's shared objects lack here, and their undefined symbols."""
-    torch = Path(importlib.metadata.distribution("torch").locate_file("torch/lib"))
+    """The libraries that the wheel's shared objects lack here, and the symbols nobody defines."""
+    torch = Path(str(importlib.metadata.distribution("torch").locate_file("torch/lib")))
     own = [*sorted(folder.glob("torch_npu/lib/*.so")), *sorted(folder.glob("torch_npu/_C.*.so"))]
     search = [str(torch), sysconfig.get_config_var("LIBDIR") or ""]
     environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(search)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from typing import Any
 
 import torch
 import torch_npu
@@ -57,9 +58,8 @@ PRODUCTS = {
     npu.npu_quant_matmul,
 }
 # Tensors in NZ format, by the address of their memory.
-tiled = {}
-# Operations that the host must wait for, since shapes or control flow depend on numbers: by name,
-# and by tag.
+tiled: dict[int, Any] = {}
+# Operations whose result's shape, or the host's next step, depends on numbers: by tag, and by name.
 WAITING = {aten.where.default, aten.is_nonzero.default, aten.repeat_interleave.self_Tensor}
 DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
@@ -241,5 +241,5 @@ def start():
         with SimulatedNPU():
             run(thread)
 
-    threading.Thread.run = run_simulated
+    setattr(threading.Thread, "run", run_simulated)  # noqa: B010
     SimulatedNPU().__enter__()

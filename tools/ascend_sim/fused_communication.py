@@ -31,28 +31,33 @@ ASSIST = 128  # int32 per row in assist_info_for_combine
 class Group:
     """A communicator of this process, found by the name that torch_npu gives it."""
 
-    _cann = None
-    with_matmul = None  # name of the communicator of matmuls with a collective
+    _cann: ctypes.CDLL | None = None
+    with_matmul = None  # the one that matmuls with a collective use
 
     @staticmethod
     def find(name, only_fused=False):
-        """The address of the communicator; None if it does not exist (any more)."""
+        """The communicator's address; None if there is none (any more)."""
+        return Group.cann().ascend_sim_comm(name.encode(), int(only_fused))
+
+    @staticmethod
+    def cann() -> ctypes.CDLL:
+        """The stand-in for CANN that this process uses."""
         if Group._cann is None:
             folder = Path(torch_npu.__file__).parent.parent / "torch_npu.libs"
             Group._cann = ctypes.CDLL(str(folder / "libfakecann.so"))
             Group._cann.ascend_sim_comm.restype = ctypes.c_void_p
             Group._cann.ascend_sim_comm_bytes.restype = ctypes.c_size_t
-        return Group._cann.ascend_sim_comm(name.encode(), int(only_fused))
+        return Group._cann
 
     def __init__(self, name, only_fused):
         handle = Group.find(name, only_fused)
         demand(handle, f"there is no communicator {name!r}")
         self._comm = ctypes.c_void_p(handle)
         rank, size = ctypes.c_uint32(), ctypes.c_uint32()
-        Group._cann.HcclGetRankId(self._comm, ctypes.byref(rank))
-        Group._cann.HcclGetRankSize(self._comm, ctypes.byref(size))
+        Group.cann().HcclGetRankId(self._comm, ctypes.byref(rank))
+        Group.cann().HcclGetRankSize(self._comm, ctypes.byref(size))
         self.rank, self.size = rank.value, size.value
-        self.buffer_bytes = Group._cann.ascend_sim_comm_bytes(self._comm)
+        self.buffer_bytes = Group.cann().ascend_sim_comm_bytes(self._comm)
 
     def all_reduce(self, x):
         x = x.contiguous()
@@ -83,11 +88,11 @@ class Group:
         return out
 
     def _call(self, name, *arguments):
-        Group._cann.ascend_sim_fused(1)
+        Group.cann().ascend_sim_fused(1)
         try:
             code = getattr(Group._cann, name)(*arguments, self._comm, None)
         finally:
-            Group._cann.ascend_sim_fused(0)
+            Group.cann().ascend_sim_fused(0)
         demand(code == 0, f"{name} inside a fused operator: error code {code}")
 
 

@@ -8,11 +8,14 @@ of its arguments alive; on hardware, too, that is the program's duty.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch_npu
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ascend_sim.memory import to_cpu, tree_leaves
+from ascend_sim.memory import to_cpu
 from ascend_sim.rules import RefusedError
 
 COLLECTIVES = ("c10d", "_c10d_functional", "npu_custom_dist")
@@ -22,19 +25,22 @@ _begin = _graphs.NPUGraph.capture_begin
 _end = _graphs.NPUGraph.capture_end
 _group_begin = _graphs.graph_task_group_begin
 _group_end = _graphs.graph_task_group_end
-_task_groups = {}  # handle → (steps of its graph, first, last)
+Steps = list[Callable[[], Any]]
+_task_groups: dict[Any, tuple[Steps, int, int]] = {}  # handle → (steps of its graph, first, last)
 
 
 class Graph:
     """The lists of steps to which operations are recorded at the moment; None if they compute."""
 
-    capturing = updating = None
-    group_start = group = None
+    capturing: Steps | None = None
+    updating: Steps | None = None
+    group_start = 0
+    group: tuple[Steps, int, int] | None = None
 
     @staticmethod
     def record(func, args, kwargs, result):
-        """Add a step to the graph being captured."""
-        Graph.capturing.append(step_of(func, args, kwargs, result))
+        """Add a step to the graph that is captured."""
+        captured().append(step_of(func, args, kwargs, result))
 
     @staticmethod
     def record_update(func, args, kwargs):
@@ -43,8 +49,15 @@ class Graph:
             raise RefusedError(f"{func} in a task update makes a new tensor: use an out variant")
         result = kwargs.get("out")
         result = tuple(result) if isinstance(result, list) else result
+        assert Graph.updating is not None
         Graph.updating.append(step_of(func, args, kwargs, result))
         return result
+
+
+def captured() -> Steps:
+    """The steps of the graph that is captured."""
+    assert Graph.capturing is not None, "no graph is captured"
+    return Graph.capturing
 
 
 def step_of(func, args, kwargs, result):
@@ -81,13 +94,13 @@ def replay(graph):
 
 
 def graph_task_group_begin(stream):
-    Graph.group_start = len(Graph.capturing)
+    Graph.group_start = len(captured())
     _group_begin(stream)
 
 
 def graph_task_group_end(stream):
     handle = _group_end(stream)
-    _task_groups[handle] = (Graph.capturing, Graph.group_start, len(Graph.capturing))
+    _task_groups[handle] = (captured(), Graph.group_start, len(captured()))
     return handle
 
 
@@ -96,6 +109,7 @@ def graph_task_update_begin(stream, handle):
 
 
 def graph_task_update_end(stream):
+    assert Graph.group is not None and Graph.updating is not None
     steps, first, last = Graph.group
     if len(Graph.updating) != last - first:
         raise RefusedError(
@@ -105,14 +119,16 @@ def graph_task_update_end(stream):
 
 
 def install():
-    """Replace torch_npu's functions by those of the simulator."""
-    for function in (capture_begin, capture_end, replay):
-        setattr(_graphs.NPUGraph, function.__name__, function)
-    for function in (
+    """Put the simulator's functions into the place of torch_npu's."""
+    methods: tuple[Callable[..., None], ...] = (capture_begin, capture_end, replay)
+    for method in methods:
+        setattr(_graphs.NPUGraph, method.__name__, method)
+    functions: tuple[Callable[..., Any], ...] = (
         graph_task_group_begin,
         graph_task_group_end,
         graph_task_update_begin,
         graph_task_update_end,
-    ):
+    )
+    for function in functions:
         for module in (_graphs, torch_npu.npu):
             setattr(module, function.__name__, function)

@@ -233,14 +233,14 @@ def integer_product(x, weight, quantities, output_dtype):
         f"{name}: {x.dtype} to {output} with {kinds}",
     )
 
-    def product(rows, i, places):
+    def scaled_product(rows, i, places):
         sums = exact(rows, weight[i])
         if not kinds:
             return sums
         scales = given["scale"][i].float() * given["per_token_scale"][places].unsqueeze(1)
         return (sums.float() * scales).to(output)
 
-    return product, output
+    return scaled_product, output
 
 
 def check_scales(key, key_scale, value_scale, modes, layout, queries, block_table, heads, size):

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import jinja2
 import tasks
@@ -215,7 +216,7 @@ def make_batch(
         elif (misses := misses + 1) == 20:
             break
 
-    columns: dict[str, list[list]] = {"ids": [], "positions": [], "document": [], "weights": []}
+    columns: dict[str, list[Any]] = {"ids": [], "positions": [], "document": [], "weights": []}
     for packed, left in zip(filled, room, strict=True):
         columns["ids"].append([i for ids, _ in packed for i in ids] + [PADDING_ID] * left)
         columns["positions"].append([i for ids, _ in packed for i in range(len(ids))] + [0] * left)
@@ -223,13 +224,13 @@ def make_batch(
         columns["document"][-1] += [-1] * left
         # Nothing has to foresee the first token of a document.
         columns["weights"].append([w for _, ws in packed for w in [0.0, *ws[1:]]] + [0.0] * left)
-    ids, weights = torch.tensor(columns["ids"]), torch.tensor(columns["weights"])
+    token_ids, token_weights = torch.tensor(columns["ids"]), torch.tensor(columns["weights"])
     return Batch(
-        ids=ids,
+        ids=token_ids,
         positions=torch.tensor(columns["positions"]),
         document=torch.tensor(columns["document"]),
-        targets=ids.roll(-1, dims=1),
-        weights=weights.roll(-1, dims=1),
+        targets=token_ids.roll(-1, dims=1),
+        weights=token_weights.roll(-1, dims=1),
     )
 
 
@@ -250,7 +251,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: dict) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         hidden = config["hidden_size"]
         self.heads = config["num_attention_heads"]
@@ -291,7 +292,7 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    def __init__(self, config: dict) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         hidden, width = config["hidden_size"], config["moe_intermediate_size"]
         self.top_k = config["num_experts_per_tok"]
@@ -323,7 +324,7 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: dict, index: int) -> None:
+    def __init__(self, config: dict[str, Any], index: int) -> None:
         super().__init__()
         hidden, eps = config["hidden_size"], config["rms_norm_eps"]
         self.input_layernorm = RMSNorm(hidden, eps)
@@ -341,7 +342,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: dict) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config["num_hidden_layers"]))
@@ -349,7 +350,7 @@ class Decoder(nn.Module):
 
 
 class Network(nn.Module):
-    def __init__(self, config: dict) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)
@@ -546,7 +547,8 @@ def report(
     """
     items = tasks.heldout(task, n)
     limit = 100 if task == "story" else 24
-    right, shown = 0, []
+    right = 0
+    shown: list[str] = []
     for start in range(0, n, 100):
         part = items[start : start + 100]
         written = greedy(network, [prompt_ids(tokenizer, p, form) for p, _ in part], limit)
@@ -566,7 +568,7 @@ def report(
 # ---------------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

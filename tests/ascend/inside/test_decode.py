@@ -145,7 +145,8 @@ def test_decode_steps_are_started_ahead_without_a_wait_for_the_device(
     # The same tokens as with one step after another.
     results = [one.wait() for one in started if one is not None]
     first = execute(worker, steps[0])
-    steps[1].token_ids[:] = [sampled.token_id for sampled in first.samples]
+    tokens = [sampled.token_id for sampled in first.samples]
+    steps[1].token_ids[:] = [token for token in tokens if token is not None]
     assert results == [first, execute(worker, steps[1])]
 
 

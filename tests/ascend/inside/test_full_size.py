@@ -5,7 +5,6 @@ Each operator checks its own arguments, shapes, dtypes and devices.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -24,12 +23,12 @@ from moespan.ops.npu.integers import IntegerMatrix
 from moespan.parallel.dispatch import Dispatch
 from moespan.parallel.mesh import Axis, Mesh
 from moespan.parallel.tokens import split_evenly, tp_group_tokens
+from tests import tiers
 
 NPU = torch.device("npu", 0)
 # The width of the whole model, with one dense layer and three with experts.
 CONFIG = ModelConfig.from_dict(preset("16b-4l", {}))
 ALL = [layout for world in (8, 16) for layout in all_layouts(world, CONFIG)]
-# All layouts take minutes: MOESPAN_ALL_LAYOUTS=1.
 CHOSEN = [
     Layout(tp=8),
     Layout(tp=8, ep=8),
@@ -41,11 +40,11 @@ CHOSEN = [
     Layout(tp=4, ep=16, sp=2, dp=2),
     Layout(tp=4, pp=4),
 ]
-IS_ALL = os.environ.get("MOESPAN_ALL_LAYOUTS") == "1"
 # Quantization, and the dtype of the cache.
 FLOATS, INTEGERS = (None, "bfloat16"), [("int8", "int8"), ("w8a8", "int8")]
-CASES = [(layout, *FLOATS) for layout in (ALL if IS_ALL else CHOSEN)]
-CASES += [(layout, *kind) for layout in (ALL if IS_ALL else CHOSEN[1:4]) for kind in INTEGERS]
+CASES: list[tuple[Layout, str | None, str]]
+CASES = [(layout, *FLOATS) for layout in (ALL if tiers.ALL else CHOSEN)]
+CASES += [(layout, *kind) for layout in (ALL if tiers.ALL else CHOSEN[1:4]) for kind in INTEGERS]
 BLOCK, BLOCKS = 128, 600
 
 

@@ -78,7 +78,7 @@ def experts_across(rank: int, bug: str) -> float:
         chosen[0, 0] = chosen[0, 1]
     planted = changes.get(bug, (DISPATCH, lambda i, v: v))
     with call(*planted):
-        bank = ExpertBank(*prepared, mine.start, EXPERTS)
+        bank = ExpertBank(prepared[0], prepared[1], mine.start, EXPERTS)
         got = ops.experts_across(x[rank].npu(), weights[rank].npu(), chosen.npu(), bank, axis)
     difference: Tensor = (got.cpu().float() - want.float()).abs().max()
     return float(difference.nan_to_num(torch.inf))
@@ -118,17 +118,21 @@ def sums(rank: int, tiled: bool) -> float:
     plus = x[rank].npu()
     called = []
     operator = torch_npu.npu_mm_all_reduce_base
-    with mock.patch.object(
-        torch_npu, "npu_mm_all_reduce_base", lambda *a, **k: called.append(1) or operator(*a, **k)
-    ):
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        called.append(1)
+        return operator(*args, **kwargs)
+
+    with mock.patch.object(torch_npu, "npu_mm_all_reduce_base", noted):
         results = []
         for ops in (fused, NpuOps()):
-            weights = [ops.prepare(n, w[rank].npu()) for n, w in (("g", gate_up), ("d", down))]
+            first = ops.prepare("g", gate_up[rank].npu())
+            second = ops.prepare("d", down[rank].npu())
             hidden = x[0, :, :WIDTH].contiguous().npu()
             results += [
-                ops.linear_sum(hidden, weights[1], axis, "attention"),
-                ops.mlp_sum(x[0].npu(), *weights, axis, "moe", plus),
-                ops.mlp_sum(x[0, 1:].npu(), *weights, axis, "mlp"),  # too few rows
+                ops.linear_sum(hidden, second, axis, "attention"),
+                ops.mlp_sum(x[0].npu(), first, second, axis, "moe", plus),
+                ops.mlp_sum(x[0, 1:].npu(), first, second, axis, "mlp"),  # too few rows
             ]
     assert len(called) == 2
     calls = axis._traffic.calls

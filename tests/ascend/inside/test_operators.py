@@ -223,9 +223,9 @@ def test_the_scale_is_1_unless_it_is_passed(made):
     assert defaults["scale"] == 1.0
     b = altered(on("npu", cpu_batch), scale=1.0)
     q = torch.randn(4, SMALL.heads, SMALL.dim, dtype=DTYPE)
-    rows = cpu_batch.cache[:, 0, :3].float().transpose(1, 2)
+    keys, values = cpu_batch.cache[:, 0, :3].float().transpose(1, 2)
     q32 = q[:3].float().transpose(0, 1)
-    want = F.scaled_dot_product_attention(q32, *rows, is_causal=True, scale=1)
+    want = F.scaled_dot_product_attention(q32, keys, values, is_causal=True, scale=1)
     close(attend(SMALL, q.npu(), b)[:3], want.transpose(0, 1))
 
 

@@ -59,7 +59,9 @@ class TestNpuOpsOfIntegers(QuantizedContract):
         bank = ExpertBank(gate_up, down, 2, 8)
         expected = REFERENCE.experts(x, weights, physical_ids, bank)
         matrices = self.prepared_quantized(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
-        found = ops.experts(*self.to(x, weights, physical_ids), ExpertBank(*matrices, 2, 8))
+        found = ops.experts(
+            *self.to(x, weights, physical_ids), ExpertBank(matrices[0], matrices[1], 2, 8)
+        )
         self.assert_close(found, expected, dtype, kind)
 
     @pytest.mark.parametrize("kind", ["int8", "w8a8"])

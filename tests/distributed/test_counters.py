@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,9 +10,9 @@ import pytest
 from moespan.config import Coordinates, Layout, ModelConfig
 from moespan.engine.request import SamplingParams
 from moespan.engine.step import Sampled, StepResult
-from moespan.front.llm import LLM
 from moespan.parallel.counters import Traffic
 from moespan.planner.traffic import StepSize, step_traffic
+from tests.distributed.ranks import Ranks
 from tests.support import geometry, write_config
 
 CONFIG = ModelConfig.from_dict(geometry())
@@ -27,22 +27,13 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    folder = write_config(tmp_path_factory.mktemp("model") / "model")
-    with LLM(
-        str(folder),
-        data_parallel_size=4,
-        dtype="float32",
-        load_format="dummy",
-        num_blocks=64,
-        max_model_len=64,
-    ) as llm:
-        yield llm
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_one_request(layout: Layout, llm: LLM) -> None:
-    llm.relayout(layout)
+def test_one_request(layout: Layout, folder: Path, ranks: Ranks) -> None:
+    llm = ranks.llm(folder, layout, load_format="dummy", max_model_len=64)
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     token_ids = llm.generate([PROMPT], params)[0].outputs[0].token_ids
     counted = [[tuple(row) for row in rows] for rows in llm.traffic()]
