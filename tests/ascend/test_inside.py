@@ -17,7 +17,7 @@ def test_inside(ascend_sim):
     def run(names):
         files = (str(INSIDE / name) for name in names)
         # Warnings are torch_npu's own there.
-        return ascend_sim("--python", "-m", "pytest", "-q", "-W", "ignore", *files, timeout=400)
+        return ascend_sim("--python", "-m", "pytest", "-q", "-W", "ignore", *files, timeout=600)
 
     with ThreadPoolExecutor() as pool:
         for result in pool.map(run, (FORKING, others)):

@@ -37,7 +37,7 @@ def run_ranks(size, function, *args, timeout_s=60, **environ):
         return _fork(size, on_rank, timeout_s, lambda rank: environ)
 
 
-def run_program(size, function, *args, timeout_s=120, **environ):
+def run_program(size, function, *args, timeout_s=300, **environ):
     """What `function(*args)` returned on rank 0 of a program that torchrun, as it seems, started
     on all ranks; the others may end in it."""
     with socket.socket() as listener:
