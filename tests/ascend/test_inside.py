@@ -16,8 +16,8 @@ def test_inside(ascend_sim):
 
     def run(names):
         files = (str(INSIDE / name) for name in names)
-        # The warnings there are torch_npu's own.
-        return ascend_sim("--python", "-m", "pytest", "-q", "-W", "ignore", *files, timeout=400)
+        # Warnings are torch_npu's own there.
+        return ascend_sim("--python", "-m", "pytest", "-q", "-W", "ignore", *files, timeout=600)
 
     with ThreadPoolExecutor() as pool:
         for result in pool.map(run, (FORKING, others)):

@@ -39,11 +39,9 @@ def run_ranks(size, function, *args, timeout_s=60, **environ):
         return _fork(size, on_rank, timeout_s, lambda rank: environ)
 
 
-def run_program(size, function, *args, timeout_s=120, **environ):
-    """The result of `function(*args)` on rank 0, in an environment as torchrun would start it.
-
-    The processes of other ranks may exit inside `function`.
-    """
+def run_program(size, function, *args, timeout_s=300, **environ):
+    """What `function(*args)` returned on rank 0 of a program that torchrun, as it seems, started
+    on all ranks; the others may end in it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
