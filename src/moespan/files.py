@@ -20,7 +20,9 @@ from typing import Any
 MOST_JSON_BYTES = 4 << 20
 """Bytes of a JSON file of settings; the largest of a published model has a tenth."""
 
-_MOST_JSON_VALUES = 1 << 20
+MOST_JSON_VALUES = 1 << 20
+"""Values in such a file."""
+
 _CHUNK_BYTES = 1 << 20
 
 _KINDS = {
@@ -80,19 +82,27 @@ def read_rest(file: io.FileIO, most_bytes: int) -> bytes:
 
 
 def read_json(
-    path: str | Path, most_bytes: int = MOST_JSON_BYTES, most_values: int = _MOST_JSON_VALUES
+    path: str | Path, most_bytes: int = MOST_JSON_BYTES, most_values: int = MOST_JSON_VALUES
 ) -> Any:
     """The value that a JSON file holds.
+
+    Raises:
+        OSError: see `read_bytes`.
+        ValueError: see `parse_json`.
+    """
+    return parse_json(read_bytes(path, most_bytes), most_values)
+
+
+def parse_json(data: bytes, most_values: int = MOST_JSON_VALUES) -> Any:
+    """The value that JSON in UTF-8 describes.
 
     Args:
         most_values: bound of the commas and opening brackets, and so of the memory for the value.
 
     Raises:
-        OSError: see `read_bytes`.
-        ValueError: the contents are not JSON in UTF-8, or hold too many values, or values that are
-            nested too deeply.
+        ValueError: `data` is not JSON in UTF-8, or holds too many values, or values that are nested
+            too deeply.
     """
-    data = read_bytes(path, most_bytes)
     if sum(map(data.count, (b",", b"[", b"{"))) > most_values:
         raise ValueError(f"it holds over {most_values} values, which no such file needs")
     try:
