@@ -388,14 +388,13 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
     except OSError as error:
         raise TokenizerError(f"cannot read {file}: {error}") from error
     try:
-        content = files.parse_json(data, tokenizer_file.MOST_VALUES)
+        parts = tokenizer_file.parse(data)
     except ValueError as error:
         raise TokenizerError(f"{file} is not JSON: {error}") from error
     try:
-        tokenizer_file.check(content)
+        tokenizer_file.check(parts)
     except ValueError as error:
         raise TokenizerError(f"{file} is refused: {error}. {_NOT_OF_THIS_FAMILY}") from error
-    del content
     with _backend_errors(f"{file} is not a tokenizer that can be read"):
         backend = Backend.from_str(data.decode())
     # The file may hold both as leftovers of training. They would cut or pad every prompt.

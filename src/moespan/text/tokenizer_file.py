@@ -14,14 +14,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import msgspec
+
 from moespan.errors import shown
 
 MOST_BYTES: Final = 64 << 20
 """Bytes of tokenizer.json; those of a vocabulary of 256,000 tokens are half of it."""
 
-MOST_VALUES: Final = 4 << 20
-"""Values in tokenizer.json: a token and a merge for each of a million entries."""
-
+_MOST_VALUES: Final = 4 << 20
 _MOST_COMPONENTS: Final = 64
 _MOST_ADDED_TOKENS: Final = 1 << 15
 _MOST_ADDED_CHARACTERS: Final = 1 << 20
@@ -53,6 +53,8 @@ _COMPONENTS: Final = {
     ),
 }
 
+_CHECKED: Final = (*_COMPONENTS, "decoder", "added_tokens")
+
 # Parts of which each application makes the text longer again. One of each is allowed.
 _EXPANDING: Final = ("NFKC", "NFKD", "ByteLevel", "Metaspace", "TemplateProcessing")
 
@@ -66,17 +68,30 @@ _MOST_REPETITIONS: Final = 64
 _MOST_LOOPS, _MOST_OPTIONS, _MOST_CHOICES = 2, 4, 2
 
 
-def check(content: object) -> None:
+def parse(data: bytes) -> dict[str, Any]:
+    """The parts of tokenizer.json that `check` looks at; the vocabulary is passed over, unparsed.
+
+    Raises:
+        ValueError: `data` is not a JSON object in UTF-8, or holds too many values.
+    """
+    if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise ValueError(f"it holds over {_MOST_VALUES} values")
+    try:
+        parts = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        return {name: msgspec.json.decode(parts[name]) for name in _CHECKED if name in parts}
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from None
+
+
+def check(content: Mapping[str, Any]) -> None:
     """Refuse what could take more memory or time than a tokenizer of this family needs.
 
     Args:
-        content: the value that tokenizer.json holds.
+        content: the parts of tokenizer.json, as `parse` returns them.
 
     Raises:
         ValueError: names the part and the rule that it breaks.
     """
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds {type(content).__name__}, not an object")
     for place, known in _COMPONENTS.items():
         types = []
         for component in _components(content.get(place), place):
