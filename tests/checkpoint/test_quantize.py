@@ -242,7 +242,7 @@ def test_stored_scales_that_are_not_finite_are_named(tmp_path: Path, scheme: str
 def test_what_is_no_file_is_not_copied(tmp_path: Path, make: Callable[[Path], object]):
     shutil.copytree(QUICKSTART, tmp_path / "in")
     make(tmp_path / "in" / "LICENSE")
-    with pytest.raises(CheckpointError, match=r"in/LICENSE cannot be copied .*not a regular file"):
+    with pytest.raises(CheckpointError, match=r"in/LICENSE cannot be copied: .*not a regular file"):
         written(tmp_path, tmp_path / "in")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

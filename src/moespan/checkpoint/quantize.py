@@ -105,10 +105,7 @@ def quantize_checkpoint(
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         write_shards(partial, sizes, make, progress)
-        for pattern in _COPIED:
-            for file in folder.glob(pattern):
-                if file.name not in _WRITTEN:
-                    _copy(file, partial / file.name)
+        _copy_others(folder, partial)
         raw = read_json(folder / "config.json")
         write_json(partial / "config.json", {**raw, "quantization_config": stored.to_dict()})
         partial.chmod(0o755)  # mkdtemp lets only the owner in
@@ -118,8 +115,13 @@ def quantize_checkpoint(
         raise
 
 
-def _copy(file: Path, to: Path) -> None:
-    try:
-        to.write_bytes(read_bytes(file, _MOST_COPIED_BYTES))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be copied to {to.parent.parent}: {error}") from None
+def _copy_others(folder: Path, target: Path) -> None:
+    """Copy tokenizer, generation settings and licence."""
+    for pattern in _COPIED:
+        for file in folder.glob(pattern):
+            if file.name in _WRITTEN:
+                continue
+            try:
+                (target / file.name).write_bytes(read_bytes(file, _MOST_COPIED_BYTES))
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be copied: {error}") from None
