@@ -109,3 +109,7 @@ def parse_json(data: bytes, most_values: int = MOST_JSON_VALUES) -> Any:
         return json.loads(data.decode())
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:  # Python's limit of the digits that it converts
+        raise ValueError("it holds an integer of too many digits") from None

@@ -21,16 +21,16 @@ _MOST = {
     "hidden_size": 1 << 18,
     "intermediate_size": 1 << 22,
     "moe_intermediate_size": 1 << 22,
-    "num_hidden_layers": 1024,
+    "num_hidden_layers": 512,
     "num_attention_heads": 1 << 14,
     "num_key_value_heads": 1 << 14,
-    "n_routed_experts": 1 << 14,
+    "n_routed_experts": 1 << 12,
     "n_shared_experts": 1024,
-    "num_experts_per_tok": 1 << 14,
+    "num_experts_per_tok": 1 << 12,
     "max_position_embeddings": 1 << 28,
 }
 _MOST_BY_DEFAULT = 1 << 31
-_MOST_EXPERTS_OF_ALL_LAYERS = 1 << 17
+_MOST_EXPERTS_OF_ALL_LAYERS = 1 << 14
 _MOST_EOS_TOKENS = 1024
 
 
