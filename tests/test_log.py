@@ -17,6 +17,7 @@ from moespan.errors import ConfigError
 from moespan.launch.job import Job
 from moespan.launch.ranks import _environment, start_agent
 
+HOSTILE = r'logger.error("a \\x1b[2J\\rb\\u202e")'
 RANK_0 = {"RANK": "0", "WORLD_SIZE": "4"}
 RANK_3 = {"RANK": "3", "WORLD_SIZE": "4"}
 EACH_LEVEL = (
@@ -225,3 +226,7 @@ def test_ranks_name_themselves_and_inherit_the_level(
         "moespan: slow",
     ]
     assert "RuntimeError: broken" in err
+
+
+def test_control_characters_of_a_message_are_escaped():
+    assert shown(HOSTILE) == [r"moespan: a \x1b[2J\rb\u202e"]

@@ -13,7 +13,8 @@ still sees warnings and errors on stderr: the handler that this module adds writ
 neither the root logger nor `moespan` has another handler.
 
 A line is `moespan: message`. In a job of several ranks it names the rank, and on several nodes also
-the node: `moespan: node 1, rank 3: message`. A message that holds for all ranks names none.
+the node: `moespan: node 1, rank 3: message`. A message that holds for all ranks names none. Control
+characters of a message, which may quote a file, are escaped.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import logging
 import os
 import sys
 
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, printable
 
 LEVEL_VARIABLE = "MOESPAN_LOG_LEVEL"
 _OLD_LEVEL_VARIABLE = "MOESPAN_LOG"  # read for one more release
@@ -87,7 +88,8 @@ class _Stderr(logging.Handler):
         if sys.stderr is None or (self._yields and _has_other_handlers()):
             return
         try:
-            sys.stderr.write(f"moespan: {_speaker(record)}{self.format(record)}\n")
+            text = printable(self.format(record))
+            sys.stderr.write(f"moespan: {_speaker(record)}{text}\n")
             sys.stderr.flush()
         except Exception:
             self.handleError(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -68,13 +69,33 @@ def test_a_table_that_does_not_fit_is_refused_by_name(table: ExpertTable, said: 
 
 
 @pytest.mark.parametrize(
-    "content", ['{"default": [1, 2]}', '{"first": [[0], [1]]}', '{"default": [["0"], [true]]}']
+    "content",
+    [
+        '{"default": [1, 2]}',
+        '{"first": [[0], [1]]}',
+        '{"default": [["0"], [true]]}',
+        '{"²": [[0], [1]]}',
+        f'{{"{"9" * 5000}": [[0], [1]]}}',
+    ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path: Path, content: str):
     file = tmp_path / "experts.json"
     file.write_text(content)
     with pytest.raises(ConfigError, match="must be a layer number or 'default'"):
         expert_rule(str(file))
+
+
+@pytest.mark.parametrize("experts", [[0, 10**400], [*range(100_000)]])
+def test_experts_are_never_listed_whole(experts: list[int]):
+    with pytest.raises(ConfigError, match="ep rank 0 has unknown experts") as caught:
+        ExpertPlacement.make({"default": [experts, [1, 2]]}, CONFIG, TWO)
+    assert len(str(caught.value)) < 200
+
+
+def test_a_fifo_in_place_of_the_file_is_refused_at_once(tmp_path: Path):
+    os.mkfifo(tmp_path / "experts.json")
+    with pytest.raises(ConfigError, match="it is a FIFO, not a regular file"):
+        expert_rule(str(tmp_path / "experts.json"))
 
 
 def test_a_name_that_is_neither_rule_nor_file_is_refused():

@@ -18,7 +18,8 @@ from moespan.checkpoint.rounding import QuantizedWeight, round_groups, round_row
 from moespan.checkpoint.source import SafetensorsSource, Source
 from moespan.config import QUANTIZATIONS, SCHEMES, Layout, ModelConfig
 from moespan.errors import CheckpointError, LayoutError
-from tests.support import CPU, WHOLE_GROUPS, Oracle, altered_checkpoint, geometry
+from moespan.ops import Ops, ReferenceOps, ops_for
+from tests.support import CPU, QUICKSTART, WHOLE_GROUPS, Oracle, altered_checkpoint, geometry
 
 LAYOUTS = [
     Layout(),
@@ -90,6 +91,31 @@ def test_weights_that_are_not_finite_are_all_named_on_request(tmp_path: Path):
     with pytest.raises(CheckpointError) as caught:
         load_weights(placement, source, torch.float32, CPU, check_finite=True)
     assert sorted(caught.value.problems) == sorted(f"{name} holds NaN or Inf" for name in names)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("scheme", QUANTIZATIONS)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
+@pytest.mark.parametrize(
+    "ops", [ReferenceOps(), ops_for("cpu")], ids=lambda ops: type(ops).__name__
+)
+def test_integers_do_not_hide_weights_that_are_not_finite(
+    tmp_path: Path, layout: Layout, scheme: str, bad: float, ops: Ops
+):
+    names = [
+        "model.layers.1.self_attn.v_proj.weight",
+        "model.layers.1.mlp.experts.3.down_proj.weight",
+    ]
+    folder = QUICKSTART
+    for number, name in enumerate(names):
+        target = tmp_path / str(number)
+        folder = altered_checkpoint(folder, target, name, lambda w: w.view(-1)[:1].fill_(bad))
+    config = ModelConfig.from_pretrained(folder)
+    placement = place(config, layout, 0, quantization=scheme)
+    source = SafetensorsSource(folder, config)
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(placement, source, torch.bfloat16, CPU, new_builder=ops.builder)
+    assert caught.value.problems == sorted(f"{name} holds NaN or Inf" for name in names)
 
 
 PROGRAM = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from moespan.checkpoint.rounding import QuantizedWeight, round_rows
 from moespan.checkpoint.source import INDEX_FILE, SafetensorsSource
 from moespan.config import QUANTIZATIONS, Layout, ModelConfig
 from moespan.errors import CheckpointError, ConfigError
-from tests.support import CPU, QUICKSTART, WHOLE_GROUPS, Oracle, geometry
+from tests.support import CPU, QUICKSTART, WHOLE_GROUPS, Oracle, altered_checkpoint, geometry
 
 
 def written(tmp_path: Path, source: Path, scheme: str = "int8") -> Path:
@@ -204,6 +205,46 @@ def test_nan_and_integers_in_place_of_8_bit_floats_are_refused(tmp_path: Path):
     with pytest.raises(CheckpointError) as caught:
         SafetensorsSource(out, config)
     assert f"{name} has dtype I8, not one of F8_E4M3" in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("scheme", QUANTIZATIONS)
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.experts.3.up_proj.weight", "model.norm.weight"]
+)
+def test_weights_that_are_not_finite_are_named_and_nothing_is_written(
+    tmp_path: Path, name: str, scheme: str, bad: float
+):
+    spoiled = tmp_path / "in"
+    altered_checkpoint(QUICKSTART, spoiled, name, lambda w: w.view(-1)[7:8].fill_(bad))
+    with pytest.raises(CheckpointError) as caught:
+        written(tmp_path, spoiled, scheme)
+    assert caught.value.problems == [f"{name} holds NaN or Inf"]
+    assert [*tmp_path.iterdir()] == [spoiled]
+
+
+@pytest.mark.parametrize("scheme", QUANTIZATIONS)
+def test_stored_scales_that_are_not_finite_are_named(tmp_path: Path, scheme: str):
+    name = "model.layers.1.mlp.experts.3.up_proj.weight_scale"
+    out = written(tmp_path, QUICKSTART, scheme)
+    spoiled = tmp_path / "spoiled"
+    altered_checkpoint(out, spoiled, name, lambda w: w.view(-1)[:1].fill_(torch.inf))
+    config = ModelConfig.from_pretrained(spoiled)
+    source, placement = SafetensorsSource(spoiled, config), place(config, Layout(), 0)
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(placement, source, torch.bfloat16, CPU)
+    assert caught.value.problems == [f"{name} holds NaN or Inf"]
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["FIFO", "device"]
+)
+def test_what_is_no_file_is_not_copied(tmp_path: Path, make: Callable[[Path], object]):
+    shutil.copytree(QUICKSTART, tmp_path / "in")
+    make(tmp_path / "in" / "LICENSE")
+    with pytest.raises(CheckpointError, match=r"in/LICENSE cannot be copied: .*not a regular file"):
+        written(tmp_path, tmp_path / "in")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_scales_of_other_shape_and_dtype_are_read_and_floats_in_place_of_integers_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -213,13 +214,109 @@ def test_a_tensor_of_the_index_that_its_shard_lacks_is_reported(tmp_path: Path):
     ]
 
 
-def test_a_tensor_in_two_shards_is_reported(tmp_path: Path):
-    values = tensors()
-    weight_map = write_sharded(tmp_path, values)
+def write_twice(folder: Path, values: Tensors) -> tuple[str, dict[str, str]]:
+    """Write shards of which the second also holds zeros for a tensor of the first: name, index."""
+    weight_map = write_sharded(folder, values)
     mine = {name: values[name] for name, file in weight_map.items() if file == SHARDS[1]}
     twice = next(name for name, file in weight_map.items() if file == SHARDS[0])
-    save_file({**mine, twice: values[twice]}, str(tmp_path / SHARDS[1]))
-    assert problems_of(tmp_path) == [f"{SHARDS[1]}: {twice} is also in {SHARDS[0]}"]
+    save_file({**mine, twice: torch.zeros_like(values[twice])}, str(folder / SHARDS[1]))
+    return twice, weight_map
+
+
+def read_all(source: SafetensorsSource) -> Tensors:
+    pieces = place(CONFIG, Layout(), 0).pieces
+    return {
+        piece.tensor: part.clone()
+        for batch in source.batches(pieces)
+        for piece, part in source.read(batch)
+    }
+
+
+def test_the_index_decides_which_of_two_shards_has_a_tensor(tmp_path: Path):
+    values = tensors()
+    twice, weight_map = write_twice(tmp_path, values)
+    read = read_all(SafetensorsSource(tmp_path, CONFIG))
+    assert all(torch.equal(read[name], values[name]) for name in values)
+    write_index(tmp_path, {**weight_map, twice: SHARDS[1]})
+    assert not read_all(SafetensorsSource(tmp_path, CONFIG))[twice].any()
+
+
+def test_a_tensor_in_two_shards_that_the_index_does_not_name_is_reported(tmp_path: Path):
+    twice, weight_map = write_twice(tmp_path, tensors())
+    del weight_map[twice]
+    write_index(tmp_path, weight_map)
+    assert problems_of(tmp_path) == [
+        f"{SHARDS[0]}: {twice} is also in {SHARDS[1]}, and {INDEX_FILE} does not say which counts"
+    ]
+
+
+# ---- Hostile and changing files ----
+
+
+@pytest.mark.parametrize("name", [SHARDS[1], INDEX_FILE])
+@pytest.mark.parametrize("kind", ["FIFO", "/dev/zero", "/proc/kmsg"])
+def test_a_file_that_is_none_is_refused_at_once(tmp_path: Path, name: str, kind: str):
+    write_sharded(tmp_path, tensors())
+    (tmp_path / name).unlink()
+    if kind == "FIFO":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to(kind)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}:? cannot be read"):
+        SafetensorsSource(tmp_path, CONFIG)
+
+
+def test_a_header_larger_than_any_is_refused_unread(tmp_path: Path):
+    with (tmp_path / SINGLE_FILE).open("wb") as file:
+        file.write((1 << 30).to_bytes(8, "little"))
+        file.truncate(1 << 40)
+    (problem,) = problems_of(tmp_path)
+    assert "its header has 1073741824 bytes" in problem
+
+
+def test_names_of_strangers_are_cut_and_escaped(tmp_path: Path):
+    name = "\x1b[2J" + "x" * 100_000
+    write_single(tmp_path, {**tensors(), name: torch.zeros(1)})
+    (problem,) = problems_of(tmp_path)
+    assert r"unexpected tensor \x1b[2Jxxx" in problem and len(problem) < 200
+
+
+def test_tensors_of_dtypes_that_nothing_reads_do_not_shift_the_others(tmp_path: Path):
+    values = tensors()
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    write_single(tmp_path, {**values, name: torch.ones(3, dtype=torch.float64)})
+    read = read_all(SafetensorsSource(tmp_path, CONFIG))
+    assert all(torch.equal(read[name], values[name]) for name in values)
+
+
+@pytest.mark.parametrize("when", ["before a batch", "within a batch"])
+def test_a_shard_that_shrinks_is_an_error_with_its_name(tmp_path: Path, when: str):
+    write_single(tmp_path, tensors())
+    source = SafetensorsSource(tmp_path, CONFIG)
+    (batch,) = source.batches(place(CONFIG, Layout(), 0).pieces)
+    reading = source.read(batch)
+    if when == "within a batch":
+        next(reading)
+    os.truncate(tmp_path / SINGLE_FILE, (tmp_path / SINGLE_FILE).stat().st_size // 2)
+    with pytest.raises(CheckpointError) as caught:
+        list(reading)
+    assert str(tmp_path / SINGLE_FILE) in str(caught.value)
+    said = "has changed since" if when == "before a batch" else "it has become shorter since"
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_shard_that_is_replaced_or_removed_is_an_error_with_its_name(
+    tmp_path: Path, replaced: bool
+):
+    write_single(tmp_path, tensors())
+    source = SafetensorsSource(tmp_path, CONFIG)
+    (batch,) = source.batches(place(CONFIG, Layout(), 0).pieces)
+    (tmp_path / SINGLE_FILE).rename(tmp_path / "moved")
+    if replaced:
+        shutil.copy(tmp_path / "moved", tmp_path / SINGLE_FILE)
+    with pytest.raises(CheckpointError, match="has changed" if replaced else "cannot be read"):
+        list(source.read(batch))
 
 
 @pytest.mark.parametrize("file", ["../out.safetensors", "/out.safetensors", "a/b", 7, None, ".."])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -47,7 +48,6 @@ def refusal(**changes: Any) -> str:
         ("hidden_act", "gelu"),
         ("routed_scaling_factor", 2.5),
         ("head_dim", 16),
-        ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
     ],
 )
 def test_a_key_that_changes_the_model_and_is_not_implemented_is_refused(key: str, value: object):
@@ -56,21 +56,161 @@ def test_a_key_that_changes_the_model_and_is_not_implemented_is_refused(key: str
     assert "not implemented" in message
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "llama3", "longrope", "", None])
+SCALINGS = pytest.mark.parametrize("scaling", ["rope_scaling", "rope_parameters"])
+
+
+@SCALINGS
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "llama3", "longrope", "", None, ["linear"]])
 @pytest.mark.parametrize("key", ["type", "rope_type"])
-def test_rope_scaling_other_than_linear_is_refused(kind: str | None, key: str):
-    message = refusal(rope_scaling={key: kind, "factor": 2.0})
-    assert f"rope_scaling type {kind!r} is not implemented" in message
+def test_rope_scaling_other_than_linear_is_refused(scaling: str, kind: object, key: str):
+    message = refusal(**{scaling: {key: kind, "factor": 2.0}})
+    assert f"{scaling} type {kind!r} is not implemented" in message
 
 
+@SCALINGS
+@pytest.mark.parametrize("kinds", [("linear", "yarn"), ("default", "linear")])
+def test_two_types_of_one_rope_scaling_must_agree(scaling: str, kinds: tuple[str, str]):
+    message = refusal(**{scaling: {"type": kinds[0], "rope_type": kinds[1], "factor": 2.0}})
+    assert f"{scaling} type {kinds[1]!r} is not implemented" in message
+
+
+@pytest.mark.parametrize(
+    "scaling", [{}, {"factor": 2.0}, {"full_attention": {"rope_type": "default"}}]
+)
+def test_rope_scaling_without_a_type_is_refused_unless_it_scales_nothing(scaling: object):
+    assert "rope_scaling type None" in refusal(rope_scaling=scaling)
+    if scaling:
+        assert "rope_parameters type None" in refusal(rope_parameters=scaling)
+
+
+@SCALINGS
 @pytest.mark.parametrize("value", ["linear", "default", [], 4.0])
-def test_rope_scaling_that_is_not_an_object_is_refused(value: object):
-    assert f"rope_scaling={value!r} must be" in refusal(rope_scaling=value)
+def test_rope_scaling_that_is_not_an_object_is_refused(scaling: str, value: object):
+    assert f"{scaling}={value!r} must be" in refusal(**{scaling: value})
 
 
+@SCALINGS
 @pytest.mark.parametrize("factor", [None, 0, -1.0, "2", True, math.inf, math.nan])
-def test_linear_rope_scaling_needs_a_factor(factor: object):
-    assert f"factor={factor!r}" in refusal(rope_scaling={"type": "linear", "factor": factor})
+def test_linear_rope_scaling_needs_a_factor(scaling: str, factor: object):
+    assert f"factor={factor!r}" in refusal(**{scaling: {"type": "linear", "factor": factor}})
+
+
+@SCALINGS
+def test_a_rotation_of_a_part_of_each_head_is_refused(scaling: str):
+    value = {"rope_type": "default", "partial_rotary_factor": 0.5}
+    assert f"{scaling}.partial_rotary_factor=0.5" in refusal(**{scaling: value})
+
+
+def rope_of(remove: tuple[str, ...] = (), **keys: Any) -> tuple[float, float]:
+    raw = {key: value for key, value in {**geometry(), **keys}.items() if key not in remove}
+    config = ModelConfig.from_dict(raw)
+    return config.rope_theta, config.rope_linear_factor
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"rope_type": "default", "rope_theta": 50000.0}, (50000.0, 1.0)),
+        ({"rope_type": "linear", "rope_theta": 50000.0, "factor": 2.0}, (50000.0, 2.0)),
+        ({"rope_theta": 50000}, (50000.0, 1.0)),
+        ({"rope_type": "default"}, (10000.0, 1.0)),
+        ({}, (10000.0, 1.0)),
+    ],
+)
+def test_the_keys_of_transformers_5_mean_what_the_old_keys_mean(
+    parameters: dict[str, object], expected: tuple[float, float]
+):
+    assert rope_of(("rope_theta", "rope_scaling"), rope_parameters=parameters) == expected
+    if "rope_type" in parameters:
+        assert rope_of(("rope_theta",), rope_scaling=parameters) == expected
+
+
+def test_the_dtype_may_have_the_name_of_transformers_5():
+    raw = {**geometry(), "torch_dtype": None, "dtype": "bfloat16"}
+    assert ModelConfig.from_dict(raw).dtype == "bfloat16"
+    assert "dtype='int8' is not one of" in refusal(torch_dtype=None, dtype="int8")
+
+
+def test_a_rope_theta_in_two_places_must_be_the_same():
+    inside = {"rope_type": "default", "rope_theta": 50000.0}
+    assert rope_of(rope_theta=50000, rope_scaling=inside) == (50000.0, 1.0)
+    message = refusal(rope_theta=10000.0, rope_parameters=inside)
+    assert "rope_theta=10000 and rope_parameters.rope_theta=50000 contradict" in message
+    linear = {"rope_type": "linear", "factor": 2.0}
+    message = refusal(rope_scaling=linear, rope_parameters={**linear, "factor": 4.0})
+    assert "rope_scaling.factor=2 and rope_parameters.factor=4 contradict" in message
+
+
+# ---- Hostile values ----
+
+
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "n_routed_experts", "vocab_size", "hidden_size"]
+)
+@pytest.mark.parametrize("value", [10**9, 10**400])
+def test_a_count_that_would_be_computed_for_ever_is_refused_at_once(key: str, value: int):
+    message = refusal(**{key: value})
+    assert message.startswith(f"{key}=") and "is too large; at most" in message
+    assert len(message) < 120
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
+def test_a_number_beyond_all_floats_is_refused(key: str):
+    assert f"{key}=an integer of 1329 bits must be a number" in refusal(**{key: 10**400})
+
+
+def test_many_layers_of_many_experts_are_refused():
+    message = refusal(num_hidden_layers=500, n_routed_experts=1000)
+    assert "n_routed_experts=1000 in num_hidden_layers=500 are too many" in message
+
+
+def test_very_many_end_tokens_are_refused():
+    assert "lists 2000 ids" in refusal(eos_token_id=[1] * 2000)
+
+
+@pytest.mark.parametrize("value", ["x" * 1_000_000, ["x"] * 1_000_000, {"x" * 1_000_000: 1}])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model_type",
+        "vocab_size",
+        "rope_theta",
+        "rope_scaling",
+        "torch_dtype",
+        "eos_token_id",
+        "attention_bias",
+        "head_dim",
+        "routed_scaling_factor",
+        "quantization_config",
+    ],
+)
+def test_a_value_is_never_echoed_whole(key: str, value: object):
+    raw = {**geometry(), key: value}
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(raw)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_config_that_is_no_regular_file_is_refused_at_once(tmp_path: Path, name: str):
+    write(tmp_path, "config.json", geometry())
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (tmp_path / name).unlink(missing_ok=True)
+        make(tmp_path / name)
+        with pytest.raises(ConfigError, match=rf"{name} cannot be read .* not a regular file"):
+            ModelConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * (5 << 20), b"[" * (1 << 19), b"[" + b"0," * (1 << 21) + b"0]", b'{"a": ' + b"9" * 9999],
+    ids=["too many bytes", "too deep", "too many values", "too many digits"],
+)
+def test_a_config_of_millions_of_values_is_refused(tmp_path: Path, content: bytes):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read as JSON") as caught:
+        ModelConfig.from_pretrained(tmp_path)
+    assert len(str(caught.value)) < 400
 
 
 def test_neutral_settings_are_accepted():
@@ -127,7 +267,7 @@ def test_an_ill_typed_eos_token_is_refused_with_its_value(value: object):
 
 @pytest.mark.parametrize("value", ["int8", "float64", "auto", 16])
 def test_an_unknown_dtype_is_refused(value: object):
-    assert f"torch_dtype={str(value)!r}" in refusal(torch_dtype=value)
+    assert f"torch_dtype={value!r}" in refusal(torch_dtype=value)
 
 
 @pytest.mark.parametrize(

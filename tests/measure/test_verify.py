@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -381,3 +382,20 @@ def test_a_nan_of_one_prompt_is_not_lost_among_the_others(at: int):
     assert math.isnan(report.max_relative_diff)
     assert math.isnan(report.mean_kl)
     assert report.failures == ["max |Δ| is nan of the largest logit, over 2e-04"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_reference_that_is_no_file_is_refused_at_once(
+    tmp_path: Path, make: Callable[[Path], object]
+):
+    make(tmp_path / "reference")
+    with pytest.raises(ConfigError, match=r"cannot be read: it is .*not a regular file"):
+        Reference(tmp_path / "reference")
+
+
+def test_names_that_only_look_like_prompts_are_passed_over(tmp_path: Path):
+    def add(tensors: dict[str, np.ndarray]) -> None:
+        tensors["p².ids"] = tensors[f"p{'9' * 5000}.ids"] = tensors["p0.ids"]
+
+    reference = altered_reference(tmp_path, add)
+    assert reference.prompts == Reference(reference_path("tiny")).prompts

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moespan.ops import CpuOps, ops_for
-from moespan.ops.cpu.compiler import BuildError, library
+from moespan.ops.cpu.compiler import BuildError, _cache_folder, _compiler, library
 
 
 @pytest.fixture
@@ -43,19 +43,74 @@ def test_the_compilers_message_is_the_error_and_no_file_is_left(
     assert not list(cache.glob("*.so"))
 
 
+# In place of the compiler: writes a file that is no library, and counts its runs.
+NO_LIBRARY = 'while [ "$1" != -o ]; do shift; done; echo no > "$2"'
+
+
 def test_the_library_is_built_once_and_refused_if_others_may_write_it(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    # Writes a file that is no library, and counts its runs.
-    script = f'echo >> {tmp_path}/runs; while [ "$1" != -o ]; do shift; done; echo no > "$2"'
-    monkeypatch.setenv("CXX", compiler(tmp_path, script))
+    monkeypatch.setenv("CXX", compiler(tmp_path, f"echo >> {tmp_path}/runs; {NO_LIBRARY}"))
     for _ in range(2):
         with pytest.raises(BuildError, match="does not load"):
             library()
     assert (tmp_path / "runs").read_text() == "\n"
     (built,) = cache.glob("*.so")
     built.chmod(built.stat().st_mode | stat.S_IWOTH)
-    with pytest.raises(BuildError, match="others may write it"):
+    with pytest.raises(BuildError, match=r"may be written by others.*delete it, or set MOESPAN"):
+        library()
+
+
+def test_a_damaged_library_is_built_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CXX", compiler(tmp_path, f"echo >> {tmp_path}/runs; {NO_LIBRARY}"))
+    with pytest.raises(BuildError, match="does not load"):
+        library()
+    (built,) = cache.glob("*.so")
+    whole = built.read_bytes()
+    built.write_bytes(whole[:-1])
+    with pytest.raises(BuildError, match="does not load"):
+        library()
+    assert built.read_bytes() == whole
+    assert (tmp_path / "runs").read_text() == "\n\n"
+
+
+def test_arguments_of_the_compiler_reach_it(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    program = compiler(tmp_path, f'echo "$1|$2" >> {tmp_path}/words; {NO_LIBRARY}')
+    monkeypatch.setenv("CXX", f"{program} -m64 '-DNAME=a b'")
+    with pytest.raises(BuildError, match="does not load"):
+        library()
+    assert (tmp_path / "words").read_text() == "-m64|-DNAME=a b\n"
+
+
+@pytest.mark.parametrize("folder", ["plain", "with a space"])
+def test_a_compiler_may_be_a_path(
+    folder: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / folder).mkdir()
+    monkeypatch.setenv("CXX", compiler(tmp_path / folder, NO_LIBRARY))
+    with pytest.raises(BuildError, match="does not load"):
+        library()
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_variable_is_as_good_as_none(empty: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", empty)
+    monkeypatch.setattr("shutil.which", {"c++": "/usr/bin/c++"}.get)
+    assert _compiler() == ["/usr/bin/c++"]
+    monkeypatch.setenv("MOESPAN_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/own")
+    assert _cache_folder() == Path("/var/cache/own/moespan")
+
+
+def test_words_of_the_compiler_that_cannot_be_split_are_named(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CXX", "g++ 'x")
+    with pytest.raises(BuildError, match="cannot be split into words"):
         library()
 
 

@@ -108,6 +108,13 @@ def test_without_a_template_the_fix_is_named(tmp_path: Path) -> None:
         ("{{ messages[0].role }}{{ messages|length }}{{ messages[0].name }}", "user1"),
         ("{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}", "1"),
         ("{{ 'a b'|wordwrap(1) }}{{ [1]|pprint }}{{ '<'|e }}", "a\nb[1]&lt;"),
+        ("a{% generation %}b{{ 1 }}{% endgeneration %}c", "ab1c"),
+        ("{%- generation -%} b {%- endgeneration -%} c", "bc"),
+        (
+            "{% for i in range(3) %}{% generation %}{% if i == 1 %}{% continue %}{% endif %}"
+            "{% set x = i %}{{ x }}{% endgeneration %}{{ x }}{% endfor %}",
+            "0022",
+        ),
     ],
 )
 def test_templates_find_the_functions_that_they_are_written_for(

@@ -98,7 +98,9 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 def test_a_huge_file_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json has 1099511627776 bytes"):
+    with pytest.raises(
+        TokenizerError, match=r"cannot read .*tokenizer\.json: it has over 67108864"
+    ):
         load(tmp_path)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moespan.checkpoint.placement import Parameter, Piece
-from moespan.checkpoint.rounding import QuantizedWeight, allocate, quantize
+from moespan.checkpoint.rounding import QuantizedWeight, allocate, check_scales, quantize
 from moespan.memory import zeros
 
 
@@ -28,6 +28,9 @@ class Builder(Protocol):
         Args:
             maxima: float32 [rows], the largest magnitudes of the whole rows, if `values` are parts
                 of rows.
+
+        Raises:
+            NotFiniteError: weights to be rounded, or scales, hold NaN or Inf.
         """
 
     def finish(self) -> Any:
@@ -75,6 +78,7 @@ class TensorBuilder:
         if isinstance(weight, Tensor):
             weight[piece.index].copy_(values)
         elif piece.is_scale:
+            check_scales(values)
             weight.scales[piece.index].copy_(values)
         elif values.dtype == weight.values.dtype:
             weight.values[piece.index].copy_(values)

@@ -6,14 +6,17 @@ An expert may have copies on several ranks; its tokens then take turns on the co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from moespan.config import ExpertTable, Layout, ModelConfig, read_json
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, shown
 
 RULES = ("contiguous", "round_robin")
+
+_LAYER = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,10 @@ def _read_table(path: Path) -> ExpertTable:
         is_table = isinstance(table, list) and all(
             isinstance(experts, list) and all(type(e) is int for e in experts) for experts in table
         )
-        if not is_table or not (name == "default" or name.isdigit()):
+        if not is_table or not (name == "default" or _LAYER.fullmatch(name)):
             raise ConfigError(
-                f"{path}: {name!r} must be a layer number or 'default', and its value a list of "
-                "expert numbers for each ep rank"
+                f"{path}: {shown(name)} must be a layer number or 'default', and its value a list "
+                "of expert numbers for each ep rank"
             )
     return raw
 
@@ -99,8 +102,8 @@ def _check(name: str, table: tuple[tuple[int, ...], ...], config: ModelConfig, e
     for rank, held in enumerate(table):
         unknown = sorted(set(held) - experts)
         if not held or unknown or len(set(held)) < len(held):
-            what = f"unknown experts {unknown}" if unknown else "no expert, or one twice"
+            what = f"unknown experts {shown(unknown)}" if unknown else "no expert, or one twice"
             raise ConfigError(f"{where}: ep rank {rank} has {what}")
     missing = sorted(experts.difference(*table))
     if missing:
-        raise ConfigError(f"{where}: no rank has the experts {missing}")
+        raise ConfigError(f"{where}: no rank has the experts {shown(missing)}")

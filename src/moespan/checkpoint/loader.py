@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moespan.checkpoint.building import NewBuilder, TensorBuilder
 from moespan.checkpoint.placement import Piece, Placement
-from moespan.checkpoint.rounding import row_maxima
+from moespan.checkpoint.rounding import NotFiniteError, check_scales, row_maxima
 from moespan.checkpoint.source import Source
 from moespan.errors import CheckpointError
 
@@ -57,7 +57,8 @@ def load_weights(
             called once, and only if `placement.cut_rows` is not empty.
 
     Raises:
-        CheckpointError: with `check_finite`, lists every tensor that holds NaN or Inf.
+        CheckpointError: lists every tensor that holds NaN or Inf: with `check_finite` all, else
+            those that are rounded, and scales.
     """
     started = time.perf_counter()
     builders = {
@@ -65,7 +66,7 @@ def load_weights(
         for name, parameter in placement.parameters.items()
     }
     cut = _CutRows(placement.cut_rows)
-    not_finite: list[str] = []
+    not_finite: set[str] = set()
 
     def fill(pieces: list[Piece]) -> int:
         read_bytes = 0
@@ -74,11 +75,14 @@ def load_weights(
                 # torch has no isfinite for 8-bit floats.
                 checked = values.float() if values.itemsize == 1 else values
                 if not checked.isfinite().all():
-                    not_finite.append(f"{piece.tensor} holds NaN or Inf")
-            if piece.tensor in placement.cut_rows:
-                cut.add(piece, values)
-            else:
-                builders[piece.parameter].put(piece, values)
+                    not_finite.add(piece.tensor)
+            try:
+                if piece.tensor in placement.cut_rows:
+                    cut.add(piece, values)
+                else:
+                    builders[piece.parameter].put(piece, values)
+            except NotFiniteError:
+                not_finite.add(piece.tensor)
             num_bytes = values.numel() * values.element_size()
             read_bytes += num_bytes
             progress(num_bytes)
@@ -92,7 +96,7 @@ def load_weights(
     with ThreadPoolExecutor(threads or min(8, torch.get_num_threads())) as pool:
         read_bytes = sum(pool.map(fill, source.batches(placement.pieces)))
         if not_finite:
-            raise CheckpointError("the checkpoint holds weights that are not finite", not_finite)
+            raise not_finite_error(not_finite)
         if placement.cut_rows:
             maxima = cut.split(maximum_over_tp(cut.maxima))
             list(pool.map(fill_cut, [maxima] * len(cut)))
@@ -103,6 +107,14 @@ def load_weights(
         del builder
     held_bytes = placement.num_bytes(str(dtype).removeprefix("torch."))
     return weights, LoadReport(read_bytes, held_bytes, time.perf_counter() - started)
+
+
+def not_finite_error(tensors: Iterable[str]) -> CheckpointError:
+    """The error that names the tensors which hold NaN or Inf."""
+    return CheckpointError(
+        "the checkpoint holds weights that are not finite; copy it again, or take one without them",
+        (f"{tensor} holds NaN or Inf" for tensor in sorted(tensors)),
+    )
 
 
 class _CutRows:
@@ -123,8 +135,14 @@ class _CutRows:
         return dict(zip(self._num_rows, maxima.split(list(self._num_rows.values())), strict=True))
 
     def add(self, piece: Piece, values: Tensor) -> None:
-        """Keep a copy of what was read. Threads may call this at the same time for other rows."""
-        self._maxima_of[piece.tensor][piece.tensor_index[0]] = row_maxima(values)
+        """Keep a copy of what was read. Threads may call this at the same time for other rows.
+
+        Raises:
+            NotFiniteError: `values` hold NaN or Inf.
+        """
+        maxima = row_maxima(values)
+        check_scales(maxima)
+        self._maxima_of[piece.tensor][piece.tensor_index[0]] = maxima
         self._parts.append((piece, values.clone()))
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moespan.config import ModelConfig
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, shortened, shown
 
 _16B: dict[str, Any] = {
     "architectures": ["DeepseekForCausalLM"],
@@ -64,11 +64,13 @@ def preset(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: there is no such preset or key, or the engine would refuse the config.
     """
     if name not in PRESETS:
-        raise ConfigError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+        raise ConfigError(f"preset {shown(name)} is not one of {', '.join(PRESETS)}")
     known = PRESETS[name]
     for key in overrides:
         if key not in known:
-            raise ConfigError(f"{key} is not a key of preset {name}; keys: {', '.join(known)}")
+            raise ConfigError(
+                f"{shortened(key)} is not a key of preset {name}; keys: {', '.join(known)}"
+            )
     raw = {**known, **overrides}
     ModelConfig.from_dict(raw)
     return raw

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moespan.checkpoint.loader import not_finite_error
 from moespan.checkpoint.placement import place
-from moespan.checkpoint.rounding import quantize
+from moespan.checkpoint.rounding import NotFiniteError, quantize
 from moespan.checkpoint.source import INDEX_FILE, SafetensorsSource
 from moespan.checkpoint.writer import write_json, write_shards
 from moespan.config import (
@@ -25,8 +26,10 @@ from moespan.config import (
     QuantizationConfig,
     read_json,
 )
-from moespan.errors import ConfigError
+from moespan.errors import CheckpointError, ConfigError
+from moespan.files import read_bytes
 
+_MOST_COPIED_BYTES = 256 << 20
 # Files that are copied as they are: no code, and no weights in other forms.
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
 _WRITTEN = ("config.json", INDEX_FILE)
@@ -50,7 +53,7 @@ def quantize_checkpoint(
     Raises:
         ConfigError: `target` exists, the checkpoint is quantised already, or its rows are not whole
             groups of the scheme.
-        CheckpointError: the checkpoint is not complete.
+        CheckpointError: the checkpoint is not complete, or holds NaN or Inf.
     """
     config = ModelConfig.from_pretrained(folder)
     if config.quantization is not None:
@@ -78,8 +81,13 @@ def quantize_checkpoint(
     def make(name: str) -> dict[str, Tensor]:
         ((_, values),) = source.read([pieces[name]])
         if not is_quantized[name]:
-            return {name: values.clone()}  # `values` is a view of a file that will be unmapped
-        rounded, scales = quantize(values, dtype=dtype, group_size=own.group_size)
+            if not values.isfinite().all():
+                raise not_finite_error([name])
+            return {name: values.clone()}  # the next piece overwrites `values`
+        try:
+            rounded, scales = quantize(values, dtype=dtype, group_size=own.group_size)
+        except NotFiniteError:
+            raise not_finite_error([name]) from None
         if own.group_size is None:
             return {name: rounded, name + SCALE_SUFFIX: scales[:, None]}
         return {
@@ -97,10 +105,7 @@ def quantize_checkpoint(
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         write_shards(partial, sizes, make, progress)
-        for pattern in _COPIED:
-            for file in folder.glob(pattern):
-                if file.name not in _WRITTEN:
-                    shutil.copyfile(file, partial / file.name)
+        _copy_others(folder, partial)
         raw = read_json(folder / "config.json")
         write_json(partial / "config.json", {**raw, "quantization_config": stored.to_dict()})
         partial.chmod(0o755)  # mkdtemp lets only the owner in
@@ -108,3 +113,15 @@ def quantize_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _copy_others(folder: Path, target: Path) -> None:
+    """Copy tokenizer, generation settings and licence."""
+    for pattern in _COPIED:
+        for file in folder.glob(pattern):
+            if file.name in _WRITTEN:
+                continue
+            try:
+                (target / file.name).write_bytes(read_bytes(file, _MOST_COPIED_BYTES))
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be copied: {error}") from None

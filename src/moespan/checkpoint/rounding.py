@@ -11,6 +11,11 @@ from torch import Tensor
 MOST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 """Dtype → the value of a row's largest element; -128 is unused, so that the range is symmetric."""
 
+
+class NotFiniteError(ValueError):
+    """Weights to be rounded, or scales, hold NaN or Inf, which integers would hide."""
+
+
 # Elements that are rounded at once; they stay in a core's cache.
 _ELEMENTS_AT_ONCE = 1 << 18
 # A 4-bit integer is stored + 8; eight make one int32, the first in its lowest bits.
@@ -62,6 +67,18 @@ def row_maxima(x: Tensor) -> Tensor:
     if not x.shape[-1]:
         return torch.zeros(x.shape[:-1], device=x.device)
     return x.abs().amax(-1).float()
+
+
+def check_scales(scales: Tensor) -> None:
+    """Refuse scales of weights that are not finite: those of rows and groups with NaN or Inf.
+
+    Rounded weights hide both: an integer is finite, and so is the product that it takes part in.
+
+    Raises:
+        NotFiniteError: a scale is NaN or Inf.
+    """
+    if not scales.isfinite().all():
+        raise NotFiniteError
 
 
 def round_rows(
@@ -150,6 +167,9 @@ def quantize(
     """Round a large matrix x [out, in] with little memory in addition to the result.
 
     Without a `group_size` as `round_rows` to `dtype`; with one as `round_groups`.
+
+    Raises:
+        NotFiniteError: x, or `maxima`, holds NaN or Inf.
     """
     values, scales = allocate(
         tuple(x.shape),
@@ -165,4 +185,5 @@ def quantize(
         else:
             known = None if maxima is None else maxima[rows]
             values[rows], scales[rows] = round_rows(x[rows], known, dtype)
+    check_scales(scales)
     return values, scales

@@ -10,7 +10,7 @@ from typing import Any
 
 from moespan.cli.show import progress_bytes, say_written
 from moespan.config import DTYPE_BYTES, ModelConfig
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, shown
 
 SUMMARY = "write random weights"
 
@@ -51,7 +51,7 @@ def _overrides(items: list[str]) -> dict[str, Any]:
     for item in items:
         key, separator, value = item.partition("=")
         if not separator:
-            raise ConfigError(f"--set {item!r} is not key=value")
+            raise ConfigError(f"--set {shown(item)} is not key=value")
         try:
             overrides[key] = json.loads(value)
         except (ValueError, RecursionError):

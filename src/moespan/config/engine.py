@@ -8,7 +8,7 @@ from moespan.config.layout import Layout
 from moespan.config.model import DTYPE_BYTES, ModelConfig
 from moespan.config.schemes import KV_CACHE_DTYPES, QUANTIZATIONS
 from moespan.device import DEVICES
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, shown
 
 DISPATCHES = ("auto", "replicated", "all_gather", "all_to_all", "fused")
 WEIGHT_FORMATS = ("nd", "nz")
@@ -196,7 +196,7 @@ class EngineConfig(EngineOptions):
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise `ConfigError` unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}")
+        raise ConfigError(f"{name}={shown(value)} is not one of {', '.join(map(str, allowed))}")
 
 
 def check_positive(name: str, value: int) -> None:

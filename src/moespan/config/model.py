@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moespan import files
 from moespan.config.schemes import SCALE_BYTES, QuantizationConfig
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, shown
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# The largest values that are read. Plans take time and memory in proportion to some of them, and a
+# product of any two still fits 64 bits. The largest published models have a tenth or less.
+_MOST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 22,
+    "moe_intermediate_size": 1 << 22,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "n_routed_experts": 1 << 12,
+    "n_shared_experts": 1024,
+    "num_experts_per_tok": 1 << 12,
+    "max_position_embeddings": 1 << 28,
+}
+_MOST_BY_DEFAULT = 1 << 31
+_MOST_EXPERTS_OF_ALL_LAYERS = 1 << 14
+_MOST_EOS_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,7 @@ class ModelConfig:
         # In HF, null routed experts mean a dense model, and null KV heads mean as many as query
         # heads.
         experts = _optional_integer(raw, "n_routed_experts")
+        rope_theta, rope_linear_factor = _rope(raw)
         config = cls(
             vocab_size=_integer(raw, "vocab_size"),
             hidden_size=_integer(raw, "hidden_size"),
@@ -94,8 +114,8 @@ class ModelConfig:
             attention_bias=_boolean(raw, "attention_bias"),
             tie_word_embeddings=_boolean(raw, "tie_word_embeddings"),
             max_position_embeddings=_integer(raw, "max_position_embeddings", default=2048),
-            rope_theta=_number(raw, "rope_theta", default=10000.0),
-            rope_linear_factor=_rope_linear_factor(raw),
+            rope_theta=rope_theta,
+            rope_linear_factor=rope_linear_factor,
             rms_norm_eps=_number(raw, "rms_norm_eps", default=1e-6),
             dtype=_dtype(raw),
             eos_token_ids=_eos_token_ids(raw),
@@ -104,7 +124,7 @@ class ModelConfig:
         config._check()
         if raw.get("head_dim") not in (None, config.head_dim):
             raise ConfigError(
-                f"head_dim={raw['head_dim']!r} other than hidden_size/num_attention_heads="
+                f"head_dim={shown(raw['head_dim'])} other than hidden_size/num_attention_heads="
                 f"{config.head_dim} is not implemented"
             )
         return config
@@ -128,6 +148,12 @@ class ModelConfig:
             raise ConfigError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds "
                 f"n_routed_experts={self.n_routed_experts}"
+            )
+        if (self.n_routed_experts or 0) * self.num_hidden_layers > _MOST_EXPERTS_OF_ALL_LAYERS:
+            raise ConfigError(
+                f"n_routed_experts={self.n_routed_experts} in num_hidden_layers="
+                f"{self.num_hidden_layers} are too many; at most {_MOST_EXPERTS_OF_ALL_LAYERS} "
+                "experts of all layers are read"
             )
 
     @property
@@ -165,17 +191,17 @@ class ModelConfig:
         return self.head_dim * DTYPE_BYTES[dtype]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from `path`.
+def read_json(path: Path, most_bytes: int = files.MOST_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object from a regular file of at most `most_bytes`.
 
     Raises:
-        ConfigError: the file is missing, unreadable, or not a JSON object.
+        ConfigError: the file is missing, unreadable, too large, or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.read_json(path, most_bytes)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; is {path.parent} a checkpoint folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object")
@@ -188,32 +214,73 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     for key, value in implemented.items():
         found = raw.get(key, None if key == "model_type" else value)
         if found != value:
-            raise ConfigError(f"{key}={found!r} is not implemented; only {value!r} is")
-    neutral_values = {"routed_scaling_factor": 1.0, "rope_parameters": None}
-    for key, neutral in neutral_values.items():
-        if raw.get(key) not in (None, neutral):
-            raise ConfigError(f"{key}={raw[key]!r} is not implemented")
+            raise ConfigError(f"{key}={shown(found)} is not implemented; only {value!r} is")
+    if raw.get("routed_scaling_factor") not in (None, 1.0):
+        raise ConfigError(
+            f"routed_scaling_factor={shown(raw['routed_scaling_factor'])} is not implemented"
+        )
 
 
-def _rope_linear_factor(raw: Mapping[str, Any]) -> float:
-    scaling = raw.get("rope_scaling")
-    if scaling is None:
-        return 1.0
-    if not isinstance(scaling, dict):
-        raise ConfigError(f"rope_scaling={scaling!r} must be null or an object")
-    kind = scaling.get("type", scaling.get("rope_type"))
-    if kind == "default":
-        return 1.0
-    if kind != "linear":
-        raise ConfigError(f"rope_scaling type {kind!r} is not implemented; only 'linear' is")
-    return _number(scaling, "factor")
+def _rope(raw: Mapping[str, Any]) -> tuple[float, float]:
+    """The base of the rotary embedding, and the factor that stretches its positions.
+
+    transformers writes `rope_theta` and `rope_scaling` up to version 4. From version 5 on it writes
+    `rope_parameters`, with `rope_theta` inside. Either object may hold the base; bases in several
+    places must agree.
+    """
+    thetas = {"rope_theta": raw["rope_theta"]} if "rope_theta" in raw else {}
+    factors = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = raw.get(key)
+        if scaling is None:
+            continue
+        if not isinstance(scaling, dict):
+            raise ConfigError(f"{key}={shown(scaling)} must be null or an object")
+        if scaling.get("rope_theta") is not None:
+            thetas[f"{key}.rope_theta"] = scaling["rope_theta"]
+        factors[f"{key}.factor"] = _rope_linear_factor(key, scaling)
+    return _only_one(thetas, 10000.0), _only_one(factors, 1.0)
+
+
+def _rope_linear_factor(key: str, scaling: Mapping[str, Any]) -> float:
+    """The factor of `rope_scaling` or `rope_parameters`, which `key` names."""
+    kinds = [scaling[name] for name in ("type", "rope_type") if name in scaling]
+    if not kinds and key == "rope_parameters" and scaling.keys() <= {"rope_theta"}:
+        kinds = ["default"]
+    for kind in kinds or [None]:
+        if kind not in ("default", "linear") or kind != kinds[0]:
+            raise ConfigError(
+                f"{key} type {shown(kind)} is not implemented; only 'default' and 'linear' are"
+            )
+    if scaling.get("partial_rotary_factor") not in (None, 1):
+        raise ConfigError(
+            f"{key}.partial_rotary_factor={shown(scaling['partial_rotary_factor'])} is not "
+            "implemented; only 1 is"
+        )
+    return 1.0 if kinds[0] == "default" else _number(scaling, "factor")
+
+
+def _only_one(found: Mapping[str, Any], default: float) -> float:
+    """The one number that all entries of `found` have; `default` if `found` is empty.
+
+    Raises:
+        ConfigError: an entry is not a number above 0, or two entries differ.
+    """
+    given = {name: _number(found, name) for name in found}
+    if len(set(given.values())) > 1:
+        values = " and ".join(f"{name}={value:g}" for name, value in given.items())
+        raise ConfigError(f"{values} contradict each other; keep one of them")
+    return next(iter(given.values()), default)
 
 
 def _dtype(raw: Mapping[str, Any]) -> str:
-    dtype = str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
-    if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"torch_dtype={dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
-    return dtype
+    """The value of `torch_dtype`, or of `dtype`, as transformers 5 calls it."""
+    key = "torch_dtype" if raw.get("torch_dtype") is not None else "dtype"
+    value = raw.get(key)
+    dtype = "float32" if value is None else value
+    if not isinstance(dtype, str) or dtype.removeprefix("torch.") not in DTYPE_BYTES:
+        raise ConfigError(f"{key}={shown(dtype)} is not one of {', '.join(DTYPE_BYTES)}")
+    return dtype.removeprefix("torch.")
 
 
 def _quantization(raw: Mapping[str, Any]) -> QuantizationConfig | None:
@@ -226,17 +293,21 @@ def _eos_token_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    if any(isinstance(id_, bool) or not isinstance(id_, int) or id_ < 0 for id_ in ids):
-        raise ConfigError(f"eos_token_id={value!r} must be a token id or a list of them")
+    if any(type(id_) is not int or not 0 <= id_ <= _MOST_BY_DEFAULT for id_ in ids):
+        raise ConfigError(f"eos_token_id={shown(value)} must be a token id or a list of them")
+    if len(ids) > _MOST_EOS_TOKENS:
+        raise ConfigError(f"eos_token_id lists {len(ids)} ids; at most {_MOST_EOS_TOKENS} are read")
     return tuple(ids)
 
 
 def _integer(raw: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
-    value = raw.get(key, default)
+    value, most = raw.get(key, default), _MOST.get(key, _MOST_BY_DEFAULT)
     if value is None:
         raise ConfigError(f"config.json has no {key}")
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{key}={value!r} must be an integer of at least {least}")
+    if type(value) is not int or not least <= value:
+        raise ConfigError(f"{key}={shown(value)} must be an integer of at least {least}")
+    if value > most:
+        raise ConfigError(f"{key}={shown(value)} is too large; at most {most} is read")
     return value
 
 
@@ -247,13 +318,13 @@ def _optional_integer(raw: Mapping[str, Any], key: str) -> int | None:
 def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = raw.get(key, default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise ConfigError(f"{key}={value!r} must be a number above 0")
+    if not is_number or not 0 < value <= sys.float_info.max:
+        raise ConfigError(f"{key}={shown(value)} must be a number above 0")
     return float(value)
 
 
 def _boolean(raw: Mapping[str, Any], key: str) -> bool:
     value = raw.get(key)
     if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"{key}={value!r} must be true or false")
+        raise ConfigError(f"{key}={shown(value)} must be true or false")
     return bool(value)

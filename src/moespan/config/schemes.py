@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, shown
 
 SCALE_BYTES = 4
 """Bytes of the scale of a whole row, which is float32."""
@@ -139,13 +139,15 @@ class QuantizationConfig:
             ConfigError: `raw` is malformed, or asks for something that is not implemented.
         """
         if not isinstance(raw, dict):
-            raise ConfigError(f"quantization_config={raw!r} must be an object")
+            raise ConfigError(f"quantization_config={shown(raw)} must be an object")
         formats = tuple(dict.fromkeys(scheme.format for scheme in SCHEMES.values()))
         _require(raw, quant_method=("compressed-tensors",), format=formats, kv_cache_scheme=(None,))
         scheme = _scheme_of(_only_group(raw), raw["format"])
         ignore = raw.get("ignore") or []
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
-            raise ConfigError(f"quantization_config: ignore={ignore!r} must be a list of names")
+            raise ConfigError(
+                f"quantization_config: ignore={shown(ignore)} must be a list of names"
+            )
         for name in ignore:
             _check_pattern(name)
         return cls(scheme, tuple(ignore))
@@ -249,7 +251,7 @@ def _require(raw: Mapping[str, Any], **implemented: tuple[Any, ...]) -> None:
         found = raw.get(key)
         if not any(type(found) is type(value) and found == value for value in values):
             raise ConfigError(
-                f"quantization_config: {key}={found!r} is not implemented; only "
+                f"quantization_config: {key}={shown(found)} is not implemented; only "
                 f"{' or '.join(repr(value) for value in values)} is (int-quantized or "
                 "float-quantized, 8 bits, symmetric, weights per channel, activations per token; "
                 "int-quantized also without rounded activations; pack-quantized, 4 bits, "
@@ -264,6 +266,6 @@ def _check_pattern(name: str) -> None:
     pattern = name.removeprefix("re:")
     if not _PATTERN.fullmatch(pattern) or pattern.count("*") > _MOST_WILDCARDS:
         raise ConfigError(
-            f"quantization_config: the pattern {name!r} in ignore is refused: only letters, dots "
-            f"and at most {_MOST_WILDCARDS} of .* are read; name the modules instead"
+            f"quantization_config: the pattern {shown(name)} in ignore is refused: only letters, "
+            f"dots and at most {_MOST_WILDCARDS} of .* are read; name the modules instead"
         )

@@ -15,7 +15,7 @@ from moespan.engine.request import Request
 from moespan.engine.scheduler import Scheduler, SequenceUpdate
 from moespan.engine.sequence import Sequence
 from moespan.engine.step import StepPlan, StepResult
-from moespan.errors import RequestError
+from moespan.errors import RequestError, shown
 
 
 class Replicas:
@@ -62,7 +62,7 @@ class Replicas:
             RequestError: its id is in use, or its prompt or parameters break a limit.
         """
         if request.id in self._home:
-            raise RequestError(f"request id {request.id!r} is in use; give every request its own")
+            raise RequestError(f"request id {shown(request.id)} is in use; give each its own")
         scheduler = self._choose(request.prompt_token_ids)
         sequences = scheduler.add(request, seed)
         self._home[request.id] = scheduler

@@ -38,7 +38,7 @@ from moespan.engine.blocks import BlockAllocator
 from moespan.engine.request import Request, TokenLogprobs, check_request
 from moespan.engine.sequence import Sequence, Status
 from moespan.engine.step import PromptScores, Sampled, StepPlan, StepResult
-from moespan.errors import ConfigError, MoespanError, RequestError
+from moespan.errors import ConfigError, MoespanError, RequestError, shown
 
 
 class SequenceUpdate(msgspec.Struct, frozen=True):
@@ -132,7 +132,7 @@ class Scheduler:
             RequestError: its id is in use, or its prompt or parameters break a limit.
         """
         if request.id in self._live:
-            raise RequestError(f"request id {request.id!r} is in use; give every request its own")
+            raise RequestError(f"request id {shown(request.id)} is in use; give each its own")
         check_request(request, self.config.max_model_len, self.vocab_size)
         params = request.params
         first_seed = seed if params.seed is None else params.seed

@@ -34,6 +34,7 @@ import moespan
 from moespan.checkpoint.source import INDEX_FILE, SINGLE_FILE
 from moespan.config import EngineConfig, Nodes, is_wildcard
 from moespan.errors import MeetingError
+from moespan.files import open_regular, read_bytes
 from moespan.launch.watch import Watch, write_first_statuses
 from moespan.machine.interfaces import interfaces
 from moespan.version import DIGEST_CHARACTERS, source_digest
@@ -49,6 +50,8 @@ _VERDICT_READ_S = 2.0
 _PATIENCE_S = 3.0
 
 _LONGEST_VALUE = 60
+_MOST_BYTES = 100 << 20  # of a file whose digest the nodes compare
+_UNREADABLE = "cannot be read"
 
 Facts = dict[str, str]
 """Settings and versions that must be equal on all nodes: name -> value, both readable."""
@@ -375,9 +378,11 @@ def _version(package: str) -> str:
 
 def _digest(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:DIGEST_CHARACTERS]
+        return hashlib.sha256(read_bytes(path, _MOST_BYTES)).hexdigest()[:DIGEST_CHARACTERS]
     except FileNotFoundError:
         return "not there"
+    except OSError:
+        return _UNREADABLE
 
 
 def _tensors_digest(folder: Path) -> str:
@@ -385,7 +390,10 @@ def _tensors_digest(folder: Path) -> str:
     from the header of the only file."""
     if (folder / INDEX_FILE).exists() or not (folder / SINGLE_FILE).exists():
         return _digest(folder / INDEX_FILE)
-    with (folder / SINGLE_FILE).open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        head = file.read(min(length, 100 << 20))
+    try:
+        with open_regular(folder / SINGLE_FILE) as file:
+            length = int.from_bytes(file.read(8), "little")
+            head = file.read(min(length, _MOST_BYTES))
+    except OSError:
+        return _UNREADABLE
     return hashlib.sha256(head).hexdigest()[:DIGEST_CHARACTERS]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from safetensors.numpy import save_file
 
 from moespan.config import SCHEMES, Layout, ModelConfig
 from moespan.engine.request import Request, SamplingParams
-from moespan.errors import ConfigError, RequestError
+from moespan.errors import ConfigError, RequestError, shortened, shown
+from moespan.files import open_regular
 from moespan.front.llm import LLM
 
 Floats = npt.NDArray[np.float32]
@@ -269,6 +271,9 @@ _FORM = {
 }
 
 
+_PROMPT = re.compile(r"p[0-9]{1,9}\.ids")
+
+
 class Reference:
     """An open reference file.
 
@@ -282,17 +287,14 @@ class Reference:
 
     def __init__(self, path: str | Path) -> None:
         try:
-            self._file = safe_open(str(path), framework="numpy")
+            with open_regular(path) as opened:
+                self._file = safe_open(f"/proc/self/fd/{opened.fileno()}", framework="numpy")
         except (OSError, SafetensorError) as error:
-            raise ConfigError(f"reference {path} cannot be read: {error}") from None
+            raise ConfigError(f"reference {path} cannot be read: {shortened(error, 200)}") from None
         self._keys = set(self._file.keys())
         self.quantization = (self._file.metadata() or {}).get("quantization")
         self.prompts = sorted(
-            (
-                key.removesuffix(".ids")
-                for key in self._keys
-                if key.endswith(".ids") and key[:1] == "p" and key[1:-4].isdigit()
-            ),
+            (key.removesuffix(".ids") for key in self._keys if _PROMPT.fullmatch(key)),
             key=lambda name: int(name[1:]),
         )
         for key in sorted(self._keys):
@@ -312,8 +314,8 @@ class Reference:
         shape, dtype = part.get_shape(), part.get_dtype()
         if num_dims is not None and (len(shape) != num_dims or dtype not in dtypes):
             raise ConfigError(
-                f"reference {path}: {key} is {dtype} of shape {shape}; it must have {num_dims} "
-                f"dimension{'s' * (num_dims > 1)} of {' or '.join(dtypes)}"
+                f"reference {path}: {shortened(key)} is {dtype} of shape {shown(shape)}; it must "
+                f"have {num_dims} dimension{'s' * (num_dims > 1)} of {' or '.join(dtypes)}"
             )
 
     def ids(self, name: str) -> list[int]:

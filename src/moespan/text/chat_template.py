@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from moespan.errors import RequestError, TokenizerError
+from moespan.errors import RequestError, TokenizerError, shortened, shown
 
 if TYPE_CHECKING:
     import subprocess
@@ -33,6 +33,7 @@ _RENDER_SECONDS: Final = 1.5
 _RENDER_MEMORY_BYTES: Final = 64 << 20
 _MAX_CONVERSATION_BYTES: Final = 2 << 20
 _MAX_PROMPT_CHARACTERS: Final = 4 << 20
+_MAX_REASON_CHARACTERS: Final = 200
 _MAX_REPLY_BYTES: Final = 6 * _MAX_PROMPT_CHARACTERS + 1024  # up to 6 bytes for a character in JSON
 
 
@@ -114,10 +115,10 @@ def _checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, s
         for key, value in message.items():
             if not isinstance(key, str) or not isinstance(value, str):
                 raise RequestError(
-                    f"{name}[{key!r}] is {type(value).__name__}; it must be a string"
+                    f"{name}[{shown(key)}] is {type(value).__name__}; it must be a string"
                 )
             check_unicode(key, f"a key of {name}")
-            check_unicode(value, f"{name}[{key!r}]")
+            check_unicode(value, f"{name}[{shown(key)}]")
     return [dict(message) for message in messages]
 
 
@@ -250,9 +251,11 @@ def _serve_template() -> None:
         except OverflowError as error:
             reply = _json_line({"limit": str(error).rstrip(".")})
         except _RefusalError as error:
-            reply = _json_line({"refusal": str(error)[:1000]})
+            reply = _json_line({"refusal": shortened(error, _MAX_REASON_CHARACTERS)})
         except Exception as error:  # a template can raise anything
-            reply = _json_line({"fault": f"{type(error).__name__}: {error}"[:1000]})
+            reply = _json_line(
+                {"fault": shortened(f"{type(error).__name__}: {error}", _MAX_REASON_CHARACTERS)}
+            )
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -262,12 +265,22 @@ def _template_environment() -> jinja2.Environment:
 
     import jinja2
     from jinja2.exceptions import SecurityError
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Environment(ImmutableSandboxedEnvironment):
         def unsafe_undefined(self, obj: object, attribute: str) -> jinja2.Undefined:
             # Jinja's own method would let the template print nothing and go on.
             raise SecurityError(f"no access to {attribute!r} of a {type(obj).__name__}")
+
+    class Generation(Extension):
+        """`{% generation %}...{% endgeneration %}` marks for training what a model said."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: object) -> None:
         raise _RefusalError(message)
@@ -291,7 +304,9 @@ def _template_environment() -> jinja2.Environment:
         )
 
     environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", Generation],
     )
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)

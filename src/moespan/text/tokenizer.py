@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import json
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from moespan.errors import RequestError, TokenizerError
+from moespan import files
+from moespan.errors import RequestError, TokenizerError, shortened, shown
+from moespan.text import tokenizer_file
 from moespan.text.chat_template import ChatTemplate, check_unicode
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
-_MAX_FILE_BYTES: Final = 256 << 20
+# tokenizer_config.json may list all added tokens; a chat template is much smaller.
+_MOST_FILE_BYTES: Final = 16 << 20
 
 # Keys in tokenizer_config.json of the tokens that a chat template may name.
 _NAMED_TOKENS: Final = (
@@ -62,6 +64,12 @@ _SELF_TEST: Final = {
         )
     ),
 }
+
+_NOT_OF_THIS_FAMILY: Final = (
+    "It is not the byte-level tokenizer of this model family; most likely it was saved anew by a "
+    "library that takes it for Llama's, as transformers 5.3 to 5.21 do. Use the tokenizer.json of "
+    "the original checkpoint"
+)
 
 
 class Tokenizer:
@@ -229,7 +237,7 @@ class Tokenizer:
         token_id = self._backend.token_to_id(token)
         if token_id is None:
             raise TokenizerError(
-                f"{self._folder}: {name} is {token!r}, which tokenizer.json does not know; "
+                f"{self._folder}: {name} is {shown(token)}, which tokenizer.json does not know; "
                 "take both files from the same checkpoint"
             )
         return token_id
@@ -250,7 +258,7 @@ class Tokenizer:
         asked = settings.get(setting, probe == [token_id])
         if not isinstance(asked, bool):
             raise TokenizerError(
-                f"{self._folder}/tokenizer_config.json: {setting} is {asked!r}; "
+                f"{self._folder}/tokenizer_config.json: {setting} is {shown(asked)}; "
                 "it must be true or false"
             )
         if asked and token_id is None:
@@ -270,10 +278,8 @@ class Tokenizer:
         if lost:
             raise TokenizerError(
                 f"{self._folder}/tokenizer.json loses {', '.join(lost)}: "
-                f"{_SELF_TEST[lost[0]]!r} comes back as {returned[lost[0]]!r}. It is not the "
-                "byte-level tokenizer of this model family; most likely it was saved anew by a "
-                "library that takes it for Llama's, as transformers 5.3 to 5.21 do. Use the "
-                "tokenizer.json of the original checkpoint"
+                f"{shown(_SELF_TEST[lost[0]])} comes back as {shown(returned[lost[0]])}. "
+                f"{_NOT_OF_THIS_FAMILY}"
             )
 
 
@@ -345,26 +351,15 @@ def _token_bytes(token: str) -> bytes:
         return token.encode()
 
 
-def _read_text(file: Path) -> str:
-    try:
-        size_bytes = file.stat().st_size
-        if size_bytes > _MAX_FILE_BYTES:
-            raise TokenizerError(
-                f"{file} has {size_bytes} bytes; no such file of a tokenizer has more than "
-                f"{_MAX_FILE_BYTES}"
-            )
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot read {file}: {error}") from error
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; an empty one if there is no such file."""
     if not file.exists():
         return {}
     try:
-        content = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
+        content = files.read_json(file, _MOST_FILE_BYTES)
+    except OSError as error:
+        raise TokenizerError(f"cannot read {file}: {error}") from error
+    except ValueError as error:
         raise TokenizerError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{file} holds {type(content).__name__}; it must hold a JSON object")
@@ -382,15 +377,26 @@ def _backend_errors(complaint: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise TokenizerError(f"{complaint}: {error}") from error
+        raise TokenizerError(f"{complaint}: {shortened(error, 200)}") from error
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Backend
 
-    content = _read_text(file)
+    try:
+        data = files.read_bytes(file, tokenizer_file.MOST_BYTES)
+    except OSError as error:
+        raise TokenizerError(f"cannot read {file}: {error}") from error
+    try:
+        parts = tokenizer_file.parse(data)
+    except ValueError as error:
+        raise TokenizerError(f"{file} is not JSON: {error}") from error
+    try:
+        tokenizer_file.check(parts)
+    except ValueError as error:
+        raise TokenizerError(f"{file} is refused: {error}. {_NOT_OF_THIS_FAMILY}") from error
     with _backend_errors(f"{file} is not a tokenizer that can be read"):
-        backend = Backend.from_str(content)
+        backend = Backend.from_str(data.decode())
     # The file may hold both as leftovers of training. They would cut or pad every prompt.
     backend.no_truncation()
     backend.no_padding()
@@ -402,7 +408,7 @@ def _read_eos_token_ids(file: Path) -> list[int]:
     value = _read_json(file).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(id_) is int and id_ >= 0 for id_ in ids):
-        raise TokenizerError(f"{file}: eos_token_id is {value!r}; it must be one id or a list")
+        raise TokenizerError(f"{file}: eos_token_id is {shown(value)}; it must be one id or a list")
     return ids
 
 
@@ -412,7 +418,10 @@ def _read_chat_template(file: Path, config: Mapping[str, Any]) -> str | None:
     tokenizer_config.json has a string, or a list of {"name", "template"} whose "default" is taken.
     """
     if file.exists():
-        return _read_text(file)
+        try:
+            return files.read_bytes(file, _MOST_FILE_BYTES).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"cannot read {file}: {error}") from error
     value = config.get("chat_template")
     if isinstance(value, list):
         named = {
@@ -437,6 +446,6 @@ def _named_tokens(folder: Path, settings: Mapping[str, object]) -> Iterator[tupl
                 yield key, content
         elif value is not None:
             raise TokenizerError(
-                f"{folder}: {key} is {value!r}; it must be a string or an object with a string "
-                '"content"'
+                f"{folder}: {key} is {shown(value)}; it must be a string or an object with a "
+                'string "content"'
             )

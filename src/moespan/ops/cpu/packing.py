@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moespan.checkpoint.placement import Piece
-from moespan.checkpoint.rounding import quantize
+from moespan.checkpoint.rounding import check_scales, quantize
 from moespan.memory import zeros
 
 _LANES, _PANEL = 16, 32
@@ -90,6 +90,7 @@ class PackedBuilder:
         *bank, rows = piece.index if piece.is_scale else piece.index[:-1]
         matrix, first = bank[0] if bank else 0, rows.start
         if piece.is_scale:
+            check_scales(values)
             self._scales[matrix, rows] = values
         elif self._bits is None or values.dtype == torch.int8:
             self._pack(matrix, first, values.to(self._panels.dtype))
@@ -152,6 +153,7 @@ class PackedBuilder:
             integers.data_ptr(),
             scales.data_ptr(),
         )
+        check_scales(scales)
         return integers, scales
 
     def _by_channel(self, x: Tensor) -> Tensor:
