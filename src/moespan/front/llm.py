@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from moespan.config import Layout
 from moespan.engine.questions import Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams, refusal
-from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
+from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError, shown
 from moespan.front.outputs import RequestOutput
 from moespan.front.prompts import Encoded, Message, Prompt, Prompts
 from moespan.front.settings import Settings, check
@@ -118,9 +119,12 @@ class LLM:
             RequestError: a prompt or its parameters break a limit; no prompt was run.
             EngineDeadError: the ranks are gone.
         """
-        # A list that begins with a number is one prompt's token ids.
-        is_one = isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int))
-        many: Sequence[Any] = [prompts] if is_one else prompts  # type: ignore[assignment]
+        if isinstance(prompts, str | Mapping):
+            many: Sequence[Any] = [prompts]
+        else:
+            # A list that begins with a number is one prompt's token ids.
+            _require_list("prompts", prompts, "a prompt or a list of prompts")
+            many = [prompts] if prompts and isinstance(prompts[0], numbers.Integral) else prompts
         return self._run_all(many, self._prompts.encode, sampling_params, use_tqdm)
 
     def chat(
@@ -136,6 +140,7 @@ class LLM:
             TokenizerError: the chat template is faulty.
             EngineDeadError: the ranks are gone.
         """
+        _require_list("messages", messages, "a list of messages or a list of such lists")
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return self._run_all(many, self.chat_prompt, sampling_params, use_tqdm)
 
@@ -278,7 +283,10 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
+            params = [SamplingParams() if params is None else params] * len(prompts)
+        _require_list(
+            "sampling_params", params, "a SamplingParams or a list of one for each prompt"
+        )
         if len(params) != len(prompts):
             raise RequestError(
                 f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for all, "
@@ -295,3 +303,8 @@ class LLM:
         )
         by_id = {output.request_id: output for output in outputs}
         return [by_id[request.id] for _, request in requests]
+
+
+def _require_list(name: str, value: object, rule: str) -> None:
+    if not isinstance(value, Sequence):
+        raise RequestError(f"{name}={shown(value)} must be {rule}")
