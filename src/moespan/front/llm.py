@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from tqdm import tqdm
 
 from moespan.config import Layout
+from moespan.engine.interrupts import hold_interrupts
 from moespan.engine.questions import Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams, refusal
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError, shown
@@ -171,13 +172,14 @@ class LLM:
         self,
         requests: Iterable[tuple[str | None, Request]],
         observe: Callable[[OutputDelta], object] | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Run any number of requests; yield the output of each as it finishes.
 
         Requests are taken from `requests` only as fast as the engine needs them, so memory stays
         bounded. A request that fails is yielded with its `error`; the others go on. Several streams
         may run in turns within one thread; each yields its own requests. Closing a stream aborts
-        its unfinished requests.
+        its unfinished requests, and so does Ctrl-C. It waits for the step under way, and the engine
+        goes on to the next request. A second Ctrl-C does not wait, and may end the engine.
 
         Args:
             requests: pairs of a prompt's text (or None) and its request, as `request` makes them.
@@ -192,11 +194,13 @@ class LLM:
             while True:
                 room = self._num_wanted - len(mine)
                 for text, request in itertools.islice(source, room):
-                    mine[request.id] = self._live[request.id] = RequestOutput.begin(request, text)
-                    try:
-                        self._client.add(request)
-                    except RequestError as error:
-                        self._take_in(refusal(request, error))
+                    with hold_interrupts():
+                        output = RequestOutput.begin(request, text)
+                        mine[request.id] = self._live[request.id] = output
+                        try:
+                            self._client.add(request)
+                        except RequestError as error:
+                            self._take_in(refusal(request, error))
                 if not mine:
                     return
                 finished = [output for output in mine.values() if output.finished]
@@ -204,17 +208,19 @@ class LLM:
                     del mine[output.request_id], self._live[output.request_id]
                     yield output
                 if not finished:
-                    deltas = self._client.receive()
-                    self._take_in(deltas)
+                    with hold_interrupts():
+                        deltas = self._client.receive()
+                        self._take_in(deltas)
                     if observe is not None:
                         for delta in deltas:
                             if delta.id in mine:
                                 observe(delta)
         finally:
-            for request_id in mine:
-                del self._live[request_id]
-                with contextlib.suppress(EngineDeadError):
-                    self._client.abort(request_id)
+            with hold_interrupts():
+                for request_id in mine:
+                    self._live.pop(request_id, None)
+                    with contextlib.suppress(EngineDeadError):
+                        self._client.abort(request_id)
 
     def relayout(self, layout: Layout, moe_dispatch: str = "auto") -> None:
         """Load the model under another layout on the same ranks, faster than a new start.
