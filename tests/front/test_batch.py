@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ from typing import Any
 import pytest
 
 from moespan import LLM
-from moespan.errors import ConfigError, EngineDeadError
-from moespan.front.batch import BatchReport, answered_ids, run_batch
+from moespan.engine.request import SamplingParams
+from moespan.errors import ConfigError, EngineDeadError, MoespanError
+from moespan.front.batch import AnswerFile, AnswerStream, BatchReport, answered_ids, run_batch
 from tests.support import QUICKSTART, write_config
 
 Record = dict[str, Any]
@@ -43,7 +47,7 @@ class Batch:
         self.report: BatchReport = run_batch(
             llm,
             self.path,
-            self.output,
+            AnswerStream(self.output),
             {"temperature": 0, "max_tokens": 8, **(defaults or {})},
             chat=chat,
             done=done or set(),
@@ -157,6 +161,31 @@ def test_token_ids_are_given_as_they_are_even_with_chat(run: Callable[..., Batch
     assert batch.text_of(1) == "42"
 
 
+def test_null_means_not_set_whoever_wrote_the_line(run: Callable[..., Batch]):
+    nothing = dict.fromkeys(SamplingParams.__struct_fields__)
+    batch = run(
+        {"prompt": "347+85=", "params": {**nothing, "max_tokens": 2, "best_of": None}},
+        {"prompt": "347+85=", "params": {"max_tokens": 2}, "messages": None, "max_tokens": None},
+        {"prompt": "347+85=", "params": {"max_tokens": None}},  # as many as the model allows
+        defaults={"max_tokens": 1, "temperature": 0},
+    )
+    assert [batch.text_of(number) for number in (1, 2, 3)] == ["43", "43", "432"]
+
+
+def test_a_content_may_be_a_list_of_texts(run: Callable[..., Batch]):
+    parts = [{"type": "text", "text": "12"}, {"type": "text", "text": "30"}]
+    batch = run(
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "12+30="}]}]},
+        {"messages": [{"role": "user", "content": ["12+30="], "name": None}]},
+        {"messages": [{"role": "user", "content": parts}], "params": {"max_tokens": 1}},
+        {"messages": [{"role": "user", "content": "12\n30"}], "params": {"max_tokens": 1}},
+        chat=True,
+    )
+    assert (batch.text_of(1), batch.text_of(2)) == (" 42", " 42")
+    counts = {record["id"]: record["num_prompt_tokens"] for record in batch.records}
+    assert counts[3] == counts[4]
+
+
 # Bad lines
 
 
@@ -176,12 +205,18 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "NaN as id": ('{"prompt": "a", "id": NaN}', "cannot be written as JSON"),
     "params a list": ({"prompt": "a", "params": []}, "params=[] must be an object"),
     "params false": ({"prompt": "a", "params": False}, "params=False must be an object"),
-    "unknown parameter": ({"prompt": "a", "params": {"heat": 1}}, "unknown field `heat`"),
-    "wrong type": ({"prompt": "a", "params": {"top_k": "x"}}, "Expected `int`, got `str`"),
-    "out of bounds": ({"prompt": "a", "params": {"top_p": 0}}, "top_p=0.0 must be above 0"),
-    "NaN": ('{"prompt": "a", "params": {"top_p": NaN}}', "top_p=nan must be a finite number"),
-    "far too many": ({"prompt": "a", "params": {"max_tokens": 2**70}}, "must be below 2**31"),
-    "half a stop": ('{"prompt": "a", "params": {"stop": "\\ud83d"}}', "must be whole characters"),
+    "unknown parameter": (
+        {"prompt": "a", "params": {"heat": 1}},
+        "'heat' is not a sampling",
+    ),
+    "wrong type": ({"prompt": "a", "params": {"top_k": "x"}}, "top_k='x' must be an integer"),
+    "out of bounds": ({"prompt": "a", "params": {"top_p": 0}}, "top_p=0 must be a number above 0"),
+    "NaN": ('{"prompt": "a", "params": {"top_p": NaN}}', "top_p=nan must be a number above 0"),
+    "far too many": (
+        {"prompt": "a", "params": {"max_tokens": 2**70}},
+        "must be an integer",
+    ),
+    "half a stop": ('{"prompt": "a", "params": {"stop": "\\ud83d"}}', "whole characters"),
     "misplaced": ({"prompt": "a", "max_tokens": 5}, "max_tokens belongs in params"),
     "messages without chat": ({"messages": []}, "messages are only for chat; add --chat"),
 }
@@ -211,6 +246,14 @@ def test_a_bad_line_is_reported_with_its_number_and_the_others_run(run: Callable
         ({"messages": "hello"}, "messages is str"),
         ({"messages": [{"role": "user", "content": "a"}], "prompt": "a"}, "both a prompt and"),
         ({"id": 1}, "the line has no prompt"),
+        ({"messages": [{"role": "user", "content": None}]}, "must be a string"),
+        ({"messages": [{"role": "user", "content": 5}]}, "must be a string"),
+        ({"messages": [{"role": "user", "content": [5]}]}, "['content'][0] is 5; each part"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]},
+            "must be a text",
+        ),
+        ({"messages": [5]}, "messages[0] is int"),
     ],
 )
 def test_a_bad_conversation_is_reported(run: Callable[..., Batch], bad: Record, says: str):
@@ -360,3 +403,99 @@ def test_a_thousand_prompts_are_each_answered_exactly_once_in_bounded_memory(tmp
     assert (batch.report.num_answered, batch.report.num_failed) == (1000, 0)
     assert batch.report.num_output_tokens == 3000
     assert batch.num_advanced == 1000
+
+
+# The place for answers
+
+
+def answers(count: int) -> Iterator[Record]:
+    for number in range(count):
+        yield {"id": number, "token_ids": [5], "finish_reason": "stop", "text": "é🐱"}
+
+
+def test_a_file_holds_each_answer_as_soon_as_it_is_written(tmp_path: Path):
+    path = tmp_path / "out.jsonl"
+    path.write_text('{"id": "a", "token_ids": [], "finish_reason": "stop"}\n')
+    with contextlib.closing(AnswerFile(path, 1)) as file:
+        for number, record in enumerate(answers(3), 1):
+            file.write(record)
+            assert len(answered_ids(path)) == number + 1
+    assert "é🐱" in path.read_text()
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def rename(path: Path) -> None:
+    path.rename(path.with_suffix(".old"))
+
+
+def replace(path: Path) -> None:
+    path.with_suffix(".new").touch()
+    path.with_suffix(".new").rename(path)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 10)
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (remove, "was removed or renamed"),
+        (rename, "was removed or renamed"),
+        (replace, "was replaced by another file"),
+        (cut, "was cut"),
+    ],
+)
+def test_a_file_that_is_taken_away_is_named(
+    tmp_path: Path, change: Callable[[Path], None], says: str, is_last: bool
+):
+    path = tmp_path / "out.jsonl"
+    file = AnswerFile(path)
+    for record in answers(3):
+        file.write(record)
+    change(path)
+    with pytest.raises(MoespanError, match=rf"out\.jsonl {says} .*; 3 answers .*may be lost"):
+        if is_last:
+            file.close()
+        else:
+            file.write(next(answers(1)))
+    with contextlib.suppress(MoespanError):
+        file.close()
+
+
+def test_a_folder_that_is_taken_away_is_named_too(tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = AnswerFile(folder / "out.jsonl")
+    shutil.rmtree(folder)
+    with pytest.raises(MoespanError, match="was removed or renamed"):
+        file.close()
+
+
+@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="needs /dev/full")
+def test_a_full_disk_is_named_with_the_number_of_answers_and_the_fix(tmp_path: Path):
+    path = tmp_path / "out.jsonl"
+    path.symlink_to("/dev/full")
+    file = AnswerFile(path, 7)
+    with pytest.raises(MoespanError) as caught:
+        file.write(next(answers(1)))
+    assert str(caught.value) == (
+        f"{path} cannot be written: No space left on device; it holds 7 answers, and the same "
+        "command with --resume adds the others"
+    )
+    file.close()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "utf-8"])
+def test_a_line_is_json_in_any_encoding(encoding: str):
+    raw = io.BytesIO()
+    stream = AnswerStream(io.TextIOWrapper(raw, encoding=encoding))
+    records = [*answers(2), {"id": 9, "text": "plain"}]
+    for record in records:
+        stream.write(record)
+    assert [json.loads(line) for line in raw.getvalue().decode(encoding).splitlines()] == records
+    assert ("🐱".encode() in raw.getvalue()) == (encoding == "utf-8")

@@ -8,16 +8,26 @@ listed in `_VERBS`.
 from __future__ import annotations
 
 import argparse
-import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from moespan import log
-from moespan.cli import bench, doctor, generate, info, make_checkpoint, quantize, verify
+from moespan.cli import (
+    bench,
+    doctor,
+    generate,
+    info,
+    make_checkpoint,
+    quantize,
+    streams,
+    verify,
+)
 from moespan.cli.environment import print_environment
 from moespan.cli.show import EXIT_FAILED
-from moespan.errors import MoespanError
+from moespan.errors import ConfigError, MoespanError, shortened
 from moespan.machine.environment import keep_torch_npu_out
 from moespan.version import __version__
 
@@ -25,25 +35,72 @@ _VERBS = (generate, verify, bench, info, make_checkpoint, quantize, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one verb and exit: 0 if all went well, 1 if something failed, 2 for a wrong command."""
+    """Run one verb and exit.
+
+    The exit code is 0 if all went well, 1 if something failed, 2 for a wrong command, and 130 after
+    Ctrl-C.
+
+    Args:
+        argv: the arguments; None for those of this process, which then belongs to the verb.
+    """
+    streams.prepare()
+    if argv is None:
+        sys.unraisablehook = _report_unless_interrupt
+    try:
+        code = _run(argv)
+        failure = None
+    except BaseException as error:
+        code, failure = _judge(error)
+    if argv is None:
+        # The rest is bounded, and must not be cut.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lost = streams.finish()
+    if code == 0 and lost is not None:
+        code, failure = _judge(lost)
+    if failure is not None:
+        log.logger.error("%s", failure)
+        streams.finish()
+    sys.exit(code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     # An installed torch_npu without CANN would make `import torch` fail, for other devices too.
     keep_torch_npu_out()
     run = print_environment if getattr(args, "print_env", False) else args.run
+    log.set_up(args.log_level)
     try:
-        log.set_up(args.log_level)
-        code = run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of stdout is gone. Python flushes once more at exit, now into /dev/null.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILED
-    except (MoespanError, OSError) as error:
-        log.logger.error("%s", error)
-        code = EXIT_FAILED
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+        Path.cwd()
+    except OSError as error:  # MKL would end the process while torch is imported
+        raise ConfigError(f"the current folder is gone: {error.strerror}; cd to another") from None
+    code: int = run(args)
+    return code
+
+
+def _judge(error: BaseException) -> tuple[int, str | None]:
+    """The exit code after `error`, and the message for the user, if any."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            return 130, None
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, SystemExit):  # of argparse, and of a node that has served
+        return (error.code if isinstance(error.code, int) else EXIT_FAILED), None
+    if isinstance(error, BrokenPipeError):  # the reader of stdout has seen enough
+        return EXIT_FAILED, None
+    if isinstance(error, MoespanError) or (isinstance(error, OSError) and error.strerror):
+        return EXIT_FAILED, str(error)
+    log.logger.debug("unexpected error", exc_info=error)
+    reason = shortened(next(iter(str(error).splitlines()), ""), 200)
+    kind = type(error).__name__
+    what = f"{kind}: {reason}" if reason else kind
+    return EXIT_FAILED, f"unexpected error: {what}; --log-level debug shows where"
+
+
+def _report_unless_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    """Report an error that Python cannot raise, except Ctrl-C in code that cleans up."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
 def _parser() -> argparse.ArgumentParser:

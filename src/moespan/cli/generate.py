@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moespan import log
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
 from moespan.cli.show import EXIT_FAILED, check_writable, print_text, say, say_speed, say_start
 from moespan.cli.starting import serve_unless_first_node, start_llm
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, EngineDeadError, RequestError
 from moespan.front.settings import Settings
+
+if TYPE_CHECKING:
+    from moespan.engine.request import Request
+    from moespan.front.batch import Answers
+    from moespan.front.llm import LLM
+    from moespan.front.outputs import RequestOutput
 
 SUMMARY = "continue prompts"
 
@@ -111,29 +116,50 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _answer_prompts(args: argparse.Namespace, settings: Settings, sampling: Any) -> int:
-    from moespan.front.batch import answer
-
     with start_llm(settings) as llm:
         say_start(args, llm)
         started = time.perf_counter()
-        if args.chat:
-            conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
-            outputs = llm.chat(conversations, sampling)
-        else:
-            outputs = llm.generate(args.prompt, sampling)
+        requests = list(_requests(args, llm, sampling))
+        numbers = {request.id: number for number, (_, request) in enumerate(requests)}
+        finished: dict[int, RequestOutput] = {}
+        num_shown = num_tokens = num_failed = 0
+        try:
+            for output in llm.stream(requests):
+                num_tokens += sum(len(one.token_ids) for one in output.outputs)
+                num_failed += output.error is not None
+                finished[numbers[output.request_id]] = output
+                while num_shown in finished:  # in the order of the prompts
+                    _show(args, num_shown, finished.pop(num_shown))
+                    num_shown += 1
+        except (KeyboardInterrupt, EngineDeadError):
+            for number in sorted(finished):
+                _show(args, number, finished[number])
+            raise
         seconds = time.perf_counter() - started
-    num_failed = 0
-    for number, output in enumerate(outputs):
-        if output.error is not None:
-            num_failed += 1
-            log.logger.error("prompt %d: %s", number, output.error)
-        elif args.json:
-            print(json.dumps(answer(number, output), ensure_ascii=False))
-        else:
-            print_text(args.prompt[number], output)
-    num_tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
-    say_speed(args, len(outputs) - num_failed, num_tokens, seconds)
+    say_speed(args, len(requests) - num_failed, num_tokens, seconds)
     return EXIT_FAILED if num_failed else 0
+
+
+def _requests(
+    args: argparse.Namespace, llm: LLM, sampling: Any
+) -> Iterator[tuple[str | None, Request]]:
+    for number, prompt in enumerate(args.prompt):
+        try:
+            message = {"role": "user", "content": prompt}
+            yield llm.request(llm.chat_prompt([message]) if args.chat else prompt, sampling)
+        except RequestError as error:
+            raise RequestError(f"prompt {number}: {error}") from None
+
+
+def _show(args: argparse.Namespace, number: int, output: RequestOutput) -> None:
+    from moespan.front.batch import AnswerStream, answer
+
+    if output.error is not None:
+        log.logger.error("prompt %d: %s", number, output.error)
+    elif args.json:
+        AnswerStream(sys.stdout).write(answer(number, output))
+    else:
+        print_text(args.prompt[number], output)
 
 
 def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str, Any]) -> int:
@@ -150,7 +176,7 @@ def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str,
         num_lines = sum(1 for line in file if line.strip())
     with (
         start_llm(settings) as llm,
-        _opened(args.output) as output,
+        _opened(args.output, len(done)) as output,
         tqdm(total=num_lines, unit="prompt", disable=args.quiet or None) as bar,
     ):
         say_start(args, llm)
@@ -194,9 +220,11 @@ def _answered_before(args: argparse.Namespace) -> set[str]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path | None) -> Iterator[Any]:
+def _opened(path: Path | None, num_answers: int) -> Iterator[Answers]:
+    from moespan.front.batch import AnswerFile, AnswerStream
+
     if path is None:
-        yield sys.stdout
+        yield AnswerStream(sys.stdout)
         return
-    with path.open("a", encoding="utf-8") as file:
+    with contextlib.closing(AnswerFile(path, num_answers)) as file:
         yield file

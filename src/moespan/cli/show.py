@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,6 +65,9 @@ def check_writable(path: Path, flag: str) -> None:
         raise ConfigError(f"{flag} {path} is a folder; give a file")
     if not path.parent.is_dir():
         raise ConfigError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+    place = path if path.exists() else path.parent
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"{flag} {path}: {place} cannot be written; give a file elsewhere")
 
 
 def progress_bytes(total_bytes: int) -> tqdm[Any]:
@@ -73,8 +78,9 @@ def progress_bytes(total_bytes: int) -> tqdm[Any]:
 
 
 def say(text: str) -> None:
-    """Tell a person on stderr how a verb gets on; stdout belongs to answers."""
-    print(text, file=sys.stderr)
+    """Tell a person on stderr how a verb gets on; a stderr that takes nothing ends no run."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def say_written(folder: Path, total_bytes: int, seconds: float) -> None:
@@ -110,7 +116,7 @@ def say_speed(args: argparse.Namespace, num_requests: int, num_tokens: int, seco
 def print_text(prompt: str, output: Any) -> None:
     for one in output.outputs:
         text = one.text if one.text or not one.token_ids else " ".join(map(str, one.token_ids))
-        print(f"\n{prompt}\n→ {text}")
+        print(f"\n{prompt}\n→ {text}", flush=True)
 
 
 def bench_table(report: dict[str, Any]) -> Iterator[str]:

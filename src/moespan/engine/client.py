@@ -13,6 +13,7 @@ from typing import Protocol
 from moespan.config import EngineConfig
 from moespan.engine.engine import Engine
 from moespan.engine.info import EngineInfo
+from moespan.engine.interrupts import hold_interrupts
 from moespan.engine.questions import A, Question
 from moespan.engine.request import OutputDelta, Request, refusal
 from moespan.errors import RequestError
@@ -66,7 +67,8 @@ class EngineClient(Protocol):
 class LocalClient:
     """An engine in this process: it computes while `receive` waits.
 
-    Calls from several threads take turns, each for one step at most.
+    Calls from several threads take turns, each for one step at most. Ctrl-C in the main thread is
+    raised after the turn, so it never cuts a step; a second Ctrl-C does, and ends the engine.
 
     Args:
         build: makes an engine of a config; the followers build theirs meanwhile.
@@ -134,14 +136,15 @@ class LocalClient:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[Engine]:
-        """The engine, for this thread only.
+        """The engine, for this thread only. Ctrl-C waits until the turn is over.
 
         One lock would not be fair: a thread that runs step after step would take it again before
         another thread wakes up. With two, the next thread holds the queue until its turn comes.
         """
-        with self._queue:
-            self._use.acquire()
-        try:
-            yield self._engine
-        finally:
-            self._use.release()
+        with hold_interrupts():
+            with self._queue:
+                self._use.acquire()
+            try:
+                yield self._engine
+            finally:
+                self._use.release()

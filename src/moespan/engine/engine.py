@@ -92,6 +92,8 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Drop the rest of a request; no more deltas come of it. Unknown ids are ignored."""
+        if self._death is not None:  # its queues may be inconsistent
+            return
         self._kept = [delta for delta in self._kept if delta.id != request_id]
         for sequence in self._replicas.abort(request_id):
             self._live.pop((sequence.id, sequence.index), None)
@@ -146,10 +148,10 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
-        for live in self._live.values():
-            self._replicas.finish(live.sequence)
-        self._live.clear()
         if self._death is None:
+            for live in self._live.values():
+                self._replicas.finish(live.sequence)
+            self._live.clear()
             with self._all_or_dead():
                 self._settle()
             self._death = EngineDeadError("the engine is closed")

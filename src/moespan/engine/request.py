@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import msgspec
 
-from moespan.errors import RequestError
+from moespan.errors import RequestError, shown
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -18,6 +20,11 @@ MAX_STOP_CHARACTERS = 1024
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sampling parameters of a request. Names and meanings are vLLM's.
+
+    The constructor checks every value and raises `RequestError` for the first that breaks its rule.
+    It takes a whole number for a float, a float that is a whole number for an integer, one string
+    for a list of `stop` strings, and token ids as decimal strings in `logit_bias`. None means that
+    the parameter is not set, so that its default holds.
 
     Attributes:
         n: number of independent continuations.
@@ -63,74 +70,37 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        def require(name: str, rule: str, holds: bool) -> None:
-            if not holds:
-                raise RequestError(f"{name}={getattr(self, name)!r} must be {rule}")
-
-        for name in (
-            "temperature",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-        ):
-            require(name, "a finite number", math.isfinite(getattr(self, name)))
-        require("n", f"within 1..{MAX_N}", 1 <= self.n <= MAX_N)
-        require("temperature", "at least 0", self.temperature >= 0)
-        require("top_p", "above 0 and at most 1", 0 < self.top_p <= 1)
-        require("top_k", "at least -1", self.top_k >= -1)
-        require("min_p", "within 0..1", 0 <= self.min_p <= 1)
-        require("repetition_penalty", "above 0", self.repetition_penalty > 0)
-        require("presence_penalty", "within -2..2", -2 <= self.presence_penalty <= 2)
-        require("frequency_penalty", "within -2..2", -2 <= self.frequency_penalty <= 2)
-        require("max_tokens", "at least 1", self.max_tokens is None or self.max_tokens >= 1)
-        require("min_tokens", "at least 0", self.min_tokens >= 0)
-        for name in ("max_tokens", "min_tokens", "top_k"):
-            require(name, "below 2**31", (getattr(self, name) or 0) < 2**31)
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if value is None:
+                checked = _DEFAULTS[name]()
+            else:
+                try:
+                    checked = check.take(value)
+                except (TypeError, ValueError, OverflowError):
+                    raise RequestError(f"{name}={shown(value)} must be {check.rule}") from None
+            if checked is not value:
+                msgspec.structs.force_setattr(self, name, checked)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            require(name, f"within 0..{MAX_LOGPROBS}", value is None or 0 <= value <= MAX_LOGPROBS)
-        require("seed", "within 0..2**63-1", self.seed is None or 0 <= self.seed < 2**63)
-        require(
-            "stop",
-            f"at most {MAX_STOP} strings of 1..{MAX_STOP_CHARACTERS} characters",
-            len(self.stop) <= MAX_STOP
-            and all(1 <= len(text) <= MAX_STOP_CHARACTERS for text in self.stop),
-        )
-        require("stop", "whole characters, not half a surrogate pair", _is_unicode(self.stop))
-        require(
-            "stop_token_ids",
-            f"at most {MAX_STOP} token ids",
-            len(self.stop_token_ids) <= MAX_STOP and min(self.stop_token_ids, default=0) >= 0,
-        )
-        require(
-            "logit_bias",
-            f"at most {MAX_LOGIT_BIAS} finite numbers within -100..100",
-            self.logit_bias is None
-            or (
-                len(self.logit_bias) <= MAX_LOGIT_BIAS
-                and all(
-                    token >= 0 and -100 <= bias <= 100 for token, bias in self.logit_bias.items()
-                )
-            ),
-        )
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> SamplingParams:
-        """Build from decoded JSON; `stop` may be one string, as clients send it.
+    def from_dict(cls, raw: Mapping[str, Any]) -> SamplingParams:
+        """Build from decoded JSON. A null is the same as a missing field, whatever its name.
 
         Raises:
             RequestError: an unknown name, a wrong type, or a value out of bounds.
         """
-        if isinstance(raw.get("stop"), str):
-            raw = {**raw, "stop": [raw["stop"]]}
-        try:
-            return msgspec.convert(raw, cls, strict=False, str_keys=True)
-        except msgspec.ValidationError as error:
-            raise RequestError(f"sampling parameters: {error}") from None
+        if not isinstance(raw, Mapping):
+            raise RequestError(f"sampling parameters: {shown(raw)} must be an object")
+        given = {name: value for name, value in raw.items() if value is not None}
+        for name in given:
+            if name not in _CHECKS:
+                known = ", ".join(_CHECKS)
+                raise RequestError(f"{shown(name)} is not a sampling parameter; known are {known}")
+        if "max_tokens" in raw:
+            given["max_tokens"] = raw["max_tokens"]
+        return cls(**given)
 
     @property
     def penalizes(self) -> bool:
@@ -142,12 +112,133 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         )
 
 
-def _is_unicode(texts: list[str]) -> bool:
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+class _Check(NamedTuple):
+    """The rule of one parameter.
+
+    Attributes:
+        rule: what the value must be, as an error says it.
+        take: the value in the type of the field; raises ValueError, TypeError or OverflowError if
+            the rule is broken.
+    """
+
+    rule: str
+    take: Callable[[Any], Any]
+
+
+def _integer(low: int, high: int) -> Callable[[Any], int]:
+    """Take integers within low..high, and floats that are whole numbers; no bools."""
+
+    def take(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError
+        number = int(value) if isinstance(value, numbers.Integral) else int(float(value))
+        if number != value or not low <= number <= high:
+            raise ValueError
+        return number
+
+    return take
+
+
+def _number(holds: Callable[[float], bool]) -> Callable[[Any], float]:
+    """Take finite numbers for which `holds`; no bools."""
+
+    def take(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError
+        number = float(value)
+        if not math.isfinite(number) or not holds(number):
+            raise ValueError
+        return number
+
+    return take
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _items(value: Any, most: int) -> list[Any]:
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise TypeError
+    if len(value) > most:
+        raise ValueError
+    return list(value)
+
+
+def _stop(value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else _items(value, MAX_STOP)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError
+        if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
+            raise ValueError
+        text.encode()  # half a surrogate pair is a ValueError
+    return texts
+
+
+def _stop_token_ids(value: Any) -> list[int]:
+    return [_token_id(item) for item in _items(value, MAX_STOP)]
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError
+    # The keys of a JSON object are strings.
+    return {
+        _token_id(int(key) if isinstance(key, str) and key.isdecimal() else key): _bias(bias)
+        for key, bias in value.items()
+    }
+
+
+_count = _integer(0, 2**31 - 1)
+_token_id = _integer(0, 2**63 - 1)
+_bias = _number(lambda bias: -100 <= bias <= 100)
+
+_CHECKS = {
+    "n": _Check(f"an integer within 1..{MAX_N}", _integer(1, MAX_N)),
+    "temperature": _Check("a finite number of at least 0", _number(lambda t: t >= 0)),
+    "top_p": _Check("a number above 0 and at most 1", _number(lambda p: 0 < p <= 1)),
+    "top_k": _Check("an integer within -1..2**31-1", _integer(-1, 2**31 - 1)),
+    "min_p": _Check("a number within 0..1", _number(lambda p: 0 <= p <= 1)),
+    "seed": _Check("an integer within 0..2**63-1", _integer(0, 2**63 - 1)),
+    "repetition_penalty": _Check("a finite number above 0", _number(lambda r: r > 0)),
+    "presence_penalty": _Check("a number within -2..2", _number(lambda p: -2 <= p <= 2)),
+    "frequency_penalty": _Check("a number within -2..2", _number(lambda f: -2 <= f <= 2)),
+    "logit_bias": _Check(
+        f"at most {MAX_LOGIT_BIAS} token ids, each with a number within -100..100", _logit_bias
+    ),
+    "stop": _Check(
+        f"a string or at most {MAX_STOP} strings, each of 1..{MAX_STOP_CHARACTERS} whole "
+        "characters (half a surrogate pair is none)",
+        _stop,
+    ),
+    "stop_token_ids": _Check(f"a list of at most {MAX_STOP} token ids", _stop_token_ids),
+    "include_stop_str_in_output": _Check("true or false", _flag),
+    "max_tokens": _Check("an integer within 1..2**31-1", _integer(1, 2**31 - 1)),
+    "min_tokens": _Check("an integer within 0..2**31-1", _count),
+    "ignore_eos": _Check("true or false", _flag),
+    "skip_special_tokens": _Check("true or false", _flag),
+    "logprobs": _Check(f"an integer within 0..{MAX_LOGPROBS}", _integer(0, MAX_LOGPROBS)),
+    "prompt_logprobs": _Check(f"an integer within 0..{MAX_LOGPROBS}", _integer(0, MAX_LOGPROBS)),
+}
+"""The rule of each parameter: the one place where parameters are checked."""
+
+
+def _default_of(field: msgspec.structs.FieldInfo) -> Callable[[], Any]:
+    """Makes the value of a field that is None."""
+    if field.name == "max_tokens":  # None is a value of its own, not the default
+        return lambda: None
+    if field.default is msgspec.NODEFAULT:
+        factory: Callable[[], Any] = field.default_factory
+        return factory
+    return lambda: field.default
+
+
+_DEFAULTS = {field.name: _default_of(field) for field in msgspec.structs.fields(SamplingParams)}
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,6 +253,18 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: list[int]
     params: SamplingParams
     prompt_logits: bool = False
+
+    def __post_init__(self) -> None:
+        def require(name: str, holds: bool, rule: str) -> None:
+            if not holds:
+                raise RequestError(f"{name}={shown(getattr(self, name))} must be {rule}")
+
+        ids = self.prompt_token_ids
+        is_ids = isinstance(ids, list) and all(type(token) is int for token in ids)
+        require("id", isinstance(self.id, str), "a string")
+        require("prompt_token_ids", is_ids, "a list of token ids")
+        require("params", isinstance(self.params, SamplingParams), "a SamplingParams")
+        require("prompt_logits", isinstance(self.prompt_logits, bool), "true or false")
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -233,4 +336,6 @@ def check_request(request: Request, max_model_len: int, vocab_size: int) -> None
     ):
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < vocab_size:
-                raise RequestError(f"{name}: token id {token_id} is not within 0..{vocab_size - 1}")
+                raise RequestError(
+                    f"{name}: token id {shown(token_id)} is not within 0..{vocab_size - 1}"
+                )

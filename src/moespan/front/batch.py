@@ -7,18 +7,21 @@ may replace `"prompt"`. Each answer is one line, written as soon as its request 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol, TextIO
 
 import msgspec
 
+from moespan.engine.interrupts import hold_interrupts
 from moespan.engine.request import Request, SamplingParams
-from moespan.errors import ConfigError, RequestError
+from moespan.errors import ConfigError, MoespanError, RequestError, shown
 from moespan.front.llm import LLM
 from moespan.front.outputs import RequestOutput
 
@@ -61,7 +64,7 @@ class _Lines:
                     key = _key(given_id)
                     if key in seen:
                         raise RequestError(
-                            f"id {given_id!r} is on an earlier line too; give each line its own"
+                            f"id {shown(given_id)} is on an earlier line too; give each its own"
                         )
                     seen.add(key)
                     if key in self.done:
@@ -84,11 +87,15 @@ class _Lines:
     def _request(self, item: dict[str, Any]) -> tuple[str | None, Request]:
         raw = {} if item.get("params") is None else item["params"]
         if not isinstance(raw, dict):
-            raise RequestError(f"params={raw!r:.80} must be an object")
-        misplaced = sorted(item.keys() & {*SamplingParams.__struct_fields__})
-        if misplaced:
-            raise RequestError(f'{misplaced[0]} belongs in params: {{"params": {{...}}}}')
-        params = SamplingParams.from_dict({**self.defaults, **raw})
+            raise RequestError(f"params={shown(raw)} must be an object")
+        for name in SamplingParams.__struct_fields__:
+            if item.get(name) is not None:
+                raise RequestError(f'{name} belongs in params: {{"params": {{...}}}}')
+        # Clients write null where nothing is set; only max_tokens means something by it.
+        own = {name: value for name, value in raw.items() if value is not None}
+        if "max_tokens" in raw:
+            own["max_tokens"] = raw["max_tokens"]
+        params = SamplingParams.from_dict({**self.defaults, **own})
         prompt: Any = item.get("prompt")
         messages: Any = item.get("messages")
         if messages is not None and not self.chat:
@@ -107,7 +114,7 @@ class _Lines:
 def run_batch(
     llm: LLM,
     input_path: Path,
-    output: IO[str],
+    output: Answers,
     defaults: dict[str, Any],
     *,
     chat: bool,
@@ -125,23 +132,116 @@ def run_batch(
 
     Raises:
         EngineDeadError: the ranks are gone; every finished answer is in `output`.
+        MoespanError: `output` can take no more answers.
     """
     started = time.perf_counter()
     report = BatchReport()
     lines = _Lines(llm, input_path, defaults, chat, done, report, report_failure, advance)
-    for result in llm.stream(lines):
-        given_id = lines.ids.pop(result.request_id)
-        number = lines.line_numbers.pop(result.request_id)
-        report.num_output_tokens += sum(len(one.token_ids) for one in result.outputs)
-        if result.error is not None:
-            lines.fail(number, result.error)
-        else:
+    with contextlib.closing(llm.stream(lines)) as results:
+        for result in results:
+            given_id = lines.ids.pop(result.request_id)
+            number = lines.line_numbers.pop(result.request_id)
+            report.num_output_tokens += sum(len(one.token_ids) for one in result.outputs)
+            if result.error is not None:
+                lines.fail(number, result.error)
+                continue
+            with hold_interrupts():
+                output.write(answer(given_id, result))
             report.num_answered += 1
-            output.write(json.dumps(answer(given_id, result), ensure_ascii=False) + "\n")
-            output.flush()
             advance(1)
     report.seconds = time.perf_counter() - started
     return report
+
+
+class Answers(Protocol):
+    """A place for answers."""
+
+    def write(self, record: dict[str, Any]) -> object:
+        """Write one answer, so that it outlives this process.
+
+        Raises:
+            MoespanError: the answer could not be written.
+        """
+
+
+class AnswerStream:
+    """Writes answers to an open text file, such as stdout."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write and flush one line. JSON's escapes replace what the encoding cannot represent."""
+        line = json.dumps(record, ensure_ascii=False)
+        try:
+            line.encode(self._file.encoding or "utf-8")
+        except UnicodeEncodeError:
+            line = json.dumps(record)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+
+class AnswerFile:
+    """Appends answers to a file, unbuffered, and notices when the file is no longer there.
+
+    Args:
+        path: the file; it is made if it is missing.
+        num_answers: answers that the file holds already.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, num_answers: int = 0) -> None:
+        self._path = path
+        self._num_answers = num_answers
+        self._file = path.open("ab", buffering=0)
+        self._num_bytes = self._stat().st_size
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line, and check that the path still leads to all lines."""
+        left = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        try:
+            while left:
+                count = self._file.write(left) or 0
+                left = left[count:]
+                self._num_bytes += count
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise MoespanError(
+                f"{self._path} cannot be written: {error.strerror}; it holds {self._num_answers} "
+                "answers, and the same command with --resume adds the others"
+            ) from None
+        self.check()
+        self._num_answers += 1
+
+    def check(self) -> None:
+        """Raise `MoespanError` if another program has taken the file away, or cut it."""
+        own = self._stat()
+        try:
+            found: os.stat_result | None = self._path.stat()
+        except OSError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino):
+            fate = "was removed or renamed" if found is None else "was replaced by another file"
+        elif stat.S_ISREG(own.st_mode) and own.st_size < self._num_bytes:
+            fate = "was cut"
+        else:
+            return
+        raise MoespanError(
+            f"{self._path} {fate} while answers were written; {self._num_answers} answers that "
+            "it held may be lost; run the command again with another --output"
+        )
+
+    def close(self) -> None:
+        """Check once more, and close the file. Idempotent."""
+        if not self._file.closed:
+            with self._file:
+                self.check()
+
+    def _stat(self) -> os.stat_result:
+        return os.fstat(self._file.fileno())
 
 
 def answer(given_id: Any, result: RequestOutput) -> dict[str, Any]:
@@ -220,5 +320,5 @@ def _key(given_id: Any) -> str:
     try:
         json.dumps(given_id, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:  # an answer could not hold the id
-        raise RequestError(f"id {given_id!r:.80} cannot be written as JSON: {error}") from None
+        raise RequestError(f"id {shown(given_id)} cannot be written as JSON: {error}") from None
     return json.dumps(given_id, sort_keys=True)

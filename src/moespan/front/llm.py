@@ -6,7 +6,8 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from tqdm import tqdm
 
 from moespan.config import Layout
+from moespan.engine.interrupts import hold_interrupts
 from moespan.engine.questions import Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams, refusal
-from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
+from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError, shown
 from moespan.front.outputs import RequestOutput
 from moespan.front.prompts import Encoded, Message, Prompt, Prompts
 from moespan.front.settings import Settings, check
@@ -118,9 +120,12 @@ class LLM:
             RequestError: a prompt or its parameters break a limit; no prompt was run.
             EngineDeadError: the ranks are gone.
         """
-        # A list that begins with a number is one prompt's token ids.
-        is_one = isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int))
-        many: Sequence[Any] = [prompts] if is_one else prompts  # type: ignore[assignment]
+        if isinstance(prompts, str | Mapping):
+            many: Sequence[Any] = [prompts]
+        else:
+            # A list that begins with a number is one prompt's token ids.
+            _require_list("prompts", prompts, "a prompt or a list of prompts")
+            many = [prompts] if prompts and isinstance(prompts[0], numbers.Integral) else prompts
         return self._run_all(many, self._prompts.encode, sampling_params, use_tqdm)
 
     def chat(
@@ -136,6 +141,7 @@ class LLM:
             TokenizerError: the chat template is faulty.
             EngineDeadError: the ranks are gone.
         """
+        _require_list("messages", messages, "a list of messages or a list of such lists")
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return self._run_all(many, self.chat_prompt, sampling_params, use_tqdm)
 
@@ -166,13 +172,14 @@ class LLM:
         self,
         requests: Iterable[tuple[str | None, Request]],
         observe: Callable[[OutputDelta], object] | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Run any number of requests; yield the output of each as it finishes.
 
         Requests are taken from `requests` only as fast as the engine needs them, so memory stays
         bounded. A request that fails is yielded with its `error`; the others go on. Several streams
         may run in turns within one thread; each yields its own requests. Closing a stream aborts
-        its unfinished requests.
+        its unfinished requests, and so does Ctrl-C. It waits for the step under way, and the engine
+        goes on to the next request. A second Ctrl-C does not wait, and may end the engine.
 
         Args:
             requests: pairs of a prompt's text (or None) and its request, as `request` makes them.
@@ -187,11 +194,13 @@ class LLM:
             while True:
                 room = self._num_wanted - len(mine)
                 for text, request in itertools.islice(source, room):
-                    mine[request.id] = self._live[request.id] = RequestOutput.begin(request, text)
-                    try:
-                        self._client.add(request)
-                    except RequestError as error:
-                        self._take_in(refusal(request, error))
+                    with hold_interrupts():
+                        output = RequestOutput.begin(request, text)
+                        mine[request.id] = self._live[request.id] = output
+                        try:
+                            self._client.add(request)
+                        except RequestError as error:
+                            self._take_in(refusal(request, error))
                 if not mine:
                     return
                 finished = [output for output in mine.values() if output.finished]
@@ -199,17 +208,19 @@ class LLM:
                     del mine[output.request_id], self._live[output.request_id]
                     yield output
                 if not finished:
-                    deltas = self._client.receive()
-                    self._take_in(deltas)
+                    with hold_interrupts():
+                        deltas = self._client.receive()
+                        self._take_in(deltas)
                     if observe is not None:
                         for delta in deltas:
                             if delta.id in mine:
                                 observe(delta)
         finally:
-            for request_id in mine:
-                del self._live[request_id]
-                with contextlib.suppress(EngineDeadError):
-                    self._client.abort(request_id)
+            with hold_interrupts():
+                for request_id in mine:
+                    self._live.pop(request_id, None)
+                    with contextlib.suppress(EngineDeadError):
+                        self._client.abort(request_id)
 
     def relayout(self, layout: Layout, moe_dispatch: str = "auto") -> None:
         """Load the model under another layout on the same ranks, faster than a new start.
@@ -278,7 +289,10 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
+            params = [SamplingParams() if params is None else params] * len(prompts)
+        _require_list(
+            "sampling_params", params, "a SamplingParams or a list of one for each prompt"
+        )
         if len(params) != len(prompts):
             raise RequestError(
                 f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for all, "
@@ -295,3 +309,8 @@ class LLM:
         )
         by_id = {output.request_id: output for output in outputs}
         return [by_id[request.id] for _, request in requests]
+
+
+def _require_list(name: str, value: object, rule: str) -> None:
+    if not isinstance(value, Sequence):
+        raise RequestError(f"{name}={shown(value)} must be {rule}")

@@ -6,17 +6,23 @@ Imports neither torch nor `LLM`: an HTTP server uses it as `LLM` does.
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from moespan.engine.request import Request, SamplingParams, check_request
-from moespan.errors import RequestError
+from moespan.errors import RequestError, shown
 from moespan.text.tokenizer import Tokenizer
 
 Prompt = str | list[int] | Mapping[str, object]
 """Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
 
-Message = Mapping[str, str]
-"""One turn of a conversation: `{"role": ..., "content": ...}`."""
+Message = Mapping[str, Any]
+"""One turn of a conversation: `{"role": ..., "content": ...}`.
+
+The content is a string, or a list of parts `{"type": "text", "text": ...}`, whose texts are joined
+by newlines. Other keys whose value is None are not set.
+"""
 
 Encoded = tuple[str | None, list[int]]
 """A prompt's text, if it was given as text, and its token ids."""
@@ -45,7 +51,8 @@ class Prompts:
         """
         given = prompt
         if isinstance(prompt, Mapping):
-            prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+            token_ids = prompt.get("prompt_token_ids")
+            prompt = prompt.get("prompt") if token_ids is None else token_ids
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise RequestError(
@@ -53,9 +60,9 @@ class Prompts:
                     'ids: a list in Python, {"prompt": [1, 2]} in a line of --input'
                 )
             return prompt, self._tokenizer.encode(prompt)
-        if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
-            raise RequestError(f"{given!r:.80} is neither text nor a list of token ids")
-        return None, prompt
+        if isinstance(prompt, list) and all(map(_is_integer, prompt)):
+            return None, [int(token) for token in prompt]  # those of NumPy too
+        raise RequestError(f"{shown(given)} is neither text nor a list of token ids")
 
     def encode_chat(self, messages: Sequence[Message]) -> Encoded:
         """Text and token ids of a conversation, through the checkpoint's chat template.
@@ -66,7 +73,7 @@ class Prompts:
         """
         if self._tokenizer is None:
             raise RequestError("chat needs a tokenizer, and this checkpoint has no tokenizer.json")
-        text = self._tokenizer.apply_chat_template(messages)
+        text = self._tokenizer.apply_chat_template(_with_texts(messages))
         # The template itself writes the special tokens.
         return text, self._tokenizer.encode(text, add_special_tokens=False)
 
@@ -82,12 +89,61 @@ class Prompts:
         Raises:
             RequestError: the prompt or its parameters break a limit.
         """
-        text, token_ids = prompt if isinstance(prompt, tuple) else self.encode(prompt)
+        if isinstance(prompt, tuple) and len(prompt) == 2:
+            text, token_ids = prompt
+        else:
+            text, token_ids = self.encode(prompt)
         request = Request(
             id=str(next(self._numbers)),
             prompt_token_ids=token_ids,
-            params=params or SamplingParams(),
+            params=SamplingParams() if params is None else params,
             prompt_logits=prompt_logits,
         )
         check_request(request, self._max_model_len, self._vocab_size)
         return text, request
+
+
+def _is_integer(value: object) -> bool:
+    return type(value) is int or (
+        isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    )
+
+
+def _with_texts(messages: Any) -> Any:
+    """`messages` with each content as one string, and without keys that are not set.
+
+    The chat template checks the rest.
+
+    Raises:
+        RequestError: a part of a content is not text.
+    """
+    if not isinstance(messages, list | tuple):
+        return messages
+    return [
+        {
+            key: _text_of(value, f"messages[{index}]['content']") if key == "content" else value
+            for key, value in message.items()
+            if value is not None or key in ("role", "content")
+        }
+        if isinstance(message, Mapping)
+        else message
+        for index, message in enumerate(messages)
+    ]
+
+
+def _text_of(content: Any, name: str) -> Any:
+    if content is None:
+        raise RequestError(f'{name} is None; it must be a string, "" if there is nothing to say')
+    if not isinstance(content, list | tuple):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        is_text = isinstance(part, Mapping) and part.get("type", "text") == "text"
+        text = part.get("text") if is_text else part
+        if not isinstance(text, str):
+            raise RequestError(
+                f"{name}[{index}] is {shown(part)}; each part must be a text: "
+                '{"type": "text", "text": ...}'
+            )
+        texts.append(text)
+    return "\n".join(texts)

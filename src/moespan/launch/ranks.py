@@ -24,6 +24,7 @@ import msgspec
 from moespan import log
 from moespan.config import EngineConfig, Nodes
 from moespan.engine.info import EngineInfo
+from moespan.engine.interrupts import hold_interrupts
 from moespan.engine.questions import A, AnyQuestion, Question
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
@@ -104,6 +105,8 @@ class RanksClient:
             cleanup.callback(shutil.rmtree, self._job.directory, ignore_errors=True)
             with self._job.listen() as listener:
                 self._agent = start_agent(self._job, ranks, program)
+                # Ctrl-C may cut `_end` short, but the agent may not outlive its directory.
+                cleanup.callback(_kill, self._agent)
                 cleanup.callback(_end, self._agent)
                 sock = self._accept_leader(listener, deadline)
             self._connection: Connection[FromLeader] = Connection(sock, FromLeader)
@@ -176,9 +179,10 @@ class RanksClient:
         self.info = self._wait_until_ready(time.monotonic() + (timeout_s or START_TIMEOUT_S))
 
     def close(self) -> None:
-        """End all ranks and remove their directory. Idempotent."""
-        self._death = self._death or EngineDeadError("the engine is closed")
-        self._finalizer()
+        """End all ranks and remove their directory. Idempotent. A second Ctrl-C kills the ranks."""
+        with hold_interrupts():
+            self._death = self._death or EngineDeadError("the engine is closed")
+            self._finalizer()
 
     def __enter__(self) -> RanksClient:
         return self
@@ -347,4 +351,10 @@ def _end(agent: subprocess.Popen[bytes]) -> None:
             return
         except subprocess.TimeoutExpired:
             use_force()
+    agent.wait()
+
+
+def _kill(agent: subprocess.Popen[bytes]) -> None:
+    """Kill the agent, and with it the ranks, unless it has ended."""
+    agent.kill()
     agent.wait()
