@@ -22,6 +22,7 @@ from moespan.engine.questions import Question, Stats, Traffic
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import CheckpointError, RequestError
 from moespan.launch.rank import run_rank
+from moespan.parallel.beats import Beat, named
 
 
 def fail() -> None:
@@ -43,8 +44,9 @@ ANSWER_S = 0.5
 
 
 class FakeEngine:
-    def __init__(self) -> None:
+    def __init__(self, beat: Beat) -> None:
         dist.barrier()
+        self.beat = beat
         self.info = EngineInfo(
             model="fake",
             layout=Layout(tp=dist.get_world_size()),
@@ -74,7 +76,7 @@ class FakeEngine:
 
     def step(self) -> list[OutputDelta]:
         request = self.waiting.pop(0)
-        token_ids = step(request.id, request.prompt_token_ids)
+        token_ids = step(request.id, request.prompt_token_ids, self.beat)
         return [OutputDelta(id=request.id, token_ids=token_ids, finish_reason="stop")]
 
     def heartbeat(self) -> None:
@@ -108,34 +110,39 @@ def announce(deed: int, rank: int, tokens: int) -> tuple[int, int, int]:
     return deed, rank, tokens
 
 
-def step(request_id: str, token_ids: list[int]) -> list[int]:
+def step(request_id: str, token_ids: list[int], beat: Beat) -> list[int]:
     name, _, rank = request_id.partition("@")
     deed = list(DEEDS).index(name) if name in DEEDS else 0
     announce(deed, int(rank or 0), len(token_ids))
-    return take_part(deed, int(rank or 0), torch.tensor(token_ids))
+    return take_part(deed, int(rank or 0), torch.tensor(token_ids), beat)
 
 
-def take_part(deed: int, rank: int, tokens: torch.Tensor) -> list[int]:
+def take_part(deed: int, rank: int, tokens: torch.Tensor, beat: Beat) -> list[int]:
+    beat.start_step(is_first=False)
     if dist.get_rank() == rank:
         list(DEEDS.values())[deed]()
+    beat.enter(named("all_reduce", "tp", "fake", tuple(range(dist.get_world_size()))))
     dist.all_reduce(tokens)  # the leader's tokens, the others' zeros
+    beat.leave()
     return tokens.tolist()
 
 
-def build_leader(config: EngineConfig, device: torch.device) -> FakeEngine:
+def build_leader(config: EngineConfig, device: torch.device, beat: Beat) -> FakeEngine:
     load(config)
-    return FakeEngine()
+    return FakeEngine(beat)
 
 
-def follow(config: EngineConfig, device: torch.device) -> None:
+def follow(config: EngineConfig, device: torch.device, beat: Beat) -> None:
     load(config)
     dist.barrier()
     while True:
+        beat.idle()
         deed, rank, tokens = announce(0, 0, 0)
+        beat.busy()
         if deed == CLOSE:
             return
         if deed != HEARTBEAT:
-            take_part(deed, rank, torch.zeros(tokens, dtype=torch.long))
+            take_part(deed, rank, torch.zeros(tokens, dtype=torch.long), beat)
 
 
 def load(config: EngineConfig) -> None:
@@ -145,5 +152,5 @@ def load(config: EngineConfig) -> None:
 
 
 if __name__ == "__main__":
-    timeout_s = float(sys.argv.pop(1)) if sys.argv[1].isdigit() else None
-    run_rank(build_leader, follow, timeout_s)
+    timeout_s = [float(sys.argv.pop(1))] if sys.argv[1].isdigit() else []
+    run_rank(build_leader, follow, *timeout_s)

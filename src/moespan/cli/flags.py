@@ -267,6 +267,15 @@ def _add_step_flags(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help=argparse.SUPPRESS,
     )
+    _add(
+        parser,
+        "step_timeout_s",
+        "--step-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end the job when no rank gets further in a step for so long "
+        f"({_default('step_timeout_s'):g}); a first step has five times as long",
+    )
 
 
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:

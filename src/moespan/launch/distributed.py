@@ -13,6 +13,7 @@ from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, ModelConfig
 from moespan.device import DEVICES
 from moespan.errors import ConfigError
 from moespan.machine.device import load_plugin
+from moespan.parallel.beats import Beat
 from moespan.parallel.buffers import group_buffers_mb
 from moespan.parallel.mesh import Mesh
 
@@ -46,7 +47,10 @@ def init_distributed(
 
 
 def make_mesh(
-    config: EngineConfig, device: torch.device, idle_timeout_s: float = COLLECTIVE_TIMEOUT_S
+    config: EngineConfig,
+    device: torch.device,
+    idle_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+    beat: Beat | None = None,
 ) -> Mesh:
     """This rank's mesh for an engine of `config`; all ranks make theirs together.
 
@@ -66,6 +70,7 @@ def make_mesh(
         None if ranks_here is None else int(ranks_here),
         buffers_mb,
         config.cuda_one_shot_bytes,
+        beat,
     )
 
 
