@@ -46,6 +46,13 @@ def request(request_id: str, n: int = 1) -> Request:
     return Request(id=request_id, prompt_token_ids=[3, 1, 4], params=params)
 
 
+def warmed(client: RanksClient) -> RanksClient:
+    """The client after its first step, which may last longer than later ones."""
+    client.add(request("one"))
+    assert client.receive(30) == [echo("one")]
+    return client
+
+
 def echo(request_id: str) -> OutputDelta:
     return OutputDelta(id=request_id, token_ids=[3, 1, 4], finish_reason="stop")
 
@@ -276,16 +283,14 @@ def test_a_death_while_asking_reaches_all_threads_and_deltas_sent_before_are_not
 
 
 def hang_alone() -> str:
-    client = start(step_timeout_s=1, ranks=1)
+    client = warmed(start(step_timeout_s=1, ranks=1))
     assert client.receive(3) == []  # being idle is not hanging
     return death_of(client, "sleep@0", hangs_s=1)
 
 
 def stop_idle(rank: int) -> str:
     """The error after a rank that has nothing to do is stopped."""
-    with start() as client:
-        client.add(request("one"))
-        assert client.receive(30) == [echo("one")]
+    with warmed(start()) as client:
         os.kill(rank_pid(client, rank), signal.SIGSTOP)
         started = time.monotonic()
         with pytest.raises(EngineDeadError) as caught:
@@ -310,7 +315,9 @@ def hangs() -> Iterator[dict[str, Future[str]]]:
             "stopped": pool.submit(lambda: death_of(start(), "sigstop@1")),
             "stopped while idle": pool.submit(stop_idle, 1),
             "stopped leader": pool.submit(stop_idle, 0),
-            "asleep": pool.submit(lambda: death_of(start(step_timeout_s=2), "sleep@1", hangs_s=2)),
+            "asleep": pool.submit(
+                lambda: death_of(warmed(start(step_timeout_s=2)), "sleep@1", hangs_s=2)
+            ),
             "timed out": pool.submit(
                 lambda: death_of(start(collective_timeout_s=3), "sleep@0", hangs_s=3)
             ),
@@ -323,8 +330,8 @@ def test_a_lone_leader_that_hangs_ends_the_job_and_shows_where(
 ) -> None:
     message = hangs["alone"].result()
     assert message.startswith(
-        "rank 0 hangs in step 1: no rank has got further for 1 s (--step-timeout)\n"
-        "  rank 0: in step 1\n\nrank 0 meanwhile:\n"
+        "rank 0 hangs in step 2: no rank has got further for 1 s (--step-timeout)\n"
+        "  rank 0: in step 2\n\nrank 0 meanwhile:\n"
     )
     assert "in <lambda>" in message
 
@@ -391,9 +398,9 @@ def test_a_step_that_hangs_ends_the_job_and_says_who_waits_for_whom(
 ) -> None:
     where, *stacks = hangs["asleep"].result().split("meanwhile:")
     assert where.splitlines() == [
-        "rank 1 hangs in step 1: no rank has got further for 2 s (--step-timeout)",
-        "  rank 0: in step 1, in all_reduce over tp (fake), waits for rank 1",
-        "  rank 1: in step 1",
+        "rank 1 hangs in step 2: no rank has got further for 2 s (--step-timeout)",
+        "  rank 0: in step 2, in all_reduce over tp (fake), waits for rank 1",
+        "  rank 1: in step 2",
         "",
         "rank 0 ",
     ]
@@ -418,9 +425,7 @@ def test_a_stopped_agent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_front_sees_where_its_ranks_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    with start() as client:
-        client.add(request("one"))
-        assert client.receive(30) == [echo("one")]
+    with warmed(start()) as client:
         deadline = time.monotonic() + 30
         while any(place.is_busy for place in client.places()) and time.monotonic() < deadline:
             time.sleep(0.01)

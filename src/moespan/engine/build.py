@@ -31,7 +31,6 @@ from moespan.memory import available_bytes
 from moespan.model.network import Weights
 from moespan.ops import Ops, ops_for
 from moespan.parallel import fused
-from moespan.parallel.beats import DEVICE_WAIT
 from moespan.parallel.buffers import DEFAULT_BUFFER_MB
 from moespan.parallel.mesh import Mesh
 from moespan.text.tokenizer import Tokenizer
@@ -84,10 +83,7 @@ def follow(config: EngineConfig, mesh: Mesh) -> EngineConfig | None:
             if message.trace and mesh.at.dp == 0 and mesh.at.tp == 0:
                 mesh.control.send(msgspec.msgpack.encode(worker.trace), "trace")
             if result is not None:
-                mesh.beat.enter(DEVICE_WAIT)
-                sampled = result.wait()
-                mesh.beat.leave()
-                mesh.control.send(msgspec.msgpack.encode(sampled), "result")
+                mesh.control.send(msgspec.msgpack.encode(result.wait()), "result")
         elif isinstance(message, Report):
             mesh.control.send(msgspec.msgpack.encode(mesh.traffic.rows()), "report")
         elif isinstance(message, Close):

@@ -28,7 +28,6 @@ from moespan.engine.text import TextStream
 from moespan.engine.trace import Observation, collect_trace, trace_plan
 from moespan.engine.worker import Worker
 from moespan.errors import EngineDeadError, RequestError
-from moespan.parallel.beats import DEVICE_WAIT
 from moespan.parallel.counters import TrafficRows
 from moespan.text.tokenizer import Tokenizer
 
@@ -229,9 +228,7 @@ class Engine:
                 results.append(None)
             elif speaker == self._mesh.rank:
                 assert own is not None
-                self._mesh.beat.enter(DEVICE_WAIT)
                 results.append(own.wait())
-                self._mesh.beat.leave()
             else:
                 results.append(_decode_result(self._mesh.control.receive(speaker)))
         return results

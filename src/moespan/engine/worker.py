@@ -61,7 +61,6 @@ class Worker:
         shape = (total_blocks, config.block_size, heads, model_config.head_dim)
         cache_dtype = getattr(torch, config.cache_dtype)
         self.caches = [ops.new_cache(shape, cache_dtype, mesh.device) for _ in self.model.layers]
-        self._kinds: set[tuple[bool, int]] = set()  # of steps that have run
         self._num_sampled = 0
         self._sampled: Tensor | None = None  # by the last plan; on the speaker only
         self.graphs: DecodeGraphs | None = None
@@ -83,10 +82,7 @@ class Worker:
             plan: this replica's plan, if at hand; None decodes it from `plans`.
         """
         self.trace.clear()
-        # Steps of one kind take the same kernels, so only the first of them may have to compile.
-        kind = plans.is_decode, sum(plans.num_tokens).bit_length()
-        self.mesh.beat.start_step(is_first=kind not in self._kinds)
-        self._kinds.add(kind)
+        self.mesh.beat.start_step((plans.is_decode, sum(plans.num_tokens).bit_length()))
         at, layout = self.mesh.at, self.mesh.layout
         if not plans.num_tokens[at.dp] and layout.ep_tp_groups == 1:
             return None  # no other replica shares its experts
@@ -114,7 +110,7 @@ class Worker:
             return None
         if size:
             out = self._rows(out, [row.sequence for row in plan.samples])
-        pending = Pending(out, plan)
+        pending = Pending(out, plan, self.mesh.beat)
         self._sampled = pending.sampling.token_ids
         return pending
 

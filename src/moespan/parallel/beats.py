@@ -21,7 +21,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,10 @@ class Place(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
     def __str__(self) -> str:
         """The place in words, to follow the name of the rank."""
-        if self.state in (ABSENT, STARTING):
-            where = ["starting"]
-        elif self.state == IDLE:
+        if self.state == IDLE:
             return f"idle after step {self.step}" if self.step else "idle before its first step"
-        else:
-            where = [f"in step {self.step}"]
-        if self.layer >= 0:
+        where = [f"in step {self.step}" if self.is_busy else "starting"]
+        if self.is_busy and self.layer >= 0:
             where.append(f"layer {self.layer}")
         if self.collective:
             where.append(f"{'in' if self.is_inside else 'after'} {self.collective}")
@@ -113,13 +110,15 @@ class Beat:
         self._state = ABSENT
         self._step = 0
         self._is_first = False
+        self._kinds: set[Hashable] = set()  # of the steps that have run
 
     def start_pulse(self) -> None:
         """Raise `alive` every `PULSE_S` from a thread, as long as this process runs."""
         threading.Thread(target=self._pulse, name="beat", daemon=True).start()
 
     def starting(self) -> None:
-        """The rank loads the model; no limit of time applies to its work."""
+        """The rank loads a model; no limit of time applies to its work."""
+        self._kinds.clear()
         self._set(STARTING)
 
     def idle(self) -> None:
@@ -130,10 +129,12 @@ class Beat:
         """The rank has got work."""
         self._set(BUSY)
 
-    def start_step(self, is_first: bool) -> None:
-        """The rank begins its next step, which may be the first of its kind."""
+    def start_step(self, kind: Hashable) -> None:
+        """The rank begins its next step. Steps of one kind take the same kernels, so only the first
+        of each kind may have to compile or to allocate."""
         self._step += 1
-        self._is_first = is_first
+        self._is_first = kind not in self._kinds
+        self._kinds.add(kind)
         self._set(self._state)
 
     def layer(self, index: int) -> None:
@@ -178,10 +179,6 @@ def named(
     first = ranks[0] if ranks else 0
     stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
     return first, len(ranks), stride, text.encode()[:_PLACE_BYTES]
-
-
-DEVICE_WAIT = named("the wait for the device", "", "", ())
-"""The host waits until the device has computed a step."""
 
 
 class Beats:
