@@ -6,11 +6,14 @@ A request `sigkill@1` makes rank 1 kill itself in the next step, and so on (`DEE
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +32,21 @@ def fail() -> None:
     raise ValueError("the fake engine fails on purpose")
 
 
+def fill() -> None:
+    """Write to the folder of temporary files until the disk is full, and fail."""
+    with contextlib.suppress(OSError), Path(tempfile.gettempdir(), "filler").open("wb", 0) as file:
+        while True:
+            file.write(bytes(4096))
+    fail()
+
+
+def eat() -> None:
+    """Take more memory than there is, some at a time."""
+    eaten = []
+    while True:
+        eaten.append(b"x" * (64 << 20))
+
+
 DEEDS = {
     "nothing": lambda: None,
     "raise": fail,
@@ -37,6 +55,8 @@ DEEDS = {
     "crash": lambda: ctypes.string_at(0),
     "exit": lambda: os._exit(7),
     "sleep": lambda: time.sleep(60),
+    "fill": fill,
+    "eat": eat,
 }
 HEARTBEAT, CLOSE = -1, -2
 ANSWER_S = 0.5

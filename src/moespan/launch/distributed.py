@@ -74,7 +74,7 @@ def make_mesh(
         None if ranks_here is None else int(ranks_here),
         buffers_mb,
         config.cuda_one_shot_bytes,
-        beat,
+        beat=beat,
     )
 
 
