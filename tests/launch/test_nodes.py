@@ -36,6 +36,8 @@ FAKE_NODE = str(Path(__file__).with_name("fake_node.py"))
 DEATH_S = 10.0
 SILENCE_S = 3.0
 FACTS = {"torch": "1", "tp": "4"}
+KEY = b"k" * 32
+ENVIRONMENT = {**os.environ, "MOESPAN_CLUSTER_KEY": "a secret of the tests"}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,7 @@ def meet_all(*parts: tuple[Nodes, dict[str, str]]) -> list[Met | str]:
 
     def run(part: tuple[Nodes, dict[str, str]]) -> Met | str:
         try:
-            return meet(*part)
+            return meet(*part, KEY)
         except MeetingError as error:
             return str(error)
 
@@ -266,7 +268,7 @@ def test_a_node_that_waits_names_the_missing_one(monkeypatch: pytest.MonkeyPatch
         node = job(2, join_timeout_s=0.8)[rank]
         lines: list[str] = []
         with pytest.raises(MeetingError):
-            meet(node, FACTS, lines.append)
+            meet(node, FACTS, KEY, lines.append)
         assert len(lines) == 1
         assert lines[0].startswith(f"waiting for {missing} at 127.0.0.1:{node.master_port}")
 
@@ -294,7 +296,7 @@ def test_an_address_that_node_0_cannot_listen_on_is_an_error_at_once(
 ) -> None:
     started_at = time.monotonic()
     with pytest.raises(MeetingError, match=says):
-        meet(job(2, master_addr=address)[0], FACTS)
+        meet(job(2, master_addr=address)[0], FACTS, KEY)
     assert time.monotonic() - started_at < 5
 
 
@@ -314,10 +316,10 @@ def test_a_taken_port_is_an_error_on_both_sides(answer: bytes) -> None:
         nodes = job(2, master_port=foreign.getsockname()[1])
         started_at = time.monotonic()
         with pytest.raises(MeetingError, match=r"port \d+ of 127.0.0.1 is taken"):
-            meet(nodes[0], FACTS)
+            meet(nodes[0], FACTS, KEY)
         assert time.monotonic() - started_at < 0.5
         with pytest.raises(MeetingError, match="does not answer as node 0 would"):
-            meet(nodes[1], FACTS)
+            meet(nodes[1], FACTS, KEY)
         assert time.monotonic() - started_at < 5
         foreign.shutdown(socket.SHUT_RDWR)
         for connected in kept:
@@ -502,6 +504,7 @@ class Pair:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                env=ENVIRONMENT,
             )
             for node in job(2, master_addr="127.0.0.2", silence_s=SILENCE_S)
         ]
@@ -602,7 +605,7 @@ def test_two_nodes_answer_and_end_well(pair: Pair) -> None:
 
 def test_a_dead_rank_ends_both_nodes_and_both_name_it(pair: Pair) -> None:
     pair.ready().ask("sigkill@1")
-    words = "EngineDeadError: node 1, rank 1 was killed by SIGKILL"
+    words = "EngineDeadError: node 1, rank 1 was killed by SIGKILL from outside"
     assert pair.ends(DEATH_S) == [(1, words), (1, words)]
 
 

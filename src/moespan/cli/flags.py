@@ -358,6 +358,21 @@ def _add_node_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"seconds to wait for the other nodes ({_default('join_timeout_s'):g})",
     )
+    _add(
+        group,
+        "cluster_key_file",
+        "--cluster-key-file",
+        metavar="FILE",
+        help="secret that all nodes share; node 0 makes a missing file (MOESPAN_CLUSTER_KEY, or a "
+        "key that node 0 shows)",
+    )
+    _add(
+        group,
+        "no_cluster_key",
+        "--no-cluster-key",
+        action="store_true",
+        help="without a secret: anybody who reaches --master-port may take part",
+    )
 
 
 class _RefuseRemoteCode(argparse.Action):

@@ -40,6 +40,7 @@ from torch.distributed.elastic.rendezvous import (
 from moespan import log
 from moespan.config import EngineConfig, Nodes
 from moespan.errors import ConfigError, MeetingError
+from moespan.launch.cluster_key import cluster_key
 from moespan.launch.fate import OomKills, is_stopped, signal_name
 from moespan.launch.job import STACK_SIGNAL, Failure, Job
 from moespan.launch.stall import StallWatch
@@ -115,7 +116,8 @@ def _meet(
         return NoPeers(), RendezvousStoreInfo("localhost", 0)
     from moespan.launch import meeting
 
-    met = meeting.meet(nodes, meeting.facts(config, nodes), logger.info)
+    key = cluster_key(nodes, logger.warning)
+    met = meeting.meet(nodes, meeting.facts(config, nodes), key, logger.info)
     interface = interface_of(met.address) or ""
     environment.apply(
         environment.environment_here(config, threads, nodes.nnodes, met.address, interface)
@@ -127,7 +129,7 @@ def _meet(
             f"node {nodes.node_rank} of {nodes.nnodes} ({met.address}, {interface}) joined "
             f"{nodes.meeting_point} with {ours}"
         )
-    return met.watch, RendezvousStoreInfo(met.master_addr, nodes.master_port)
+    return met.watch, RendezvousStoreInfo(*met.store)
 
 
 @contextlib.contextmanager

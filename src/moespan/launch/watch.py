@@ -119,10 +119,18 @@ class Watch:
         nodes: this node's place among them.
         store: holds the statuses; nothing else may use this connection.
         addresses: of all nodes, for error messages.
+        on_close: called when nothing needs the store any more.
     """
 
-    def __init__(self, nodes: Nodes, store: Any, addresses: list[str]) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        store: Any,
+        addresses: list[str],
+        on_close: Callable[[], object] = lambda: None,
+    ) -> None:
         self._nodes = nodes
+        self._on_close = on_close
         self._store = store
         self._addresses = addresses
         self._others = [node for node in range(nodes.nnodes) if node != nodes.node_rank]
@@ -207,6 +215,7 @@ class Watch:
         )
         self._is_over = True
         self._wake.set()
+        self._on_close()
 
     def _exchange(self) -> None:
         """Write this node's status and read all others, again and again. Any call may hang."""
@@ -226,7 +235,10 @@ class Watch:
                 )
                 self._store.set(own_key, msgspec.json.encode(status))
                 for node, data in enumerate(self._store.multi_get(keys)):
-                    status = msgspec.json.decode(data, type=Status)
+                    try:
+                        status = msgspec.json.decode(data, type=Status)
+                    except msgspec.MsgspecError:
+                        continue  # as if the node had said nothing
                     if status != self._statuses[node]:
                         self._changed_at[node] = time.monotonic()
                     self._statuses[node] = status
