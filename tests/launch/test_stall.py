@@ -12,7 +12,7 @@ from moespan.errors import EngineDeadError
 from moespan.launch import stall
 from moespan.launch.job import Failure
 from moespan.launch.stall import AgentWatch, Silence, StallWatch, waits
-from moespan.parallel.beats import BUSY, IDLE, STARTING, Beats, Place
+from moespan.parallel.beats import BUSY, ENDING, IDLE, STARTING, Beats, Place
 
 TICK_S = 0.5
 
@@ -134,7 +134,7 @@ def test_a_step_may_last_as_long_as_any_rank_gets_further() -> None:
 
 
 def test_a_job_that_is_idle_or_starting_does_not_hang() -> None:
-    for state in (IDLE, STARTING):
+    for state in (IDLE, STARTING, ENDING):
         assert judged([at(rank, state=state) for rank in range(4)], 200) is None
 
 
@@ -147,9 +147,11 @@ def test_the_first_step_of_a_kind_has_longer() -> None:
 
 
 def test_an_idle_rank_that_does_not_run_is_named_but_a_busy_one_may_hold_the_lock() -> None:
-    failure = judged([at(rank, state=IDLE) for rank in range(4)], 22, alive=False)
+    idle = [at(rank, state=IDLE) for rank in range(4)]
+    assert judged(idle, 59, alive=False) is None
+    failure = judged(idle, 62, alive=False)
     assert failure is not None
-    assert failure.message == "does not run, for 20 s, while idle after step 7"
+    assert failure.message == "does not run, for 60 s, while idle after step 7"
     assert judged(HANGING, 200, moving=[2], alive=False) is None
 
 
@@ -166,7 +168,7 @@ def test_the_hang_of_another_node_is_named_with_its_node() -> None:
     assert failure is not None
     assert str(failure.to_error(starting=False)).startswith("node 1, rank 2 hangs in step 7")
     # Both nodes say the same, so that their stacks can be put together.
-    other = judged(HANGING, 22, nnodes=2, own=range(2, 4))
+    other = judged(HANGING[::-1], 22, nnodes=2, own=range(2, 4))
     assert other == failure
 
 

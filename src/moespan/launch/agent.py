@@ -195,6 +195,8 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
                 return RunResult(state=WorkerState.HEALTHY)
         elif os.getppid() != self._front_pid:  # to the ranks this is an orderly end
             own_failure = Failure(rank=None, kind="", message=_ORPHANED)
+        else:
+            own_failure = self._stall_seen_elsewhere()
         self._peers.report(own_failure)
         self._shutdown()
         self.failure = self._peers.first_cause()
@@ -231,12 +233,22 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
 
     def _stall(self) -> Failure | None:
         """The failure of a rank that is stopped, or of a step that hangs, with the stacks here."""
-        places = [self._place(rank) for rank in self._pids()]
-        self._peers.show(places)
-        failure = self._stalls.look([*places, *self._peers.places()], self._stopped())
+        failure = self._look()
         if failure is None or self._stopped():
             return failure
         return msgspec.structs.replace(failure, traceback=self._meanwhile())
+
+    def _stall_seen_elsewhere(self) -> Failure | None:
+        """The hang that another node was quicker to report, with the stacks here."""
+        failure = self._look(patience=0.5)
+        if failure is None or failure.message not in {f.message for f in self._peers.failures()}:
+            return None
+        return msgspec.structs.replace(failure, traceback=self._meanwhile())
+
+    def _look(self, patience: float = 1.0) -> Failure | None:
+        places = [self._place(rank) for rank in self._pids()]
+        self._peers.show(places)
+        return self._stalls.look([*places, *self._peers.places()], self._stopped(), patience)
 
     def _place(self, rank: int) -> Place:
         return self._beats.place(rank - self._first_rank, rank)

@@ -191,9 +191,9 @@ class _Meeting:
         taken = {0: Hello(0, address, self._facts)}
         arrivals = {0: 0}
         objections: list[str] = []
-        arrived = 0
+        arrived = ignored = 0
         patience_ends = time.monotonic() + _PATIENCE_S
-        while arrived < self._nodes.nnodes - 1 and time.monotonic() < self._deadline:
+        while arrived - ignored < self._nodes.nnodes - 1 and time.monotonic() < self._deadline:
             self._poll()
             if time.monotonic() > patience_ends:
                 patience_ends = math.inf
@@ -204,6 +204,7 @@ class _Meeting:
             try:
                 hello = msgspec.json.decode(store.get(f"hello/{arrived}"), type=Hello)
             except msgspec.MsgspecError as malformed:
+                ignored += 1
                 self._say(f"ignored a malformed hello at {self._nodes.meeting_point}: {malformed}")
                 continue
             found = _objections(taken, hello)
@@ -231,7 +232,7 @@ class _Meeting:
         store.set("verdict", msgspec.json.encode(verdict))
         if verdict.error:
             read_by = time.monotonic() + _VERDICT_READ_S
-            while store.add("read", 0) < arrived and time.monotonic() < read_by:
+            while store.add("read", 0) < arrived - ignored and time.monotonic() < read_by:
                 self._poll()
             raise MeetingError(verdict.error)
         watch = Watch(self._nodes, store, verdict.addresses, gate.close)

@@ -150,10 +150,12 @@ def _run(
         beat.starting()
         if rank > 0:
             config = follow(config, device, beat)
+            beat.ending()
             continue
         engine = build_leader(config, device, beat)
         front = front or Connection(job.connect(), FromFront)
         config = serve_front(engine, front, min(HEARTBEAT_S, timeout_s / 4), beat)
+        beat.ending()
         engine.close(config)
     dist.destroy_process_group()
 

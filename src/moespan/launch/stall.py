@@ -9,7 +9,7 @@ was paused as a whole does not look as if its ranks had been silent.
 | a rank or agent that a signal or a debugger has stopped | `STOPPED_S` |
 | a step in which no rank of the job gets further | `step_timeout_s` |
 | the same, if a rank runs its first step of a kind | `FIRST_STEP_FACTOR` times as long |
-| an idle rank whose process does not run, though not stopped | `step_timeout_s` |
+| an idle rank whose process does not run, though not stopped | the same, at least `FROZEN_S` |
 | an agent whose process does not run, though not stopped | `FROZEN_S` |
 
 Imports no torch.
@@ -79,13 +79,18 @@ class StallWatch:
         self._stopped = {rank: Silence(clock) for rank in own}
         self._idle = {rank: Silence(clock) for rank in own}
 
-    def look(self, places: Sequence[Place], stopped: Collection[int]) -> Failure | None:
+    def look(
+        self, places: Sequence[Place], stopped: Collection[int], patience: float = 1.0
+    ) -> Failure | None:
         """The failure that has to end the job, if any. Call it again and again.
 
         Args:
             places: all ranks of the job whose places are known, those of this node included.
             stopped: ranks of this node whose processes are stopped now.
+            patience: part of the limit for which a step must have made no progress.
         """
+        # In one order, so that all nodes say the same.
+        places = sorted(places, key=lambda place: place.rank)
         own = {place.rank: place for place in places if place.rank in self._own}
         for rank, place in own.items():
             # Of a running rank, the clock is a value that is new at each look.
@@ -95,14 +100,14 @@ class StallWatch:
         for rank, place in own.items():
             value = place.alive if place.state == IDLE else object()
             silent_s = self._idle[rank].look(value)
-            if silent_s >= self._timeout_s:
+            if silent_s >= max(self._timeout_s, FROZEN_S):
                 return self._failure(f"does not run, for {silent_s:.0f} s, {_while(place)}", place)
         busy = [place for place in places if place.is_busy]
         progress = [(place.rank, place.changes) for place in places] if busy else object()
         limit_s = self._timeout_s
         if any(place.is_first for place in busy):
             limit_s *= FIRST_STEP_FACTOR
-        if self._steps.look(progress) >= limit_s:
+        if self._steps.look(progress) >= limit_s * patience:
             return self._hang(places, busy, limit_s)
         return None
 

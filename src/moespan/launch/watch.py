@@ -67,6 +67,9 @@ class Peers(Protocol):
     def places(self) -> list[Place]:
         """Where the ranks of all other nodes were, when they last said so."""
 
+    def failures(self) -> list[Failure]:
+        """The failures that other nodes have reported."""
+
     def report(self, failure: Failure | None) -> None:
         """Publish, once, that the ranks here ended, and the failure here, if any. Does not wait."""
 
@@ -92,6 +95,10 @@ class NoPeers:
 
     def places(self) -> list[Place]:
         """There are no other ranks."""
+        return []
+
+    def failures(self) -> list[Failure]:
+        """There are no other nodes."""
         return []
 
     def report(self, failure: Failure | None) -> None:
@@ -155,6 +162,11 @@ class Watch:
     def places(self) -> list[Place]:
         """Where the ranks of all other nodes were, when they last said so."""
         return [place for node in self._others for place in self._statuses[node].places]
+
+    def failures(self) -> list[Failure]:
+        """The failures that other nodes have reported."""
+        statuses = [self._statuses[node] for node in self._others]
+        return [status.failure for status in statuses if status.failure is not None]
 
     def report(self, failure: Failure | None) -> None:
         """Publish, once, that the ranks here ended, and the failure here, if any. Does not wait."""

@@ -31,7 +31,7 @@ import msgspec
 PULSE_S = 0.5
 """Seconds between two changes of `alive`."""
 
-ABSENT, STARTING, IDLE, BUSY = range(4)
+ABSENT, STARTING, IDLE, BUSY, ENDING = range(5)
 """States of a rank. `STARTING` lasts until the model is loaded."""
 
 _RECORD_BYTES = 512
@@ -61,7 +61,7 @@ class Place(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         rank: number of the rank in the world.
         alive: counter that grows while the process runs.
         changes: counter that grows with the rank's work.
-        state: `ABSENT`, `STARTING`, `IDLE` or `BUSY`.
+        state: `ABSENT`, `STARTING`, `IDLE`, `BUSY` or `ENDING`.
         step: number of the last step that the rank began, from 1; 0 before the first.
         is_first: the step is the first of its kind, so it may compile or allocate.
         layer: the layer that runs; -1 for none, or inside a recorded graph.
@@ -90,7 +90,9 @@ class Place(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         """The place in words, to follow the name of the rank."""
         if self.state == IDLE:
             return f"idle after step {self.step}" if self.step else "idle before its first step"
-        where = [f"in step {self.step}" if self.is_busy else "starting"]
+        where = [f"in step {self.step}"]
+        if not self.is_busy:
+            where = ["ending" if self.state == ENDING else "starting"]
         if self.is_busy and self.layer >= 0:
             where.append(f"layer {self.layer}")
         if self.collective:
@@ -128,6 +130,10 @@ class Beat:
     def busy(self) -> None:
         """The rank has got work."""
         self._set(BUSY)
+
+    def ending(self) -> None:
+        """The rank leaves its engine; no limit of time applies to that."""
+        self._set(ENDING)
 
     def start_step(self, kind: Hashable) -> None:
         """The rank begins its next step. Steps of one kind take the same kernels, so only the first
@@ -222,7 +228,7 @@ class Beats:
             rank=rank,
             alive=alive,
             changes=changes,
-            state=state if state <= BUSY else ABSENT,
+            state=state if state <= ENDING else ABSENT,
             step=step,
             is_first=bool(is_first),
             layer=layer,
