@@ -694,6 +694,8 @@ GOOD_ENVIRONMENTS: list[dict[str, str]] = [
     {"CPU_AFFINITY_CONF": "1,force:1,npu0:64-67"},
     {"ASCEND_RT_VISIBLE_DEVICES": "0,1", "HCCL_OP_EXPANSION_MODE": "AIV"},
     {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True", "TASK_QUEUE_ENABLE": "2"},
+    {"RANK": "0", "WORLD_SIZE": ""},
+    {"RANK": "", "WORLD_SIZE": "8"},
 ]
 BAD_ENVIRONMENTS: list[tuple[dict[str, str], str, str]] = [
     ({"PYTORCH_NPU_ALLOC_CONF": "a", "PYTORCH_ALLOC_CONF": "b"}, "problem", "both set"),
@@ -714,6 +716,7 @@ BAD_ENVIRONMENTS: list[tuple[dict[str, str], str, str]] = [
     ({"ASCEND_RT_VISIBLE_DEVICES": "3"}, "problem", "fewer NPUs"),
     ({"ASCEND_RT_VISIBLE_DEVICES": ""}, "problem", "fewer NPUs"),
     ({"RANK": "0", "WORLD_SIZE": "8"}, "warning", "torchrun"),
+    ({"RANK": "0", "WORLD_SIZE": "many"}, "warning", "torchrun"),
     ({"HCCL_OP_EXPANSION_MODE": "AIV", "HCCL_DETERMINISTIC": "true"}, "warning", "wins"),
 ]
 

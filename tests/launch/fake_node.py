@@ -20,7 +20,9 @@ PROGRAM = [str(Path(__file__).with_name("fake_rank.py"))]
 
 def main() -> None:
     nodes = msgspec.json.decode(sys.argv[1], type=Nodes)
-    config = EngineConfig(sys.argv[3] if len(sys.argv) > 3 else "fake", Layout(int(sys.argv[2])))
+    config = EngineConfig(
+        sys.argv[3] if len(sys.argv) > 3 else "fake", Layout(int(sys.argv[2])), step_timeout_s=3.0
+    )
     if nodes.node_rank > 0:
         serve_node(config, nodes, program=PROGRAM)
     with RanksClient(config, nodes=nodes, program=PROGRAM) as client:

@@ -6,11 +6,14 @@ A request `sigkill@1` makes rank 1 kill itself in the next step, and so on (`DEE
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +25,26 @@ from moespan.engine.questions import Question, Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import CheckpointError, RequestError
 from moespan.launch.rank import run_rank
+from moespan.parallel.beats import Beat, named
 
 
 def fail() -> None:
     raise ValueError("the fake engine fails on purpose")
+
+
+def fill() -> None:
+    """Write to the folder of temporary files until the disk is full, and fail."""
+    with contextlib.suppress(OSError), Path(tempfile.gettempdir(), "filler").open("wb", 0) as file:
+        while True:
+            file.write(bytes(4096))
+    fail()
+
+
+def eat() -> None:
+    """Take more memory than there is, some at a time."""
+    eaten = []
+    while True:
+        eaten.append(b"x" * (64 << 20))
 
 
 DEEDS = {
@@ -36,6 +55,8 @@ DEEDS = {
     "crash": lambda: ctypes.string_at(0),
     "exit": lambda: os._exit(7),
     "sleep": lambda: time.sleep(60),
+    "fill": fill,
+    "eat": eat,
 }
 HEARTBEAT, CLOSE = -1, -2
 ANSWER_S = 0.5
@@ -43,8 +64,9 @@ ANSWER_S = 0.5
 
 
 class FakeEngine:
-    def __init__(self) -> None:
+    def __init__(self, beat: Beat) -> None:
         dist.barrier()
+        self.beat = beat
         self.info = EngineInfo(
             model="fake",
             layout=Layout(tp=dist.get_world_size()),
@@ -74,7 +96,7 @@ class FakeEngine:
 
     def step(self) -> list[OutputDelta]:
         request = self.waiting.pop(0)
-        token_ids = step(request.id, request.prompt_token_ids)
+        token_ids = step(request.id, request.prompt_token_ids, self.beat)
         return [OutputDelta(id=request.id, token_ids=token_ids, finish_reason="stop")]
 
     def heartbeat(self) -> None:
@@ -109,34 +131,39 @@ def announce(deed: int, rank: int, tokens: int) -> tuple[int, int, int]:
     return deed, rank, tokens
 
 
-def step(request_id: str, token_ids: list[int]) -> list[int]:
+def step(request_id: str, token_ids: list[int], beat: Beat) -> list[int]:
     name, _, rank = request_id.partition("@")
     deed = list(DEEDS).index(name) if name in DEEDS else 0
     announce(deed, int(rank or 0), len(token_ids))
-    return take_part(deed, int(rank or 0), torch.tensor(token_ids))
+    return take_part(deed, int(rank or 0), torch.tensor(token_ids), beat)
 
 
-def take_part(deed: int, rank: int, tokens: torch.Tensor) -> list[int]:
+def take_part(deed: int, rank: int, tokens: torch.Tensor, beat: Beat) -> list[int]:
+    beat.start_step("fake")
     if dist.get_rank() == rank:
         list(DEEDS.values())[deed]()
+    beat.enter(named("all_reduce", "tp", "fake", tuple(range(dist.get_world_size()))))
     dist.all_reduce(tokens)  # the leader's tokens, the others' zeros
+    beat.leave()
     return tokens.tolist()
 
 
-def build_leader(config: EngineConfig, device: torch.device) -> FakeEngine:
+def build_leader(config: EngineConfig, device: torch.device, beat: Beat) -> FakeEngine:
     load(config)
-    return FakeEngine()
+    return FakeEngine(beat)
 
 
-def follow(config: EngineConfig, device: torch.device) -> None:
+def follow(config: EngineConfig, device: torch.device, beat: Beat) -> None:
     load(config)
     dist.barrier()
     while True:
+        beat.idle()
         deed, rank, tokens = announce(0, 0, 0)
+        beat.busy()
         if deed == CLOSE:
             return
         if deed != HEARTBEAT:
-            take_part(deed, rank, torch.zeros(tokens, dtype=torch.long))
+            take_part(deed, rank, torch.zeros(tokens, dtype=torch.long), beat)
 
 
 def load(config: EngineConfig) -> None:
@@ -146,5 +173,5 @@ def load(config: EngineConfig) -> None:
 
 
 if __name__ == "__main__":
-    timeout_s = float(sys.argv.pop(1)) if sys.argv[1].isdigit() else None
-    run_rank(build_leader, follow, timeout_s)
+    timeout_s = [float(sys.argv.pop(1))] if sys.argv[1].isdigit() else []
+    run_rank(build_leader, follow, *timeout_s)

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from moespan import LLM, cli
 from moespan.config import EngineConfig, Layout, Nodes
@@ -28,6 +28,7 @@ from moespan.front.start import warn_if_tp_crosses_nodes
 from moespan.launch import meeting, watch
 from moespan.launch.job import Failure
 from moespan.launch.meeting import Met, facts, meet
+from moespan.launch.tunnel import Door
 from moespan.launch.watch import NoPeers, Watch, write_first_statuses
 from moespan.machine.interfaces import interface_of, interface_towards, interfaces
 from tests.support import DATA
@@ -36,6 +37,8 @@ FAKE_NODE = str(Path(__file__).with_name("fake_node.py"))
 DEATH_S = 10.0
 SILENCE_S = 3.0
 FACTS = {"torch": "1", "tp": "4"}
+KEY = b"k" * 32
+ENVIRONMENT = {**os.environ, "MOESPAN_CLUSTER_KEY": "a secret of the tests"}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +69,7 @@ def meet_all(*parts: tuple[Nodes, dict[str, str]]) -> list[Met | str]:
 
     def run(part: tuple[Nodes, dict[str, str]]) -> Met | str:
         try:
-            return meet(*part)
+            return meet(*part, KEY)
         except MeetingError as error:
             return str(error)
 
@@ -220,6 +223,52 @@ def test_all_nodes_get_all_differences() -> None:
     ]
 
 
+def test_a_node_with_another_key_is_told_and_node_0_shows_it() -> None:
+    nodes = job(2, join_timeout_s=3.0)
+    lines: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, nodes[0], FACTS, KEY, lines.append)
+        with pytest.raises(MeetingError, match="node 0 has another cluster key than this node"):
+            meet(nodes[1], FACTS, b"another")
+        with pytest.raises(MeetingError, match="node 1 did not come"):
+            first.result()
+    point = nodes[0].meeting_point
+    assert f"refused 127.0.0.1 at {point}: it does not know the cluster key" in lines
+
+
+def test_malformed_hellos_and_statuses_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = job(2)
+    lines: list[str] = []
+    doors: list[Door] = []
+
+    def forge(gate: tuple[str, int], key: bytes) -> Door:
+        """The door of a node that first writes nonsense."""
+        door = Door(gate, key)
+        store = PrefixStore(
+            "nodes",
+            TCPStore(*door.address, is_master=False, wait_for_workers=False),
+        )
+        store.set(f"hello/{store.add('arrivals', 1)}", b"\xff{")
+        doors.append(door)
+        return door
+
+    monkeypatch.setattr(meeting, "Door", forge)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, nodes[0], FACTS, KEY, lines.append)
+        second = meet(nodes[1], FACTS, KEY)
+        watches = [first.result().watch, second.watch]
+    assert any(line.startswith("ignored a malformed hello") for line in lines)
+    store = PrefixStore(
+        "nodes", TCPStore(*doors[0].address, is_master=False, wait_for_workers=False)
+    )
+    for data in (b"", b"{", b'{"beat": "x"}', b"[]"):
+        store.set("status/1", data)
+        time.sleep(0.2)
+        assert not any(one.must_end() for one in watches)
+    for one in reversed(watches):
+        one.close()
+
+
 def test_two_nodes_with_the_same_rank_are_named_to_all() -> None:
     nodes = job(3)
     said = meet_all((nodes[0], FACTS), (nodes[1], FACTS), (nodes[1], FACTS))
@@ -266,7 +315,7 @@ def test_a_node_that_waits_names_the_missing_one(monkeypatch: pytest.MonkeyPatch
         node = job(2, join_timeout_s=0.8)[rank]
         lines: list[str] = []
         with pytest.raises(MeetingError):
-            meet(node, FACTS, lines.append)
+            meet(node, FACTS, KEY, lines.append)
         assert len(lines) == 1
         assert lines[0].startswith(f"waiting for {missing} at 127.0.0.1:{node.master_port}")
 
@@ -294,7 +343,7 @@ def test_an_address_that_node_0_cannot_listen_on_is_an_error_at_once(
 ) -> None:
     started_at = time.monotonic()
     with pytest.raises(MeetingError, match=says):
-        meet(job(2, master_addr=address)[0], FACTS)
+        meet(job(2, master_addr=address)[0], FACTS, KEY)
     assert time.monotonic() - started_at < 5
 
 
@@ -314,10 +363,10 @@ def test_a_taken_port_is_an_error_on_both_sides(answer: bytes) -> None:
         nodes = job(2, master_port=foreign.getsockname()[1])
         started_at = time.monotonic()
         with pytest.raises(MeetingError, match=r"port \d+ of 127.0.0.1 is taken"):
-            meet(nodes[0], FACTS)
+            meet(nodes[0], FACTS, KEY)
         assert time.monotonic() - started_at < 0.5
         with pytest.raises(MeetingError, match="does not answer as node 0 would"):
-            meet(nodes[1], FACTS)
+            meet(nodes[1], FACTS, KEY)
         assert time.monotonic() - started_at < 5
         foreign.shutdown(socket.SHUT_RDWR)
         for connected in kept:
@@ -495,6 +544,8 @@ class Pair:
     """Two nodes, each with one rank of the fake engine."""
 
     def __init__(self, model: str = "fake") -> None:
+        nodes = job(2, master_addr="127.0.0.2", silence_s=SILENCE_S)
+        self.port = nodes[0].master_port
         self.fronts = [
             subprocess.Popen(
                 [sys.executable, FAKE_NODE, msgspec.json.encode(node).decode(), "2", model],
@@ -502,8 +553,9 @@ class Pair:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                env=ENVIRONMENT,
             )
-            for node in job(2, master_addr="127.0.0.2", silence_s=SILENCE_S)
+            for node in nodes
         ]
 
     def ready(self) -> Pair:
@@ -570,9 +622,9 @@ def children(pid: int) -> list[int]:
     return [int(child) for path in found for child in path.read_text().split()]
 
 
-def wait_until_gone(pids: list[int]) -> None:
-    """Wait until all of them have ended, `DEATH_S` at most."""
-    deadline = time.monotonic() + DEATH_S
+def wait_until_gone(pids: list[int], limit_s: float = DEATH_S) -> None:
+    """Wait until all of them have ended."""
+    deadline = time.monotonic() + limit_s
     while any(is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -602,7 +654,7 @@ def test_two_nodes_answer_and_end_well(pair: Pair) -> None:
 
 def test_a_dead_rank_ends_both_nodes_and_both_name_it(pair: Pair) -> None:
     pair.ready().ask("sigkill@1")
-    words = "EngineDeadError: node 1, rank 1 was killed by SIGKILL"
+    words = "EngineDeadError: node 1, rank 1 was killed by SIGKILL from outside"
     assert pair.ends(DEATH_S) == [(1, words), (1, words)]
 
 
@@ -623,6 +675,56 @@ def test_a_killed_agent_ends_both_nodes(pair: Pair, victim: int, says: tuple[str
     for (code, words), said in zip(pair.ends(DEATH_S + SILENCE_S), says, strict=True):
         assert code == 1
         assert words.startswith(said)
+
+
+def test_a_stopped_rank_ends_both_nodes_and_both_name_it(pair: Pair) -> None:
+    pair.ready().ask("sigstop@1")
+    words = "EngineDeadError: node 1, rank 1 is stopped (SIGSTOP or a debugger) in step 1"
+    assert pair.ends(2 * DEATH_S) == [(1, words), (1, words)]
+
+
+def test_a_stopped_agent_ends_both_nodes_and_each_names_what_it_knows(pair: Pair) -> None:
+    pair.ready()
+    agent = pair.agent(1)
+    both = [pair.agent(0), agent]
+    os.kill(agent, signal.SIGSTOP)
+    wait_until_gone(both, 3 * DEATH_S)
+    pair.ask("one")
+    (_, first), (_, second) = ends = pair.ends(3 * DEATH_S)
+    assert [code for code, _ in ends] == [1, 1]
+    assert first == "EngineDeadError: node 1 (127.0.0.1) has not been heard from for 3 s"
+    assert second == (
+        f"EngineDeadError: node 1, the agent that watches the ranks (process {agent}) is stopped "
+        "(SIGSTOP or a debugger)"
+    )
+
+
+def test_a_step_that_hangs_on_another_node_is_named_on_both_with_all_stacks(pair: Pair) -> None:
+    pair.ready().ask("one")
+    assert pair.line() == "[3, 1, 4]"
+    pair.ask("sleep@1")
+    for code, words in pair.ends(3 * DEATH_S):
+        assert code == 1
+        first, *lines = words.splitlines()
+        assert first == (
+            "EngineDeadError: node 1, rank 1 hangs in step 2: no rank has got further for 3 s "
+            "(--step-timeout)"
+        )
+        assert "  rank 0: in step 2, in all_reduce over tp (fake), waits for rank 1" in lines
+        assert {"rank 0 meanwhile:", "rank 1 meanwhile:"} <= set(lines)
+
+
+def test_strangers_at_the_meeting_point_do_not_end_the_job(pair: Pair) -> None:
+    pair.ready()
+    forged = msgspec.json.encode(watch.Status(ended=True, failure=KILLED))
+    for data in (b"", b"\0" * 64, b"\xff" * 5000, forged * 100, b"GET / HTTP/1.1\r\n\r\n"):
+        with socket.create_connection(("127.0.0.2", pair.port), 10) as stranger:
+            stranger.sendall(data)
+    with pytest.raises(RuntimeError):
+        TCPStore("127.0.0.2", pair.port, is_master=False, timeout=timedelta(seconds=1))
+    pair.ask("one")
+    assert pair.line() == "[3, 1, 4]"
+    assert pair.ends(DEATH_S) == [(0, ""), (0, "")]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -20,6 +20,7 @@ from moespan.config import EngineConfig, Layout
 from moespan.engine.questions import Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams
 from moespan.errors import CheckpointError, EngineDeadError, RequestError
+from moespan.launch import stall
 from moespan.launch.job import Failure
 from moespan.launch.ranks import RanksClient
 
@@ -29,16 +30,27 @@ ANSWER_S = 0.5  # of the fake engine, to `Traffic`
 
 
 def start(
-    model: str = "fake", *, ranks: int = 2, collective_timeout_s: int | None = None
+    model: str = "fake",
+    *,
+    ranks: int = 2,
+    collective_timeout_s: int | None = None,
+    step_timeout_s: float = 120.0,
 ) -> RanksClient:
     program = [FAKE_RANK, *([] if collective_timeout_s is None else [str(collective_timeout_s)])]
-    config = EngineConfig(model, Layout(tp=ranks))
+    config = EngineConfig(model, Layout(tp=ranks), step_timeout_s=step_timeout_s)
     return RanksClient(config, start_timeout_s=60, program=program)
 
 
 def request(request_id: str, n: int = 1) -> Request:
     params = SamplingParams(n=n)
     return Request(id=request_id, prompt_token_ids=[3, 1, 4], params=params)
+
+
+def warmed(client: RanksClient) -> RanksClient:
+    """The client after its first step, which may last longer than later ones."""
+    client.add(request("one"))
+    assert client.receive(30) == [echo("one")]
+    return client
 
 
 def echo(request_id: str) -> OutputDelta:
@@ -243,7 +255,7 @@ def test_closing_leaves_no_process_and_no_directory(client: RanksClient) -> None
 @pytest.mark.parametrize(
     ("deed", "says"),
     [
-        ("sigkill@1", "rank 1 was killed by SIGKILL"),
+        ("sigkill@1", "rank 1 was killed by SIGKILL from outside"),
         ("raise@1", "rank 1 failed with ValueError: the fake engine fails on purpose"),
         ("crash@0", "rank 0 was killed by SIGSEGV"),
     ],
@@ -276,9 +288,28 @@ def test_a_death_while_asking_reaches_all_threads_and_deltas_sent_before_are_not
 
 
 def hang_alone() -> str:
-    client = start(collective_timeout_s=1, ranks=1)
-    assert client.receive(2) == []  # being idle is not hanging
-    return death_of(client, "sleep@0", hangs_s=1.25)
+    client = warmed(start(step_timeout_s=1, ranks=1))
+    assert client.receive(3) == []  # being idle is not hanging
+    return death_of(client, "sleep@0", hangs_s=1)
+
+
+def stop_idle(rank: int) -> str:
+    """The error after a rank that has nothing to do is stopped."""
+    with warmed(start()) as client:
+        os.kill(rank_pid(client, rank), signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(EngineDeadError) as caught:
+            client.receive(60)
+        assert time.monotonic() - started < DEATH_S
+    return str(caught.value)
+
+
+def rank_pid(client: RanksClient, rank: int) -> int:
+    """The process of a rank."""
+    for pid in descendants(client._agent.pid) - {client._agent.pid}:
+        if f"\0RANK={rank}\0" in f"\0{Path(f'/proc/{pid}/environ').read_text()}":
+            return pid
+    raise AssertionError(rank)
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +317,13 @@ def hangs() -> Iterator[dict[str, Future[str]]]:
     """Errors of ranks that hang. The jobs wait while other tests run."""
     with ThreadPoolExecutor() as pool:
         yield {
-            "stopped": pool.submit(
-                lambda: death_of(start(collective_timeout_s=3), "sigstop@1", hangs_s=3)
-            ),
+            "stopped": pool.submit(lambda: death_of(start(), "sigstop@1")),
+            "stopped while idle": pool.submit(stop_idle, 1),
+            "stopped leader": pool.submit(stop_idle, 0),
             "asleep": pool.submit(
+                lambda: death_of(warmed(start(step_timeout_s=2)), "sleep@1", hangs_s=2)
+            ),
+            "timed out": pool.submit(
                 lambda: death_of(start(collective_timeout_s=3), "sleep@0", hangs_s=3)
             ),
             "alone": pool.submit(hang_alone),
@@ -300,7 +334,10 @@ def test_a_lone_leader_that_hangs_ends_the_job_and_shows_where(
     hangs: dict[str, Future[str]],
 ) -> None:
     message = hangs["alone"].result()
-    assert message.startswith("rank 0 ended with exit code 1\nTimeout (0:00:01.25")
+    assert message.startswith(
+        "rank 0 hangs in step 2: no rank has got further for 1 s (--step-timeout)\n"
+        "  rank 0: in step 2\n\nrank 0 meanwhile:\n"
+    )
     assert "in <lambda>" in message
 
 
@@ -354,16 +391,63 @@ def test_a_start_that_hangs_ends_at_its_timeout() -> None:
     assert time.monotonic() - started_at < 15
 
 
-def test_a_stopped_rank_ends_the_job_after_the_collective_timeout(
+def test_a_stopped_rank_ends_the_job_and_says_where_it_was(hangs: dict[str, Future[str]]) -> None:
+    stopped = "is stopped (SIGSTOP or a debugger)"
+    assert hangs["stopped"].result() == f"rank 1 {stopped} in step 1"
+    assert hangs["stopped while idle"].result() == f"rank 1 {stopped} while idle after step 1"
+    assert hangs["stopped leader"].result() == f"rank 0 {stopped} while idle after step 1"
+
+
+def test_a_step_that_hangs_ends_the_job_and_says_who_waits_for_whom(
     hangs: dict[str, Future[str]],
 ) -> None:
-    assert hangs["stopped"].result() == "rank 1 is stopped (SIGSTOP or a debugger)"
+    where, *stacks = hangs["asleep"].result().split("meanwhile:")
+    assert where.splitlines() == [
+        "rank 1 hangs in step 2: no rank has got further for 2 s (--step-timeout)",
+        "  rank 0: in step 2, in all_reduce over tp (fake), waits for rank 1",
+        "  rank 1: in step 2",
+        "",
+        "rank 0 ",
+    ]
+    assert "in all_reduce" in stacks[0]
+    assert "in <lambda>" in stacks[1]
+
+
+def test_a_stopped_agent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stall, "STOPPED_S", 1.0)
+    with start() as client:
+        ranks = descendants(client._agent.pid)
+        client._agent.send_signal(signal.SIGSTOP)
+        with pytest.raises(EngineDeadError) as caught:
+            client.receive(60)
+        assert wait_until_gone(ranks - {client._agent.pid}, DEATH_S) == set()
+        with pytest.raises(EngineDeadError, match="is stopped"):
+            client.add(request("late"))
+    assert str(caught.value) == (
+        f"the agent that watches the ranks (process {client._agent.pid}) is stopped (SIGSTOP or a "
+        "debugger)"
+    )
+
+
+def test_a_front_sees_where_its_ranks_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warmed(start()) as client:
+        deadline = time.monotonic() + 30
+        while any(place.is_busy for place in client.places()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        before = client.places()
+        assert [(place.rank, place.step) for place in before] == [(0, 1), (1, 1)]
+        assert {str(place) for place in before} == {"idle after step 1"}
+        while not all(
+            now.alive > then.alive for now, then in zip(client.places(), before, strict=True)
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_a_rank_that_hangs_ends_the_job_after_the_collective_timeout_and_shows_where(
     hangs: dict[str, Future[str]],
 ) -> None:
-    message = hangs["asleep"].result()
+    message = hangs["timed out"].result()
     assert message.startswith("rank 1 failed with RuntimeError")
     assert "Timed out waiting 3000ms" in message
     _, meanwhile = message.split("rank 0 meanwhile:")

@@ -19,6 +19,7 @@ ORACLE = DATA / "oracle" / "tiny"
 DEATH_S = 10.0
 SILENCE_S = 10.0
 PORT = "29500"
+ENVIRONMENT = {**os.environ, "MOESPAN_CLUSTER_KEY": "a secret of the tests"}
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def start(hosts: tuple[Host, Host], verb: str, *arguments: str) -> list[subproce
     command = ["-m", "moespan", verb, str(ORACLE), "-tp", "2", "--device", "cpu"]
     where = ["--nnodes", "2", "--dist-init-addr", f"{hosts[0].address}:{PORT}"]
     return [
-        host.start(*command, *where, "--node-rank", str(rank), *arguments)
+        host.start(*command, *where, "--node-rank", str(rank), *arguments, env=ENVIRONMENT)
         for rank, host in enumerate(hosts)
     ]
 
@@ -63,10 +64,11 @@ def ends(fronts: list[subprocess.Popen[str]], within_s: float) -> list[tuple[int
 def kill_a_rank(folder: Path) -> None:
     with two_hosts() as hosts:
         fronts = start_batch(hosts, folder)
-        assert [host.listeners() for host in hosts] == [{host.address} for host in hosts]
+        inside = "127.0.0.1"  # of the store, and of the door to it
+        assert [host.listeners() for host in hosts] == [{host.address, inside} for host in hosts]
         (rank,) = hosts[1].processes("moespan.launch.rank /")
         os.kill(rank, signal.SIGKILL)
-        words = "moespan: node 1, rank 1 was killed by SIGKILL"
+        words = "moespan: node 1, rank 1 was killed by SIGKILL from outside"
         assert ends(fronts, DEATH_S) == [(1, words), (1, words)]
         assert [host.processes() for host in hosts] == [[], []]
     assert (folder / "answers.jsonl").read_text().endswith("}\n")
@@ -140,7 +142,7 @@ def test_two_ranks_on_each_of_two_hosts_compute_what_one_rank_does(
     hosts: tuple[Host, Host],
 ) -> None:
     arguments = ["-c", TWO_RANKS_EACH, str(DATA / "oracle" / "sixteen"), hosts[0].address]
-    fronts = [host.start(*arguments, str(rank)) for rank, host in enumerate(hosts)]
+    fronts = [host.start(*arguments, str(rank), env=ENVIRONMENT) for rank, host in enumerate(hosts)]
     outputs = [front.communicate(timeout=240) for front in fronts]
     assert [front.returncode for front in fronts] == [0, 0], outputs
     assert outputs[0][0].splitlines() == [

@@ -267,6 +267,15 @@ def _add_step_flags(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help=argparse.SUPPRESS,
     )
+    _add(
+        parser,
+        "step_timeout_s",
+        "--step-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end the job when no rank gets further in a step for so long "
+        f"({_default('step_timeout_s'):g}); a first step has five times as long",
+    )
 
 
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:
@@ -348,6 +357,21 @@ def _add_node_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SECONDS",
         help=f"seconds to wait for the other nodes ({_default('join_timeout_s'):g})",
+    )
+    _add(
+        group,
+        "cluster_key_file",
+        "--cluster-key-file",
+        metavar="FILE",
+        help="secret that all nodes share; node 0 makes a missing file (MOESPAN_CLUSTER_KEY, or a "
+        "key that node 0 shows)",
+    )
+    _add(
+        group,
+        "no_cluster_key",
+        "--no-cluster-key",
+        action="store_true",
+        help="without a secret: anybody who reaches --master-port may take part",
     )
 
 

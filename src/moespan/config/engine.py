@@ -46,6 +46,9 @@ class EngineOptions:
         enforce_eager: never run decode steps as recorded graphs (`moespan.engine.graphs`).
         async_scheduling: plan a step while the previous one runs. None does so on devices that
             compute apart from the host. With pp > 1 each stage has a plan in flight in any case.
+        step_timeout_s: seconds without progress of any rank after which a step counts as hanging,
+            and the job ends (`moespan.launch.stall`). The first step of each kind, which may
+            compile kernels, has five times as long. Only ranks that moespan starts are watched.
         npu_fused_all_reduce: fewest rows for which an NPU runs a matmul and its all-reduce as one
             operator (`moespan.parallel.fused`); 0 for never.
         npu_weight_format: how matrices lie in an NPU's memory: `nd`, row after row, or `nz`, in
@@ -65,6 +68,7 @@ class EngineOptions:
     bind: str = "auto"
     enforce_eager: bool = False
     async_scheduling: bool | None = None
+    step_timeout_s: float = 120.0
     npu_fused_all_reduce: int = 0
     npu_weight_format: str = "nd"
     # c10d's IntraNodeComm takes the same kernel up to this size (kOneShotThreshBytes), and vLLM
@@ -77,6 +81,11 @@ class EngineOptions:
         check_choice("moe_dispatch", self.moe_dispatch, DISPATCHES)
         check_choice("npu_weight_format", self.npu_weight_format, WEIGHT_FORMATS)
         check_positive("max_num_batched_tokens", self.max_num_batched_tokens)
+        if not 0 < self.step_timeout_s <= COLLECTIVE_TIMEOUT_S:
+            raise ConfigError(
+                f"step_timeout_s={self.step_timeout_s} must be above 0 and at most "
+                f"{COLLECTIVE_TIMEOUT_S:g}, since collectives themselves wait no longer"
+            )
         if self.npu_fused_all_reduce < 0:
             raise ConfigError(
                 f"npu_fused_all_reduce={self.npu_fused_all_reduce} must be a number of rows, or 0"

@@ -25,6 +25,10 @@ class Nodes:
         master_port: port of the meeting point on node 0.
         join_timeout_s: seconds that a node waits for the other nodes to join.
         silence_s: seconds without a message after which a node counts as lost.
+        cluster_key_file: file with the secret that all nodes share; None for the environment
+            variable MOESPAN_CLUSTER_KEY, or else a key that node 0 makes and shows.
+        no_cluster_key: take part without a secret, so that anybody who reaches the meeting point
+            may take part too; the same on all nodes.
     """
 
     nnodes: int = 1
@@ -33,6 +37,8 @@ class Nodes:
     master_port: int = 29500
     join_timeout_s: float = 300.0
     silence_s: float = 10.0
+    cluster_key_file: str | None = None
+    no_cluster_key: bool = False
 
     def __post_init__(self) -> None:
         if self.nnodes < 1:
@@ -49,6 +55,11 @@ class Nodes:
                 f"master_addr={self.master_addr!r} is refused: it means every network of the "
                 "machine, so that anybody who reaches the meeting point could take part; give the "
                 "address of node 0 that the other nodes reach"
+            )
+        if self.no_cluster_key and self.cluster_key_file is not None:
+            raise ConfigError(
+                f"no_cluster_key and cluster_key_file={self.cluster_key_file} contradict each "
+                "other; give one of them"
             )
         for name in ("join_timeout_s", "silence_s"):
             if not 0 < getattr(self, name) < math.inf:

@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from typing import TextIO
 
 import msgspec
 
@@ -24,6 +23,7 @@ from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.errors import EngineDeadError, MoespanError
 from moespan.launch.job import Job
 from moespan.launch.ranks import start_agent
+from moespan.parallel.beats import Beat
 
 _RESULTS = "collectives.json"
 _WARMUP, _REPEATS = 3, 9
@@ -124,7 +124,7 @@ def main() -> None:
     as_rank(_play)
 
 
-def _play(job: Job, rank: int, _: TextIO) -> None:
+def _play(job: Job, rank: int, _: Beat) -> None:
     import torch
     import torch.distributed as dist
 

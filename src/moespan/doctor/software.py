@@ -10,6 +10,7 @@ from moespan.doctor.host import Host, npu_smi
 from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.doctor.variables import contradictions
+from moespan.machine.interfaces import GLOO_INTERFACE, wrong_interface
 from moespan.version import __version__
 
 
@@ -134,6 +135,8 @@ def environment(host: Host, job: JobSpec) -> Iterator[Finding]:
     found = list(
         contradictions(host.environ, job.layout, job.nodes.nnodes, host.allowed, addresses)
     )
+    if wrong := wrong_interface(host.environ.get(GLOO_INTERFACE, ""), host.interfaces):
+        found.append(warning(wrong, "unset it: moespan finds the interface itself"))
     table = host.environ.get("RANK_TABLE_FILE")
     if table is not None and not host.exists(table):
         found.append(

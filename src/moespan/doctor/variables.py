@@ -62,7 +62,7 @@ def contradictions(
             f"ASCEND_RT_VISIBLE_DEVICES={visible} shows fewer NPUs than a node's {ranks} ranks",
             "list more NPUs, or use a smaller layout",
         )
-    if int(environ.get("WORLD_SIZE", "1") or 1) > 1 and "RANK" in environ:
+    if environ.get("WORLD_SIZE", "").strip() not in ("", "0", "1") and environ.get("RANK"):
         yield warning(
             "RANK and WORLD_SIZE are set, so moespan would assume that torchrun has started this "
             "process",

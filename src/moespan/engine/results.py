@@ -9,6 +9,9 @@ from torch import Tensor
 
 from moespan.engine.sampler import Sampling, token_logprobs
 from moespan.engine.step import PromptRow, PromptScores, StepPlan, StepResult
+from moespan.parallel.beats import Beat, named
+
+_DEVICE_WAIT = named("the wait for the device", "", "", ())
 
 
 class Pending:
@@ -17,23 +20,28 @@ class Pending:
     Args:
         logits: those of `logit_rows`, [R, V] in the activations' dtype. If the plan reports on no
             prompt, the next step may overwrite them.
+        beat: says that this rank waits for its device.
     """
 
-    def __init__(self, logits: Tensor, plan: StepPlan) -> None:
+    def __init__(self, logits: Tensor, plan: StepPlan, beat: Beat) -> None:
         self._plan = plan
+        self._beat = beat
         self.sampling = Sampling(logits[: len(plan.samples)], plan.samples)
         self._prompt_logits = logits[len(plan.samples) :] if plan.prompts else None
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def wait(self) -> StepResult:
         """Wait for the result: the only place where the host waits for the device."""
+        self._beat.enter(_DEVICE_WAIT)
         prompts, at = [], 0
         for prompt in self._plan.prompts:
             assert self._prompt_logits is not None
             count = self._plan.query_lens[prompt.sequence]
             prompts.append(_score(self._prompt_logits[at : at + count].float(), prompt))
             at += count
-        return StepResult(self.sampling.wait(), prompts)
+        samples = self.sampling.wait()
+        self._beat.leave()
+        return StepResult(samples, prompts)
 
 
 def logit_rows(plan: StepPlan) -> list[int]:

@@ -82,6 +82,7 @@ class Worker:
             plan: this replica's plan, if at hand; None decodes it from `plans`.
         """
         self.trace.clear()
+        self.mesh.beat.start_step((plans.is_decode, sum(plans.num_tokens).bit_length()))
         at, layout = self.mesh.at, self.mesh.layout
         if not plans.num_tokens[at.dp] and layout.ep_tp_groups == 1:
             return None  # no other replica shares its experts
@@ -109,7 +110,7 @@ class Worker:
             return None
         if size:
             out = self._rows(out, [row.sequence for row in plan.samples])
-        pending = Pending(out, plan)
+        pending = Pending(out, plan, self.mesh.beat)
         self._sampled = pending.sampling.token_ids
         return pending
 

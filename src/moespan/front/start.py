@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moespan import log
 from moespan.config import EngineConfig, Layout, Nodes
 from moespan.errors import ConfigError
-from moespan.machine.environment import started_by_torchrun
+from moespan.machine.launcher import launched
 
 if TYPE_CHECKING:
     from moespan.engine.client import EngineClient
@@ -28,7 +28,7 @@ def connect(config: EngineConfig, nodes: Nodes) -> EngineClient:
         MeetingError: the nodes did not come together.
         EngineDeadError: a rank died while starting or, on nodes other than node 0, at any time.
     """
-    is_torchrun = started_by_torchrun()
+    is_torchrun = launched() is not None
     if nodes.nnodes > 1:
         if is_torchrun:
             raise ConfigError(

@@ -4,7 +4,8 @@ Started by the front as `python -m moespan.launch.agent JOB_DIRECTORY RANKS FRON
 RANKS is the number of ranks on this node, PROGRAM the arguments of Python in each. Exit code 0: all
 ranks ended well, on all nodes. Agents of several nodes use `meeting` and `watch`.
 
-Bounds: a dead rank is seen within `_MONITOR_S`. `_SETTLE_S` later all others get SIGTERM, and
+Bounds: a dead rank is seen within `_MONITOR_S`, a stopped rank or a step that hangs within those of
+`moespan.launch.stall`. `_SETTLE_S` later all others get SIGTERM, and
 `_GRACE_S` after that SIGKILL. When the front has gone, the ranks have `_ORPHAN_S` to end by
 themselves, then they get the same signals. When the agent is killed, the kernel kills the ranks.
 """
@@ -19,8 +20,8 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -39,12 +40,16 @@ from torch.distributed.elastic.rendezvous import (
 from moespan import log
 from moespan.config import EngineConfig, Nodes
 from moespan.errors import ConfigError, MeetingError
+from moespan.launch.cluster_key import cluster_key
+from moespan.launch.fate import OomKills, is_stopped, signal_name
 from moespan.launch.job import STACK_SIGNAL, Failure, Job
+from moespan.launch.stall import StallWatch
 from moespan.launch.watch import NoPeers, Peers
 from moespan.log import logger
 from moespan.machine import environment
 from moespan.machine.binding import Binding, binding_here
 from moespan.machine.interfaces import interface_of
+from moespan.parallel.beats import Place
 
 _MONITOR_S = 0.1
 _SETTLE_S = 0.3
@@ -60,6 +65,7 @@ def main(argv: list[str]) -> int:
     job = Job(directory)
     log.set_up()
     signal.signal(signal.SIGTERM, _stop)
+    job.beats().beat(int(ranks)).start_pulse()
     threading.Thread(target=_end_with_front, args=(int(front_pid),), daemon=True).start()
     if log.level() != "debug":
         _silence("torch.distributed.elastic")
@@ -67,6 +73,11 @@ def main(argv: list[str]) -> int:
         return _run(job, int(ranks), int(front_pid), program)
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
+    except Exception as error:
+        message = f"the agent failed with {type(error).__name__}: {error}"
+        trace = traceback.format_exc()
+        job.write_failure(Failure(rank=None, kind="", message=message, traceback=trace))
+        return 1
     finally:
         if os.getppid() != int(front_pid):
             shutil.rmtree(job.directory, ignore_errors=True)
@@ -82,7 +93,12 @@ def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
         job.write_failure(Failure(rank=None, kind=type(error).__name__, message=str(error)))
         return 1
     with _reported_to_peers(peers, front_pid):
-        agent = _Agent(job, nodes, peers, master, ranks, front_pid, program)
+        stalls = StallWatch(
+            config.step_timeout_s,
+            range(nodes.node_rank * ranks, (nodes.node_rank + 1) * ranks),
+            nodes.nnodes,
+        )
+        agent = _Agent(job, nodes, peers, master, ranks, stalls, front_pid, program)
         agent.run()
         if agent.failure is None:
             return 0
@@ -100,7 +116,8 @@ def _meet(
         return NoPeers(), RendezvousStoreInfo("localhost", 0)
     from moespan.launch import meeting
 
-    met = meeting.meet(nodes, meeting.facts(config, nodes), logger.info)
+    key = cluster_key(nodes, logger.warning)
+    met = meeting.meet(nodes, meeting.facts(config, nodes), key, logger.info)
     interface = interface_of(met.address) or ""
     environment.apply(
         environment.environment_here(config, threads, nodes.nnodes, met.address, interface)
@@ -112,7 +129,7 @@ def _meet(
             f"node {nodes.node_rank} of {nodes.nnodes} ({met.address}, {interface}) joined "
             f"{nodes.meeting_point} with {ours}"
         )
-    return met.watch, RendezvousStoreInfo(met.master_addr, nodes.master_port)
+    return met.watch, RendezvousStoreInfo(*met.store)
 
 
 @contextlib.contextmanager
@@ -122,7 +139,7 @@ def _reported_to_peers(peers: Peers, front_pid: int) -> Iterator[None]:
         yield
     except SignalException as stopped:
         is_orphan = os.getppid() != front_pid
-        end = _ORPHANED if is_orphan else f"was ended by {_name(int(stopped.sigval))}"
+        end = _ORPHANED if is_orphan else f"was ended by {signal_name(int(stopped.sigval))}"
         peers.report(Failure(rank=None, kind="", message=end))
         raise
     finally:
@@ -143,6 +160,7 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         peers: Peers,
         master: RendezvousStoreInfo,
         ranks: int,
+        stalls: StallWatch,
         front_pid: int,
         program: list[str],
     ) -> None:
@@ -159,6 +177,9 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         self._job = job
         self._peers = peers
         self._first_rank = nodes.node_rank * ranks
+        self._beats = job.beats()
+        self._stalls = stalls
+        self._oom_kills = OomKills()
         self._front_pid = front_pid
         self.failure: Failure | None = None
 
@@ -169,9 +190,13 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
             time.sleep(_SETTLE_S)  # the rank that caused the end may end a little later
             own_failure = self._first_failure()
         elif None in ends and not self._peers.must_end():
-            return RunResult(state=WorkerState.HEALTHY)
+            own_failure = self._stall()
+            if own_failure is None:
+                return RunResult(state=WorkerState.HEALTHY)
         elif os.getppid() != self._front_pid:  # to the ranks this is an orderly end
             own_failure = Failure(rank=None, kind="", message=_ORPHANED)
+        else:
+            own_failure = self._stall_seen_elsewhere()
         self._peers.report(own_failure)
         self._shutdown()
         self.failure = self._peers.first_cause()
@@ -195,12 +220,38 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         own = [failure for failure in failures if not failure.lost_peer]
         if own:  # if several ranks report the same error, the lowest rank's is reported
             return min((f for f in own if f.message == own[0].message), key=lambda f: f.rank or 0)
-        stopped = dict.fromkeys(self._stopped(), "is stopped (SIGSTOP or a debugger)")
+        stopped = {
+            rank: f"is stopped (SIGSTOP or a debugger) {self._place(rank)}"
+            for rank in self._stopped()
+        }
         silent = {rank: end for rank, end in self._ends().items() if end and not reports[rank]}
         for rank, message in (stopped or silent).items():
-            return Failure(rank=rank, kind="", message=message, traceback=self._stack(rank))
+            stack = self._job.read_stack(rank)
+            return Failure(rank=rank, kind="", message=message, traceback=stack)
         missed = failures[0]
         return msgspec.structs.replace(missed, traceback=missed.traceback + self._meanwhile())
+
+    def _stall(self) -> Failure | None:
+        """The failure of a rank that is stopped, or of a step that hangs, with the stacks here."""
+        failure = self._look()
+        if failure is None or self._stopped():
+            return failure
+        return msgspec.structs.replace(failure, traceback=self._meanwhile())
+
+    def _stall_seen_elsewhere(self) -> Failure | None:
+        """The hang that another node was quicker to report, with the stacks here."""
+        failure = self._look(patience=0.5)
+        if failure is None or failure.message not in {f.message for f in self._peers.failures()}:
+            return None
+        return msgspec.structs.replace(failure, traceback=self._meanwhile())
+
+    def _look(self, patience: float = 1.0) -> Failure | None:
+        places = [self._place(rank) for rank in self._pids()]
+        self._peers.show(places)
+        return self._stalls.look([*places, *self._peers.places()], self._stopped(), patience)
+
+    def _place(self, rank: int) -> Place:
+        return self._beats.place(rank - self._first_rank, rank)
 
     def _meanwhile(self) -> str:
         """Stacks of the ranks that still run; the others waited for one of them."""
@@ -208,7 +259,8 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         for rank in running:
             os.kill(self._pids()[rank], STACK_SIGNAL)
         time.sleep(_SETTLE_S)
-        return "".join(f"\nrank {rank} meanwhile:\n{self._stack(rank)}" for rank in running)
+        stacks = ((rank, self._job.read_stack(rank)) for rank in running)
+        return "".join(f"\nrank {rank} meanwhile:\n{stack}" for rank, stack in stacks)
 
     def _ends(self) -> dict[int, str | None]:
         """How each rank ended: None while it runs, empty if well. Does not reap the processes."""
@@ -218,7 +270,7 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
             if ended is None:
                 ends[rank] = None
             elif ended.si_code != os.CLD_EXITED:
-                ends[rank] = f"was killed by {_name(ended.si_status)}"
+                ends[rank] = self._oom_kills.fate(ended.si_status)
             else:
                 code = ended.si_status
                 ends[rank] = f"ended with exit code {code}" if code else ""
@@ -226,15 +278,7 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
 
     def _stopped(self) -> list[int]:
         """Ranks that a signal or a debugger has stopped, so that the others wait in vain."""
-        states = {
-            rank: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            for rank, pid in self._pids().items()
-        }
-        return [rank for rank, state in states.items() if state in "Tt"]
-
-    def _stack(self, rank: int) -> str:
-        path = self._job.stack_path(rank)
-        return path.read_text() if path.exists() else ""
+        return [rank for rank, pid in self._pids().items() if is_stopped(pid)]
 
     def _pids(self) -> dict[int, int]:
         return {self._first_rank + at: pid for at, pid in self._pcontext.pids().items()}
@@ -297,13 +341,6 @@ def _end_with_front(front_pid: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(2 * _GRACE_S)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _name(signal_number: int) -> str:
-    try:
-        return signal.Signals(signal_number).name
-    except ValueError:
-        return f"signal {signal_number}"
 
 
 if __name__ == "__main__":

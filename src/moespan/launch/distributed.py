@@ -13,6 +13,8 @@ from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, ModelConfig
 from moespan.device import DEVICES
 from moespan.errors import ConfigError
 from moespan.machine.device import load_plugin
+from moespan.machine.interfaces import GLOO_INTERFACE, interfaces, wrong_interface
+from moespan.parallel.beats import Beat
 from moespan.parallel.buffers import group_buffers_mb
 from moespan.parallel.mesh import Mesh
 
@@ -31,8 +33,11 @@ def init_distributed(
         timeout_s: bound on joining.
 
     Raises:
-        ConfigError: this rank's device does not exist.
+        ConfigError: this rank's device does not exist, or no interface that the user's
+            GLOO_SOCKET_IFNAME names.
     """
+    if wrong := wrong_interface(os.environ.get(GLOO_INTERFACE, ""), interfaces()):
+        raise ConfigError(f"{wrong}; unset it: moespan finds the interface itself")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     own_device = _take_device(device, int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(seconds=timeout_s)
@@ -46,7 +51,10 @@ def init_distributed(
 
 
 def make_mesh(
-    config: EngineConfig, device: torch.device, idle_timeout_s: float = COLLECTIVE_TIMEOUT_S
+    config: EngineConfig,
+    device: torch.device,
+    idle_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+    beat: Beat | None = None,
 ) -> Mesh:
     """This rank's mesh for an engine of `config`; all ranks make theirs together.
 
@@ -66,6 +74,7 @@ def make_mesh(
         None if ranks_here is None else int(ranks_here),
         buffers_mb,
         config.cuda_one_shot_bytes,
+        beat=beat,
     )
 
 

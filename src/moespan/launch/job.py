@@ -1,26 +1,37 @@
 """The private directory that front, agent and ranks of one job share, and the record of a failure.
 
+The room for failures, Python stacks and beats is allocated before the ranks start, so that the
+cause of an end is kept even if the disk is full by then.
+
 The processes themselves are in `agent`, `ranks` and `rank`. Imports no torch.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import socket
 import tempfile
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
 from moespan import errors
 from moespan.config import EngineConfig, Nodes
-from moespan.errors import EngineDeadError, MoespanError
+from moespan.errors import ConfigError, EngineDeadError, MoespanError
 from moespan.machine.binding import Binding
+from moespan.parallel.beats import Beats
 
 STACK_SIGNAL = signal.SIGUSR1
 """Makes a rank write its Python stack to `Job.stack_path`, even inside foreign code."""
 
 _LONGEST_DIRECTORY = 80  # characters; the path of a local socket ends at 107
+
+_RECORD_BYTES = 32 << 10  # of a failure or a stack
+_LENGTH_BYTES = 8
+_CUT = "\n[...]\n"
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,15 +79,40 @@ class Job:
     @classmethod
     def create(cls, config: EngineConfig, nodes: Nodes) -> Job:
         """Make the directory, with the config and the nodes for the agent and the ranks."""
-        parent = tempfile.gettempdir()
-        job = cls(
-            tempfile.mkdtemp(
-                prefix="moespan-", dir=parent if len(parent) <= _LONGEST_DIRECTORY else "/tmp"
-            )
-        )
-        (job.directory / "config.json").write_bytes(msgspec.json.encode(config))
-        (job.directory / "nodes.json").write_bytes(msgspec.json.encode(nodes))
+        ranks = nodes.ranks_per_node(config.layout)
+        directory, parent = "", "TMPDIR"
+        try:
+            parent = tempfile.gettempdir()
+            parent = parent if len(parent) <= _LONGEST_DIRECTORY else "/tmp"
+            directory = tempfile.mkdtemp(prefix="moespan-", dir=parent)
+            job = cls(directory)
+            (job.directory / "config.json").write_bytes(msgspec.json.encode(config))
+            (job.directory / "nodes.json").write_bytes(msgspec.json.encode(nodes))
+            job._reserve(nodes.node_rank, ranks)
+        except OSError as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise ConfigError(
+                f"the private folder of the job cannot be made in {parent}: {error.strerror}; set "
+                "TMPDIR to a folder with room for some megabytes"
+            ) from None
         return job
+
+    def _reserve(self, node_rank: int, ranks: int) -> None:
+        """Allocate the files of failures, stacks and beats."""
+        mine = range(node_rank * ranks, (node_rank + 1) * ranks)
+        sizes = {self._failure_path(rank): _RECORD_BYTES for rank in (None, *mine)}
+        sizes |= {self.stack_path(rank): _RECORD_BYTES for rank in mine}
+        sizes[self._beats_path] = Beats.size_bytes(ranks + 1)
+        for path, size_bytes in sizes.items():
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, size_bytes)
+            finally:
+                os.close(descriptor)
+
+    def beats(self) -> Beats:
+        """The beats of the ranks of this node, by local rank, and then of the agent."""
+        return Beats(self._beats_path)
 
     def read_config(self) -> EngineConfig:
         """The config that the front wrote."""
@@ -105,6 +141,17 @@ class Job:
         """File for the Python stack of a rank that crashes or hangs inside foreign code."""
         return self.directory / f"stack-{rank}.txt"
 
+    def open_stack(self, rank: int) -> TextIO:
+        """The file at `stack_path`, to be written from its start."""
+        return self.stack_path(rank).open("r+")
+
+    def read_stack(self, rank: int) -> str:
+        """The stacks that a rank has written; empty if it has not written any."""
+        try:
+            return self.stack_path(rank).read_bytes().rstrip(b"\0").decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
     def listen(self) -> socket.socket:
         """The front's end: a local socket in the directory, for one peer."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -120,17 +167,44 @@ class Job:
 
     def write_failure(self, failure: Failure, rank: int | None = None) -> None:
         """Write the end of `rank`, or of the whole job (None). Readers see all of it or nothing."""
-        path = self._failure_path(rank)
-        draft = path.with_suffix(".draft")
-        draft.write_bytes(msgspec.json.encode(failure))
-        draft.rename(path)
+        room = _RECORD_BYTES - _LENGTH_BYTES
+        data = msgspec.json.encode(failure)
+        longest = room // 4
+        while len(data) > room:
+            failure = msgspec.structs.replace(
+                failure,
+                message=_cut(failure.message, longest),
+                traceback=_cut(failure.traceback, longest),
+            )
+            data = msgspec.json.encode(failure)
+            longest //= 2
+        descriptor = os.open(self._failure_path(rank), os.O_WRONLY)
+        try:
+            os.pwrite(descriptor, data, _LENGTH_BYTES)
+            os.pwrite(descriptor, len(data).to_bytes(_LENGTH_BYTES, "little"), 0)
+        finally:
+            os.close(descriptor)
 
     def read_failure(self, rank: int | None = None) -> Failure | None:
         """The failure that ended `rank`, or the whole job (None), if one was written."""
         try:
-            return msgspec.json.decode(self._failure_path(rank).read_bytes(), type=Failure)
-        except FileNotFoundError:
+            data = self._failure_path(rank).read_bytes()
+        except FileNotFoundError:  # the whole directory has gone
             return None
+        end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
+        found = data[_LENGTH_BYTES:end]
+        return msgspec.json.decode(found, type=Failure) if found else None
+
+    @property
+    def _beats_path(self) -> Path:
+        return self.directory / "beats"
 
     def _failure_path(self, rank: int | None) -> Path:
-        return self.directory / ("failure.json" if rank is None else f"failure-{rank}.json")
+        return self.directory / ("failure" if rank is None else f"failure-{rank}")
+
+
+def _cut(text: str, most: int) -> str:
+    """The start and the end of a text that is too long: both name causes."""
+    if len(text) <= most:
+        return text
+    return text[: most // 2] + _CUT + text[-most // 2 :]

@@ -16,7 +16,8 @@ from moespan.engine.client import LocalClient
 from moespan.engine.engine import Engine
 from moespan.launch.distributed import init_distributed, make_mesh
 from moespan.machine.binding import bind, binding_here
-from moespan.machine.environment import started_by_torchrun
+from moespan.machine.cores import usable_cores
+from moespan.machine.launcher import launched
 
 # Followers wait in a broadcast while the program does other things between two calls. If the
 # leader dies, torchrun ends them.
@@ -29,7 +30,7 @@ def join(config: EngineConfig) -> LocalClient:
     The other ranks follow the leader until it closes, and then exit with code 0.
     """
     lines = _bind(config)
-    if not started_by_torchrun():
+    if launched() is None:
         device = torch.device(config.device)
         return LocalClient(config, lambda config: _build(config, device, lines))
     device = init_distributed(config.device)
@@ -57,16 +58,17 @@ def _bind(config: EngineConfig) -> list[str]:
     """Bind this process as one of the ranks of this machine; → the binding as lines of text.
 
     `auto` does not bind the user's own process, nor one that its launcher has bound: its cores then
-    differ from its parent's. Threads that already run keep their memory policy.
+    differ from its parent's. Threads that already run keep their memory policy. A lone rank never
+    has more threads than its CPU quota has cores, unless OMP_NUM_THREADS is set.
     """
-    if alone := not started_by_torchrun():
-        local_rank, ranks = 0, 1
-    else:
-        local_rank, ranks = (
-            int(os.environ["LOCAL_RANK"]),
-            int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
-        )
+    place = launched()
+    alone = place is None
+    local_rank, ranks = 0, 1
+    if place is not None:
+        local_rank, ranks = place.local_rank, place.local_world_size or place.world_size
     is_bound = os.sched_getaffinity(0) != os.sched_getaffinity(os.getppid())
+    if alone and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), max(usable_cores(), 1)))
     if config.bind == "off" or (config.bind == "auto" and (alone or is_bound)):
         return []
     binding = binding_here(config.bind, config.device, ranks)

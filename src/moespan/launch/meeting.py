@@ -1,8 +1,9 @@
 """How the agents of several nodes find each other, and make sure that all run the same.
 
-Node 0's agent hosts torch's TCPStore on master_addr and no other address; the ranks use it to find
-each other, too. Every other agent writes a hello to it. Node 0 compares the hellos with its own
-facts, and writes one verdict for all. Both are JSON.
+Node 0's agent hosts torch's TCPStore on its loopback, and a gate to the store on master_addr and no
+other address, for those who know the cluster key (`moespan.launch.tunnel`). The ranks use the store
+to find each other, too. Every other agent writes a hello to it. Node 0 compares the hellos with its
+own facts, and writes one verdict for all. Both are JSON.
 
 Bounds: a port that is taken, or an address of another machine, is an error at once. A missing node
 is an error after `Nodes.join_timeout_s`, on every node that is there. A peer that no longer answers
@@ -11,6 +12,7 @@ is given up after `Nodes.silence_s`, even if torch waits longer.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -35,6 +37,8 @@ from moespan.checkpoint.source import INDEX_FILE, SINGLE_FILE
 from moespan.config import EngineConfig, Nodes, is_wildcard
 from moespan.errors import MeetingError
 from moespan.files import open_regular, read_bytes
+from moespan.launch.cluster_key import KEY_VARIABLE
+from moespan.launch.tunnel import Door, Gate, NotTheGateError, loopback_listener
 from moespan.launch.watch import Watch, write_first_statuses
 from moespan.machine.interfaces import interfaces
 from moespan.version import DIGEST_CHARACTERS, source_digest
@@ -87,11 +91,13 @@ class Met:
         watch: watches the other nodes.
         master_addr: numeric address of node 0.
         address: this node's own, on the network that leads to node 0.
+        store: address of the store, or of the door to it, on this node's loopback.
     """
 
     watch: Watch
     master_addr: str
     address: str
+    store: tuple[str, int]
 
 
 def facts(config: EngineConfig, nodes: Nodes) -> Facts:
@@ -113,29 +119,38 @@ def facts(config: EngineConfig, nodes: Nodes) -> Facts:
     }
 
 
-def meet(nodes: Nodes, own: Facts, say: Callable[[str], None] = lambda line: None) -> Met:
+def meet(
+    nodes: Nodes, own: Facts, key: bytes, say: Callable[[str], None] = lambda line: None
+) -> Met:
     """Meet the agents of all other nodes.
 
     Args:
         own: the facts of this node.
-        say: shows the user a line if the meeting takes long.
+        key: the secret of the job (`moespan.launch.cluster_key`).
+        say: shows the user a line if the meeting takes long, or a stranger comes.
 
     Raises:
         MeetingError: a node is missing, or differs; the same error on all nodes that are there.
     """
-    meeting = _Meeting(nodes, own, say)
-    if nodes.node_rank == 0:
-        listener = _listen(nodes)
-        return meeting.run(lambda: meeting.host(listener))
-    return meeting.run(meeting.join)
+    meeting = _Meeting(nodes, own, key, say)
+    try:
+        if nodes.node_rank == 0:
+            listener = _listen(nodes)
+            return meeting.run(lambda: meeting.host(listener))
+        return meeting.run(meeting.join)
+    except BaseException:
+        meeting.close()
+        raise
 
 
 class _Meeting:
     """One node's part in the meeting. Calls to the store run in a thread that may hang."""
 
-    def __init__(self, nodes: Nodes, own: Facts, say: Callable[[str], None]) -> None:
+    def __init__(self, nodes: Nodes, own: Facts, key: bytes, say: Callable[[str], None]) -> None:
         self._nodes = nodes
         self._facts = own
+        self._key = key
+        self._tunnel: Gate | Door | None = None
         self._say = say
         self._deadline = time.monotonic() + nodes.join_timeout_s
         self._set_timeout("", nodes.join_timeout_s)
@@ -163,18 +178,25 @@ class _Meeting:
             raise MeetingError(f"{self._timeout_error} ({reason})") from results[0]
         return results[0]
 
+    def close(self) -> None:
+        """Leave the meeting without a result."""
+        if self._tunnel is not None:
+            self._tunnel.close()
+
     def host(self, listener: socket.socket) -> Met:
         """Node 0: take the hellos of the others, and write the verdict."""
-        address, port = listener.getsockname()[:2]
+        address = listener.getsockname()[0]
         self._set_timeout(f"the meeting point at {self._nodes.meeting_point} does not answer")
-        server = self._connect(address, port, listener)
-        store = PrefixStore("nodes", server)
+        inside = loopback_listener()
+        at: tuple[str, int] = inside.getsockname()
+        store = PrefixStore("nodes", self._connect(*at, inside))
+        gate = self._tunnel = Gate(listener, at, self._key, self._refused)
         taken = {0: Hello(0, address, self._facts)}
         arrivals = {0: 0}
         objections: list[str] = []
-        arrived = 0
+        arrived = ignored = 0
         patience_ends = time.monotonic() + _PATIENCE_S
-        while arrived < self._nodes.nnodes - 1 and time.monotonic() < self._deadline:
+        while arrived - ignored < self._nodes.nnodes - 1 and time.monotonic() < self._deadline:
             self._poll()
             if time.monotonic() > patience_ends:
                 patience_ends = math.inf
@@ -182,7 +204,12 @@ class _Meeting:
             if not store.check([f"hello/{arrived + 1}"]):
                 continue
             arrived += 1
-            hello = msgspec.json.decode(store.get(f"hello/{arrived}"), type=Hello)
+            try:
+                hello = msgspec.json.decode(store.get(f"hello/{arrived}"), type=Hello)
+            except msgspec.MsgspecError as malformed:
+                ignored += 1
+                self._say(f"ignored a malformed hello at {self._nodes.meeting_point}: {malformed}")
+                continue
             found = _objections(taken, hello)
             if found:
                 objections += found
@@ -208,10 +235,11 @@ class _Meeting:
         store.set("verdict", msgspec.json.encode(verdict))
         if verdict.error:
             read_by = time.monotonic() + _VERDICT_READ_S
-            while store.add("read", 0) < arrived and time.monotonic() < read_by:
+            while store.add("read", 0) < arrived - ignored and time.monotonic() < read_by:
                 self._poll()
             raise MeetingError(verdict.error)
-        return Met(Watch(self._nodes, store, verdict.addresses), address, address)
+        watch = Watch(self._nodes, store, verdict.addresses, gate.close)
+        return Met(watch, address, address, at)
 
     def join(self) -> Met:
         """Every other node: write a hello, and read the verdict."""
@@ -221,7 +249,16 @@ class _Meeting:
             f"what listens at {point} does not answer as node 0 would; if another program has "
             "that port, use another master_port"
         )
-        store = PrefixStore("nodes", self._connect(master_addr, self._nodes.master_port))
+        door = self._tunnel = Door((master_addr, self._nodes.master_port), self._key)
+        try:
+            door.knock()
+        except NotTheGateError:
+            raise MeetingError(self._timeout_error) from None
+        except MeetingError as error:
+            raise MeetingError(
+                f"at {point}, {error}; give all nodes the same --cluster-key-file or {KEY_VARIABLE}"
+            ) from None
+        store = PrefixStore("nodes", self._connect(*door.address))
         arrival = store.add("arrivals", 1)
         hello = Hello(self._nodes.node_rank, address, self._facts)
         store.set(f"hello/{arrival}", msgspec.json.encode(hello))
@@ -236,7 +273,8 @@ class _Meeting:
             self._poll()
         verdict = msgspec.json.decode(store.get("verdict"), type=Verdict)
         if verdict.error:
-            store.add("read", 1)
+            with contextlib.suppress(RuntimeError):  # node 0 may leave before it has answered
+                store.add("read", 1)
             raise MeetingError(verdict.error)
         node = self._nodes.node_rank
         if node >= len(verdict.arrivals) or verdict.arrivals[node] != arrival:
@@ -245,7 +283,8 @@ class _Meeting:
                 f"the job at {point} runs already, without this node: {known}; give each node its "
                 "own node_rank, and each job its own master_port"
             )
-        return Met(Watch(self._nodes, store, verdict.addresses), master_addr, address)
+        watch = Watch(self._nodes, store, verdict.addresses, door.close)
+        return Met(watch, master_addr, address, door.address)
 
     def _reach(self) -> tuple[str, str]:
         """Wait until something listens at the meeting point; → our address, and its own."""
@@ -281,6 +320,11 @@ class _Meeting:
             master_listen_fd=None if listener is None else listener.detach(),
             wait_for_workers=False,
             timeout=timedelta(seconds=self._nodes.silence_s),
+        )
+
+    def _refused(self, address: str) -> None:
+        self._say(
+            f"refused {address} at {self._nodes.meeting_point}: it does not know the cluster key"
         )
 
     def _poll(self) -> None:

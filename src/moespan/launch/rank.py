@@ -3,10 +3,11 @@
 Started by the agent as `python -m moespan.launch.rank JOB_DIRECTORY AGENT_PID`. A rank never
 outlives the agent: the kernel kills it with its parent.
 
-Bounds: a collective waits `COLLECTIVE_TIMEOUT_S` for its peers. A step of the leader that hangs,
-even in foreign code, ends after 1.25 times that, with its Python stack as the error. Idle followers
-get a heartbeat every `HEARTBEAT_S`, so that they end once the leader is silent for
-`COLLECTIVE_TIMEOUT_S`.
+Each rank writes where it is to the job's file of beats (`moespan.parallel.beats`), and the agent
+ends the job if a rank is stopped or a step hangs (`moespan.launch.stall`).
+
+Bounds: a collective waits `COLLECTIVE_TIMEOUT_S` for its peers. Idle followers get a heartbeat
+every `HEARTBEAT_S`, so that they end once the leader is silent for `COLLECTIVE_TIMEOUT_S`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -43,6 +44,7 @@ from moespan.launch.protocol import (
     Reload,
 )
 from moespan.machine.binding import bind
+from moespan.parallel.beats import Beat
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +69,10 @@ class LeaderEngine(Protocol):
     def close(self, successor: EngineConfig | None = None) -> None: ...
 
 
-Follow = Callable[["EngineConfig", "torch.device"], "EngineConfig | None"]
+BuildLeader = Callable[["EngineConfig", "torch.device", Beat], LeaderEngine]
+"""Build the leader's engine, which writes to the beat where it is in a step."""
+
+Follow = Callable[["EngineConfig", "torch.device", Beat], "EngineConfig | None"]
 """Run a follower until its engine ends; returns the config of the next engine, if any."""
 
 
@@ -76,37 +81,33 @@ def main() -> None:
     run_rank(_build_leader, _follow)
 
 
-def _build_leader(config: EngineConfig, device: torch.device) -> LeaderEngine:
+def _build_leader(config: EngineConfig, device: torch.device, beat: Beat) -> LeaderEngine:
     from moespan.engine.build import build_leader
     from moespan.launch.distributed import make_mesh
 
-    return build_leader(config, make_mesh(config, device))
+    return build_leader(config, make_mesh(config, device, beat=beat))
 
 
-def _follow(config: EngineConfig, device: torch.device) -> EngineConfig | None:
+def _follow(config: EngineConfig, device: torch.device, beat: Beat) -> EngineConfig | None:
     from moespan.engine.build import follow
     from moespan.launch.distributed import make_mesh
 
-    return follow(config, make_mesh(config, device))
+    return follow(config, make_mesh(config, device, beat=beat))
 
 
 def run_rank(
-    build_leader: Callable[[EngineConfig, torch.device], LeaderEngine],
-    follow: Follow,
-    timeout_s: float | None = None,
+    build_leader: BuildLeader, follow: Follow, timeout_s: float = COLLECTIVE_TIMEOUT_S
 ) -> None:
     """Run this process as a rank of the job named on the command line, until the front has gone.
 
-    `timeout_s` replaces `COLLECTIVE_TIMEOUT_S`. An error is written for the agent, and this process
-    ends at once with exit code 1, without teardown that could hang.
+    `timeout_s` bounds collectives of the group of all ranks. An error is written for the agent, and
+    this process ends at once with exit code 1, without teardown that could hang.
     """
-    as_rank(
-        lambda job, rank, stack_file: _run(job, rank, build_leader, follow, timeout_s, stack_file)
-    )
+    as_rank(lambda job, rank, beat: _run(job, rank, beat, build_leader, follow, timeout_s))
 
 
-def as_rank(run: Callable[[Job, int, TextIO], None]) -> None:
-    """Call `run(job, rank, file for stacks)` as the rank that the command line names.
+def as_rank(run: Callable[[Job, int, Beat], None]) -> None:
+    """Call `run(job, rank, its beat)` as the rank that the command line names.
 
     The process is bound to the rank's cores, and errors are written for the agent.
     """
@@ -114,12 +115,16 @@ def as_rank(run: Callable[[Job, int, TextIO], None]) -> None:
     _die_with_parent(int(agent_pid))
     log.set_up()
     job, rank = Job(directory), int(os.environ["RANK"])
-    bind(job.read_binding().ranks[int(os.environ["LOCAL_RANK"])])
-    stack_file = job.stack_path(rank).open("w")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    bind(job.read_binding().ranks[local_rank])
+    beat = job.beats().beat(local_rank)
+    beat.starting()
+    beat.start_pulse()
+    stack_file = job.open_stack(rank)
     faulthandler.enable(stack_file)
     faulthandler.register(STACK_SIGNAL, stack_file)
     try:
-        run(job, rank, stack_file)
+        run(job, rank, beat)
     except Exception as error:
         job.write_failure(_failure(rank, error), rank)
         log.logger.debug("failed", exc_info=True)
@@ -129,18 +134,12 @@ def as_rank(run: Callable[[Job, int, TextIO], None]) -> None:
 
 
 def _run(
-    job: Job,
-    rank: int,
-    build_leader: Callable[[EngineConfig, torch.device], LeaderEngine],
-    follow: Follow,
-    timeout_s: float | None,
-    stack_file: TextIO,
+    job: Job, rank: int, beat: Beat, build_leader: BuildLeader, follow: Follow, timeout_s: float
 ) -> None:
     import torch.distributed as dist
 
     from moespan.launch.distributed import init_distributed
 
-    timeout_s = timeout_s or COLLECTIVE_TIMEOUT_S
     config: EngineConfig | None = job.read_config()
     assert config is not None
     # Ranks on many nodes find each other through the agents' store, which the environment names.
@@ -148,13 +147,15 @@ def _run(
     device = init_distributed(config.device, store_path, timeout_s)
     front: Connection[FromFront] | None = None
     while config is not None:
+        beat.starting()
         if rank > 0:
-            config = follow(config, device)
+            config = follow(config, device, beat)
+            beat.ending()
             continue
-        engine = build_leader(config, device)
+        engine = build_leader(config, device, beat)
         front = front or Connection(job.connect(), FromFront)
-        watchdog = _Watchdog(1.25 * timeout_s, stack_file)
-        config = serve_front(engine, front, min(HEARTBEAT_S, timeout_s / 4), watchdog)
+        config = serve_front(engine, front, min(HEARTBEAT_S, timeout_s / 4), beat)
+        beat.ending()
         engine.close(config)
     dist.destroy_process_group()
 
@@ -163,25 +164,27 @@ def serve_front(
     engine: LeaderEngine,
     front: Connection[FromFront],
     heartbeat_s: float = HEARTBEAT_S,
-    watchdog: _Watchdog | None = None,
+    beat: Beat | None = None,
 ) -> EngineConfig | None:
     """Serve the front's requests, with heartbeats to idle followers in between.
+
+    The rank is idle while it waits for the front, and busy otherwise.
 
     Returns:
         The config that the front wants next; None when the front has gone.
     """
+    beat = beat or Beat()
     try:
         front.send(Ready(engine.info))
         followers_heard_at = time.monotonic()
         while True:
-            if watchdog is not None:
-                watchdog.feed()
-            for message in front.receive(0 if engine.has_unfinished else heartbeat_s):
+            beat.idle()
+            messages = front.receive(0 if engine.has_unfinished else heartbeat_s)
+            beat.busy()
+            for message in messages:
                 if isinstance(message, Reload):
                     return message.config
                 _handle(engine, message, front)
-                if watchdog is not None:
-                    watchdog.feed()
             if engine.has_unfinished:
                 deltas = engine.step()
                 if deltas:
@@ -193,9 +196,6 @@ def serve_front(
             followers_heard_at = time.monotonic()
     except PeerGoneError:
         return None
-    finally:
-        if watchdog is not None:
-            watchdog.stop()
 
 
 def _handle(engine: LeaderEngine, message: Add | Abort | Ask, front: Connection[FromFront]) -> None:
@@ -213,28 +213,6 @@ def _handle(engine: LeaderEngine, message: Add | Abort | Ask, front: Connection[
             engine.add(message.request)
         except RequestError as error:
             front.send(Deltas(refusal(message.request, error)))
-
-
-class _Watchdog:
-    """Ends this process, with its Python stack in a file, if it is not fed in time.
-
-    Its thread is not Python's, so it works while foreign code holds the interpreter's lock.
-    """
-
-    def __init__(self, timeout_s: float, stack_file: TextIO) -> None:
-        self._timeout_s = timeout_s
-        self._stack_file = stack_file
-        self._fed_at = -timeout_s
-
-    def feed(self) -> None:
-        """Restart the timer. Cheap: it restarts at most once in a hundredth of its time."""
-        if time.monotonic() - self._fed_at > self._timeout_s / 100:
-            self._fed_at = time.monotonic()
-            faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=self._stack_file)
-
-    def stop(self) -> None:
-        """Stop the timer."""
-        faulthandler.cancel_dump_traceback_later()
 
 
 def _failure(rank: int, error: Exception) -> Failure:

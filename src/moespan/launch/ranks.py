@@ -28,6 +28,7 @@ from moespan.engine.interrupts import hold_interrupts
 from moespan.engine.questions import A, AnyQuestion, Question
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
+from moespan.launch.fate import OomKills
 from moespan.launch.job import Job
 from moespan.launch.protocol import (
     Abort,
@@ -42,13 +43,16 @@ from moespan.launch.protocol import (
     Ready,
     Reload,
 )
+from moespan.launch.stall import AgentWatch
 from moespan.machine.environment import BACKEND_AUTOLOAD
+from moespan.parallel.beats import Place
 
 START_TIMEOUT_S = 3600.0
 
 _ONE_NODE = Nodes()
 _PROGRAM = ("-m", "moespan.launch.rank")
 
+_LONGEST_WAIT_S = 0.5  # between two looks at the agent
 _VERDICT_S = 8.0  # in less, the agent ends the ranks and writes the cause
 _CLOSE_S = 5.0
 _TERMINATE_S = 6.0
@@ -64,7 +68,9 @@ class RanksClient:
 
     Bounds: `start_timeout_s` for the start; `EngineDeadError` within 10 s of the death of a rank;
     12 s for `close`, most of it only if ranks do not answer. The answer to `ask` comes after the
-    steps in flight. The ranks bound a step that hangs (see `moespan.launch.rank`).
+    steps in flight. While a thread waits in `receive` or `ask`, `EngineDeadError` also comes within
+    10 s of a stop of a rank or of the agent, and soon after `config.step_timeout_s` without
+    progress in a step (`moespan.launch.stall`).
     """
 
     def __init__(
@@ -100,14 +106,17 @@ class RanksClient:
         self._deltas: list[OutputDelta] = []
         self._answers: dict[int, Answered | None] = {}  # by number; None until it comes
         try:
-            ranks = nodes.ranks_per_node(config.layout)
+            self._ranks = nodes.ranks_per_node(config.layout)
             self._job = Job.create(config, nodes)
             cleanup.callback(shutil.rmtree, self._job.directory, ignore_errors=True)
+            self._beats = self._job.beats()
+            self._oom_kills = OomKills()
             with self._job.listen() as listener:
-                self._agent = start_agent(self._job, ranks, program)
+                self._agent = start_agent(self._job, self._ranks, program)
                 # Ctrl-C may cut `_end` short, but the agent may not outlive its directory.
                 cleanup.callback(_kill, self._agent)
                 cleanup.callback(_end, self._agent)
+                self._agent_watch = _watch(self._job, self._agent, nodes, self._ranks)
                 sock = self._accept_leader(listener, deadline)
             self._connection: Connection[FromLeader] = Connection(sock, FromLeader)
             cleanup.callback(self._connection.close)
@@ -178,6 +187,10 @@ class RanksClient:
         self._deltas.clear()
         self.info = self._wait_until_ready(time.monotonic() + (timeout_s or START_TIMEOUT_S))
 
+    def places(self) -> list[Place]:
+        """Where each rank of this node is in its work, without asking the ranks."""
+        return [self._beats.place(rank, rank) for rank in range(self._ranks)]
+
     def close(self) -> None:
         """End all ranks and remove their directory. Idempotent. A second Ctrl-C kills the ranks."""
         with hold_interrupts():
@@ -209,7 +222,7 @@ class RanksClient:
             if has_looked and left_s == 0:
                 return
             has_looked = True
-            wait_s = None if left_s == float("inf") else left_s
+            wait_s = min(left_s, _LONGEST_WAIT_S)
             if self._is_being_read:
                 self._arrived.wait(wait_s)
                 continue
@@ -224,8 +237,9 @@ class RanksClient:
                 self._sort(messages)
                 self._arrived.notify_all()
 
-    def _read(self, timeout_s: float | None) -> list[FromLeader]:
+    def _read(self, timeout_s: float) -> list[FromLeader]:
         try:
+            self._check_agent()
             return self._connection.receive(timeout_s)
         except PeerGoneError:
             self._death = self._learn_death(starting=False)
@@ -250,10 +264,19 @@ class RanksClient:
     def _check_start(self, deadline: float) -> None:
         if self._agent.poll() is not None:
             raise self._learn_death(starting=True)
+        self._check_agent()
         if time.monotonic() > deadline:
             raise EngineDeadError(
                 "the ranks were not ready in time; a larger start_timeout_s gives them longer"
             )
+
+    def _check_agent(self) -> None:
+        try:
+            self._agent_watch.check()
+        except EngineDeadError as death:
+            self._death = death
+            self._agent.kill()
+            raise
 
     def _accept_leader(self, listener: socket.socket, deadline: float) -> socket.socket:
         listener.settimeout(0.1)
@@ -270,7 +293,7 @@ class RanksClient:
         while True:
             self._check_start(deadline)
             try:
-                for message in self._connection.receive(1):
+                for message in self._connection.receive(_LONGEST_WAIT_S):
                     if isinstance(message, Ready):
                         binding = self._job.read_binding().summary()
                         return msgspec.structs.replace(message.info, binding=binding)
@@ -285,8 +308,12 @@ class RanksClient:
             code = self._agent.wait(_VERDICT_S)
         except subprocess.TimeoutExpired:
             self._agent.kill()
-            code = self._agent.wait()
-        return _error(self._job, code, starting)
+            self._agent.wait()
+            return EngineDeadError(
+                "the leader has gone, and the agent that watches the ranks did not say why within "
+                f"{_VERDICT_S:g} s"
+            )
+        return _error(self._job, code, starting, self._oom_kills)
 
 
 def serve_node(
@@ -303,24 +330,40 @@ def serve_node(
     with contextlib.ExitStack() as cleanup:
         job = Job.create(config, nodes)
         cleanup.callback(shutil.rmtree, job.directory, ignore_errors=True)
+        oom_kills = OomKills()
         agent = start_agent(job, ranks, program)
+        agent_watch = _watch(job, agent, nodes, ranks)
         try:
-            code = agent.wait()
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = agent.wait(_LONGEST_WAIT_S)
+                    break
+                agent_watch.check()
+        except EngineDeadError:
+            agent.kill()
+            agent.wait()
+            raise
         except BaseException:
             agent.terminate()
             _end(agent)
             raise
         if code:
-            raise _error(job, code, starting=True)
+            raise _error(job, code, starting=True, oom_kills=oom_kills)
     sys.exit(0)
 
 
-def _error(job: Job, code: int, starting: bool) -> MoespanError:
+def _watch(job: Job, agent: subprocess.Popen[bytes], nodes: Nodes, ranks: int) -> AgentWatch:
+    node = f"node {nodes.node_rank}" if nodes.nnodes > 1 else ""
+    return AgentWatch(job.beats(), ranks, agent.pid, node)
+
+
+def _error(job: Job, code: int, starting: bool, oom_kills: OomKills) -> MoespanError:
     """The error that the agent wrote before it ended with `code`."""
     failure = job.read_failure()
     if failure is not None:
         return failure.to_error(starting)
-    return EngineDeadError(f"the agent that watches the ranks ended with exit code {code}")
+    fate = f"ended with exit code {code}" if code >= 0 else oom_kills.fate(-code)
+    return EngineDeadError(f"the agent that watches the ranks {fate}")
 
 
 def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -25,6 +25,7 @@ import msgspec
 
 from moespan.config import Nodes
 from moespan.launch.job import Failure
+from moespan.parallel.beats import Place
 
 _POLL_S = 0.5
 _ENDS_S = 4.0
@@ -43,6 +44,7 @@ class Status(msgspec.Struct, frozen=True):
         failure: the cause, if it happened on this node.
         order: position of this end among the ends of all nodes.
         may_leave: the node needs nothing more from the others.
+        places: where its ranks are in their work.
     """
 
     beat: int = 0
@@ -50,6 +52,7 @@ class Status(msgspec.Struct, frozen=True):
     failure: Failure | None = None
     order: int = 0
     may_leave: bool = False
+    places: list[Place] = []
 
 
 class Peers(Protocol):
@@ -57,6 +60,15 @@ class Peers(Protocol):
 
     def must_end(self) -> bool:
         """Whether the job has to end because of another node."""
+
+    def show(self, places: list[Place]) -> None:
+        """Publish where the ranks here are. Does not wait."""
+
+    def places(self) -> list[Place]:
+        """Where the ranks of all other nodes were, when they last said so."""
+
+    def failures(self) -> list[Failure]:
+        """The failures that other nodes have reported."""
 
     def report(self, failure: Failure | None) -> None:
         """Publish, once, that the ranks here ended, and the failure here, if any. Does not wait."""
@@ -77,6 +89,17 @@ class NoPeers:
     def must_end(self) -> bool:
         """Never."""
         return False
+
+    def show(self, places: list[Place]) -> None:
+        """Nobody else wants to know."""
+
+    def places(self) -> list[Place]:
+        """There are no other ranks."""
+        return []
+
+    def failures(self) -> list[Failure]:
+        """There are no other nodes."""
+        return []
 
     def report(self, failure: Failure | None) -> None:
         """Keep the failure."""
@@ -103,16 +126,25 @@ class Watch:
         nodes: this node's place among them.
         store: holds the statuses; nothing else may use this connection.
         addresses: of all nodes, for error messages.
+        on_close: called when nothing needs the store any more.
     """
 
-    def __init__(self, nodes: Nodes, store: Any, addresses: list[str]) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        store: Any,
+        addresses: list[str],
+        on_close: Callable[[], object] = lambda: None,
+    ) -> None:
         self._nodes = nodes
+        self._on_close = on_close
         self._store = store
         self._addresses = addresses
         self._others = [node for node in range(nodes.nnodes) if node != nodes.node_rank]
         self._statuses = [Status()] * nodes.nnodes
         self._changed_at = [time.monotonic()] * nodes.nnodes
         self._own = Status()
+        self._places: list[Place] = []
         self._written: Status | None = None
         self._store_closed = False
         self._wake = threading.Event()
@@ -123,10 +155,24 @@ class Watch:
         """Whether the job has to end because of another node."""
         return self._has_failed() or self._missing(self._nodes.silence_s) is not None
 
+    def show(self, places: list[Place]) -> None:
+        """Publish where the ranks here are. Does not wait."""
+        self._places = places
+
+    def places(self) -> list[Place]:
+        """Where the ranks of all other nodes were, when they last said so."""
+        return [place for node in self._others for place in self._statuses[node].places]
+
+    def failures(self) -> list[Failure]:
+        """The failures that other nodes have reported."""
+        statuses = [self._statuses[node] for node in self._others]
+        return [status.failure for status in statuses if status.failure is not None]
+
     def report(self, failure: Failure | None) -> None:
         """Publish, once, that the ranks here ended, and the failure here, if any. Does not wait."""
         if failure is not None:
-            failure = msgspec.structs.replace(failure, node=f"node {self._nodes.node_rank}")
+            node = failure.node or f"node {self._nodes.node_rank}"
+            failure = msgspec.structs.replace(failure, node=node)
         else:
             failure = self._missing(self._nodes.silence_s)
         self._own = Status(ended=True, failure=failure)
@@ -136,7 +182,8 @@ class Watch:
         """The failure that ended the job, on whatever node. Waits `_ENDS_S` at most.
 
         A failure of its own comes before lost nodes, and these before ranks that only missed their
-        peers. Among equals, the earliest counts.
+        peers. Among equals, the earliest counts. If several nodes report the same failure, as of a
+        step that hangs, their stacks are put together.
         """
         if not self._own.failure and not self._has_failed():
             # Ranks end well when the front closes, and also when it dies; node 0 knows which.
@@ -158,7 +205,10 @@ class Watch:
             if missing is not None:
                 missed = f"{first.to_error(starting=False)}"
                 return msgspec.structs.replace(missing, traceback=missed)
-        return first
+        same = [
+            one for _, one in failures if (one.node, one.message) == (first.node, first.message)
+        ]
+        return msgspec.structs.replace(first, traceback="".join(one.traceback for one in same))
 
     def close(self) -> None:
         """Stay until the others have read this node's status, `_LEAVE_S` at most."""
@@ -177,6 +227,7 @@ class Watch:
         )
         self._is_over = True
         self._wake.set()
+        self._on_close()
 
     def _exchange(self) -> None:
         """Write this node's status and read all others, again and again. Any call may hang."""
@@ -191,10 +242,15 @@ class Watch:
                 if own.ended and not order:
                     order = self._store.add("ends", 1)
                 may_leave = own.may_leave or self._has_ended_well()
-                status = msgspec.structs.replace(own, beat=beat, order=order, may_leave=may_leave)
+                status = msgspec.structs.replace(
+                    own, beat=beat, order=order, may_leave=may_leave, places=self._places
+                )
                 self._store.set(own_key, msgspec.json.encode(status))
                 for node, data in enumerate(self._store.multi_get(keys)):
-                    status = msgspec.json.decode(data, type=Status)
+                    try:
+                        status = msgspec.json.decode(data, type=Status)
+                    except msgspec.MsgspecError:
+                        continue  # as if the node had said nothing
                     if status != self._statuses[node]:
                         self._changed_at[node] = time.monotonic()
                     self._statuses[node] = status

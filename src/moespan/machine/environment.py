@@ -18,6 +18,7 @@ import msgspec
 from moespan.config import EngineConfig, ModelConfig
 from moespan.machine.hccl import hccl_settings
 from moespan.machine.interfaces import address_towards, interface_of
+from moespan.machine.launcher import launched
 from moespan.machine.setting import NOBODY, US, USER, Machine, Setting, ours
 from moespan.machine.topology import npu_chip
 
@@ -43,11 +44,6 @@ _SHOWN = (
 
 # Variables that this process has set in its own environment; they are not the user's.
 _set_here: set[str] = set()
-
-
-def started_by_torchrun() -> bool:
-    """Whether this process is one of several that a torch launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def rank_environment(
@@ -140,8 +136,9 @@ def keep_torch_npu_out() -> None:
 def environment_of_this_process(config: EngineConfig) -> list[Setting]:
     """`environment_here` for a rank that we do not start: a single one, or one of torchrun's."""
     nnodes, address, interface = 1, "", ""
-    if started_by_torchrun() and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
-        nnodes = int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    place = launched()
+    if place is not None and place.local_world_size != place.world_size:
+        nnodes = place.world_size // (place.local_world_size or 1)
         # By default Gloo takes the interface that the host name resolves to: often the loopback.
         address = address_towards(os.environ["MASTER_ADDR"]) or ""
         interface = (interface_of(address) if address else None) or ""

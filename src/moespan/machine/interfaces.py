@@ -6,6 +6,10 @@ import contextlib
 import ctypes
 import ipaddress
 import socket
+from collections.abc import Sequence
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Variable with the interfaces that Gloo takes: names, with commas between them."""
 
 
 class _IfAddrs(ctypes.Structure):
@@ -51,6 +55,25 @@ def interface_of(address: str) -> str | None:
         if ipaddress.ip_address(found) == wanted:
             return name
     return "lo" if wanted.is_loopback else None
+
+
+def wrong_interface(value: str, found: Sequence[tuple[str, str]]) -> str:
+    """What is wrong with a value of `GLOO_SOCKET_IFNAME`; empty if nothing is.
+
+    Args:
+        found: the addresses of this machine, as `interfaces` returns them.
+    """
+    if len(value) <= 1:  # torch ignores these
+        return ""
+    known = list(dict.fromkeys(name for name, _ in found))
+    unknown = [name for name in value.split(",") if name not in known]
+    if not unknown:
+        return ""
+    plain = "" if value.isascii() and value[0].isalnum() else ", and Gloo takes plain names only"
+    return (
+        f"{GLOO_INTERFACE}={value[:80]!r} names {unknown[0][:40]!r}, which no interface with an "
+        f"address is called{plain}; this machine has {', '.join(known) or 'none'}"
+    )
 
 
 def address_towards(host: str) -> str | None:

@@ -295,6 +295,7 @@ class Model:
         experts: ExpertPlacement,
     ) -> None:
         self.ops, self.tp, self.sp, self.eps = ops, mesh.tp, mesh.sp, config.rms_norm_eps
+        self.beat = mesh.beat
         self.vocab_size = config.vocab_size
         self.vocabulary = Share.of(config.vocab_size, mesh.tp.size, mesh.tp.rank)
         self.is_first_stage, self.is_last_stage = mesh.is_first_stage, mesh.is_last_stage
@@ -337,7 +338,9 @@ class Model:
         if observe and self.is_first_stage:
             observe(-1, "embed", x)
         for layer, cache in zip(self.layers, caches, strict=True):
+            self.beat.layer(layer.index)
             x, residual = layer(x, residual, cache, step, observe)
+        self.beat.layer(-1)
         assert residual is not None
         if not self.is_last_stage:
             return x + residual

@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from moespan.parallel.beats import Beat, named
 from moespan.parallel.counters import Traffic, sent_bytes
 
 # Most plans fit into one broadcast of this size; a longer message takes a second broadcast.
@@ -24,22 +25,28 @@ _MOST_UNFINISHED = 256
 class Control:
     """One rank's end of the channel. Without a group, the world has one rank.
 
-    `kind` of a message names it in the traffic counters and is not sent.
+    `kind` of a message names it in the traffic counters and is not sent. By its beat, a follower is
+    idle while it waits for the leader's next message, and busy from then on.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None
+        self,
+        group: dist.ProcessGroup | None = None,
+        traffic: Traffic | None = None,
+        beat: Beat | None = None,
     ) -> None:
         self._group = group
         self._size = 1 if group is None else group.size()
         self._traffic = traffic or Traffic()
+        self._beat = beat or Beat()
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     @classmethod
-    def create(cls, traffic: Traffic, timeout_s: float) -> Control:
+    def create(cls, traffic: Traffic, timeout_s: float, beat: Beat | None = None) -> Control:
         """Make the group; all ranks call it together. No rank waits longer than `timeout_s`."""
         timeout = timedelta(seconds=timeout_s)
-        return cls(dist.new_group(timeout=timeout, backend="gloo", group_desc="control"), traffic)
+        group = dist.new_group(timeout=timeout, backend="gloo", group_desc="control")
+        return cls(group, traffic, beat)
 
     def broadcast(self, message: bytes, kind: str) -> None:
         """On the leader: start sending `message` to all ranks. They may be some messages behind."""
@@ -56,7 +63,9 @@ class Control:
     def receive_broadcast(self) -> bytes:
         """On every other rank: wait for the leader's next message."""
         frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
+        self._beat.idle()
         dist.broadcast(frame, 0, group=self._group)
+        self._beat.busy()
         length = _length(frame)
         rest = length + _LENGTH_BYTES - _FRAME_BYTES
         if rest <= 0:
@@ -76,10 +85,12 @@ class Control:
     def receive(self, rank: int) -> bytes:
         """On the leader: wait for the next message of `rank`."""
         head = torch.empty(_LENGTH_BYTES, dtype=torch.uint8)
+        self._beat.enter(named("receive", "control", "", (rank,)))
         dist.recv(head, rank, group=self._group)
         body = torch.empty(_length(head), dtype=torch.uint8)
         if len(body):
             dist.recv(body, rank, group=self._group)
+        self._beat.leave()
         return _to_bytes(body)
 
     def smallest(self, value: int) -> int:
@@ -88,7 +99,9 @@ class Control:
             return value
         least = torch.tensor(value)
         self._count("all_reduce", "smallest", least.element_size())
+        self._beat.enter(named("all_reduce", "control", "smallest", tuple(range(self._size))))
         dist.all_reduce(least, dist.ReduceOp.MIN, group=self._group)
+        self._beat.leave()
         return int(least)
 
     def close(self) -> None:
@@ -112,7 +125,9 @@ class Control:
         assert work is not None
         self._sending.append((work, data))
         if len(self._sending) > _MOST_UNFINISHED:
+            self._beat.enter(named("send", "control", "", ()))
             self._sending.popleft()[0].wait()
+            self._beat.leave()
 
 
 def _with_length(message: bytes) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from moespan.config import COLLECTIVE_TIMEOUT_S, Coordinates, Layout
 from moespan.device import DEVICES
 from moespan.errors import LayoutError
+from moespan.parallel.beats import Beat, named
 from moespan.parallel.control import Control
 from moespan.parallel.counters import Traffic, sent_bytes
 from moespan.parallel.one_shot import OneShotSum
@@ -35,7 +36,7 @@ class Axis:
     """One dimension of the mesh as one rank sees it, with its collectives, which are counted.
 
     All ranks of the axis call a collective together. Nothing is sent for an empty tensor, which is
-    empty on all ranks.
+    empty on all ranks. The rank's beat tells in which collective the rank is.
 
     Attributes:
         name: name of the axis, for the counters.
@@ -52,6 +53,7 @@ class Axis:
         group: dist.ProcessGroup | None = None,
         traffic: Traffic | None = None,
         one_shot: OneShotSum | None = None,
+        beat: Beat | None = None,
     ) -> None:
         self.name = name
         self.size = len(ranks)
@@ -60,6 +62,8 @@ class Axis:
         self._group = group
         self._traffic = traffic or Traffic()
         self.one_shot = one_shot
+        self._beat = beat or Beat()
+        self._names: dict[tuple[str, str], tuple[int, int, int, bytes]] = {}
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def all_reduce(self, x: torch.Tensor, module: str) -> torch.Tensor:
@@ -69,16 +73,21 @@ class Axis:
         """
         if self.size > 1 and x.numel():
             self._count("all_reduce", module, _bytes(x))
+            self._enter("all_reduce", module)
             if self.one_shot is not None and self.one_shot.takes(x):
-                return self.one_shot(x)
-            dist.all_reduce(x, group=self._group)
+                x = self.one_shot(x)
+            else:
+                dist.all_reduce(x, group=self._group)
+            self._beat.leave()
         return x
 
     def maximum(self, x: torch.Tensor, module: str) -> torch.Tensor:
         """The elementwise maximum of `x` over the axis, in place. in: partial → out: replicated."""
         if self.size > 1 and x.numel():
             self._count("all_reduce", module, _bytes(x))
+            self._enter("all_reduce", module)
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self._group)
+            self._beat.leave()
         return x
 
     def all_gather(self, x: torch.Tensor, module: str) -> torch.Tensor:
@@ -91,7 +100,9 @@ class Axis:
         gathered = x.new_empty((self.size * x.shape[0], *x.shape[1:]))
         if x.numel():
             self._count("all_gather", module, _bytes(x))
+            self._enter("all_gather", module)
             _all_gather(gathered, x.contiguous(), group=self._group)
+            self._beat.leave()
         return gathered
 
     def reduce_scatter(self, x: torch.Tensor, module: str) -> torch.Tensor:
@@ -104,7 +115,9 @@ class Axis:
         part = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
         if x.numel():
             self._count("reduce_scatter", module, _bytes(x))
+            self._enter("reduce_scatter", module)
             _reduce_scatter(part, x.contiguous(), group=self._group)
+            self._beat.leave()
         return part
 
     def all_to_all(
@@ -121,7 +134,9 @@ class Axis:
         elsewhere = sum(send_rows) - send_rows[self.rank]
         self._count("all_to_all", module, elsewhere * row_bytes)
         received = x.new_empty((sum(receive_rows), *x.shape[1:]))
+        self._enter("all_to_all", module)
         dist.all_to_all_single(received, x.contiguous(), receive_rows, send_rows, group=self._group)
+        self._beat.leave()
         return received
 
     def broadcast(self, x: torch.Tensor, module: str) -> torch.Tensor:
@@ -129,7 +144,9 @@ class Axis:
         if self.size > 1 and x.numel():
             if self.rank == 0:
                 self._count("broadcast", module, _bytes(x))
+            self._enter("broadcast", module)
             dist.broadcast(x, self._ranks[0], group=self._group)
+            self._beat.leave()
         return x
 
     def send(self, x: torch.Tensor, to: int, module: str) -> None:
@@ -142,16 +159,20 @@ class Axis:
             return
         self._count("send", module, _bytes(x))
         x = x.contiguous()
+        self._enter("send", module, to)
         work = dist.isend(x, self._ranks[to], group=self._group)
         assert work is not None
         self._sending.append((work, x))
         if len(self._sending) > self.size:
             self._sending.popleft()[0].wait()
+        self._beat.leave()
 
     def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
         """Fill `x` with the tensor that rank `source` of the axis sends, and return it."""
         if x.numel():
+            self._enter("receive", "", source)
             dist.recv(x, self._ranks[source], group=self._group)
+            self._beat.leave()
         return x
 
     def count_in_kernel(self, collective: str, module: str, num_bytes: int) -> None:
@@ -170,6 +191,16 @@ class Axis:
         while self._sending:
             self._sending.popleft()[0].wait()
 
+    def _enter(self, collective: str, module: str, peer: int | None = None) -> None:
+        """Say that this rank is about to wait for the other ranks, or for `peer` of the axis."""
+        name = self._names.get((collective, module))
+        if name is None:
+            ranks = self._ranks if peer is None else self._ranks[peer : peer + 1]
+            name = named(collective, self.name, module, tuple(ranks))
+            if peer is None:
+                self._names[collective, module] = name
+        self._beat.enter(name)
+
     def _count(self, collective: str, module: str, num_bytes: int) -> None:
         sent = sent_bytes(collective, self.size, num_bytes)
         self._traffic.count(self.name, collective, module, sent)
@@ -185,6 +216,7 @@ class Mesh:
         device: device of this rank's tensors.
         ranks_here: ranks that share this node and the memory of its CPUs.
         traffic: counters of this rank over all axes.
+        beat: says where this rank is in its work.
         tp, sp, pp: the axes of these names.
         ep: the ranks over which one set of experts is spread (dispatch `all_to_all`).
         ep_tp_groups: the ranks of `ep` with this rank's tp coordinate, one of each tp group
@@ -200,8 +232,10 @@ class Mesh:
         device: torch.device,
         buffers_mb: Mapping[str, int] = _NO_BUFFERS,
         one_shot_bytes: int = 0,
+        beat: Beat | None = None,
     ) -> None:
         self.layout = layout
+        self.beat = beat or Beat()
         self._buffers_mb, self._one_shot_bytes = buffers_mb, one_shot_bytes
         self.rank = rank
         self.at = layout.coordinates(rank)
@@ -223,6 +257,7 @@ class Mesh:
         ranks_here: int | None = None,
         buffers_mb: Mapping[str, int] = _NO_BUFFERS,
         one_shot_bytes: int = 0,
+        beat: Beat | None = None,
     ) -> Mesh:
         """Build the mesh of `layout`; with more than one rank, torch.distributed must be set up.
 
@@ -233,6 +268,7 @@ class Mesh:
             buffers_mb: axis → MB of its groups' buffer, on devices with such buffers
                 (`moespan.parallel.buffers`); other axes keep the default.
             one_shot_bytes: largest message in bytes that GPUs sum over tp in one shot, if they can.
+            beat: takes the places of this rank; None for nobody to see.
 
         Raises:
             LayoutError: the world and the layout differ in their number of ranks.
@@ -243,11 +279,16 @@ class Mesh:
                 f"layout {layout} needs {layout.world_size} ranks, but {world_size} were started"
             )
         mesh = cls(
-            layout, dist.get_rank() if world_size > 1 else 0, device, buffers_mb, one_shot_bytes
+            layout,
+            dist.get_rank() if world_size > 1 else 0,
+            device,
+            buffers_mb,
+            one_shot_bytes,
+            beat,
         )
         mesh.ranks_here = ranks_here or world_size
         if world_size > 1:
-            mesh.control = Control.create(mesh.traffic, idle_timeout_s)
+            mesh.control = Control.create(mesh.traffic, idle_timeout_s, mesh.beat)
             for name, lines in _axes(layout, moe_dispatch).items():
                 setattr(mesh, name, mesh._axis(name, lines))
         return mesh
@@ -306,7 +347,7 @@ class Mesh:
         mine = next(line for line in lines if self.rank in line)
         group = self._groups.get(key)
         one_shot = self._one_shot(group, mine) if name == "tp" else None
-        return Axis(name, mine, mine.index(self.rank), group, self.traffic, one_shot)
+        return Axis(name, mine, mine.index(self.rank), group, self.traffic, one_shot, self.beat)
 
     def _one_shot(self, group: dist.ProcessGroup | None, ranks: Sequence[int]) -> OneShotSum | None:
         """Sums small messages over tp, which has nearly all all-reduces; None if not available."""

@@ -1,0 +1,56 @@
+"""How a process of the job ended, in words: its signal, and whether memory had run out.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from moespan import cgroups
+
+
+class OomKills:
+    """Counts the processes that the kernel has killed for memory since this object was made."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._before = cgroups.oom_kills(root)
+
+    @property
+    def count(self) -> int:
+        """Kills in our control group; 0 if the kernel does not tell."""
+        now = cgroups.oom_kills(self._root)
+        return 0 if now is None or self._before is None else max(now - self._before, 0)
+
+    def fate(self, signal_number: int) -> str:
+        """The end of a process that a signal has killed, as the rest of a sentence about it."""
+        if signal_number != signal.SIGKILL:
+            return f"was killed by {signal_name(signal_number)}"
+        if not self.count:
+            return "was killed by SIGKILL from outside"
+        limit = cgroups.memory_limit_bytes(self._root)
+        within = "" if limit is None else f" within its limit of {limit / 2**30:.1f} GiB"
+        return (
+            "was killed by the kernel (SIGKILL), because the control group ran out of memory"
+            f"{within}; lower num_blocks, max_num_seqs, max_num_batched_tokens or max_model_len, "
+            "use more ranks or nodes, or raise the limit"
+        )
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal, such as SIGSEGV."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped a process; False if it has gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return fields[0] in "Tt"
