@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
 from moespan import log
 from moespan.errors import ConfigError
 from moespan.launch.ranks import _environment
+from tests.support import QUICKSTART
 
 RANK_0 = {"RANK": "0", "WORLD_SIZE": "4"}
 RANK_3 = {"RANK": "3", "WORLD_SIZE": "4"}
@@ -192,3 +194,36 @@ def test_the_root_logger_is_not_touched() -> None:
 
 def test_it_needs_no_torch() -> None:
     assert of_library("import sys, moespan.log\nassert 'torch' not in sys.modules") == []
+
+
+def test_what_a_library_writes_to_the_descriptor_is_no_answer() -> None:
+    code = (
+        "import os\n"
+        "from moespan.cli import info, main\n"
+        "info.run = lambda args: (os.write(1, b'from a library\\n'), print('answer'), 0)[2]\n"
+        f"main(['info', {str(QUICKSTART)!r}])\n"
+    )
+    assert ran(code)[0] == "answer\n"
+
+
+def test_what_ranks_print_is_no_answer(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text("import os; os.write(1, b'from a library\\n'); print('from Python')\n")
+    code = (
+        "from moespan.config import EngineConfig, Layout, Nodes\n"
+        "from moespan.launch.job import Job\n"
+        "from moespan.launch.ranks import start_agent\n"
+        f"config = EngineConfig({str(QUICKSTART)!r}, Layout(tp=2), dtype='float32')\n"
+        "job = Job.create(config, Nodes())\n"
+        f"assert start_agent(job, 2, [{str(rank)!r}]).wait(100) == 0\n"
+        "print('answer')\n"
+    )
+    assert ran(code)[0] == "answer\n"
+
+
+def test_a_closed_stdout_or_stderr_is_left_closed() -> None:
+    for closed in (1, 2):
+        ran(
+            f"import os; from moespan import log; os.close({closed}); log.keep_stdout_for_answers()"
+            "; os._exit(0)"
+        )

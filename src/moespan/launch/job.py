@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,21 @@ STACK_SIGNAL = signal.SIGUSR1
 """Makes a rank write its Python stack to `Job.stack_path`, whatever it is in."""
 
 _LONGEST_DIRECTORY = 80  # characters; the path of a local socket ends at 107
+
+
+def run_module(name: str) -> tuple[str, ...]:
+    """Arguments with which Python runs a module of ours, as `-m` does.
+
+    Nothing is imported from whatever directory the user stands in: Python 3.11 and newer obey
+    PYTHONSAFEPATH, which the starter sets; for Python 3.10 a line of code does the same.
+    """
+    if sys.version_info >= (3, 11):
+        return ("-m", name)
+    return (
+        "-c",
+        "import sys; sys.path.pop(0); import runpy; "
+        f"runpy.run_module({name!r}, run_name='__main__', alter_sys=True)",
+    )
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):

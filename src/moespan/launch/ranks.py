@@ -27,7 +27,7 @@ from moespan.engine.info import EngineInfo
 from moespan.engine.questions import A, AnyQuestion, Question
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
-from moespan.launch.job import Job
+from moespan.launch.job import Job, run_module
 from moespan.launch.protocol import (
     Abort,
     Add,
@@ -46,7 +46,7 @@ from moespan.machine.environment import BACKEND_AUTOLOAD
 START_TIMEOUT_S = 3600.0
 
 _ONE_NODE = Nodes()
-_PROGRAM = ("-m", "moespan.launch.rank")
+_PROGRAM = run_module("moespan.launch.rank")
 
 _VERDICT_S = 8.0  # the agent ends the ranks and says why in less
 _CLOSE_S = 5.0
@@ -324,8 +324,9 @@ def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Pope
     """Start the agent, and through it `ranks` ranks that run `program` in Python."""
     arguments = [str(job.directory), str(ranks), str(os.getpid()), *program]
     return subprocess.Popen(
-        [sys.executable, "-m", "moespan.launch.agent", *arguments],
+        [sys.executable, *run_module("moespan.launch.agent"), *arguments],
         stdin=subprocess.DEVNULL,
+        stdout=log.stderr_descriptor(),  # libraries of the ranks print there, and answers are ours
         start_new_session=True,  # Ctrl-C in the terminal is for the front alone
         env=_environment(),
     )
