@@ -51,4 +51,6 @@ def release(text: str) -> tuple[int, ...]:
 if __name__ == "__main__":
     if fault := main(sys.argv[1]):
         wanted = f'".{sys.argv[1]}"' if sys.argv[1] else "."
-        sys.exit(f"moespan: {sys.executable} {fault}; run: {sys.executable} -m pip install {wanted}")
+        sys.exit(
+            f"moespan: {sys.executable} {fault}; run: {sys.executable} -m pip install {wanted}"
+        )

@@ -227,3 +227,15 @@ def test_a_closed_stdout_or_stderr_is_left_closed() -> None:
             f"import os; from moespan import log; os.close({closed}); log.keep_stdout_for_answers()"
             "; os._exit(0)"
         )
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"), [("info", "before after"), ("debug", "before no after")]
+)
+def test_connecting_prints_nothing_on_stdout(level: str, expected: str) -> None:
+    code = (
+        "import os; from moespan import log; log.set_up(); os.write(1, b'before ')\n"
+        "with log.no_library_on_stdout(): os.write(1, b'no ')\n"
+        "os.write(1, b'after')\n"
+    )
+    assert ran(code, {"MOESPAN_LOG_LEVEL": level})[0] == expected

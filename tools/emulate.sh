@@ -47,17 +47,18 @@ main() {
 make_root() {
     debootstrap --arch=arm64 --variant=minbase --include=python3,python3-pip,g++,git,procps \
         bookworm "$ROOT" "${MIRROR:-http://deb.debian.org/debian}"
-    # This machine's pip is faster than an emulated one.
-    local platforms=() constraints="$ROOT/constraints.txt" glibc
-    for glibc in 2_17 2_24 2_26 2_27 2_28 2_31 2_34; do
-        platforms+=(--platform "manylinux_${glibc}_aarch64")
+    # This machine's pip is faster than an emulated one. It takes the conditions of packages for this
+    # machine, under which torch asks for CUDA: what torch imports is therefore named here.
+    local flags=(--quiet --disable-pip-version-check --no-compile --upgrade --only-binary ":all:"
+        --implementation cp --python-version 3.11 --abi cp311 --abi abi3 --abi none
+        --platform manylinux2014_aarch64 --target "$ROOT/opt/packages") glibc
+    for glibc in 17 24 26 27 28 31 34; do
+        flags+=(--platform "manylinux_2_${glibc}_aarch64")
     done
-    { grep -v '^torch' constraints.txt && echo "torch==2.10.0"; } >"$constraints"
-    python3 -m pip install --quiet --disable-pip-version-check --no-compile --upgrade \
-        --only-binary :all: --implementation cp --python-version 3.11 --abi cp311 --abi abi3 \
-        --abi none "${platforms[@]}" --platform manylinux2014_aarch64 --constraint "$constraints" \
-        --target "$ROOT/opt/packages" \
-        torch numpy safetensors tokenizers jinja2 msgspec tqdm pytest hypothesis
+    python3 -m pip install "${flags[@]}" --no-deps "torch==2.10.0"
+    python3 -m pip install "${flags[@]}" --constraint <(grep -v '^torch' constraints.txt) \
+        filelock typing-extensions sympy networkx fsspec setuptools \
+        numpy safetensors tokenizers jinja2 msgspec tqdm pytest hypothesis
     cpuinfo >"$ROOT/cpuinfo"
     touch "$ROOT/made"
 }

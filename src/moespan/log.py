@@ -18,11 +18,13 @@ node: `moespan: node 1, rank 3: message`. A message of `once` that holds for all
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 from moespan.errors import ConfigError
 
@@ -99,6 +101,31 @@ def keep_stdout_for_answers() -> None:
         line_buffering=out.line_buffering,
         write_through=out.write_through,
     )
+
+
+@contextlib.contextmanager
+def no_library_on_stdout() -> Iterator[None]:
+    """Drop what libraries write to descriptor 1 meanwhile, unless the level is debug.
+
+    Gloo of torch 2.9 and 2.10 reports each connection there; in a program that torchrun started,
+    that is the user's stdout. Longer than to connect this must not hold: what NCCL_DEBUG and its
+    like ask for is written there too.
+    """
+    try:
+        own = None if level() == "debug" else os.dup(1)
+    except OSError:  # closed
+        own = None
+    if own is None:
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
 
 
 def stderr_descriptor() -> int:
