@@ -62,6 +62,7 @@ def test_it_is_built_once_and_not_loaded_when_others_may_write_it(
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "file"
     file.touch()
+    monkeypatch.setenv("CXX", compiler(tmp_path, "exit 1"))
     monkeypatch.setenv("MOESPAN_CACHE", str(file / "below"))
     with pytest.raises(BuildError, match="set MOESPAN_CACHE"):
         library()
