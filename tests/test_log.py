@@ -232,10 +232,11 @@ def test_a_closed_stdout_or_stderr_is_left_closed() -> None:
 @pytest.mark.parametrize(
     ("level", "expected"), [("info", "before after"), ("debug", "before no after")]
 )
-def test_connecting_prints_nothing_on_stdout(level: str, expected: str) -> None:
+def test_what_is_muted_is_dropped_unless_the_level_is_debug(level: str, expected: str) -> None:
     code = (
-        "import os; from moespan import log; log.set_up(); os.write(1, b'before ')\n"
-        "with log.no_library_on_stdout(): os.write(1, b'no ')\n"
-        "os.write(1, b'after')\n"
+        "import os; from moespan import log; log.set_up()\n"
+        "for at in (1, 2): os.write(at, b'before ')\n"
+        "with log.mute(1, 2): [os.write(at, b'no ') for at in (1, 2)]\n"
+        "for at in (1, 2): os.write(at, b'after')\n"
     )
-    assert ran(code, {"MOESPAN_LOG_LEVEL": level})[0] == expected
+    assert ran(code, {"MOESPAN_LOG_LEVEL": level}) == (expected, expected)

@@ -104,27 +104,33 @@ def keep_stdout_for_answers() -> None:
 
 
 @contextlib.contextmanager
-def no_library_on_stdout() -> Iterator[None]:
-    """Drop what libraries write to descriptor 1 meanwhile, unless the level is debug.
+def mute(*descriptors: int) -> Iterator[None]:
+    """Drop what libraries write to `descriptors` (1, 2) meanwhile, unless the level is debug.
 
-    Gloo of torch 2.9 and 2.10 reports each connection there; in a program that torchrun started,
-    that is the user's stdout. Longer than to connect this must not hold: what NCCL_DEBUG and its
-    like ask for is written there too.
+    For a call whose noise is known, and for no longer: answers to NCCL_DEBUG and its like are
+    written there, too.
     """
+    with contextlib.ExitStack() as stack:
+        if level() != "debug":
+            for descriptor in descriptors:
+                stack.enter_context(_muted(descriptor))
+        yield
+
+
+@contextlib.contextmanager
+def _muted(descriptor: int) -> Iterator[None]:
     try:
-        own = None if level() == "debug" else os.dup(1)
+        own = os.dup(descriptor)
     except OSError:  # closed
-        own = None
-    if own is None:
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    os.dup2(nowhere, descriptor)
     os.close(nowhere)
     try:
         yield
     finally:
-        os.dup2(own, 1)
+        os.dup2(own, descriptor)
         os.close(own)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def test_what_the_compiler_says_is_the_error_and_nothing_is_left(
     with pytest.raises(BuildError, match="cannot do that"):
         library()
     assert not list(cache.glob("*.so"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_an_old_gcc_is_refused_with_the_reason(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    script = f'exec {shutil.which("g++")} -U__GNUC__ -D__GNUC__=8 -fmax-errors=1 "$@"'
+    monkeypatch.setenv("CXX", compiler(tmp_path, script))
+    with pytest.raises(BuildError, match=r"older than 9.* set CXX to GCC 9 or newer"):
+        library()
 
 
 def test_it_is_built_once_and_not_loaded_when_others_may_write_it(

@@ -42,7 +42,7 @@ def init_distributed(
         store = dist.FileStore(str(store_path), world_size)
         store.set_timeout(timeout)
     # Between devices there are only the groups that the mesh makes.
-    with log.no_library_on_stdout():
+    with log.mute(1):  # Gloo of torch 2.9 and 2.10 reports each connection
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
         )
@@ -62,7 +62,7 @@ def make_mesh(
     if DEVICES[config.device].has_group_buffers and config.model and not is_set:
         buffers_mb = group_buffers_mb(config, ModelConfig.from_pretrained(config.model))
     ranks_here = os.environ.get("LOCAL_WORLD_SIZE")
-    with log.no_library_on_stdout():
+    with log.mute(1):
         return Mesh.create(
             config.layout,
             device,

@@ -4,6 +4,10 @@
 // Everything is called from `moespan/ops/cpu/native.py` through a plain C interface, so that
 // nothing here needs a header of torch and any C++ compiler builds it in seconds.
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 9
+#error "this is GCC older than 9, which lacks vector types that the kernels use; set CXX to GCC 9 or newer, or clang"
+#endif
+
 #include <omp.h>
 
 #include <numeric>
