@@ -14,9 +14,7 @@ from pathlib import Path
 
 
 def main(extras: str) -> str | None:
-    """What is wrong with this environment, if anything."""
-    if not (3, 10) <= sys.version_info[:2] < (3, 14):
-        return f"is Python {sys.version.split()[0]}; moespan needs 3.10 to 3.13"
+    """What this environment lacks, if anything."""
     lists = ["dependencies", *filter(None, extras.strip("[]").split(","))]
     text = Path("pyproject.toml").read_text(encoding="utf-8")
     faults = [fault for name in lists for one in requirements(text, name) if (fault := check(one))]

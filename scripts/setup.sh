@@ -16,6 +16,7 @@ setup() {
     export PYTHONPATH="$here/src${PYTHONPATH:+:$PYTHONPATH}"
     if [ -n "${PYTHON:-}" ]; then
         "$PYTHON" -c "" 2>/dev/null || fail "PYTHON=$PYTHON does not run; name a Python 3.10 to 3.13"
+        "$PYTHON" -c "$IN_RANGE" || fail "PYTHON=$PYTHON is not a Python 3.10 to 3.13"
         "$PYTHON" scripts/lacks.py "$1" || exit 1
         return
     fi
@@ -118,8 +119,8 @@ find_python() {
         fail "$bare has no module venv; install it (Debian, Ubuntu: apt install python3-venv), or" \
             "name an environment with PYTHON=/path/to/python"
     fi
-    fail "moespan needs Python 3.10 to 3.13, and none is on the PATH; install one, or name it" \
-        "with PYTHON=/path/to/python"
+    fail "Python 3.10 to 3.13 is needed, and none is on the PATH; install one, or name it with" \
+        "PYTHON=/path/to/python"
 }
 
 # Tells what will be fetched, and fetches torch where the public index would bring a build with

@@ -287,6 +287,11 @@ def test_a_named_python_that_does_not_run(folder: Folder) -> None:
     assert_one_line(folder.setup(PYTHON="/nonexistent/python"), "does not run", "3.10 to 3.13")
 
 
+def test_a_named_python_of_another_version(folder: Folder) -> None:
+    old = folder.program("old", f'#!/bin/sh\n[ "$2" = "" ] || exit 1\nexec {REAL} "$@"\n')
+    assert_one_line(folder.setup(PYTHON=str(old)), f"PYTHON={old} is not a Python 3.10 to 3.13")
+
+
 # Which torch, and what is said before it is fetched
 
 
