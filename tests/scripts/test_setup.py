@@ -241,7 +241,7 @@ def test_copied_with_its_folder_it_runs_the_new_code_without_any_index(
 
 def test_no_python_on_the_path(folder: Folder) -> None:
     (folder.bin / "python3").unlink()
-    assert_one_line(folder.setup(), "3.10 to 3.13, and none is on the PATH", "PYTHON=")
+    assert_one_line(folder.setup(), "3.10 to 3.13 is needed, and none is on the PATH", "PYTHON=")
 
 
 def test_a_python_without_venv(folder: Folder) -> None:
@@ -360,4 +360,4 @@ def test_an_index_that_does_not_answer_costs_seconds(tmp_path: Path) -> None:
         folder = Folder(tmp_path, f"http://127.0.0.1:{server.getsockname()[1]}")
         started = time.monotonic()
         assert folder.setup().returncode == 0
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 60  # pip itself would wait for minutes
