@@ -20,15 +20,15 @@ main() {
     done
     [ $# -eq 0 ] || shift
     [ ${#wanted[@]} -gt 0 ] || wanted=(3.10 3.13 lowest)
-    mkdir -p .pythons
     for which in "${wanted[@]}"; do
         python="$(find_version "${which/lowest/3.10}")" || {
             say "Python ${which/lowest/3.10} is not on this machine"
             failed+=("$which")
             continue
         }
-        say "Python $("$python" --version | cut -d' ' -f2)${which/[0-9]*/}: $python"
+        say "$which: $python, $("$python" --version)"
         if [ "$which" = lowest ]; then
+            mkdir -p .pythons
             lower_bounds >.pythons/lowest.txt
             # No Triton: torch's own pin of it is older than what the kernels for CUDA need.
             (make_environment .pythons/lowest "" .pythons/lowest.txt "$python" &&

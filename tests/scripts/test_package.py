@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -88,3 +89,27 @@ def test_each_package_has_one_pin_that_its_lower_bound_allows() -> None:
         if name in pins:
             numbers = [tuple(map(int, text.split("."))) for text in (bound, pins[name])]
             assert numbers[0] <= numbers[1], f"{name}>={bound}, but the pin is {pins[name]}"
+
+
+def test_emulation_is_skipped_where_the_emulator_is_missing(tmp_path: Path) -> None:
+    for tool in ("bash", "dirname", "id"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or "")
+    done = subprocess.run(
+        [tmp_path / "bash", ROOT / "tools" / "emulate.sh", "aarch64"],
+        env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 77
+    assert done.stderr.startswith("skipped: ") and done.stderr.count("\n") == 1
+
+
+def test_a_python_that_is_promised_and_missing_fails_the_run(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", ROOT / "tools" / "pythons.sh", "3.99"],
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    said = "moespan: Python 3.99 is not on this machine\nmoespan: failed: 3.99\n"
+    assert (done.returncode, done.stderr) == (1, said)
