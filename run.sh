@@ -9,7 +9,7 @@
 # MODEL   checkpoint folder (models/quickstart)
 # TP, EP, PP, SP, DP   degree of tensor (2 if none is given), expert, pipeline, sequence and data
 #         parallelism (1)
-# PYTHON  interpreter whose environment is used as it is, instead of .venv
+# PYTHON, TORCH_INDEX   what is installed, and from where: see scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/setup.sh

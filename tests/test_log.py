@@ -16,6 +16,7 @@ from moespan.config import EngineConfig, Layout, Nodes
 from moespan.errors import ConfigError
 from moespan.launch.job import Job
 from moespan.launch.ranks import _environment, start_agent
+from tests.support import QUICKSTART
 
 HOSTILE = r'logger.error("a \\x1b[2J\\rb\\u202e")'
 RANK_0 = {"RANK": "0", "WORLD_SIZE": "4"}
@@ -230,3 +231,49 @@ def test_ranks_name_themselves_and_inherit_the_level(
 
 def test_control_characters_of_a_message_are_escaped():
     assert shown(HOSTILE) == [r"moespan: a \x1b[2J\rb\u202e"]
+
+
+def test_what_a_library_writes_to_the_descriptor_is_no_answer() -> None:
+    code = (
+        "import os\n"
+        "from moespan.cli import info, main\n"
+        "info.run = lambda args: (os.write(1, b'from a library\\n'), print('answer'), 0)[2]\n"
+        f"main(['info', {str(QUICKSTART)!r}])\n"
+    )
+    assert ran(code)[0] == "answer\n"
+
+
+def test_what_ranks_print_is_no_answer(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text("import os; os.write(1, b'from a library\\n'); print('from Python')\n")
+    code = (
+        "from moespan.config import EngineConfig, Layout, Nodes\n"
+        "from moespan.launch.job import Job\n"
+        "from moespan.launch.ranks import start_agent\n"
+        f"config = EngineConfig({str(QUICKSTART)!r}, Layout(tp=2), dtype='float32')\n"
+        "job = Job.create(config, Nodes())\n"
+        f"assert start_agent(job, 2, [{str(rank)!r}]).wait(100) == 0\n"
+        "print('answer')\n"
+    )
+    assert ran(code)[0] == "answer\n"
+
+
+def test_a_closed_stdout_or_stderr_is_left_closed() -> None:
+    for closed in (1, 2):
+        ran(
+            f"import os; from moespan import log; os.close({closed}); log.keep_stdout_for_answers()"
+            "; os._exit(0)"
+        )
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"), [("info", "before after"), ("debug", "before no after")]
+)
+def test_what_is_muted_is_dropped_unless_the_level_is_debug(level: str, expected: str) -> None:
+    code = (
+        "import os; from moespan import log; log.set_up()\n"
+        "for at in (1, 2): os.write(at, b'before ')\n"
+        "with log.mute(1, 2): [os.write(at, b'no ') for at in (1, 2)]\n"
+        "for at in (1, 2): os.write(at, b'after')\n"
+    )
+    assert ran(code, {"MOESPAN_LOG_LEVEL": level}) == (expected, expected)

@@ -19,9 +19,13 @@ characters of a message, which may quote a file, are escaped.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
 
 from moespan.errors import ConfigError, printable
 
@@ -72,6 +76,72 @@ def once(message: str, from_any_rank: bool = False) -> None:
     if message not in _said and (from_any_rank or os.environ.get("RANK", "0") == "0"):
         logger.warning(message, stacklevel=2, extra={"holds_for_all_ranks": not from_any_rank})
     _said.add(message)
+
+
+def keep_stdout_for_answers() -> None:
+    """Let what libraries write to descriptor 1 go to stderr; `sys.stdout` still reaches stdout.
+
+    C++ code writes to the descriptor: Gloo of torch 2.9 reports its connections there, between the
+    answers. Nothing changes where `sys.stdout` was replaced, or where descriptor 1 or 2 is closed.
+    """
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper) or out is not sys.__stdout__:
+        return
+    try:
+        if out.fileno() != 1 or stderr_descriptor() != 2:
+            return
+        own = os.dup(1)
+    except (OSError, ValueError):  # closed
+        return
+    out.flush()
+    os.dup2(2, 1)
+    sys.stdout = io.TextIOWrapper(
+        os.fdopen(own, "wb"),  # open until the process ends
+        encoding=out.encoding,
+        errors=out.errors,
+        line_buffering=out.line_buffering,
+        write_through=out.write_through,
+    )
+
+
+@contextlib.contextmanager
+def mute(*descriptors: int) -> Iterator[None]:
+    """Drop what libraries write to `descriptors` (1, 2) meanwhile, unless the level is debug.
+
+    For a call whose noise is known, and for no longer: answers to NCCL_DEBUG and its like are
+    written there, too.
+    """
+    with contextlib.ExitStack() as stack:
+        if level() != "debug":
+            for descriptor in descriptors:
+                stack.enter_context(_muted(descriptor))
+        yield
+
+
+@contextlib.contextmanager
+def _muted(descriptor: int) -> Iterator[None]:
+    try:
+        own = os.dup(descriptor)
+    except OSError:  # closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(own, descriptor)
+        os.close(own)
+
+
+def stderr_descriptor() -> int:
+    """Where a child process is to send its stdout: descriptor 2, or nowhere if that is closed."""
+    try:
+        os.fstat(2)
+    except OSError:
+        return subprocess.DEVNULL
+    return 2
 
 
 class _Stderr(logging.Handler):

@@ -33,19 +33,29 @@ LISTS = ("stop_token_ids",)
 HUGE = 10**6000
 """An integer that Python refuses to write as text."""
 
+
+def wrong(name: str, *values: Any) -> list[tuple[str, Any]]:
+    """Values that the field `name` refuses."""
+    return [(name, value) for value in values]
+
+
 WRONG: list[tuple[str, Any]] = [
-    *((name, bad) for name in INTEGERS for bad in (True, "1", "x", [1], {}, 1.5, math.nan, HUGE)),
-    *((name, bad) for name in INTEGERS for bad in (-2, -math.inf, 2**70, 1j, b"1", object())),
-    *((name, bad) for name in NUMBERS for bad in (True, "1", [], {}, math.nan, HUGE, 1j)),
-    *((name, bad) for name in NUMBERS for bad in (math.inf, -math.inf, -3, -HUGE)),
-    *((name, bad) for name in FLAGS for bad in (0, 1, "true", [], 0.0, "")),
-    *(("stop", bad) for bad in ("", [""], [1], [None], ["a", b"b"], b"a", 5, True, {"a": 1})),
-    *(("stop", bad) for bad in ("\ud83d", ["a", "\ud83d"], ["x"] * 65, "x" * 1025, [["a"]])),
-    *(("stop_token_ids", bad) for bad in (5, "5", [True], ["5"], [-1], [1.5], [HUGE], [0] * 65)),
-    *(("stop_token_ids", bad) for bad in ([None], {5: 1}, True, [math.nan], [[1]])),
-    *(("logit_bias", bad) for bad in (5, "5", [], [(5, 1)], True, {5: "1"}, {5: None}, {5: True})),
-    *(("logit_bias", bad) for bad in ({5: math.nan}, {5: 101}, {5: HUGE}, {-1: 0}, {"-1": 0})),
-    *(("logit_bias", bad) for bad in ({"x": 0}, {True: 0}, {None: 0}, {(): 0}, {"1" * 5000: 0})),
+    *(
+        one
+        for name in INTEGERS
+        for one in wrong(name, True, "1", "x", [1], {}, 1.5, math.nan, HUGE)
+    ),
+    *(one for name in INTEGERS for one in wrong(name, -2, -math.inf, 2**70, 1j, b"1", object())),
+    *(one for name in NUMBERS for one in wrong(name, True, "1", [], {}, math.nan, HUGE, 1j)),
+    *(one for name in NUMBERS for one in wrong(name, math.inf, -math.inf, -3, -HUGE)),
+    *(one for name in FLAGS for one in wrong(name, 0, 1, "true", [], 0.0, "")),
+    *wrong("stop", "", [""], [1], [None], ["a", b"b"], b"a", 5, True, {"a": 1}),
+    *wrong("stop", "\ud83d", ["a", "\ud83d"], ["x"] * 65, "x" * 1025, [["a"]]),
+    *wrong("stop_token_ids", 5, "5", [True], ["5"], [-1], [1.5], [HUGE], [0] * 65),
+    *wrong("stop_token_ids", [None], {5: 1}, True, [math.nan], [[1]]),
+    *wrong("logit_bias", 5, "5", [], [(5, 1)], True, {5: "1"}, {5: None}, {5: True}),
+    *wrong("logit_bias", {5: math.nan}, {5: 101}, {5: HUGE}, {-1: 0}, {"-1": 0}),
+    *wrong("logit_bias", {"x": 0}, {True: 0}, {None: 0}, {(): 0}, {"1" * 5000: 0}),
     ("logit_bias", dict.fromkeys(range(1025), 0)),
     ("n", 0),
     ("n", 129),
@@ -109,13 +119,15 @@ def test_an_obvious_meaning_is_taken(name: str, value: Any, meant: Any):
         assert found == meant
         assert type(found) is type(meant)
     if name == "logit_bias":
+        assert params.logit_bias is not None
         assert all(type(bias) is float for bias in params.logit_bias.values())
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_none_means_that_a_parameter_is_not_set(name: str):
     meant = None if name == "max_tokens" else DEFAULTS[name]
-    for params in (SamplingParams(**{name: None}), SamplingParams.from_dict({name: None})):
+    unset: dict[str, Any] = {name: None}
+    for params in (SamplingParams(**unset), SamplingParams.from_dict(unset)):
         assert getattr(params, name) == meant
 
 
@@ -126,9 +138,10 @@ def test_a_null_of_a_client_is_ignored_and_an_unknown_name_refused():
     with pytest.raises(RequestError, match="is not a sampling parameter") as caught:
         SamplingParams.from_dict({"x" * 10**6: 1})
     assert len(str(caught.value)) < 500
-    for bad in (None, [], "n", 5):
+    values: list[Any] = [None, [], "n", 5]
+    for bad in values:
         with pytest.raises(RequestError, match="must be an object"):
-            SamplingParams.from_dict(bad)  # type: ignore[arg-type]
+            SamplingParams.from_dict(bad)
 
 
 def test_every_parameter_has_a_rule_and_parameters_that_contradict_are_refused():

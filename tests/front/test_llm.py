@@ -531,7 +531,7 @@ def test_an_abandoned_stream_frees_its_blocks_and_the_engine_goes_on(small: Call
         stream = llm.stream(numbered(llm, 100, taken, max_tokens=10, longer_by=1))
         next(stream)
         assert llm.stats().num_running > 0
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         assert len(taken) <= 12
         assert_idle(llm)
         (after,) = llm.generate([3, 1, 4], greedy(ignore_eos=True))

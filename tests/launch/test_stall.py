@@ -195,7 +195,7 @@ def beats(tmp_path: Path) -> Beats:
 
 def test_an_agent_that_does_not_run_is_named(beats: Beats, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Time()
-    monkeypatch.setattr(stall.time, "monotonic", clock)
+    monkeypatch.setattr("moespan.launch.stall.time.monotonic", clock)
     monkeypatch.setattr(stall.Silence.__init__, "__defaults__", (clock,))
     watch = AgentWatch(beats, 0, 123, "node 1")
     for _ in range(100):  # it is still being started

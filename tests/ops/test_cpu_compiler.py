@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def test_the_compilers_message_is_the_error_and_no_file_is_left(
     with pytest.raises(BuildError, match="cannot do that"):
         library()
     assert not list(cache.glob("*.so"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_an_old_gcc_is_refused_with_the_reason(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    script = f'exec {shutil.which("g++")} -U__GNUC__ -D__GNUC__=8 -fmax-errors=1 "$@"'
+    monkeypatch.setenv("CXX", compiler(tmp_path, script))
+    with pytest.raises(BuildError, match=r"older than 9.* set CXX to GCC 9 or newer"):
+        library()
 
 
 # In place of the compiler: writes a file that is no library, and counts its runs.
@@ -117,6 +128,7 @@ def test_words_of_the_compiler_that_cannot_be_split_are_named(
 def test_an_unwritable_cache_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "file"
     file.touch()
+    monkeypatch.setenv("CXX", compiler(tmp_path, "exit 1"))
     monkeypatch.setenv("MOESPAN_CACHE", str(file / "below"))
     with pytest.raises(BuildError, match="set MOESPAN_CACHE"):
         library()

@@ -133,7 +133,12 @@ def test_every_collective_of_an_axis_is_entered_and_left(
     beat.busy()
     axis = Axis("tp", (0, 1), 0, beat=beat)
     seen = []
-    with mock.patch.object(dist, function, lambda *_, **__: seen.append(beats.place(0, 0)) or 1):
+
+    def note(*_: object, **__: object) -> int:
+        seen.append(beats.place(0, 0))
+        return 1
+
+    with mock.patch.object(dist, function, note):
         call(axis, torch.zeros(2, 3))  # type: ignore[operator]
     assert [(str(place), place.peers) for place in seen] == [(f"in step 0, in {says}", (1,))]
     assert str(beats.place(0, 0)) == f"in step 0, after {says}"

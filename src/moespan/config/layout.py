@@ -48,7 +48,7 @@ class Layout:
     dp: int = 1
     pipeline_layers: tuple[int, ...] | None = None
 
-    AXES: ClassVar = ("tp", "ep", "pp", "sp", "dp")
+    AXES: ClassVar[tuple[str, ...]] = ("tp", "ep", "pp", "sp", "dp")
 
     def __post_init__(self) -> None:
         for axis, size in self.sizes.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moespan import log
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, ModelConfig
 from moespan.device import DEVICES
 from moespan.errors import ConfigError
@@ -46,7 +47,10 @@ def init_distributed(
         store = dist.FileStore(str(store_path), world_size)
         store.set_timeout(timeout)
     # The mesh makes all groups between devices.
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    with log.mute(1):  # Gloo of torch 2.9 and 2.10 reports each connection
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     return own_device
 
 
@@ -66,16 +70,17 @@ def make_mesh(
     if DEVICES[config.device].has_group_buffers and config.model and not is_set:
         buffers_mb = group_buffers_mb(config, ModelConfig.from_pretrained(config.model))
     ranks_here = os.environ.get("LOCAL_WORLD_SIZE")
-    return Mesh.create(
-        config.layout,
-        device,
-        config.moe_dispatch,
-        idle_timeout_s,
-        None if ranks_here is None else int(ranks_here),
-        buffers_mb,
-        config.cuda_one_shot_bytes,
-        beat=beat,
-    )
+    with log.mute(1):
+        return Mesh.create(
+            config.layout,
+            device,
+            config.moe_dispatch,
+            idle_timeout_s,
+            None if ranks_here is None else int(ranks_here),
+            buffers_mb,
+            config.cuda_one_shot_bytes,
+            beat=beat,
+        )
 
 
 def _take_device(device: str, local_rank: int) -> torch.device:

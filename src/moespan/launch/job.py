@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import TextIO
@@ -32,6 +33,21 @@ _LONGEST_DIRECTORY = 80  # characters; the path of a local socket ends at 107
 _RECORD_BYTES = 32 << 10  # of a failure or a stack
 _LENGTH_BYTES = 8
 _CUT = "\n[...]\n"
+
+
+def run_module(name: str) -> tuple[str, ...]:
+    """Arguments with which Python runs a module of ours, as `-m` does.
+
+    Nothing is imported from whatever directory the user stands in: Python 3.11 and newer obey
+    PYTHONSAFEPATH, which the starter sets; for Python 3.10 a line of code does the same.
+    """
+    if sys.version_info >= (3, 11):
+        return ("-m", name)
+    return (
+        "-c",
+        "import sys; sys.path.pop(0); import runpy; "
+        f"runpy.run_module({name!r}, run_name='__main__', alter_sys=True)",
+    )
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,8 +19,10 @@ from types import TracebackType
 
 import msgspec
 
+from moespan import log
 from moespan.device import DEVICES
 from moespan.errors import MoespanError
+from moespan.launch.job import run_module
 from moespan.machine.cores import usable_cores
 from moespan.planner.work import Limits
 
@@ -41,7 +43,7 @@ class Probe:
     def __init__(self, device: str, dtype: str, num_devices: int = 1) -> None:
         self._num_devices = num_devices
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, device, dtype],
+            [sys.executable, *run_module(__name__), device, dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # No module is imported from the user's current directory.
@@ -127,6 +129,7 @@ def _best_s(run: Callable[[], object], times: int) -> float:
 
 def _measure(device: str, dtype: str) -> None:
     """The measuring process of `Probe`: one line of limits on stdout for each line on stdin."""
+    log.keep_stdout_for_answers()
     import torch
 
     from moespan.machine.device import choose_device

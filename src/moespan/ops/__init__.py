@@ -20,7 +20,7 @@ from moespan.ops.base import (
     Rotation,
     Weight,
 )
-from moespan.ops.cpu.plain import CpuOps
+from moespan.ops.cpu.plain import CpuOps, let_onednn_start
 from moespan.ops.reference import ReferenceOps
 
 __all__ = [
@@ -62,6 +62,7 @@ def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
 
 
 def _cpu_ops(dtype: str) -> CpuOps:
+    let_onednn_start()
     if dtype != "bfloat16":
         return CpuOps()
     from moespan.ops.cpu.native import BuildError, NativeCpuOps

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import platform
+from functools import cache
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moespan.checkpoint.rounding import QuantizedWeight
-from moespan.log import once
+from moespan.log import mute, once
 from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Weight
 from moespan.ops.reference import ReferenceOps
 
 # Most bytes of gathered keys and values when several decodes are attended together.
 _GATHER_BYTES = 64 << 20
+
+
+_PROCESSOR_FILE = Path("/sys/devices/system/cpu/cpu0/regs/identification/midr_el1")
+
+
+@cache
+def let_onednn_start() -> None:
+    """Let oneDNN's complaint about an aarch64 machine without that file go nowhere.
+
+    Its first product of float32 prints one line to stderr in each process. Emulators and some
+    containers lack the file.
+    """
+    if platform.machine() == "aarch64" and not _PROCESSOR_FILE.exists():
+        with mute(2):
+            F.linear(torch.ones(16, 64), torch.ones(64, 64))
 
 
 class CpuOps(ReferenceOps):

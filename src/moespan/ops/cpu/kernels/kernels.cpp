@@ -8,6 +8,10 @@
 // activations lie in memory. int4.h: weights of 4 bits. products.h: matrix products and experts.
 // attention.h: attention over the paged cache.
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 9
+#error "this is GCC older than 9, which lacks vector types that the kernels use; set CXX to GCC 9 or newer, or clang"
+#endif
+
 #include <omp.h>
 
 #include <numeric>
