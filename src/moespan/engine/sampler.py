@@ -63,7 +63,8 @@ class Sampling:
         if self._reported:
             at = _tensor(self._reported, torch.int64, logits)
             most = max(rows[i].logprobs or 0 for i in self._reported)
-            scores = _scores(logits[at].float(), self.token_ids[at], most)
+            reported = logits.index_select(0, at).float()
+            scores = _scores(reported, self.token_ids.index_select(0, at), most)
         self._to_host = ToHost([chosen, *scores])
 
     def wait(self) -> list[Sampled]:
@@ -111,7 +112,7 @@ def _choose(logits: Tensor, best: Tensor, rows: list[SampleRow]) -> Tensor:
     # Each row takes the cheapest path that its own parameters allow.
     for choose, numbers in by_method.items():
         at, chosen = _tensor(numbers, torch.int64, logits), [rows[i] for i in numbers]
-        copied = logits[at].float()
+        copied = logits.index_select(0, at).float()
         _adjust(copied, chosen)
         best[at] = choose(copied, chosen).int()
     return best
