@@ -214,7 +214,7 @@ KERNELS = {
     "half": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 ScatterPaKvCache "
     "FusedInferAttentionScoreV3 Matmul AddRmsNorm InplaceCopy Matmul MoeGatingTopKSoftmax "
     "MoeInitRoutingV3 GroupedMatmulV5 SwiGlu GroupedMatmulV5 "
-    "ReduceSum GeTensor InplaceMaskedFillScalar RemainderTensorScalar MoeTokenUnpermute "
+    "ReduceSum LtScalar InplaceMaskedFillScalar RemainderTensorScalar MoeTokenUnpermute "
     "Matmul SwiGlu Matmul Add",
     "int8": "AddRmsNorm WeightQuantBatchMatmulV2 InplaceCopy ApplyRotaryPosEmbV2 ScatterPaKvCache "
     "FusedInferAttentionScoreV3 WeightQuantBatchMatmulV2 AddRmsNorm InplaceCopy Matmul "
