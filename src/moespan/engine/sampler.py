@@ -323,13 +323,16 @@ def _kept(probabilities: Tensor, best: Tensor, rows: list[SampleRow]) -> Tensor:
         best,
     )[..., None].unbind()
     places = torch.arange(most, dtype=torch.float32, device=best.device)
-    left = (places < top_k) & (best >= best[:, :1] * min_p) & (best > 0)
-    weights = _weights(best) * left
-    sums = weights.cumsum(-1, dtype=torch.int32)
-    # top_p applies to the mass that min_p and top_k leave; without them that is 1.
-    whole = sums[:, -1:].float().masked_fill(is_partial == 0, _WHOLE_WEIGHT)
-    # The mass before a token decides, so that the token that crosses top_p is kept.
-    left &= (sums - weights).float() < top_p * whole
+    left = (places < top_k) & (best > 0)
+    if any(row.min_p > 0 for row in rows):
+        left &= best >= best[:, :1] * min_p
+    if any(row.top_p < 1 for row in rows):
+        weights = _weights(best) * left
+        sums = weights.cumsum(-1, dtype=torch.int32)
+        # top_p applies to the mass that min_p and top_k leave; without them that is 1.
+        whole = sums[:, -1:].float().masked_fill(is_partial == 0, _WHOLE_WEIGHT)
+        # The mass before a token decides, so that the token that crosses top_p is kept.
+        left &= (sums - weights).float() < top_p * whole
     num_kept = left.sum(-1, keepdim=True, dtype=torch.int32).clamp_(min=1)
     last = best.gather(-1, (num_kept - 1).long())
     # Of the tokens that are as likely as the last one kept, the first ones by id are kept.
