@@ -14,11 +14,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moespan.config import Layout, ModelConfig
+from moespan.config import EngineOptions, Layout, ModelConfig
 from moespan.engine.step import StepPlan, StepPlans
 from moespan.engine.worker import Worker
 from moespan.model.network import Step
 from moespan.ops import AttentionBatch, ops_for
+from moespan.ops.npu.ops import NpuOps
 from moespan.parallel.mesh import Mesh
 from tests.support import Oracle, execute, geometry, greedy_row, make_worker, run_prompts
 
@@ -43,8 +44,9 @@ def npu_worker(
     config: ModelConfig, source: Any = None, block_size: int = 16, **settings: Any
 ) -> Worker:
     mesh = Mesh.create(Layout(), NPU)
+    ops = settings.pop("ops", None) or ops_for("npu")
     return make_worker(
-        config, source, mesh, ops=ops_for("npu"), block_size=block_size, num_blocks=64, **settings
+        config, source, mesh, ops=ops, block_size=block_size, num_blocks=64, **settings
     )
 
 
@@ -225,6 +227,11 @@ KERNELS = {
     "InplaceCopy Matmul MoeGatingTopKSoftmax MoeInitRoutingV3 GroupedMatmulV5 DequantSwigluQuantV2 "
     "GroupedMatmulV5 MoeTokenUnpermute DynamicQuantV2 QuantMatmulV5 SwiGlu DynamicQuantV2 "
     "QuantMatmulV5 Add",
+    # as many as "whole", with the shared experts first, on the second of two streams
+    "overlap": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 ScatterPaKvCache "
+    "FusedInferAttentionScoreV3 Matmul AddRmsNorm InplaceCopy Matmul MoeGatingTopKSoftmax "
+    "Matmul SwiGlu Matmul "
+    "MoeInitRoutingV3 GroupedMatmulV5 SwiGlu GroupedMatmulV5 MoeTokenUnpermute Add",
     # and two IndexPut, which the stand-in does without a kernel
     "cache": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 FloorDivides RemainderTensorScalar "
     "DynamicQuantV2 DynamicQuantV2 ScatterPaKvCache FusedInferAttentionScoreV3 Matmul AddRmsNorm "
@@ -237,6 +244,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "half": {},
     "int8": {"quantization": "int8"},
     "w8a8": {"quantization": "w8a8"},
+    "overlap": {},
     "cache": {"kv_cache_dtype": "int8"},
 }
 
@@ -267,7 +275,8 @@ def test_a_decode_layer_launches_these_kernels_and_no_others(launched: dict[str,
 
 def run_layer(part: str) -> None:
     """Run one MoE layer of a decode step twice, with marks around the second run."""
-    worker = npu_worker(FUSED, block_size=32, dtype="bfloat16", **SETTINGS[part])
+    ops = NpuOps(options=EngineOptions(npu_overlap_shared=part == "overlap"))
+    worker = npu_worker(FUSED, block_size=32, dtype="bfloat16", ops=ops, **SETTINGS[part])
     layer: Any = worker.model.layers[1]
     if part == "half":
         bank = layer.mlp.bank
