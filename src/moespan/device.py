@@ -30,9 +30,12 @@ class Device:
             (`moespan.parallel.buffers`).
         draws_weights: whether random weights are drawn on the device; elsewhere the host draws
             them.
+        samples_in_integers: whether tokens are drawn by running sums of integers. An NPU sums
+            float64 and searches sorted values on a few slow cores (its AI CPU), not on its vector
+            cores.
         host_cores_per_rank: fewest cores that one rank needs on the host.
-        own_options: options of the engine that are refused on every device without them; all of
-            them take 16-bit dtypes only.
+        own_options: options of the engine that are refused on every device without them.
+        half_options: those of `own_options` that take 16-bit dtypes only.
         timed_bytes: message sizes in bytes for which the doctor times an all-reduce.
     """
 
@@ -45,11 +48,20 @@ class Device:
     has_one_shot_sum: bool = False
     has_group_buffers: bool = False
     draws_weights: bool = False
+    samples_in_integers: bool = False
     host_cores_per_rank: int = 1
     own_options: tuple[str, ...] = ()
+    half_options: tuple[str, ...] = ()
     timed_bytes: tuple[int, ...] = (8 << 10, 1 << 20, 64 << 20)
 
 
+_NPU_HALF_OPTIONS = (
+    "moe_dispatch=fused",
+    "npu_fused_all_reduce",
+    "npu_maskless_decode",
+    "npu_scatter_prefill",
+    "npu_weight_format",
+)
 NPU = Device(
     name="npu",
     backend="hccl",
@@ -57,9 +69,17 @@ NPU = Device(
     block_size=128,
     cache_share=0.85,
     has_group_buffers=True,
+    samples_in_integers=True,
     # torch_npu launches kernels from a thread of its own.
     host_cores_per_rank=2,
-    own_options=("moe_dispatch=fused", "npu_fused_all_reduce", "npu_weight_format"),
+    own_options=(
+        *_NPU_HALF_OPTIONS,
+        "npu_aiv",
+        "npu_hierarchical_dispatch",
+        "npu_overlap_shared",
+        "npu_update_first",
+    ),
+    half_options=_NPU_HALF_OPTIONS,
 )
 CUDA = Device(
     name="cuda",

@@ -746,6 +746,34 @@ def test_aiv_that_the_layout_forbids() -> None:
     assert "several nodes" in contradict(aiv, Layout(tp=2), nnodes=2)[0].found
 
 
+def test_aiv_beside_what_it_is_reported_to_hang_with() -> None:
+    def said(config: EngineConfig, chip: str) -> list[str]:
+        aiv = {"HCCL_OP_EXPANSION_MODE": "AIV"}
+        found = contradictions(aiv, config.layout, 1, range(8), ["127.0.0.1"], config, chip)
+        return [one.found for one in found]
+
+    layout = Layout(tp=2)
+    assert said(config_of(layout), "910B") == []
+    assert "910C" in said(config_of(layout), "910C")[0]
+    assert said(config_of(layout, enforce_eager=True), "910C") == []
+    fused = config_of(layout, npu_fused_all_reduce=9)
+    assert "vector cores" in said(fused, "910B")[0]
+
+
+def test_aiv_is_suggested_where_it_is_allowed(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def suggested(chip: str = "910B", **options: Any) -> bool:
+        monkeypatch.setattr("moespan.doctor.software.npu_chip", lambda root: chip)
+        layout = options.pop("layout", Layout(tp=2))
+        config = config_of(layout, **options)
+        findings = made.examine(npu_job(layout, model=MODEL, config=config))
+        return any("--npu-aiv" in one.found for one in of(findings, "environment", report.OK))
+
+    assert suggested()
+    assert not suggested("910C")
+    assert not suggested(npu_aiv=True)
+    assert not suggested(layout=Layout(pp=2))
+
+
 def test_a_rank_table_that_does_not_exist(made: Made) -> None:
     made.environ["RANK_TABLE_FILE"] = "/etc/none.json"
     assert "none.json" in only(made.examine(), "environment", report.PROBLEM).found

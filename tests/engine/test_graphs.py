@@ -127,8 +127,29 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph_and_gives_one_notic
     runs = run_prompts(worker, oracle.prompts, most_chunk=64, num_generated=24)
     assert [run.generated for run in runs] == oracle.greedy
     assert capsys.readouterr().err == (
-        "moespan: decode steps are not recorded as graphs: RuntimeError: no streams left\n"
+        "moespan: decode steps are not recorded as graphs: RuntimeError: no streams left; "
+        "the device still computes\n"
     )
+
+
+@pytest.mark.parametrize("state", ["computes nothing", "computes wrong numbers"])
+def test_a_device_that_is_lost_in_recording_ends_the_rank(state: str):
+    class LostOps(RecordingOps):
+        is_lost = False
+
+        def record(self, run: Callable[[], object]) -> Replay:
+            self.is_lost = True
+            raise RuntimeError("207008")
+
+        def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+            if self.is_lost and state == "computes nothing":
+                raise ValueError("stream is lost")
+            normed = super().rms_norm(x, weight, eps)
+            return normed * torch.nan if self.is_lost else normed
+
+    worker = make_worker(Oracle("tiny").config, ops=LostOps())
+    with pytest.raises(RuntimeError, match=rf"207008.*{state}.*start again with --enforce-eager"):
+        execute(worker, decode(2, 0))
 
 
 @pytest.mark.usefixtures("said")

@@ -1,9 +1,15 @@
-"""The sampler draws from exactly the requested distribution, for each row separately."""
+"""The sampler draws from exactly the requested distribution, for each row separately.
+
+All tests run for both kinds of sums: in float64 as on CPUs and GPUs, and in integers as on NPUs.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +20,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moespan.device import CPU, DEVICES
 from moespan.engine import sampler
 from moespan.engine.sampler import sample, token_logprobs
 from moespan.engine.step import SampleRow
@@ -21,6 +28,17 @@ from tests.support import greedy_row
 
 # 99.9 % quantile of the chi-square distribution, by degrees of freedom.
 CHI_SQUARE = {5: 20.5, 8: 26.1}
+
+
+@pytest.fixture(autouse=True, scope="module", params=[False, True], ids=["float64", "integers"])
+def in_integers(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether this CPU sums the distribution in integers, as an NPU does."""
+    with patch.dict(DEVICES, cpu=replace(CPU, samples_in_integers=request.param)):
+        yield request.param
+
+
+float64_only = pytest.mark.parametrize("in_integers", [False], indirect=True, scope="module")
+integers_only = pytest.mark.parametrize("in_integers", [True], indirect=True, scope="module")
 
 
 def row(**settings: Any) -> SampleRow:
@@ -127,8 +145,8 @@ def test_top_p_applies_to_the_mass_that_top_k_leaves():
     assert set(tokens) == {0}
 
 
-def full_sort_draw(logits: Tensor, each: SampleRow) -> int:
-    """The token of a truncated draw from float32 logits [V], by sorting the whole vocabulary."""
+def kept_in_order(logits: Tensor, each: SampleRow) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of float32 logits [V] in order, 0 where a token is not kept, and their ids."""
     temperature = max(each.temperature, 1e-6)
     ordered, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
     best = ordered[0].clone()
@@ -141,11 +159,18 @@ def full_sort_draw(logits: Tensor, each: SampleRow) -> int:
         mass_before = np.concatenate([[0.0], kept.cumsum()[:-1]])
         share = float(np.float32(each.top_p)) * (kept.cumsum()[-1] if is_partial else 1.0)
         kept[1:][mass_before[1:] >= share] = 0
+    return kept, order.numpy()
+
+
+def full_sort_draw(logits: Tensor, each: SampleRow) -> int:
+    """The token of a truncated draw from float32 logits [V], by sorting the whole vocabulary."""
+    kept, order = kept_in_order(logits, each)
     mass = kept.cumsum()
     target = sampler._uniform(each.seed, each.position) * mass[-1]
     return int(order[np.searchsorted(mass, target, side="right")])
 
 
+@float64_only
 @given(
     seed=st.integers(0, 2**32),
     vocab_size=st.integers(1, 3000),
@@ -181,6 +206,78 @@ def test_candidates_give_the_token_that_sorting_the_vocabulary_gives(
         assert [one.token_id for one in sample(logits[: len(rows)], rows)] == expected
 
 
+@integers_only
+@given(
+    seed=st.integers(0, 2**32),
+    vocab_size=st.integers(1, 3000),
+    scale=st.sampled_from([0.0, 0.3, 2.0, 5.0, 40.0]),
+    step=st.sampled_from([0.0, 1 / 16, 1.0]),
+)
+def test_integers_keep_the_tokens_that_sorting_the_vocabulary_keeps(
+    seed: int, vocab_size: int, scale: float, step: float
+):
+    rng = random.Random(seed)
+    logits = torch.randn(24, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+    if step:
+        logits = (logits / step).round() * step
+    rows = [
+        row(
+            temperature=rng.choice([0.3, 1.0, 1.5]),
+            top_k=rng.choice([1, 5, 30, 300, 1025]),
+            min_p=rng.choice([0.0, 0.0, 0.02, 0.3, 1.0]),
+            top_p=rng.choice([1.0, 0.1, 0.5, 0.95]),
+            seed=rng.getrandbits(62),
+        )
+        for _ in logits
+    ]
+    for sampled, values, each in zip(sample(logits, rows), logits, rows, strict=True):
+        kept, order = kept_in_order(values, each)
+        mass = kept.cumsum() / kept.sum()
+        assert sampled.token_id is not None
+        place = order.tolist().index(sampled.token_id)
+        # Rounding to 2⁻³⁰ may move the place at which top_p ends, not more.
+        assert kept[place] > 0 or abs(mass[place - 1] - 1) < 1e-5
+
+
+@integers_only
+def test_rows_of_a_small_top_k_are_not_sorted(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the vocabulary was sorted")
+
+    monkeypatch.setattr(sampler, "_draw_of_sorted", refuse)
+    rows = [row(position=i, top_k=k, top_p=0.9) for i, k in enumerate([1, 7, 1024])]
+    assert len(sample(torch.randn(3, 5000), rows)) == 3
+
+
+@integers_only
+def test_a_draw_in_integers_by_example():
+    # Weights 2²⁹, 2²⁸, 2²⁸ of 2³⁰: half of the 31-bit numbers modulo 2³⁰ draw the first token.
+    logits = [math.log(0.5), math.log(0.25), math.log(0.25)]
+    expected = []
+    for position in range(200):
+        number = int(sampler._uniform(9, position) * 2**31) % 2**30
+        expected.append(0 if number < 2**29 else 1 if number < 3 * 2**28 else 2)
+    rows = [row(seed=9, position=position) for position in range(200)]
+    assert draws(logits, rows) == expected
+
+
+@integers_only
+def test_unlikely_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should():
+    # One token has half of the mass, 100,000 share the other half.
+    logits = torch.zeros(100_001)
+    logits[0] = math.log(100_000)
+    tokens = [
+        one.token_id
+        for one in sample(logits.expand(400, -1), [row(position=i) for i in range(400)])
+    ]
+    firsts = sum(token == 0 for token in tokens)
+    assert 150 < firsts < 250
+    rest = [token for token in tokens if token]
+    assert len(set(rest)) > 0.95 * len(rest)
+    assert 35_000 < sum(rest) / len(rest) < 65_000
+
+
+@float64_only
 def test_rows_that_are_settled_early_are_not_drawn_again():
     looked_at = []
 

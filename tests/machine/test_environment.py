@@ -62,8 +62,9 @@ def settings(
     device: str = "npu",
     machine: Machine = A2,
     user: dict[str, str] | None = None,
+    **options: object,
 ) -> dict[str, Setting]:
-    found = rank_environment(config(layout, device), MODEL, machine, user or {})
+    found = rank_environment(config(layout, device, **options), MODEL, machine, user or {})
     assert len({one.name for one in found}) == len(found)
     return {one.name: one for one in found}
 
@@ -83,7 +84,6 @@ def test_an_a2_server_with_tp_gets_the_whole_set() -> None:
     assert values(Layout(tp=8, ep=8)) == {
         "OMP_NUM_THREADS": "12",
         "GLOO_SOCKET_IFNAME": "lo",
-        "HCCL_OP_EXPANSION_MODE": "AIV",
         "HCCL_CONNECT_TIMEOUT": "600",
         "HCCL_EXEC_TIMEOUT": "544",
         "HCCL_EVENT_TIMEOUT": "680",
@@ -172,8 +172,9 @@ def test_libgomp_is_preloaded_on_aarch64_only() -> None:
 @pytest.mark.parametrize(
     ("layout", "machine", "user", "why"),
     [
-        (Layout(tp=8), replace(A2, chip="310P"), {}, "A2 and A3"),
-        (Layout(tp=8), replace(A2, chip=""), {}, "A2 and A3"),
+        (Layout(tp=8), replace(A2, chip="310P"), {}, "for A2"),
+        (Layout(tp=8), replace(A2, chip=""), {}, "for A2"),
+        (Layout(tp=8), replace(A2, chip="910C"), {}, "reported to hang"),
         (Layout(tp=16), replace(A2, nnodes=2), {}, "one server"),
         (Layout(tp=4, pp=2), A2, {}, "tp, pp"),
         (Layout(tp=2, dp=4, ep=8), A2, {}, "tp, ep"),
@@ -186,16 +187,23 @@ def test_libgomp_is_preloaded_on_aarch64_only() -> None:
 def test_aiv_is_not_set_where_its_rules_forbid_it(
     layout: Layout, machine: Machine, user: dict[str, str], why: str
 ) -> None:
-    found = settings(layout, machine=machine, user=user)["HCCL_OP_EXPANSION_MODE"]
+    found = settings(layout, machine=machine, user=user, npu_aiv=True)["HCCL_OP_EXPANSION_MODE"]
     assert found.value is None and found.set_by == "nobody"
     assert why in found.why
+
+
+def test_aiv_is_not_set_unasked_nor_beside_the_fused_all_reduce() -> None:
+    name = "HCCL_OP_EXPANSION_MODE"
+    assert "--npu-aiv sets it" in settings(Layout(tp=8))[name].why
+    both = settings(Layout(tp=8), npu_aiv=True, npu_fused_all_reduce=512)[name]
+    assert both.value is None and "vector cores" in both.why
 
 
 @pytest.mark.parametrize(
     "layout", [Layout(tp=8), Layout(tp=8, ep=4), Layout(sp=4), Layout(dp=8, ep=8)]
 )
 def test_aiv_is_set_for_a_single_communicator(layout: Layout) -> None:
-    assert values(layout, machine=replace(A2, chip="910C"))["HCCL_OP_EXPANSION_MODE"] == "AIV"
+    assert values(layout, npu_aiv=True)["HCCL_OP_EXPANSION_MODE"] == "AIV"
 
 
 # Timeouts

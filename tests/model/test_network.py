@@ -23,7 +23,13 @@ def oracle(request: pytest.FixtureRequest) -> Oracle:
     return Oracle(request.param)
 
 
-@pytest.mark.parametrize("ops", [CpuOps(), ReferenceOps()], ids=["cpu", "reference"])
+class OverlappingOps(CpuOps):
+    """Shared experts beside the routed ones, as on a second stream."""
+
+    has_second_stream = True
+
+
+@pytest.mark.parametrize("ops", [CpuOps(), ReferenceOps(), OverlappingOps()], ids=type)
 def test_logits_of_whole_prompts_are_those_of_the_hugging_face_model(oracle: Oracle, ops: Ops):
     worker = make_worker(oracle.config, oracle.source(), ops=ops)
     for prompt, expected in zip(oracle.prompts, oracle.logits, strict=True):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.presets import preset
-from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.config import EngineConfig, EngineOptions, Layout, ModelConfig
+from moespan.device import NPU
 from moespan.errors import ConfigError, LayoutError
 from moespan.parallel import fused
 from moespan.parallel.buffers import MB, fused_buffer_mb, group_buffers_mb, hccl_bytes
@@ -69,6 +71,20 @@ def test_limits_of_the_fused_dispatch(layout: Layout, model: ModelConfig, chip: 
     assert rule in str(it.value)
 
 
+@pytest.mark.parametrize(
+    ("layout", "chip", "rule"),
+    [
+        (TWO_SERVERS, "910C", "with npu_hierarchical_dispatch it is for A2, not 910C"),
+        (Layout(dp=8, ep=8), "910B", "ep=16, 32, 64, not 8"),
+    ],
+)
+def test_limits_of_the_hierarchical_dispatch(layout: Layout, chip: str, rule: str):
+    asked = config(layout, moe_dispatch="fused", npu_hierarchical_dispatch=True)
+    with pytest.raises(ConfigError, match=rule):
+        check(asked, chip=chip, hccl_buffer_mb=1000)
+    check(config(moe_dispatch="fused", npu_hierarchical_dispatch=True))
+
+
 def test_all_reasons_are_in_one_error():
     asked = config(Layout(tp=16, dp=2, ep=32), moe_dispatch="fused", npu_fused_all_reduce=1)
     with pytest.raises(ConfigError, match=r"HCCL_BUFFSIZE=\d+ or more, not 50"):
@@ -88,19 +104,47 @@ def test_limits_of_the_fused_all_reduce():
 
 @pytest.mark.parametrize(
     "option",
-    [{"moe_dispatch": "fused"}, {"npu_fused_all_reduce": 9}, {"npu_weight_format": "nz"}],
+    [
+        {"moe_dispatch": "fused"},
+        {"npu_fused_all_reduce": 9},
+        {"npu_weight_format": "nz"},
+        {"npu_maskless_decode": True},
+        {"npu_scatter_prefill": 256},
+    ],
     ids=str,
 )
-def test_options_of_npus_are_refused_elsewhere(option: dict[str, Any]):
+def test_options_of_npus_for_16_bits_are_refused_elsewhere(option: dict[str, Any]):
     with pytest.raises(ConfigError, match="for device=npu, not cpu; leave it out"):
         EngineConfig("", TWO_SERVERS, device="cpu", **option)
     with pytest.raises(ConfigError, match="not dtype=float32; leave it out"):
         EngineConfig("", TWO_SERVERS, device="npu", dtype="float32", **option)
 
 
+@pytest.mark.parametrize("option", ["npu_aiv", "npu_update_first", "npu_overlap_shared"])
+def test_options_of_npus_for_any_dtype_are_refused_elsewhere(option: str):
+    with pytest.raises(ConfigError, match=f"{option}=True is for device=npu, not cuda"):
+        EngineConfig("", TWO_SERVERS, device="cuda", **{option: True})
+    assert EngineConfig("", TWO_SERVERS, device="npu", dtype="float32", **{option: True})
+
+
+def test_every_option_of_npus_is_in_their_row():
+    names = {field.name for field in fields(EngineOptions) if field.name.startswith("npu_")}
+    assert names == {option for option in NPU.own_options if option.startswith("npu_")}
+    assert {*NPU.half_options} <= {*NPU.own_options}
+
+
+def test_options_that_need_or_exclude_another_one():
+    with pytest.raises(ConfigError, match="npu_hierarchical_dispatch is for moe_dispatch=fused"):
+        config(npu_hierarchical_dispatch=True)
+    with pytest.raises(ConfigError, match="npu_overlap_shared does not go with npu_fused_all"):
+        config(npu_overlap_shared=True, npu_fused_all_reduce=9)
+
+
 def test_meaningless_settings_are_refused():
     with pytest.raises(ConfigError, match="npu_fused_all_reduce=-1"):
         config(npu_fused_all_reduce=-1)
+    with pytest.raises(ConfigError, match="npu_scatter_prefill=-1 must be a number of tokens"):
+        config(npu_scatter_prefill=-1)
     with pytest.raises(ConfigError, match="npu_weight_format='zn' is not one of nd, nz"):
         config(npu_weight_format="zn")
     Layout(dp=2, ep=2).check_dispatch("fused")
@@ -114,6 +158,9 @@ def test_the_buffer_follows_the_formula_of_the_operators_pages():
     assert fused.buffer_bytes(asked, SIXTEEN_B) == 2 * (256 * 16 * 4 * 4608 + 6 * 256 * 4096)
     assert fused_buffer_mb(asked, SIXTEEN_B) == 156
     assert fused_buffer_mb(config(), SIXTEEN_B) == 0
+    # (64 experts + 16 ranks / 4) · 256 tokens · (2048 · 2 bytes + 16 · 8 bytes) + 8 MB
+    in_two_steps = config(moe_dispatch="fused", npu_hierarchical_dispatch=True)
+    assert fused.buffer_bytes(in_two_steps, SIXTEEN_B) == 68 * 256 * 4224 + 8 * MB
     groups = group_buffers_mb(asked, SIXTEEN_B)
     assert "ep_tp_groups" not in groups
     assert hccl_bytes(asked, SIXTEEN_B) == 2 * MB * (sum(groups.values()) + 156)

@@ -300,11 +300,30 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     )
     _add(
         parser,
+        "npu_scatter_prefill",
+        "--npu-scatter-prefill",
+        type=int,
+        nargs="?",
+        const=256,
+        metavar="TOKENS",
+        help="NPUs: another operator writes the KV cache in steps of TOKENS (256) or more",
+    )
+    _add(
+        parser,
         "npu_weight_format",
         "--npu-weight-format",
         choices=WEIGHT_FORMATS,
         help=f"NPUs: nz lays matrices out in tiles ({_default('npu_weight_format')})",
     )
+    for field, meaning in (
+        ("npu_aiv", "small collectives on vector cores (HCCL_OP_EXPANSION_MODE=AIV)"),
+        ("npu_update_first", "update the lengths of a recorded decode step before its replay"),
+        ("npu_maskless_decode", "attention of decode steps without a mask"),
+        ("npu_hierarchical_dispatch", "--moe-dispatch fused sends to other servers in two steps"),
+        ("npu_overlap_shared", "shared experts on a second stream, beside the routed ones"),
+    ):
+        flag = f"--{field.replace('_', '-')}"
+        _add(parser, field, flag, action="store_true", help=f"NPUs: {meaning}")
     _add(
         parser,
         "cuda_one_shot_bytes",

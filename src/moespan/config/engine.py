@@ -53,6 +53,19 @@ class EngineOptions:
             operator (`moespan.parallel.fused`); 0 for never.
         npu_weight_format: how matrices lie in an NPU's memory: `nd`, row after row, or `nz`, in
             tiles of 16 × 16.
+        npu_aiv: whether small collectives between NPUs run on their vector cores
+            (`HCCL_OP_EXPANSION_MODE=AIV`), where the rules of HCCL allow it
+            (`moespan.machine.hccl`).
+        npu_update_first: whether the lengths in a recorded decode step are updated before its
+            replay, instead of while it runs.
+        npu_maskless_decode: whether attention of a decode step gets no mask on an NPU, which
+            selects another kernel of CANN 9.1.
+        npu_hierarchical_dispatch: whether `moe_dispatch=fused` sends tokens to another server once,
+            and spreads them there (`comm_alg=hierarchy`), instead of once for each expert.
+        npu_scatter_prefill: fewest tokens of a step whose keys and values an NPU writes by two
+            calls of `npu_scatter_nd_update_` instead of one `npu_scatter_pa_kv_cache`; 0 for never.
+        npu_overlap_shared: whether an NPU runs shared experts on a second stream, beside the
+            dispatch and the routed experts.
         cuda_one_shot_bytes: largest message in bytes that GPUs joined by NVLink sum over tp in one
             kernel instead of NCCL's (`moespan.parallel.one_shot`); 0 for never.
     """
@@ -71,6 +84,12 @@ class EngineOptions:
     step_timeout_s: float = 120.0
     npu_fused_all_reduce: int = 0
     npu_weight_format: str = "nd"
+    npu_aiv: bool = False
+    npu_update_first: bool = False
+    npu_maskless_decode: bool = False
+    npu_hierarchical_dispatch: bool = False
+    npu_scatter_prefill: int = 0
+    npu_overlap_shared: bool = False
     # c10d's IntraNodeComm takes the same kernel up to this size (kOneShotThreshBytes), and vLLM
     # takes its own kernel up to this size among 8 H100s. `benchmarks/all_reduce.py` measures it.
     cuda_one_shot_bytes: int = 256 << 10
@@ -86,9 +105,18 @@ class EngineOptions:
                 f"step_timeout_s={self.step_timeout_s} must be above 0 and at most "
                 f"{COLLECTIVE_TIMEOUT_S:g}, since collectives themselves wait no longer"
             )
-        if self.npu_fused_all_reduce < 0:
+        for name, unit in (("npu_fused_all_reduce", "rows"), ("npu_scatter_prefill", "tokens")):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be a number of {unit}, or 0")
+        if self.npu_hierarchical_dispatch and self.moe_dispatch != "fused":
             raise ConfigError(
-                f"npu_fused_all_reduce={self.npu_fused_all_reduce} must be a number of rows, or 0"
+                "npu_hierarchical_dispatch is for moe_dispatch=fused, not "
+                f"{self.moe_dispatch}; use moe_dispatch=fused, or leave it out"
+            )
+        if self.npu_overlap_shared and self.npu_fused_all_reduce:
+            raise ConfigError(
+                "npu_overlap_shared does not go with npu_fused_all_reduce, whose operator ends the "
+                "shared experts only after the routed ones; leave one of them out"
             )
         if self.cuda_one_shot_bytes < 0:
             raise ConfigError(
@@ -146,19 +174,19 @@ class EngineConfig(EngineOptions):
 
     def _check_device_options(self) -> None:
         """Refuse options that only other devices have, or that need a 16-bit dtype."""
-        is_asked = {
-            "moe_dispatch=fused": self.moe_dispatch == "fused",
-            "npu_fused_all_reduce": self.npu_fused_all_reduce > 0,
-            "npu_weight_format": self.npu_weight_format != EngineOptions.npu_weight_format,
-        }
-        for option in (name for name, asked in is_asked.items() if asked):
-            shown = option if "=" in option else f"{option}={getattr(self, option)}"
-            takers = [one.name for one in DEVICES.values() if option in one.own_options]
-            if self.device not in takers:
+        for option in {name: None for one in DEVICES.values() for name in one.own_options}:
+            field, _, value = option.partition("=")
+            given = getattr(self, field)
+            if str(given) != value if value else given == getattr(EngineOptions, field):
+                continue
+            shown = f"{field}={given}"
+            takers = [one for one in DEVICES.values() if option in one.own_options]
+            if self.device not in [one.name for one in takers]:
                 raise ConfigError(
-                    f"{shown} is for device={' or '.join(takers)}, not {self.device}; leave it out"
+                    f"{shown} is for device={' or '.join(one.name for one in takers)}, not "
+                    f"{self.device}; leave it out"
                 )
-            if DTYPE_BYTES[self.dtype] != 2:
+            if DTYPE_BYTES[self.dtype] != 2 and option in DEVICES[self.device].half_options:
                 raise ConfigError(
                     f"{shown} takes float16 and bfloat16, not dtype={self.dtype}; leave it out"
                 )

@@ -10,7 +10,9 @@ from moespan.doctor.host import Host, npu_smi
 from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.doctor.variables import contradictions
+from moespan.machine.hccl import why_not_aiv
 from moespan.machine.interfaces import GLOO_INTERFACE, wrong_interface
+from moespan.machine.topology import npu_chip
 from moespan.version import __version__
 
 
@@ -132,8 +134,10 @@ def driver(host: Host, job: JobSpec) -> Iterator[Finding]:
 
 def environment(host: Host, job: JobSpec) -> Iterator[Finding]:
     addresses = [address for _, address in host.interfaces]
+    chip = npu_chip(host.root)
+    nnodes = job.nodes.nnodes
     found = list(
-        contradictions(host.environ, job.layout, job.nodes.nnodes, host.allowed, addresses)
+        contradictions(host.environ, job.layout, nnodes, host.allowed, addresses, job.config, chip)
     )
     if wrong := wrong_interface(host.environ.get(GLOO_INTERFACE, ""), host.interfaces):
         found.append(warning(wrong, "unset it: moespan finds the interface itself"))
@@ -143,6 +147,14 @@ def environment(host: Host, job: JobSpec) -> Iterator[Finding]:
             problem(f"RANK_TABLE_FILE={table} does not exist", "unset it: moespan needs none")
         )
     yield from found or [ok("no variables contradict each other")]
+    config, name = job.config, "HCCL_OP_EXPANSION_MODE"
+    if config is None or job.device != "npu" or config.npu_aiv or name in host.environ:
+        return
+    if not why_not_aiv(config, chip, nnodes, host.environ)[0]:
+        yield ok(
+            f"{name}=AIV is not set; it may shorten decode steps of this layout: compare "
+            "`moespan bench` with and without --npu-aiv"
+        )
 
 
 def _cann_version(host: Host) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import ipaddress
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-from moespan.config import COLLECTIVE_TIMEOUT_S, Layout
+from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig, Layout
 from moespan.doctor.report import Finding, problem, warning
 from moespan.machine.topology import format_list, parse_list
 
@@ -21,12 +21,16 @@ def contradictions(
     nnodes: int,
     allowed: Collection[int],
     addresses: Collection[str],
+    config: EngineConfig | None = None,
+    chip: str = "",
 ) -> Iterator[Finding]:
     """Findings about variables that contradict each other, the machine or the layout.
 
     Args:
         allowed: CPUs that this process may use.
         addresses: addresses of this machine.
+        config: None if no model is named.
+        chip: kind of NPU, as `moespan.machine.topology.npu_chip` names it.
     """
     if {"PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} <= environ.keys():
         yield problem(
@@ -49,6 +53,8 @@ def contradictions(
         )
     yield from _addresses(environ, addresses)
     yield from _expansion(environ, layout, nnodes)
+    if environ.get("HCCL_OP_EXPANSION_MODE", "").upper() == "AIV":
+        yield from _aiv_on(chip, config)
     if environ.get("ASCEND_LAUNCH_BLOCKING") == "1":
         yield warning(
             "ASCEND_LAUNCH_BLOCKING=1 waits for every kernel and prevents the capture of graphs",
@@ -125,17 +131,32 @@ def _expansion(environ: Mapping[str, str], layout: Layout, nnodes: int) -> Itera
         yield warning(
             f"HCCL_OP_EXPANSION_MODE=AIV allows one communicator at a time, and {layout} has "
             f"{', '.join(axes)}",
-            "unset it: moespan sets it where it is allowed",
+            "unset it; --npu-aiv sets it where it is allowed",
         )
     if nnodes > 1:
         yield warning(
             "HCCL_OP_EXPANSION_MODE=AIV is set for several nodes, but most collectives support it "
             "within one server only",
-            "unset it: moespan sets it where it is allowed",
+            "unset it; --npu-aiv sets it where it is allowed",
         )
     if environ.get("HCCL_DETERMINISTIC", "false").lower() not in ("", "false"):
         yield warning(
             "HCCL_DETERMINISTIC wins over HCCL_OP_EXPANSION_MODE=AIV, which then has no effect",
+            "unset one of them",
+        )
+
+
+def _aiv_on(chip: str, config: EngineConfig | None) -> Iterator[Finding]:
+    """Faults that others have reported of AIV."""
+    records = config is None or not config.enforce_eager
+    if chip == "910C" and records:
+        yield warning(
+            "HCCL_OP_EXPANSION_MODE=AIV is reported to hang in recorded decode steps of a 910C",
+            "unset it, or start with --enforce-eager",
+        )
+    if config is not None and config.npu_fused_all_reduce:
+        yield warning(
+            "HCCL_OP_EXPANSION_MODE=AIV competes with --npu-fused-all-reduce for the vector cores",
             "unset one of them",
         )
 

@@ -5,7 +5,7 @@ is recorded when the size first occurs. Added rows are sequences of one token in
 no request gets. All inputs of a step go into one tensor, whose address stays the same.
 
 The plans alone decide whether a step is padded, and to what size, so all ranks agree. A rank that
-cannot record runs the padded step without a graph.
+cannot record runs padded steps without graphs, once it has proved that its device still computes.
 """
 
 from __future__ import annotations
@@ -159,10 +159,32 @@ class DecodeGraphs:
         except Exception as error:
             # If a device or driver cannot record, for any reason, steps run without graphs.
             self._gave_up = True
-            self.say(f"{type(error).__name__}: {error}".splitlines()[0], from_any_rank=True)
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._prove_computing(why)
+            self.say(f"{why}; the device still computes", from_any_rank=True)
             return
         self.num_recorded += 1
         self.memory_bytes += reserved_bytes(self._device) - before
+
+    def _prove_computing(self, why: str) -> None:
+        """Raise unless the device computes, outside a graph, after recording failed.
+
+        The proof has no collective: other ranks may have recorded.
+        """
+        try:
+            ones = torch.ones((1, self._hidden_size), dtype=self._dtype, device=self._device)
+            normed = self._ops.rms_norm(ones, ones[0], 1e-6)
+            works = bool(((normed - ones).abs() < 0.1).all())
+        except Exception as error:
+            raise RuntimeError(
+                f"recording a decode step failed ({why}), and the device computes nothing since "
+                f"({type(error).__name__}: {error}); start again with --enforce-eager"
+            ) from error
+        if not works:
+            raise RuntimeError(
+                f"recording a decode step failed ({why}), and the device computes wrong numbers "
+                "since; start again with --enforce-eager"
+            )
 
     def _make(self, size: int) -> _Recorded:
         lengths = [size, size, size, size, size * self._width]

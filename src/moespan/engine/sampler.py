@@ -2,18 +2,24 @@
 
 So a seeded request gets the same tokens in any batch: one uniform number, made from seed and
 position, picks from the cumulative distribution.
+
+CPUs and GPUs sum the distribution in float64 and search the sums. NPUs round it to multiples of
+2⁻³⁰, sum integers, and count the sums that do not exceed the target (`_draw_in_integers`). Both
+keep the same tokens, but may draw different ones from the same logits.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moespan.device import DEVICES
 from moespan.engine.request import TokenLogprobs
 from moespan.engine.step import Sampled, SampleRow
 from moespan.memory import ToHost, on_host, to_device
@@ -23,6 +29,12 @@ _LEAST_TEMPERATURE = 1e-6
 # Number of candidates tried first, and the factor for more if these do not suffice. For a language
 # model, top_p rarely leaves more than a few hundred tokens; otherwise it may leave any number.
 _FIRST_CANDIDATES, _GROWTH = 256, 32
+# Where integers are summed: the weight of all tokens together, and the largest top_k for which the
+# device looks for the best tokens only, instead of sorting the vocabulary.
+_WHOLE_WEIGHT, _MOST_BEST = 1 << 30, 1024
+
+_Method = Callable[[Tensor, list[SampleRow]], Tensor]
+"""Chooses a token for each row of float32 logits [R, V], which may be overwritten → [R]."""
 
 
 class Sampling:
@@ -51,7 +63,8 @@ class Sampling:
         if self._reported:
             at = _tensor(self._reported, torch.int64, logits)
             most = max(rows[i].logprobs or 0 for i in self._reported)
-            scores = _scores(logits[at].float(), self.token_ids[at], most)
+            reported = logits.index_select(0, at).float()
+            scores = _scores(reported, self.token_ids.index_select(0, at), most)
         self._to_host = ToHost([chosen, *scores])
 
     def wait(self) -> list[Sampled]:
@@ -78,7 +91,9 @@ def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
 
 def fill_in(token_ids: Tensor, sampled: Tensor) -> Tensor:
     """Replace each `~i` in `token_ids` [T] by `sampled[i]`; both int32."""
-    return torch.where(token_ids < 0, sampled[(~token_ids).clamp_(min=0)], token_ids)
+    # Not `~token_ids`, which an NPU computes on its AI CPU.
+    places = (-1 - token_ids).clamp_(min=0)
+    return torch.where(token_ids < 0, sampled.index_select(0, places), token_ids)
 
 
 def _choose(logits: Tensor, best: Tensor, rows: list[SampleRow]) -> Tensor:
@@ -87,18 +102,17 @@ def _choose(logits: Tensor, best: Tensor, rows: list[SampleRow]) -> Tensor:
     Args:
         best: index of each row's largest logit, the first of equal ones, int32 [R]; overwritten.
     """
-    by_method: defaultdict[Callable[[Tensor, list[SampleRow]], Tensor], list[int]] = defaultdict(
-        list
-    )
+    by_method: defaultdict[_Method, list[int]] = defaultdict(list)
+    in_integers = DEVICES[logits.device.type].samples_in_integers
     for i, row in enumerate(rows):
         if row.temperature > 0:
-            by_method[_draw_truncated if _is_truncated(row) else _draw].append(i)
+            by_method[(_integer_draw if in_integers else _float_draw)(row)].append(i)
         elif _is_adjusted(row):
             by_method[_take_best].append(i)
     # Each row takes the cheapest path that its own parameters allow.
     for choose, numbers in by_method.items():
         at, chosen = _tensor(numbers, torch.int64, logits), [rows[i] for i in numbers]
-        copied = logits[at].float()
+        copied = logits.index_select(0, at).float()
         _adjust(copied, chosen)
         best[at] = choose(copied, chosen).int()
     return best
@@ -183,6 +197,16 @@ def _take_best(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     return logits.max(-1).indices
 
 
+def _float_draw(row: SampleRow) -> _Method:
+    return _draw_truncated if _is_truncated(row) else _draw
+
+
+def _integer_draw(row: SampleRow) -> _Method:
+    if not _is_truncated(row):
+        return _draw_in_integers
+    return _draw_of_best if 0 < row.top_k <= _MOST_BEST else _draw_of_sorted
+
+
 def _draw(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     """Draw from all tokens of each row of float32 logits [R, V], overwritten → int64 [R]."""
     cumulative = _probabilities(logits, rows).cumsum(-1, dtype=torch.float64)
@@ -253,6 +277,92 @@ def _draw_from_best(
     return tokens
 
 
+def _draw_of_best(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """`_draw_in_integers` from the tokens that top_k, at most 1024, and then min_p and top_p
+    leave."""
+    probabilities = _probabilities(logits, rows)
+    count = min(max(row.top_k for row in rows), logits.shape[-1])
+    best = probabilities.topk(count).values
+    return _pick(_weights(_kept(probabilities, best, rows)), rows)
+
+
+def _draw_of_sorted(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """`_draw_in_integers` from the tokens that min_p and top_k leave, and then top_p."""
+    probabilities = _probabilities(logits, rows)
+    ordered = probabilities.sort(dim=-1, descending=True).values
+    return _pick(_weights(_kept(probabilities, ordered, rows)), rows)
+
+
+def _draw_in_integers(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """Draw from all tokens of each row of float32 logits [R, V], overwritten → int32 [R].
+
+    No operation here falls to an NPU's AI CPU, as running sums of float64 and searches in sorted
+    values would. A token of probability below 2⁻³¹ is never drawn; the probabilities of all tokens
+    together are off by about 2⁻³⁰ · V at most.
+    """
+    return _pick(_weights(_probabilities(logits, rows)), rows)
+
+
+def _kept(probabilities: Tensor, best: Tensor, rows: list[SampleRow]) -> Tensor:
+    """The probabilities [R, V] of the tokens that each row keeps, summing to 1; 0 for others.
+
+    Args:
+        best: the largest probabilities of each row in descending order, as many as any row's top_k
+            at least, or all of them: [R, C].
+    """
+    vocab_size, most = probabilities.shape[-1], best.shape[-1]
+    # Integers below 2²⁴ are exact in float32.
+    top_k, min_p, top_p, is_partial = _tensor(
+        [
+            [min(row.top_k, most) if row.top_k > 0 else most for row in rows],
+            [row.min_p for row in rows],
+            [row.top_p if row.top_p < 1 else 2.0 for row in rows],
+            [0 < row.top_k < vocab_size or row.min_p > 0 for row in rows],
+        ],
+        torch.float32,
+        best,
+    )[..., None].unbind()
+    places = torch.arange(most, dtype=torch.float32, device=best.device)
+    left = (places < top_k) & (best > 0)
+    if any(row.min_p > 0 for row in rows):
+        left &= best >= best[:, :1] * min_p
+    if any(row.top_p < 1 for row in rows):
+        weights = _weights(best) * left
+        sums = weights.cumsum(-1, dtype=torch.int32)
+        # top_p applies to the mass that min_p and top_k leave; without them that is 1.
+        whole = sums[:, -1:].float().masked_fill(is_partial == 0, _WHOLE_WEIGHT)
+        # The mass before a token decides, so that the token that crosses top_p is kept.
+        left &= (sums - weights).float() < top_p * whole
+    num_kept = left.sum(-1, keepdim=True, dtype=torch.int32).clamp_(min=1)
+    last = best.gather(-1, (num_kept - 1).long())
+    # Of the tokens that are as likely as the last one kept, the first ones by id are kept.
+    num_above = (best > last).sum(-1, keepdim=True, dtype=torch.int32)
+    is_equal = probabilities == last
+    is_late = is_equal.int().cumsum(-1, dtype=torch.int32) > num_kept - num_above
+    kept = probabilities.masked_fill((probabilities < last) | (is_equal & is_late), 0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def _weights(probabilities: Tensor) -> Tensor:
+    """Probabilities [R, V] as multiples of 2⁻³⁰, int32 [R, V]. Their sum fits into int32."""
+    return (probabilities * _WHOLE_WEIGHT).round_().int()
+
+
+def _pick(weights: Tensor, rows: list[SampleRow]) -> Tensor:
+    """Draw an index of each row in proportion to its weights, int32 [R, V] → int32 [R].
+
+    The weights of a row sum to about 2³⁰. The first 31 bits of its uniform number, modulo the sum,
+    are the target: two numbers lead to each target, and one or three to a few, if the sum is off.
+    """
+    sums = weights.cumsum(-1, dtype=torch.int32)
+    drawn = [int(_uniform(row.seed, row.position) * (1 << 31)) for row in rows]
+    targets = _tensor(drawn, torch.int32, weights)[:, None] % sums[:, -1:].clamp(min=1)
+    # The first running sum above the target: a token of weight 0 is never picked. One exists unless
+    # the probabilities are NaN.
+    picked = (sums <= targets).sum(-1, dtype=torch.int32)
+    return picked.clamp_(max=weights.shape[-1] - 1)
+
+
 def _best(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest values of each row of [R, V] in order, and their token ids: [R, count] each.
 
@@ -283,7 +393,7 @@ def _column(values: list[float], like: Tensor) -> Tensor:
     return _tensor(values, torch.float32, like)[:, None]
 
 
-def _tensor(values: list[float] | list[int], dtype: torch.dtype, like: Tensor) -> Tensor:
+def _tensor(values: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
     """`values` on the device of `like`; the host does not wait for the copy."""
     return to_device([torch.tensor(values, dtype=dtype)], like.device)[0]
 

@@ -163,7 +163,7 @@ class Worker:
     def _rows(self, out: Tensor, rows: list[int]) -> Tensor:
         if rows == list(range(len(rows))):
             return out[: len(rows)]
-        return out[to_device([torch.tensor(rows)], out.device)[0]]
+        return out.index_select(0, to_device([torch.tensor(rows)], out.device)[0])
 
     def _record(self, layer: int, module: str, values: Tensor) -> None:
         if module == "router.experts":

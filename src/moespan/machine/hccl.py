@@ -98,25 +98,56 @@ def _buffers(config: EngineConfig, model: ModelConfig) -> Iterator[tuple[Setting
         )
 
 
-def _expansion_mode(config: EngineConfig, machine: Machine, user: Mapping[str, str]) -> Setting:
-    """AIV where its rules allow it. They concern the whole process, not a single collective."""
-    name = "HCCL_OP_EXPANSION_MODE"
-    reference = f"CANN: {name}"
+def why_not_aiv(
+    config: EngineConfig, chip: str, nnodes: int, user: Mapping[str, str]
+) -> tuple[str, str]:
+    """The rule that forbids AIV, and its source; both empty if AIV is allowed.
+
+    The rules concern the whole process, not a single collective.
+
+    Args:
+        chip: `910B` (A2), `910C` (A3) or any other text.
+        nnodes: nodes of the job.
+        user: the environment without our own variables.
+    """
+    reference = "CANN: HCCL_OP_EXPANSION_MODE"
     layout = config.layout
     axes = [axis for axis in ("tp", "sp", "pp") if layout.sizes[axis] > 1]
     axes += ["ep"] * (layout.ep_tp_groups > 1)
     axes += ["ep_fused"] * (config.moe_dispatch == "fused")
-    if machine.chip not in ("910B", "910C"):
-        return unset(name, "AIV is for A2 and A3, and no such NPU was found", reference)
-    if machine.nnodes > 1:
-        return unset(name, "AIV works within one server only", reference)
+    if chip == "910C":
+        why = "on a 910C, recorded collectives are reported to hang with AIV"
+        return why, "vllm-ascend#13688"
+    if chip != "910B":
+        return "AIV is for A2, and no such NPU was found", reference
+    if nnodes > 1:
+        return "AIV works within one server only", reference
+    if config.npu_fused_all_reduce:
+        why = "npu_fused_all_reduce and AIV compete for the vector cores"
+        return why, "vllm-ascend#3881"
     if len(axes) > 1:
-        why = f"AIV allows one communicator at a time, and this layout has {', '.join(axes)}"
-        return unset(name, why, reference)
+        named = ", ".join(axes)
+        return f"AIV allows one communicator at a time, and this layout has {named}", reference
     if axes in (["pp"], []):
-        return unset(name, "this layout has no collectives", reference)
+        return "this layout has no collectives", reference
     if user.get("HCCL_DETERMINISTIC", "false").lower() not in ("false", ""):
-        return unset(name, "HCCL_DETERMINISTIC is set and wins over AIV", reference)
+        return "HCCL_DETERMINISTIC is set and wins over AIV", reference
+    return "", ""
+
+
+def _expansion_mode(config: EngineConfig, machine: Machine, user: Mapping[str, str]) -> Setting:
+    """AIV if it is asked for and allowed.
+
+    AIV is not the default. With recorded decode steps it is reported to hang at the first replay on
+    a 910C, and nobody has tried it here on a 910B.
+    """
+    name = "HCCL_OP_EXPANSION_MODE"
+    reference = f"CANN: {name}"
+    if not config.npu_aiv:
+        return unset(name, "--npu-aiv sets it; nobody has measured it for this model", reference)
+    why, source = why_not_aiv(config, machine.chip, machine.nnodes, user)
+    if why:
+        return unset(name, why, source)
     why = "small collectives run on the vector cores: less latency in decode"
     return ours(name, "AIV", why, reference)
 

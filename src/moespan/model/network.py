@@ -79,7 +79,9 @@ class Rope:
 
     def __call__(self, positions: Tensor) -> Rotation:
         """Integers [L] → the rotation of L tokens."""
-        return Rotation(self.num_heads, self.num_kv_heads, self.cos[positions], self.sin[positions])
+        # Not `cos[positions]`: CANN 9.1 checks such indices by a kernel of its own.
+        cos, sin = (part.index_select(0, positions) for part in (self.cos, self.sin))
+        return Rotation(self.num_heads, self.num_kv_heads, cos, sin)
 
 
 class Attention:
@@ -132,7 +134,7 @@ class Attention:
     def _to_heads(self, qkv: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [L, N + 2·KV, D] of this rank's tokens → q, k, v [T, heads, D] of its heads."""
         num_tokens = len(qkv)
-        chosen = qkv[:, self.sent_heads].unflatten(1, (self.sp.size, -1))
+        chosen = qkv.index_select(1, self.sent_heads).unflatten(1, (self.sp.size, -1))
         by_rank = chosen.transpose(0, 1).flatten(0, 1)
         received = self.sp.all_to_all(by_rank, [num_tokens] * self.sp.size, lengths, "attention")
         num_queries = self.num_heads // self.sp.size
@@ -201,13 +203,23 @@ class MoE:
         if observe:
             observe("router.experts", chosen)
             observe("router.weights", weights)
-        # [L, H] partial over tp
-        routed = self.dispatch(
-            x, weights, chosen, self.experts, self._compute, self._compute_across
-        )
+
+        def run_routed() -> Tensor:  # [L, H] partial over tp
+            return self.dispatch(
+                x, weights, chosen, self.experts, self._compute, self._compute_across
+            )
+
         if self.shared is None:
-            return self.tp.all_reduce(routed, "moe")
-        return self.shared(x, "moe", routed)
+            return self.tp.all_reduce(run_routed(), "moe")
+        if not self.ops.has_second_stream:
+            return self.shared(x, "moe", run_routed())
+        routed, shared = self.ops.beside(run_routed, lambda: self._run_shared(x))
+        return self.tp.all_reduce(routed + shared, "moe")
+
+    def _run_shared(self, x: Tensor) -> Tensor:
+        """[L, H] → [L, H] partial over tp."""
+        assert self.shared is not None
+        return self.ops.mlp(x, self.shared.gate_up, self.shared.down)
 
     def _compute(self, x: Tensor, weights: Tensor, physical_ids: Tensor) -> Tensor:
         return self.ops.experts(x, weights, physical_ids, self.bank)
@@ -350,24 +362,26 @@ class Model:
         """Integers [L] → [L, H] replicated over tp; each tp rank looks up its own V rows."""
         assert self.embed is not None
         if self.tp.size == 1:
-            return self.embed[token_ids]
+            return self.embed.index_select(0, token_ids)
         local = token_ids - self.vocabulary.start
         elsewhere = (local < 0) | (local >= self.vocabulary.stop - self.vocabulary.start)
-        x = self.embed[local.masked_fill(elsewhere, 0)]
+        x = self.embed.index_select(0, local.masked_fill(elsewhere, 0))
         return self.tp.all_reduce(x.masked_fill_(elsewhere[:, None], 0), "embed")
 
     def _logits(self, x: Tensor, residual: Tensor, rows: Tensor, mine: slice) -> Tensor:
         """x, residual [L, H] → [R, vocabulary] on the first sp rank, [0, vocabulary] on others."""
         assert self.norm is not None and self.head is not None
         if self.sp.size == 1:
-            x, _ = self.ops.add_rms_norm(x[rows], residual[rows], self.norm, self.eps)
+            x, residual = (part.index_select(0, rows) for part in (x, residual))
+            x, _ = self.ops.add_rms_norm(x, residual, self.norm, self.eps)
         else:
             # Each row comes from the one sp rank that holds its token; the others add zeros.
             if mine.start == mine.stop:
                 x = x.new_zeros(len(rows), x.shape[-1])
             else:
                 local = (rows - mine.start).clamp(0, mine.stop - mine.start - 1)
-                x, _ = self.ops.add_rms_norm(x[local], residual[local], self.norm, self.eps)
+                x, residual = (part.index_select(0, local) for part in (x, residual))
+                x, _ = self.ops.add_rms_norm(x, residual, self.norm, self.eps)
                 x.masked_fill_((rows != local + mine.start)[:, None], 0)
             x = self.sp.all_reduce(x, "head")
             if self.sp.rank > 0:

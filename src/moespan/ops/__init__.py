@@ -48,9 +48,7 @@ def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
     if device_type == "npu":
         from moespan.ops.npu.ops import NpuOps  # needs torch_npu
 
-        if config is None:
-            return NpuOps()
-        return NpuOps(None, config.npu_fused_all_reduce, config.npu_weight_format)
+        return NpuOps() if config is None else NpuOps(options=config)
     if device_type == "cuda":
         if importlib.util.find_spec("triton") is None:
             once("all operations run in plain torch, which is slow: Triton is not installed")

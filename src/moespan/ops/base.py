@@ -188,12 +188,14 @@ class Ops(Protocol):
         quantizations: quantizations whose weights (`QuantizedWeight`) the operations take.
         has_int8_cache: whether the operations take caches of int8.
         chip: kind of NPU: 910B (A2), 910C (A3) or 310P; empty for other NPUs and other devices.
+        has_second_stream: whether `beside` computes two things at the same time.
     """
 
     has_graphs: bool
     quantizations: tuple[str, ...]
     has_int8_cache: bool
     chip: str
+    has_second_stream: bool
 
     def builder(
         self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
@@ -222,6 +224,14 @@ class Ops(Protocol):
 
     def record(self, run: Callable[[], object]) -> Replay:
         """Record the device work of `run`, which must have run once before."""
+
+    def beside(
+        self, first: Callable[[], Tensor], second: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The results of two computations, none of which needs the other's.
+
+        `second` must not communicate: ranks call their collectives in one order.
+        """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]: normalised in float32, rounded to x's dtype, then scaled."""

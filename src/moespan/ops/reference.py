@@ -23,6 +23,7 @@ class ReferenceOps:
     quantizations: tuple[str, ...] = QUANTIZATIONS
     has_int8_cache = True
     chip = ""
+    has_second_stream = False
 
     def builder(
         self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
@@ -47,6 +48,12 @@ class ReferenceOps:
     def record(self, run: Callable[[], object]) -> Replay:
         """Not available."""
         raise NotImplementedError
+
+    def beside(
+        self, first: Callable[[], Tensor], second: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """One after the other."""
+        return first(), second()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]."""

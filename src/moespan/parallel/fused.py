@@ -40,6 +40,8 @@ _DISPATCH = {
     _A2: _Limits((*range(2, 9), 16, 32, 64, 128, 256), range(32, 7168 + 1, 32)),
     _A3: _Limits(range(2, 768 + 1), range(1024, 8192 + 1)),
 }
+# With `npu_hierarchical_dispatch`, which needs a driver of 25.0.RC1.1 or later.
+_HIERARCHICAL_DISPATCH = {_A2: _Limits((16, 32, 64), range(32, 10240 + 1, 32))}
 
 
 def sent_tokens(layout: Layout, group_tokens: Sequence[int]) -> int:
@@ -52,13 +54,17 @@ def buffer_bytes(config: EngineConfig, model: ModelConfig) -> int:
 
     For S tokens of a rank and E experts on it, an A2 needs 2·(S·ep·min(E, K)·2H + 2 MB), an A3
     2·(S·ep·E·(2H + 64) + K·S·2H) with 2H + 64 and 2H each rounded up to 512 bytes. The result is
-    the larger of the two.
+    the larger of the two. With `npu_hierarchical_dispatch` an A2 needs (N + ep/4)·S·(2H + 16·K)
+    + 8 MB instead, N being all experts, K rounded up to 8 and the bytes of S rows to 512.
     """
     layout = config.layout
     held_tokens = -(-config.max_num_batched_tokens // layout.sp)
     sent = min(sent_tokens(layout, [held_tokens]), MOST_TOKENS)
     experts = -(-(model.n_routed_experts or 0) // layout.ep)
     row, chosen = 2 * model.hidden_size, model.num_experts_per_tok
+    if config.npu_hierarchical_dispatch:
+        rows = _aligned(sent * (row + 4 * 4 * (-(-chosen // 8) * 8)))
+        return (layout.ep * experts + layout.ep // 4) * rows + (8 << 20)
     a2 = sent * layout.ep * min(experts, chosen) * row + (2 << 20)
     a3 = sent * layout.ep * experts * _aligned(row + 64) + chosen * sent * _aligned(row)
     return 2 * max(a2, a3)
@@ -98,12 +104,16 @@ def check(
 def _against_dispatch(
     config: EngineConfig, model: ModelConfig, experts: ExpertPlacement, chip: str
 ) -> Iterator[str]:
-    layout, limits = config.layout, _DISPATCH.get(chip)
+    layout, how = config.layout, ""
+    limits, chips = _DISPATCH.get(chip), "A2 and A3"
+    if config.npu_hierarchical_dispatch:
+        how = "with npu_hierarchical_dispatch "
+        limits, chips = _HIERARCHICAL_DISPATCH.get(chip), "A2"
     if limits is None:
-        yield f"it is for A2 and A3, not {chip or 'this device'}"
+        yield f"{how}it is for {chips}, not {chip or 'this device'}"
         return
     if layout.ep not in limits.ranks:
-        yield f"on {chip} it takes ep={_words(limits.ranks)}, not {layout.ep}"
+        yield f"{how}on {chip} it takes ep={_words(limits.ranks)}, not {layout.ep}"
     if model.hidden_size not in limits.hidden_sizes:
         yield f"on {chip} it takes a hidden_size of {_words(limits.hidden_sizes)}, not " + str(
             model.hidden_size

@@ -14,11 +14,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moespan.config import Layout, ModelConfig
+from moespan.config import EngineOptions, Layout, ModelConfig
 from moespan.engine.step import StepPlan, StepPlans
 from moespan.engine.worker import Worker
 from moespan.model.network import Step
 from moespan.ops import AttentionBatch, ops_for
+from moespan.ops.npu.ops import NpuOps
 from moespan.parallel.mesh import Mesh
 from tests.support import Oracle, execute, geometry, greedy_row, make_worker, run_prompts
 
@@ -43,8 +44,9 @@ def npu_worker(
     config: ModelConfig, source: Any = None, block_size: int = 16, **settings: Any
 ) -> Worker:
     mesh = Mesh.create(Layout(), NPU)
+    ops = settings.pop("ops", None) or ops_for("npu")
     return make_worker(
-        config, source, mesh, ops=ops_for("npu"), block_size=block_size, num_blocks=64, **settings
+        config, source, mesh, ops=ops, block_size=block_size, num_blocks=64, **settings
     )
 
 
@@ -150,6 +152,62 @@ def test_decode_steps_are_started_ahead_without_a_wait_for_the_device(
     assert results == [first, execute(worker, steps[1])]
 
 
+_INTEGERS = {torch.int32, torch.int64}
+# Operations that an A2 runs on its AI CPU for these dtypes (op_api of each in CANN 9.1.0).
+ON_AI_CPU = {
+    "bitwise_not": _INTEGERS,
+    "constant_pad_nd": {torch.int64},
+    "cumsum": {torch.float64, torch.int64},
+    "masked_fill": {torch.int64},
+    "masked_fill_": {torch.int64},
+    "searchsorted": {torch.float32, *_INTEGERS},
+    "sort": _INTEGERS,
+}
+
+
+class OnAiCpu(TorchDispatchMode):
+    """Lists operations that an A2 runs on its AI CPU; operations of float64 are among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        # `cumsum` casts first; other operations compute in the dtype that they are given.
+        looked_at = tree_leaves(result if name == "cumsum" else args)
+        tensors = [x for x in looked_at if isinstance(x, torch.Tensor) and x.device.type == "npu"]
+        slow = {torch.float64, *ON_AI_CPU.get(name, ())}
+        self.seen += [f"{name} of {x.dtype}" for x in tensors if x.dtype in slow]
+        return result
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+        {"temperature": 0.7, "top_p": 0.9, "min_p": 0.01},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("integers", [{}, *INTEGERS], ids=str)
+def test_no_operation_of_a_decode_step_falls_to_the_ai_cpu(
+    settings: dict[str, float], integers: dict[str, str]
+):
+    worker = npu_worker(FUSED, block_size=32, dtype="bfloat16", enforce_eager=True, **integers)
+    execute(worker, decode([3, 23, 3], **settings))
+    step = decode([4, 24, 4], **settings)
+    step.token_ids[:] = [~0, ~1, ~2]
+    with OnAiCpu() as on_ai_cpu:
+        started = worker.execute(StepPlans.of([step]))
+        assert started is not None
+        started.wait()
+    assert on_ai_cpu.seen == []
+
+
 KERNELS = {
     # all experts here, and half of them
     "whole": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 ScatterPaKvCache "
@@ -159,7 +217,7 @@ KERNELS = {
     "half": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 ScatterPaKvCache "
     "FusedInferAttentionScoreV3 Matmul AddRmsNorm InplaceCopy Matmul MoeGatingTopKSoftmax "
     "MoeInitRoutingV3 GroupedMatmulV5 SwiGlu GroupedMatmulV5 "
-    "ReduceSum GeTensor InplaceMaskedFillScalar RemainderTensorScalar MoeTokenUnpermute "
+    "ReduceSum LtScalar InplaceMaskedFillScalar RemainderTensorScalar MoeTokenUnpermute "
     "Matmul SwiGlu Matmul Add",
     "int8": "AddRmsNorm WeightQuantBatchMatmulV2 InplaceCopy ApplyRotaryPosEmbV2 ScatterPaKvCache "
     "FusedInferAttentionScoreV3 WeightQuantBatchMatmulV2 AddRmsNorm InplaceCopy Matmul "
@@ -170,6 +228,11 @@ KERNELS = {
     "InplaceCopy Matmul MoeGatingTopKSoftmax MoeInitRoutingV3 GroupedMatmulV5 DequantSwigluQuantV2 "
     "GroupedMatmulV5 MoeTokenUnpermute DynamicQuantV2 QuantMatmulV5 SwiGlu DynamicQuantV2 "
     "QuantMatmulV5 Add",
+    # as many as "whole", with the shared experts first, on the second of two streams
+    "overlap": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 ScatterPaKvCache "
+    "FusedInferAttentionScoreV3 Matmul AddRmsNorm InplaceCopy Matmul MoeGatingTopKSoftmax "
+    "Matmul SwiGlu Matmul "
+    "MoeInitRoutingV3 GroupedMatmulV5 SwiGlu GroupedMatmulV5 MoeTokenUnpermute Add",
     # and two IndexPut, which the stand-in does without a kernel
     "cache": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 FloorDivides RemainderTensorScalar "
     "DynamicQuantV2 DynamicQuantV2 ScatterPaKvCache FusedInferAttentionScoreV3 Matmul AddRmsNorm "
@@ -182,6 +245,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "half": {},
     "int8": {"quantization": "int8"},
     "w8a8": {"quantization": "w8a8"},
+    "overlap": {},
     "cache": {"kv_cache_dtype": "int8"},
 }
 
@@ -212,7 +276,8 @@ def test_a_decode_layer_launches_these_kernels_and_no_others(launched: dict[str,
 
 def run_layer(part: str) -> None:
     """Run one MoE layer of a decode step twice, with marks around the second run."""
-    worker = npu_worker(FUSED, block_size=32, dtype="bfloat16", **SETTINGS[part])
+    ops = NpuOps(options=EngineOptions(npu_overlap_shared=part == "overlap"))
+    worker = npu_worker(FUSED, block_size=32, dtype="bfloat16", ops=ops, **SETTINGS[part])
     layer: Any = worker.model.layers[1]
     if part == "half":
         bank = layer.mlp.bank

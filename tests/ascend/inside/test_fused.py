@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch_npu
 from torch import Tensor
 
+from moespan.config import EngineOptions
 from moespan.ops import ExpertBank, ReferenceOps
 from moespan.ops.npu.ops import NpuOps
 from moespan.parallel.counters import Traffic
@@ -114,7 +115,8 @@ def sums(rank: int, tiled: bool) -> float:
     """The difference between matmuls with a fused all-reduce and without."""
     axis = make_axis(rank)
     x, _, _, gate_up, down = made(2)
-    fused = NpuOps(None, TOKENS, "nz" if tiled else "nd")
+    options = EngineOptions(npu_fused_all_reduce=TOKENS, npu_weight_format="nz" if tiled else "nd")
+    fused = NpuOps(options=options)
     plus = x[rank].npu()
     called = []
     operator = torch_npu.npu_mm_all_reduce_base
@@ -152,7 +154,7 @@ def test_a_matmul_with_its_all_reduce(tiled: bool):
 def two_groups(rank: int) -> str:
     x, w = torch.ones(2, 32).bfloat16().npu(), torch.ones(32, 32).bfloat16().npu()
     axes = [make_axis(rank), make_axis(rank)]
-    ops = NpuOps(None, 1)
+    ops = NpuOps(options=EngineOptions(npu_fused_all_reduce=1))
     for axis in axes:
         ops.linear_sum(x, w, axis, "attention")
     return "nothing said"
@@ -173,7 +175,8 @@ def tiles() -> None:
 
 def refusals_of_tiles(rank: int) -> list[str]:
     tiles()
-    tiled = NpuOps(None, 0, "nz").prepare("head", torch.ones(32, 32).bfloat16().npu())
+    ops = NpuOps(options=EngineOptions(npu_weight_format="nz"))
+    tiled = ops.prepare("head", torch.ones(32, 32).bfloat16().npu())
     said = []
     for use in (
         lambda: tiled[:16] @ tiled,

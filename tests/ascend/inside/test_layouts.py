@@ -46,6 +46,13 @@ EAGER = {"enforce_eager": True}
 INT8 = {"quantization": "int8"}
 W8A8 = {"quantization": "w8a8", "kv_cache_dtype": "int8"}
 FUSED: dict[str, Any] = {"dispatches": ("fused",), "uses": ("dispatch", "combine")}
+OPTIONS: dict[str, Any] = {
+    "npu_maskless_decode": True,
+    "npu_overlap_shared": True,
+    "npu_scatter_prefill": 3,
+    "npu_update_first": True,
+}
+HIERARCHICAL: dict[str, Any] = {"moe_dispatch": "fused", "npu_hierarchical_dispatch": True}
 CASES = {
     1: [
         *(Case(Layout(), dtype) for dtype in ("float32", "bfloat16", "float16")),
@@ -59,6 +66,8 @@ CASES = {
         Case(Layout(tp=2, sp=2, ep=4), "bfloat16", **FUSED, settings=EAGER),
         Case(Layout(tp=4), "bfloat16", settings={"npu_fused_all_reduce": 3}),
         Case(Layout(tp=4, ep=2), "float16", settings={"npu_weight_format": "nz"}),
+        Case(Layout(tp=4, ep=4), settings={"npu_overlap_shared": True}),
+        Case(Layout(tp=2, dp=2, ep=4), "bfloat16", settings=OPTIONS),
         Case(Layout(tp=4), settings=INT8),
         Case(Layout(tp=4, ep=4), "bfloat16", settings=W8A8),
         Case(Layout(dp=4, ep=4), "float16", ("all_to_all", "fused"), W8A8, ("dispatch",)),
@@ -74,6 +83,7 @@ CASES = {
     ),
     16: [
         Case(Layout(tp=2, dp=8, ep=16), "bfloat16", **FUSED),
+        Case(Layout(tp=2, dp=8, ep=16), "bfloat16", **FUSED, settings=HIERARCHICAL),
     ],
 }
 
@@ -108,7 +118,8 @@ def failures(cases: list[Case], path: Path) -> list[str]:
         start = llm.config
         for case in cases:
             for dispatch in case.dispatches or case.layout.dispatches:
-                llm.config = replace(start, moe_dispatch="auto", dtype=case.dtype, **case.settings)
+                changes = {"moe_dispatch": "auto", "dtype": case.dtype, **case.settings}
+                llm.config = replace(start, **changes)
                 llm.relayout(case.layout, dispatch)
                 report = verify(llm, Reference(path))
                 said = list(report.failures)

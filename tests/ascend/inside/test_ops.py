@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
+import torch_npu
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moespan.checkpoint.rounding import QuantizedWeight
+from moespan.config import EngineOptions
 from moespan.errors import ConfigError
 from moespan.ops import ExpertBank, KVCache, Ops, ops_for
 from moespan.ops.npu.ops import NpuOps
@@ -16,6 +21,7 @@ from tests.ops.contract import (
     DTYPES,
     KINDS,
     REFERENCE,
+    Contract,
     OpsContract,
     QuantizedContract,
     assert_close,
@@ -30,6 +36,137 @@ class TestNpuOps(OpsContract):
     @pytest.fixture
     def ops(self) -> Ops:
         return ops_for("npu")
+
+
+def called(name: str, run: Callable[[], object]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments and kwargs of each call of an operator by `run`."""
+    operator, calls = getattr(torch_npu, name), []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return operator(*args, **kwargs)
+
+    with mock.patch.object(torch_npu, name, spy):
+        run()
+    return calls
+
+
+class Written(TorchDispatchMode):
+    """Shapes of the tensors that are filled in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "masked_fill_":
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+class TestCallsOnAnA2(Contract):
+    """Which operators are called, and with what."""
+
+    device = torch.device("npu", 0)
+    block_size = 16
+
+    @pytest.fixture
+    def ops(self) -> Ops:
+        return NpuOps()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("takes_cache_mode", [True, False])
+    def test_the_cache_is_written_by_the_operator_only_in_a_layout_that_attention_reads(
+        self, monkeypatch: pytest.MonkeyPatch, takes_cache_mode: bool, dtype: torch.dtype
+    ):
+        monkeypatch.setattr("moespan.ops.npu.ops._takes_cache_mode", lambda: takes_cache_mode)
+        k, v = (self.random(5, 2, 128, dtype=dtype, seed=seed) for seed in range(2))
+        cache = KVCache.zeros((3, 16, 2, 128), dtype, self.device)
+        slots = torch.tensor([3, 17, 0, 40, 41], dtype=torch.int32, device=self.device)
+        calls = called(
+            "npu_scatter_pa_kv_cache", lambda: NpuOps().write_cache(*self.to(k, v), cache, slots)
+        )
+        # Its A2 kernel takes no float32; without `cache_mode` it demands another layout.
+        uses_operator = takes_cache_mode and dtype != torch.float32
+        assert [kwargs["cache_mode"] for _, kwargs in calls] == ["Norm"] * uses_operator
+        for rows, written in ((k, cache.keys), (v, cache.values)):
+            assert torch.equal(written.flatten(0, 1)[slots].cpu(), rows)
+            assert written.count_nonzero() == rows.count_nonzero()
+
+    @pytest.mark.parametrize("num_held", [1, 2])
+    def test_one_count_is_given_to_the_grouped_matmul_as_an_end(self, ops: Ops, num_held: int):
+        x, bank, chosen = self.part_of_the_experts(ops, num_held, 4)
+        calls = called("npu_grouped_matmul", lambda: ops.experts(*x, *chosen, bank))
+        assert [kwargs["group_list_type"] for _, kwargs in calls] == [int(num_held > 1)] * 2
+
+    def test_of_rows_of_other_ranks_only_the_last_one_is_cleared(self, ops: Ops):
+        x, bank, chosen = self.part_of_the_experts(ops, 2, 4)
+        with Written() as written:
+            ops.experts(*x, *chosen, bank)
+        assert written.shapes == [(1, 16)]
+
+    def part_of_the_experts(
+        self, ops: Ops, num_held: int, num_experts: int
+    ) -> tuple[list[Tensor], ExpertBank, list[Tensor]]:
+        """Tokens, the first experts, and the router's choice, on the device."""
+        x = self.random(9, 16, dtype=torch.bfloat16)
+        weights, chosen = self.random(9, num_experts).softmax(-1).topk(2)
+        gate_up, down = (self.random(num_held, 16, 16, dtype=torch.bfloat16) for _ in range(2))
+        gate_up = torch.cat([gate_up, gate_up], 1)
+        matrices = self.prepared(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
+        bank = ExpertBank(*matrices, 0, num_experts)
+        return self.to(x), bank, self.to(weights, chosen)
+
+    @pytest.mark.parametrize(("query_lens", "is_masked"), [([1, 1, 1], False), ([1, 2, 1], True)])
+    def test_decode_without_a_mask(self, query_lens: list[int], is_masked: bool):
+        ops = NpuOps(options=EngineOptions(npu_maskless_decode=True))
+        batch, num_blocks = make_batch(query_lens, [0, 7, 30], self.block_size, self.device)
+        q = self.random(sum(query_lens), 4, 128, dtype=torch.bfloat16)
+        filled = [self.random(num_blocks, 16, 2, 128, dtype=q.dtype, seed=i) for i in range(2)]
+        expected = REFERENCE.attention(
+            q,
+            KVCache(*filled),
+            make_batch(query_lens, [0, 7, 30], self.block_size, torch.device("cpu"))[0],
+            0.1,
+        )
+        found: list[Tensor] = []
+        (call,) = called(
+            "npu_fused_infer_attention_score",
+            lambda: found.append(
+                ops.attention(*self.to(q), KVCache(*self.to(*filled)), batch, 0.1)
+            ),
+        )
+        assert_close(found[0], expected, q.dtype)
+        assert ("atten_mask" in call[1]) == is_masked
+        assert call[1]["sparse_mode"] == (3 if is_masked else 0)
+
+    @pytest.mark.parametrize(("num_tokens", "calls"), [(2, 0), (3, 2)])
+    def test_large_steps_may_write_the_cache_by_another_operator(self, num_tokens: int, calls: int):
+        ops = NpuOps(options=EngineOptions(npu_scatter_prefill=3))
+        k, v = (self.random(num_tokens, 2, 128, dtype=torch.float16, seed=i) for i in range(2))
+        cache = KVCache.zeros((3, 16, 2, 128), k.dtype, self.device)
+        slots = torch.tensor([40, 17, 0], dtype=torch.int32, device=self.device)[:num_tokens]
+        found = called(
+            "npu_scatter_nd_update_", lambda: ops.write_cache(*self.to(k, v), cache, slots)
+        )
+        assert len(found) == calls
+        for rows, written in ((k, cache.keys), (v, cache.values)):
+            assert torch.equal(written.flatten(0, 1)[slots].cpu(), rows)
+            assert written.count_nonzero() == rows.count_nonzero()
+
+    def test_two_computations_beside_each_other(self):
+        x = torch.arange(5.0).npu()
+        for overlaps in (False, True):
+            ops = NpuOps(options=EngineOptions(npu_overlap_shared=overlaps))
+            streams = []
+
+            def on(factor: int, streams: list[Any] = streams) -> Tensor:
+                streams.append(torch.npu.current_stream())
+                return x * factor
+
+            first, second = ops.beside(lambda: on(2), lambda: on(3))
+            assert (first + second).tolist() == [0, 5, 10, 15, 20]
+            assert (streams[0] != streams[1]) == ops.has_second_stream == overlaps
 
 
 class TestNpuOpsOfIntegers(QuantizedContract):
@@ -114,7 +251,7 @@ class TestNpuOpsOfIntegers(QuantizedContract):
             self.assert_close(found, expected, dtype, "w8a8")
 
     def test_tiles_need_activations_of_8_bits(self):
-        ops = NpuOps(weight_format="nz")
+        ops = NpuOps(options=EngineOptions(npu_weight_format="nz"))
         x = self.random(3, 64, dtype=torch.bfloat16)
         weight = self.quantized(self.random(32, 64), "w8a8")
         (prepared,) = self.prepared_quantized(ops, "layers.0.attention", out=weight)

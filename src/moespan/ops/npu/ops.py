@@ -12,7 +12,9 @@
 - Only sequences of one query token attend to an int8 cache in place. The kernel takes no int8 cache
   for longer queries, so the blocks that these read are dequantised first.
 - Nothing waits for the device.
-- Options (`EngineConfig.npu_*`) are off by default: nobody has measured them for this model.
+- No operation of a decode step runs on the AI CPU, which is slow (`docs/ascend.md` lists which
+  operations do).
+- Options (`EngineOptions.npu_*`) are off by default: nobody has measured them for this model.
 
 An Ascend 310P has no bfloat16 and takes no integers; both are refused. It lacks the operators of
 attention, cache and router, and uses plain torch for them.
@@ -20,6 +22,7 @@ attention, cache and router, and uses plain torch for them.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 from collections.abc import Callable, Iterator
@@ -29,8 +32,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from moespan.checkpoint.rounding import QuantizedWeight, round_rows
+from moespan.config import EngineOptions
 from moespan.errors import ConfigError
 from moespan.log import once
 from moespan.memory import zeros
@@ -50,7 +55,6 @@ _FLOAT_BLOCKS, _INTEGER_BLOCKS = (16, 1024), (32, 512)
 _PER_TOKEN_AND_HEAD = 5
 # Most bytes of blocks that are dequantised at a time.
 _GATHER_BYTES = 64 << 20
-_FEWEST_COUNTED_ROWS = 4096
 # Part of a device's name → chip.
 _CHIPS = {"910B": "910B", "910_93": "910C", "310P": "310P"}
 _FRACTAL_NZ = 29
@@ -63,16 +67,12 @@ class NpuOps(ReferenceOps):
 
     has_graphs = True
 
-    def __init__(
-        self, soc: str | None = None, fused_all_reduce_rows: int = 0, weight_format: str = "nd"
-    ) -> None:
+    def __init__(self, soc: str | None = None, options: EngineOptions | None = None) -> None:
         """Choose the operators that `soc` has.
 
         Args:
             soc: name of the system on chip; None asks the device.
-            fused_all_reduce_rows: from this many rows on, one operator does a matmul and its
-                all-reduce; 0 means never.
-            weight_format: `nd`, or `nz` for matrices in tiles.
+            options: those named `npu_*` count; None for their defaults.
         """
         import torch_npu  # type: ignore[import-not-found,unused-ignore]
 
@@ -82,17 +82,17 @@ class NpuOps(ReferenceOps):
         self._is_310p = self.chip == "310P"
         self.quantizations = () if self._is_310p else ("int8", "w8a8")
         self.has_int8_cache = not self._is_310p
-        self._fused_rows = fused_all_reduce_rows
-        self._is_tiled = weight_format == "nz"
+        self._options = options or EngineOptions()
+        self._is_tiled = self._options.npu_weight_format == "nz"
         if self._is_tiled:
             torch_npu.npu.config.allow_internal_format = True
         # A 310P gives running sums of the experts' rows instead of counts, in any mode.
         self._counts_are_ends = self._is_310p
-        schema = str(torch.ops.npu.npu_scatter_pa_kv_cache.default._schema)
-        self._cache_mode = {"cache_mode": "Norm"} if "cache_mode" in schema else {}
+        self._has_cache_write = _takes_cache_mode() and not self._is_310p
         # Recorded graphs hold the addresses of these constants, so they are never freed.
         self._masks: dict[torch.device, Tensor] = {}
-        self._row_numbers: list[Tensor] = []
+        self.has_second_stream = self._options.npu_overlap_shared
+        self._second_stream: Any = None
         # Graphs never run at the same time, so they share memory.
         self._graph_pool: Any = None
 
@@ -195,15 +195,19 @@ class NpuOps(ReferenceOps):
 
     def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
         """Store [T, KV, D] at `slots`."""
-        if not k.numel() or self._is_310p:
+        if not k.numel() or not self._has_cache_write or cache.keys.dtype == torch.float32:
             super().write_cache(k, v, cache, slots)
             return
         if cache.key_scales is not None and cache.value_scales is not None:
             at = slots // cache.block_size, slots % cache.block_size
             k, cache.key_scales[at] = self._round_rows(k)
             v, cache.value_scales[at] = self._round_rows(v)
+        if 0 < self._options.npu_scatter_prefill <= len(k):
+            for rows, target in ((k, cache.keys), (v, cache.values)):
+                self._npu.npu_scatter_nd_update_(target.flatten(0, 1), slots[:, None], rows)
+            return
         self._npu.npu_scatter_pa_kv_cache(
-            k.contiguous(), v.contiguous(), cache.keys, cache.values, slots, **self._cache_mode
+            k.contiguous(), v.contiguous(), cache.keys, cache.values, slots, cache_mode="Norm"
         )
 
     def attention(self, q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
@@ -217,7 +221,8 @@ class NpuOps(ReferenceOps):
         if cache.is_quantized:
             return self._attention_over_integers(q, cache, batch, scale)
         tables = batch.block_tables
-        return self._attend(q, cache, tables, batch.query_ends, batch.total_lens, scale)
+        is_masked = not (batch.is_decode and self._options.npu_maskless_decode)
+        return self._attend(q, cache, tables, batch.query_ends, batch.total_lens, scale, is_masked)
 
     def swiglu(self, x: Tensor) -> Tensor:
         """[T, 2·I] → [T, I]."""
@@ -262,11 +267,12 @@ class NpuOps(ReferenceOps):
         else:
             results = self._mlp_of_each(rows, gate_up, down, sizes)
         if not is_whole:
-            # Rows after those of this rank hold whatever was in memory, and are set to zero. Pairs
-            # of other ranks have index -1, which becomes the last row. If there is such a pair, the
-            # last row is one of these zero rows.
+            # Rows after those of this rank hold whatever was in memory. Pairs of other ranks have
+            # index -1, which becomes the last row; no other row after this rank's is read. If there
+            # is such a pair, the last row is not this rank's, and is set to zero. CANN's page says
+            # that indices are distinct, but the kernel only reads the rows that they name.
             num_rows = sizes[-1] if self._counts_are_ends else sizes.sum()
-            results.masked_fill_(self._numbered(len(rows), x.device) >= num_rows, 0)
+            results[-1:].masked_fill_(num_rows < len(rows), 0)
             row_of = row_of.remainder(len(rows))  # -1 → the last
         out: Tensor = self._npu.npu_moe_token_unpermute(results, row_of, weights)
         return out
@@ -278,11 +284,14 @@ class NpuOps(ReferenceOps):
         physical_ids = physical_ids.int()
         sent_bytes = physical_ids.numel() * x.shape[1] * x.element_size()
         # A2 demands the name of an algorithm; A3's default is the one that takes what we send.
-        algorithm = {"comm_alg": "fullmesh"} if self.chip == "910B" else {}
+        algorithm: dict[str, Any] = {"comm_alg": "fullmesh"} if self.chip == "910B" else {}
+        sent_weights: dict[str, Any] = {}
+        if self._options.npu_hierarchical_dispatch:
+            algorithm, sent_weights = {"comm_alg": "hierarchy"}, {"expert_scales": weights}
         group = (axis.communicator, axis.size, axis.rank, bank.num_physical)
         axis.count_in_kernel("dispatch", "moe", sent_bytes)
         rows, _, origins, sizes, received, _, scales = self._npu.npu_moe_distribute_dispatch_v2(
-            x, physical_ids, *group, expert_token_nums_type=1, **algorithm
+            x, physical_ids, *group, expert_token_nums_type=1, **algorithm, **sent_weights
         )
         gate_up, down = bank.gate_up, bank.down
         if _rounds(gate_up, x):
@@ -307,7 +316,26 @@ class NpuOps(ReferenceOps):
         """Record the work of `run`. A replay gives the attention kernels their new lengths."""
         if self._graph_pool is None:
             self._graph_pool = self._npu.npu.graph_pool_handle()
-        return _Graph(run, self._graph_pool)
+        return _Graph(run, self._graph_pool, self._options.npu_update_first)
+
+    def beside(
+        self, first: Callable[[], Tensor], second: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`second` on another stream, if there is one."""
+        if not self.has_second_stream:
+            return super().beside(first, second)
+        npu = self._npu.npu
+        if self._second_stream is None:
+            self._second_stream = npu.Stream()
+        here = npu.current_stream()
+        # The waits order all uses of memory: both streams have what was written before, and neither
+        # gets memory again that the other one still reads.
+        self._second_stream.wait_stream(here)
+        with npu.stream(self._second_stream):
+            result = second()
+        other = first()
+        here.wait_stream(self._second_stream)
+        return other, result
 
     def _prepare_integers(self, name: str, weight: QuantizedWeight) -> IntegerMatrix:
         matrix = IntegerMatrix.of(weight)
@@ -363,8 +391,16 @@ class NpuOps(ReferenceOps):
         query_ends: list[int],
         total_lens: list[int],
         scale: float,
+        is_masked: bool = True,
     ) -> Tensor:
-        """Attention of q [T, N, D] over a cache of q's dtype → [T, N, D]."""
+        """Attention of q [T, N, D] over a cache of q's dtype → [T, N, D].
+
+        A single query token of each sequence sees all keys, and needs no mask.
+        """
+        mask: dict[str, Any] = {"sparse_mode": 0}
+        if is_masked:
+            # Causal, the last query at the last key.
+            mask = {"sparse_mode": 3, "atten_mask": self._mask(q.device)}
         return self._infer_attention(
             q,
             cache,
@@ -372,9 +408,8 @@ class NpuOps(ReferenceOps):
             total_lens,
             scale,
             input_layout="TND",
-            atten_mask=self._mask(q.device),
             actual_seq_lengths=query_ends,
-            sparse_mode=3,  # causal, the last query at the last key
+            **mask,
         )
 
     def _infer_attention(
@@ -445,7 +480,7 @@ class NpuOps(ReferenceOps):
 
         The operator is for prefill; `moespan.parallel.fused` states its other limits.
         """
-        return axis.size > 1 and 0 < self._fused_rows <= len(x)
+        return axis.size > 1 and 0 < self._options.npu_fused_all_reduce <= len(x)
 
     def _matmul_all_reduce(
         self, x: Tensor, weight: Tensor, axis: Axis, module: str, plus: Tensor | None = None
@@ -507,7 +542,8 @@ class NpuOps(ReferenceOps):
             [x],
             [weight],
             group_list=sizes,
-            group_list_type=0 if self._counts_are_ends else 1,
+            # The operator takes no list of one count. One count is also the end of its group.
+            group_list_type=0 if self._counts_are_ends or len(sizes) == 1 else 1,
             group_type=0,
             split_item=2,
             **kwargs,
@@ -522,42 +558,86 @@ class NpuOps(ReferenceOps):
             self._masks[device] = ones.triu(1).to(device)
         return self._masks[device]
 
-    def _numbered(self, num_rows: int, device: torch.device) -> Tensor:
-        """int64 [num_rows, 1]: 0, 1, 2, ..."""
-        numbers = next((n for n in self._row_numbers if len(n) >= num_rows), None)
-        if numbers is None:
-            room = max(_FEWEST_COUNTED_ROWS, 1 << (num_rows - 1).bit_length())
-            numbers = torch.arange(room, device=device)[:, None]
-            self._row_numbers.append(numbers)
-        return numbers[:num_rows]
-
 
 class _Graph:
-    """A recorded NPU graph. It holds lengths as integers of the host; before each replay torch_npu
-    updates them in the recorded attention calls."""
+    """A recorded NPU graph. It holds lengths as integers of the host, and torch_npu updates them in
+    the recorded attention calls for each replay.
 
-    def __init__(self, run: Callable[[], object], pool: Any) -> None:
+    In a replay each attention call waits for an event that its own update records. So updates are
+    made while the graph already runs: only that of the first layer is waited for.
+    """
+
+    def __init__(self, run: Callable[[], object], pool: Any, update_first: bool = False) -> None:
         npu: Any = torch.get_device_module("npu")
         if "auto_dispatch_capture" not in inspect.signature(npu.graph.__init__).parameters:
             raise RuntimeError("this torch_npu cannot update the lengths of recorded attention")
         self._graph = npu.NPUGraph()
         self._done = npu.Event()
+        self._update_first = update_first
+        stream = npu.current_stream()
         # The graph of a discarded engine must not be collected while this one is recorded.
         gc.collect()
         gc.disable()
         try:
             with npu.graph(self._graph, pool=pool, auto_dispatch_capture=True):
                 run()
+        except Exception as error:
+            # If ending the capture fails too, torch_npu leaves its mode and its stream in place.
+            mode = self._graph.graph_dispatch_mode
+            if mode in _get_current_dispatch_mode_stack():
+                mode.__exit__(None, None, None)
+            npu.set_stream(stream)
+            raise _first_cause(error) from None
         finally:
             gc.enable()
 
     def __call__(self, total_lens: list[int]) -> None:
+        """Replay with new lengths.
+
+        Raises:
+            RuntimeError: the lengths could not be updated. The replay has computed with old ones,
+                so this rank must end.
+        """
         # The lengths must not change while the previous replay runs. It has usually finished by
         # now: its result, or a result that depends on it, has been read.
         self._done.synchronize()
-        self._graph.update(cpu_update_input=[{"actual_seq_lengths_kv": total_lens}])
-        self._graph.replay()
+        if self._update_first:
+            self._update(total_lens)
+            self._graph.replay()
+        else:
+            self._graph.replay()
+            try:
+                self._update(total_lens)
+            except Exception as error:
+                self._release()
+                raise RuntimeError(
+                    f"a running decode step did not get its lengths: {error}; start again with "
+                    "--enforce-eager or --npu-update-first"
+                ) from error
         self._done.record()
+
+    def _update(self, total_lens: list[int]) -> None:
+        self._graph.update(cpu_update_input=[{"actual_seq_lengths_kv": total_lens}])
+
+    def _release(self) -> None:
+        """Record all events that the replay waits for, so that nothing waits for it for ever."""
+        mode = self._graph.graph_dispatch_mode
+        with contextlib.suppress(Exception):  # the device may be lost
+            for record in mode.graph_dispatch_records:
+                record.event.record(mode.update_stream)
+
+
+def _takes_cache_mode() -> bool:
+    """Whether this torch_npu lets the caller name the layout of the cache. Where it does not,
+    `npu_scatter_pa_kv_cache` demands a layout (`PA_NZ`) that attention does not read."""
+    return "cache_mode" in str(torch.ops.npu.npu_scatter_pa_kv_cache.default._schema)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error that was raised first, of those raised while another one was handled."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _rounds(gate_up: Weight, x: Tensor) -> bool:
