@@ -95,6 +95,14 @@ def test_a_program_that_runs_for_itself(environ: dict[str, str]) -> None:
     assert nodes_of(environ) == {}
 
 
+def test_launchers_of_one_process_do_not_contradict_the_user() -> None:
+    one = {
+        **{**SLURM, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NODEID": "0"},
+        **{"PET_NNODES": "1", "PET_NODE_RANK": "0", "LWS_GROUP_SIZE": "1", "LWS_WORKER_INDEX": "0"},
+    }
+    assert values({**one, **USER}) == {"nnodes": 2, "node_rank": 1, "master_addr": "10.0.0.1"}
+
+
 def test_flags_win_field_by_field() -> None:
     assert values(USER, nnodes=1) == {}
     assert values(USER, nnodes=4) == {"node_rank": 1, "master_addr": "10.0.0.1"}

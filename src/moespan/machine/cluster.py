@@ -18,8 +18,8 @@ Rules:
 
 - A flag wins over the environment, field by field. `--nnodes 1` ignores the environment.
 - Two variables that give different numbers are an error that names both.
-- A launcher that starts one process, or several on one node, says nothing about nodes. So a program
-  in the script of `sbatch`, or one of `mpirun -n 2` on one machine, runs for itself.
+- A launcher of one process, or of several on one node, is ignored. So a program in the script of
+  `sbatch`, or one of `mpirun -n 2` on one machine, runs for itself.
 - Under `torchrun` nothing is read: it starts the ranks of all nodes.
 - With several nodes, a node's number and the address of node 0 must be known.
 """
@@ -122,23 +122,31 @@ def _is_torchrun(environ: Mapping[str, str]) -> bool:
 
 
 def _launchers(environ: Mapping[str, str]) -> Iterator[_Names]:
-    """The launchers that count here, in the order of the table."""
+    """The launchers that count here, in the order of the docstring."""
     yield _USER
+    nodes, tasks = (
+        _first(environ, names)
+        for names in (_SLURM.nnodes, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
+    )
     # The script of `sbatch` has SLURM_NNODES too, but no step: it runs once, on one node.
-    nodes = _first(environ, _SLURM.nnodes)
-    tasks = _first(environ, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
-    if _is_number(environ, "SLURM_STEP_ID") and nodes and tasks and tasks.value == nodes.value:
-        yield _SLURM
-    yield _TORCHRUN
-    yield _LEADER_WORKER
+    if nodes and tasks and tasks.value == nodes.value and _is_number(environ, "SLURM_STEP_ID"):
+        yield from _if_several(environ, _SLURM)
+    yield from _if_several(environ, _TORCHRUN)
+    yield from _if_several(environ, _LEADER_WORKER)
     for names, local in (
         (_OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE"),
         (_HYDRA, "MPI_LOCALNRANKS"),
     ):
         if environ.get(local) == "1":
-            yield names
+            yield from _if_several(environ, names)
     if _is_number(environ, "NNODES"):
         yield _KUBERNETES
+
+
+def _if_several(environ: Mapping[str, str], names: _Names) -> Iterator[_Names]:
+    nnodes = _first(environ, names.nnodes)
+    if nnodes is not None and nnodes.value > 1:
+        yield names
 
 
 def _field(environ: Mapping[str, str], launchers: list[_Names], field: str) -> Found | None:
