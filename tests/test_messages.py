@@ -26,7 +26,7 @@ from moespan.launch import protocol
 SOURCE = Path(moespan.__file__).parent
 NEEDS_A_LIBRARY = ("moespan.ops.cuda", "moespan.ops.npu")
 NEVER_SENT = {"Settings"}  # its KW_ONLY is one that Python 3.10 does not resolve
-UNIONS = (protocol.FromFront, protocol.FromLeader, engine.FromLeader, AnyQuestion)
+UNIONS = (protocol.FromFront, protocol.FromLeader, vars(engine)["FromLeader"], AnyQuestion)
 BARE = {"ClassVar", "Final", "InitVar"}
 """Names that need an argument where Python 3.10 is to resolve them."""
 
