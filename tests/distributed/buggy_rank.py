@@ -18,6 +18,7 @@ from torch import Tensor
 from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.launch import rank
 from moespan.model.network import Attention
+from moespan.parallel.beats import Beat
 from moespan.parallel.dispatch import PhysicalExperts
 from moespan.parallel.mesh import Axis
 from moespan.parallel.pipeline import StageLink
@@ -123,14 +124,14 @@ BUGS: dict[str, Callable[[], Patch]] = {
 _planted = contextlib.ExitStack()
 
 
-def build_leader(config: EngineConfig, device: torch.device) -> rank.LeaderEngine:
+def build_leader(config: EngineConfig, device: torch.device, beat: Beat) -> rank.LeaderEngine:
     plant()
-    return rank._build_leader(config, device)
+    return rank._build_leader(config, device, beat)
 
 
-def follow(config: EngineConfig, device: torch.device) -> EngineConfig | None:
+def follow(config: EngineConfig, device: torch.device, beat: Beat) -> EngineConfig | None:
     plant()
-    return rank._follow(config, device)
+    return rank._follow(config, device, beat)
 
 
 def plant() -> None:
