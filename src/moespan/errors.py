@@ -20,7 +20,17 @@ _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
-_short_repr = reprlib.Repr()
+
+class _ShortRepr(reprlib.Repr):
+    """Also takes integers that are too long for Python to write."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > _MOST_BITS:
+            return f"an integer of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+
+_short_repr = _ShortRepr()
 _short_repr.maxlevel = 4
 _short_repr.maxstring = _short_repr.maxother = _short_repr.maxlong = _MOST_CHARACTERS
 _short_repr.maxlist = _short_repr.maxtuple = _short_repr.maxdict = _short_repr.maxset = 20
@@ -28,8 +38,6 @@ _short_repr.maxlist = _short_repr.maxtuple = _short_repr.maxdict = _short_repr.m
 
 def shown(value: object) -> str:
     """`repr(value)` for a message, of at most 80 characters, for a value of any size."""
-    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        return f"an integer of {value.bit_length()} bits"
     return shortened(_short_repr.repr(value))
 
 
