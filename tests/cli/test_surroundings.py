@@ -35,7 +35,7 @@ VERBS = {
 }
 PRINTING = {"generate", "verify", "bench", "info", "doctor", "reference"}
 WRITING = {"generate-file", "reference", "make-checkpoint", "quantize"}
-WITHOUT_TORCH = {"info", "doctor"}
+WITHOUT_TORCH = frozenset({"info", "doctor"})
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from moespan.checkpoint.presets import preset
 
@@ -54,7 +55,7 @@ def main() -> None:
                 print(f"| {name} | " + " | ".join(f"{x:g}" for x in counts.values()) + " |")
 
 
-def count(job: dict[str, object]) -> dict[str, float]:
+def count(job: dict[str, Any]) -> dict[str, float]:
     """The lines of each kind that one decode step traces."""
     ran = subprocess.run(
         [sys.executable, __file__],
@@ -83,7 +84,7 @@ def count(job: dict[str, object]) -> dict[str, float]:
     }
 
 
-def run(job: dict[str, object]) -> None:
+def run(job: dict[str, Any]) -> None:
     """Generate twice, with a mark before each."""
     from moespan import LLM, SamplingParams
 

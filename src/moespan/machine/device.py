@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moespan.device import DEVICES
 from moespan.errors import ConfigError
+from moespan.log import once
 from moespan.machine.cann import check_installed
 
 
@@ -20,20 +21,26 @@ def choose_device(wanted: str) -> str:
             the installed versions of its software.
     """
     if wanted == "auto":
-        found = next(name for name in _present() if DEVICES[name].is_host or _is_usable(name))
-        if found == "npu":
-            check_installed()
-        return found
+        return _best_usable()
     if not DEVICES[wanted].is_host:
         if wanted == "npu":
             check_installed()
-        load_plugin(wanted)
-        if not _is_usable(wanted):
-            raise ConfigError(
-                f"device {wanted!r} is not usable: torch finds none; check its driver and that "
-                "torch was built for it, or use --device cpu"
-            )
+        if (reason := _why_unusable(wanted)) is not None:
+            raise ConfigError(f"device {wanted!r} is not usable: {reason}, or use --device cpu")
     return wanted
+
+
+def _best_usable() -> str:
+    """The best device that works; warns of each better one that is here and does not."""
+    for name in _present():
+        if DEVICES[name].is_host:
+            return name
+        if (reason := _why_unusable(name)) is None:
+            if name == "npu":
+                check_installed()
+            return name
+        once(f"this machine has a device {name!r}, which is not usable: {reason}")
+    raise AssertionError("the host is always usable")
 
 
 def present_device(root: Path = Path("/")) -> str:
@@ -56,8 +63,7 @@ def load_plugin(device: str) -> None:
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"device 'npu' is not usable: torch_npu does not load ({reason}); install torch-npu, "
-            "and source set_env.sh of CANN"
+            f"torch_npu does not load ({reason}); install torch-npu, and source set_env.sh of CANN"
         ) from None
 
 
@@ -71,12 +77,15 @@ def _present(root: Path = Path("/")) -> list[str]:
     ]
 
 
-def _is_usable(device: str) -> bool:
+def _why_unusable(device: str) -> str | None:
+    """Why torch cannot use the device, with the fix; None if it can."""
     import torch
 
     try:
         load_plugin(device)
-    except ConfigError:
-        return False
+    except ConfigError as error:
+        return str(error)
     module = getattr(torch, device, None)
-    return module is not None and bool(module.is_available())
+    if module is not None and module.is_available():
+        return None
+    return "torch finds none; check its driver and that torch was built for it"
