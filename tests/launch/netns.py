@@ -53,7 +53,9 @@ class Host:
         own = Path(f"/proc/{self.holder.pid}/ns/net").readlink()
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                command = (process / "cmdline").read_text().replace("\0", " ")
+                command = (
+                    (process / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+                )
                 if (process / "ns/net").readlink() == own and part in command:
                     found.append(int(process.name))
         return sorted(set(found) - {self.holder.pid})
