@@ -350,7 +350,7 @@ def test_a_buffer_size_of_the_user_holds_for_all_groups(
     monkeypatch: pytest.MonkeyPatch, users: str | None
 ) -> None:
     given: list[Mapping[str, int]] = []
-    monkeypatch.setattr(Mesh, "create", lambda *arguments: given.append(arguments[5]))
+    monkeypatch.setattr(Mesh, "create", lambda *arguments, **_: given.append(arguments[5]))
     if users is None:
         monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
     else:

@@ -182,6 +182,7 @@ def serve_front(
             messages = front.receive(0 if engine.has_unfinished else heartbeat_s)
             beat.busy()
             for message in messages:
+                beat.busy()  # many messages are progress, too
                 if isinstance(message, Reload):
                     return message.config
                 _handle(engine, message, front)
