@@ -4,11 +4,15 @@
 #   bash run.sh                                       the quickstart model, on what is here
 #   MODEL=/data/deepseek_16B/ TP=8 bash run.sh        a real checkpoint on 8 ranks
 #   TP=2 PP=2 bash run.sh                             another layout
+#   EP=8 bash run.sh                                  experts spread over 8 ranks
 #   bash run.sh --prompt "sort 40 7 93:" --json       any flag of `moespan generate`
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash run.sh      one of two servers; Slurm, MPI and
+#                                                     others say the same: --print-env shows it
 #
 # MODEL   checkpoint folder (models/quickstart)
-# TP, EP, PP, SP, DP   degree of tensor (2 if none is given), expert, pipeline, sequence and data
-#         parallelism (1)
+# TP, EP, PP, SP, DP   degree of tensor, expert, pipeline, sequence and data parallelism (1). If none
+#         but EP is given: TP=8 on a server with 8 NPUs, else TP=EP, or 2; and PP=NNODES
+# NPUS    NPUs of this server (those in /dev)
 # PYTHON, TORCH_INDEX   what is installed, and from where: see scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -16,7 +20,12 @@ source scripts/setup.sh
 setup ""
 
 MODEL="${MODEL:-models/quickstart}"
-[ -n "${TP:-}${EP:-}${PP:-}${SP:-}${DP:-}" ] || TP=2
+if [ -z "${TP:-}${PP:-}${SP:-}${DP:-}" ]; then
+    NPUS="${NPUS:-$(find /dev -maxdepth 1 -name 'davinci[0-9]*' | wc -l)}"
+    if [ "$NPUS" -ge 8 ]; then TP=8; else TP="${EP:-2}"; fi
+    # tp inside a server and pp between servers sends the least over the network.
+    PP="$("$PYTHON" -m moespan.machine.cluster "$@")"
+fi
 case " $* " in
     *" --prompt "* | *" --input "* | *" --help "* | *" -h "*) ;;
     *)

@@ -13,7 +13,8 @@
 # PYTHON  interpreter of an environment with moespan's dependencies
 #
 # Steps that fail are noted, and the others run all the same: a report with failures is the most
-# useful one. The exit code is 1 if one failed. The report holds versions, device names, addresses
+# useful one. The last lines say which options to switch on for this machine. The exit code is 1 if a
+# step failed. The report holds versions, device names, addresses
 # of network cards, and of the environment only the variables that `--print-env` shows.
 set -uo pipefail
 
@@ -155,7 +156,57 @@ if [ -n "${MODEL:-}" ]; then
     grep '^{' "$OUT/bench-model.log" > "$OUT/bench-model.json"
 fi
 
+# Which options are worth switching on? Each is verified, then timed without and with it, in turns.
+help="$("$PYTHON" -m moespan bench --help 2>/dev/null)"
+if [ "$DEVICE" = cpu ]; then
+    short=("${small[@]}")
+else
+    short=(--prefill 2048 --decode-batch 1,32 --repeats 3)
+fi
+option() { # NAME RANKS "LAYOUT" "VARIABLE=VALUE... FLAGS"
+    local name="$1" ranks="$2" word variables=() flags=() layout
+    [ "$ranks" -le "$NPUS" ] || return 0
+    read -ra layout <<< "$3"
+    for word in $4; do
+        case "$word" in
+            [A-Z]*=*) variables+=("$word") ;;
+            *) flags+=("$word") ;;
+        esac
+        # A version of moespan without this flag has nothing to try.
+        case "$word" in --*) grep -qe "$word" <<< "$help" || return 0 ;; esac
+    done
+    printf '{"option": "%s", "layout": "%s", "how": "%s"}\n' "$name" "$3" "$4" \
+        >> "$OUT/options.jsonl"
+    step "option-$name-verify" env "${variables[@]}" "$PYTHON" -m moespan verify "$made/random" \
+        --dtype bfloat16 "${layout[@]}" "${flags[@]}" --device "$DEVICE"
+    moespan "option-$name-without" bench --preset "$PRESET" "${layout[@]}" --json "${short[@]}"
+    step "option-$name-with" env "${variables[@]}" "$PYTHON" -m moespan bench --preset "$PRESET" \
+        "${layout[@]}" "${flags[@]}" --json "${short[@]}" --device "$DEVICE"
+}
+tp=$((NPUS < 8 ? NPUS : 8)) # heads of the random checkpoint
+many="-tp $tp"
+spread="-dp $NPUS -ep $NPUS"
+option enforce-eager 1 "-tp 1" "--enforce-eager"
+option no-async-scheduling 1 "-tp 1" "--no-async-scheduling"
+option int8 1 "-tp 1" "--quantization int8"
+if [ "$DEVICE" = npu ]; then
+    option w8a8 1 "-tp 1" "--quantization w8a8"
+    option int8-cache 1 "-tp 1" "--kv-cache-dtype int8"
+    option task-queue-2 1 "-tp 1" "TASK_QUEUE_ENABLE=2"
+    option nz 1 "-tp 1" "--npu-weight-format nz"
+    option maskless-decode 1 "-tp 1" "--npu-maskless-decode"
+    option update-first 1 "-tp 1" "--npu-update-first"
+    option scatter-prefill 1 "-tp 1" "--npu-scatter-prefill"
+    option overlap-shared-one 1 "-tp 1" "--npu-overlap-shared"
+    option aiv 2 "$many" "--npu-aiv"
+    option fused-all-reduce 2 "$many" "--npu-fused-all-reduce"
+    option overlap-shared 2 "$many -ep $tp" "--npu-overlap-shared"
+    option fused-dispatch 2 "$spread" "--moe-dispatch fused"
+    option hierarchical-dispatch 16 "$spread" "--moe-dispatch fused --npu-hierarchical-dispatch"
+fi
+
 printf '%d failed\n' "$failed" | tee -a "$OUT/summary.txt"
+"$PYTHON" benchmarks/acceptance_options.py "$OUT" 2>&1 | tee "$OUT/options.txt"
 tar -czf "$OUT.tar.gz" -C "$(dirname "$OUT")" "$(basename "$OUT")"
 echo "the report: $OUT.tar.gz"
 [ "$failed" -eq 0 ]

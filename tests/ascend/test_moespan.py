@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import pytest
+
 ORACLE = "tests/data/oracle/tiny"
 REFERENCE = ("--reference", f"{ORACLE}/ref/ref_logits.safetensors")
 SMALL = {"ASCEND_SIM_HBM_GIB": "1"}
 
 
-def test_two_npus_compute_what_the_hugging_face_model_computes(ascend_sim):
-    result = ascend_sim("verify", ORACLE, *REFERENCE, "--device", "npu", "-tp", "2", **SMALL)
+@pytest.mark.parametrize(
+    ("cann", "dtype"),
+    [("9.0.0", "bfloat16"), ("9.1.0", "bfloat16"), ("9.1.0", "auto")],
+)
+def test_two_npus_compute_what_the_hugging_face_model_computes(ascend_sim, cann, dtype):
+    result = ascend_sim(
+        *("verify", ORACLE, *REFERENCE, "--device", "npu", "-tp", "2", "--dtype", dtype),
+        ASCEND_SIM_CANN=cann,
+        **SMALL,
+    )
     assert result.returncode == 0, result.stdout
     assert "\npassed" in result.stdout
 
@@ -19,3 +29,25 @@ def test_more_ranks_than_devices(ascend_sim):
     )
     assert result.returncode == 1
     assert "local rank 1 has no device: 1 npu devices are visible" in result.stdout
+
+
+# torch-npu 2.9.0 on CANN 8.5.0: its cache write knows no `cache_mode`.
+OLD = {"ASCEND_SIM_CANN": "8.5.0", "ASCEND_SIM_OLD_WHEEL": "1", **SMALL}
+
+
+def test_an_old_cann_is_refused_at_the_start(ascend_sim):
+    result = ascend_sim("verify", ORACLE, *REFERENCE, "--device", "npu", **OLD)
+    assert result.returncode == 1
+    assert (
+        "CANN 8.5.0 is not supported: moespan needs CANN 9.0.0 or later; install" in result.stdout
+    )
+    assert "MOESPAN_UNSUPPORTED_CANN=1 starts nevertheless" in result.stdout
+
+
+def test_an_old_wheel_never_writes_the_cache_in_tiles(ascend_sim):
+    result = ascend_sim(
+        *("verify", ORACLE, *REFERENCE, "--device", "npu", "--dtype", "bfloat16"),
+        MOESPAN_UNSUPPORTED_CANN="1",
+        **OLD,
+    )
+    assert "PA_NZ" not in result.stdout and "\npassed" in result.stdout, result.stdout

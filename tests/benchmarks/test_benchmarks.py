@@ -111,3 +111,49 @@ def test_acceptance_goes_on_after_what_fails_and_packs_it(tmp_path: Path) -> Non
     assert set(steps.values()) == {3} and {"doctor", "verify-tiny-one-rank-float32"} <= set(steps)
     with tarfile.open(tmp_path / "out.tar.gz") as packed:
         assert {"out/summary.txt", "out/doctor.json"} <= set(packed.getnames())
+
+
+# Answers like moespan on a server with 8 NPUs. Some options help there, some harm, and some fail.
+SERVER = """#!/bin/bash
+case "$*" in
+    *acceptance_options.py*) exec {python} "$@" ;;
+    *--help*) echo "--enforce-eager --npu-weight-format --npu-aiv --quantization --moe-dispatch" ;;
+    *verify*"--moe-dispatch fused"*) echo "refused"; exit 1 ;;
+    *bench*)
+        decode=100 prefill=1000
+        case "$*" in
+            *--enforce-eager*) decode=50 ;;
+            *--npu-weight-format*) decode=101 prefill=1010 ;;
+            *--npu-aiv*) decode=120 ;;
+            *--quantization\\ w8a8*) decode=150 prefill=800 ;;
+            *--quantization\\ int8*) echo "crashed"; exit 1 ;;
+        esac
+        [ "${{TASK_QUEUE_ENABLE:-}}" != 2 ] || prefill=1100
+        echo "a line before"
+        echo "{{\\"decode\\": {{\\"1\\": {{\\"tokens_per_s\\": $decode}}}}," \\
+            "\\"prefill\\": {{\\"2048\\": {{\\"tokens_per_s\\": $prefill}}}}}}" ;;
+esac
+"""
+
+
+def test_acceptance_ends_with_the_options_to_switch_on(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(SERVER.format(python=sys.executable))
+    python.chmod(0o755)
+    ran = accept(tmp_path / "out", DEVICE="npu", NPUS="8", PYTHON=str(python))
+    assert ran.returncode == 1  # npu-smi is missing, and steps fail
+    table = (tmp_path / "out/options.txt").read_text().splitlines()
+    assert ran.stdout.splitlines()[-1 - len(table) : -1] == table
+    verdicts = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in table[1:-1]}
+    assert verdicts == {
+        "--enforce-eager": "no",
+        "--quantization int8": "unknown: see option-int8-with.log",
+        "--quantization w8a8": "depends: see the speeds",
+        "TASK_QUEUE_ENABLE=2": "yes",
+        "--npu-weight-format nz": "no",
+        "--npu-aiv": "yes",
+        "--moe-dispatch fused": "no: see option-fused-dispatch-verify.log",
+    }
+    assert table[-1] == "switch on: TASK_QUEUE_ENABLE=2; --npu-aiv"
+    aiv = next(line for line in table if line.startswith("--npu-aiv"))
+    assert "-tp 8" in aiv and "decode 1 +20.0%, prefill 2048 +0.0%" in aiv

@@ -266,6 +266,20 @@ def test_a_file_that_is_none_is_refused_at_once(tmp_path: Path, name: str, kind:
         SafetensorsSource(tmp_path, CONFIG)
 
 
+def test_an_index_of_very_many_files_is_refused_at_once(tmp_path: Path):
+    write_index(tmp_path, {str(i): f"{i}.safetensors" for i in range(5000)})
+    with pytest.raises(CheckpointError, match="names 5000 files; at most 4096 are read"):
+        SafetensorsSource(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("file", ["a\0b", "\ud800", "x" * 5000, "\x1b[2J"])
+def test_a_file_name_that_no_file_can_have_is_one_problem(tmp_path: Path, file: str):
+    weight_map = write_sharded(tmp_path, tensors())
+    write_index(tmp_path, dict.fromkeys(weight_map, file))
+    (problem,) = problems_of(tmp_path)
+    assert "cannot be read" in problem and len(problem) < 400 and problem.isprintable()
+
+
 def test_a_header_larger_than_any_is_refused_unread(tmp_path: Path):
     with (tmp_path / SINGLE_FILE).open("wb") as file:
         file.write((1 << 30).to_bytes(8, "little"))

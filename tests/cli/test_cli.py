@@ -22,6 +22,7 @@ from moespan.cli.flags import settings_of
 from moespan.cli.show import BYTES, COUNTS, scaled
 from moespan.engine.client import LocalClient
 from moespan.errors import EngineDeadError
+from moespan.front.batch import AnswerFile
 from tests.support import DATA, QUICKSTART, altered_checkpoint, write_config
 
 TINY = DATA / "oracle" / "tiny"
@@ -319,10 +320,59 @@ def test_answers_of_a_file_go_to_stdout_without_an_output(cli: Cli, tmp_path: Pa
     assert ran.err == ""
 
 
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.rename(path.parent / "old")])
+def test_an_output_that_is_taken_away_in_mid_run_is_an_error(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]
+):
+    input_path, output = tmp_path / "input.jsonl", tmp_path / "output.jsonl"
+    input_path.write_text("".join(f'{{"prompt": "{n}+1="}}\n' for n in range(9)))
+    write = AnswerFile.write
+
+    def write_and_take_away(self: AnswerFile, record: dict[str, Any]) -> None:
+        write(self, record)
+        if record["id"] == 5:
+            change(output)
+
+    monkeypatch.setattr(AnswerFile, "write", write_and_take_away)
+    ran = cli("generate", QUICKSTART, "--quiet", "--input", input_path, "--output", output)
+    assert ran.code == 1
+    assert f"moespan: {output} was removed or renamed while answers were written" in ran.err
+    assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
+def test_a_terminal_that_cannot_show_a_character_loses_no_answer(tmp_path: Path, encoding: str):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    input_path = tmp_path / "input.jsonl"
+    input_path.write_text('{"prompt": "347+85=", "id": "é🐱"}\n{"prompt": "12+30="}\n')
+    command = [sys.executable, "-m", "moespan", "generate", str(QUICKSTART), "--quiet"]
+    for more in (["--prompt", "🐱", "12+30="], ["--input", str(input_path)]):
+        ran = subprocess.run([*command, *more], env=environment, capture_output=True)
+        assert (ran.returncode, ran.stderr) == (0, b"")
+        out = ran.stdout.decode(encoding)
+        if more[0] == "--prompt":
+            assert "\\U0001f431\n" in out
+            assert out.endswith(" 42\n")
+        else:
+            found = {record["id"]: record["text"] for record in map(json.loads, out.splitlines())}
+            assert found == {"é🐱": "432", 2: "42"}
+
+
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
         (EngineDeadError("rank 1 was killed by SIGKILL"), 1, "moespan: rank 1 was killed"),
+        (
+            EngineDeadError("rank 1 failed with X: y\nTraceback ..."),
+            1,
+            "moespan: rank 1 failed with",
+        ),
+        (
+            ZeroDivisionError("a bug"),
+            1,
+            "moespan: unexpected error: ZeroDivisionError: a bug; --log",
+        ),
+        (MemoryError(), 1, "moespan: unexpected error: MemoryError; --log-level debug shows"),
         (OSError(28, "No space left on device"), 1, "moespan: [Errno 28] No space left"),
         (KeyboardInterrupt(), 130, ""),
     ],
@@ -604,12 +654,15 @@ WRONG_INPUT: list[tuple[str, str]] = [
     ),
     ("generate {quick} {sum} -tp 0", "tp=0 must be at least 1"),
     ("generate {quick} {sum} -tp -2", "tp=-2 must be at least 1"),
-    ("generate {quick} {sum} --temperature -1", "temperature=-1.0 must be at least 0"),
+    (
+        "generate {quick} {sum} --temperature -1",
+        "temperature=-1.0 must be a finite number of at least 0",
+    ),
     ("generate {quick} {sum} --temperature nan", "temperature=nan must be a finite number"),
-    ("generate {quick} {sum} --max-tokens 0", "max_tokens=0 must be at least 1"),
-    ("generate {quick} {sum} --top-p 2", "top_p=2.0 must be above 0 and at most 1"),
-    ("generate {quick} {sum} -n 0", "n=0 must be within 1..128"),
-    ("generate {quick} {sum} --seed -1", "seed=-1 must be within"),
+    ("generate {quick} {sum} --max-tokens 0", "max_tokens=0 must be an integer within 1..2**31-1"),
+    ("generate {quick} {sum} --top-p 2", "top_p=2.0 must be a number above 0 and at most 1"),
+    ("generate {quick} {sum} -n 0", "n=0 must be an integer within 1..128"),
+    ("generate {quick} {sum} --seed -1", "seed=-1 must be an integer within"),
     ("generate {quick} {sum} --max-model-len 0", "max_model_len=0 must be at least 1"),
     ("generate {quick} {sum} --context-length 513", "exceeds the model's max_position_embeddings"),
     ("generate {quick} {sum} --max-num-seqs 0", "max_num_seqs=0 must be at least 1"),

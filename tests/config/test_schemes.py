@@ -176,6 +176,7 @@ def test_a_value_that_is_not_implemented_is_refused_by_name(
         (written() | {"ignore": "lm_head"}, "must be a list"),
         (written() | {"ignore": ["re:(a+)+b"]}, "is refused"),
         (written() | {"ignore": ["re:.*a.*b.*c.*d"]}, "is refused"),
+        (written() | {"ignore": ["re:.*gate"] * 65}, "ignore has 65 patterns; at most 64 are read"),
     ],
 )
 def test_a_malformed_config_or_a_slow_pattern_is_refused(stored: object, complaint: str):
@@ -195,3 +196,10 @@ def test_unknown_schemes_are_refused_with_the_known_ones(name: str):
     settings: dict[str, Any] = {name: "int3"}
     with pytest.raises(ConfigError, match=f"{name}='int3' is not one of .*int8"):
         EngineConfig("model", **settings)
+
+
+def test_a_list_of_many_names_is_looked_up_and_not_searched():
+    names = tuple(f"model.layers.{i}.x" for i in range(50_000))
+    config = QuantizationConfig.from_dict(written() | {"ignore": [*names, "re:.*gate"]})
+    held = [config.holds(f"model.layers.{i}.y") for i in range(50_000)]  # 5e9 comparisons if not
+    assert all(held) and not config.holds(names[-1]) and not config.holds("model.mlp.gate")

@@ -20,13 +20,14 @@ import pytest
 from moespan.checkpoint.presets import preset
 from moespan.cli import main
 from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
-from moespan.doctor import ascend_tools, checks, collectives, compatibility, nodes, report
+from moespan.doctor import ascend_tools, checks, collectives, nodes, report
 from moespan.doctor.checks import examine
 from moespan.doctor.collectives import Timing, judge
 from moespan.doctor.host import Host
 from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding
 from moespan.doctor.variables import contradictions
+from moespan.machine.cann import parse_key_values, parse_version_cfg
 from moespan.planner.memory import fit
 from tests.support import QUICKSTART
 
@@ -179,20 +180,11 @@ def test_hccn_tool() -> None:
 
 
 def test_version_files() -> None:
-    assert ascend_tools.parse_key_values(TOOLKIT_INFO)["version"] == "8.5.0"
-    assert ascend_tools.parse_key_values(DRIVER_INFO)["version"] == "25.0.rc1.1"
-    assert ascend_tools.parse_version_cfg(VERSION_CFG) == "8.3.RC1"
-    assert ascend_tools.parse_version_cfg("toolkit_running_version=[8.0.0]") == "8.0.0"
-    assert ascend_tools.parse_version_cfg("nothing") == ""
-
-
-def test_compatibility() -> None:
-    assert compatibility.cann_of("2.9.0.post2") == ["9.0.0"]
-    assert compatibility.cann_of("2.9.0+gitabc") == ["8.5.0"]
-    assert compatibility.cann_of("2.13.0") == []
-    assert compatibility.known_cann("8.3.rc1") == "8.3.RC1"
-    assert compatibility.release("2.9.0.post2+x") == "2.9.0"
-    assert compatibility.at_least("2.10.0", "2.7") and not compatibility.at_least("2.6.1", "2.7")
+    assert parse_key_values(TOOLKIT_INFO)["version"] == "8.5.0"
+    assert parse_key_values(DRIVER_INFO)["version"] == "25.0.rc1.1"
+    assert parse_version_cfg(VERSION_CFG) == "8.3.RC1"
+    assert parse_version_cfg("toolkit_running_version=[8.0.0]") == "8.0.0"
+    assert parse_version_cfg("nothing") == ""
 
 
 # A made-up machine
@@ -206,14 +198,19 @@ class Made:
         self.bin = root / "bin"
         self.bin.mkdir()
         self.environ = {"PATH": str(self.bin), "ASCEND_HOME_PATH": "/usr/local/Ascend/cann"}
-        self.packages = {"torch": "2.9.0+cpu", "torch-npu": "2.9.0"}
+        self.packages = {
+            "torch": "2.10.0+cpu",
+            "torch-npu": "2.10.0.post4",
+            "pyyaml": "6.0",
+            "setuptools": "80.0",
+        }
         self.interfaces = [("lo", "127.0.0.1"), ("eth0", "10.0.0.1"), ("eth1", "10.1.0.1")]
         self.npus = npus
         for name in ("davinci_manager", "devmm_svm", "hisi_hdc"):
             self.write(f"dev/{name}", "")
         for npu in range(npus):
             self.write(f"dev/davinci{npu}", "")
-        self.write("usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info", TOOLKIT_INFO)
+        self.cann("9.1.0")
         self.write("usr/local/Ascend/driver/version.info", DRIVER_INFO)
         self.write("usr/local/Ascend/firmware/version.info", "Version=7.7.0.1.231\n")
         self.write("proc/mounts", "shm /dev/shm tmpfs rw,nosuid,size=16777216k 0 0\n")
@@ -236,6 +233,10 @@ class Made:
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
+
+    def cann(self, version: str) -> None:
+        text = TOOLKIT_INFO.replace("8.5.0", version)
+        self.write("usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info", text)
 
     def remove(self, path: str) -> None:
         (self.root / path).unlink()
@@ -350,7 +351,7 @@ def test_a_healthy_server_has_no_warning_and_no_problem(made: Made) -> None:
     assert bad == []
     assert {one.check for one in findings} == set(checks.CHECKS)
     for check, words in (
-        ("torch_npu", "2.9.0 with torch 2.9.0+cpu and CANN 8.5.0"),
+        ("torch_npu", "torch_npu 2.10.0.post4 and CANN 9.1.0, with torch 2.10.0+cpu"),
         ("driver", "driver 25.0.rc1.1, firmware 7.7.0.1.231"),
         ("devices", "2 × 910B3, 64 GB"),
         ("RoCE links", "2 RoCE links up, TLS off, addresses 192.168.100.101 to 192.168.100.102"),
@@ -417,16 +418,30 @@ def test_a_program_that_hangs_costs_its_time_limit_only(made: Made, tool: str) -
     [
         ({}, "problem", "not installed"),
         ({"torch": "2.8.0", "torch-npu": "2.9.0"}, "problem", "built for torch 2.9.0"),
-        ({"torch": "2.7.1", "torch-npu": "2.7.1.post4"}, "problem", "needs CANN 9.0.0"),
-        ({"torch": "2.13.0", "torch-npu": "2.13.0"}, "warning", "not in the compatibility table"),
-        ({"torch": "2.8.0", "torch-npu": "2.8.0.post2"}, "ok", "CANN 8.5.0"),
+        ({"torch": "2.7.1", "torch-npu": "2.7.1.post4"}, "problem", "needs CANN 9.0.0, not 9.1.0"),
+        ({"torch": "2.9.0", "torch-npu": "2.9.0"}, "problem", "not in the compatibility table"),
+        ({"torch": "2.13.0", "torch-npu": "2.13.0"}, "warning", "newer than the compatibility"),
+        ({"torch": "2.9.0", "torch-npu": "2.9.0.post8"}, "ok", "CANN 9.1.0"),
     ],
 )
 def test_torch_npu_is_compared_with_the_table(
     made: Made, packages: dict[str, str], status: str, words: str
 ) -> None:
-    made.packages = packages
+    made.packages = {"pyyaml": "6.0", "setuptools": "80.0", **packages}
     assert words in only(made.examine(), "torch_npu", status).found
+
+
+def test_packages_that_torch_npu_imports_are_missing(made: Made) -> None:
+    del made.packages["pyyaml"]
+    finding = only(made.examine(), "torch_npu", report.PROBLEM)
+    assert "imports pyyaml" in finding.found and finding.fix == "pip install pyyaml"
+
+
+@pytest.mark.parametrize("version", ["8.3.RC1", "8.5.0", "8.5.2"])
+def test_a_cann_that_cannot_run_moespan(made: Made, version: str) -> None:
+    made.cann(version)
+    finding = only(made.examine(), "torch_npu", report.PROBLEM)
+    assert f"CANN {version} is not supported" in finding.found and "CANN 9.1.0" in finding.fix
 
 
 def test_cann_in_its_old_folder_without_set_env(made: Made) -> None:
@@ -436,7 +451,7 @@ def test_cann_in_its_old_folder_without_set_env(made: Made) -> None:
     findings = made.examine()
     finding = only(findings, "CANN", report.WARNING)
     assert "8.3.RC1" in finding.found and "set_env.sh" in finding.fix
-    assert "has 8.3.RC1" in only(findings, "torch_npu", report.PROBLEM).found
+    assert "CANN 8.3.RC1 is not supported" in only(findings, "torch_npu", report.PROBLEM).found
 
 
 def test_a_home_of_cann_that_does_not_exist(made: Made) -> None:
@@ -444,9 +459,10 @@ def test_a_home_of_cann_that_does_not_exist(made: Made) -> None:
     assert "does not exist" in only(made.examine(), "CANN", report.PROBLEM).found
 
 
-def test_a_cann_that_the_table_lacks(made: Made) -> None:
-    made.write("usr/local/Ascend/cann/aarch64-linux/ascend_toolkit_install.info", "version=7.0.0\n")
-    assert "7.0.0" in only(made.examine(), "torch_npu", report.WARNING).found
+def test_a_cann_that_is_newer_than_the_table(made: Made) -> None:
+    made.cann("9.2.0")
+    finding = only(made.examine(), "torch_npu", report.WARNING)
+    assert "CANN 9.2.0 is newer than the compatibility table" in finding.found
 
 
 def test_driver_and_npu_smi_of_different_hosts(made: Made) -> None:

@@ -174,6 +174,9 @@ def test_facts_name_what_differs_but_not_where_the_checkpoint_lies(tmp_path: Pat
     one = facts(moved, Nodes(nnodes=2))["list of tensors"]
     (tmp_path / "model.safetensors").write_bytes((5).to_bytes(8, "little") + b"head other")
     assert facts(moved, Nodes(nnodes=2))["list of tensors"] == one != "not there"
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")  # nobody waits for what is no file
+    assert facts(moved, Nodes(nnodes=2))["list of tensors"] == "cannot be read"
 
 
 # Meeting

@@ -122,9 +122,10 @@ def test_options_of_npus_for_16_bits_are_refused_elsewhere(option: dict[str, Any
 
 @pytest.mark.parametrize("option", ["npu_aiv", "npu_update_first", "npu_overlap_shared"])
 def test_options_of_npus_for_any_dtype_are_refused_elsewhere(option: str):
+    options: dict[str, Any] = {option: True}
     with pytest.raises(ConfigError, match=f"{option}=True is for device=npu, not cuda"):
-        EngineConfig("", TWO_SERVERS, device="cuda", **{option: True})
-    assert EngineConfig("", TWO_SERVERS, device="npu", dtype="float32", **{option: True})
+        EngineConfig("", TWO_SERVERS, device="cuda", **options)
+    assert EngineConfig("", TWO_SERVERS, device="npu", dtype="float32", **options)
 
 
 def test_every_option_of_npus_is_in_their_row():

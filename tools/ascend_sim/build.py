@@ -74,7 +74,7 @@ def install(folder: Path, version: str) -> None:
         pip = [
             sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
             "--only-binary=:all:", "--no-deps", "--target", str(folder),
-            f"torch-npu=={version}", "pyyaml",
+            f"torch-npu=={version}", *packages_of_torch_npu(),
         ]
         # fmt: on
         result = subprocess.run(pip, text=True, capture_output=True)
@@ -82,6 +82,14 @@ def install(folder: Path, version: str) -> None:
             reason = result.stderr.strip().splitlines()[-1:] or ["pip failed"]
             raise MissingError(f"no wheel of torch-npu {version}: {reason[0]}")
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+
+
+def packages_of_torch_npu() -> list[str]:
+    """What the extra `ascend` of moespan asks for beside torch_npu: no more than a user gets."""
+    text = (HERE.parents[1] / "pyproject.toml").read_text()
+    extra = re.search(r"^ascend = \[(.*)\]", text, re.MULTILINE)
+    assert extra is not None, "pyproject.toml has no extra `ascend`"
+    return [name for name in re.findall(r'"([^"]+)"', extra[1]) if not name.startswith("torch-npu")]
 
 
 def build(folder: Path) -> str:

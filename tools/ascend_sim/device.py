@@ -9,6 +9,7 @@ pass through to the stand-in for HCCL. Memory that is allocated and not written 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from typing import Any
@@ -18,11 +19,11 @@ import torch_npu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from ascend_sim import fused_communication, graphs  # noqa: F401  registers CPU kernels
+from ascend_sim import ai_cpu, fused_communication, graphs, kernels  # noqa: F401  they register CPU kernels
 from ascend_sim.graphs import COLLECTIVES, Graph
 from ascend_sim.kernels import FRACTAL_NZ, ND
 from ascend_sim.memory import deliver, host, is_npu, on_cpu, poison, storages, to_meta
-from ascend_sim.rules import RefusedError
+from ascend_sim.rules import RefusedError, cann
 
 aten, npu = torch.ops.aten, torch.ops.npu
 ALLOCATING = {
@@ -96,13 +97,17 @@ class SimulatedNPU(TorchDispatchMode):
         check_tiled(func, args, kwargs)
         if Graph.updating is not None:
             return Graph.record_update(func, args, kwargs)
+        ai_cpu.note(func, args, kwargs)
         if Graph.capturing is not None:
             return capture(func, args, kwargs)
+        graphs.settle()
         return compute(func, args, kwargs)
 
 
 def cast_format(args, kwargs):
     """As in torch_npu, the cast changes nothing unless internal formats are allowed."""
+    if Graph.capturing is not None:
+        raise RefusedError("npu_format_cast runs as an aclop, which a captured graph cannot hold")
     result = compute(npu.npu_format_cast.default, args, kwargs)
     allowed = torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT")
     if args[1] == FRACTAL_NZ and allowed in (b"enable", "enable"):
@@ -230,6 +235,9 @@ def capture(func, args, kwargs):
 
 def start():
     """Simulate in all threads of this process until it ends."""
+    os.environ["ASCEND_SIM_CANN"] = cann()
+    if os.environ.get("ASCEND_SIM_OLD_WHEEL") == "1":
+        kernels.hide_cache_mode()
     graphs.install()
     show = torch._tensor_str._tensor_str  # it computes outside every dispatch mode
     torch._tensor_str._tensor_str = lambda tensor, indent: show(

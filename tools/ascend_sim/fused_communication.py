@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 import torch_npu
 
-from ascend_sim.rules import HALVES, demand, kernel, one_dtype, plain, uninitialised, unknown
+from ascend_sim.rules import (
+    HALVES,
+    demand,
+    is_old,
+    kernel,
+    one_dtype,
+    plain,
+    uninitialised,
+    unknown,
+)
 
 HCCL_TYPES = {
     torch.int8: 0,
@@ -141,6 +150,11 @@ def check_limits(name, group, x, k, ep_world_size, ep_rank_id, moe_expert_num, c
         f"{name}: {moe_expert_num} experts on {ep_world_size} ranks",
     )
     local = moe_expert_num // ep_world_size
+    demand(
+        not is_old() or (ep_world_size % 8 == 0 and moe_expert_num <= 512 and local <= 24),
+        f"{name} of CANN 8.5.0 takes multiples of 8 ranks, 512 experts and 24 on a rank at most, "
+        f"not {ep_world_size}, {moe_expert_num} and {local}",
+    )
     batch = global_bs or num_tokens * ep_world_size
     demand(
         num_tokens * ep_world_size <= batch and batch % ep_world_size == 0,

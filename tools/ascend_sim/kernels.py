@@ -10,21 +10,25 @@ token, S sequences, B blocks of the cache.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch_npu
 
 from ascend_sim.integers import QUANTITIES, check_scales, integer_product, round_by_rows
 from ascend_sim.rules import (
     FLOATS,
     HALVES,
     demand,
+    is_old,
     kernel,
     one_dtype,
     plain,
     poison_of,
     uninitialised,
     unknown,
+    warn,
 )
 
 MASK_SIZE = 2048
@@ -139,19 +143,33 @@ def init_routing(
     row_idx_type=0,
     x_dtype=None,
 ):
+    name = "npu_moe_init_routing_v2"
+    if is_old():
+        demand(
+            expert_tokens_num_flag
+            and expert_tokens_num_type in (1, 2)
+            and active_num in (-1, expert_idx.numel())
+            and len(active_expert_range) == 2
+            and quant_mode != 0,
+            f"{name} of CANN 8.5.0 gives counts or pairs of all rows and of a range of experts: "
+            f"{expert_tokens_num_type=}, {expert_tokens_num_flag=}, {active_num=} of "
+            f"{expert_idx.numel()}, {active_expert_range=}, {quant_mode=}",
+        )
     unknown(scale=scale, offset=offset, drop_pad_mode=drop_pad_mode, x_dtype=x_dtype)
     if quant_mode not in (-1, 1):
         raise NotImplementedError(f"the simulator does not know {quant_mode=}")
-    one_dtype("npu_moe_init_routing_v2", FLOATS, x)
-    demand(expert_idx.dtype == torch.int32, "npu_moe_init_routing_v2: expert_idx is int32")
+    one_dtype(name, FLOATS, x)
+    demand(expert_idx.dtype == torch.int32, f"{name}: expert_idx is int32")
     k, flat = expert_idx.size(1), expert_idx.flatten().long()
+    foreign = flat[(flat < 0) | (flat >= expert_num)]
+    demand(not len(foreign), f"{name}: expert {foreign[:1].tolist()} of {expert_num}")
     start, end = active_expert_range or (0, expert_num)
     demand(0 <= start < end <= expert_num, f"experts {start}..{end} of {expert_num}")
     active = (flat >= start) & (flat < end)
     order = torch.where(active, flat, end).argsort(stable=True)[: int(active.sum())].int()
     rows = min(active_num, flat.numel()) if active_num > 0 else flat.numel()
 
-    scales = uninitialised((flat.numel(),), torch.float32)
+    scales = uninitialised((rows,), torch.float32)
     row_scales = None
     if quant_mode == 1:
         x, row_scales = round_by_rows(x)
@@ -168,7 +186,7 @@ def init_routing(
         row_idx[: order.numel()] = order
     counts = torch.bincount(flat[active] - start, minlength=end - start)
     if not expert_tokens_num_flag:
-        tokens = uninitialised((0,), torch.int64)
+        tokens = uninitialised((end - start,), torch.int64)
     elif expert_tokens_num_type == 2:
         tokens = uninitialised((expert_num, 2), torch.int64)
         used = counts.nonzero().flatten()
@@ -198,7 +216,16 @@ def token_unpermute(
     if probs is not None:
         # Their dtype may differ from that of the tokens (CANN's moe_token_unpermute_def.cpp).
         one_dtype(f"{name} (probs)", FLOATS, probs)
+    demand(
+        sorted_indices.dtype == torch.int32
+        and sorted_indices.dim() == 1
+        and (probs is None or len(sorted_indices) == probs.numel()),
+        f"{name}: sorted_indices {sorted_indices.dtype} {tuple(sorted_indices.shape)} is int32 "
+        "[T·K], one for each of probs",
+    )
     index = sorted_indices.long()
+    if len(index.unique()) < len(index):
+        warn(f"{name} gets an index twice, which its document excludes; other engines rely on it")
     outside = index[(index < 0) | (index >= num_rows)]
     demand(not len(outside), f"{name} reads rows {outside[:4].tolist()} of {num_rows}")
     k = 1 if probs is None else probs.size(1)
@@ -256,6 +283,10 @@ def grouped_matmul(
         unknown(output_dtype=output_dtype, **quantities)
         one_dtype(name, FLOATS, *x, *weight)
         dtype = x[0].dtype
+        demand(
+            dtype != torch.float32 or len(x) == len(weight) == 1,
+            f"{name} of float32 takes one x and one weight, not {len(x)} and {len(weight)}",
+        )
 
         def product(rows, i, places):
             y = rows.float() @ weights[i].float()
@@ -268,10 +299,18 @@ def grouped_matmul(
 
     if group_type == -1:
         return [product(rows, i, slice(None)) for i, rows in enumerate(x)]
+    demand(
+        group_list_type != 2 or x[0].dtype == torch.int8,
+        f"{name}: group_list_type=2 is for int8, not {x[0].dtype}",
+    )
     if group_type != 0 or split_item not in (2, 3) or len(x) != 1 or group_list_type not in (0, 1):
         raise NotImplementedError("the simulator knows group_type 0 with one x and one y, and -1")
     (rows,) = x
     demand(group_list.dtype == torch.int64, f"{name}: group_list is int64")
+    demand(
+        group_list_type != 1 or len(group_list) != 1,
+        f"{name}: group_list_type=1 takes more than one group; give one group as its end",
+    )
     demand(max(rows.size(-1), weights[0].size(-1)) < 65536, f"{name}: last dim above 65535")
     counts = group_list
     if group_list_type == 0:
@@ -286,6 +325,16 @@ def grouped_matmul(
         if end > start:
             y[start:end] = product(rows[start:end], i, slice(start, end))
     return [y]
+
+
+@kernel("npu::npu_grouped_matmul.List")
+def grouped_matmul_by_list(x, weight, *, group_type=None, **others):
+    demand(
+        group_type is None,
+        f"npu_grouped_matmul takes a group_list of Python integers only without a group_type, not "
+        f"{group_type}",
+    )
+    raise NotImplementedError("the simulator knows npu_grouped_matmul with a tensor of groups only")
 
 
 # ------------------------------------------------------------------ attention and its cache
@@ -396,9 +445,16 @@ def fused_infer_attention_score(
     plain("npu_fused_infer_attention_score", query)
     if atten_mask is not None:
         one_dtype("atten_mask", (torch.bool, torch.int8, torch.uint8), atten_mask)
+        plain("atten_mask", atten_mask)
     kv_heads = num_key_value_heads or num_heads
     demand(num_heads % kv_heads == 0, f"{num_heads} query heads over {kv_heads} key heads")
+    demand(num_heads // kv_heads <= 64, f"{num_heads} query heads over {kv_heads}, 64 at most")
     if input_layout == "TND":
+        demand(sparse_mode in (0, 3, 4), f"TND takes sparse_mode 0, 3 and 4, not {sparse_mode}")
+        demand(
+            sparse_mode != 0 or atten_mask is None,
+            "TND takes sparse_mode=0 without an atten_mask only",
+        )
         demand(query.size(1) == num_heads, f"num_heads={num_heads}, query {tuple(query.shape)}")
         demand(query.size(2) in (128, 192), f"TND takes heads of 128, not {query.size(2)}")
         demand(len(actual_seq_lengths or []) <= 4096, "TND takes 4096 sequences at most")
@@ -435,6 +491,12 @@ def fused_infer_attention_score(
 
     outs, lses = [], []
     for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        demand(len(k) or not len(q), f"sequence {i} has queries and no keys")
+        demand(
+            input_layout != "TND" or sparse_mode != 3 or len(q) <= len(k),
+            f"sequence {i}: sparse_mode=3 takes no more queries than keys, not {len(q)} and "
+            f"{len(k)}",
+        )
         k, v = (rows.repeat_interleave(num_heads // kv_heads, 1).float() for rows in (k, v))
         score = torch.einsum("snd,tnd->nst", q.float(), k) * scale
         mode = 0 if len(q) == 1 and input_layout != "TND" else sparse_mode
@@ -531,9 +593,47 @@ def scatter_pa_kv_cache(
 ):
     unknown(compress_lens=compress_lens, seq_lens=seq_lens)
     unknown(compress_seq_offsets=compress_seq_offsets)
-    if cache_mode not in (None, "Norm"):
-        raise NotImplementedError(f"the simulator does not know {cache_mode=}, which is default")
+    name = "npu_scatter_pa_kv_cache"
+    one_dtype(name, (*HALVES, torch.int8), key, value, key_cache, value_cache)
+    demand(
+        slot_mapping.dtype in (torch.int32, torch.int64) and slot_mapping.dim() == 1,
+        f"{name}: slot_mapping {slot_mapping.dtype} {tuple(slot_mapping.shape)} is int32 or int64 "
+        "[T]",
+    )
+    if cache_mode != "Norm":
+        tile = 32 // key_cache.element_size()
+        demand(
+            key_cache.dim() == 4 and key_cache.size(3) == tile,
+            f"error 561002: {name} with cache_mode='PA_NZ', which the adapter passes unless told "
+            f"otherwise, takes caches in tiles of {tile}, not {tuple(key_cache.shape)}",
+        )
+        raise NotImplementedError(f"the simulator does not know {cache_mode=}")
+    places = key_cache.size(0) * key_cache.size(1)
+    demand(0 < len(key) <= places, f"{name}: {len(key)} tokens for {places} slots")
     reshape_and_cache(key, value, key_cache, value_cache, slot_mapping)
+
+
+def hide_cache_mode():
+    """Give `npu_scatter_pa_kv_cache` the schema of torch-npu 2.9.0, whose adapter always passes
+    `PA_NZ`."""
+    name, old = "npu_scatter_pa_kv_cache", "npu_scatter_pa_kv_cache_2_9_0"
+    real, library = torch.ops.npu.npu_scatter_pa_kv_cache, torch.library.Library("npu", "FRAGMENT")
+    library.define(
+        f"{old}(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+        "Tensor slot_mapping, *, Tensor? compress_lens=None, Tensor? compress_seq_offsets=None, "
+        "Tensor? seq_lens=None) -> ()"
+    )
+    library.impl(
+        old,
+        lambda *args, **kwargs: real(*args, **kwargs, cache_mode="PA_NZ"),
+        "CompositeImplicitAutograd",
+    )
+    _old_wheel.append(library)  # it unregisters what it defines when it is freed
+    for module in (torch.ops.npu, torch_npu):
+        setattr(module, name, getattr(torch.ops.npu, old))
+
+
+_old_wheel: list[Any] = []
 
 
 @kernel("npu::npu_scatter_nd_update_")

@@ -4,11 +4,21 @@ A call that CANN's kernels refuse, or whose result is undefined, raises a `Refus
 are those of their documents for an Atlas A2. A call that the simulator does not know raises a
 `NotImplementedError`. Memory that an NPU leaves uninitialised is NaN or -2**31, so that a program
 that reads it fails.
+
+Some limits depend on the release of CANN, which `ASCEND_SIM_CANN` names. They follow CANN's
+operator sources of that release (ops-transformer, branches 8.5.0, 9.0.0 and 9.1.0).
 """
 
 from __future__ import annotations
 
+import os
+import sys
+
 import torch
+
+from moespan.machine.cann import RECOMMENDED_CANN
+
+RELEASES = ("8.5.0", "9.0.0", "9.1.0")
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32)
@@ -18,6 +28,31 @@ _libraries = {space: torch.library.Library(space, "IMPL") for space in ("npu", "
 
 class RefusedError(RuntimeError):
     """An NPU would refuse this call, or its result would be undefined."""
+
+
+def cann():
+    """The simulated release of CANN."""
+    release = os.environ.get("ASCEND_SIM_CANN", RECOMMENDED_CANN)
+    if release not in RELEASES:
+        raise NotImplementedError(
+            f"ASCEND_SIM_CANN={release} is not simulated; use one of {', '.join(RELEASES)}"
+        )
+    return release
+
+
+def is_old():
+    """Whether the simulated CANN is 8.5.0, whose operators take less."""
+    return cann() == "8.5.0"
+
+
+def warn(text):
+    """Print a warning once per process."""
+    if text not in _warned:
+        _warned.add(text)
+        print(f"[ascend_sim] warning: {text}", file=sys.stderr, flush=True)
+
+
+_warned: set[str] = set()
 
 
 def kernel(name):

@@ -3,6 +3,7 @@
 #
 #   bash tools/ascend_sim/run.sh VERB ARGS...             moespan VERB ARGS...
 #   bash tools/ascend_sim/run.sh --python ARGS...         python ARGS...
+#   bash tools/ascend_sim/run.sh --run COMMAND...         any command, such as bash run.sh
 #
 # ASCEND_SIM_DEVICES   pretend NPUs of this machine (8)
 # ASCEND_SIM_HBM_GIB   memory of each (64); what is written takes as much of the host's
@@ -30,11 +31,22 @@ if [ "$(cat "$folder/stamp" 2>/dev/null)" != "$wanted" ]; then
     exec 9>&-
 fi
 
+# moespan reads the version of CANN here. Not ASCEND_HOME_PATH, which torch_npu takes for a real CANN.
+ASCEND_SIM_CANN="${ASCEND_SIM_CANN:-$(PYTHONPATH=src "$PYTHON" -c \
+    "from moespan.machine.cann import RECOMMENDED_CANN; print(RECOMMENDED_CANN)")}"
+export ASCEND_SIM_CANN ASCEND_TOOLKIT_HOME="$folder/cann-$ASCEND_SIM_CANN"
+if [ ! -e "$ASCEND_TOOLKIT_HOME/version.cfg" ]; then
+    mkdir -p "$ASCEND_TOOLKIT_HOME"
+    echo "toolkit_running_version=[$ASCEND_SIM_CANN]" > "$ASCEND_TOOLKIT_HOME/draft.$$"
+    mv "$ASCEND_TOOLKIT_HOME/draft.$$" "$ASCEND_TOOLKIT_HOME/version.cfg" # never seen half written
+fi
+
 export PYTHONPATH="$folder/site:$PWD/tools:$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 export CUDA_VISIBLE_DEVICES= # torch_npu refuses to load beside a usable GPU
 cd "$here"
-if [ "${1:-}" = --python ]; then
-    shift
-    exec "$PYTHON" "$@"
-fi
+mode="${1:-}"
+case "$mode" in
+    --python) shift; exec "$PYTHON" "$@" ;;
+    --run) shift; export PYTHON; exec "$@" ;;
+esac
 exec "$PYTHON" -m moespan "$@"

@@ -83,7 +83,7 @@ def quantize_checkpoint(
         if not is_quantized[name]:
             if not values.isfinite().all():
                 raise not_finite_error([name])
-            return {name: values.clone()}  # the next piece overwrites `values`
+            return {name: values}
         try:
             rounded, scales = quantize(values, dtype=dtype, group_size=own.group_size)
         except NotFiniteError:

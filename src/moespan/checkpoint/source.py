@@ -28,7 +28,7 @@ from moespan.files import open_regular, parse_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_MOST_INDEX_BYTES = 32 << 20
+_MOST_INDEX_BYTES, _MOST_FILES = 32 << 20, 4096
 _MOST_HEADER_BYTES, _MOST_HEADER_VALUES = 32 << 20, 4 << 20
 _FLOATS = ("F32", "BF16", "F16")
 _DTYPES = {
@@ -159,6 +159,11 @@ class SafetensorsSource:
                     )
                 else:
                     files[file].add(name)  # type: ignore[union-attr]
+            if len(files) > _MOST_FILES:
+                raise CheckpointError(
+                    f"{self.path / INDEX_FILE} names {len(files)} files; at most {_MOST_FILES} "
+                    "are read"
+                )
             return dict(files)
         if (self.path / SINGLE_FILE).exists():
             return {SINGLE_FILE: None}

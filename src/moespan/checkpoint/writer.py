@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moespan.checkpoint.source import INDEX_FILE
+from moespan.errors import MoespanError
 
 _SHARD_BYTES = 2 << 30
 
@@ -41,7 +44,8 @@ def write_shards(
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {key: value for name in names for key, value in make(name).items()}
-        save_file(tensors, str(folder / file), metadata={"format": "pt"})
+        with naming(folder / file):
+            save_file(tensors, str(folder / file), metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
         written_bytes = sum(tensor.nbytes for tensor in tensors.values())
         total_bytes += written_bytes
@@ -54,4 +58,20 @@ def write_shards(
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` to `path` with the indentation that Hugging Face uses."""
-    path.write_text(json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n"
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in errors of writing it; those of a full disk name no file.
+
+    Raises:
+        MoespanError: the file cannot be written, and why.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MoespanError(f"{path} cannot be written: {reason}") from error

@@ -27,7 +27,7 @@ from moespan.cli import (
 )
 from moespan.cli.environment import print_environment
 from moespan.cli.show import EXIT_FAILED
-from moespan.errors import ConfigError, MoespanError, shortened
+from moespan.errors import ConfigError, EngineDeadError, MoespanError, shortened
 from moespan.machine.environment import keep_torch_npu_out
 from moespan.version import __version__
 
@@ -89,6 +89,10 @@ def _judge(error: BaseException) -> tuple[int, str | None]:
         return (error.code if isinstance(error.code, int) else EXIT_FAILED), None
     if isinstance(error, BrokenPipeError):  # the reader of stdout has seen enough
         return EXIT_FAILED, None
+    if isinstance(error, EngineDeadError):  # may end in the traceback of a rank
+        log.logger.debug("%s", error)
+        first, *more = str(error).splitlines()
+        return EXIT_FAILED, f"{first}; --log-level debug shows where" if more else first
     if isinstance(error, MoespanError) or (isinstance(error, OSError) and error.strerror):
         return EXIT_FAILED, str(error)
     log.logger.debug("unexpected error", exc_info=error)

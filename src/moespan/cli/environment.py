@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from moespan.cli.flags import settings_of
+from moespan.cli.flags import describe_nodes, settings_of
 
 
 def print_environment(args: argparse.Namespace) -> int:
@@ -25,4 +25,5 @@ def print_environment(args: argparse.Namespace) -> int:
         address = address_towards(nodes.master_addr) or ""
         interface = (interface_of(address) if address else None) or ""
     print(*describe(environment_here(config, threads, nodes.nnodes, address, interface)), sep="\n")
+    print(f"\n{describe_nodes(args)}")
     return 0

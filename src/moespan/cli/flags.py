@@ -7,9 +7,11 @@ default of its own: without it, the field keeps its default.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from moespan import log
 from moespan.config import (
     DISPATCHES,
     DTYPE_BYTES,
@@ -20,6 +22,7 @@ from moespan.config import (
 )
 from moespan.device import DEVICES
 from moespan.front.settings import PYTHON_ONLY, Settings
+from moespan.machine.cluster import Found, nodes_of
 
 
 def settings_of(args: argparse.Namespace, **defaults: Any) -> Settings:
@@ -31,9 +34,35 @@ def settings_of(args: argparse.Namespace, **defaults: Any) -> Settings:
     Raises:
         ConfigError: a setting cannot be used.
     """
+    given = _given(args)
+    found = nodes_here(args)
+    if found:
+        log.logger.info("%s", describe_nodes(args))
+    return Settings(**{**defaults, **{name: one.value for name, one in found.items()}, **given})
+
+
+def nodes_here(args: argparse.Namespace) -> dict[str, Found]:
+    """What the environment says about the nodes of the job, and no flag does."""
+    return nodes_of(os.environ, _given(args)) if hasattr(args, "has_node_flags") else {}
+
+
+def describe_nodes(args: argparse.Namespace) -> str:
+    """The nodes of the job in one line, each value with the flag or variable that it comes from."""
+    given, found = _given(args), nodes_here(args)
+    parts = []
+    for name in ("nnodes", "node_rank", "master_addr", "master_port"):
+        if name in given:
+            value, source = given[name], f"--{name.replace('_', '-')}"
+        else:
+            value, source = found.get(name, (_default(name), "default"))
+        parts.append(f"{name}={value} ({source})")
+    return ", ".join(parts)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Settings` that flags have set."""
     names = [field.name for field in fields(Settings) if field.name not in PYTHON_ONLY]
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return Settings(**{**defaults, **given})
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -336,8 +365,20 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_node_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("many nodes (the same command on each, except --node-rank)")
-    _add(group, "nnodes", "--nnodes", type=int, metavar="N", help="machines of the job (1)")
+    group = parser.add_argument_group(
+        "many nodes (the same command on each, except --node-rank)",
+        "Without them NNODES, NODE_RANK and MASTER_ADDR count, or what Slurm, MPI or others "
+        "set; --print-env shows them.",
+    )
+    parser.set_defaults(has_node_flags=True)
+    _add(
+        group,
+        "nnodes",
+        "--nnodes",
+        type=int,
+        metavar="N",
+        help="machines of the job (1, or as the environment says)",
+    )
     _add(
         group,
         "node_rank",

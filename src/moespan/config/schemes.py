@@ -10,6 +10,7 @@ which vLLM and llm-compressor read and write. All schemes are symmetric. Three f
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -80,7 +81,8 @@ _HEAD, _ROUTER = "lm_head", "re:.*mlp.gate$"
 # A pattern of `ignore` is matched against the name of every module. Patterns that could backtrack
 # for long are refused.
 _PATTERN = re.compile(r"\^?(?:[\w.]|\\\.|\.\*)*\$?")
-_MOST_WILDCARDS = 3
+_RE = "re:"
+_MOST_WILDCARDS, _MOST_PATTERNS = 3, 64
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,7 @@ class QuantizationConfig:
             raise ConfigError(
                 f"quantization_config: ignore={shown(ignore)} must be a list of names"
             )
-        for name in ignore:
-            _check_pattern(name)
+        _check_patterns([name for name in ignore if name.startswith(_RE)])
         return cls(scheme, tuple(ignore))
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,12 +177,17 @@ class QuantizationConfig:
 
     def holds(self, module: str) -> bool:
         """Whether the weight of the linear layer with the HF name `module` is quantised."""
-        return not any(
-            re.match(name.removeprefix("re:"), module)
-            if name.startswith("re:")
-            else name in (module, "Linear")
-            for name in self.ignore
-        )
+        if self._ignored_names & {module, "Linear"}:
+            return False
+        return not any(pattern.match(module) for pattern in self._ignored_patterns)
+
+    @functools.cached_property
+    def _ignored_names(self) -> frozenset[str]:
+        return frozenset(self.ignore)
+
+    @functools.cached_property
+    def _ignored_patterns(self) -> list[re.Pattern[str]]:
+        return [re.compile(name[len(_RE) :]) for name in self.ignore if name.startswith(_RE)]
 
 
 def _only_group(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,13 +265,18 @@ def _require(raw: Mapping[str, Any], **implemented: tuple[Any, ...]) -> None:
             )
 
 
-def _check_pattern(name: str) -> None:
-    """Refuse a pattern of `ignore` that is more than letters, dots and a few `.*`."""
-    if not name.startswith("re:"):
-        return
-    pattern = name.removeprefix("re:")
-    if not _PATTERN.fullmatch(pattern) or pattern.count("*") > _MOST_WILDCARDS:
+def _check_patterns(names: list[str]) -> None:
+    """Refuse patterns of `ignore` that are more than letters, dots and a few `.*`, or many."""
+    if len(names) > _MOST_PATTERNS:
         raise ConfigError(
-            f"quantization_config: the pattern {shown(name)} in ignore is refused: only letters, "
-            f"dots and at most {_MOST_WILDCARDS} of .* are read; name the modules instead"
+            f"quantization_config: ignore has {len(names)} patterns; at most {_MOST_PATTERNS} are "
+            "read; name the modules instead"
         )
+    for name in names:
+        pattern = name[len(_RE) :]
+        if not _PATTERN.fullmatch(pattern) or pattern.count("*") > _MOST_WILDCARDS:
+            raise ConfigError(
+                f"quantization_config: the pattern {shown(name)} in ignore is refused: only "
+                f"letters, dots and at most {_MOST_WILDCARDS} of .* are read; name the modules "
+                "instead"
+            )

@@ -1,9 +1,9 @@
-"""Parsers for the output of Ascend's programs and for its version files. Pure functions of text.
+"""Parsers for the output of Ascend's programs. Pure functions of text.
 
-Users of 910B and 910C servers have published the formats of `npu-smi info`, `hccn_tool ... -tls -g`
-and `ascend_toolkit_install.info`. The formats of the other `hccn_tool` queries, `version.info` and
-`version.cfg` are those of the vendor's pages. Text in another format gives an empty result, never
-an exception.
+Users of 910B and 910C servers have published the formats of `npu-smi info` and
+`hccn_tool ... -tls -g`. The formats of the other `hccn_tool` queries are those of the vendor's
+pages. Text in another format gives an empty result, never an exception. `moespan.machine.cann`
+parses the files with versions.
 """
 
 from __future__ import annotations
@@ -94,24 +94,6 @@ def parse_npu_smi(text: str) -> NpuReport:
         elif len(numbers) >= 2:
             head = int(numbers[0]), numbers[1], cells[1]
     return NpuReport(version=version[1] if version else "", npus=npus, processes=processes)
-
-
-def parse_key_values(text: str) -> dict[str, str]:
-    """Lines `key=value` of `version.info`, `*_install.info` and `/etc/hccn.conf`; keys in lower
-    case."""
-    pairs = (line.split("=", 1) for line in text.splitlines() if "=" in line)
-    return {key.strip().lower(): value.strip() for key, value in pairs}
-
-
-def parse_version_cfg(text: str) -> str:
-    """The version of CANN in its `version.cfg`.
-
-    ```
-    toolkit_running_version=[7.7.0.1.238:8.3.RC1]
-    ```
-    """
-    found = re.search(r"^toolkit_(?:running|installed)_version\s*=\s*\[+([^\]]+)\]", text, re.M)
-    return found[1].rpartition(":")[2].strip() if found else ""
 
 
 def parse_link(text: str) -> str:

@@ -10,6 +10,7 @@ from moespan.doctor import ascend_tools
 from moespan.doctor.host import Host, Output, npu_smi
 from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
+from moespan.machine.cann import parse_key_values
 from moespan.machine.topology import format_list
 
 _IMPORT_S = 50.0
@@ -41,7 +42,7 @@ def links(host: Host, job: JobSpec) -> Iterator[Finding]:
         return
     must = problem if job.nodes.nnodes > 1 else warning
     only = "" if job.nodes.nnodes > 1 else " (needed between servers only)"
-    configured = ascend_tools.parse_key_values(host.read("/etc/hccn.conf"))
+    configured = parse_key_values(host.read("/etc/hccn.conf"))
     addresses = {key: value for key, value in configured.items() if key.startswith("address_")}
     doubled = {value for value in addresses.values() if list(addresses.values()).count(value) > 1}
     if doubled:

@@ -28,7 +28,7 @@ COMMAND_S = 10.0
 _REAP_S = 1.0
 
 _DRIVER_TOOLS = "usr/local/Ascend/driver/tools"
-_PACKAGES = ("torch", "torch-npu")
+_PACKAGES = ("torch", "torch-npu", "pyyaml", "setuptools")
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):

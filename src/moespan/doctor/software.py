@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from moespan.doctor import ascend_tools, compatibility
 from moespan.doctor.host import Host, npu_smi
 from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.doctor.variables import contradictions
+from moespan.machine import cann as cann_versions
 from moespan.machine.hccl import why_not_aiv
 from moespan.machine.interfaces import GLOO_INTERFACE, wrong_interface
 from moespan.machine.topology import npu_chip
 from moespan.version import __version__
+
+NEEDED_BY_TORCH_NPU = ("pyyaml", "setuptools")
+"""Packages that torch_npu imports, but whose absence pip does not notice."""
 
 
 def software(host: Host, job: JobSpec) -> Iterator[Finding]:
@@ -25,8 +28,8 @@ def software(host: Host, job: JobSpec) -> Iterator[Finding]:
     )
     if not torch:
         yield problem(words, "pip install torch, in the version that your torch_npu needs")
-    elif not compatibility.at_least(torch, compatibility.LEAST_TORCH):
-        yield problem(words, f"moespan needs torch {compatibility.LEAST_TORCH} or later")
+    elif not cann_versions.at_least(torch, cann_versions.LEAST_TORCH):
+        yield problem(words, f"moespan needs torch {cann_versions.LEAST_TORCH} or later")
     elif not (3, 10) <= version[:2] < (3, 14):
         yield problem(words, "moespan needs Python 3.10 to 3.13")
     else:
@@ -43,44 +46,36 @@ def torch_npu(host: Host, job: JobSpec) -> Iterator[Finding]:
         else:
             yield skipped("torch-npu is not installed, and the job does not need it")
         return
-    base = compatibility.release(torch_npu)
-    if torch and compatibility.release(torch) != base:
+    base = cann_versions.release(torch_npu)
+    if torch and cann_versions.release(torch) != base:
         yield problem(
             f"torch_npu {torch_npu} was built for torch {base}, but torch {torch} is installed",
             f"pip install torch=={base}",
         )
         return
-    fitting = compatibility.cann_of(torch_npu)
-    if not fitting:
-        newest = ", ".join(next(iter(compatibility.TORCH_NPU_OF_CANN.values())))
-        yield warning(
-            f"torch_npu {torch_npu} is not in the compatibility table",
-            f"use one of these: {newest}",
+    lacking = [name for name in NEEDED_BY_TORCH_NPU if name not in host.packages]
+    if lacking:
+        yield problem(
+            f"torch_npu {torch_npu} imports {', '.join(lacking)}, which its wheel does not ask for",
+            f"pip install {' '.join(lacking)}",
         )
         return
-    cann, where = _cann_version(host)
-    known = compatibility.known_cann(cann)
-    if not cann:
-        yield skipped(f"torch_npu {torch_npu} needs CANN {' or '.join(fitting)}; none found")
-    elif known is None:
-        yield warning(
-            f"CANN {cann} in {where} is not in the compatibility table; torch_npu {torch_npu} "
-            f"needs {' or '.join(fitting)}",
-            f"install CANN {fitting[0]}, or a torch_npu for {cann}",
-        )
-    elif known not in fitting:
-        others = ", ".join(compatibility.TORCH_NPU_OF_CANN[known])
-        yield problem(
-            f"torch_npu {torch_npu} needs CANN {' or '.join(fitting)}, but {where} has {cann}",
-            f"install CANN {fitting[0]}, or torch_npu {others}",
-        )
+    cann, where = _installed_cann(host)
+    verdict = cann_versions.judge(torch_npu, cann)
+    words = verdict.found + (f" (found in {where})" if cann else "")
+    if not verdict.is_supported:
+        yield problem(words, verdict.fix)
+    elif not verdict.is_listed:
+        yield warning(words, verdict.fix)
+    elif not cann:
+        yield skipped(words)
     else:
-        yield ok(f"torch_npu {torch_npu} with torch {torch} and CANN {cann}")
+        yield ok(f"{verdict.found}, with torch {torch}")
 
 
 def cann(host: Host, job: JobSpec) -> Iterator[Finding]:
     home = host.environ.get("ASCEND_HOME_PATH")
-    version, where = _cann_version(host)
+    version, where = _installed_cann(host)
     if home and not host.exists(home):
         yield problem(
             f"ASCEND_HOME_PATH={home} does not exist, and torch_npu relies on it",
@@ -105,7 +100,7 @@ def cann(host: Host, job: JobSpec) -> Iterator[Finding]:
 
 def driver(host: Host, job: JobSpec) -> Iterator[Finding]:
     driver, firmware = (
-        ascend_tools.parse_key_values(host.read(f"/usr/local/Ascend/{part}/version.info")).get(
+        cann_versions.parse_key_values(host.read(f"/usr/local/Ascend/{part}/version.info")).get(
             "version"
         )
         for part in ("driver", "firmware")
@@ -157,20 +152,5 @@ def environment(host: Host, job: JobSpec) -> Iterator[Finding]:
         )
 
 
-def _cann_version(host: Host) -> tuple[str, str]:
-    """Version and folder of CANN; both empty if none is installed."""
-    homes = [
-        host.environ.get("ASCEND_HOME_PATH", ""),
-        host.environ.get("ASCEND_TOOLKIT_HOME", ""),
-        "/usr/local/Ascend/ascend-toolkit/latest",
-        "/usr/local/Ascend/cann",
-    ]
-    for home in filter(None, homes):
-        machine = f"{host.architecture}-linux"
-        for folder in (f"{home}/{machine}", home):
-            text = host.read(f"{folder}/ascend_toolkit_install.info")
-            if version := ascend_tools.parse_key_values(text).get("version"):
-                return version, home
-        if version := ascend_tools.parse_version_cfg(host.read(f"{home}/version.cfg")):
-            return version, home
-    return "", ""
+def _installed_cann(host: Host) -> tuple[str, str]:
+    return cann_versions.installed_cann(host.environ, host.read, host.architecture)

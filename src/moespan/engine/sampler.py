@@ -1,7 +1,8 @@
 """From logits to tokens. Every draw is a pure function of its row, its seed and its position.
 
-So a seeded request gets the same tokens in any batch: one uniform number, made from seed and
-position, picks from the cumulative distribution.
+One uniform number, made from seed and position, picks from the cumulative distribution. So a seeded
+request whose logits do not change gets the same tokens in any batch. In float32 they change by less
+than what decides between tokens; in 16 bits the batch rounds them differently.
 
 CPUs and GPUs sum the distribution in float64 and search the sums. NPUs round it to multiples of
 2⁻³⁰, sum integers, and count the sums that do not exceed the target (`_draw_in_integers`). Both

@@ -9,17 +9,24 @@ from pathlib import Path
 
 from moespan.device import DEVICES
 from moespan.errors import ConfigError
+from moespan.machine.cann import check_installed
 
 
 def choose_device(wanted: str) -> str:
     """`wanted`, or for `auto` the best device that this machine has and this torch can use.
 
     Raises:
-        ConfigError: the wanted device is not there, or torch cannot use it.
+        ConfigError: the wanted device is not there, torch cannot use it, or moespan does not run on
+            the installed versions of its software.
     """
     if wanted == "auto":
-        return next(name for name in _present() if DEVICES[name].is_host or _is_usable(name))
+        found = next(name for name in _present() if DEVICES[name].is_host or _is_usable(name))
+        if found == "npu":
+            check_installed()
+        return found
     if not DEVICES[wanted].is_host:
+        if wanted == "npu":
+            check_installed()
         load_plugin(wanted)
         if not _is_usable(wanted):
             raise ConfigError(

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from moespan.checkpoint.writer import naming
 from moespan.config import SCHEMES, Layout, ModelConfig
 from moespan.engine.request import Request, SamplingParams
 from moespan.errors import ConfigError, RequestError, shortened, shown
@@ -383,7 +384,8 @@ def write_reference(
     metadata = {"made_by": "moespan", "dtype": llm.config.dtype}
     if llm.info.quantization is not None:
         metadata["quantization"] = llm.info.quantization
-    save_file(tensors, str(path), metadata=metadata)
+    with naming(path):
+        save_file(tensors, str(path), metadata=metadata)
 
 
 def _compute(

@@ -152,62 +152,6 @@ def test_decode_steps_are_started_ahead_without_a_wait_for_the_device(
     assert results == [first, execute(worker, steps[1])]
 
 
-_INTEGERS = {torch.int32, torch.int64}
-# Operations that an A2 runs on its AI CPU for these dtypes (op_api of each in CANN 9.1.0).
-ON_AI_CPU = {
-    "bitwise_not": _INTEGERS,
-    "constant_pad_nd": {torch.int64},
-    "cumsum": {torch.float64, torch.int64},
-    "masked_fill": {torch.int64},
-    "masked_fill_": {torch.int64},
-    "searchsorted": {torch.float32, *_INTEGERS},
-    "sort": _INTEGERS,
-}
-
-
-class OnAiCpu(TorchDispatchMode):
-    """Lists operations that an A2 runs on its AI CPU; operations of float64 are among them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        # `cumsum` casts first; other operations compute in the dtype that they are given.
-        looked_at = tree_leaves(result if name == "cumsum" else args)
-        tensors = [x for x in looked_at if isinstance(x, torch.Tensor) and x.device.type == "npu"]
-        slow = {torch.float64, *ON_AI_CPU.get(name, ())}
-        self.seen += [f"{name} of {x.dtype}" for x in tensors if x.dtype in slow]
-        return result
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"temperature": 0.7},
-        {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
-        {"temperature": 0.7, "top_p": 0.9, "min_p": 0.01},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("integers", [{}, *INTEGERS], ids=str)
-def test_no_operation_of_a_decode_step_falls_to_the_ai_cpu(
-    settings: dict[str, float], integers: dict[str, str]
-):
-    worker = npu_worker(FUSED, block_size=32, dtype="bfloat16", enforce_eager=True, **integers)
-    execute(worker, decode([3, 23, 3], **settings))
-    step = decode([4, 24, 4], **settings)
-    step.token_ids[:] = [~0, ~1, ~2]
-    with OnAiCpu() as on_ai_cpu:
-        started = worker.execute(StepPlans.of([step]))
-        assert started is not None
-        started.wait()
-    assert on_ai_cpu.seen == []
-
-
 KERNELS = {
     # all experts here, and half of them
     "whole": "AddRmsNorm Matmul InplaceCopy ApplyRotaryPosEmbV2 ScatterPaKvCache "

@@ -96,26 +96,26 @@ class TestCallsOnAnA2(Contract):
     @pytest.mark.parametrize("num_held", [1, 2])
     def test_one_count_is_given_to_the_grouped_matmul_as_an_end(self, ops: Ops, num_held: int):
         x, bank, chosen = self.part_of_the_experts(ops, num_held, 4)
-        calls = called("npu_grouped_matmul", lambda: ops.experts(*x, *chosen, bank))
+        calls = called("npu_grouped_matmul", lambda: ops.experts(x, *chosen, bank))
         assert [kwargs["group_list_type"] for _, kwargs in calls] == [int(num_held > 1)] * 2
 
     def test_of_rows_of_other_ranks_only_the_last_one_is_cleared(self, ops: Ops):
         x, bank, chosen = self.part_of_the_experts(ops, 2, 4)
         with Written() as written:
-            ops.experts(*x, *chosen, bank)
+            ops.experts(x, *chosen, bank)
         assert written.shapes == [(1, 16)]
 
     def part_of_the_experts(
         self, ops: Ops, num_held: int, num_experts: int
-    ) -> tuple[list[Tensor], ExpertBank, list[Tensor]]:
+    ) -> tuple[Tensor, ExpertBank, tuple[Tensor, Tensor]]:
         """Tokens, the first experts, and the router's choice, on the device."""
         x = self.random(9, 16, dtype=torch.bfloat16)
         weights, chosen = self.random(9, num_experts).softmax(-1).topk(2)
         gate_up, down = (self.random(num_held, 16, 16, dtype=torch.bfloat16) for _ in range(2))
         gate_up = torch.cat([gate_up, gate_up], 1)
         matrices = self.prepared(ops, "layers.0.mlp.experts", gate_up=gate_up, down=down)
-        bank = ExpertBank(*matrices, 0, num_experts)
-        return self.to(x), bank, self.to(weights, chosen)
+        bank = ExpertBank(matrices[0], matrices[1], 0, num_experts)
+        return self.to(x)[0], bank, self.to(weights, chosen)
 
     @pytest.mark.parametrize(("query_lens", "is_masked"), [([1, 1, 1], False), ([1, 2, 1], True)])
     def test_decode_without_a_mask(self, query_lens: list[int], is_masked: bool):
@@ -158,7 +158,7 @@ class TestCallsOnAnA2(Contract):
         x = torch.arange(5.0).npu()
         for overlaps in (False, True):
             ops = NpuOps(options=EngineOptions(npu_overlap_shared=overlaps))
-            streams = []
+            streams: list[Any] = []
 
             def on(factor: int, streams: list[Any] = streams) -> Tensor:
                 streams.append(torch.npu.current_stream())

@@ -1,0 +1,92 @@
+"""The last table of `ascend_acceptance.sh`: which options to switch on for this machine.
+
+    python benchmarks/acceptance_options.py OUT
+
+OUT holds what the script wrote: `options.jsonl`, the options that were tried; `summary.jsonl`, the
+exit code of each step; and a log of `bench --json` without and with each option. An option is worth
+switching on if it verified, and if some phase gains 3 % or more and none loses as much.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+THRESHOLD = 0.03
+"""Differences below this share are within the noise of two runs."""
+
+
+def main(out: Path) -> None:
+    """Print one line for each option, and the options to switch on."""
+    codes = {one["step"]: one["exit_code"] for one in _lines(out / "summary.jsonl")}
+    rows = [_row(out, option, codes) for option in _lines(out / "options.jsonl")]
+    if not rows:
+        print("no option was tried")
+        return
+    rows.insert(
+        0, ("option", "layout", "verified", "speed with it (decode 1, prefill, ...)", "switch on")
+    )
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for row in rows:
+        print(
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    worth = [row[0] for row in rows[1:] if row[4] == "yes"]
+    print(f"switch on: {'; '.join(worth) or 'none'}")
+
+
+def judge(gains: dict[str, float]) -> str:
+    """What to do with an option whose phases gain these shares."""
+    better = any(gain >= THRESHOLD for gain in gains.values())
+    worse = any(gain <= -THRESHOLD for gain in gains.values())
+    if better and worse:
+        return "depends: see the speeds"
+    return "yes" if better else "no"
+
+
+def _row(out: Path, option: dict[str, str], codes: dict[str, int]) -> tuple[str, ...]:
+    name, how = option["option"], option["how"]
+    verified = codes.get(f"option-{name}-verify") == 0
+    head = (how, option["layout"], "yes" if verified else "NO")
+    without, with_it = (
+        _speeds(out / f"option-{name}-{which}.log") for which in ("without", "with")
+    )
+    gains = {
+        phase: with_it[phase] / speed - 1
+        for phase, speed in without.items()
+        if speed > 0 and phase in with_it
+    }
+    speeds = ", ".join(f"{phase} {gain:+.1%}" for phase, gain in gains.items()) or "-"
+    if not verified:
+        return (*head, speeds, f"no: see option-{name}-verify.log")
+    if not gains:
+        missing = "with" if without else "without"
+        return (*head, speeds, f"unknown: see option-{name}-{missing}.log")
+    return (*head, speeds, judge(gains))
+
+
+def _speeds(log: Path) -> dict[str, float]:
+    """Tokens per second of each phase in the last JSON line of a log; empty if there is none."""
+    try:
+        text = log.read_text(errors="replace")
+        found = [line for line in text.splitlines() if line.startswith("{")]
+        record = json.loads(found[-1])
+        return {
+            f"{phase} {size}": float(one["tokens_per_s"])
+            for phase in ("decode", "prefill")
+            for size, one in record[phase].items()
+        }
+    except (OSError, ValueError, KeyError, IndexError):
+        return {}
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,168 @@
+"""Every verb in broken surroundings: it works, or ends in bounded time with one clear line."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.support import DATA, QUICKSTART
+
+TINY = DATA / "oracle" / "tiny"
+REFERENCE = TINY / "ref" / "ref_logits.safetensors"
+MOST_SECONDS = 150
+"""Far more than any of these takes, even on a machine that is busy with other tests."""
+
+VERBS = {
+    "generate": "generate {quick} --quiet --device cpu --prompt 1+1=",
+    "generate-file": "generate {quick} --quiet --device cpu --input {tmp}/in --output {tmp}/out",
+    "verify": "verify {tiny} --reference {ref} --device cpu --dtype float32",
+    "reference": "verify {tiny} --reference {tmp}/ref --write-reference --device cpu",
+    "bench": (
+        "bench {quick} --device cpu --prefill 8 --decode-batch 1 --context 8 --decode-tokens 2 "
+        "--repeats 1"
+    ),
+    "info": "info {quick}",
+    "doctor": "doctor --device cpu",
+    "make-checkpoint": "make-checkpoint {tmp}/made",
+    "quantize": "quantize {quick} {tmp}/quantized",
+}
+PRINTING = {"generate", "verify", "bench", "info", "doctor", "reference"}
+WRITING = {"generate-file", "reference", "make-checkpoint", "quantize"}
+WITHOUT_TORCH = {"info", "doctor"}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Surroundings of a run.
+
+    Attributes:
+        environment: variables; None for one that is not set.
+        closed: descriptors that are closed.
+        stdout: file that takes the place of stdout.
+        limits: resource → the most of it.
+        fails: verbs that cannot work like this, for the reason that `says` matches.
+        may_fail: verbs that work or not, depending on the machine.
+    """
+
+    environment: dict[str, str | None] = field(default_factory=dict)
+    closed: tuple[int, ...] = ()
+    stdout: str | None = None
+    limits: dict[int, int] = field(default_factory=dict)
+    in_a_gone_folder: bool = False
+    fails: frozenset[str] = frozenset()
+    may_fail: frozenset[str] = frozenset()
+    says: str = ""
+
+
+EVERY = frozenset(VERBS)
+SURROUNDINGS = {
+    "bare": Broken(
+        # No home, no folder for temporary files, no programs, an unknown language, and an encoding
+        # that lacks most characters.
+        environment={
+            "HOME": None,
+            "TMPDIR": "/nowhere",
+            "LC_ALL": "xx_YY.unknown",
+            "LANG": "xx",
+            "PATH": "",
+            "PYTHONIOENCODING": "ascii",
+            "XDG_CACHE_HOME": None,
+        }
+    ),
+    "a home that is not there": Broken(environment={"HOME": "/nowhere"}),
+    "no stdout": Broken(
+        closed=(1,), fails=frozenset(PRINTING), says="stdout cannot be written: Bad file descriptor"
+    ),
+    "a full stdout": Broken(
+        stdout="/dev/full",
+        fails=frozenset(PRINTING),
+        says="stdout cannot be written: No space left on device",
+    ),
+    "no stderr": Broken(closed=(2,)),
+    "no streams": Broken(closed=(0, 1, 2), fails=frozenset(PRINTING)),
+    "no current folder": Broken(
+        in_a_gone_folder=True, fails=EVERY, says="the current folder is gone: .*; cd to another"
+    ),
+    "few descriptors": Broken(limits={resource.RLIMIT_NOFILE: 9}, may_fail=EVERY),
+    "little memory": Broken(
+        limits={resource.RLIMIT_AS: 250 << 20}, fails=EVERY - WITHOUT_TORCH, may_fail=WITHOUT_TORCH
+    ),
+    "a full disk": Broken(
+        limits={resource.RLIMIT_FSIZE: 64}, fails=frozenset(WRITING), says="{tmp}/.*File too large"
+    ),
+}
+# The rows that test code of all verbs in common take only some.
+ONLY = {
+    "a home that is not there": {"generate"},
+    "a full stdout": {"generate", "info"},
+    "no stderr": {"generate", "info", "quantize"},
+    "no streams": {"generate-file", "doctor", "make-checkpoint"},
+    "no current folder": {"generate", "info"},
+    "few descriptors": EVERY - {"bench"},
+    "a full disk": WRITING,
+}
+
+
+@pytest.mark.parametrize(
+    ("surroundings", "verb"),
+    [
+        pytest.param(name, verb, id=f"{name}-{verb}")
+        for name in SURROUNDINGS
+        for verb in sorted(ONLY.get(name, VERBS))
+    ],
+)
+def test_a_verb_works_or_says_why_not_in_one_line(tmp_path: Path, surroundings: str, verb: str):
+    broken = SURROUNDINGS[surroundings]
+    code, said = run_in(broken, verb, tmp_path)
+    errors = [line for line in said.splitlines() if line.startswith("moespan: ")]
+    assert "Traceback" not in said
+    if verb in broken.fails:
+        assert code == 1
+    elif verb not in broken.may_fail:
+        assert code == 0, said
+    assert code in (0, 1)
+    if code == 1 and 2 not in broken.closed:
+        assert len(errors) == 1, said
+        assert re.search(broken.says.format(tmp=re.escape(str(tmp_path))), errors[0])
+
+
+def run_in(broken: Broken, verb: str, folder: Path) -> tuple[int, str]:
+    """Run a verb; → its exit code, and all that it says on stderr."""
+    (folder / "in").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
+    command = VERBS[verb].format(quick=QUICKSTART, tiny=TINY, ref=REFERENCE, tmp=folder)
+    current = folder / "gone"
+    current.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    for name, value in broken.environment.items():
+        environment.pop(name, None)
+        if value is not None:
+            environment[name] = value
+
+    def prepare() -> None:
+        if broken.in_a_gone_folder:
+            current.rmdir()
+        if broken.stdout is not None:
+            os.dup2(os.open(broken.stdout, os.O_WRONLY), 1)
+        for descriptor in broken.closed:
+            os.close(descriptor)
+        for limit, value in broken.limits.items():
+            resource.setrlimit(limit, (value, value))
+
+    process = subprocess.run(
+        [sys.executable, "-m", "moespan", *command.split()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,  # not a file, whose size a limit could bound
+        env=environment,
+        cwd=current,
+        timeout=MOST_SECONDS,
+        preexec_fn=prepare,
+    )
+    return process.returncode, process.stderr.decode()
