@@ -59,10 +59,11 @@ def judged(
                 place,
                 alive=tick * alive,
                 changes=tick if place.rank in moving else 0,
+                is_stopped=place.rank in stopped,
             )
             for place in places
         ]
-        failure = watch.look(now, stopped)
+        failure = watch.look(now)
         if failure is not None:
             return failure
     return None
@@ -91,8 +92,13 @@ def test_a_rank_that_is_stopped_again_and_again_for_a_moment_is_well() -> None:
     watch = StallWatch(20.0, range(4), 1, clock)
     for tick in range(100):
         clock.now += TICK_S
-        places = [msgspec.structs.replace(place, changes=tick) for place in HANGING]
-        assert watch.look(places, [2] if tick % 4 else []) is None
+        places = [
+            msgspec.structs.replace(
+                place, changes=tick, is_stopped=place.rank == 2 and tick % 4 > 0
+            )
+            for place in HANGING
+        ]
+        assert watch.look(places) is None
 
 
 def test_a_hang_names_the_rank_that_the_others_wait_for() -> None:
@@ -160,7 +166,7 @@ def test_a_pause_of_the_whole_machine_is_one_tick() -> None:
     watch = StallWatch(20.0, range(4), 1, clock)
     for _ in range(10):
         clock.now += 1000
-        assert watch.look(HANGING, []) is None
+        assert watch.look(HANGING) is None
 
 
 def test_the_hang_of_another_node_is_named_with_its_node() -> None:
@@ -170,6 +176,22 @@ def test_the_hang_of_another_node_is_named_with_its_node() -> None:
     # Both nodes say the same, so that their stacks can be put together.
     other = judged(HANGING[::-1], 22, nnodes=2, own=range(2, 4))
     assert other == failure
+
+
+def test_a_hang_because_of_a_stopped_rank_of_any_node_names_the_stop() -> None:
+    stopped = [msgspec.structs.replace(place, is_stopped=place.rank == 3) for place in HANGING]
+    clock = Time()
+    for own in (range(2), range(2, 4)):
+        watch = StallWatch(2.0, own, 2, clock)
+        watch.look(stopped)
+        for _ in range(4):
+            clock.now += TICK_S
+            failure = watch.look(stopped)
+        assert failure is not None
+        said = str(failure.to_error(starting=False))
+        assert said.startswith(
+            "node 1, rank 3 is stopped (SIGSTOP or a debugger) in step 7, in all"
+        )
 
 
 def test_many_places_are_cut_short() -> None:

@@ -248,10 +248,11 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
     def _look(self, patience: float = 1.0) -> Failure | None:
         places = [self._place(rank) for rank in self._pids()]
         self._peers.show(places)
-        return self._stalls.look([*places, *self._peers.places()], self._stopped(), patience)
+        return self._stalls.look([*places, *self._peers.places()], patience)
 
     def _place(self, rank: int) -> Place:
-        return self._beats.place(rank - self._first_rank, rank)
+        place = self._beats.place(rank - self._first_rank, rank)
+        return msgspec.structs.replace(place, is_stopped=is_stopped(self._pids()[rank]))
 
     def _meanwhile(self) -> str:
         """Stacks of the ranks that still run; the others waited for one of them."""

@@ -18,7 +18,7 @@ Imports no torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from moespan.errors import EngineDeadError
 from moespan.launch.fate import is_stopped
@@ -79,14 +79,11 @@ class StallWatch:
         self._stopped = {rank: Silence(clock) for rank in own}
         self._idle = {rank: Silence(clock) for rank in own}
 
-    def look(
-        self, places: Sequence[Place], stopped: Collection[int], patience: float = 1.0
-    ) -> Failure | None:
+    def look(self, places: Sequence[Place], patience: float = 1.0) -> Failure | None:
         """The failure that has to end the job, if any. Call it again and again.
 
         Args:
             places: all ranks of the job whose places are known, those of this node included.
-            stopped: ranks of this node whose processes are stopped now.
             patience: part of the limit for which a step must have made no progress.
         """
         # In one order, so that all nodes say the same.
@@ -94,9 +91,9 @@ class StallWatch:
         own = {place.rank: place for place in places if place.rank in self._own}
         for rank, place in own.items():
             # Of a running rank, the clock is a value that is new at each look.
-            value: object = "stopped" if rank in stopped else object()
+            value: object = "stopped" if place.is_stopped else object()
             if self._stopped[rank].look(value) >= STOPPED_S:
-                return self._failure(f"{_STOPPED} {_while(place)}", place)
+                return self._stop(place)
         for rank, place in own.items():
             value = place.alive if place.state == IDLE else object()
             silent_s = self._idle[rank].look(value)
@@ -113,6 +110,9 @@ class StallWatch:
 
     def _hang(self, places: Sequence[Place], busy: Sequence[Place], limit_s: float) -> Failure:
         """The failure of a step in which nothing happens any more."""
+        stopped = next((place for place in places if place.is_stopped), None)
+        if stopped is not None:
+            return self._stop(stopped)
         since = f"no rank has got further for {limit_s:g} s (--step-timeout)"
         where = "".join(f"\n  {line}" for line in waits(places))
         # A rank that waits for no other one is what the others wait for.
@@ -122,6 +122,9 @@ class StallWatch:
                 rank=None, kind="", message=f"a step hangs inside collectives: {since}{where}"
             )
         return self._failure(f"hangs {culprits[0]}: {since}{where}", culprits[0])
+
+    def _stop(self, place: Place) -> Failure:
+        return self._failure(f"{_STOPPED} {_while(place)}", place)
 
     def _failure(self, message: str, place: Place) -> Failure:
         node = f"node {place.rank // len(self._own)}" if self._nnodes > 1 else ""

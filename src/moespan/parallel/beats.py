@@ -68,6 +68,7 @@ class Place(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         is_inside: whether the rank is inside `collective`; otherwise it has left `collective`.
         collective: name, axis and module; empty if the step has had none.
         peers: ranks with which the rank communicates in `collective`, without itself.
+        is_stopped: a signal or a debugger has stopped the process. Its agent finds that out.
     """
 
     rank: int
@@ -80,6 +81,7 @@ class Place(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     is_inside: bool = False
     collective: str = ""
     peers: tuple[int, ...] = ()
+    is_stopped: bool = False
 
     @property
     def is_busy(self) -> bool:
