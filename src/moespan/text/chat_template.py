@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from moespan.errors import RequestError, TokenizerError
+from moespan.errors import RequestError, TokenizerError, shown
 
 if TYPE_CHECKING:
     import subprocess
@@ -114,10 +114,10 @@ def _checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, s
         for key, value in message.items():
             if not isinstance(key, str) or not isinstance(value, str):
                 raise RequestError(
-                    f"{name}[{key!r}] is {type(value).__name__}; it must be a string"
+                    f"{name}[{shown(key)}] is {type(value).__name__}; it must be a string"
                 )
             check_unicode(key, f"a key of {name}")
-            check_unicode(value, f"{name}[{key!r}]")
+            check_unicode(value, f"{name}[{shown(key)}]")
     return [dict(message) for message in messages]
 
 
