@@ -402,7 +402,8 @@ def test_ranks_get_the_environment_that_is_printed(tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    rows = [line.split()[:3] for line in printed.splitlines()[1:]]
+    table, _ = printed.split("\n\n")  # the nodes of the job follow
+    rows = [line.split()[:3] for line in table.splitlines()[1:]]
     assert ["GLOO_SOCKET_IFNAME", "lo", "moespan"] in rows
     for rank in range(2):
         has = json.loads((tmp_path / f"{rank}.json").read_text())
