@@ -15,34 +15,34 @@ from tests.support import QUICKSTART
 GREEDY = SamplingParams(temperature=0)
 USER = {"role": "user", "content": "12+30="}
 
-WRONG: dict[str, Callable[[LLM], object]] = {
-    "no prompts": lambda llm: llm.generate(None),  # type: ignore[arg-type]
-    "a number": lambda llm: llm.generate(5),  # type: ignore[arg-type]
-    "a set": lambda llm: llm.generate({"1+1="}),  # type: ignore[arg-type]
-    "bytes": lambda llm: llm.generate(b"1+1="),  # type: ignore[arg-type]
-    "a generator": lambda llm: llm.generate(text for text in ["1+1="]),  # type: ignore[arg-type]
-    "an array": lambda llm: llm.generate(np.array([1, 2])),  # type: ignore[arg-type]
-    "a tuple of ids": lambda llm: llm.generate([(1, 2)]),  # type: ignore[list-item]
-    "a pair": lambda llm: llm.request((1, 2)),  # type: ignore[arg-type]
-    "floats": lambda llm: llm.generate([[1.0, 2.0]]),  # type: ignore[list-item]
+WRONG: dict[str, Callable[[Any], object]] = {
+    "no prompts": lambda llm: llm.generate(None),
+    "a number": lambda llm: llm.generate(5),
+    "a set": lambda llm: llm.generate({"1+1="}),
+    "bytes": lambda llm: llm.generate(b"1+1="),
+    "a generator": lambda llm: llm.generate(text for text in ["1+1="]),
+    "an array": lambda llm: llm.generate(np.array([1, 2])),
+    "a tuple of ids": lambda llm: llm.generate([(1, 2)]),
+    "a pair": lambda llm: llm.request((1, 2)),
+    "floats": lambda llm: llm.generate([[1.0, 2.0]]),
     "a huge id": lambda llm: llm.generate([[10**6000]]),
-    "params as a dict": lambda llm: llm.generate("1+1=", {"n": 1}),  # type: ignore[arg-type]
-    "params in a list": lambda llm: llm.generate(["1+1="], [{"n": 1}]),  # type: ignore[list-item]
-    "params as text": lambda llm: llm.generate(["1+1="], "n"),  # type: ignore[arg-type]
-    "params as a number": lambda llm: llm.generate("1+1=", 0),  # type: ignore[arg-type]
-    "a stop of bytes": lambda llm: llm.generate("1+1=", SamplingParams(stop=b"x")),  # type: ignore[arg-type]
+    "params as a dict": lambda llm: llm.generate("1+1=", {"n": 1}),
+    "params in a list": lambda llm: llm.generate(["1+1="], [{"n": 1}]),
+    "params as text": lambda llm: llm.generate(["1+1="], "n"),
+    "params as a number": lambda llm: llm.generate("1+1=", 0),
+    "a stop of bytes": lambda llm: llm.generate("1+1=", SamplingParams(stop=b"x")),
     "stops that are numbers": lambda llm: llm.generate(
         "1+1=",
-        SamplingParams(stop=[1]),  # type: ignore[list-item]
+        SamplingParams(stop=[1]),
     ),
     "logprobs of bool": lambda llm: llm.generate("1+1=", SamplingParams(logprobs=True)),
     "a biased name": lambda llm: llm.generate(
         "1+1=",
-        SamplingParams(logit_bias={"a": 1}),  # type: ignore[dict-item]
+        SamplingParams(logit_bias={"a": 1}),
     ),
-    "one message": lambda llm: llm.chat(USER),  # type: ignore[arg-type]
-    "no messages": lambda llm: llm.chat(None),  # type: ignore[arg-type]
-    "text as messages": lambda llm: llm.chat("12+30="),  # type: ignore[arg-type]
+    "one message": lambda llm: llm.chat(USER),
+    "no messages": lambda llm: llm.chat(None),
+    "text as messages": lambda llm: llm.chat("12+30="),
     "an image": lambda llm: llm.chat([{"role": "user", "content": [{"type": "image_url"}]}]),
     "no content": lambda llm: llm.chat([{"role": "user", "content": None}]),
     "a huge key": lambda llm: llm.chat([{**USER, "k" * 10**6: 5}]),
@@ -59,6 +59,7 @@ def test_wrong_input_is_one_error_and_the_next_request_is_answered(tp: int):
             assert "\n" not in message, name
             assert len(message) < 400, name
         assert llm.generate("681+734=", GREEDY)[0].outputs[0].text == "1415"
+        assert llm.tokenizer is not None
         ids: Any = list(np.array(llm.tokenizer.encode("681+734=")))
         assert llm.generate(ids, GREEDY)[0].outputs[0].text == "1415"
         prompt: Any = {"prompt_token_ids": None, "prompt": "12+30="}
