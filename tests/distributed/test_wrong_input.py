@@ -30,15 +30,15 @@ WRONG: dict[str, Callable[[Any], object]] = {
     "params in a list": lambda llm: llm.generate(["1+1="], [{"n": 1}]),
     "params as text": lambda llm: llm.generate(["1+1="], "n"),
     "params as a number": lambda llm: llm.generate("1+1=", 0),
-    "a stop of bytes": lambda llm: llm.generate("1+1=", SamplingParams(stop=b"x")),
+    "a stop of bytes": lambda llm: llm.generate("1+1=", SamplingParams(stop=b"x")),  # type: ignore[arg-type]
     "stops that are numbers": lambda llm: llm.generate(
         "1+1=",
-        SamplingParams(stop=[1]),
+        SamplingParams(stop=[1]),  # type: ignore[list-item]
     ),
     "logprobs of bool": lambda llm: llm.generate("1+1=", SamplingParams(logprobs=True)),
     "a biased name": lambda llm: llm.generate(
         "1+1=",
-        SamplingParams(logit_bias={"a": 1}),
+        SamplingParams(logit_bias={"a": 1}),  # type: ignore[dict-item]
     ),
     "one message": lambda llm: llm.chat(USER),
     "no messages": lambda llm: llm.chat(None),
