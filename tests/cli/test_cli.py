@@ -777,3 +777,18 @@ def test_wrong_input_is_one_clear_line(
     assert says.format(**places) in error
     assert "Traceback" not in ran.err
     assert sorted(tmp_path.rglob("*")) == before  # no partial file is left
+
+
+def test_what_a_library_writes_to_stdout_is_not_among_the_answers(tmp_path: Path):
+    code = (
+        "import os, sys, moespan.cli, moespan.cli.info as info\n"
+        "run = info.run\n"
+        "def noisy(args):\n    os.write(1, b'[Gloo] noise\\n')\n    return run(args)\n"
+        "info.run = noisy\n"
+        "moespan.cli.main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", code, "info", str(QUICKSTART), "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0
+    assert json.loads(ran.stdout)["model"] == str(QUICKSTART)
+    assert "[Gloo] noise" in ran.stderr

@@ -67,7 +67,6 @@ def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     # An installed torch_npu without CANN would make `import torch` fail, for other devices too.
     keep_torch_npu_out()
-    log.keep_stdout_for_answers()
     run = print_environment if getattr(args, "print_env", False) else args.run
     log.set_up(args.log_level)
     try:

@@ -1,7 +1,8 @@
 """The standard streams of the command line, however the shell has set them up.
 
 stdout belongs to answers. A character that its encoding lacks is escaped, and never ends a run. An
-error of stdout names stdout. A stream that is closed does not hand its descriptor to another file.
+error of stdout names stdout. Lines that libraries write there go to stderr. A stream that is closed
+does not hand its descriptor to another file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import select
 import sys
 from typing import Any
 
+from moespan import log
 from moespan.errors import MoespanError
 
 
@@ -31,6 +33,7 @@ def prepare() -> None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    log.keep_stdout_for_answers()  # before stdout is replaced here
     if type(sys.stdout) is not io.TextIOWrapper:
         return
     old = sys.stdout
