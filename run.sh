@@ -27,7 +27,7 @@ if [ -z "${TP:-}${PP:-}${SP:-}${DP:-}" ]; then
     PP="$("$PYTHON" -m moespan.machine.cluster "$@")"
 fi
 case " $* " in
-    *" --prompt "* | *" --input "* | *" --help "* | *" -h "*) ;;
+    *" --prompt "* | *" --prompt="* | *" --input "* | *" --input="* | *" --help "* | *" -h "*) ;;
     *)
         if [ "$MODEL" = models/quickstart ]; then
             # What it was trained to do, with items that were kept out of its training.

@@ -695,6 +695,7 @@ WRONG_INPUT: list[tuple[str, str]] = [
     ("verify {quick} --reference {ref} --max-tokens 4", "or add --write-reference"),
     ("verify {quick} --reference {ref} --against {quick}", "or add --write-reference"),
     ("verify {quick} --trace", "--trace needs --reference"),
+    ("verify {quick} --all-layouts 2 -tp 2", "leave -tp, -ep, -pp, -sp and -dp out"),
     ("verify {quick} --nnodes 2", "on many nodes verify needs --reference"),
     ("quantize {quick} {tmp}", "{tmp} exists; choose another folder"),
     ("quantize {quick} {tmp}/no/r", "there is no folder {tmp}/no"),

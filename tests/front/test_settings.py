@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moespan import LLM
@@ -117,6 +118,47 @@ def test_a_step_has_room_for_a_token_of_each_sequence(options: dict[str, Any], e
 def test_a_small_step_is_taken_from_python_as_on_the_command_line():
     with LLM(MODEL, device="cpu", max_num_batched_tokens=32) as llm:
         assert llm.config.max_num_seqs == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tensor_parallel_size": "2"}, "tensor_parallel_size='2' must be an integer"),
+        ({"tensor_parallel_size": 2.0}, "tensor_parallel_size=2.0 must be an integer"),
+        ({"pipeline_parallel_size": True}, "pipeline_parallel_size=True must be an integer"),
+        ({"max_num_seqs": "3"}, "max_num_seqs='3' must be an integer or None"),
+        ({"join_timeout_s": "x"}, "join_timeout_s='x' must be a number"),
+        ({"enforce_eager": 1}, "enforce_eager=1 must be True or False"),
+        ({"pipeline_layers": "2,2"}, "pipeline_layers='2,2' must be None or a list of integers"),
+        ({"pipeline_layers": [1, "3"]}, "pipeline_layers=[1, '3'] must be a list of integers"),
+        ({"dtype": None}, "dtype=None must be text"),
+        ({"expert_placement": {"default": []}}, "expert_placement={'default': []} must be text"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_named(options: dict[str, Any], says: str):
+    with pytest.raises(ConfigError) as caught:
+        Settings(MODEL, **options)
+    assert says in str(caught.value)
+
+
+def test_numbers_and_paths_of_other_libraries_are_taken():
+    settings = Settings(QUICKSTART, tensor_parallel_size=np.int64(2), pipeline_layers=(1, 3))  # type: ignore[arg-type]
+    assert (settings.model, settings.tensor_parallel_size) == (MODEL, 2)
+    assert Settings(MODEL, join_timeout_s=5).join_timeout_s == 5
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("tp", "did you mean tensor_parallel_size?"),
+        ("tensor_paralel_size", "did you mean tensor_parallel_size?"),
+        ("gpu_memory_utilization", r"help\(LLM\) names them all"),
+    ],
+)
+def test_an_option_that_does_not_exist_names_the_nearest_one(option: str, hint: str):
+    wrong: dict[str, Any] = {option: 2}
+    with pytest.raises(TypeError, match=f"LLM has no option '{option}'; {hint}"):
+        LLM(MODEL, **wrong)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,14 @@ def test_one_command_gives_all_figures_of_a_checkpoint(capsys: pytest.CaptureFix
     assert report["layout"]["tp"] == 1 and report["model"] == str(QUICKSTART)
 
 
+def test_lengths_that_the_model_cannot_take_are_left_out_of_the_default(
+    capsys: pytest.CaptureFixture[str],
+):
+    code, out, err = run(capsys, "--preset", "tiny", "--decode-batch", "", *SMALL, "--json")
+    assert code == 0, err
+    assert list(json.loads(out)["prefill"]) == ["128"]
+
+
 @pytest.mark.slow
 def test_a_preset_needs_no_file_and_runs_under_a_layout_as_a_table(
     capsys: pytest.CaptureFixture[str],

@@ -34,9 +34,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefill",
         type=integers,
-        default=(128, 512, 2048),
         metavar="N,N,...",
-        help="lengths of single prompts (128,512,2048)",
+        help="lengths of single prompts (128,512,2048, as far as the model takes them)",
     )
     group.add_argument(
         "--decode-batch",
@@ -64,11 +63,15 @@ def run(args: argparse.Namespace) -> int:
     from moespan.measure.bench import Workload, bench, first_token_s
 
     workload = Workload(
-        args.prefill, args.decode_batch, args.context, args.decode_tokens, args.repeats
+        Workload.prefill if args.prefill is None else args.prefill,
+        args.decode_batch,
+        args.context,
+        args.decode_tokens,
+        args.repeats,
     )
     settings = _for_bench(settings_of(args), workload.decode_batch)
     if settings.model is None and (args.preset is None or settings.node_rank > 0):
-        args.usage_error("the following arguments are required: MODEL")
+        args.usage_error("one of the arguments MODEL --preset is required")
     serve_unless_first_node(settings)
     with contextlib.ExitStack() as stack:
         if args.preset is not None:
@@ -77,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
         llm = stack.enter_context(start_llm(settings))
         start_s = time.perf_counter() - started
         start_up_s = first_token_s(llm)
+        if args.prefill is None:
+            longest = llm.config.max_model_len
+            fitting = tuple(length for length in workload.prefill if length < longest)
+            workload = replace(workload, prefill=fitting)
         report = bench(llm, workload, settings.nnodes)
     if args.preset is not None:
         report["model"] = args.preset

@@ -90,6 +90,10 @@ def run(args: argparse.Namespace) -> int:
     bits."""
     settings = settings_of(args, max_num_batched_tokens=_BATCHED_TOKENS)
     layouts = _layouts(args.all_layouts, settings)
+    if layouts and settings != settings.with_layout(Layout()):
+        raise ConfigError(
+            "--all-layouts runs every layout of so many ranks; leave -tp, -ep, -pp, -sp and -dp out"
+        )
     serve_unless_first_node(settings.with_layout(layouts[0]) if layouts else settings)
     makes_reference = args.write_reference or args.reference is None
     if not makes_reference and (args.prompt or args.max_tokens is not None or args.against):

@@ -8,7 +8,8 @@ import inspect
 import itertools
 import numbers
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -21,7 +22,7 @@ from moespan.engine.request import OutputDelta, Request, SamplingParams, refusal
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError, shown
 from moespan.front.outputs import RequestOutput
 from moespan.front.prompts import Encoded, Message, Prompt, Prompts
-from moespan.front.settings import Settings, check
+from moespan.front.settings import FIELD_OF_AXIS, Settings, check
 from moespan.front.start import connect
 from moespan.text.tokenizer import Tokenizer
 
@@ -47,6 +48,7 @@ def _options_of(
     ) -> Callable[Concatenate[Self_, P], None]:
         @functools.wraps(init)
         def wrapper(self: Self_, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            _refuse_unknown(kwargs)
             init(self, settings(*args, **kwargs))
 
         own = inspect.signature(init)
@@ -58,6 +60,15 @@ def _options_of(
         return wrapper
 
     return decorate
+
+
+def _refuse_unknown(options: Mapping[str, object]) -> None:
+    """Raise `TypeError` for an option that `Settings` does not have, with the nearest one."""
+    known = [field.name for field in fields(Settings)]
+    for name in options.keys() - set(known):
+        near = [FIELD_OF_AXIS[name]] if name in FIELD_OF_AXIS else get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else "help(LLM) names them all"
+        raise TypeError(f"LLM has no option {name!r}; {hint}")
 
 
 class LLM:

@@ -10,28 +10,31 @@ Imports no torch by itself: `resolve` does, where it has to find out whether tor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from moespan.checkpoint.experts import ExpertPlacement, expert_rule
 from moespan.config import DTYPE_BYTES, EngineConfig, EngineOptions, Layout, ModelConfig, Nodes
 from moespan.config.engine import check_choice
 from moespan.device import DEVICES
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, shown
 from moespan.front.hub import resolve as resolve_folder
 from moespan.machine.device import choose_device, present_device
 
 PYTHON_ONLY = frozenset({"seed", "silence_s"})
 """Fields of `Settings` that have no flag: `--seed` is the sampling parameter."""
 
-_FIELD_OF_AXIS = {
+FIELD_OF_AXIS = {
     "tp": "tensor_parallel_size",
     "ep": "expert_parallel_size",
     "pp": "pipeline_parallel_size",
     "sp": "sequence_parallel_size",
     "dp": "data_parallel_size",
 }
+"""Axis of a layout → the field of `Settings` with its degree."""
 
 
 class Resolved(NamedTuple):
@@ -89,6 +92,10 @@ class Settings(EngineOptions, Nodes):
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), str(field.type))
         EngineOptions.__post_init__(self)
         Nodes.__post_init__(self)
         if self.trust_remote_code:
@@ -103,7 +110,7 @@ class Settings(EngineOptions, Nodes):
     def with_layout(self, layout: Layout) -> Settings:
         """The same settings under another layout."""
         sizes: dict[str, Any] = {
-            field: getattr(layout, axis) for axis, field in _FIELD_OF_AXIS.items()
+            field: getattr(layout, axis) for axis, field in FIELD_OF_AXIS.items()
         }
         return replace(
             self, **sizes, enable_expert_parallel=False, pipeline_layers=layout.pipeline_layers
@@ -149,7 +156,7 @@ class Settings(EngineOptions, Nodes):
         return min(EngineConfig.max_num_seqs, self.max_num_batched_tokens)
 
     def _layout(self, model: ModelConfig | None) -> Layout:
-        sizes = {axis: getattr(self, field) for axis, field in _FIELD_OF_AXIS.items()}
+        sizes = {axis: getattr(self, field) for axis, field in FIELD_OF_AXIS.items()}
         layout = Layout(**sizes, pipeline_layers=_tuple(self.pipeline_layers))
         if model is None or not self.enable_expert_parallel:
             return layout
@@ -164,6 +171,34 @@ class Settings(EngineOptions, Nodes):
         if model is None:
             return self.max_model_len or EngineConfig.max_model_len
         return model.max_position_embeddings if self.max_model_len is None else self.max_model_len
+
+
+# Part of an annotation of `Settings` → the types that it takes, and their name in an error.
+_KINDS: dict[str, tuple[type, str]] = {
+    "bool": (bool, "True or False"),
+    "int": (Integral, "an integer"),
+    "float": (Real, "a number"),
+    "str": (str, "text"),
+    "None": (type(None), "None"),
+}
+
+
+def _check_type(name: str, value: object, annotation: str) -> None:
+    """Raise `ConfigError` unless `value` is of the type that a field of `Settings` declares."""
+    kinds = annotation.split(" | ")
+    if "Sequence[int]" in kinds and isinstance(value, list | tuple):
+        if not all(_is_a(one, ["int"]) for one in value):
+            raise ConfigError(f"{name}={shown(value)} must be a list of integers")
+    elif not _is_a(value, kinds):
+        words = [_KINDS[kind][1] for kind in kinds if kind in _KINDS]
+        words += ["a list of integers"] * ("Sequence[int]" in kinds)
+        raise ConfigError(f"{name}={shown(value)} must be {' or '.join(words)}")
+
+
+def _is_a(value: object, kinds: Sequence[str]) -> bool:
+    if isinstance(value, bool):  # Python counts it as an integer
+        return "bool" in kinds
+    return any(isinstance(value, _KINDS[kind][0]) for kind in kinds if kind in _KINDS)
 
 
 def check(config: EngineConfig, model_config: ModelConfig) -> None:
