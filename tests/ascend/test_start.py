@@ -58,7 +58,12 @@ def test_two_servers_run_8_npus_each():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    job = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    job = {
+        "NNODES": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "MOESPAN_CLUSTER_KEY": "the secret of these two servers",
+    }
     # The second server gets its number from Slurm.
     slurm = {
         "SLURM_STEP_ID": "0",

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moespan.launch.job import run_module
+from moespan.launch.job import module_arguments
 
 
 def test_a_module_of_ours_imports_nothing_from_the_current_directory(tmp_path: Path) -> None:
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "__init__.py").write_text("raise SystemExit('imported from here')")
     done = subprocess.run(
-        [sys.executable, *run_module("moespan.measure.probe")],
+        [sys.executable, *module_arguments("moespan.measure.probe")],
         cwd=tmp_path,
         env={**os.environ, "PYTHONSAFEPATH": "1"},
         capture_output=True,

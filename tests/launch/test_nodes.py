@@ -750,7 +750,9 @@ def test_an_error_while_loading_keeps_its_class_on_both_nodes() -> None:
         ends = pair.ends(DEATH_S + 20)
     for code, words in ends:
         assert code == 1
-        assert words.startswith("CheckpointError: node 1, rank 1: the fake checkpoint is broken")
+        # Gloo reports a rank that is lost while others connect to it.
+        said = "\n".join(line for line in words.splitlines() if "ProcessGroupGloo" not in line)
+        assert said.startswith("CheckpointError: node 1, rank 1: the fake checkpoint is broken")
 
 
 def test_a_node_that_gets_a_signal_names_it(pair: Pair) -> None:

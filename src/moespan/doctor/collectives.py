@@ -21,7 +21,7 @@ from moespan.config import EngineConfig, Nodes
 from moespan.device import DEVICES
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.errors import EngineDeadError, MoespanError
-from moespan.launch.job import Job, run_module
+from moespan.launch.job import Job, module_arguments
 from moespan.launch.ranks import start_agent
 from moespan.parallel.beats import Beat
 
@@ -57,7 +57,9 @@ def measure(config: EngineConfig, timeout_s: float = 300.0) -> list[Timing]:
         MoespanError: the error of a rank, or `timeout_s` is over.
     """
     job = Job.create(config, Nodes())
-    agent = start_agent(job, config.layout.world_size, run_module("moespan.doctor.collectives"))
+    agent = start_agent(
+        job, config.layout.world_size, module_arguments("moespan.doctor.collectives")
+    )
     try:
         code = agent.wait(timeout_s)
         if failure := job.read_failure():

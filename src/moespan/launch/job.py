@@ -35,7 +35,7 @@ _LENGTH_BYTES = 8
 _CUT = "\n[...]\n"
 
 
-def run_module(name: str) -> tuple[str, ...]:
+def module_arguments(name: str) -> tuple[str, ...]:
     """Arguments with which Python runs a module of ours, as `-m` does.
 
     Nothing is imported from whatever directory the user stands in: Python 3.11 and newer obey

@@ -29,7 +29,7 @@ from moespan.engine.questions import A, AnyQuestion, Question
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
 from moespan.launch.fate import OomKills
-from moespan.launch.job import Job, run_module
+from moespan.launch.job import Job, module_arguments
 from moespan.launch.protocol import (
     Abort,
     Add,
@@ -50,7 +50,7 @@ from moespan.parallel.beats import Place
 START_TIMEOUT_S = 3600.0
 
 _ONE_NODE = Nodes()
-_PROGRAM = run_module("moespan.launch.rank")
+_PROGRAM = module_arguments("moespan.launch.rank")
 
 _LONGEST_WAIT_S = 0.5  # between two looks at the agent
 _VERDICT_S = 8.0  # in less, the agent ends the ranks and writes the cause
@@ -370,7 +370,7 @@ def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Pope
     """Start the agent, which starts `ranks` ranks that run `program` in Python."""
     arguments = [str(job.directory), str(ranks), str(os.getpid()), *program]
     return subprocess.Popen(
-        [sys.executable, *run_module("moespan.launch.agent"), *arguments],
+        [sys.executable, *module_arguments("moespan.launch.agent"), *arguments],
         stdin=subprocess.DEVNULL,
         stdout=log.stderr_descriptor(),  # libraries of the ranks print there, and answers are ours
         start_new_session=True,  # only the front gets Ctrl-C of the terminal

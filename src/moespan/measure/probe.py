@@ -22,7 +22,7 @@ import msgspec
 from moespan import log
 from moespan.device import DEVICES
 from moespan.errors import MoespanError
-from moespan.launch.job import run_module
+from moespan.launch.job import module_arguments
 from moespan.machine.cores import usable_cores
 from moespan.planner.work import Limits
 
@@ -43,7 +43,7 @@ class Probe:
     def __init__(self, device: str, dtype: str, num_devices: int = 1) -> None:
         self._num_devices = num_devices
         self._process = subprocess.Popen(
-            [sys.executable, *run_module(__name__), device, dtype],
+            [sys.executable, *module_arguments(__name__), device, dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # No module is imported from the user's current directory.
