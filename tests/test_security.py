@@ -31,7 +31,7 @@ MODULES = {
 # Calls by the last part of their name.
 CALLS = {
     "eval", "exec", "compile", "execfile", "__import__", "import_module", "exec_module",
-    "load_module", "spec_from_file_location", "module_from_spec", "run_path", "module_arguments",
+    "load_module", "spec_from_file_location", "module_from_spec", "run_path", "run_module",
     "system", "popen", "all_gather_object", "broadcast_object_list",
     "gather_object", "scatter_object_list", "send_object_list", "recv_object_list",
 }  # fmt: skip
