@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests import tiers
+
 ORACLE = "tests/data/oracle/tiny"
 REFERENCE = ("--reference", f"{ORACLE}/ref/ref_logits.safetensors")
 SMALL = {"ASCEND_SIM_HBM_GIB": "1"}
@@ -11,7 +13,7 @@ SMALL = {"ASCEND_SIM_HBM_GIB": "1"}
 
 @pytest.mark.parametrize(
     ("cann", "dtype"),
-    [("9.0.0", "bfloat16"), ("9.1.0", "bfloat16"), ("9.1.0", "auto")],
+    tiers.every([("9.0.0", "bfloat16"), ("9.1.0", "bfloat16"), ("9.1.0", "auto")], nth=2),
 )
 def test_two_npus_compute_what_the_hugging_face_model_computes(ascend_sim, cann, dtype):
     result = ascend_sim(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support import QUICKSTART
+from tests.tiers import every
 
 # Runs the command line, and presses Ctrl-C in this process within call number of a function.
 PRESS = """
@@ -83,7 +84,8 @@ def with_presses(places: list[str], twice: tuple[str, ...]) -> list[Any]:
     """Each place with one press, and those that end in one of `twice` with two presses as well."""
     runs = [(place, 1) for place in places]
     runs += [(place, 2) for place in places if place.endswith(twice)]
-    return [pytest.param(*run, id=f"{run[0].rpartition('.')[2]}x{run[1]}") for run in runs]
+    cases = [pytest.param(*run, id=f"{run[0].rpartition('.')[2]}x{run[1]}") for run in runs]
+    return every(cases, nth=2)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 def start(hosts: tuple[Host, Host], verb: str, *arguments: str) -> list[subprocess.Popen[str]]:
     """The same command on both hosts, one rank on each."""
-    command = ["-m", "moespan", verb, str(ORACLE), "-tp", "2", "--device", "cpu"]
+    command = ["-m", "moespan", verb, str(ORACLE), "--device", "cpu"]
     where = ["--nnodes", "2", "--dist-init-addr", f"{hosts[0].address}:{PORT}"]
     return [
         host.start(*command, *where, "--node-rank", str(rank), *arguments, env=ENVIRONMENT)
@@ -42,7 +42,8 @@ def start_batch(hosts: tuple[Host, Host], folder: Path) -> list[subprocess.Popen
     """A batch that takes minutes; returns after its first answers."""
     prompts, output = folder / "prompts.jsonl", folder / "answers.jsonl"
     prompts.write_text('{"prompt": [5, 6, 7]}\n' * 10_000)
-    fronts = start(hosts, "generate", "--input", str(prompts), "--output", str(output), "--quiet")
+    files = ("--input", str(prompts), "--output", str(output))
+    fronts = start(hosts, "generate", "-tp", "2", *files, "--quiet")
     deadline = time.monotonic() + 60
     while not output.exists() or not output.read_text():
         assert time.monotonic() < deadline
