@@ -22,11 +22,13 @@ SLOW = (
     "tests/benchmarks/test_gpu_benchmarks.py",
     "tests/cli/test_interrupt.py",
     "tests/cli/test_surroundings.py",
+    "tests/launch/test_fate.py",
     "tests/launch/test_nodes.py",
     "tests/launch/test_ranks.py",
     "tests/launch/test_two_hosts.py",
     "tests/measure/test_bench.py",
     "tests/ops/test_cuda.py",
+    "tests/scripts/test_setup.py",
     "tests/test_examples.py",
 )
 """Folders and files whose tests are all slow."""
