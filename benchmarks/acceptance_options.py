@@ -38,7 +38,7 @@ def main(out: Path) -> None:
 
 
 def judge(gains: dict[str, float]) -> str:
-    """What to do with an option whose phases gain these shares."""
+    """The advice for an option whose phases gain these shares."""
     better = any(gain >= THRESHOLD for gain in gains.values())
     worse = any(gain <= -THRESHOLD for gain in gains.values())
     if better and worse:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def main(extras: str) -> str | None:
-    """What this environment lacks, if anything."""
+    """The words that name each missing or old package; None if nothing is missing."""
     lists = ["dependencies", *filter(None, extras.strip("[]").split(","))]
     text = Path("pyproject.toml").read_text(encoding="utf-8")
     faults = [fault for name in lists for one in requirements(text, name) if (fault := check(one))]

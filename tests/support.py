@@ -150,7 +150,7 @@ def make_worker(
 
 
 def execute(worker: Worker, plan: StepPlan) -> StepResult:
-    """What the only rank of its world makes of a plan."""
+    """The result of a plan on the only rank of its world."""
     pending = worker.execute(StepPlans.of([plan]))
     assert pending is not None
     return pending.wait()
@@ -174,7 +174,7 @@ class Run:
 
     @property
     def logits(self) -> np.ndarray:
-        """Of the prompt's tokens, float32 [T, V]."""
+        """Logits of the prompt's tokens, float32 [T, V]."""
         return np.concatenate(self.rows)
 
     @property

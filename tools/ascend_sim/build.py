@@ -85,7 +85,7 @@ def install(folder: Path, version: str) -> None:
 
 
 def packages_of_torch_npu() -> list[str]:
-    """What the extra `ascend` of moespan asks for beside torch_npu: no more than a user gets."""
+    """The packages of the extra `ascend` beside torch_npu: no more than a user gets."""
     text = (HERE.parents[1] / "pyproject.toml").read_text()
     extra = re.search(r"^ascend = \[(.*)\]", text, re.MULTILINE)
     assert extra is not None, "pyproject.toml has no extra `ascend`"

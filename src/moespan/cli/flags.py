@@ -42,7 +42,7 @@ def settings_of(args: argparse.Namespace, **defaults: Any) -> Settings:
 
 
 def nodes_here(args: argparse.Namespace) -> dict[str, Found]:
-    """What the environment says about the nodes of the job, and no flag does."""
+    """Fields of `Nodes` that the environment sets and no flag gives."""
     return nodes_of(os.environ, _given(args)) if hasattr(args, "has_node_flags") else {}
 
 

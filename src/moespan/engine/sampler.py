@@ -336,7 +336,7 @@ def _kept(probabilities: Tensor, best: Tensor, rows: list[SampleRow]) -> Tensor:
         left &= (sums - weights).float() < top_p * whole
     num_kept = left.sum(-1, keepdim=True, dtype=torch.int32).clamp_(min=1)
     last = best.gather(-1, (num_kept - 1).long())
-    # Of the tokens that are as likely as the last one kept, the first ones by id are kept.
+    # Among tokens as likely as the last one kept, those with the smallest ids are kept.
     num_above = (best > last).sum(-1, keepdim=True, dtype=torch.int32)
     is_equal = probabilities == last
     is_late = is_equal.int().cumsum(-1, dtype=torch.int32) > num_kept - num_above

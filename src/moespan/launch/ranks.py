@@ -100,7 +100,7 @@ class RanksClient:
         self._finalizer = weakref.finalize(self, cleanup.close)
         self._death: MoespanError | None = None
         self._numbers = itertools.count()
-        # What follows is shared by the threads that wait, under the lock of `_arrived`.
+        # The waiting threads share the next three attributes, under the lock of `_arrived`.
         self._arrived = threading.Condition()
         self._is_being_read = False
         self._deltas: list[OutputDelta] = []

@@ -90,7 +90,7 @@ class StallWatch:
         places = sorted(places, key=lambda place: place.rank)
         own = {place.rank: place for place in places if place.rank in self._own}
         for rank, place in own.items():
-            # Of a running rank, the clock is a value that is new at each look.
+            # A new object at each look resets the silence of a rank that runs.
             value: object = "stopped" if place.is_stopped else object()
             if self._stopped[rank].look(value) >= STOPPED_S:
                 return self._stop(place)

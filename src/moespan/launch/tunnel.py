@@ -52,7 +52,7 @@ _Writer = asyncio.StreamWriter
 
 
 class NotTheGateError(Exception):
-    """What answers is no gate at all."""
+    """The peer at the address does not speak the protocol of a gate."""
 
 
 class _Link(NamedTuple):
@@ -104,7 +104,7 @@ class _Tunnel:
         assert task is not None
         self._connections.add(task)  # the loop itself keeps weak references only
         try:
-            # Whoever is at the other end, an error ends this connection only.
+            # An error ends this connection only, whatever the peer is.
             with contextlib.suppress(OSError, EOFError, *_ENDED):
                 await self._connected(reader, writer)
         finally:

@@ -58,7 +58,7 @@ def interface_of(address: str) -> str | None:
 
 
 def wrong_interface(value: str, found: Sequence[tuple[str, str]]) -> str:
-    """What is wrong with a value of `GLOO_SOCKET_IFNAME`; empty if nothing is.
+    """The fault of a value of `GLOO_SOCKET_IFNAME`; empty if it has none.
 
     Args:
         found: the addresses of this machine, as `interfaces` returns them.

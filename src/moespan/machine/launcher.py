@@ -29,7 +29,7 @@ class Launched(NamedTuple):
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> Launched | None:
-    """What the launcher says; None if this process is not one of several ranks of a launcher.
+    """The place that the launcher gives; None if this process is not one of its several ranks.
 
     Raises:
         ConfigError: RANK and WORLD_SIZE are set, but other variables of a launcher are not, or a

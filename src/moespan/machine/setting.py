@@ -30,7 +30,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Machine:
-    """What the settings depend on, besides the config and the model.
+    """Facts about the machine on which the settings depend, besides the config and the model.
 
     Attributes:
         architecture: as `uname -m` prints it.

@@ -17,7 +17,7 @@ from moespan.config import EngineConfig, Layout, ModelConfig, share_of_experts_r
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What all devices of a job together do in a second."""
+    """The rates that all devices of a job reach together."""
 
     bytes_per_s: float
     operations_per_s: float
