@@ -253,6 +253,11 @@ def test_the_doctor_refuses_an_expert_placement_that_generate_refuses(
         )
 
 
+def test_a_length_of_0_is_refused_without_a_model_too():
+    with pytest.raises(ConfigError, match="max_model_len=0 must be at least 1"):
+        Settings(max_model_len=0).resolve(to_run=False)
+
+
 def test_another_layout_leaves_all_other_settings_alone():
     settings = Settings(MODEL, enable_expert_parallel=True, max_num_seqs=5, pipeline_layers=[4])
     moved = settings.with_layout(Layout(tp=2, pp=2, pipeline_layers=(1, 3)))

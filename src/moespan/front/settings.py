@@ -168,9 +168,9 @@ class Settings(EngineOptions, Nodes):
         return EngineConfig.dtype if model is None else model.dtype
 
     def _max_model_len(self, model: ModelConfig | None) -> int:
-        if model is None:
-            return self.max_model_len or EngineConfig.max_model_len
-        return model.max_position_embeddings if self.max_model_len is None else self.max_model_len
+        if self.max_model_len is not None:
+            return self.max_model_len
+        return EngineConfig.max_model_len if model is None else model.max_position_embeddings
 
 
 # Part of an annotation of `Settings` → the types that it takes, and their name in an error.
