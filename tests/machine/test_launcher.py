@@ -10,7 +10,7 @@ import pytest
 
 from moespan.errors import ConfigError
 from moespan.machine.interfaces import interfaces, wrong_interface
-from moespan.machine.launcher import Launched, launched
+from moespan.machine.launcher import Launched, is_launched, launched
 from tests.support import QUICKSTART
 
 TORCHRUN = {
@@ -118,3 +118,18 @@ def test_an_empty_world_size_is_none() -> None:
     done = generate(RANK="0", WORLD_SIZE="")
     assert (done.returncode, done.stderr) == (0, "")
     assert "1415" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_one"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, False),
+        ({"RANK": "", "WORLD_SIZE": "2"}, False),
+        ({"RANK": "0", "WORLD_SIZE": ""}, False),
+        ({"RANK": "0", "WORLD_SIZE": "x"}, False),
+        ({}, False),
+    ],
+)
+def test_empty_variables_and_words_are_no_launcher(environ: dict[str, str], is_one: bool) -> None:
+    assert is_launched(environ) is is_one

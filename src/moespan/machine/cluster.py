@@ -34,6 +34,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from moespan.errors import ConfigError
+from moespan.machine.launcher import is_launched
 
 
 class Found(NamedTuple):
@@ -78,7 +79,7 @@ def nodes_of(
             number of this node or the address of node 0.
     """
     given = given or {}
-    if given.get("nnodes") == 1 or _is_torchrun(environ):
+    if given.get("nnodes") == 1 or is_launched(environ):
         return {}
     launchers = list(_launchers(environ))
     found: dict[str, Found] = {}
@@ -115,10 +116,6 @@ def first_host(hosts: str) -> str:
         raise ValueError(f"{hosts!r} is not a list of hosts")
     # In each bracket the first number of the first range, with its zeros.
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
-
-
-def _is_torchrun(environ: Mapping[str, str]) -> bool:
-    return "RANK" in environ and (_number(environ.get("WORLD_SIZE", "")) or 1) > 1
 
 
 def _launchers(environ: Mapping[str, str]) -> Iterator[_Names]:

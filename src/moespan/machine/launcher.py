@@ -6,6 +6,7 @@ An empty variable counts as not set: scripts leave such variables behind. Import
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -26,6 +27,13 @@ class Launched(NamedTuple):
     world_size: int
     local_rank: int
     local_world_size: int | None
+
+
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether RANK and WORLD_SIZE name one of several ranks. Unlike `launched` it never raises."""
+    world_size = environ.get("WORLD_SIZE", "").strip()
+    several = re.fullmatch(r"[0-9]{1,9}", world_size) is not None and int(world_size) > 1
+    return several and bool(environ.get("RANK", "").strip())
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> Launched | None:
