@@ -15,18 +15,28 @@ from pathlib import Path
 
 def main(extras: str) -> str | None:
     """The words that name each missing or old package; None if nothing is missing."""
-    lists = ["dependencies", *filter(None, extras.strip("[]").split(","))]
     text = Path("pyproject.toml").read_text(encoding="utf-8")
-    faults = [fault for name in lists for one in requirements(text, name) if (fault := check(one))]
+    wanted = [*requirements(text, "dependencies"), *requirements_of_extras(text, extras)]
+    faults = [fault for one in wanted if (fault := check(one))]
     return f"lacks {', '.join(faults)}" if faults else None
+
+
+def requirements_of_extras(text: str, extras: str) -> list[str]:
+    """The entries of `[one,another]`, and of the extras of this project that they name in turn."""
+    found: list[str] = []
+    for name in filter(None, extras.strip("[]").split(",")):
+        for one in requirements(text, name):
+            own, _, nested = one.partition("[")
+            found += requirements_of_extras(text, nested) if own == "moespan" else [one]
+    return found
 
 
 def requirements(text: str, name: str) -> list[str]:
     """The entries of one list of pyproject.toml (Python 3.10 has no tomllib)."""
-    found = re.search(rf"^{name} = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^{name} = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
     assert found, name
     # One with a condition is for some machines only.
-    return [one for one in re.findall(r'^\s*"(.+)",$', found[1], re.MULTILINE) if ";" not in one]
+    return [one for one in re.findall(r'"([^"]+)"', found[1]) if ";" not in one]
 
 
 def check(requirement: str) -> str | None:

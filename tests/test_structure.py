@@ -34,6 +34,7 @@ FLOORS = (
     "front",
     "measure",
     "doctor",
+    "serve",
     "cli",
 )
 """Folders and modules of the package; each imports only itself and those above it in this list."""
