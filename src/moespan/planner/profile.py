@@ -11,6 +11,7 @@ curves are interpolated between their points, which are in ascending order.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -31,7 +32,9 @@ _WORST_ERROR, _CALIBRATED_ERROR = 0.4, 0.15
 _MOST_BYTES = 16 << 20
 
 
-class _Strict(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class _Strict(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
     """Fields in a profile are known ones, so that a mistyped name is an error."""
 
 
@@ -296,10 +299,9 @@ class Profile(_Strict, frozen=True, kw_only=True):
     @property
     def is_calibrated(self) -> bool:
         """Whether operations and host were measured, and collectives if there is a network."""
-        parts = [self.operations, self.host.step_us]
-        if self.devices_per_node > 1:
-            parts.append(self.collectives)
-        return all(parts) and (self.made is None or self.made.complete)
+        has_links = bool(self.collectives) or self.devices_per_node == 1
+        is_complete = self.made is None or self.made.complete
+        return bool(self.operations and self.host.step_us and has_links and is_complete)
 
     @property
     def relative_error(self) -> float:
@@ -345,7 +347,8 @@ def load(name: str) -> Profile:
     if path.suffix != ".json":
         if name.lower() not in known:
             raise ConfigError(
-                f"hardware {shown(name)} is neither a .json file nor one of {', '.join(_built_in())}"
+                f"hardware {shown(name)} is neither a .json file nor one of "
+                f"{', '.join(_built_in())}"
             )
         return _checked(_built_in()[known[name.lower()]], name)
     try:
@@ -434,7 +437,7 @@ def _check_curve(where: str, at: list[int], us: list[float]) -> None:
     """Raise `ConfigError` unless a curve has points in ascending order with times above 0."""
     if not at or len(at) != len(us):
         raise ConfigError(f"{where}: {len(at)} sizes and {len(us)} times; give one time for each")
-    if any(a >= b for a, b in zip(at, at[1:], strict=False)) or at[0] < 0:
+    if any(a >= b for a, b in itertools.pairwise(at)) or at[0] < 0:
         raise ConfigError(f"{where}: the sizes {shown(at)} must ascend")
     if not all(0 < time < float("inf") for time in us):
         raise ConfigError(f"{where}: the times {shown(us)} must be above 0")
