@@ -17,6 +17,7 @@ from typing import NoReturn
 from moespan import log
 from moespan.cli import (
     bench,
+    chat,
     doctor,
     generate,
     info,
@@ -31,7 +32,7 @@ from moespan.errors import ConfigError, EngineDeadError, MoespanError, shortened
 from moespan.machine.environment import keep_torch_npu_out
 from moespan.version import __version__
 
-_VERBS = (generate, verify, bench, info, make_checkpoint, quantize, doctor)
+_VERBS = (generate, chat, verify, bench, info, make_checkpoint, quantize, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

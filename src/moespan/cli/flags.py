@@ -34,7 +34,7 @@ def settings_of(args: argparse.Namespace, **defaults: Any) -> Settings:
     Raises:
         ConfigError: a setting cannot be used.
     """
-    given = _given(args)
+    given = given_fields(args)
     found = nodes_here(args)
     if found:
         log.logger.info("%s", describe_nodes(args))
@@ -43,12 +43,12 @@ def settings_of(args: argparse.Namespace, **defaults: Any) -> Settings:
 
 def nodes_here(args: argparse.Namespace) -> dict[str, Found]:
     """Fields of `Nodes` that the environment sets and no flag gives."""
-    return nodes_of(os.environ, _given(args)) if hasattr(args, "has_node_flags") else {}
+    return nodes_of(os.environ, given_fields(args)) if hasattr(args, "has_node_flags") else {}
 
 
 def describe_nodes(args: argparse.Namespace) -> str:
     """The nodes of the job in one line, each value with the flag or variable that it comes from."""
-    given, found = _given(args), nodes_here(args)
+    given, found = given_fields(args), nodes_here(args)
     parts = []
     for name in ("nnodes", "node_rank", "master_addr", "master_port"):
         if name in given:
@@ -59,7 +59,7 @@ def describe_nodes(args: argparse.Namespace) -> str:
     return ", ".join(parts)
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
+def given_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Settings` that flags have set."""
     names = [field.name for field in fields(Settings) if field.name not in PYTHON_ONLY]
     return {name: getattr(args, name) for name in names if hasattr(args, name)}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moespan import log
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
+from moespan.cli.sampling_flags import add_sampling_flags, sampling_of
 from moespan.cli.show import EXIT_FAILED, check_writable, print_text, say, say_speed, say_start
 from moespan.cli.starting import serve_unless_first_node, start_llm
 from moespan.errors import ConfigError, EngineDeadError, RequestError
@@ -24,26 +25,6 @@ if TYPE_CHECKING:
     from moespan.front.outputs import RequestOutput
 
 SUMMARY = "continue prompts"
-
-SAMPLING = (
-    "max_tokens",
-    "min_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "logprobs",
-    "prompt_logprobs",
-    "n",
-)
-"""Sampling parameters that have a flag."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -71,28 +52,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="treat each prompt as a user message")
     parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     parser.add_argument("--quiet", action="store_true", help="print only answers and errors")
-    _add_sampling_flags(parser)
-
-
-def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling (defaults for lines that do not set them)")
-    group.add_argument("--max-tokens", "--max-new-tokens", type=int, metavar="N", default=128)
-    group.add_argument("--min-tokens", type=int, metavar="N")
-    group.add_argument(
-        "--temperature", type=float, metavar="F", default=0.0, help="0 is greedy (0)"
-    )
-    group.add_argument("--top-p", type=float, metavar="F")
-    group.add_argument("--top-k", type=int, metavar="N")
-    group.add_argument("--min-p", type=float, metavar="F")
-    group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
-    group.add_argument("--repetition-penalty", type=float, metavar="F")
-    group.add_argument("--presence-penalty", type=float, metavar="F")
-    group.add_argument("--frequency-penalty", type=float, metavar="F")
-    group.add_argument(
-        "--stop", nargs="+", action="extend", metavar="TEXT", help="strings that end the output"
-    )
-    group.add_argument("--stop-token-ids", nargs="+", action="extend", type=int, metavar="ID")
-    group.add_argument("--ignore-eos", action="store_true", default=None)
+    add_sampling_flags(parser, "defaults for lines that do not set them")
+    group = parser.add_argument_group("outputs")
     group.add_argument("--logprobs", type=int, metavar="N", help="with --json or --input")
     group.add_argument("--prompt-logprobs", type=int, metavar="N", help="with --json or --input")
     group.add_argument("-n", type=int, metavar="N", help="continuations of each prompt (1)")
@@ -106,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     serve_unless_first_node(settings)
     if args.prompt is None and args.input is None:
         args.usage_error("one of the arguments --prompt --input is required")
-    params = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    params = sampling_of(args, "logprobs", "prompt_logprobs", "n")
     sampling = SamplingParams.from_dict(params)
     if args.input is not None:
         return _answer_file(args, settings, params)
