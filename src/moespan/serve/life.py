@@ -1,0 +1,429 @@
+"""`Life`: the engine behind the server, over all its lives.
+
+The ranks may die; the server does not. `Life` starts the ranks, hands requests over, spreads their
+deltas, fails requests that die with the ranks, starts the ranks again, and drains.
+
+| state | what holds |
+|---|---|
+| starting | the ranks of the first life load the model |
+| ready | requests are taken and answered |
+| overloaded | as ready, but the queue is full: new requests are refused |
+| recovering | the ranks have died; new ones start |
+| draining | nothing new is taken; running requests have `drain_timeout_s` to finish |
+| ended | no rank is left |
+
+All methods belong to one event loop. All times are of its clock, which no clock of the day moves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from moespan import log
+from moespan.engine.info import EngineInfo
+from moespan.engine.request import OutputDelta, Request
+from moespan.errors import EngineDeadError, MoespanError, RequestError
+from moespan.serve.inbox import Inbox
+from moespan.serve.options import LifeOptions
+
+CACHES_QUEUED = 16
+"""Default of `max_queued_tokens`, in KV caches."""
+
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
+_RETRY_FULL_S = 5
+_RETRY_AWAY_S = 5  # draining: by then a load balancer knows another server
+_RETRY_START_S = 10  # while no start has been measured
+
+T = TypeVar("T")
+
+OnNews = Callable[[list[OutputDelta], Any], None]
+"""Takes the deltas of a step, and the newest `Pulse` or None."""
+
+
+class Ranks(Protocol):
+    """What `Life` needs of `moespan.launch.async_ranks.AsyncRanks`."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about this engine."""
+
+    def add(self, request: Request) -> None:
+        """Hand a request over; raises RequestError or EngineDeadError."""
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; raises EngineDeadError."""
+
+    async def wait_dead(self) -> MoespanError:
+        """The cause, when the ranks have ended and all their processes have gone."""
+
+    async def close(self) -> None:
+        """End the ranks. Idempotent."""
+
+
+class State(enum.Enum):
+    """The states of the first table; the value is the word for clients and operators."""
+
+    STARTING = "starting"
+    READY = "ready"
+    OVERLOADED = "overloaded"
+    RECOVERING = "recovering"
+    DRAINING = "draining"
+    ENDED = "ended"
+
+
+class Unavailable(MoespanError):  # noqa: N818 (a state of the server, not a fault)
+    """A request that cannot be taken now.
+
+    Attributes:
+        status: of the HTTP answer.
+        code: `starting`, `engine_dead`, `draining` or `queue_full`.
+        retry_after_s: seconds after which another try is sensible.
+    """
+
+    def __init__(self, status: int, code: str, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+
+
+class Life:
+    """The engine behind the server, over all its lives.
+
+    Args:
+        start: starts the ranks; may be cancelled. Every delta and pulse of these ranks goes to its
+            argument, on the event loop.
+
+    Attributes:
+        info: facts about the newest engine; None before the first is ready.
+        pulse: what the running engine told last about itself; None while none runs.
+        last_error: why the last life ended; None while no life has ended.
+        num_restarts: lives after the first.
+    """
+
+    def __init__(self, start: Callable[[OnNews], Awaitable[Ranks]], options: LifeOptions) -> None:
+        self._start = start
+        self._options = options
+        self.info: EngineInfo | None = None
+        self.pulse: Any = None
+        self.last_error: MoespanError | None = None
+        self.num_restarts = 0
+        self._phase = State.STARTING
+        self._ranks: Ranks | None = None
+        self._live: dict[str, Inbox] = {}
+        self._queued: dict[str, int] = {}  # prompt tokens of live requests without a delta so far
+        self._queued_tokens = 0
+        self._restarts: deque[float] = deque()  # times of those within the window
+        self._back_at: float | None = None  # when the next life is expected to be ready
+        self._start_s: float | None = None  # how long the last start took
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+        self._is_draining = asyncio.Event()
+        self._is_forced = asyncio.Event()
+
+    # For the handlers of requests.
+
+    @property
+    def state(self) -> State:
+        """See the table above."""
+        if self._phase is State.READY and self._refusal_of_queue(1, 0) is not None:
+            return State.OVERLOADED
+        return self._phase
+
+    @property
+    def reason(self) -> str:
+        """One word why nothing is taken; empty while requests are taken."""
+        return "" if self.state is State.READY else self.state.value
+
+    @property
+    def num_live(self) -> int:
+        """Requests that the engine has not finished."""
+        return len(self._live)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for their first delta."""
+        return len(self._queued)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens of requests that wait for their first delta."""
+        return self._queued_tokens
+
+    def submit(self, request: Request) -> Inbox:
+        """Register a request and hand it over; see `submit_all`."""
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Inbox]:
+        """Register requests and hand them over: all or none, in one step that nothing can cancel.
+
+        Close every inbox in the end; closing aborts requests that are unfinished.
+
+        Raises:
+            Unavailable: the server is not ready, or its queue is full.
+            RequestError: a request cannot be sent, or its id is in use.
+        """
+        self._check_open(requests)
+        assert self._ranks is not None
+        inboxes: list[Inbox] = []
+        try:
+            for request in requests:
+                inboxes.append(self._register(request))
+                self._ranks.add(request)
+        except BaseException as error:
+            for inbox in inboxes:
+                inbox.close()
+            if isinstance(error, EngineDeadError):
+                raise self._away() from None
+            raise
+        return inboxes
+
+    # For the program.
+
+    async def run(self) -> None:
+        """Keep an engine alive until `drain` or `force` has ended it.
+
+        Raises:
+            MoespanError: the first engine cannot start, or there were too many restarts.
+        """
+        over = asyncio.create_task(self._wait_until_over())
+        try:
+            await self._live_on(over)
+        finally:
+            over.cancel()
+            self._lose_all(EngineDeadError("the engine does not run any more"))
+            self._phase = State.ENDED
+
+    def drain(self) -> None:
+        """Take no more requests; `run` returns when the live ones are finished or out of time."""
+        if self._phase is not State.ENDED:
+            self._phase = State.DRAINING
+        self._is_draining.set()
+
+    def force(self) -> None:
+        """End now: live requests fail, and `run` returns within the bound of `Ranks.close`."""
+        self.drain()
+        self._is_forced.set()
+
+    # Lives. `over` is done when draining has ended; nothing else cancels what runs here.
+
+    async def _live_on(self, over: asyncio.Task[None]) -> None:
+        """One life after the other, until `over`, or until draining leaves nothing to do."""
+        cause = await self._live_once(over)
+        while cause is not None and (self._live or not self._is_draining.is_set()):
+            await self._back_off(cause, over)
+            if over.done():
+                return
+            self.num_restarts += 1
+            try:
+                cause = await self._live_once(over)
+            except MoespanError as error:
+                self.last_error = cause = error
+
+    async def _live_once(self, over: asyncio.Task[None]) -> MoespanError | None:
+        """Start ranks and serve until they are dead; returns the cause, or None if `over` is done.
+
+        Raises:
+            MoespanError: they do not start.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        is_over = False
+
+        def take_in(deltas: list[OutputDelta], pulse: Any) -> None:
+            if not is_over:
+                self._take_in(deltas, pulse)
+
+        ranks = await _unless(over, self._start(take_in))
+        if ranks is None:
+            return None
+        self._start_s, self.info = loop.time() - began, ranks.info
+        try:
+            self._resume(ranks)
+            cause = await _unless(over, ranks.wait_dead())
+            if cause is not None:
+                self._mourn(cause)
+        finally:
+            is_over = True
+            self._ranks, self.pulse = None, None
+            await ranks.close()
+        return cause
+
+    def _resume(self, ranks: Ranks) -> None:
+        """Take requests again, after those that were kept over a restart."""
+        self._ranks, self._back_at = ranks, None
+        with contextlib.suppress(EngineDeadError):  # `wait_dead` tells
+            for inbox in list(self._live.values()):
+                ranks.add(inbox.request)
+        if self._phase is not State.DRAINING:
+            self._phase = State.READY
+
+    def _mourn(self, cause: MoespanError) -> None:
+        """The ranks are dead: fail the requests that died with them."""
+        self.last_error = cause
+        if self._phase is not State.DRAINING:
+            self._phase = State.RECOVERING
+        death = EngineDeadError(f"the engine has died: {cause}")
+        for inbox in list(self._live.values()):
+            if not (self._options.retry_unstarted and inbox.request.id in self._queued):
+                self._forget(inbox)
+                inbox.fail(death)
+
+    async def _back_off(self, cause: MoespanError, over: asyncio.Task[None]) -> None:
+        """Wait before the next start; the longer, the more there were.
+
+        Raises:
+            MoespanError: the cause, if there were too many.
+        """
+        loop = asyncio.get_running_loop()
+        window_s, most = self._options.restart_window_s, self._options.max_restarts
+        while self._restarts and loop.time() - self._restarts[0] > window_s:
+            self._restarts.popleft()
+        if len(self._restarts) >= most:
+            log.logger.error(
+                "the engine has ended, and does not start again after %d restarts within %g s "
+                "(--max-restarts, --restart-window)",
+                len(self._restarts),
+                window_s,
+            )
+            raise cause
+        self._restarts.append(loop.time())
+        wait_s = min(_FIRST_BACKOFF_S * 2 ** (len(self._restarts) - 1), _LONGEST_BACKOFF_S)
+        self._back_at = loop.time() + wait_s + (self._start_s or _RETRY_START_S)
+        log.logger.error(
+            "the engine has ended; restart %d of at most %d within %g s follows in %g s: %s",
+            len(self._restarts),
+            most,
+            window_s,
+            wait_s,
+            cause,
+        )
+        await asyncio.wait((over,), timeout=wait_s)
+
+    async def _wait_until_over(self) -> None:
+        """Return when a drain has ended: nothing live, out of time, or forced."""
+        await self._is_draining.wait()
+        ends = [asyncio.create_task(end.wait()) for end in (self._is_empty, self._is_forced)]
+        try:
+            await asyncio.wait(
+                ends,
+                timeout=self._options.drain_timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            for task in ends:
+                task.cancel()
+        self._lose_all(EngineDeadError("the server ends before the request is finished"))
+
+    def _lose_all(self, death: EngineDeadError) -> None:
+        for inbox in list(self._live.values()):
+            self._forget(inbox)
+            inbox.fail(death)
+
+    # Requests.
+
+    def _register(self, request: Request) -> Inbox:
+        if request.id in self._live:
+            raise RequestError(f"a request with the id {request.id} is running")
+        inbox = self._live[request.id] = Inbox(request, self._abort)
+        num_tokens = len(request.prompt_token_ids)
+        self._queued[request.id] = num_tokens
+        self._queued_tokens += num_tokens
+        self._is_empty.clear()
+        return inbox
+
+    def _forget(self, inbox: Inbox) -> None:
+        self._begin(inbox.request.id)
+        del self._live[inbox.request.id]
+        if not self._live:
+            self._is_empty.set()
+
+    def _begin(self, request_id: str) -> None:
+        """The request does not wait any more."""
+        self._queued_tokens -= self._queued.pop(request_id, 0)
+
+    def _abort(self, inbox: Inbox) -> None:
+        self._forget(inbox)
+        if self._ranks is not None:
+            with contextlib.suppress(EngineDeadError):
+                self._ranks.abort(inbox.request.id)
+
+    def _take_in(self, deltas: list[OutputDelta], pulse: Any) -> None:
+        """Spread one word of the leader over the inboxes."""
+        if pulse is not None:
+            self.pulse = pulse
+        for delta in deltas:
+            inbox = self._live.get(delta.id)
+            if inbox is None:  # aborted meanwhile
+                continue
+            self._begin(delta.id)
+            inbox.put(delta)
+            if not inbox.is_running:
+                self._forget(inbox)
+
+    # Admission.
+
+    def _check_open(self, requests: Sequence[Request]) -> None:
+        if self._phase is State.STARTING:
+            raise Unavailable(
+                503, "starting", "the engine is starting; try again later", self._retry_after_s
+            )
+        if self._phase in (State.DRAINING, State.ENDED):
+            raise Unavailable(
+                503, "draining", "the server ends and takes no more requests", _RETRY_AWAY_S
+            )
+        if self._phase is State.RECOVERING:
+            raise self._away()
+        num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        message = self._refusal_of_queue(len(requests), num_tokens)
+        if message is not None:
+            raise Unavailable(429, "queue_full", message, _RETRY_FULL_S)
+
+    def _away(self) -> Unavailable:
+        message = "the engine has died and is being started again; try again later"
+        return Unavailable(503, "engine_dead", message, self._retry_after_s)
+
+    @property
+    def _retry_after_s(self) -> int:
+        """Whole seconds until the engine is expected to be ready."""
+        if self._back_at is None:
+            return _RETRY_START_S
+        return max(1, math.ceil(self._back_at - asyncio.get_running_loop().time()))
+
+    def _refusal_of_queue(self, num_requests: int, num_tokens: int) -> str | None:
+        """Why so many more requests have no room in the queue; None if they have.
+
+        An empty queue takes any request.
+        """
+        if not self._queued:
+            return None
+        for name, queued, more, most in (
+            ("queued requests", len(self._queued), num_requests, self._options.max_queued_requests),
+            ("queued prompt tokens", self._queued_tokens, num_tokens, self._most_queued_tokens),
+        ):
+            if queued + more > most:
+                return f"the queue is full: {queued} {name}, at most {most}; try again later"
+        return None
+
+    @property
+    def _most_queued_tokens(self) -> int:
+        if self._options.max_queued_tokens is not None:
+            return self._options.max_queued_tokens
+        assert self.info is not None
+        return CACHES_QUEUED * self.info.num_blocks * self.info.block_size
+
+
+async def _unless(over: asyncio.Task[None], work: Awaitable[T]) -> T | None:
+    """The result of `work`; None, after its cancellation, if `over` is done first."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((task, over), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+    return None if task.cancelled() else task.result()

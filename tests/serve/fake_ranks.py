@@ -1,0 +1,124 @@
+"""Ranks without processes, for `Life`: a test says what they do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from moespan.config import Layout
+from moespan.engine.info import EngineInfo
+from moespan.engine.request import OutputDelta, Request, SamplingParams
+from moespan.errors import EngineDeadError, MoespanError
+
+INFO = EngineInfo(
+    model="fake",
+    layout=Layout(),
+    device="cpu",
+    dtype="float32",
+    cache_dtype="float32",
+    max_model_len=64,
+    num_blocks=8,
+    block_size=4,
+    load_s=0.0,
+    read_bytes=0,
+    weight_bytes=0,
+)
+
+
+def request(request_id: str, n: int = 1, num_tokens: int = 3) -> Request:
+    return Request(
+        id=request_id, prompt_token_ids=[1] * num_tokens, params=SamplingParams(n=n, max_tokens=9)
+    )
+
+
+def token(
+    request_id: str, token_id: int = 7, index: int = 0, end: str | None = None
+) -> OutputDelta:
+    return OutputDelta(
+        id=request_id, index=index, text="x", token_ids=[token_id], finish_reason=end
+    )
+
+
+class FakeRanks:
+    """One life.
+
+    Attributes:
+        running: requests that were handed over and neither finished nor aborted.
+        aborted: ids in the order of their aborts.
+        is_closed: whether `close` has been called.
+    """
+
+    def __init__(self, on_news: Callable[[list[OutputDelta], Any], None]) -> None:
+        self.info = INFO
+        self.on_news = on_news
+        self.running: dict[str, Request] = {}
+        self.aborted: list[str] = []
+        self.is_closed = False
+        self._death: asyncio.Future[MoespanError] = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_dead(self) -> bool:
+        return self._death.done()
+
+    def add(self, request: Request) -> None:
+        assert not self.is_closed
+        if self.is_dead:
+            raise EngineDeadError("the ranks are gone")
+        assert request.id not in self.running
+        self.running[request.id] = request
+
+    def abort(self, request_id: str) -> None:
+        assert not self.is_closed
+        if self.is_dead:
+            raise EngineDeadError("the ranks are gone")
+        self.aborted.append(request_id)
+        self.running.pop(request_id, None)
+
+    async def wait_dead(self) -> MoespanError:
+        return await asyncio.shield(self._death)
+
+    async def close(self) -> None:
+        self.is_closed = True
+        await asyncio.sleep(0)
+
+    # What the test has them do.
+
+    def tell(self, *deltas: OutputDelta, pulse: Any = None) -> None:
+        self.on_news(list(deltas), pulse)
+
+    def finish(self, request_id: str) -> None:
+        """End every continuation of a request."""
+        done = self.running.pop(request_id)
+        self.tell(*(token(request_id, index=i, end="stop") for i in range(done.params.n)))
+
+    def die(self, cause: str = "rank 1 was killed by SIGKILL") -> None:
+        self._death.set_result(EngineDeadError(cause))
+
+
+class FakeStart:
+    """Starts lives.
+
+    Attributes:
+        lives: all that were started, oldest first.
+        start_s: seconds that a start takes.
+        failures: causes of the next starts that fail.
+    """
+
+    def __init__(self, start_s: float = 0.0) -> None:
+        self.lives: list[FakeRanks] = []
+        self.start_s = start_s
+        self.failures: list[MoespanError] = []
+
+    async def __call__(self, on_news: Callable[[list[OutputDelta], Any], None]) -> FakeRanks:
+        assert all(ranks.is_closed for ranks in self.lives), "an earlier life is not closed"
+        await asyncio.sleep(self.start_s)
+        if self.failures:
+            raise self.failures.pop(0)
+        self.lives.append(FakeRanks(on_news))
+        return self.lives[-1]
+
+    @property
+    def ranks(self) -> FakeRanks:
+        """The newest life."""
+        return self.lives[-1]
