@@ -10,6 +10,7 @@ from moespan.config import Layout
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request, SamplingParams
 from moespan.errors import EngineDeadError, MoespanError
+from moespan.parallel.beats import IDLE, Place
 
 INFO = EngineInfo(
     model="fake",
@@ -47,6 +48,8 @@ class FakeRanks:
         running: requests that were handed over and neither finished nor aborted.
         aborted: ids in the order of their aborts.
         is_closed: whether `close` has been called.
+        is_silent: neither beats nor speaks any more.
+        is_stopped: the rank is stopped, as its agent has seen.
     """
 
     def __init__(self, on_news: Callable[[list[OutputDelta], Any], None]) -> None:
@@ -55,6 +58,9 @@ class FakeRanks:
         self.running: dict[str, Request] = {}
         self.aborted: list[str] = []
         self.is_closed = False
+        self.is_silent = False
+        self.heard_at = 0.0
+        self.is_stopped = False
         self._death: asyncio.Future[MoespanError] = asyncio.get_running_loop().create_future()
 
     @property
@@ -74,6 +80,13 @@ class FakeRanks:
             raise EngineDeadError("the ranks are gone")
         self.aborted.append(request_id)
         self.running.pop(request_id, None)
+
+    def places(self) -> list[Place]:
+        """One rank, which beats at each look, and whose leader speaks then, unless told not to."""
+        if not self.is_silent:
+            self.heard_at = asyncio.get_running_loop().time()
+        beat = int(self.heard_at * 10)
+        return [Place(rank=0, alive=beat, state=IDLE, step=1, is_stopped=self.is_stopped)]
 
     async def wait_dead(self) -> MoespanError:
         return await asyncio.shield(self._death)

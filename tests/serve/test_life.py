@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from moespan import log
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import CheckpointError, ConfigError, EngineDeadError, RequestError
+from moespan.parallel.beats import BUSY, Place
 from moespan.serve.inbox import Inbox
 from moespan.serve.life import Life, State, Unavailable
 from moespan.serve.options import LifeOptions
@@ -301,6 +302,55 @@ def test_requests_that_wait_for_a_restart_fail_when_there_is_none():
         assert await fails(queued)
 
     scene(script, retry_unstarted=True, max_restarts=1)
+
+
+# Signs of life.
+
+
+def test_a_stopped_rank_is_seen_at_once_and_forgotten_when_it_goes_on():
+    async def script(life: Life, start: FakeStart, running: asyncio.Task[None]) -> None:
+        start.ranks.is_stopped = True
+        await asyncio.sleep(1)
+        assert (life.state, life.reason) == (State.READY, "stalled")
+        assert "rank 0 is stopped" in life.trouble
+        start.ranks.is_stopped = False
+        await asyncio.sleep(1)
+        assert life.reason == life.trouble == ""
+
+    scene(script)
+
+
+def test_an_idle_engine_that_says_nothing_is_stalled_after_10_s_and_ended_after_20():
+    async def script(life: Life, start: FakeStart, running: asyncio.Task[None]) -> None:
+        await asyncio.sleep(3600)
+        assert life.reason == ""
+        start.ranks.is_silent = True
+        await asyncio.sleep(9)
+        assert life.reason == ""
+        await asyncio.sleep(2)
+        assert life.reason == "stalled" and "rank 0 has not run" in life.trouble
+        await asyncio.sleep(9.2)
+        assert life.state is State.RECOVERING and life.reason == "recovering"
+        assert life.trouble == "" and start.ranks.is_closed
+        assert "the leader has said nothing" in str(life.last_error)
+
+    scene(script)
+
+
+def test_a_long_step_is_not_silence_until_the_limit_of_steps_is_over():
+    async def script(life: Life, start: FakeStart, running: asyncio.Task[None]) -> None:
+        inbox = life.submit(request("a"))
+        ranks = start.ranks
+        ranks.is_silent = True
+        ranks.places = lambda: [Place(rank=0, alive=int(now()), state=BUSY)]  # type: ignore[method-assign]
+        await asyncio.sleep(129)
+        assert life.reason == ""
+        await asyncio.sleep(2)
+        assert life.reason == "stalled"
+        await asyncio.sleep(10)
+        assert "the leader has said nothing" in await fails(inbox)
+
+    scene(script)
 
 
 # The end.

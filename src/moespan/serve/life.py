@@ -26,11 +26,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from moespan import log
+from moespan.config import EngineOptions
 from moespan.engine.info import EngineInfo
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
+from moespan.parallel.beats import Place
 from moespan.serve.inbox import Inbox
 from moespan.serve.options import LifeOptions
+from moespan.serve.signs import LOOK_S, Signs
 
 CACHES_QUEUED = 16
 """Default of `max_queued_tokens`, in KV caches."""
@@ -58,6 +61,13 @@ class Ranks(Protocol):
 
     def abort(self, request_id: str) -> None:
         """Drop a request; raises EngineDeadError."""
+
+    @property
+    def heard_at(self) -> float:
+        """Time of the leader's last word."""
+
+    def places(self) -> list[Place]:
+        """Where the ranks are, as far as that is known on this node."""
 
     async def wait_dead(self) -> MoespanError:
         """The cause, when the ranks have ended and all their processes have gone."""
@@ -97,6 +107,7 @@ class Life:
     Args:
         start: starts the ranks; may be cancelled. Every delta and pulse of these ranks goes to its
             argument, on the event loop.
+        step_timeout_s: that of the engine.
 
     Attributes:
         info: facts about the newest engine; None before the first is ready.
@@ -105,15 +116,22 @@ class Life:
         num_restarts: lives after the first.
     """
 
-    def __init__(self, start: Callable[[OnNews], Awaitable[Ranks]], options: LifeOptions) -> None:
+    def __init__(
+        self,
+        start: Callable[[OnNews], Awaitable[Ranks]],
+        options: LifeOptions,
+        step_timeout_s: float = EngineOptions.step_timeout_s,
+    ) -> None:
         self._start = start
         self._options = options
+        self._step_timeout_s = step_timeout_s
         self.info: EngineInfo | None = None
         self.pulse: Any = None
         self.last_error: MoespanError | None = None
         self.num_restarts = 0
         self._phase = State.STARTING
         self._ranks: Ranks | None = None
+        self._signs: Signs | None = None
         self._live: dict[str, Inbox] = {}
         self._queued: dict[str, int] = {}  # prompt tokens of live requests without a delta so far
         self._queued_tokens = 0
@@ -136,8 +154,25 @@ class Life:
 
     @property
     def reason(self) -> str:
-        """One word why nothing is taken; empty while requests are taken."""
-        return "" if self.state is State.READY else self.state.value
+        """One word why nothing should be sent here now; empty if all is well."""
+        state = self.state
+        if state in (State.READY, State.OVERLOADED) and self.trouble:
+            return "stalled"
+        return "" if state is State.READY else state.value
+
+    @property
+    def trouble(self) -> str:
+        """Which rank of the running engine shows no sign of life, in words; empty if all do."""
+        return "" if self._signs is None else self._signs.trouble
+
+    @property
+    def beat_ages_s(self) -> dict[int, float]:
+        """For each known rank of the running engine, seconds since it was last seen to run."""
+        return {} if self._signs is None else self._signs.ages_s
+
+    def places(self) -> list[Place]:
+        """Where the ranks are; empty while no engine runs."""
+        return [] if self._ranks is None else self._ranks.places()
 
     @property
     def num_live(self) -> int:
@@ -244,14 +279,28 @@ class Life:
         self._start_s, self.info = loop.time() - began, ranks.info
         try:
             self._resume(ranks)
-            cause = await _unless(over, ranks.wait_dead())
+            cause = await _unless(over, self._wait_dead(ranks))
             if cause is not None:
                 self._mourn(cause)
         finally:
             is_over = True
-            self._ranks, self.pulse = None, None
+            self._ranks = self._signs = self.pulse = None
             await ranks.close()
         return cause
+
+    async def _wait_dead(self, ranks: Ranks) -> MoespanError:
+        """The cause, when the ranks are dead, or when their leader has been silent for too long."""
+        signs = Signs(self._step_timeout_s, asyncio.get_running_loop().time)
+        self._signs = signs
+        dead = asyncio.ensure_future(ranks.wait_dead())
+        try:
+            while not (await asyncio.wait((dead,), timeout=LOOK_S))[0]:
+                signs.look(ranks.places(), ranks.heard_at, bool(self._live))
+                if signs.is_lost:
+                    return EngineDeadError(f"{signs.trouble}, and its agent does not know why")
+            return dead.result()
+        finally:
+            dead.cancel()
 
     def _resume(self, ranks: Ranks) -> None:
         """Take requests again, after those that were kept over a restart."""
