@@ -33,7 +33,7 @@ from moespan.engine.engine import Engine
 from moespan.engine.request import Request
 from moespan.engine.sampler import sample
 from moespan.engine.step import SampleRow, StepPlans
-from moespan.launch.protocol import Connection, Deltas, FromLeader
+from moespan.launch.protocol import Connection, FromLeader, News
 from moespan.measure.probe import machine_name
 from moespan.parallel.mesh import Mesh
 
@@ -133,7 +133,7 @@ def measure(batch_size: int, sampling: str, args: argparse.Namespace) -> dict[st
     front: Connection[Any] = Connection(there, FromLeader)
 
     def tell(deltas: Any) -> None:
-        to_front.send(Deltas(deltas))
+        to_front.send(News(deltas, engine.pulse()))
         while not front.receive(0):
             pass
 

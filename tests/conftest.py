@@ -74,7 +74,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Fail tests of the fast tier that start ranks."""
     if item.get_closest_marker("slow") is not None:
         return (yield)
-    with mock.patch("moespan.launch.ranks.start_agent", _refuse_ranks):
+    with mock.patch("moespan.launch.agent_process.start_agent", _refuse_ranks):
         return (yield)
 
 

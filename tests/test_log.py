@@ -14,8 +14,8 @@ import pytest
 from moespan import log
 from moespan.config import EngineConfig, Layout, Nodes
 from moespan.errors import ConfigError
+from moespan.launch.agent_process import _environment, start_agent
 from moespan.launch.job import Job
-from moespan.launch.ranks import _environment, start_agent
 from tests.support import QUICKSTART
 
 HOSTILE = r'logger.error("a \\x1b[2J\\rb\\u202e")'
@@ -249,7 +249,7 @@ def test_what_ranks_print_is_no_answer(tmp_path: Path) -> None:
     code = (
         "from moespan.config import EngineConfig, Layout, Nodes\n"
         "from moespan.launch.job import Job\n"
-        "from moespan.launch.ranks import start_agent\n"
+        "from moespan.launch.agent_process import start_agent\n"
         f"config = EngineConfig({str(QUICKSTART)!r}, Layout(tp=2), dtype='float32')\n"
         "job = Job.create(config, Nodes())\n"
         f"assert start_agent(job, 2, [{str(rank)!r}]).wait(100) == 0\n"

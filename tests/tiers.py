@@ -22,6 +22,7 @@ SLOW = (
     "tests/benchmarks/test_gpu_benchmarks.py",
     "tests/cli/test_interrupt.py",
     "tests/cli/test_surroundings.py",
+    "tests/launch/test_async_ranks.py",
     "tests/launch/test_fate.py",
     "tests/launch/test_nodes.py",
     "tests/launch/test_ranks.py",

@@ -51,12 +51,12 @@ SINGLE = [
     "moespan.front.batch:AnswerFile.write:2",
 ]
 SEVERAL = [
-    "moespan.launch.ranks:start_agent:1",
+    "moespan.launch.agent_process:start_agent:1",
     "moespan.launch.ranks:RanksClient._wait_until_ready:1",
     "moespan.launch.ranks:RanksClient.add:3",
     "moespan.launch.ranks:RanksClient.receive:3",
     "moespan.front.batch:AnswerFile.write:2",
-    "moespan.launch.ranks:_end:1",
+    "moespan.launch.agent_process:AgentProcess.end:1",
 ]
 
 
@@ -100,13 +100,13 @@ def test_one_rank(tmp_path: Path, place: str, presses: int):
         assert len(answered) == 30
 
 
-@pytest.mark.parametrize(("place", "presses"), with_presses(SEVERAL, ("receive:3", "_end:1")))
+@pytest.mark.parametrize(("place", "presses"), with_presses(SEVERAL, ("receive:3", ".end:1")))
 def test_two_ranks(tmp_path: Path, place: str, presses: int):
     code, said, answered = run(place, presses, "-tp", 2, folder=tmp_path)
     assert (code, said) == (130, "")
     if place.endswith("write:2"):
         assert len(answered) >= 1
-    if place.endswith("_end:1"):
+    if place.endswith(".end:1"):
         assert len(answered) == 30
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from moespan.config import EngineConfig, Layout
-from moespan.engine.info import EngineInfo, EngineStats
+from moespan.engine.info import EngineInfo, EngineStats, Pulse, StepFigures
 from moespan.engine.questions import Question, Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import CheckpointError, RequestError
@@ -81,6 +81,8 @@ class FakeEngine:
             weight_bytes=0,
         )
         self.waiting: list[Request] = []
+        self.num_steps = 0
+        self.figures: list[StepFigures] = []
 
     @property
     def has_unfinished(self) -> bool:
@@ -97,21 +99,32 @@ class FakeEngine:
     def step(self) -> list[OutputDelta]:
         request = self.waiting.pop(0)
         token_ids = step(request.id, request.prompt_token_ids, self.beat)
+        self.num_steps += 1
+        self.figures.append(StepFigures("prefill", len(token_ids), 0.0))
         return [OutputDelta(id=request.id, token_ids=token_ids, finish_reason="stop")]
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_waiting=len(self.waiting),
+            num_running=0,
+            kv_usage=0.0,
+            num_free_blocks=self.info.num_blocks,
+            num_preemptions=0,
+            num_prefix_queried_tokens=0,
+            num_prefix_hit_tokens=0,
+        )
+
+    def pulse(self) -> Pulse:
+        new, self.figures = self.figures, []
+        return Pulse([self.stats], self.num_steps, new)
 
     def heartbeat(self) -> None:
         announce(HEARTBEAT, 0, 0)
 
     def answer(self, question: Question[Any]) -> Any:
         if isinstance(question, Stats):
-            return EngineStats(
-                num_waiting=len(self.waiting),
-                num_running=0,
-                kv_usage=0.0,
-                num_preemptions=0,
-                num_prefix_queried_tokens=0,
-                num_prefix_hit_tokens=0,
-            )
+            return self.stats
         if isinstance(question, Traffic):
             time.sleep(ANSWER_S)
             return [[("fake", "send", "nothing", 0, 0)]]

@@ -190,7 +190,7 @@ def test_the_error_of_a_full_disk_leaves_no_folder(
 
 
 def test_an_agent_that_is_killed_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moespan.launch.ranks import _error
+    from moespan.launch.agent_process import _error
 
     counts = iter([3, 3, 4])
     monkeypatch.setattr(cgroups, "oom_kills", lambda root: next(counts))

@@ -6,13 +6,14 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import msgspec
 import pytest
 
 from moespan.config import Layout
-from moespan.engine.info import EngineInfo, EngineStats
+from moespan.engine.info import EngineInfo, EngineStats, Pulse, StepFigures
 from moespan.engine.questions import AnyQuestion, Question, Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams, TokenLogprobs
 from moespan.engine.trace import Observation
@@ -23,9 +24,10 @@ from moespan.launch.protocol import (
     Answered,
     Ask,
     Connection,
-    Deltas,
+    Framing,
     FromFront,
     FromLeader,
+    News,
     PeerGoneError,
     Ready,
 )
@@ -43,6 +45,16 @@ INFO = EngineInfo(
     read_bytes=1,
     weight_bytes=2,
 )
+STATS = EngineStats(
+    num_waiting=1,
+    num_running=2,
+    kv_usage=0.5,
+    num_free_blocks=3,
+    num_preemptions=4,
+    num_prefix_queried_tokens=5,
+    num_prefix_hit_tokens=6,
+)
+PULSE = Pulse([STATS, STATS], 7, [StepFigures("decode", 2, 0.25)])
 Ends = tuple[Connection[FromLeader], Connection[FromFront]]
 
 
@@ -55,8 +67,12 @@ def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 @pytest.fixture
-def ends(sockets: tuple[socket.socket, socket.socket]) -> Ends:
-    return Connection(sockets[0], FromLeader), Connection(sockets[1], FromFront)
+def ends(sockets: tuple[socket.socket, socket.socket]) -> Iterator[Ends]:
+    front: Connection[FromLeader] = Connection(sockets[0], FromLeader)
+    leader: Connection[FromFront] = Connection(sockets[1], FromFront)
+    yield front, leader
+    front.close()
+    leader.close()
 
 
 def test_every_message_arrives_as_it_was(ends: Ends) -> None:
@@ -72,7 +88,7 @@ def test_every_message_arrives_as_it_was(ends: Ends) -> None:
     delta = OutputDelta(
         id="a", text="幻", token_ids=[5], logprobs=logprobs, prompt_logits=b"\0" * 8
     )
-    told = [Ready(INFO), Deltas([delta, OutputDelta(id="b", stop_reason=5)])]
+    told = [Ready(INFO), News([delta, OutputDelta(id="b", stop_reason=5)], PULSE)]
     told += [Answered(1, b"\x90"), Answered(2, refusal="not now")]
     for message in told:
         leader.send(message)
@@ -107,31 +123,54 @@ def test_a_message_larger_than_the_socket_does_not_block_its_sender(ends: Ends) 
     assert received == [large, Abort("large")]
 
 
-def test_frames_beyond_the_limit_are_refused_by_both_ends(
-    sockets: tuple[socket.socket, socket.socket],
-) -> None:
-    small: Connection[FromLeader] = Connection(sockets[0], FromLeader, max_frame_bytes=64)
+def test_frames_beyond_the_limit_are_refused_by_both_ends() -> None:
+    small: Framing[FromFront] = Framing(FromFront, max_frame_bytes=64)
     with pytest.raises(RequestError, match="exceeds the limit of 64"):
-        small.send(Abort("x" * 100))
-    Connection[FromFront](sockets[1], FromFront).send(Abort("x" * 100))
+        small.frame(Abort("x" * 100))
+    small.feed(Framing(FromFront).frame(Abort("x" * 100)))
     with pytest.raises(EngineDeadError, match="exceeds the limit of 64"):
-        small.receive(1)
+        small.take()
 
 
-def test_a_frame_that_announces_too_much_is_refused_before_it_comes(
-    sockets: tuple[socket.socket, socket.socket],
-) -> None:
-    sockets[1].sendall(struct.pack(">I", 2**32 - 1))
+def test_a_frame_that_announces_too_much_is_refused_before_it_comes() -> None:
+    framing: Framing[FromFront] = Framing(FromFront)
+    framing.feed(struct.pack(">I", 2**32 - 1))
     with pytest.raises(EngineDeadError, match="exceeds the limit"):
-        Connection[FromLeader](sockets[0], FromLeader).receive(1)
+        framing.take()
+
+
+def test_messages_are_whole_however_their_bytes_are_cut() -> None:
+    messages = [Abort("a" * 5), Abort("b" * 300), Ask(3, Stats())]
+    framing: Framing[FromFront] = Framing(FromFront)
+    taken = []
+    for byte in b"".join(framing.frame(message) for message in messages):
+        framing.feed(bytes([byte]))
+        taken += framing.take()
+    assert taken == messages
+
+
+def test_a_message_that_does_not_fit_wakes_the_thread_that_waits(ends: Ends) -> None:
+    front, leader = ends
+    large = Add(Request(id="large", prompt_token_ids=[1] * 3_000_000, params=SamplingParams()))
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(front.receive, 30)
+        time.sleep(0.1)  # so that it waits, and for reading only
+        front.send(large)
+        assert front.is_behind
+        started = time.monotonic()
+        assert leader.receive(30) == [large]
+        assert time.monotonic() - started < 20
+        assert not front.is_behind
+        leader.send(News([], PULSE))
+        assert waiting.result(30) == [News([], PULSE)]
 
 
 def test_messages_sent_before_the_end_are_received_before_the_error(ends: Ends) -> None:
     front, leader = ends
     front.send(Abort("never read"))
-    leader.send(Deltas([OutputDelta(id="a", finish_reason="stop")]))
+    leader.send(News([OutputDelta(id="a", finish_reason="stop")], PULSE))
     leader.close()
-    assert front.receive(None) == [Deltas([OutputDelta(id="a", finish_reason="stop")])]
+    assert front.receive(None) == [News([OutputDelta(id="a", finish_reason="stop")], PULSE)]
     with pytest.raises(PeerGoneError):
         front.receive(None)
     with pytest.raises(PeerGoneError):

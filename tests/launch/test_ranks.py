@@ -102,7 +102,7 @@ def death_of(client: RanksClient, request_id: str, hangs_s: float = 0) -> str:
         with pytest.raises(EngineDeadError):
             client.add(request("late"))
     assert wait_until_gone(processes, 1) == set()
-    assert not client._job.directory.exists()
+    assert not client._agent.job.directory.exists()
     return str(caught.value)
 
 
@@ -214,7 +214,7 @@ def test_a_refused_question_raises_and_the_engine_goes_on(client: RanksClient) -
 
 
 def test_only_the_owner_may_enter_the_jobs_directory(client: RanksClient) -> None:
-    assert stat.S_IMODE(client._job.directory.stat().st_mode) == 0o700
+    assert stat.S_IMODE(client._agent.job.directory.stat().st_mode) == 0o700
 
 
 def test_no_socket_listens_on_all_interfaces(client: RanksClient) -> None:
@@ -245,9 +245,9 @@ def test_closing_leaves_no_process_and_no_directory(client: RanksClient) -> None
     client.close()
     waiting.join(5)
     assert not waiting.is_alive()
-    assert client._agent.returncode == 0
+    assert client._agent.wait(0) == 0
     assert alive(processes) == set()
-    assert not client._job.directory.exists()
+    assert not client._agent.job.directory.exists()
     with pytest.raises(EngineDeadError, match="closed"):
         client.receive()
 
@@ -376,7 +376,7 @@ def test_ranks_die_with_a_killed_front_and_its_directory_is_removed(tmp_path: Pa
 def test_ranks_die_with_a_killed_agent() -> None:
     with start() as client:
         ranks = descendants(client._agent.pid) - {client._agent.pid}
-        client._agent.kill()
+        client._agent._process.kill()
         with pytest.raises(EngineDeadError, match="the agent that watches the ranks"):
             client.receive(60)
         assert wait_until_gone(ranks, DEATH_S) == set()
@@ -417,7 +417,7 @@ def test_a_stopped_agent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stall, "STOPPED_S", 1.0)
     with start() as client:
         ranks = descendants(client._agent.pid)
-        client._agent.send_signal(signal.SIGSTOP)
+        client._agent._process.send_signal(signal.SIGSTOP)
         with pytest.raises(EngineDeadError) as caught:
             client.receive(60)
         assert wait_until_gone(ranks - {client._agent.pid}, DEATH_S) == set()

@@ -511,7 +511,7 @@ def test_started_ranks_have_the_cores_of_their_binding() -> None:
     with RanksClient(config, start_timeout_s=60, program=[FAKE_RANK]) as client:
         assert client.info.binding == expected.summary()
         assert client.info.num_blocks == expected.ranks[0].threads  # reported by the fake engine
-        assert Job(client._job.directory).read_binding() == expected
+        assert Job(client._agent.job.directory).read_binding() == expected
         for part, pid in zip(expected.ranks, rank_pids(client._agent.pid), strict=True):
             masks = {
                 frozenset(os.sched_getaffinity(int(thread.name)))

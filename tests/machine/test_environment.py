@@ -388,8 +388,8 @@ def test_ranks_get_the_environment_that_is_printed(tmp_path: Path) -> None:
         f"    Path({str(tmp_path)!r}, f'{{rank}}.json').write_text(json.dumps(dict(os.environ)))\n"
         "as_rank(play)\n"
     )
+    from moespan.launch.agent_process import start_agent
     from moespan.launch.job import Job
-    from moespan.launch.ranks import start_agent
 
     job = Job.create(EngineConfig(str(QUICKSTART), Layout(tp=2), dtype="float32"), Nodes())
     assert start_agent(job, 2, [str(program)]).wait(120) == 0

@@ -21,8 +21,8 @@ from moespan.config import EngineConfig, Nodes
 from moespan.device import DEVICES
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.errors import EngineDeadError, MoespanError
+from moespan.launch.agent_process import start_agent
 from moespan.launch.job import Job, module_arguments
-from moespan.launch.ranks import start_agent
 from moespan.parallel.beats import Beat
 
 _RESULTS = "collectives.json"

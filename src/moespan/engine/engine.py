@@ -16,16 +16,17 @@ from typing import Any
 import msgspec
 
 from moespan.config import EngineConfig, ModelConfig
-from moespan.engine.info import EngineInfo, EngineStats
+from moespan.engine.info import EngineInfo, EngineStats, Pulse
+from moespan.engine.pace import Pace
 from moespan.engine.questions import Question, Stats, Trace, Traffic
 from moespan.engine.replicas import Replicas
-from moespan.engine.request import OutputDelta, Request, SamplingParams, check_request
+from moespan.engine.request import OutputDelta, Request
 from moespan.engine.results import Pending
 from moespan.engine.scheduler import SequenceUpdate
 from moespan.engine.sequence import Sequence
 from moespan.engine.step import Close, FromLeader, Heartbeat, Report, StepPlans, StepResult
 from moespan.engine.text import TextStream
-from moespan.engine.trace import Observation, collect_trace, trace_plan
+from moespan.engine.trace import Observation, check_trace, collect_trace, trace_plan
 from moespan.engine.worker import Worker
 from moespan.errors import EngineDeadError, RequestError
 from moespan.parallel.counters import TrafficRows
@@ -62,6 +63,7 @@ class Engine:
         self._live: dict[tuple[str, int], _Continuation] = {}
         # One for each step in flight; None unless this rank is the speaker of its replica.
         self._own_results: deque[Pending | None] = deque()
+        self._pace = Pace()
         self._kept: list[OutputDelta] = []  # for the next `step` to return
         self._death: EngineDeadError | None = None
         self._is_closed = False
@@ -113,6 +115,7 @@ class Engine:
                 if plans is None:
                     break
                 message = StepPlans.of(plans)
+                self._pace.start(message)
                 self._broadcast(message)
                 own = plans[self._mesh.at.dp]
                 self._own_results.append(self._worker.execute(message, own))
@@ -132,12 +135,17 @@ class Engine:
             if not self._live:
                 self._settle()
             if isinstance(question, Stats):
-                return EngineStats.of(self._replicas.schedulers)
+                return EngineStats.total([EngineStats.of(s) for s in self._replicas.schedulers])
             if isinstance(question, Traffic):
                 return self._traffic()
             if isinstance(question, Trace):
                 return self._trace(question.token_ids)
         raise TypeError(f"{type(question).__name__} is no question to an engine")
+
+    def pulse(self) -> Pulse:
+        """The state of the engine, and the steps since the last call."""
+        replicas = [EngineStats.of(scheduler) for scheduler in self._replicas.schedulers]
+        return Pulse(replicas, self._pace.num_steps, self._pace.take())
 
     def heartbeat(self) -> None:
         """Tell idle followers that the leader is alive; call it within the group's timeout."""
@@ -182,19 +190,7 @@ class Engine:
 
     def _trace(self, token_ids: list[int]) -> list[Observation]:
         scheduler = self._replicas.schedulers[0]
-        request = Request(id="trace", prompt_token_ids=token_ids, params=SamplingParams())
-        check_request(request, self.info.max_model_len, scheduler.vocab_size)
-        most = scheduler.config.max_num_batched_tokens
-        if self._live:
-            raise RequestError(
-                f"a trace needs an idle engine, but {len(self._live)} outputs are unfinished; "
-                "ask again when they have ended"
-            )
-        if len(token_ids) > most:
-            raise RequestError(
-                f"a trace computes all {len(token_ids)} tokens in one step of at most "
-                f"max_num_batched_tokens={most}; use a shorter prompt"
-            )
+        check_trace(token_ids, scheduler, len(self._live))
         table = scheduler.allocator.take(scheduler.allocator.blocks_for(len(token_ids)))
         assert table is not None  # an idle engine has room for one sequence
         message = trace_plan(token_ids, table, self._mesh.layout.dp)
@@ -215,7 +211,9 @@ class Engine:
 
     def _finish_oldest(self) -> None:
         """Take in the results of the oldest step in flight, and keep their deltas."""
-        self._kept += [self._delta(update) for update in self._replicas.update(self._collect())]
+        results = self._collect()
+        self._pace.end()
+        self._kept += [self._delta(update) for update in self._replicas.update(results)]
 
     def _broadcast(self, message: FromLeader) -> None:
         kind = str(message.__struct_config__.tag)

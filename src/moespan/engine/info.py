@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from moespan.engine.scheduler import Scheduler
 
 
+PULSE_S = 1.0
+"""Seconds after which an engine tells its pulse again, even if nothing happens."""
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about a started engine.
 
@@ -40,24 +44,72 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     binding: list[str] = []
 
 
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """State of the engine: queues, cache use within 0..1, and counts since the start."""
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """State of an engine or of one replica: queues, cache use, and counts since the start.
+
+    Attributes:
+        num_waiting, num_running: sequences without blocks, and with blocks.
+        kv_usage: share of the blocks that live sequences use, within 0..1.
+        num_free_blocks: blocks that nobody uses; some of them hold prefixes for reuse.
+    """
 
     num_waiting: int
     num_running: int
     kv_usage: float
+    num_free_blocks: int
     num_preemptions: int
     num_prefix_queried_tokens: int
     num_prefix_hit_tokens: int
 
     @classmethod
-    def of(cls, schedulers: Sequence[Scheduler]) -> EngineStats:
-        """The state of all replicas together."""
+    def of(cls, scheduler: Scheduler) -> EngineStats:
+        """The state of one replica."""
         return cls(
-            num_waiting=sum(s.num_waiting for s in schedulers),
-            num_running=sum(s.num_running for s in schedulers),
-            kv_usage=sum(s.kv_usage for s in schedulers) / len(schedulers),
-            num_preemptions=sum(s.num_preemptions for s in schedulers),
-            num_prefix_queried_tokens=sum(s.num_prefix_queried_tokens for s in schedulers),
-            num_prefix_hit_tokens=sum(s.num_prefix_hit_tokens for s in schedulers),
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            kv_usage=scheduler.kv_usage,
+            num_free_blocks=scheduler.allocator.num_free,
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_queried_tokens=scheduler.num_prefix_queried_tokens,
+            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
         )
+
+    @classmethod
+    def total(cls, replicas: Sequence[EngineStats]) -> EngineStats:
+        """The state of all replicas together, which have equally many blocks."""
+        sums = {name: sum(getattr(one, name) for one in replicas) for name in cls.__struct_fields__}
+        return cls(**{**sums, "kv_usage": sums["kv_usage"] / len(replicas)})
+
+
+class StepFigures(msgspec.Struct, frozen=True, array_like=True):
+    """One step that has ended.
+
+    Attributes:
+        kind: `decode` if each sequence had one token, otherwise `prefill`.
+        num_tokens: tokens computed, of all replicas.
+        seconds: from the start of the step, or the end of the previous one if that was later, to
+            its result. So the seconds of all steps add up to the time in which the engine worked.
+    """
+
+    kind: str
+    num_tokens: int
+    seconds: float
+
+
+class Pulse(msgspec.Struct, frozen=True, array_like=True):
+    """The state of an engine, as the leader tells it unasked.
+
+    Attributes:
+        replicas: the state of each replica.
+        num_steps: steps that have ended since the start.
+        steps: those of them that ended since the previous pulse.
+    """
+
+    replicas: list[EngineStats]
+    num_steps: int
+    steps: list[StepFigures]
+
+    @property
+    def stats(self) -> EngineStats:
+        """The state of all replicas together."""
+        return EngineStats.total(self.replicas)

@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from moespan.config import Coordinates
+from moespan.engine.request import Request, SamplingParams, check_request
 from moespan.engine.step import StepPlan, StepPlans
+from moespan.errors import RequestError
 
 if TYPE_CHECKING:
+    from moespan.engine.scheduler import Scheduler
     from moespan.parallel.mesh import Mesh
 
 
@@ -39,6 +42,23 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
 
 
 _decode = msgspec.msgpack.Decoder(list[Observation]).decode
+
+
+def check_trace(token_ids: list[int], scheduler: Scheduler, num_unfinished: int) -> None:
+    """Raise `RequestError` if an engine with so many unfinished outputs cannot trace a prompt."""
+    request = Request(id="trace", prompt_token_ids=token_ids, params=SamplingParams())
+    check_request(request, scheduler.config.max_model_len, scheduler.vocab_size)
+    most = scheduler.config.max_num_batched_tokens
+    if num_unfinished:
+        raise RequestError(
+            f"a trace needs an idle engine, but {num_unfinished} outputs are unfinished; ask again "
+            "when they have ended"
+        )
+    if len(token_ids) > most:
+        raise RequestError(
+            f"a trace computes all {len(token_ids)} tokens in one step of at most "
+            f"max_num_batched_tokens={most}; use a shorter prompt"
+        )
 
 
 def trace_plan(token_ids: list[int], table: list[int], dp: int) -> StepPlans:

@@ -49,8 +49,26 @@ def signal_name(number: int) -> str:
 
 def is_stopped(pid: int) -> bool:
     """Whether a signal or a debugger has stopped a process; False if it has gone."""
+    return _stat(pid)[:1] in (["T"], ["t"])
+
+
+def start_ticks(pid: int) -> int:
+    """When a process started, in the kernel's ticks; 0 if it has gone. With its number this names
+    a process for ever."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else 0
+
+
+def state_of(pid: int, started: int) -> str:
+    """The letter of the kernel for the state of the process that `started` then, such as Z for a
+    zombie; empty if it has gone."""
+    fields = _stat(pid)
+    return fields[0] if fields and int(fields[19]) == started else ""
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of a process from its state on, which is field 3 of proc(5); [] if it has gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
-    return fields[0] in "Tt"
+        return []

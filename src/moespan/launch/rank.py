@@ -7,7 +7,8 @@ Each rank writes where it is to the job's file of beats (`moespan.parallel.beats
 ends the job if a rank is stopped or a step hangs (`moespan.launch.stall`).
 
 Bounds: a collective waits `COLLECTIVE_TIMEOUT_S` for its peers. Idle followers get a heartbeat
-every `HEARTBEAT_S`, so that they end once the leader is silent for `COLLECTIVE_TIMEOUT_S`.
+every `HEARTBEAT_S`, so that they end once the leader is silent for `COLLECTIVE_TIMEOUT_S`. The
+front hears from the leader at least every `PULSE_S` between two steps.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ import msgspec
 
 from moespan import log
 from moespan.config import COLLECTIVE_TIMEOUT_S, EngineConfig
-from moespan.engine.info import EngineInfo
+from moespan.engine.info import PULSE_S, EngineInfo, Pulse
 from moespan.engine.questions import Question
 from moespan.engine.request import OutputDelta, Request, refusal
 from moespan.errors import MoespanError, RequestError
+from moespan.launch.fate import start_ticks
 from moespan.launch.job import STACK_SIGNAL, Failure, Job
 from moespan.launch.protocol import (
     Abort,
@@ -37,8 +39,8 @@ from moespan.launch.protocol import (
     Answered,
     Ask,
     Connection,
-    Deltas,
     FromFront,
+    News,
     PeerGoneError,
     Ready,
     Reload,
@@ -65,6 +67,7 @@ class LeaderEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[OutputDelta]: ...
     def answer(self, question: Question[Any]) -> Any: ...
+    def pulse(self) -> Pulse: ...
     def heartbeat(self) -> None: ...
     def close(self, successor: EngineConfig | None = None) -> None: ...
 
@@ -116,8 +119,9 @@ def as_rank(run: Callable[[Job, int, Beat], None]) -> None:
     log.set_up()
     job, rank = Job(directory), int(os.environ["RANK"])
     local_rank = int(os.environ["LOCAL_RANK"])
-    bind(job.read_binding().ranks[local_rank])
     beat = job.beats().beat(local_rank)
+    beat.is_of(os.getpid(), start_ticks(os.getpid()))
+    bind(job.read_binding().ranks[local_rank])
     beat.starting()
     beat.start_pulse()
     stack_file = job.open_stack(rank)
@@ -168,7 +172,8 @@ def serve_front(
 ) -> EngineConfig | None:
     """Serve the front's requests, with heartbeats to idle followers in between.
 
-    The rank is idle while it waits for the front, and busy otherwise.
+    The rank is idle while it waits for the front, and busy otherwise. Pulses without deltas are
+    left out while the front does not read.
 
     Returns:
         The config that the front wants next; None when the front has gone.
@@ -176,31 +181,38 @@ def serve_front(
     beat = beat or Beat()
     try:
         front.send(Ready(engine.info))
-        followers_heard_at = time.monotonic()
+        followers_heard_at = front_heard_at = time.monotonic()
         while True:
             beat.idle()
-            messages = front.receive(0 if engine.has_unfinished else heartbeat_s)
+            messages = front.receive(0 if engine.has_unfinished else min(heartbeat_s, PULSE_S))
             beat.busy()
+            deltas: list[OutputDelta] = []
             for message in messages:
                 beat.busy()  # many messages are progress, too
                 if isinstance(message, Reload):
                     return message.config
-                _handle(engine, message, front)
+                deltas += _handle(engine, message, front)
+            if messages:
+                front.send(News(deltas, engine.pulse()))
+                deltas = []
             if engine.has_unfinished:
                 deltas = engine.step()
-                if deltas:
-                    front.send(Deltas(deltas))
+                followers_heard_at = time.monotonic()
             elif time.monotonic() - followers_heard_at >= heartbeat_s:
                 engine.heartbeat()
-            else:
-                continue
-            followers_heard_at = time.monotonic()
+                followers_heard_at = time.monotonic()
+            is_due = time.monotonic() - front_heard_at >= PULSE_S and not front.is_behind
+            if deltas or is_due:
+                front.send(News(deltas, engine.pulse()))
+                front_heard_at = time.monotonic()
     except PeerGoneError:
         return None
 
 
-def _handle(engine: LeaderEngine, message: Add | Abort | Ask, front: Connection[FromFront]) -> None:
-    """Carry out `message`; refusals go back to the front."""
+def _handle(
+    engine: LeaderEngine, message: Add | Abort | Ask, front: Connection[FromFront]
+) -> list[OutputDelta]:
+    """Carry out `message`; → the deltas of a refused request."""
     if isinstance(message, Abort):
         engine.abort(message.request_id)
     elif isinstance(message, Ask):
@@ -213,7 +225,8 @@ def _handle(engine: LeaderEngine, message: Add | Abort | Ask, front: Connection[
         try:
             engine.add(message.request)
         except RequestError as error:
-            front.send(Deltas(refusal(message.request, error)))
+            return refusal(message.request, error)
+    return []
 
 
 def _failure(rank: int, error: Exception) -> Failure:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,41 +19,31 @@ from typing import NoReturn, cast
 
 import msgspec
 
-from moespan import log
 from moespan.config import EngineConfig, Nodes
 from moespan.engine.info import EngineInfo
 from moespan.engine.interrupts import hold_interrupts
 from moespan.engine.questions import A, AnyQuestion, Question
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
-from moespan.launch.fate import OomKills
-from moespan.launch.job import Job, module_arguments
+from moespan.launch.agent_process import PROGRAM, START_TIMEOUT_S, AgentProcess
 from moespan.launch.protocol import (
     Abort,
     Add,
     Answered,
     Ask,
     Connection,
-    Deltas,
     FromFront,
     FromLeader,
+    News,
     PeerGoneError,
     Ready,
     Reload,
 )
-from moespan.launch.stall import AgentWatch
-from moespan.machine.environment import BACKEND_AUTOLOAD
 from moespan.parallel.beats import Place
 
-START_TIMEOUT_S = 3600.0
-
 _ONE_NODE = Nodes()
-_PROGRAM = module_arguments("moespan.launch.rank")
 
 _LONGEST_WAIT_S = 0.5  # between two looks at the agent
-_VERDICT_S = 8.0  # in less, the agent ends the ranks and writes the cause
-_CLOSE_S = 5.0
-_TERMINATE_S = 6.0
 
 
 class RanksClient:
@@ -79,7 +67,7 @@ class RanksClient:
         start_timeout_s: float | None = None,
         *,
         nodes: Nodes = _ONE_NODE,
-        program: Sequence[str] = _PROGRAM,
+        program: Sequence[str] = PROGRAM,
     ) -> None:
         """Start the ranks and wait until the model is loaded.
 
@@ -106,18 +94,8 @@ class RanksClient:
         self._deltas: list[OutputDelta] = []
         self._answers: dict[int, Answered | None] = {}  # by number; None until it comes
         try:
-            self._ranks = nodes.ranks_per_node(config.layout)
-            self._job = Job.create(config, nodes)
-            cleanup.callback(shutil.rmtree, self._job.directory, ignore_errors=True)
-            self._beats = self._job.beats()
-            self._oom_kills = OomKills()
-            with self._job.listen() as listener:
-                self._agent = start_agent(self._job, self._ranks, program)
-                # Ctrl-C may cut `_end` short, but the agent may not outlive its directory.
-                cleanup.callback(_kill, self._agent)
-                cleanup.callback(_end, self._agent)
-                self._agent_watch = _watch(self._job, self._agent, nodes, self._ranks)
-                sock = self._accept_leader(listener, deadline)
+            self._agent = AgentProcess(config, nodes, program, cleanup)
+            sock = self._accept_leader(deadline)
             self._connection: Connection[FromLeader] = Connection(sock, FromLeader)
             cleanup.callback(self._connection.close)
             self.info = self._wait_until_ready(deadline)
@@ -189,7 +167,7 @@ class RanksClient:
 
     def places(self) -> list[Place]:
         """Where each rank of this node is in its work, without asking the ranks."""
-        return [self._beats.place(rank, rank) for rank in range(self._ranks)]
+        return self._agent.places()
 
     def close(self) -> None:
         """End all ranks and remove their directory. Idempotent. A second Ctrl-C kills the ranks."""
@@ -239,15 +217,19 @@ class RanksClient:
 
     def _read(self, timeout_s: float) -> list[FromLeader]:
         try:
-            self._check_agent()
+            self._agent.check()
             return self._connection.receive(timeout_s)
+        except EngineDeadError as death:
+            self._death = death
+            raise
         except PeerGoneError:
-            self._death = self._learn_death(starting=False)
+            # If another thread closes the client meanwhile, that is the cause.
+            self._death = self._death or self._agent.learn_death(starting=False)
             raise self._death from None
 
     def _sort(self, messages: list[FromLeader]) -> None:
         for message in messages:
-            if isinstance(message, Deltas):
+            if isinstance(message, News):
                 self._deltas += message.deltas
             elif isinstance(message, Answered) and message.number in self._answers:
                 self._answers[message.number] = message
@@ -261,64 +243,32 @@ class RanksClient:
         if self._death is not None:
             raise self._death
 
-    def _check_start(self, deadline: float) -> None:
-        if self._agent.poll() is not None:
-            raise self._learn_death(starting=True)
-        self._check_agent()
-        if time.monotonic() > deadline:
-            raise EngineDeadError(
-                "the ranks were not ready in time; a larger start_timeout_s gives them longer"
-            )
-
-    def _check_agent(self) -> None:
-        try:
-            self._agent_watch.check()
-        except EngineDeadError as death:
-            self._death = death
-            self._agent.kill()
-            raise
-
-    def _accept_leader(self, listener: socket.socket, deadline: float) -> socket.socket:
+    def _accept_leader(self, deadline: float) -> socket.socket:
+        listener = self._agent.listener
         listener.settimeout(0.1)
         try:
             while True:
-                self._check_start(deadline)
+                self._agent.check_start(deadline)
                 with contextlib.suppress(TimeoutError):
                     return listener.accept()[0]
         except BaseException:
             self._agent.terminate()  # ranks that load weights do not watch the socket
             raise
+        finally:
+            listener.close()
 
     def _wait_until_ready(self, deadline: float) -> EngineInfo:
         while True:
-            self._check_start(deadline)
+            self._agent.check_start(deadline)
             try:
                 for message in self._connection.receive(_LONGEST_WAIT_S):
                     if isinstance(message, Ready):
-                        binding = self._job.read_binding().summary()
-                        return msgspec.structs.replace(message.info, binding=binding)
+                        return self._agent.with_binding(message.info)
             except PeerGoneError:
-                raise self._learn_death(starting=True) from None
-
-    def _learn_death(self, starting: bool) -> MoespanError:
-        """The cause of the ranks' end, from the agent, which first ends the remaining ranks."""
-        if self._death is not None:  # closed by another thread
-            return self._death
-        try:
-            code = self._agent.wait(_VERDICT_S)
-        except subprocess.TimeoutExpired:
-            self._agent.kill()
-            self._agent.wait()
-            return EngineDeadError(
-                "the leader has gone, and the agent that watches the ranks did not say why within "
-                f"{_VERDICT_S:g} s"
-            )
-        return _error(self._job, code, starting, self._oom_kills)
+                raise self._agent.learn_death(starting=True) from None
 
 
-def serve_node(
-    config: EngineConfig, nodes: Nodes, *, program: Sequence[str] = _PROGRAM
-) -> NoReturn:
+def serve_node(config: EngineConfig, nodes: Nodes, *, program: Sequence[str] = PROGRAM) -> NoReturn:
     """Run the ranks of a node other than node 0 until the job ends; then exit with code 0.
 
     Raises:
@@ -326,79 +276,19 @@ def serve_node(
         MeetingError: the nodes did not come together.
         MoespanError: the failure that ended the job, on whatever node.
     """
-    ranks = nodes.ranks_per_node(config.layout)
     with contextlib.ExitStack() as cleanup:
-        job = Job.create(config, nodes)
-        cleanup.callback(shutil.rmtree, job.directory, ignore_errors=True)
-        oom_kills = OomKills()
-        agent = start_agent(job, ranks, program)
-        agent_watch = _watch(job, agent, nodes, ranks)
+        agent = AgentProcess(config, nodes, program, cleanup)
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     code = agent.wait(_LONGEST_WAIT_S)
                     break
-                agent_watch.check()
+                agent.check()
         except EngineDeadError:
-            agent.kill()
-            agent.wait()
             raise
         except BaseException:
             agent.terminate()
-            _end(agent)
             raise
         if code:
-            raise _error(job, code, starting=True, oom_kills=oom_kills)
+            raise agent.learn_death(starting=True)
     sys.exit(0)
-
-
-def _watch(job: Job, agent: subprocess.Popen[bytes], nodes: Nodes, ranks: int) -> AgentWatch:
-    node = f"node {nodes.node_rank}" if nodes.nnodes > 1 else ""
-    return AgentWatch(job.beats(), ranks, agent.pid, node)
-
-
-def _error(job: Job, code: int, starting: bool, oom_kills: OomKills) -> MoespanError:
-    """The error that the agent wrote before it ended with `code`."""
-    failure = job.read_failure()
-    if failure is not None:
-        return failure.to_error(starting)
-    fate = f"ended with exit code {code}" if code >= 0 else oom_kills.fate(-code)
-    return EngineDeadError(f"the agent that watches the ranks {fate}")
-
-
-def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start the agent, which starts `ranks` ranks that run `program` in Python."""
-    arguments = [str(job.directory), str(ranks), str(os.getpid()), *program]
-    return subprocess.Popen(
-        [sys.executable, *module_arguments("moespan.launch.agent"), *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=log.stderr_descriptor(),  # libraries of the ranks print there, and answers are ours
-        start_new_session=True,  # only the front gets Ctrl-C of the terminal
-        env=_environment(),
-    )
-
-
-def _environment() -> dict[str, str]:
-    # No module may be imported from the user's current directory.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", log.LEVEL_VARIABLE: log.level()}
-    environment.setdefault(BACKEND_AUTOLOAD, "0")  # the agent itself imports torch
-    if log.level() != "debug":  # torch warns, for example, of addresses without a name
-        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    return environment
-
-
-def _end(agent: subprocess.Popen[bytes]) -> None:
-    """Wait for the orderly end that closing the socket has started, then use force."""
-    for wait_s, use_force in ((_CLOSE_S, agent.terminate), (_TERMINATE_S, agent.kill)):
-        try:
-            agent.wait(wait_s)
-            return
-        except subprocess.TimeoutExpired:
-            use_force()
-    agent.wait()
-
-
-def _kill(agent: subprocess.Popen[bytes]) -> None:
-    """Kill the agent, and with it the ranks, unless it has ended."""
-    agent.kill()
-    agent.wait()

@@ -51,6 +51,9 @@ _LAYER = struct.Struct("<i")
 _ALIVE_AT = 256
 _ALIVE = struct.Struct("<Q")
 
+_PROCESS_AT = 264
+_PROCESS = struct.Struct("<qq")
+
 _NO_COLLECTIVE = (0, 0, 0, b"")
 
 
@@ -119,6 +122,10 @@ class Beat:
     def start_pulse(self) -> None:
         """Raise `alive` every `PULSE_S` from a thread, as long as this process runs."""
         threading.Thread(target=self._pulse, name="beat", daemon=True).start()
+
+    def is_of(self, pid: int, started: int) -> None:
+        """The record is that of this process, which started then (`launch.fate.start_ticks`)."""
+        _PROCESS.pack_into(self._record, _PROCESS_AT, pid, started)
 
     def starting(self) -> None:
         """The rank loads a model; no limit of time applies to its work."""
@@ -218,6 +225,11 @@ class Beats:
         """The counter `alive` of one record."""
         (alive,) = _ALIVE.unpack_from(self._view, index * _RECORD_BYTES + _ALIVE_AT)
         return int(alive)
+
+    def process(self, index: int) -> tuple[int, int]:
+        """The process of one record and when it started, as `Beat.is_of` has them; zeros before."""
+        pid, started = _PROCESS.unpack_from(self._view, index * _RECORD_BYTES + _PROCESS_AT)
+        return int(pid), int(started)
 
     def place(self, index: int, rank: int) -> Place:
         """Where the rank of record `index` is, by the name `rank`."""
