@@ -7,6 +7,7 @@ in words.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,9 @@ from moespan.parallel.tokens import (
     tp_group_tokens,
     tp_groups_of,
 )
+
+Held = tuple[tuple[int, ...], ...]
+"""For each ep rank, the experts of one layer that it holds."""
 
 Choices = npt.NDArray[np.int64]
 """The experts that tokens chose, [T, K]."""
@@ -121,6 +125,8 @@ class _Counts:
         self._dispatch = dispatch_of_step(
             moe_dispatch, config, layout, self._element_bytes, self._group_tokens
         )
+        # Rows of one layer by its experts; layers with the same experts have the same uniform rows.
+        self._uniform_rows: dict[Held, tuple[float, float]] = {}
 
     def _count(self, axis: str, collective: str, module: str, num_bytes: int) -> None:
         ranks = self._ranks[axis]
@@ -208,24 +214,28 @@ class _Counts:
 
         All ranks of a tp group hold the same tokens, so no row is sent within the own group.
         """
-        layout, step = self._layout, self._step
         held = self._experts.of(layer)
+        if self._step.choices is not None:
+            return self._sum_rows(held, self._step.choices[layer])
+        if held not in self._uniform_rows:
+            self._uniform_rows[held] = self._sum_rows(held, None)
+        return self._uniform_rows[held]
+
+    def _sum_rows(self, held: Held, choices: Sequence[Choices] | None) -> tuple[float, float]:
+        layout = self._layout
         ep_rank = layout.ep_rank(self._rank)
         own_group, out, back = ep_rank // layout.tp, 0.0, 0.0
         for group, (dp, sp) in enumerate(tp_groups_of(layout, self._rank)):
-            lengths = split_evenly(step.num_tokens[dp], layout.sp)
+            lengths = split_evenly(self._step.num_tokens[dp], layout.sp)
             first, length = sum(lengths[:sp]), lengths[sp]
-            chosen = None
-            if step.choices is not None:
-                chosen = step.choices[layer][dp][first : first + length]
-            met = _met(self._config, held, length, chosen)
+            chosen = None if choices is None else choices[dp][first : first + length]
             if group != own_group:
-                back += float(met[:, ep_rank].sum())
+                back += float(_sum_met(self._config, held, 0, length, chosen)[ep_rank])
                 continue
             parts = split_evenly(length, layout.tp)
-            mine = met[sum(parts[: self._at.tp]) : sum(parts[: self._at.tp + 1])]
-            met_here = mine[:, group * layout.tp : (group + 1) * layout.tp]
-            out = float(mine.sum() - met_here.sum())
+            start, stop = (sum(parts[: self._at.tp + end]) for end in (0, 1))
+            met = _sum_met(self._config, held, start, stop, chosen)
+            out = float(met.sum() - met[group * layout.tp : (group + 1) * layout.tp].sum())
         return out, back
 
     def head(self) -> None:
@@ -237,31 +247,46 @@ class _Counts:
             self._count("tp", "all_gather", "head", num_bytes)
 
 
-def _met(
-    config: ModelConfig,
-    held: tuple[tuple[int, ...], ...],
-    num_tokens: int,
-    chosen: Choices | None,
+def _sum_met(
+    config: ModelConfig, held: Held, start: int, stop: int, chosen: Choices | None
 ) -> npt.NDArray[np.float64]:
-    """Probability that a token of a tp group chose an expert of an ep rank, [T, ep].
+    """How many of the tokens `start:stop` of a tp group chose an expert of each ep rank, [ep].
 
-    If the choices are known, each probability is 0 or 1.
+    Args:
+        chosen: the choices of all tokens of the group; None is the expected number if routing is
+            uniform.
     """
-    num_experts = config.n_routed_experts or 0
-    holders = [
-        [rank for rank, experts in enumerate(held) if expert in experts]
-        for expert in range(num_experts)
-    ]
-    if chosen is not None:
-        met = np.zeros((num_tokens, len(held)))
-        for token, experts in enumerate(chosen.tolist()):
-            for expert in experts:  # tokens take turns on replicas
-                met[token, holders[expert][token % len(holders[expert])]] = 1
-        return met
+    if chosen is None:
+        turns = _turns(config, held)
+        period = len(turns)
+        # Numbers below `end` that leave each remainder; tokens take turns on replicas.
+        below = [(end - np.arange(period) + period - 1) // period for end in (start, stop)]
+        return (below[1] - below[0]) @ turns
+    holders = _holders(config, held)
+    met = np.zeros((stop - start, len(held)))
+    for row, experts in enumerate(chosen[start:stop].tolist()):
+        for expert in experts:
+            met[row, holders[expert][(start + row) % len(holders[expert])]] = 1
+    return met.sum(0)
+
+
+@functools.lru_cache(maxsize=256)
+def _turns(config: ModelConfig, held: Held) -> npt.NDArray[np.float64]:
+    """Probability that a token chose an expert of an ep rank, [period, ep], by the token's number
+    modulo the period in which tokens take turns on replicas of experts."""
+    holders = _holders(config, held)
     period = math.lcm(*map(len, holders))
     turns = np.zeros((period, len(held)))
     for token in range(period):
         serves = Counter(ranks[token % len(ranks)] for ranks in holders)
         for rank in range(len(held)):
             turns[token, rank] = probability_met(config, serves[rank])
-    return turns[np.arange(num_tokens) % period]
+    return turns
+
+
+def _holders(config: ModelConfig, held: Held) -> list[list[int]]:
+    """The ep ranks that hold each expert."""
+    return [
+        [rank for rank, experts in enumerate(held) if expert in experts]
+        for expert in range(config.n_routed_experts or 0)
+    ]
