@@ -22,6 +22,7 @@ class Device:
         block_size: default tokens in one block of the KV cache.
         cache_share: part of the memory left beside the weights that the KV cache may take; the
             rest is for activations.
+        has_graphs: whether decode steps can be recorded as graphs.
         is_host: whether the device is the host's processor: its memory is the host's, all ranks of
             a node share both, and operations have finished when their call returns.
         has_one_shot_sum: whether small all-reduces may take one kernel of our own
@@ -44,6 +45,7 @@ class Device:
     driver_files: str
     block_size: int
     cache_share: float
+    has_graphs: bool = False
     is_host: bool = False
     has_one_shot_sum: bool = False
     has_group_buffers: bool = False
@@ -68,6 +70,7 @@ NPU = Device(
     driver_files="davinci[0-9]*",
     block_size=128,
     cache_share=0.85,
+    has_graphs=True,
     has_group_buffers=True,
     samples_in_integers=True,
     # torch_npu launches kernels from a thread of its own.
@@ -87,6 +90,7 @@ CUDA = Device(
     driver_files="nvidia[0-9]*",
     block_size=32,
     cache_share=0.85,
+    has_graphs=True,
     has_one_shot_sum=True,
     draws_weights=True,
 )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moespan import log
-from moespan.engine.graphs import padded_sizes
+from moespan.config.engine import padded_sizes
 from moespan.engine.step import StepPlan, StepPlans
 from moespan.ops import AttentionBatch, CpuOps, KVCache, Replay
 from moespan.ops.npu.ops import plain_decode

@@ -225,9 +225,31 @@ class EngineConfig(EngineOptions):
         return 2 if self.plans_ahead else self.layout.pp
 
     @property
+    def graph_sizes(self) -> list[int]:
+        """Numbers of sequences to which decode steps are padded and recorded; none where steps are
+        not recorded."""
+        if self.enforce_eager or not DEVICES[self.device].has_graphs:
+            return []
+        return padded_sizes(self.max_num_seqs)
+
+    @property
     def blocks_per_sequence(self) -> int:
         """Blocks that one sequence of `max_model_len` tokens takes."""
         return -(-self.max_model_len // self.block_size)
+
+
+# Each graph takes streams for each communicator of the device, which has few streams.
+_MOST_SIZES = 40
+_SIZE_STEP = 8
+
+
+def padded_sizes(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, and multiples of 8, or of more if these are too many, until all sequences fit."""
+    step = -(-max_num_seqs // (_SIZE_STEP * (_MOST_SIZES - 3))) * _SIZE_STEP
+    small = [1, 2, 4, *([_SIZE_STEP] if step > _SIZE_STEP else [])]
+    sizes = [*small, *range(step, max_num_seqs + step, step)]
+    fitting = next(i for i, size in enumerate(sizes) if size >= max_num_seqs)
+    return sizes[: fitting + 1]
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moespan.config import EngineConfig
+from moespan.config.engine import padded_sizes
 from moespan.engine.sampler import fill_in
 from moespan.engine.step import StepPlan
 from moespan.log import once
@@ -28,22 +29,11 @@ from moespan.parallel.counters import Traffic
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.tokens import split_evenly
 
-# Each graph takes streams for each communicator of the device, which has few streams.
-_MOST_SIZES = 40
-_STEP = 8
 # Parts of the inputs begin at multiples of so many int32, aligned as separate tensors would be.
 _ALIGNMENT = 128
 
 Run = Callable[[Tensor, AttentionBatch, Tensor], Tensor]
 """(token ids [S] or hidden state [L, H], batch, rows [S]) → the model's output."""
-
-
-def padded_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, and multiples of 8, or of more if these are too many, until all sequences fit."""
-    step = -(-max_num_seqs // (_STEP * (_MOST_SIZES - 3))) * _STEP
-    sizes = [1, 2, 4, *([_STEP] if step > _STEP else []), *range(step, max_num_seqs + step, step)]
-    fitting = next(i for i, size in enumerate(sizes) if size >= max_num_seqs)
-    return sizes[: fitting + 1]
 
 
 def scratch_blocks(config: EngineConfig, ops: Ops) -> int:

@@ -261,13 +261,15 @@ def _sum_met(
         period = len(turns)
         # Numbers below `end` that leave each remainder; tokens take turns on replicas.
         below = [(end - np.arange(period) + period - 1) // period for end in (start, stop)]
-        return (below[1] - below[0]) @ turns
+        counts: npt.NDArray[np.float64] = (below[1] - below[0]) @ turns
+        return counts
     holders = _holders(config, held)
     met = np.zeros((stop - start, len(held)))
     for row, experts in enumerate(chosen[start:stop].tolist()):
         for expert in experts:
             met[row, holders[expert][(start + row) % len(holders[expert])]] = 1
-    return met.sum(0)
+    total: npt.NDArray[np.float64] = met.sum(0)
+    return total
 
 
 @functools.lru_cache(maxsize=256)

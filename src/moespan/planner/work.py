@@ -2,18 +2,31 @@
 
 The formulas read the placement table and the model's geometry. Nothing is run, and no torch is
 imported. `moespan.measure.probe` measures the limits that the least time depends on.
+
+`RankWork` has the work of one rank, operation by operation; `step_work` is the sum for one rank
+that holds the whole model. `moespan.planner.cost` makes time of it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import msgspec
 
-from moespan.checkpoint.placement import Parameter, cache_bytes_per_token, place
-from moespan.config import EngineConfig, Layout, ModelConfig, share_of_experts_read
+from moespan.checkpoint.experts import ExpertPlacement
+from moespan.checkpoint.placement import Parameter, cache_heads, place
+from moespan.config import (
+    SCHEMES,
+    EngineConfig,
+    Layout,
+    ModelConfig,
+    Scheme,
+    share_of_experts_read,
+)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -47,6 +60,219 @@ class Work(NamedTuple):
         return "compute" if compute_s > self.num_bytes / limits.bytes_per_s else "memory"
 
 
+@dataclass(frozen=True)
+class Task:
+    """One operation of `moespan.ops` in a step of one rank.
+
+    Attributes:
+        part: where in `moespan.model.network` it is.
+        op: its name in a profile (`moespan.planner.profile.Operation`).
+        shape: the fields of a profile that tell operations of one name apart.
+        scheme: name of the scheme of a quantised matrix, or `int8` of a cache; None is floats.
+        rows: rows of its input; of experts, pairs of a row and an expert.
+        count: how often a step has it, in layers of one kind.
+        work: the work of one of them.
+        products: products with a matrix or a bank of matrices; 0 for operations on rows.
+        kernels: kernels that it launches where each is launched by itself.
+    """
+
+    part: str
+    op: str
+    shape: tuple[tuple[str, int], ...]
+    scheme: str | None
+    rows: float
+    count: int
+    work: Work
+    products: int
+    kernels: int
+
+
+class Chunk(NamedTuple):
+    """Part of a prompt that a step computes: `new` tokens after `context` others."""
+
+    new: int
+    context: float
+
+
+_KERNELS = {"linear": 1, "mlp": 3, "route": 3, "experts": 5, "attention": 1, "rope_to_cache": 1}
+_KERNELS |= {"norm": 1, "embed": 1, "sample": 6}
+
+
+class RankWork:
+    """The work of one rank in a step, by operation.
+
+    Layers of one kind are alike, so each operation is counted once with its number of layers.
+
+    Args:
+        rank: any rank of the stage. Its expert share counts.
+
+    Attributes:
+        num_experts: routed experts of one layer that the rank holds.
+        num_moe_layers: layers of its stage with experts.
+    """
+
+    def __init__(
+        self, config: ModelConfig, engine: EngineConfig, layout: Layout | None = None, rank: int = 0
+    ) -> None:
+        layout = engine.layout if layout is None else layout
+        self._config, self._engine, self._layout = config, engine, layout
+        at = layout.coordinates(rank)
+        layers = layout.stages(config)[at.pp]
+        self._is_first = at.pp == 0
+        self._is_last = at.pp == layout.pp - 1
+        self._parts = _parts(config, layout, rank % layout.stage_size, engine.quantization)
+        self.num_moe_layers = sum(config.is_moe(layer) for layer in layers)
+        self._num_dense = len(layers) - self.num_moe_layers
+        self._num_layers = len(layers)
+        held = ExpertPlacement.make(engine.expert_placement, config, layout)
+        self.num_experts = len(held.default[layout.ep_rank(rank)])
+        self._heads = config.num_attention_heads // (layout.tp * layout.sp)
+        self._kv_heads = cache_heads(config, layout, rank)
+        self._token_cache_bytes = 2 * self._kv_heads * config.kv_bytes_per_head(engine.cache_dtype)
+
+    def dense_tasks(self, tokens: float, rows: float) -> Iterator[Task]:
+        """Everything but experts and attention, for `tokens` that the rank holds outside attention
+        and `rows` of logits."""
+        if self._is_first:
+            yield self._embed(tokens)
+        yield from self._layer_tasks("attention", self._num_layers, tokens)
+        yield self._rope(tokens)
+        yield from self._layer_tasks("dense", self._num_dense, tokens)
+        yield from self._layer_tasks("moe", self.num_moe_layers, tokens)
+        if self._is_last:
+            yield from self._head(tokens, rows)
+
+    def expert_task(self, rows: float, met: float) -> Task | None:
+        """The routed experts of one layer: `rows` pairs of a token and an expert of this rank,
+        which meet `met` different ones; None if the stage has none."""
+        parameters = [one for name, one in self._parts["moe"].items() if ".experts." in name]
+        if not parameters or not self.num_moe_layers:
+            return None
+        share = met / self.num_experts
+        each = [math.prod(one.shape) / self.num_experts for one in parameters]
+        work = Work(
+            2 * rows * sum(each),
+            share * sum(one.num_bytes(self._engine.dtype) for one in parameters),
+        )
+        down = next(
+            one for name, one in self._parts["moe"].items() if name.endswith("experts.down")
+        )
+        shape = (("k", down.shape[1]), ("n", down.shape[2]), ("experts", self.num_experts))
+        scheme = _scheme_name(down.scheme)
+        return Task(
+            "moe.experts", "experts", shape, scheme, rows, self.num_moe_layers, work, 2,
+            _KERNELS["experts"],
+        )  # fmt: skip
+
+    def attention_task(self, sequences: int, cached: float, chunks: Sequence[Chunk]) -> Task:
+        """Attention of one layer: `sequences` with one new token and `cached` tokens in all, new
+        ones included, and chunks of prompts."""
+        pairs = cached + sum(new * (context + (new + 1) / 2) for new, context in chunks)
+        total = cached + sum(new + context for new, context in chunks)
+        work = Work(
+            4 * self._heads * self._config.head_dim * pairs, total * self._token_cache_bytes
+        )
+        rows = sequences + sum(chunk.new for chunk in chunks)
+        return Task(
+            "attention.attention", "attention", self.attention_shape, self._cache_scheme, rows,
+            self._num_layers, work, 1, _KERNELS["attention"],
+        )  # fmt: skip
+
+    @property
+    def attention_shape(self) -> tuple[tuple[str, int], ...]:
+        """Heads of this rank inside attention, as a profile names them."""
+        heads = (("heads", self._heads), ("kv_heads", self._kv_heads))
+        return (*heads, ("head_dim", self._config.head_dim))
+
+    @property
+    def _cache_scheme(self) -> str | None:
+        return "int8" if self._engine.cache_dtype == "int8" else None
+
+    def _embed(self, tokens: float) -> Task:
+        # A token reads one row. Tied weights are counted once, by the head.
+        hidden, work = self._config.hidden_size, Work(0, 0)
+        if not self._config.tie_word_embeddings:
+            table = self._parts["embed"]["embed"]
+            work = Work(0, table.num_bytes(self._engine.dtype) / table.shape[0] * tokens)
+        return self._rowwise("embed", "embed", (("k", hidden),), tokens, 1, work)
+
+    def _rope(self, tokens: float) -> Task:
+        return self._rowwise(
+            "attention.rope", "rope_to_cache", self.attention_shape, tokens, self._num_layers,
+            Work(0, 0),
+        )  # fmt: skip
+
+    def _head(self, tokens: float, rows: float) -> Iterator[Task]:
+        config = self._config
+        yield from self._tasks("norm", self._parts["norm"], 1, tokens)
+        part = "embed" if config.tie_word_embeddings else "head"
+        head = self._parts[part][part]
+        yield self._product("head", "linear", [head], rows, 1)
+        yield self._rowwise("sample", "sample", (("n", config.vocab_size),), rows, 1, Work(0, 0))
+
+    def _layer_tasks(self, kind: str, count: int, tokens: float) -> Iterator[Task]:
+        if count:
+            yield from self._tasks(kind, self._parts[kind], count, tokens)
+
+    def _tasks(
+        self, kind: str, parameters: dict[str, Parameter], count: int, tokens: float
+    ) -> Iterator[Task]:
+        """The operations that meet `parameters`, without routed experts."""
+        mlps: dict[str, list[Parameter]] = {}
+        for name, parameter in parameters.items():
+            part, _, leaf = name.rpartition(".")
+            if ".experts." in name:
+                continue
+            if leaf in ("gate_up", "down"):
+                mlps.setdefault(part, []).append(parameter)
+            elif leaf == "router":
+                yield self._product(f"{kind}.router", "route", [parameter], tokens, count)
+            elif len(parameter.shape) == 2:
+                yield self._product(f"{kind}.{leaf}", "linear", [parameter], tokens, count)
+            else:  # a norm's weight, or a bias
+                size, label = parameter.shape[0], kind if kind == leaf else f"{kind}.{leaf}"
+                work = Work(2 * size * tokens, parameter.num_bytes(self._engine.dtype))
+                op = "norm" if leaf == "norm" else "bias"
+                yield self._rowwise(label, op, (("k", size),), tokens, count, work)
+        for part, matrices in mlps.items():
+            label = f"{kind}.{part.rpartition('.')[2]}" if kind == "moe" else f"{kind}.mlp"
+            yield self._product(label, "mlp", matrices, tokens, count)
+
+    def _product(
+        self, part: str, op: str, matrices: list[Parameter], rows: float, count: int
+    ) -> Task:
+        """Products of the same rows; the last of `matrices` names the shape."""
+        work = Work(
+            2 * rows * sum(math.prod(one.shape) for one in matrices),
+            sum(one.num_bytes(self._engine.dtype) for one in matrices),
+        )
+        last = matrices[-1]
+        n, k = last.shape
+        shape = (("n", k), ("k", n)) if op == "mlp" else (("n", n), ("k", k))
+        scheme = _scheme_name(last.scheme)
+        return Task(part, op, shape, scheme, rows, count, work, len(matrices), _KERNELS[op])
+
+    def _rowwise(
+        self,
+        part: str,
+        op: str,
+        shape: tuple[tuple[str, int], ...],
+        rows: float,
+        count: int,
+        work: Work,
+    ) -> Task:
+        return Task(part, op, shape, None, rows, count, work, 0, _KERNELS.get(op, 1))
+
+
+def _scheme_name(scheme: Scheme | None) -> str | None:
+    """The name of a scheme. A head whose input is not rounded has the name of the others' scheme
+    if no scheme is exactly like it."""
+    if scheme is None:
+        return None
+    alike = (name for name, one in SCHEMES.items() if one == scheme)
+    return next(alike, next(n for n, one in SCHEMES.items() if one.dtype == scheme.dtype))
+
+
 def step_work(
     config: ModelConfig, engine: EngineConfig, num_sequences: int, num_new: int, context: float
 ) -> Work:
@@ -63,76 +289,44 @@ def step_work(
 
     The whole model counts, however it is laid out: each weight is on some rank and has to be read.
     """
-    counts = _Counts(config, engine, num_sequences, num_new, context)
-    counts.embed()
-    for layer in range(config.num_hidden_layers):
-        counts.attention(layer)
-        if config.is_moe(layer):
-            counts.moe(layer)
-        else:
-            counts.dense(layer)
-    counts.head()
-    return Work(counts.operations, counts.num_bytes)
+    whole = RankWork(config, replace(engine, expert_placement="contiguous"), Layout())
+    tokens = num_sequences * num_new
+    tasks = list(whole.dense_tasks(tokens, num_sequences))
+    chunks = [Chunk(num_new, context)] * num_sequences
+    tasks.append(whole.attention_task(0, 0.0, chunks))
+    if whole.num_moe_layers:
+        met = whole.num_experts * share_of_experts_read(config, tokens)
+        experts = whole.expert_task(tokens * config.num_experts_per_tok, met)
+        tasks += [] if experts is None else [experts]
+    return Work(
+        sum(task.count * task.work.operations for task in tasks),
+        sum(task.count * task.work.num_bytes for task in tasks),
+    )
 
 
-class _Counts:
-    """Counts the work of a step, by the parts of `moespan.model.network`."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        engine: EngineConfig,
-        num_sequences: int,
-        num_new: int,
-        context: float,
-    ) -> None:
-        self.operations = self.num_bytes = 0.0
-        self._config, self._engine = config, engine
-        self._num_sequences, self._num_tokens = num_sequences, num_sequences * num_new
-        self._cached_tokens = num_sequences * (context + num_new)
-        # Pairs of a token and one that it attends to: (num_new + 1) / 2 of the new ones on average.
-        self._pairs = self._num_tokens * (context + (num_new + 1) / 2)
-        # "embed", "layers.3.mlp", ... → name → parameter.
-        self._parts: dict[str, dict[str, Parameter]] = defaultdict(dict)
-        whole = place(config, Layout(), 0, quantization=engine.quantization)
-        for name, parameter in whole.parameters.items():
-            self._parts[".".join(name.split(".")[:3])][name] = parameter
-        cache_bytes = cache_bytes_per_token(config, Layout(), 0, engine.cache_dtype)
-        self._layer_cache_bytes = cache_bytes // config.num_hidden_layers
-
-    def embed(self) -> None:
-        # A token reads one row. Tied weights are counted once, by the head.
-        if not self._config.tie_word_embeddings:
-            table = self._parts["embed"]["embed"]
-            row_bytes = table.num_bytes(self._engine.dtype) / self._config.vocab_size
-            self.num_bytes += row_bytes * self._num_tokens
-
-    def attention(self, layer: int) -> None:
-        for parameter in self._parts[f"layers.{layer}.attention"].values():
-            self._weight(parameter, self._num_tokens)
-        self.operations += 4 * self._config.hidden_size * self._pairs
-        self.num_bytes += self._cached_tokens * self._layer_cache_bytes
-
-    def dense(self, layer: int) -> None:
-        for parameter in self._parts[f"layers.{layer}.mlp"].values():
-            self._weight(parameter, self._num_tokens)
-
-    def moe(self, layer: int) -> None:
-        config = self._config
-        chosen = config.num_experts_per_tok / (config.n_routed_experts or 0)
-        share_read = share_of_experts_read(config, self._num_tokens)
-        for name, parameter in self._parts[f"layers.{layer}.mlp"].items():
-            if ".experts." in name:
-                self._weight(parameter, chosen * self._num_tokens, share_read)
-            else:
-                self._weight(parameter, self._num_tokens)
-
-    def head(self) -> None:
-        self._weight(self._parts["norm"]["norm"], self._num_tokens)
-        name = "embed" if self._config.tie_word_embeddings else "head"
-        self._weight(self._parts[name][name], self._num_sequences)
-
-    def _weight(self, parameter: Parameter, num_tokens: float, share_read: float = 1) -> None:
-        """A parameter whose elements `num_tokens` tokens meet on average."""
-        self.operations += 2 * math.prod(parameter.shape) * num_tokens
-        self.num_bytes += parameter.num_bytes(self._engine.dtype) * share_read
+@functools.lru_cache(maxsize=4096)
+def _parts(
+    config: ModelConfig, layout: Layout, rank: int, quantization: str | None
+) -> dict[str, dict[str, Parameter]]:
+    """Kind of part → name → parameter of `rank` in one layer of that kind: `embed`, `attention`,
+    `dense`, `moe`, `norm` and `head`."""
+    kinds = [config.is_moe(layer) for layer in range(config.num_hidden_layers)]
+    examples = {kind: kinds.index(kind) for kind in (False, True) if kind in kinds}
+    # Layers of one kind are alike, so the first ones are enough.
+    short = replace(config, num_hidden_layers=max(examples.values()) + 1)
+    one_stage = replace(layout, pp=1, pipeline_layers=None)
+    placed = place(short, one_stage, rank, quantization=quantization)
+    found: dict[str, dict[str, Parameter]] = {
+        kind: {} for kind in ("embed", "attention", "dense", "moe", "norm", "head")
+    }
+    first = next(iter(examples.values()))
+    for name, parameter in placed.parameters.items():
+        if not name.startswith("layers."):
+            found[name][name] = parameter
+            continue
+        _, layer, part, *_ = name.split(".")
+        if part == "attention" and int(layer) == first:
+            found["attention"][name] = parameter
+        elif part == "mlp" and int(layer) in examples.values():
+            found["moe" if config.is_moe(int(layer)) else "dense"][name] = parameter
+    return found
