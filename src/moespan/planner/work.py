@@ -74,6 +74,7 @@ class Task:
         work: the work of one of them.
         products: products with a matrix or a bank of matrices; 0 for operations on rows.
         kernels: kernels that it launches where each is launched by itself.
+        met: of experts, how many different ones.
     """
 
     part: str
@@ -85,6 +86,7 @@ class Task:
     work: Work
     products: int
     kernels: int
+    met: float = 0.0
 
 
 class Chunk(NamedTuple):
@@ -108,7 +110,7 @@ class RankWork:
 
     Attributes:
         num_experts: routed experts of one layer that the rank holds.
-        num_moe_layers: layers of its stage with experts.
+        num_layers, num_moe_layers: layers of its stage, and those of them with experts.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class RankWork:
         self._parts = _parts(config, layout, rank % layout.stage_size, engine.quantization)
         self.num_moe_layers = sum(config.is_moe(layer) for layer in layers)
         self._num_dense = len(layers) - self.num_moe_layers
-        self._num_layers = len(layers)
+        self.num_layers = len(layers)
         held = ExpertPlacement.make(engine.expert_placement, config, layout)
         self.num_experts = len(held.default[layout.ep_rank(rank)])
         self._heads = config.num_attention_heads // (layout.tp * layout.sp)
@@ -135,7 +137,7 @@ class RankWork:
         and `rows` of logits."""
         if self._is_first:
             yield self._embed(tokens)
-        yield from self._layer_tasks("attention", self._num_layers, tokens)
+        yield from self._layer_tasks("attention", self.num_layers, tokens)
         yield self._rope(tokens)
         yield from self._layer_tasks("dense", self._num_dense, tokens)
         yield from self._layer_tasks("moe", self.num_moe_layers, tokens)
@@ -161,7 +163,7 @@ class RankWork:
         scheme = _scheme_name(down.scheme)
         return Task(
             "moe.experts", "experts", shape, scheme, rows, self.num_moe_layers, work, 2,
-            _KERNELS["experts"],
+            _KERNELS["experts"], met,
         )  # fmt: skip
 
     def attention_task(self, sequences: int, cached: float, chunks: Sequence[Chunk]) -> Task:
@@ -175,7 +177,7 @@ class RankWork:
         rows = sequences + sum(chunk.new for chunk in chunks)
         return Task(
             "attention.attention", "attention", self.attention_shape, self._cache_scheme, rows,
-            self._num_layers, work, 1, _KERNELS["attention"],
+            self.num_layers, work, 1, _KERNELS["attention"],
         )  # fmt: skip
 
     @property
@@ -198,7 +200,7 @@ class RankWork:
 
     def _rope(self, tokens: float) -> Task:
         return self._rowwise(
-            "attention.rope", "rope_to_cache", self.attention_shape, tokens, self._num_layers,
+            "attention.rope", "rope_to_cache", self.attention_shape, tokens, self.num_layers,
             Work(0, 0),
         )  # fmt: skip
 

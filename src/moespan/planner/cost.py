@@ -1,0 +1,436 @@
+"""Seconds of a step under a layout: of each stage on its busiest rank, and of the leader.
+
+A step is the sum of its operations and collectives, which `prices` has the times of. A stage waits
+for its slowest replica, whether replicas share experts or not, and each layer for the busiest ep
+rank. Decode steps are padded and recorded as the engine does. The leader's work and its broadcast
+go on beside the device as far as plans are made ahead (`moespan.search.simulate`). Imports no
+torch.
+
+Times are kept for a grid of sizes, dense up to 32 and then 16 to an octave, so that a simulation
+asks for most of them once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moespan.checkpoint.experts import ExpertPlacement
+from moespan.config import DTYPE_BYTES, EngineConfig, Layout, ModelConfig
+from moespan.device import DEVICES
+from moespan.parallel.counters import Traffic
+from moespan.parallel.tokens import dispatch_of_step, tp_groups_of
+from moespan.planner.expert_load import Routing
+from moespan.planner.prices import Price, Prices
+from moespan.planner.profile import Profile
+from moespan.planner.traffic import StepSize, step_traffic
+from moespan.planner.work import Chunk, RankWork, Task
+
+BEFORE_SHARE = 0.5
+"""Share of the leader's work that comes before a step (plans, inputs); the rest takes in results.
+`benchmarks/engine_overhead.py`: 40 to 60 %."""
+
+_SEQUENCE_BYTES, _BLOCK_BYTES, _TOKEN_BYTES = 40, 3, 3
+"""Bytes of a plan for a sequence, for each of its blocks, and for a token, in msgpack."""
+
+
+class ReplicaStep(NamedTuple):
+    """What one replica computes in a step.
+
+    Attributes:
+        tokens: all of them.
+        rows: rows of logits.
+        sequences: sequences with one new token.
+        cached: tokens of these sequences, the new ones included.
+        chunks: chunks of prompts.
+    """
+
+    tokens: int
+    rows: int
+    sequences: int
+    cached: int
+    chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def num_sequences(self) -> int:
+        """All sequences."""
+        return self.sequences + len(self.chunks)
+
+
+IDLE = ReplicaStep(0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A part of a step in an explanation.
+
+    Attributes:
+        part: where in the network, or the collective's axis, kind and module.
+        kind: `operation`, `collective` or `host`.
+        count: how often.
+        seconds: all of them together.
+        source: where the figure comes from.
+    """
+
+    part: str
+    kind: str
+    count: int
+    seconds: float
+    source: str
+
+
+class _Times(NamedTuple):
+    """Seconds on the device, and the kernels that an eager step launches for them."""
+
+    seconds: float
+    kernels: float
+
+
+class StepCost:
+    """The times of an engine's steps.
+
+    Args:
+        ranks_per_node: ranks of all engines on one machine; None: as many as one engine has there.
+        worst: take upper bounds of latencies that are guesses.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        model: ModelConfig,
+        config: EngineConfig,
+        routing: Routing,
+        *,
+        ranks_per_node: int | None = None,
+        worst: bool = False,
+    ) -> None:
+        self._profile, self._model, self._config = profile, model, config
+        self._routing, self._layout = routing, config.layout
+        layout = config.layout
+        sharers = ranks_per_node or min(layout.world_size, profile.devices_per_node)
+        self._prices = Prices(profile, config.dtype, sharers, worst=worst)
+        self._is_host = DEVICES[config.device].is_host
+        self._sizes = config.graph_sizes
+        self._held = ExpertPlacement.make(config.expert_placement, model, layout)
+        self._groups = _replica_groups(layout)
+        self._element_bytes = DTYPE_BYTES[config.dtype]
+        self._stages = [_Stage(self, stage * layout.stage_size) for stage in range(layout.pp)]
+        self._hidden_s: dict[int, float] = {}
+
+    def stages_s(self, step: Sequence[ReplicaStep]) -> list[float]:
+        """Seconds of each stage for one step of all replicas."""
+        return [stage.seconds(step) for stage in self._stages]
+
+    def lines(self, step: Sequence[ReplicaStep], stage: int = 0) -> list[Line]:
+        """The parts of a step on the busiest rank of a stage, and the leader's."""
+        found = self._stages[stage].lines(step)
+        num_sequences = sum(one.num_sequences for one in step)
+        found.append(Line("leader: plans and results", "host", 1, self.leader_s(step), "host"))
+        sent = self._broadcast_s(step)
+        if sent:
+            source = "host.broadcast"
+            found.append(Line(f"plans of {num_sequences} sequences", "host", 1, sent, source))
+        return found
+
+    def leader_s(self, step: Sequence[ReplicaStep]) -> float:
+        """Seconds of the leader's own work for a step."""
+        host = self._profile.host
+        each = host.sequence_us.value if host.sequence_us else 0.0
+        fixed = host.step_us.value if host.step_us else 0.0
+        return (fixed + each * sum(one.num_sequences for one in step)) * 1e-6
+
+    def before_s(self, step: Sequence[ReplicaStep]) -> float:
+        """Seconds of the leader until a step's plans are out."""
+        return BEFORE_SHARE * self.leader_s(step) + self._broadcast_s(step)
+
+    def after_s(self, step: Sequence[ReplicaStep]) -> float:
+        """Seconds of the leader to take in a step's results."""
+        return (1 - BEFORE_SHARE) * self.leader_s(step)
+
+    def _broadcast_s(self, step: Sequence[ReplicaStep]) -> float:
+        if self._layout.world_size == 1 or self._profile.host.broadcast is None:
+            return 0.0
+        block = self._config.block_size
+        num_bytes = 64 + sum(
+            _TOKEN_BYTES * one.tokens
+            + _SEQUENCE_BYTES * one.num_sequences
+            + _BLOCK_BYTES
+            * (one.cached + sum(new + context for new, context in one.chunks))
+            / block
+            for one in step
+        )
+        size = 1 << max(int(num_bytes) - 1, 1).bit_length()
+        if size not in self._hidden_s:
+            self._hidden_s[size] = _broadcast_s(self._profile, self._layout.world_size, size)
+        return self._hidden_s[size]
+
+
+class _Stage:
+    """The times of one stage on its busiest rank."""
+
+    def __init__(self, cost: StepCost, rank: int) -> None:
+        self._cost, self._rank = cost, rank
+        config, layout = cost._config, cost._layout
+        self._work = RankWork(cost._model, config, layout, rank)
+        self._of_tokens = _Grid(lambda at, graph: self._sum(self._token_tasks(at), graph))
+        self._of_rows = _Grid(lambda at, graph: self._sum(self._row_tasks(at), graph))
+        self._of_group: dict[tuple[int, int, int, bool], _Times] = {}
+        self._experts: dict[tuple[int, bool], _Times] = {}
+
+    def seconds(self, step: Sequence[ReplicaStep]) -> float:
+        """Seconds of the slowest replica."""
+        is_decode = not any(one.chunks for one in step)
+        cost = self._cost
+        slowest = 0.0
+        for group in cost._groups:
+            members = [step[dp] for dp in group]
+            most = max(one.tokens for one in members)
+            if not most:
+                continue
+            size = self._padded(most) if is_decode else None
+            slowest = max(slowest, self._group_s(members, most, size))
+        return slowest
+
+    def _group_s(self, members: list[ReplicaStep], most: int, size: int | None) -> float:
+        """Seconds of the replicas that share experts, all together."""
+        cost, graph = self._cost, size is not None
+        own = [self._own(one, size) for one in members if one.tokens or len(members) > 1]
+        total = size * len(members) if size else sum(one.tokens for one in members)
+        most_tokens = size or most
+        most_rows = size or max(one.rows for one in members)
+        expert = self._expert_times(self._expert_tokens(total), graph)
+        sent = self._group_times(most_tokens, total, most_rows, graph)
+        device = max(one.seconds for one in own) + expert.seconds + sent.seconds
+        if cost._is_host:
+            return device
+        if graph:
+            return device + cost._prices.replay_s
+        kernels = max(one.kernels for one in own) + expert.kernels + sent.kernels
+        return max(device, kernels * cost._prices.eager_s)
+
+    def _own(self, one: ReplicaStep, size: int | None) -> _Times:
+        """A replica's own operations: all but experts."""
+        graph, cost = size is not None, self._cost
+        tokens = -(-(size or one.tokens) // cost._layout.sp)
+        dense = self._of_tokens(tokens, graph)
+        rows = self._of_rows(size or one.rows, graph)
+        attention, layers = self._attention(one, size), self._work.num_layers
+        return _Times(
+            dense.seconds + rows.seconds + layers * attention.seconds,
+            dense.kernels + rows.kernels + layers * attention.kernels,
+        )
+
+    def _attention(self, one: ReplicaStep, size: int | None) -> _Times:
+        """Attention of one layer."""
+        prices, seconds, kernels = self._cost._prices, 0.0, 0.0
+        if one.sequences:
+            task = self._work.attention_task(one.sequences, one.cached, ())
+            context = one.cached / one.sequences
+            price = prices.decode_attention(task, size or one.sequences, context, size is not None)
+            seconds, kernels = price.seconds, task.kernels
+        for chunk in one.chunks:
+            task = self._work.attention_task(0, 0, (chunk,))
+            seconds += prices.prefill_attention(task, chunk.new, chunk.context).seconds
+            kernels += task.kernels
+        return _Times(seconds, kernels)
+
+    def lines(self, step: Sequence[ReplicaStep]) -> list[Line]:
+        """All parts of the step on the first group of replicas."""
+        cost = self._cost
+        is_decode = not any(one.chunks for one in step)
+        members = [step[dp] for dp in cost._groups[0]]
+        most = max(one.tokens for one in members)
+        size = self._padded(most) if is_decode else None
+        graph = size is not None
+        total = size * len(members) if size else sum(one.tokens for one in members)
+        first = max(members, key=lambda one: one.tokens)
+        tokens = -(-(size or first.tokens) // cost._layout.sp)
+        tasks = [*self._token_tasks(tokens), *self._row_tasks(size or first.rows)]
+        expert = self._expert_of(self._expert_tokens(total))
+        tasks += [expert] if expert else []
+        found = [
+            Line(task.part, "operation", task.count, task.count * price.seconds, price.source)
+            for task in tasks
+            for price in [cost._prices.task(task, graph)]
+        ]
+        attention, layers = self._attention(first, size), self._work.num_layers
+        source = "see docs/planning.md"
+        found.append(Line("attention", "operation", layers, layers * attention.seconds, source))
+        for name, count, price in self._sent(size or most, total, size or first.rows, graph):
+            found.append(Line(name, "collective", count, count * price.seconds, price.source))
+        if graph:
+            found.append(Line("replay", "host", 1, cost._prices.replay_s, "launch.replay_us"))
+        return sorted(found, key=lambda line: -line.seconds)
+
+    def _padded(self, tokens: int) -> int | None:
+        """The size of the recorded step; None if it is not recorded (`engine.worker`)."""
+        cost = self._cost
+        size = next((one for one in cost._sizes if one >= tokens), None)
+        if size is None or self._dispatch(size) == "all_to_all":
+            return None
+        return size
+
+    def _dispatch(self, tokens: int) -> str:
+        cost, layout = self._cost, self._cost._layout
+        groups = [-(-tokens // layout.sp)] * layout.ep_tp_groups
+        asked = cost._config.moe_dispatch
+        return dispatch_of_step(asked, cost._model, layout, cost._element_bytes, groups)
+
+    def _expert_tokens(self, total: int) -> int:
+        """Tokens of one set of experts, of `total` tokens of the replicas that share it."""
+        layout = self._cost._layout
+        replicas = len(self._cost._groups[0])
+        return -(-total * layout.ep_tp_groups // (layout.sp * replicas))
+
+    def _expert_times(self, tokens: int, graph: bool) -> _Times:
+        at = _rounded(tokens)
+        if (at, graph) not in self._experts:
+            task = self._expert_of(at)
+            self._experts[at, graph] = self._sum([task] if task else [], graph)
+        return self._experts[at, graph]
+
+    def _expert_of(self, tokens: int) -> Task | None:
+        load = self._cost._routing.busiest(tokens, self._cost._held.default)
+        return self._work.expert_task(load.rows, load.met)
+
+    def _group_times(self, most: int, total: int, rows: int, graph: bool) -> _Times:
+        """All collectives of a step."""
+        key = _rounded(most), _rounded(total), _rounded(rows), graph
+        if key not in self._of_group:
+            seconds = kernels = 0.0
+            for _, count, price in self._sent(*key):
+                seconds += count * price.seconds
+                kernels += count
+            self._of_group[key] = _Times(seconds, kernels)
+        return self._of_group[key]
+
+    def _sent(
+        self, most: int, total: int, rows: int, graph: bool
+    ) -> Iterator[tuple[str, int, Price]]:
+        """Name, calls and price of each collective."""
+        cost, layout = self._cost, self._cost._layout
+        traffic = self._traffic(most, total, rows)
+        for (axis, kind, module), calls in sorted(traffic.calls.items()):
+            ranks, stride = _axis(layout, axis)
+            message = _message_bytes(kind, ranks, traffic.sent_bytes[axis, kind, module] / calls)
+            prices = cost._prices
+            level = prices.level_of((ranks - 1) * stride + 1)
+            inside = prices.inside(level, ranks, stride)
+            price = prices.collective(kind, level, ranks, message, graph, inside)
+            seconds = price.seconds + prices.skew_s
+            yield f"{axis} {kind} {module}", calls, Price(seconds, price.source)
+        if "all_to_all" in {kind for axis, kind, _ in traffic.calls if axis == "ep"}:
+            waits = self._work.num_moe_layers
+            yield "ep counts on the host", waits, Price(cost._prices.wait_s, "launch.wait_us")
+
+    def _traffic(self, most: int, total: int, rows: int) -> Traffic:
+        """Calls and bytes of the rank if the fullest replica has `most` of `total` tokens."""
+        cost, layout = self._cost, self._cost._layout
+        others = len(cost._groups[0]) - 1
+        rest = max(total - most, 0) // others if others else 0
+        tokens = [most] + [min(rest, most)] * (layout.dp - 1)
+        sampled = [rows] * layout.dp if cost._config.plans_ahead else []
+        step = StepSize(tokens, [rows] * layout.dp, num_sampled=sampled)
+        config = cost._config
+        return step_traffic(
+            cost._model, layout, self._rank, config.dtype, step, config.moe_dispatch, cost._held
+        )
+
+    def _token_tasks(self, tokens: float) -> list[Task]:
+        return [one for one in self._work.dense_tasks(tokens, 0) if one.part not in _BY_ROWS]
+
+    def _row_tasks(self, rows: float) -> list[Task]:
+        return [one for one in self._work.dense_tasks(0, rows) if one.part in _BY_ROWS]
+
+    def _sum(self, tasks: Sequence[Task], graph: bool) -> _Times:
+        prices = self._cost._prices
+        return _Times(
+            sum(task.count * prices.task(task, graph).seconds for task in tasks),
+            sum(task.count * task.kernels for task in tasks),
+        )
+
+
+_BY_ROWS = ("head", "sample")
+_GRID_BITS = 4
+
+
+def _rounded(at: int) -> int:
+    """`at`, or the next multiple of 1/16 of the power of two below it."""
+    step = 1 << max(at.bit_length() - 1 - _GRID_BITS, 0)
+    return -(-at // step) * step
+
+
+class _Grid:
+    """A function of a size, computed at points of a grid and in a straight line between them."""
+
+    def __init__(self, compute: Callable[[int, bool], _Times]) -> None:
+        self._at = functools.lru_cache(maxsize=None)(compute)
+
+    def __call__(self, at: int, graph: bool) -> _Times:
+        step = 1 << max(at.bit_length() - 1 - _GRID_BITS, 0)
+        low = at // step * step
+        below = self._at(low, graph)
+        if low == at:
+            return below
+        above, share = self._at(low + step, graph), (at - low) / step
+        return _Times(
+            below.seconds + share * (above.seconds - below.seconds),
+            below.kernels + share * (above.kernels - below.kernels),
+        )
+
+
+def _replica_groups(layout: Layout) -> list[list[int]]:
+    """Replicas that share experts with each other, and so wait for each other in each layer."""
+    if layout.ep_tp_groups == 1:
+        return [[dp] for dp in range(layout.dp)]
+    found: list[list[int]] = []
+    for unit in range(0, layout.dp * layout.sp, layout.ep_tp_groups):
+        rank = unit * layout.tp
+        members = sorted({dp for dp, _ in tp_groups_of(layout, rank)})
+        if not found or members != found[-1]:
+            found.append(members)
+    return found
+
+
+def _axis(layout: Layout, axis: str) -> tuple[int, int]:
+    """How many ranks an axis joins, and how far apart they are."""
+    return {
+        "tp": (layout.tp, 1),
+        "sp": (layout.sp, layout.tp),
+        "ep": (layout.ep, 1),
+        "ep_fused": (layout.ep, 1),
+        "ep_tp_groups": (layout.ep_tp_groups, layout.tp),
+        "pp": (2, layout.stage_size),
+    }[axis]
+
+
+def _message_bytes(kind: str, ranks: int, sent: float) -> float:
+    """The message of a collective in which a rank sends `sent` bytes; inverts `sent_bytes`."""
+    others = max(ranks - 1, 1)
+    share = {
+        "all_reduce": ranks / (2 * others),
+        "all_gather": 1 / others,
+        "reduce_scatter": ranks / others,
+        "broadcast": 1 / others,
+    }
+    return sent * share.get(kind, 1.0)
+
+
+def _broadcast_s(profile: Profile, ranks: int, num_bytes: int) -> float:
+    """Seconds of the leader's message, interpolated on logarithmic scales in both directions."""
+    table = profile.host.broadcast
+    assert table is not None
+    rows = [_log_between(table.bytes, times, num_bytes) for times in table.us]
+    return _log_between(table.ranks, rows, ranks) * 1e-6
+
+
+def _log_between(at: Sequence[float], values: Sequence[float], wanted: float) -> float:
+    if len(at) == 1 or wanted <= at[0]:
+        return values[0]
+    right = next((i for i, one in enumerate(at) if one >= wanted), len(at) - 1)
+    low, high = at[right - 1], at[right]
+    share = math.log(wanted / low) / math.log(high / low)
+    return values[right - 1] * math.exp(share * math.log(values[right] / values[right - 1]))
