@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,7 +35,8 @@ def ran(
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("RANK", "WORLD_SIZE", "MOESPAN_LOG", "MOESPAN_LOG_LEVEL")
+        if name
+        not in ("RANK", "WORLD_SIZE", "MOESPAN_LOG", "MOESPAN_LOG_LEVEL", "MOESPAN_LOG_FORMAT")
     }
     done = subprocess.run(
         [sys.executable, *arguments, "-c", code],
@@ -277,3 +280,30 @@ def test_what_is_muted_is_dropped_unless_the_level_is_debug(level: str, expected
         "for at in (1, 2): os.write(at, b'after')\n"
     )
     assert ran(code, {"MOESPAN_LOG_LEVEL": level}) == (expected, expected)
+
+
+JSON = {"MOESPAN_LOG_FORMAT": "json"}
+
+
+def test_json_lines_hold_the_message_its_speaker_and_its_fields():
+    code = r'logger.warning("two\nlines \x1b %d", 7, extra={"fields": {"request": "a\nb", "n": 2}})'
+    (line,) = shown(code, {**JSON, **RANK_3, "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"})
+    entry = json.loads(line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", entry.pop("time"))
+    assert entry == {
+        "level": "warning",
+        "message": "two\nlines \\x1b 7",
+        "node": 1,
+        "rank": 3,
+        "request": "a\nb",
+        "n": 2,
+    }
+
+
+def test_the_format_is_checked_and_given_to_children():
+    assert log.variables()["MOESPAN_LOG_FORMAT"] == "text"
+    with pytest.raises(ConfigError, match="log format 'xml' is not known; use one of text, json"):
+        log.set_up(form="xml")
+    code = "print(log.variables(), file=__import__('sys').stderr)"
+    (line,) = shown(code, {**JSON, "MOESPAN_LOG_LEVEL": "warning"})
+    assert line == "{'MOESPAN_LOG_LEVEL': 'warning', 'MOESPAN_LOG_FORMAT': 'json'}"

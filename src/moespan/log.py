@@ -15,17 +15,23 @@ neither the root logger nor `moespan` has another handler.
 A line is `moespan: message`. In a job of several ranks it names the rank, and on several nodes also
 the node: `moespan: node 1, rank 3: message`. A message that holds for all ranks names none. Control
 characters of a message, which may quote a file, are escaped.
+
+With the format `json` (an argument of `set_up`, else `MOESPAN_LOG_FORMAT`) a line is an object with
+`time` (UTC), `level` and `message`; `node` and `rank` in a job of several; and the fields that the
+caller gives: `logger.info("...", extra={"fields": {...}})`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime, timezone
 
 from moespan.errors import ConfigError, printable
 
@@ -39,25 +45,31 @@ LEVELS = {
     "error": logging.ERROR,
 }
 
+FORMAT_VARIABLE = "MOESPAN_LOG_FORMAT"
+FORMATS = ("text", "json")
+
 logger = logging.getLogger("moespan")
 
 _said: set[str] = set()
 
 
-def set_up(level: str | None = None) -> None:
+def set_up(level: str | None = None, form: str | None = None) -> None:
     """Send messages of `level` and above to stderr, and nowhere else; for our own programs.
 
-    Another call replaces the level.
+    Another call replaces the level and the format.
 
     Args:
         level: a key of `LEVELS`; None for the level in the environment, else info.
+        form: one of `FORMATS`; None for the format in the environment, else text.
 
     Raises:
-        ConfigError: there is no such level.
+        ConfigError: there is no such level or format.
     """
     if level is not None and level not in LEVELS:
         raise ConfigError(f"log level {level!r} is not known; use one of {', '.join(LEVELS)}")
-    _install(_Stderr(yields=False))
+    if form is not None and form not in FORMATS:
+        raise ConfigError(f"log format {form!r} is not known; use one of {', '.join(FORMATS)}")
+    _install(_Stderr(yields=False, is_json=(form or os.environ.get(FORMAT_VARIABLE)) == "json"))
     logger.propagate = False  # a library that configures the root logger must not double our lines
     logger.setLevel(LEVELS[level or _level_in_environment() or "info"])
 
@@ -66,6 +78,12 @@ def level() -> str:
     """The level for processes that this one starts: its own level if one was set, else info."""
     own = logger.level or logging.INFO
     return next((name for name, value in LEVELS.items() if own <= value), "error")
+
+
+def variables() -> dict[str, str]:
+    """The environment variables that give a child process the level and format of this one."""
+    is_json = any(isinstance(one, _Stderr) and one.is_json for one in logger.handlers)
+    return {LEVEL_VARIABLE: level(), FORMAT_VARIABLE: "json" if is_json else "text"}
 
 
 def once(message: str, from_any_rank: bool = False) -> None:
@@ -150,16 +168,20 @@ class _Stderr(logging.Handler):
     A handler that yields writes nothing while the user's program has another handler for the line.
     """
 
-    def __init__(self, yields: bool) -> None:
+    def __init__(self, yields: bool, is_json: bool = False) -> None:
         super().__init__()
         self._yields = yields
+        self.is_json = is_json
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is None or (self._yields and _has_other_handlers()):
             return
         try:
             text = printable(self.format(record))
-            sys.stderr.write(f"moespan: {_speaker(record)}{text}\n")
+            line = (
+                _json_line(record, text) if self.is_json else f"moespan: {_speaker(record)}{text}"
+            )
+            sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
         except Exception:
             self.handleError(record)
@@ -171,14 +193,32 @@ def _has_other_handlers() -> bool:
 
 
 def _speaker(record: logging.LogRecord) -> str:
-    """The node and rank of this process, numbered by torch's launcher; empty for a single rank."""
+    """The node and rank of this process in words; empty for a single rank."""
+    words = ", ".join(f"{name} {number}" for name, number in _numbers(record).items())
+    return f"{words}: " if words else ""
+
+
+def _numbers(record: logging.LogRecord) -> dict[str, str]:
+    """The node and rank of this process, numbered by torch's launcher, if there are several."""
     rank, num_ranks, node, num_nodes = (
         os.environ.get(name, "")
         for name in ("RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
     )
     if not rank or num_ranks in ("", "1") or getattr(record, "holds_for_all_ranks", False):
-        return ""
-    return f"rank {rank}: " if num_nodes in ("", "1") else f"node {node}, rank {rank}: "
+        return {}
+    return {"rank": rank} if num_nodes in ("", "1") else {"node": node, "rank": rank}
+
+
+def _json_line(record: logging.LogRecord, text: str) -> str:
+    time = datetime.fromtimestamp(record.created, timezone.utc)
+    line = {
+        "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "level": record.levelname.lower(),
+        "message": text,
+        **{name: int(number) for name, number in _numbers(record).items()},
+        **getattr(record, "fields", {}),
+    }
+    return json.dumps(line, default=str)
 
 
 def _level_in_environment() -> str | None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-from moespan.config import Layout
-from moespan.engine.info import EngineInfo
+from moespan.config import EngineConfig, Layout
+from moespan.engine.info import EngineInfo, EngineStats, Pulse, StepFigures
 from moespan.engine.request import OutputDelta, Request, SamplingParams
 from moespan.errors import EngineDeadError, MoespanError
 from moespan.parallel.beats import IDLE, Place
+from moespan.serve.life import OnNews
+from moespan.serve.metrics import Metrics
 
 INFO = EngineInfo(
     model="fake",
@@ -41,6 +42,25 @@ def token(
     )
 
 
+def metrics() -> Metrics:
+    return Metrics("fake model", EngineConfig("fake", max_model_len=64))
+
+
+def pulse(
+    running: int = 0, waiting: int = 0, steps: Sequence[StepFigures] = (), **counts: int
+) -> Pulse:
+    stats = EngineStats(
+        num_waiting=waiting,
+        num_running=running,
+        kv_usage=running / 8,
+        num_free_blocks=8 - running,
+        num_preemptions=counts.get("preemptions", 0),
+        num_prefix_queried_tokens=counts.get("queried", 0),
+        num_prefix_hit_tokens=counts.get("hit", 0),
+    )
+    return Pulse(replicas=[stats], num_steps=len(steps), steps=list(steps))
+
+
 class FakeRanks:
     """One life.
 
@@ -52,7 +72,7 @@ class FakeRanks:
         is_stopped: the rank is stopped, as its agent has seen.
     """
 
-    def __init__(self, on_news: Callable[[list[OutputDelta], Any], None]) -> None:
+    def __init__(self, on_news: OnNews) -> None:
         self.info = INFO
         self.on_news = on_news
         self.running: dict[str, Request] = {}
@@ -97,7 +117,7 @@ class FakeRanks:
 
     # What the test has them do.
 
-    def tell(self, *deltas: OutputDelta, pulse: Any = None) -> None:
+    def tell(self, *deltas: OutputDelta, pulse: Pulse | None = None) -> None:
         self.on_news(list(deltas), pulse)
 
     def finish(self, request_id: str) -> None:
@@ -123,7 +143,7 @@ class FakeStart:
         self.start_s = start_s
         self.failures: list[MoespanError] = []
 
-    async def __call__(self, on_news: Callable[[list[OutputDelta], Any], None]) -> FakeRanks:
+    async def __call__(self, on_news: OnNews) -> FakeRanks:
         assert all(ranks.is_closed for ranks in self.lives), "an earlier life is not closed"
         await asyncio.sleep(self.start_s)
         if self.failures:

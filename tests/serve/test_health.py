@@ -12,7 +12,7 @@ from moespan.serve.health import health_routes
 from moespan.serve.life import Life
 from moespan.serve.options import LifeOptions
 from moespan.version import __version__
-from tests.serve.fake_ranks import FakeStart, request
+from tests.serve.fake_ranks import FakeStart, metrics, request
 from tests.serve.virtual_time import run, settle
 
 KEY = {"authorization": "Bearer secret"}
@@ -29,7 +29,7 @@ def client(life: Life) -> httpx.AsyncClient:
 def test_each_state_has_its_answers():
     async def work() -> None:
         start = FakeStart(start_s=10)
-        life = Life(start, LifeOptions(max_queued_requests=1))
+        life = Life(start, LifeOptions(max_queued_requests=1), metrics())
         async with client(life) as http:
 
             async def answers() -> list[tuple[int, str]]:
@@ -69,7 +69,7 @@ def test_each_state_has_its_answers():
 def test_details_are_for_those_with_the_key():
     async def work() -> None:
         start = FakeStart()
-        life = Life(start, LifeOptions())
+        life = Life(start, LifeOptions(), metrics())
         running = asyncio.create_task(life.run())
         async with client(life) as http:
             await settle()

@@ -18,9 +18,10 @@ from moespan.errors import CheckpointError, ConfigError, EngineDeadError, Reques
 from moespan.parallel.beats import BUSY, Place
 from moespan.serve.inbox import Inbox
 from moespan.serve.life import Life, State, Unavailable
+from moespan.serve.metrics import Metrics
 from moespan.serve.options import LifeOptions
 from tests import tiers
-from tests.serve.fake_ranks import FakeStart, request, token
+from tests.serve.fake_ranks import FakeStart, metrics, pulse, request, token
 from tests.serve.virtual_time import run, settle
 
 
@@ -31,13 +32,14 @@ def now() -> float:
 def scene(
     script: Callable[[Life, FakeStart, asyncio.Task[None]], Awaitable[None]],
     start: FakeStart | None = None,
+    counted: Metrics | None = None,
     **options: Any,
 ) -> Life:
     """Play `script` against a life that runs, and end the life if the script has not."""
     start = start or FakeStart()
 
     async def work() -> Life:
-        life = Life(start, LifeOptions(**options))
+        life = Life(start, LifeOptions(**options), counted or metrics())
         running = asyncio.create_task(life.run())
         await settle()
         try:
@@ -89,8 +91,8 @@ def test_a_request_travels_to_its_finish():
         assert life.reason == ""
         inbox = life.submit(request("a", n=2))
         assert life.num_live == life.num_queued == 1 and life.num_queued_tokens == 3
-        start.ranks.tell(token("a", index=1), pulse="pulse")
-        assert life.pulse == "pulse"
+        start.ranks.tell(token("a", index=1), pulse=pulse(running=2))
+        assert life.pulse == pulse(running=2)
         assert life.num_live == 1 and life.num_queued == life.num_queued_tokens == 0
         start.ranks.finish("a")
         assert life.num_live == 0
@@ -191,7 +193,7 @@ def test_an_engine_that_cannot_start_ends_the_life_with_its_error():
 def test_a_death_fails_what_is_live_and_the_engine_starts_again():
     async def script(life: Life, start: FakeStart, running: asyncio.Task[None]) -> None:
         begun, queued, done = (life.submit(request(name)) for name in "abc")
-        start.ranks.tell(token("a", 1), pulse="old")
+        start.ranks.tell(token("a", 1), pulse=pulse(running=1))
         start.ranks.finish("c")
         start.ranks.die()
         with pytest.raises(Unavailable, match="has died") as caught:  # known before it is told
@@ -210,7 +212,7 @@ def test_a_death_fails_what_is_live_and_the_engine_starts_again():
         assert caught.value.retry_after_s == 1 + 5
         assert await until_state(life, State.READY) == pytest.approx(1 + 5, abs=0.1)
         assert life.num_restarts == 1
-        old.tell(token("a"), pulse="stale")
+        old.tell(token("a"), pulse=pulse())
         assert life.pulse is None
         begun.close()
         life.submit(request("a"))
@@ -509,6 +511,14 @@ def act(life: Life, start: FakeStart, handlers: list[Handler], deed: str, number
             ranks.tell(token(name, index=number % ranks.running[name].params.n))
 
 
+COUNTED = metrics()  # of all examples, since making metrics takes most of an example's time
+
+
+def ends_counted(found: Metrics) -> int:
+    """How many continuations the metrics have seen end."""
+    return sum(int(counter._value.get()) for counter in found._success.values())
+
+
 @settings(max_examples=tiers.examples(1000))
 @given(deeds=DEEDS, retries=st.booleans(), ends_by=st.sampled_from(["drain", "force"]))
 def test_every_request_ends_once_whatever_happens(
@@ -527,7 +537,12 @@ def test_every_request_ends_once_whatever_happens(
         await asyncio.wait([running, *(handler.task for handler in handlers)])
         for handler in handlers:
             handler.check()
+            if handler.ends and handler.ends != ["refused"]:
+                taken.append(handler.request.params.n)
 
+    taken: list[int] = []  # continuations of each request that was taken
+    before = ends_counted(COUNTED)
     options = {"retry_unstarted": retries, "max_restarts": 4, "restart_window_s": 30.0}
     with quiet():
-        scene(script, FakeStart(start_s=0.5), **options)
+        scene(script, FakeStart(start_s=0.5), COUNTED, **options)
+    assert ends_counted(COUNTED) - before == sum(taken)

@@ -212,7 +212,7 @@ def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Pope
 
 def _environment() -> dict[str, str]:
     # No module may be imported from the user's current directory.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", log.LEVEL_VARIABLE: log.level()}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", **log.variables()}
     environment.setdefault(BACKEND_AUTOLOAD, "0")  # the agent itself imports torch
     if log.level() != "debug":  # torch warns, for example, of addresses without a name
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -76,6 +76,11 @@ class Inbox:
         """Whether the engine may still add deltas."""
         return bool(self._running) and self._death is None
 
+    @property
+    def unfinished(self) -> list[int]:
+        """Continuations without a finish reason."""
+        return sorted(self._running)
+
     def put(self, delta: OutputDelta) -> None:
         """Take in a delta of this request."""
         if self._is_closed or not self.is_running:

@@ -23,15 +23,16 @@ import enum
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from moespan import log
 from moespan.config import EngineOptions
-from moespan.engine.info import EngineInfo
+from moespan.engine.info import EngineInfo, Pulse
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
 from moespan.parallel.beats import Place
 from moespan.serve.inbox import Inbox
+from moespan.serve.metrics import Course, Metrics
 from moespan.serve.options import LifeOptions
 from moespan.serve.signs import LOOK_S, Signs
 
@@ -45,7 +46,7 @@ _RETRY_START_S = 10  # while no start has been measured
 
 T = TypeVar("T")
 
-OnNews = Callable[[list[OutputDelta], Any], None]
+OnNews = Callable[[list[OutputDelta], Pulse | None], None]
 """Takes the deltas of a step, and the newest `Pulse` or None."""
 
 
@@ -101,12 +102,20 @@ class Unavailable(MoespanError):  # noqa: N818 (a state of the server, not a fau
         self.status, self.code, self.retry_after_s = status, code, retry_after_s
 
 
+class _Live(NamedTuple):
+    """A request that the engine has not finished."""
+
+    inbox: Inbox
+    course: Course
+
+
 class Life:
     """The engine behind the server, over all its lives.
 
     Args:
         start: starts the ranks; may be cancelled. Every delta and pulse of these ranks goes to its
             argument, on the event loop.
+        metrics: hears of requests and of the engine.
         step_timeout_s: that of the engine.
 
     Attributes:
@@ -120,22 +129,25 @@ class Life:
         self,
         start: Callable[[OnNews], Awaitable[Ranks]],
         options: LifeOptions,
+        metrics: Metrics,
         step_timeout_s: float = EngineOptions.step_timeout_s,
     ) -> None:
         self._start = start
         self._options = options
+        self._metrics = metrics
         self._step_timeout_s = step_timeout_s
         self.info: EngineInfo | None = None
-        self.pulse: Any = None
+        self.pulse: Pulse | None = None
         self.last_error: MoespanError | None = None
         self.num_restarts = 0
         self._phase = State.STARTING
         self._ranks: Ranks | None = None
         self._signs: Signs | None = None
-        self._live: dict[str, Inbox] = {}
+        self._live: dict[str, _Live] = {}
         self._queued: dict[str, int] = {}  # prompt tokens of live requests without a delta so far
         self._queued_tokens = 0
         self._restarts: deque[float] = deque()  # times of those within the window
+        self._restart_reason = ""  # one of `metrics.RESTART_REASONS`
         self._back_at: float | None = None  # when the next life is expected to be ready
         self._start_s: float | None = None  # how long the last start took
         self._is_empty = asyncio.Event()
@@ -202,20 +214,12 @@ class Life:
             Unavailable: the server is not ready, or its queue is full.
             RequestError: a request cannot be sent, or its id is in use.
         """
-        self._check_open(requests)
-        assert self._ranks is not None
-        inboxes: list[Inbox] = []
         try:
-            for request in requests:
-                inboxes.append(self._register(request))
-                self._ranks.add(request)
-        except BaseException as error:
-            for inbox in inboxes:
-                inbox.close()
-            if isinstance(error, EngineDeadError):
-                raise self._away() from None
+            self._check_open(requests)
+            return self._hand_over(requests)
+        except Unavailable as unavailable:
+            self._metrics.reject(unavailable.code)
             raise
-        return inboxes
 
     # For the program.
 
@@ -258,6 +262,7 @@ class Life:
                 cause = await self._live_once(over)
             except MoespanError as error:
                 self.last_error = cause = error
+                self._restart_reason = "start_failed"
 
     async def _live_once(self, over: asyncio.Task[None]) -> MoespanError | None:
         """Start ranks and serve until they are dead; returns the cause, or None if `over` is done.
@@ -269,7 +274,7 @@ class Life:
         began = loop.time()
         is_over = False
 
-        def take_in(deltas: list[OutputDelta], pulse: Any) -> None:
+        def take_in(deltas: list[OutputDelta], pulse: Pulse | None) -> None:
             if not is_over:
                 self._take_in(deltas, pulse)
 
@@ -277,14 +282,17 @@ class Life:
         if ranks is None:
             return None
         self._start_s, self.info = loop.time() - began, ranks.info
+        self._metrics.start(ranks.info)
         try:
             self._resume(ranks)
+            self._restart_reason = "died"
             cause = await _unless(over, self._wait_dead(ranks))
             if cause is not None:
                 self._mourn(cause)
         finally:
             is_over = True
             self._ranks = self._signs = self.pulse = None
+            self._metrics.stop()
             await ranks.close()
         return cause
 
@@ -296,7 +304,9 @@ class Life:
         try:
             while not (await asyncio.wait((dead,), timeout=LOOK_S))[0]:
                 signs.look(ranks.places(), ranks.heard_at, bool(self._live))
+                self._metrics.beats(signs.ages_s)
                 if signs.is_lost:
+                    self._restart_reason = "silent"
                     return EngineDeadError(f"{signs.trouble}, and its agent does not know why")
             return dead.result()
         finally:
@@ -306,8 +316,8 @@ class Life:
         """Take requests again, after those that were kept over a restart."""
         self._ranks, self._back_at = ranks, None
         with contextlib.suppress(EngineDeadError):  # `wait_dead` tells
-            for inbox in list(self._live.values()):
-                ranks.add(inbox.request)
+            for live in list(self._live.values()):
+                ranks.add(live.inbox.request)
         if self._phase is not State.DRAINING:
             self._phase = State.READY
 
@@ -317,10 +327,9 @@ class Life:
         if self._phase is not State.DRAINING:
             self._phase = State.RECOVERING
         death = EngineDeadError(f"the engine has died: {cause}")
-        for inbox in list(self._live.values()):
-            if not (self._options.retry_unstarted and inbox.request.id in self._queued):
-                self._forget(inbox)
-                inbox.fail(death)
+        for live in list(self._live.values()):
+            if not (self._options.retry_unstarted and live.inbox.request.id in self._queued):
+                self._fail(live, death)
 
     async def _back_off(self, cause: MoespanError, over: asyncio.Task[None]) -> None:
         """Wait before the next start; the longer, the more there were.
@@ -341,6 +350,7 @@ class Life:
             )
             raise cause
         self._restarts.append(loop.time())
+        self._metrics.restart(self._restart_reason)
         wait_s = min(_FIRST_BACKOFF_S * 2 ** (len(self._restarts) - 1), _LONGEST_BACKOFF_S)
         self._back_at = loop.time() + wait_s + (self._start_s or _RETRY_START_S)
         log.logger.error(
@@ -369,50 +379,81 @@ class Life:
         self._lose_all(EngineDeadError("the server ends before the request is finished"))
 
     def _lose_all(self, death: EngineDeadError) -> None:
-        for inbox in list(self._live.values()):
-            self._forget(inbox)
-            inbox.fail(death)
+        for live in list(self._live.values()):
+            self._fail(live, death)
+
+    def _fail(self, live: _Live, death: EngineDeadError) -> None:
+        self._forget(live.inbox.request.id, "error")
+        live.inbox.fail(death)
 
     # Requests.
+
+    def _hand_over(self, requests: Sequence[Request]) -> list[Inbox]:
+        assert self._ranks is not None
+        inboxes: list[Inbox] = []
+        try:
+            for request in requests:
+                inboxes.append(self._register(request))
+                self._ranks.add(request)
+        except BaseException as error:
+            for inbox in inboxes:
+                self._remove(inbox.request.id)
+                with contextlib.suppress(EngineDeadError):
+                    self._ranks.abort(inbox.request.id)
+            if isinstance(error, EngineDeadError):
+                raise self._away() from None
+            raise
+        return inboxes
 
     def _register(self, request: Request) -> Inbox:
         if request.id in self._live:
             raise RequestError(f"a request with the id {request.id} is running")
-        inbox = self._live[request.id] = Inbox(request, self._abort)
+        now = asyncio.get_running_loop().time()
+        inbox = Inbox(request, self._abort)
+        self._live[request.id] = _Live(inbox, Course(request, now))
         num_tokens = len(request.prompt_token_ids)
         self._queued[request.id] = num_tokens
         self._queued_tokens += num_tokens
         self._is_empty.clear()
         return inbox
 
-    def _forget(self, inbox: Inbox) -> None:
-        self._begin(inbox.request.id)
-        del self._live[inbox.request.id]
+    def _remove(self, request_id: str) -> _Live:
+        self._begin(request_id)
+        live = self._live.pop(request_id)
         if not self._live:
             self._is_empty.set()
+        return live
+
+    def _forget(self, request_id: str, reason: str = "") -> None:
+        """The request has ended; `reason` is that of continuations without a finish."""
+        inbox, course = self._remove(request_id)
+        self._metrics.end(course, asyncio.get_running_loop().time(), inbox.unfinished, reason)
 
     def _begin(self, request_id: str) -> None:
         """The request does not wait any more."""
         self._queued_tokens -= self._queued.pop(request_id, 0)
 
     def _abort(self, inbox: Inbox) -> None:
-        self._forget(inbox)
+        self._forget(inbox.request.id, "abort")
         if self._ranks is not None:
             with contextlib.suppress(EngineDeadError):
                 self._ranks.abort(inbox.request.id)
 
-    def _take_in(self, deltas: list[OutputDelta], pulse: Any) -> None:
+    def _take_in(self, deltas: list[OutputDelta], pulse: Pulse | None) -> None:
         """Spread one word of the leader over the inboxes."""
+        now = asyncio.get_running_loop().time()
         if pulse is not None:
             self.pulse = pulse
+            self._metrics.pulse(pulse)
         for delta in deltas:
-            inbox = self._live.get(delta.id)
-            if inbox is None:  # aborted meanwhile
+            live = self._live.get(delta.id)
+            if live is None:  # aborted meanwhile
                 continue
             self._begin(delta.id)
-            inbox.put(delta)
-            if not inbox.is_running:
-                self._forget(inbox)
+            self._metrics.take(live.course, delta, now)
+            live.inbox.put(delta)
+            if not live.inbox.is_running:
+                self._forget(delta.id)
 
     # Admission.
 
