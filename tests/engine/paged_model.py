@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Set as AbstractSet
 
+from moespan.engine.constraints import Constraint
 from moespan.engine.request import Request, TokenLogprobs
 from moespan.engine.step import PromptScores, Sampled, SampleRow, StepPlan, StepResult
+from moespan.errors import RequestError
 
 VOCAB = 11
 EOS = 0
@@ -30,8 +32,58 @@ def sample(state: int, row: SampleRow) -> int:
     """The token that the model draws."""
     seen = (tuple(row.seen_prompt), tuple(sorted(row.seen_output.items())))
     draw = hash((state, row.seed, row.position, seen))
-    allowed = [token_id for token_id in range(VOCAB) if token_id not in row.barred]
+    allowed = [token_id for token_id in range(VOCAB) if may_come(token_id, row)]
     return allowed[draw % len(allowed)]
+
+
+def may_come(token_id: int, row: SampleRow) -> bool:
+    """Whether the row rules a token out."""
+    is_allowed = row.allowed is None or row.allowed[token_id // 8] >> token_id % 8 & 1
+    return bool(is_allowed) and token_id not in row.barred
+
+
+def by_grammar(output: tuple[int, ...]) -> set[int]:
+    """The tokens that may follow `output` in a grammar that all of the output decides."""
+    draw = hash((output, 3))
+    if output and draw % 13 == 0:
+        raise RequestError(f"the grammar fails after {len(output)} tokens")
+    if output and draw % 7 == 0:
+        return {EOS}
+    follows = {token for token in range(1, VOCAB) if hash((output, token)) % 3} or {1}
+    return follows | {EOS} if draw % 2 else follows
+
+
+class FakeMatcher:
+    """The state of one continuation in that grammar."""
+
+    def __init__(self, output: tuple[int, ...] = ()) -> None:
+        self.output = output
+
+    def copy(self) -> FakeMatcher:
+        return FakeMatcher(self.output)
+
+    def accept(self, token_id: int) -> None:
+        assert token_id in by_grammar(self.output), "a token that was ruled out"
+        self.output = (*self.output, token_id)
+
+    def allowed(self) -> bytes:
+        return as_mask(by_grammar(self.output))
+
+
+def as_mask(token_ids: AbstractSet[int]) -> bytes:
+    return sum(1 << token_id for token_id in token_ids).to_bytes(-(-VOCAB // 8), "little")
+
+
+def runs(request: Request) -> list[list[int]]:
+    """The bad words of a request; the words of these tests are token ids with spaces between."""
+    return [[int(token) for token in word.split()] for word in request.params.bad_words]
+
+
+def constraint_of(request: Request, grammar: bool) -> Constraint | None:
+    matcher = FakeMatcher() if grammar else None
+    if matcher is None and not request.params.constrains:
+        return None
+    return Constraint(request.params, VOCAB, frozenset({EOS}), runs(request), matcher)
 
 
 def sampled(state: int, row: SampleRow) -> Sampled:
@@ -49,7 +101,25 @@ def expected_states(token_ids: list[int]) -> list[int]:
     return states
 
 
-def expected_output(request: Request, index: int, max_model_len: int, seed: int = 0) -> list[int]:
+def allowed_after(request: Request, output: list[int], grammar: bool) -> set[int]:
+    """The tokens that may follow `output`; raises where the grammar fails."""
+    params = request.params
+    may_stop = len(output) >= params.min_tokens
+    ends = {*params.stop_token_ids} | (set() if params.ignore_eos else {EOS})
+    allowed = by_grammar(tuple(output)) if grammar else set(range(VOCAB))
+    if grammar and (params.ignore_eos or not may_stop):
+        allowed -= {EOS}
+    if params.allowed_token_ids is not None:
+        allowed &= set(params.allowed_token_ids)
+    for *beginning, last in runs(request):
+        if output[len(output) - len(beginning) :] == beginning:
+            allowed -= {last}
+    return allowed if may_stop else allowed - ends
+
+
+def expected_output(
+    request: Request, index: int, max_model_len: int, seed: int = 0, grammar: bool = False
+) -> list[int]:
     """Continue a request alone, without cache and scheduler."""
     params = request.params
     output: list[int] = []
@@ -68,11 +138,17 @@ def expected_output(request: Request, index: int, max_model_len: int, seed: int 
             position=len(output),
             seen_prompt=sorted(set(request.prompt_token_ids)) if repeats else [],
             seen_output=Counter(output) if params.penalizes else {},
-            barred=eos + params.stop_token_ids if len(output) < params.min_tokens else [],
+            allowed=as_mask(allowed_after(request, output, grammar)),
         )
         state = expected_states(request.prompt_token_ids + output)[-1]
         output.append(sample(state, row))
         if output[-1] in eos + params.stop_token_ids:
+            break
+        try:
+            rest = allowed_after(request, output, grammar)
+        except RequestError:
+            break
+        if not rest - {EOS} and (not rest or grammar):
             break
     return output
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from msgspec.structs import replace as replace_row
 from torch import Tensor
 
 from moespan.device import CPU, DEVICES
@@ -307,9 +308,49 @@ def test_rounded_logits_are_sampled_by_their_exact_values(dtype: torch.dtype):
     assert [one.token_id for one in sample(coarse, [row(temperature=0.0)] * 200)] == firsts
 
 
+def mask(token_ids: Iterable[int], vocab_size: int) -> bytes:
+    """The set of these tokens as rows have it."""
+    return sum(1 << token for token in set(token_ids)).to_bytes(-(-vocab_size // 8), "little")
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 8, 9, 1000, 2501])
+@pytest.mark.parametrize("all_rows", [True, False])
+def test_a_mask_is_the_same_as_barring_all_other_tokens(vocab_size: int, all_rows: bool):
+    rng = random.Random(vocab_size)
+    logits = torch.randn(60, vocab_size, generator=torch.Generator().manual_seed(1))
+    masked, barred = [], []
+    for number in range(60):
+        plain = replace_row(random_row(rng, vocab_size), barred=[], allowed=None)
+        allowed = rng.sample(range(vocab_size), rng.randint(1, vocab_size))
+        if not all_rows and number % 3:
+            masked.append(plain)
+            barred.append(plain)
+            continue
+        others = sorted(set(range(vocab_size)) - set(allowed))
+        masked.append(replace_row(plain, allowed=mask(allowed, vocab_size)))
+        barred.append(replace_row(plain, barred=others))
+    found = sample(logits, masked)
+    assert found == sample(logits, barred)
+    for sampled, each in zip(found, masked, strict=True):
+        if each.allowed is not None and sampled.token_id is not None:
+            assert each.allowed[sampled.token_id // 8] >> sampled.token_id % 8 & 1
+
+
+def test_log_probabilities_are_those_without_a_mask():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    allowed = mask([2], 3)
+    for temperature in (0.0, 1.0):
+        each = row(temperature=temperature, allowed=allowed, logprobs=1)
+        (sampled,) = sample(logits, [each])
+        assert sampled.token_id == 2 and sampled.logprobs is not None
+        logprobs = logits.log_softmax(-1)[0]
+        assert sampled.logprobs.logprob == pytest.approx(float(logprobs[2]))
+        assert [token for token, _ in sampled.logprobs.top] == [0]
+
+
 def random_row(rng: random.Random, vocab_size: int) -> SampleRow:
     def some_tokens(most: int) -> list[int]:
-        return rng.sample(range(vocab_size), rng.randint(0, most))
+        return rng.sample(range(vocab_size), rng.randint(0, min(most, vocab_size)))
 
     return row(
         temperature=rng.choice([0.0, 0.5, 1.0, 2.0]),
@@ -325,6 +366,7 @@ def random_row(rng: random.Random, vocab_size: int) -> SampleRow:
         seen_output=rng.choice([{}, {token: rng.randint(1, 4) for token in some_tokens(9)}]),
         logit_bias=rng.choice([{}, {token: rng.uniform(-9, 9) for token in some_tokens(4)}]),
         barred=rng.choice([[], some_tokens(5)]),
+        allowed=rng.choice([None, None, mask({0, *some_tokens(20)}, vocab_size)]),
         logprobs=rng.choice([None, 0, 3]),
     )
 
@@ -359,10 +401,13 @@ def naive_adjusted(logits: list[float], each: SampleRow) -> list[float]:
         adjusted[token] -= each.presence_penalty + count * each.frequency_penalty
     for token in each.barred:
         adjusted[token] = -np.inf
+    if each.allowed is not None:
+        allowed = np.unpackbits(np.frombuffer(each.allowed, np.uint8), bitorder="little")
+        adjusted = [x if allowed[token] else -np.inf for token, x in enumerate(adjusted)]
     return adjusted
 
 
-def test_bias_penalties_and_bars_change_the_logits_by_their_formula():
+def test_bias_penalties_bars_and_masks_change_the_logits_by_their_formula():
     rng = random.Random(8)
     rows, logits = [], []
     for _ in range(400):

@@ -22,7 +22,15 @@ from moespan.engine.scheduler import Scheduler, SequenceUpdate
 from moespan.engine.sequence import Sequence, Status
 from moespan.engine.step import StepPlan
 from moespan.errors import ConfigError, MoespanError, RequestError
-from tests.engine.paged_model import EOS, VOCAB, PagedModel, expected_output, expected_states
+from tests.engine.paged_model import (
+    EOS,
+    VOCAB,
+    PagedModel,
+    constraint_of,
+    expected_output,
+    expected_states,
+    may_come,
+)
 from tests.tiers import examples
 
 
@@ -36,6 +44,8 @@ class Received:
     prompt_logits: bytes = b""
     end: str | None = None
     stop_reason: int | None = None
+    error: str | None = None
+    grammar: bool = False
 
 
 def output_of(sequence: Sequence) -> list[int]:
@@ -74,15 +84,17 @@ class Bench:
         self.num_aborted_in_flight = 0
 
     def add(self, prompt: list[int], id: str | None = None, **options) -> list[Sequence]:
-        logits = options.pop("prompt_logits", False)
+        logits, grammar = options.pop("prompt_logits", False), options.pop("grammar", False)
         request = Request(
             id=id or f"r{len(self.received)}",
             prompt_token_ids=prompt,
             params=SamplingParams(**{"max_tokens": 8, **options}),
             prompt_logits=logits,
         )
-        sequences = self.scheduler.add(request)
-        self.received.update((sequence, Received(request)) for sequence in sequences)
+        sequences = self.scheduler.add(request, constraint=constraint_of(request, grammar))
+        self.received.update(
+            (sequence, Received(request, grammar=grammar)) for sequence in sequences
+        )
         return sequences
 
     def plan(self) -> StepPlan:
@@ -153,6 +165,7 @@ class Bench:
             assert received.end is None, "an update after the end"
             received.token_ids += update.token_ids
             received.end, received.stop_reason = update.finish_reason, update.stop_reason
+            received.error = update.error
             if update.prompt is not None:
                 received.prompt_logprobs += update.prompt.logprobs
                 received.prompt_logits += update.prompt.logits
@@ -210,9 +223,13 @@ class Bench:
         assert self.first_scheduled == sorted(self.first_scheduled)
         for sequence, received in self.received.items():
             request = received.request
-            expected = expected_output(request, sequence.index, self.config.max_model_len)
+            expected = expected_output(
+                request, sequence.index, self.config.max_model_len, grammar=received.grammar
+            )
             assert received.end in ("stop", "length", "abort", "error")
             assert sequence.status is Status.FINISHED and not sequence.block_table
+            if received.end == "error" and "grammar" in (received.error or ""):
+                assert received.token_ids == expected, sequence
             if received.end in ("abort", "error"):
                 assert received.token_ids == expected[: len(received.token_ids)], sequence
                 continue
@@ -971,6 +988,64 @@ def test_the_next_plan_waits_for_a_result_that_it_depends_on(options):
     bench.check_outputs()
 
 
+def test_a_constrained_sequence_waits_for_its_token_and_the_plans_of_others_do_not_wait_for_it():
+    bench = Bench(ahead=True)
+    (bound,) = bench.add(prompt_of(3), grammar=True, min_tokens=8)
+    (free,) = bench.add(prompt_of(4), ignore_eos=True)
+    assert len(bench.plan().query_lens) == 2
+    ahead = bench.plan()
+    assert (ahead.query_lens, ahead.context_lens) == ([1], [free.num_tokens])
+    bench.deliver()
+    both = bench.plan()
+    assert both.query_lens == [1, 1] and both.token_ids[0] == bound.token_ids[-1]
+    assert [row.allowed is None for row in both.samples] == [False, True]
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
+def test_no_plan_ahead_is_made_of_sequences_alone_that_wait_for_their_tokens_anyway():
+    bench = Bench(ahead=True)
+    bench.add(prompt_of(3), grammar=True, min_tokens=8)
+    bench.plan()
+    bench.add(prompt_of(4), grammar=True, min_tokens=8)
+    assert bench.schedule() is None  # so that both come together
+    bench.deliver()
+    assert len(bench.plan().query_lens) == 2
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
+def test_ids_that_never_change_and_bad_words_of_one_token_do_not_wait():
+    bench = Bench(ahead=True)
+    bench.add(prompt_of(3), allowed_token_ids=[1, 2, 4], bad_words=["4"], ignore_eos=True)
+    bench.plan()
+    (row,) = bench.plan().samples
+    assert [token for token in range(VOCAB) if may_come(token, row)] == [1, 2]
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
+def test_a_grammar_that_leaves_only_the_end_ends_its_sequence_at_once():
+    ends = []
+    for seed in range(40):
+        received = run_alone(prompt_of(4, seed), grammar=True, seed=seed)
+        ends.append((received.end, received.token_ids[-1] == EOS))
+    assert {("stop", True), ("stop", False), ("length", False), ("error", False)} == set(ends)
+
+
+def test_a_grammar_that_fails_ends_its_own_sequence_only():
+    failed = next(
+        seed for seed in range(200) if run_alone(prompt_of(4, seed), grammar=True).end == "error"
+    )
+    bench = Bench()
+    (bad,) = bench.add(prompt_of(4, failed), "bad", grammar=True)
+    (good,) = bench.add(prompt_of(4, failed), "good", ignore_eos=True)
+    bench.drain()
+    bench.check_outputs()
+    assert bench.received[bad].error == f"the grammar fails after {bad.num_output_tokens} tokens"
+    assert bench.received[good].end == "length"
+
+
 def test_stop_tokens_are_barred_in_plans_ahead_until_min_tokens_are_planned():
     bench = Bench(ahead=True)
     bench.add(prompt_of(3), min_tokens=1, stop_token_ids=[7], ignore_eos=True)
@@ -1038,6 +1113,9 @@ def random_request(rng: random.Random, max_model_len: int) -> tuple[list[int], d
         "repetition_penalty": rng.choice([1.0, 1.0, 2.0]),
         "frequency_penalty": rng.choice([0.0, 0.0, 1.0]),
         "seed": rng.choice([None, 5]),
+        "grammar": rng.random() < 0.2,
+        "allowed_token_ids": rng.choice([None, None, None, [0, 1, 2, 3, 5, 8], [1, 4, 5, 6, 7, 9]]),
+        "bad_words": rng.choice([[], [], [], ["4"], ["1 2", "5 5 5", "9"]]),
     }
     options["min_tokens"] = rng.choice([0, 0, min(3, options["max_tokens"] or 3)])
     return prompt, options
@@ -1078,6 +1156,7 @@ def test_random_schedules_give_every_request_the_output_it_gets_alone(seed, ahea
     ends = Counter(received.end for received in bench.received.values())
     assert min(ends[end] for end in ("stop", "length", "abort")) > 3
     assert bench.num_aborted_in_flight > 3
+    assert sum(received.grammar for received in bench.received.values()) > 3
     assert bench.scheduler.num_preemptions > 10
     assert bench.config.enable_prefix_caching == (bench.scheduler.num_prefix_hit_tokens > 100)
 
@@ -1113,14 +1192,18 @@ class RandomSchedules(RuleBasedStateMachine):
         max_tokens=st.sampled_from([None, 1, 3]),
         report=st.booleans(),
         penalty=st.booleans(),
+        grammar=st.booleans(),
+        bad_words=st.sampled_from([[], ["3"], ["1 2", "2 1 7"]]),
     )
-    def add(self, prefix, tail, n, max_tokens, report, penalty):
+    def add(self, prefix, tail, n, max_tokens, report, penalty, grammar, bad_words):
         self.bench.add(
             [*prompt_of(12)[:prefix], *tail],
             n=n,
             max_tokens=max_tokens,
             prompt_logprobs=1 if report else None,
             presence_penalty=1.0 if penalty else 0.0,
+            grammar=grammar,
+            bad_words=bad_words,
         )
 
     @precondition(lambda self: len(self.bench.flights) < self.depth)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from moespan import LLM, MoespanError, RequestOutput, SamplingParams
 from moespan.engine.engine import Engine
@@ -214,6 +215,9 @@ def test_without_a_tokenizer_token_ids_work_and_text_is_refused_with_the_fix(
         (output,) = llm.generate([3, 1, 4], greedy(stop=["."]))
         assert output.error is not None
         assert "use stop_token_ids" in output.error
+        (output,) = llm.generate([3, 1, 4], greedy(bad_words=["a"]))
+        assert output.error is not None
+        assert "use logit_bias" in output.error
         assert_idle(llm)
 
 
@@ -249,6 +253,32 @@ def test_min_tokens_bars_every_end(llm: LLM):
     one = llm.generate("347+85=", greedy(**settings))[0].outputs[0]
     assert len(one.token_ids) >= 12
     assert not {21, END} & set(one.token_ids[:11])
+
+
+def test_only_allowed_token_ids_come(llm: LLM):
+    allowed = [15, 16, 17, 18]
+    for params in (greedy(), SamplingParams(max_tokens=30, seed=3)):
+        params = replace(params, allowed_token_ids=allowed)
+        one = llm.generate("347+85=", params)[0].outputs[0]
+        assert set(one.token_ids) <= set(allowed)
+        assert one.finish_reason == "length"  # EOS is not among them
+
+
+def test_bad_words_do_not_come_at_the_beginning_or_after_a_space(llm: LLM):
+    assert llm.generate("sort 42 7 93:", GREEDY)[0].outputs[0].text == " 7 42 93"
+    for words in (["42"], ["7", "93"], [" 4"]):
+        one = llm.generate("sort 42 7 93:", greedy(bad_words=words))[0].outputs[0]
+        assert not any(word in one.text for word in words), one.text
+
+
+def test_constraints_that_leave_no_token_end_their_own_request(llm: LLM):
+    good = llm.request("681+734=", GREEDY)
+    impossible = greedy(allowed_token_ids=[21], stop_token_ids=[21], min_tokens=2)
+    outputs = [*llm.stream([llm.request("1+1=", impossible), good])]
+    errors = {output.outputs[0].text: output.error for output in outputs}
+    assert errors["1415"] is None
+    assert errors[""] is not None and errors[""].startswith("no token can come next")
+    assert_idle(llm)
 
 
 def test_ignore_eos_makes_eos_a_token_like_any_other(llm: LLM):

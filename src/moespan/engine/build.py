@@ -24,6 +24,7 @@ from moespan.device import DEVICES
 from moespan.engine.engine import Engine
 from moespan.engine.graphs import scratch_blocks
 from moespan.engine.info import EngineInfo
+from moespan.engine.masks import with_masks
 from moespan.engine.step import Close, FromLeader, Report, StepPlans
 from moespan.engine.worker import Worker
 from moespan.errors import ConfigError
@@ -79,7 +80,7 @@ def follow(config: EngineConfig, mesh: Mesh) -> EngineConfig | None:
     while True:
         message = decoder.decode(mesh.control.receive_broadcast())
         if isinstance(message, StepPlans):
-            result = worker.execute(message)
+            result = worker.execute(message, with_masks(mesh, message.plan(mesh.at.dp)))
             if message.trace and mesh.at.dp == 0 and mesh.at.tp == 0:
                 mesh.control.send(msgspec.msgpack.encode(worker.trace), "trace")
             if result is not None:

@@ -10,35 +10,28 @@ import contextlib
 import random
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from moespan.config import EngineConfig, ModelConfig
+from moespan.engine.constraints import Constraint
+from moespan.engine.continuations import Continuations
 from moespan.engine.info import EngineInfo, EngineStats, Pulse
+from moespan.engine.masks import send_masks, without_masks
 from moespan.engine.pace import Pace
+from moespan.engine.preparation import Preparation
 from moespan.engine.questions import Question, Stats, Trace, Traffic
 from moespan.engine.replicas import Replicas
-from moespan.engine.request import OutputDelta, Request
-from moespan.engine.results import Pending
+from moespan.engine.request import OutputDelta, Request, check_request, refusal
+from moespan.engine.results import Pending, collect_results
 from moespan.engine.scheduler import SequenceUpdate
-from moespan.engine.sequence import Sequence
 from moespan.engine.step import Close, FromLeader, Heartbeat, Report, StepPlans, StepResult
-from moespan.engine.text import TextStream
 from moespan.engine.trace import Observation, check_trace, collect_trace, trace_plan
 from moespan.engine.worker import Worker
-from moespan.errors import EngineDeadError, RequestError
+from moespan.errors import EngineDeadError, RequestError, shown
 from moespan.parallel.counters import TrafficRows
 from moespan.text.tokenizer import Tokenizer
-
-
-@dataclass
-class _Continuation:
-    """A live sequence, and its text if the model has a tokenizer."""
-
-    sequence: Sequence
-    text: TextStream | None
 
 
 class Engine:
@@ -57,10 +50,14 @@ class Engine:
         self._mesh = worker.mesh
         self._tokenizer = tokenizer
         eos = {*model_config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
-        self._replicas = Replicas(config, info.num_blocks, model_config.vocab_size, eos)
+        vocab_size = model_config.vocab_size
+        self._replicas = Replicas(config, info.num_blocks, vocab_size, eos)
         self._most_in_flight = config.most_steps_in_flight
         self._seeds = random.Random(config.seed)
-        self._live: dict[tuple[str, int], _Continuation] = {}
+        self._live = Continuations(tokenizer)
+        self._preparation = Preparation(
+            lambda request: Constraint.of(request, vocab_size, eos, tokenizer)
+        )
         # One for each step in flight; None unless this rank is the speaker of its replica.
         self._own_results: deque[Pending | None] = deque()
         self._pace = Pace()
@@ -71,7 +68,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do, or the error of a dead engine to raise."""
-        return bool(self._kept or self._death) or self._replicas.has_unfinished
+        return bool(self._kept or self._death or self._preparation) or self._replicas.has_unfinished
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -86,19 +83,23 @@ class Engine:
             raise RequestError(
                 "stop strings need a tokenizer, and this checkpoint has none; use stop_token_ids"
             )
-        for sequence in self._replicas.add(request, self._seeds.getrandbits(62)):
-            text = None
-            if self._tokenizer is not None:
-                text = TextStream(self._tokenizer, request.params, request.prompt_token_ids)
-            self._live[sequence.id, sequence.index] = _Continuation(sequence, text)
+        if request.id in self._preparation or self._replicas.knows(request.id):
+            raise RequestError(f"request id {shown(request.id)} is in use; give each its own")
+        seed = self._seeds.getrandbits(62)
+        if request.params.constrains:
+            check_request(request, self.info.max_model_len, self._replicas.schedulers[0].vocab_size)
+            self._preparation.start(request, seed)
+        else:
+            self._admit(request, seed)
 
     def abort(self, request_id: str) -> None:
         """Drop the rest of a request; no more deltas come of it. Unknown ids are ignored."""
         if self._death is not None:  # its queues may be inconsistent
             return
         self._kept = [delta for delta in self._kept if delta.id != request_id]
+        self._preparation.drop(request_id)
         for sequence in self._replicas.abort(request_id):
-            self._live.pop((sequence.id, sequence.index), None)
+            self._live.drop(sequence)
 
     def step(self) -> list[OutputDelta]:
         """Keep plans in flight, one for each pipeline stage or one ahead of the device, and return
@@ -110,13 +111,15 @@ class Engine:
             EngineDeadError: an earlier step failed, or the engine is closed.
         """
         with self._all_or_dead():
+            self._admit_prepared()
             while self._replicas.num_in_flight < self._most_in_flight:
                 plans = self._replicas.schedule()
                 if plans is None:
                     break
-                message = StepPlans.of(plans)
+                message = StepPlans.of([without_masks(plan) for plan in plans])
                 self._pace.start(message)
                 self._broadcast(message)
+                send_masks(self._mesh, plans)
                 own = plans[self._mesh.at.dp]
                 self._own_results.append(self._worker.execute(message, own))
             if not self._kept and self._replicas.num_in_flight:
@@ -156,10 +159,11 @@ class Engine:
         if self._is_closed:
             return
         self._is_closed = True
+        self._preparation.close()
         if self._death is None:
-            for live in self._live.values():
-                self._replicas.finish(live.sequence)
-            self._live.clear()
+            for sequence in self._live:
+                self._replicas.finish(sequence)
+                self._live.drop(sequence)
             with self._all_or_dead():
                 self._settle()
             self._death = EngineDeadError("the engine is closed")
@@ -200,6 +204,19 @@ class Engine:
         scheduler.allocator.free(table)
         return observations
 
+    def _admit(self, request: Request, seed: int, constraint: Constraint | None = None) -> None:
+        for sequence in self._replicas.add(request, seed, constraint):
+            self._live.add(sequence, request)
+
+    def _admit_prepared(self) -> None:
+        """Queue the requests whose constraints are made; wait for one if there is nothing else."""
+        may_wait = not self._kept and not self._replicas.has_unfinished
+        for one in self._preparation.take(may_wait):
+            try:
+                self._admit(one.request, one.seed, one.constraint)
+            except RequestError as error:
+                self._kept += refusal(one.request, error)
+
     def _settle(self) -> None:
         """Take in all results in flight; the next `step` returns their deltas.
 
@@ -222,46 +239,13 @@ class Engine:
     def _collect(self) -> list[StepResult | None]:
         """The result of each replica in the oldest step in flight; None if it had no plan."""
         own = self._own_results.popleft()
-        results: list[StepResult | None] = []
-        for plan, speaker in zip(self._replicas.oldest_in_flight, self._mesh.speakers, strict=True):
-            if plan is None:
-                results.append(None)
-            elif speaker == self._mesh.rank:
-                assert own is not None
-                results.append(own.wait())
-            else:
-                results.append(_decode_result(self._mesh.control.receive(speaker)))
-        return results
+        return collect_results(self._mesh, self._replicas.oldest_in_flight, own)
 
     def _delta(self, update: SequenceUpdate) -> OutputDelta:
-        sequence = update.sequence
-        key = sequence.id, sequence.index
-        live = self._live[key]
-        finish_reason = update.finish_reason
-        stop_reason: str | int | None = update.stop_reason
-        text = ""
-        if live.text is not None:
-            may_stop = sequence.num_output_tokens >= sequence.params.min_tokens
-            text = live.text.push(update.token_ids, may_stop, is_last=finish_reason is not None)
-            if live.text.stopped_by is not None:
-                finish_reason, stop_reason = "stop", live.text.stopped_by
-                self._replicas.finish(sequence)
-        if finish_reason is not None:
-            del self._live[key]
-        return OutputDelta(
-            id=sequence.id,
-            index=sequence.index,
-            text=text,
-            token_ids=update.token_ids,
-            logprobs=update.logprobs,
-            finish_reason=finish_reason,
-            stop_reason=stop_reason,
-            error=update.error,
-            prompt_logprobs=update.prompt.logprobs if update.prompt else [],
-            prompt_logits=update.prompt.logits if update.prompt else b"",
-            num_cached_tokens=sequence.num_cached_tokens,
-        )
+        delta = self._live.delta(update)
+        if delta.finish_reason is not None:  # a stop string may have ended it
+            self._replicas.finish(update.sequence)
+        return delta
 
 
-_decode_result = msgspec.msgpack.Decoder(StepResult).decode
 _decode_traffic = msgspec.msgpack.Decoder(TrafficRows).decode

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from moespan.config import EngineConfig
+from moespan.engine.constraints import Constraint
 from moespan.engine.request import Request
 from moespan.engine.scheduler import Scheduler, SequenceUpdate
 from moespan.engine.sequence import Sequence
@@ -52,7 +53,13 @@ class Replicas:
         """Steps without results yet."""
         return len(self._in_flight)
 
-    def add(self, request: Request, seed: int = 0) -> list[Sequence]:
+    def knows(self, request_id: str) -> bool:
+        """Whether a continuation of the request is unfinished."""
+        return request_id in self._home
+
+    def add(
+        self, request: Request, seed: int = 0, constraint: Constraint | None = None
+    ) -> list[Sequence]:
         """Queue a request with the replica whose cache holds the longest prefix of its prompt.
 
         Among equals, the one with the fewest sequences takes it. A replica that is a whole batch
@@ -64,7 +71,7 @@ class Replicas:
         if request.id in self._home:
             raise RequestError(f"request id {shown(request.id)} is in use; give each its own")
         scheduler = self._choose(request.prompt_token_ids)
-        sequences = scheduler.add(request, seed)
+        sequences = scheduler.add(request, seed, constraint)
         self._home[request.id] = scheduler
         return sequences
 

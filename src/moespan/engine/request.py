@@ -16,6 +16,9 @@ MAX_N = 128
 MAX_STOP = 64
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_CHARACTERS = 1024
+MAX_ALLOWED_TOKEN_IDS = 2**18
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARACTERS = 64
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +44,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         logit_bias: token id -> number added to its logit.
         stop: strings that end the output; the text does not contain them by default.
         stop_token_ids: token ids that end the output.
+        allowed_token_ids: the only token ids that may be generated. EOS, too, comes only if it is
+            among them. None allows all.
+        bad_words: words that the output must not contain. A word is barred as the run of tokens
+            that the tokenizer makes of it, at the beginning of a text and after a space. Other
+            tokens may still spell it.
         include_stop_str_in_output: keep the stop string in the text.
         max_tokens: most tokens to generate; None is as many as the model's length allows.
         min_tokens: EOS, stop token ids and stop strings do not count before this many tokens.
@@ -62,6 +70,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logit_bias: dict[int, float] | None = None
     stop: list[str] = []
     stop_token_ids: list[int] = []
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = []
     include_stop_str_in_output: bool = False
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -111,6 +121,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
         )
+
+    @property
+    def constrains(self) -> bool:
+        """Whether not every token may come next, by more than ids that end the output."""
+        return self.allowed_token_ids is not None or bool(self.bad_words)
 
 
 class _Check(NamedTuple):
@@ -179,6 +194,24 @@ def _stop(value: Any) -> list[str]:
     return texts
 
 
+def _bad_words(value: Any) -> list[str]:
+    words = [value] if isinstance(value, str) else _items(value, MAX_BAD_WORDS)
+    for word in words:
+        if not isinstance(word, str):
+            raise TypeError
+        if not word.strip(" ") or len(word) > MAX_BAD_WORD_CHARACTERS:
+            raise ValueError
+        word.encode()  # half a surrogate pair is a ValueError
+    return words
+
+
+def _allowed_token_ids(value: Any) -> list[int]:
+    token_ids = [_token_id(item) for item in _items(value, MAX_ALLOWED_TOKEN_IDS)]
+    if not token_ids:
+        raise ValueError
+    return token_ids
+
+
 def _stop_token_ids(value: Any) -> list[int]:
     return [_token_id(item) for item in _items(value, MAX_STOP)]
 
@@ -218,6 +251,14 @@ _CHECKS = {
         _stop,
     ),
     "stop_token_ids": _Check(f"a list of at most {MAX_STOP} token ids", _stop_token_ids),
+    "allowed_token_ids": _Check(
+        f"a list of 1..{MAX_ALLOWED_TOKEN_IDS} token ids", _allowed_token_ids
+    ),
+    "bad_words": _Check(
+        f"a string or at most {MAX_BAD_WORDS} strings, each of 1..{MAX_BAD_WORD_CHARACTERS} whole "
+        "characters and not of spaces only",
+        _bad_words,
+    ),
     "include_stop_str_in_output": _Check("true or false", _flag),
     "max_tokens": _Check("an integer within 1..2**31-1", _integer(1, 2**31 - 1)),
     "min_tokens": _Check("an integer within 0..2**31-1", _count),
@@ -270,7 +311,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities at one position, of the model's own distribution: before penalties,
-    temperature and truncation.
+    constraints, temperature and truncation.
 
     Attributes:
         token_id: the token at this position.
@@ -334,6 +375,7 @@ def check_request(request: Request, max_model_len: int, vocab_size: int) -> None
         ("prompt_token_ids", request.prompt_token_ids),
         ("stop_token_ids", params.stop_token_ids),
         ("logit_bias", list(params.logit_bias or ())),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
     ):
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < vocab_size:

@@ -1,15 +1,17 @@
-"""From a step's logits to its result, which the device may still be computing."""
+"""From a step's logits to its result, possibly still being computed, and on to the leader."""
 
 from __future__ import annotations
 
 from itertools import accumulate
 
+import msgspec
 import torch
 from torch import Tensor
 
 from moespan.engine.sampler import Sampling, token_logprobs
 from moespan.engine.step import PromptRow, PromptScores, StepPlan, StepResult
 from moespan.parallel.beats import Beat, named
+from moespan.parallel.mesh import Mesh
 
 _DEVICE_WAIT = named("the wait for the device", "", "", ())
 
@@ -42,6 +44,29 @@ class Pending:
         samples = self.sampling.wait()
         self._beat.leave()
         return StepResult(samples, prompts)
+
+
+def collect_results(
+    mesh: Mesh, plans: list[StepPlan | None], own: Pending | None
+) -> list[StepResult | None]:
+    """On the leader: wait for the result of each replica's plan; None where there is no plan.
+
+    Args:
+        own: the result of this rank's replica, if this rank is its speaker.
+    """
+    results: list[StepResult | None] = []
+    for plan, speaker in zip(plans, mesh.speakers, strict=True):
+        if plan is None:
+            results.append(None)
+        elif speaker == mesh.rank:
+            assert own is not None
+            results.append(own.wait())
+        else:
+            results.append(_decode_result(mesh.control.receive(speaker)))
+    return results
+
+
+_decode_result = msgspec.msgpack.Decoder(StepResult).decode
 
 
 def logit_rows(plan: StepPlan) -> list[int]:

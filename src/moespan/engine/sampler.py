@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -144,13 +144,14 @@ def _is_adjusted(row: SampleRow) -> bool:
     return bool(
         row.logit_bias
         or row.barred
+        or row.allowed is not None
         or row.seen_output
         or (row.repetition_penalty != 1 and row.seen_prompt)
     )
 
 
 def _adjust(logits: Tensor, rows: list[SampleRow]) -> None:
-    """Apply biases, penalties and bars, in this order, to float32 logits [R, V], in place."""
+    """Apply biases, penalties, bars, masks, in this order, to float32 logits [R, V], in place."""
     biased = [(i, row.logit_bias) for i, row in enumerate(rows) if row.logit_bias]
     repeated = [
         (i, dict.fromkeys(sorted({*row.seen_prompt, *row.seen_output}), row.repetition_penalty))
@@ -172,6 +173,23 @@ def _adjust(logits: Tensor, rows: list[SampleRow]) -> None:
     if barred:
         at, bars = _entries(barred, logits)
         logits[at] = bars
+    masks = {i: row.allowed for i, row in enumerate(rows) if row.allowed is not None}
+    if len(masks) == len(rows):
+        logits.masked_fill_(_forbidden(masks.values(), logits), -math.inf)
+    elif masks:
+        numbers = _tensor(list(masks), torch.int64, logits)
+        forbidden = _forbidden(masks.values(), logits)
+        logits[numbers] = logits[numbers].masked_fill(forbidden, -math.inf)
+
+
+def _forbidden(masks: Collection[bytes], like: Tensor) -> Tensor:
+    """Whether each token is not among a row's allowed ones, bool [R, V]."""
+    packed = torch.frombuffer(bytearray(b"".join(masks)), dtype=torch.uint8)
+    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
+    packed, bits = to_device([packed, bits], like.device)
+    # No shifts, which an NPU does not have for bytes.
+    is_off = (packed.view(len(masks), -1, 1) & bits) == 0
+    return is_off.flatten(1)[:, : like.shape[-1]]
 
 
 def _penalties(row: SampleRow) -> dict[int, float]:

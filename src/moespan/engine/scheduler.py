@@ -17,6 +17,9 @@ All rules are first come, first served:
   token that the first samples by its index. Limits of length are known ahead. If the sequence
   turns out to have stopped, the second plan's token is dropped. If any sequence of the first plan
   `needs_result`, the second plan waits for it, so that all sequences advance together.
+- A sequence whose constraint `needs_tokens` is in no plan while a token of it is expected. The
+  plans of others do not wait for it; but a plan ahead is made for such sequences alone only after
+  the result, so that they come together in one plan.
 - `max_num_seqs` and `max_num_batched_tokens` bound each step; with several plans in flight, more
   sequences run at a time. With pp stages, a plan takes at most 1/pp of the sequences, and leaves
   as many to each plan that is still missing, so that every stage has one.
@@ -35,6 +38,7 @@ import msgspec
 
 from moespan.config import EngineConfig
 from moespan.engine.blocks import BlockAllocator
+from moespan.engine.constraints import Constraint
 from moespan.engine.request import Request, TokenLogprobs, check_request
 from moespan.engine.sequence import Sequence, Status
 from moespan.engine.step import PromptScores, Sampled, StepPlan, StepResult
@@ -125,8 +129,12 @@ class Scheduler:
         """Share of the blocks in use, within 0..1."""
         return self.allocator.num_used / self.allocator.num_blocks
 
-    def add(self, request: Request, seed: int = 0) -> list[Sequence]:
-        """Queue the `n` continuations of `request`; `seed` holds if the request has none.
+    def add(
+        self, request: Request, seed: int = 0, constraint: Constraint | None = None
+    ) -> list[Sequence]:
+        """Queue the `n` continuations of `request`, each with a copy of `constraint`.
+
+        `seed` holds if the request has none.
 
         Raises:
             RequestError: its id is in use, or its prompt or parameters break a limit.
@@ -146,6 +154,7 @@ class Scheduler:
                 seed=(first_seed + index) % 2**63,
                 max_output_tokens=max_output_tokens,
                 eos_token_ids=self.eos_token_ids,
+                constraint=constraint and constraint.copy(),
             )
             for index in range(params.n)
         ]
@@ -243,7 +252,10 @@ class Scheduler:
         if len(self._in_flight) == self.config.most_steps_in_flight:
             return False
         _, batch = self._in_flight[-1]
-        return not any(s.needs_result and not s.is_finished for s in batch)
+        if any(s.needs_result and not s.is_finished for s in batch):
+            return False
+        candidates = itertools.chain(self.running, itertools.islice(self.waiting, 1))
+        return not all(s.next_token.needs_tokens or s.is_all_planned for s in candidates)
 
     @property
     def _fair_share(self) -> int:
@@ -261,7 +273,9 @@ class Scheduler:
         each of which is admitted when the caller reaches it."""
         num_preemptions = self.num_preemptions
         for sequence in tuple(self.running):
-            if sequence.in_flight and (not self._plans_ahead or sequence.is_all_planned):
+            if sequence.in_flight and (
+                not self._plans_ahead or sequence.is_all_planned or sequence.awaits_token
+            ):
                 continue
             if sequence.status is Status.WAITING:  # preempted just now
                 continue
@@ -376,7 +390,10 @@ class Scheduler:
         if reason is not None:
             self.finish(sequence)
         logprobs = [] if sampled.logprobs is None else [sampled.logprobs]
-        return SequenceUpdate(sequence, [sampled.token_id], logprobs, prompt, reason, stop_reason)
+        problem = sequence.next_token.error if reason == "error" else None
+        return SequenceUpdate(
+            sequence, [sampled.token_id], logprobs, prompt, reason, stop_reason, problem
+        )
 
     def _publish(self, sequence: Sequence) -> None:
         """Let other sequences share the full blocks that are computed."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections import Counter
 
+from moespan.engine.constraints import Constraint
+from moespan.engine.next_token import NextToken
 from moespan.engine.request import Request
 from moespan.engine.step import PromptRow, SampleRow
 
@@ -25,6 +26,7 @@ class Sequence:
         token_ids: prompt and output.
         max_output_tokens: most output tokens, by the request's limit or the model's length.
         eos_token_ids: the EOS ids that end the sequence; empty if it ignores them.
+        next_token: how the next token is sampled, and which ones are ruled out.
         num_computed_tokens: tokens in the KV cache.
         num_scheduled_tokens: further tokens that the plans in flight compute.
         num_expected_tokens: tokens that those plans sample, whose ids are not known yet.
@@ -45,13 +47,13 @@ class Sequence:
         seed: int,
         max_output_tokens: int,
         eos_token_ids: frozenset[int],
+        constraint: Constraint | None = None,
     ) -> None:
         self.id = request.id
         self.index = index
         self.params = request.params
         self.prompt_logits = request.prompt_logits
         self.arrival = arrival
-        self.seed = seed
         self.max_output_tokens = max_output_tokens
         self.eos_token_ids = frozenset() if self.params.ignore_eos else eos_token_ids
 
@@ -71,9 +73,9 @@ class Sequence:
         self.block_digests: list[bytes] = []
         self.num_published_blocks = 0
 
-        repeats = self.params.repetition_penalty != 1
-        self._seen_prompt = sorted(set(self.token_ids)) if repeats else []
-        self._seen_output: Counter[int] = Counter()
+        self.seed = seed
+        ends = {*self.eos_token_ids, *self.params.stop_token_ids}
+        self.next_token = NextToken(request, seed, ends, constraint)
 
     def __repr__(self) -> str:
         return (
@@ -113,6 +115,11 @@ class Sequence:
         return self.num_output_tokens + self.num_expected_tokens >= self.max_output_tokens
 
     @property
+    def awaits_token(self) -> bool:
+        """Whether it has to wait for an expected token before its next step is planned."""
+        return self.num_expected_tokens > 0 and self.next_token.needs_tokens
+
+    @property
     def is_finished(self) -> bool:
         """Whether it has ended, for any reason."""
         return self.status is Status.FINISHED
@@ -138,8 +145,7 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Add a generated token."""
         self.token_ids.append(token_id)
-        if self.params.penalizes:
-            self._seen_output[token_id] += 1
+        self.next_token.append(token_id)
 
     def finish_reason(self) -> tuple[str | None, int | None]:
         """Finish reason at the last token, or None, and the stop token id that caused it."""
@@ -148,9 +154,11 @@ class Sequence:
             return "stop", None
         if token_id in self.params.stop_token_ids:
             return "stop", token_id
+        if self.next_token.is_complete:
+            return "stop", None
         if self.num_output_tokens >= self.max_output_tokens:
             return "length", None
-        return None, None
+        return (None if self.next_token.error is None else "error"), None
 
     def next_tokens(self, num_tokens: int) -> list[int]:
         """The next `num_tokens` unplanned tokens; an expected one is `~self.sample`."""
@@ -162,27 +170,7 @@ class Sequence:
         """How to sample after the next `num_tokens`, if no others are left; `row` is its index."""
         if num_tokens < self.num_unplanned_tokens:
             return None
-        params = self.params
-        position = self.num_output_tokens + self.num_expected_tokens
-        may_stop = position >= params.min_tokens
-        barred = [] if may_stop else sorted(self.eos_token_ids.union(params.stop_token_ids))
-        return SampleRow(
-            sequence=row,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            min_p=params.min_p,
-            seed=self.seed,
-            position=position,
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            seen_prompt=self._seen_prompt,
-            seen_output=dict(self._seen_output),
-            logit_bias=params.logit_bias or {},
-            barred=barred,
-            logprobs=params.logprobs,
-        )
+        return self.next_token.row(row, self.num_output_tokens + self.num_expected_tokens)
 
     def prompt_row(self, row: int, num_tokens: int) -> PromptRow | None:
         """The report wanted on the next `num_tokens`, if any."""

@@ -24,7 +24,9 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         seen_prompt: distinct prompt token ids; empty without a repetition penalty.
         seen_output: output token id -> count; empty without any penalty.
         logit_bias: token id -> number to add.
-        barred: token ids that must not be sampled (before `min_tokens`).
+        barred: token ids that must not be sampled (before `min_tokens`, or in `bad_words`).
+        allowed: the only tokens that may be sampled: bit t % 8 of byte t // 8 is token t. None
+            allows all. In broadcasts it is empty (`moespan.engine.masks`).
         logprobs: number of best tokens to report; None for no log probabilities.
     """
 
@@ -42,6 +44,7 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     seen_output: dict[int, int] = {}
     logit_bias: dict[int, float] = {}
     barred: list[int] = []
+    allowed: bytes | None = None
     logprobs: int | None = None
 
 

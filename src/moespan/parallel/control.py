@@ -1,4 +1,4 @@
-"""The control channel: messages of the leader to all ranks, and of ranks to the leader.
+"""The control channel: messages of the leader to all ranks, and between it and single ranks.
 
 Messages are bytes and are never pickled. The channel has a group of its own on the CPU, so that
 messages neither wait for the model's collectives nor mix with them.
@@ -74,16 +74,16 @@ class Control:
         dist.broadcast(tail, 0, group=self._group)
         return _to_bytes(frame[_LENGTH_BYTES:]) + _to_bytes(tail)
 
-    def send(self, message: bytes, kind: str) -> None:
-        """On any other rank: start sending `message` to the leader."""
+    def send(self, message: bytes, kind: str, rank: int = 0) -> None:
+        """Start sending `message` to the leader or, on the leader, to another rank."""
         payload = _with_length(message)
         self._count("send", kind, len(payload))
         for part in (payload[:_LENGTH_BYTES], payload[_LENGTH_BYTES:]):
             if len(part):
-                self._keep(dist.isend(part, 0, group=self._group), payload)
+                self._keep(dist.isend(part, rank, group=self._group), payload)
 
     def receive(self, rank: int) -> bytes:
-        """On the leader: wait for the next message of `rank`."""
+        """Wait for the next message that `rank` sends to this rank alone."""
         head = torch.empty(_LENGTH_BYTES, dtype=torch.uint8)
         self._beat.enter(named("receive", "control", "", (rank,)))
         dist.recv(head, rank, group=self._group)

@@ -1,0 +1,73 @@
+"""The live continuations of an engine: what a step adds to each, as text and as ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moespan.engine.request import OutputDelta, Request
+from moespan.engine.scheduler import SequenceUpdate
+from moespan.engine.sequence import Sequence
+from moespan.engine.text import TextStream
+from moespan.text.tokenizer import Tokenizer
+
+
+@dataclass
+class _Continuation:
+    """A live sequence, and its text if the model has a tokenizer."""
+
+    sequence: Sequence
+    text: TextStream | None
+
+
+class Continuations:
+    """All live continuations, in the order of arrival."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._live: dict[tuple[str, int], _Continuation] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter([live.sequence for live in self._live.values()])
+
+    def add(self, sequence: Sequence, request: Request) -> None:
+        """Begin a continuation of `request`."""
+        text = None
+        if self._tokenizer is not None:
+            text = TextStream(self._tokenizer, request.params, request.prompt_token_ids)
+        self._live[sequence.id, sequence.index] = _Continuation(sequence, text)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a continuation, if it is live."""
+        self._live.pop((sequence.id, sequence.index), None)
+
+    def delta(self, update: SequenceUpdate) -> OutputDelta:
+        """The additions of a step to a live continuation, which a stop string may end."""
+        sequence = update.sequence
+        live = self._live[sequence.id, sequence.index]
+        finish_reason = update.finish_reason
+        stop_reason: str | int | None = update.stop_reason
+        text = ""
+        if live.text is not None:
+            may_stop = sequence.num_output_tokens >= sequence.params.min_tokens
+            text = live.text.push(update.token_ids, may_stop, is_last=finish_reason is not None)
+            if live.text.stopped_by is not None:
+                finish_reason, stop_reason = "stop", live.text.stopped_by
+        if finish_reason is not None:
+            self.drop(sequence)
+        return OutputDelta(
+            id=sequence.id,
+            index=sequence.index,
+            text=text,
+            token_ids=update.token_ids,
+            logprobs=update.logprobs,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            error=update.error,
+            prompt_logprobs=update.prompt.logprobs if update.prompt else [],
+            prompt_logits=update.prompt.logits if update.prompt else b"",
+            num_cached_tokens=sequence.num_cached_tokens,
+        )

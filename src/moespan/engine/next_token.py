@@ -1,0 +1,74 @@
+"""How the next token of a continuation is sampled: its parameters, and the tokens so far."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from moespan.engine.constraints import Constraint
+from moespan.engine.request import Request
+from moespan.engine.step import SampleRow
+
+
+class NextToken:
+    """Makes the sample rows of one continuation.
+
+    Args:
+        ends: token ids that end the continuation.
+        constraint: what it may say; None if anything.
+    """
+
+    def __init__(
+        self, request: Request, seed: int, ends: set[int], constraint: Constraint | None
+    ) -> None:
+        self._params = request.params
+        self._seed = seed
+        self._ends = sorted(ends)
+        self._constraint = constraint
+        repeats = self._params.repetition_penalty != 1
+        self._seen_prompt = sorted(set(request.prompt_token_ids)) if repeats else []
+        self._seen_output: Counter[int] = Counter()
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether what may come next depends on the ids of the tokens so far."""
+        return self._constraint is not None and self._constraint.needs_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing may come next but the end."""
+        return self._constraint is not None and self._constraint.is_complete
+
+    @property
+    def error(self) -> str | None:
+        """Why nothing can come next; None if something can."""
+        return None if self._constraint is None else self._constraint.error
+
+    def append(self, token_id: int) -> None:
+        """Take in the next token of the output."""
+        if self._params.penalizes:
+            self._seen_output[token_id] += 1
+        if self._constraint is not None:
+            self._constraint.append(token_id)
+
+    def row(self, sequence: int, position: int) -> SampleRow:
+        """How to sample the token at `position` of the output, counted from 0."""
+        params, constraint = self._params, self._constraint
+        barred = [] if position >= params.min_tokens else self._ends
+        return SampleRow(
+            sequence=sequence,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            min_p=params.min_p,
+            seed=self._seed,
+            position=position,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            seen_prompt=self._seen_prompt,
+            seen_output=dict(self._seen_output),
+            logit_bias=params.logit_bias or {},
+            barred=barred if constraint is None else sorted({*barred, *constraint.barred}),
+            allowed=None if constraint is None else constraint.allowed,
+            logprobs=params.logprobs,
+        )
