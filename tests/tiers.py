@@ -30,6 +30,7 @@ SLOW = (
     "tests/measure/test_bench.py",
     "tests/ops/test_cuda.py",
     "tests/scripts/test_setup.py",
+    "tests/serve/test_real_ranks.py",
     "tests/test_examples.py",
 )
 """Folders and files whose tests are all slow."""
