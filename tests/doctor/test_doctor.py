@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from moespan.checkpoint.presets import preset
 from moespan.cli import main
 from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
-from moespan.doctor import ascend_tools, checks, collectives, nodes, report
+from moespan.doctor import ascend_tools, checks, collectives, nodes, report, serving
 from moespan.doctor.checks import examine
 from moespan.doctor.collectives import Timing, judge
 from moespan.doctor.host import Host
@@ -616,6 +617,21 @@ def test_open_files_and_huge_pages(made: Made) -> None:
     assert of(made.examine(), "limits", report.WARNING)
     made.write("sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages", "4\n")
     assert only(made.examine(), "limits", report.OK)
+
+
+def test_a_server_needs_its_extra_its_port_and_files(made: Made) -> None:
+    assert "starlette" in only(made.examine(), "serving", report.SKIPPED).found
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        job = replace(npu_job(), port=port)
+        lacking, busy = of(made.examine(job), "serving", report.PROBLEM)
+        assert "uvicorn" in lacking.found and "moespan[serve]" in lacking.fix
+        assert f"port {port} is in use" in busy.found
+    made.packages |= dict.fromkeys(serving.EXTRA, "1.0")
+    made.write("proc/self/limits", LIMITS.format(files=4096))
+    findings = of(made.examine(job), "serving")
+    assert [one.status for one in findings] == [report.OK, report.OK, report.WARNING]
+    assert f"port {port} is free" in findings[1].found and "4096" in findings[2].found
 
 
 def test_cores_and_quota(made: Made) -> None:

@@ -25,6 +25,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also compare code and clocks of all nodes; run the same command on each at once",
     )
+    parser.add_argument(
+        "--port", type=int, metavar="N", help="also check what `serve --port N` needs"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -44,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         model=model,
         bind=config.bind,
         nodes=nodes,
+        port=args.port,
     )
     findings = examine(Host(), job)
     if args.collectives:

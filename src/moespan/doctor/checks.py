@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from moespan.doctor import connections, devices, host_checks, software
+from moespan.doctor import connections, devices, host_checks, serving, software
 from moespan.doctor.host import Host
 from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, skipped, warning
@@ -36,6 +36,7 @@ CHECKS: dict[str, Check] = {
     "host memory": host_checks.memory,
     "environment": software.environment,
     "model": host_checks.model,
+    "serving": serving.serving,
 }
 
 

@@ -69,7 +69,7 @@ def _hccl_ports(host: Host) -> Iterator[Finding]:
         return
     first = int(text)
     last = first + _NUM_PORTS - 1
-    taken = [port for port in range(first, last + 1) if not _can_bind("", port)]
+    taken = [port for port in range(first, last + 1) if not is_free(port)]
     if taken:
         yield problem(
             f"HCCL's ports {first}-{last}: {format_list(taken)} in use",
@@ -119,8 +119,9 @@ def _master_port(job: JobSpec) -> Finding:
         )
 
 
-def _can_bind(address: str, port: int) -> bool:
-    return _why_not_bound(address, port) is None
+def is_free(port: int) -> bool:
+    """Whether a program of this user could listen at `port` on every address."""
+    return _why_not_bound("", port) is None
 
 
 def _why_not_bound(address: str, port: int) -> int | None:

@@ -28,7 +28,10 @@ COMMAND_S = 10.0
 _REAP_S = 1.0
 
 _DRIVER_TOOLS = "usr/local/Ascend/driver/tools"
-_PACKAGES = ("torch", "torch-npu", "pyyaml", "setuptools")
+_PACKAGES = (
+    *("torch", "torch-npu", "pyyaml", "setuptools"),
+    *("starlette", "uvicorn", "h11", "prometheus-client"),
+)
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):

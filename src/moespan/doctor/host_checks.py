@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import msgspec
@@ -39,20 +40,28 @@ def shared_memory(host: Host, job: JobSpec) -> Iterator[Finding]:
         yield ok(words)
 
 
+def open_files(host: Host) -> float | None:
+    """Most files that a process of this user may open; None if that cannot be read."""
+    for line in host.read("/proc/self/limits").splitlines():
+        if line.startswith("Max open"):
+            for word in line.split():
+                if word.isdigit():
+                    return int(word)
+                if word == "unlimited":
+                    return math.inf
+    return None
+
+
 def limits(host: Host, job: JobSpec) -> Iterator[Finding]:
-    line = next(
-        (one for one in host.read("/proc/self/limits").splitlines() if one.startswith("Max open")),
-        "",
-    )
-    soft = next((word for word in line.split() if word.isdigit() or word == "unlimited"), "")
-    if soft.isdigit() and int(soft) < _LEAST_FILES:
-        yield warning(
-            f"{soft} open files for a process", "ulimit -n 65536, or --ulimit nofile=65536"
-        )
-    elif soft:
-        yield ok(f"{soft} open files for a process")
-    else:
+    files = open_files(host)
+    if files is None:
         yield skipped("/proc/self/limits cannot be read")
+    elif files < _LEAST_FILES:
+        yield warning(
+            f"{files} open files for a process", "ulimit -n 65536, or --ulimit nofile=65536"
+        )
+    else:
+        yield ok(f"{'any number of' if files == math.inf else files} open files for a process")
     if "page_size:1g" in host.environ.get("PYTORCH_NPU_ALLOC_CONF", ""):
         pages = host.read("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages")
         if not pages.isdigit() or int(pages) == 0:

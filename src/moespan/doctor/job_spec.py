@@ -17,6 +17,7 @@ class JobSpec:
         config, model: None if no MODEL was named.
         bind: the value of `--bind`.
         nodes: the nodes of the job, and which of them this is.
+        port: where a server is to listen; None for no server.
     """
 
     device: str
@@ -25,6 +26,7 @@ class JobSpec:
     model: ModelConfig | None = None
     bind: str = "auto"
     nodes: Nodes = field(default_factory=Nodes)
+    port: int | None = None
 
     @property
     def ranks(self) -> int:
