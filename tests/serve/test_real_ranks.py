@@ -1,10 +1,9 @@
-"""`Life` with real ranks and a fake engine: a death, a restart, a forced end with a stopped rank."""
+"""`Life` with real ranks: a death, a restart, a forced end with a stopped rank, nothing left."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import tempfile
 import time
 from pathlib import Path

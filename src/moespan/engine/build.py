@@ -7,13 +7,16 @@ the number of cache blocks.
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
 import torch
 from tqdm import tqdm
 
+from moespan import log
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.loader import LoadReport, load_weights
 from moespan.checkpoint.placement import cache_bytes_per_token, place
@@ -36,11 +39,13 @@ from moespan.parallel.buffers import DEFAULT_BUFFER_MB
 from moespan.parallel.mesh import Mesh
 from moespan.text.tokenizer import Tokenizer
 
+_LINE_S = 10.0
+
 
 def build_leader(config: EngineConfig, mesh: Mesh) -> Engine:
     """Load rank 0's share and return the engine; every other rank must call `follow` meanwhile.
 
-    On a terminal, a bar on stderr shows the progress of loading.
+    On a terminal, a bar on stderr shows the progress of loading; otherwise a line every 10 s.
 
     Raises:
         ConfigError, LayoutError, CheckpointError, TokenizerError: it cannot start, and why.
@@ -145,15 +150,17 @@ def _load(
     buffer_mb = int(buffer) if buffer.isdecimal() else 0
     fused.check(config, model_config, experts, ops.chip, mesh.ranks_here, buffer_mb)
     placement = place(model_config, config.layout, mesh.rank, experts, quantization)
+    total_bytes = sum(map(source.num_bytes, placement.pieces))
     # tqdm's own rule for `disable=None`: only a terminal gets a bar.
     with tqdm(
         desc="loading",
-        total=sum(map(source.num_bytes, placement.pieces)),
+        total=total_bytes,
         unit="B",
         unit_scale=True,
         disable=None if mesh.is_leader else True,
         leave=False,
     ) as bar:
+        is_silent = bar.disable and mesh.is_leader
         return load_weights(
             placement,
             source,
@@ -161,8 +168,35 @@ def _load(
             mesh.device,
             new_builder=ops.builder,
             check_finite=config.check_finite,
-            progress=bar.update,
+            progress=_ProgressLines(total_bytes) if is_silent else bar.update,
             maximum_over_tp=lambda maxima: mesh.tp.maximum(maxima.to(mesh.device), "load").cpu(),
+        )
+
+
+class _ProgressLines:
+    """Logs every `_LINE_S` how much has been read, where no terminal shows a bar."""
+
+    def __init__(self, total_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total_bytes = total_bytes
+        self._clock = clock
+        self._lock = threading.Lock()  # several threads read
+        self._read_bytes = 0
+        self._next_at = clock() + _LINE_S
+
+    def __call__(self, num_bytes: int) -> None:
+        """So many bytes more have been read."""
+        with self._lock:
+            self._read_bytes += num_bytes
+            if self._clock() < self._next_at:
+                return
+            self._next_at = self._clock() + _LINE_S
+            read, total = self._read_bytes / 1e9, self._total_bytes / 1e9
+        log.logger.info(
+            "loading: %.1f of %.1f GB are read (%.0f%%)",
+            read,
+            total,
+            100 * read / total,
+            extra={"holds_for_all_ranks": True},
         )
 
 
