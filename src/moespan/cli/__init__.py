@@ -23,6 +23,7 @@ from moespan.cli import (
     info,
     make_checkpoint,
     quantize,
+    serve,
     streams,
     verify,
 )
@@ -32,7 +33,7 @@ from moespan.errors import ConfigError, EngineDeadError, MoespanError, shortened
 from moespan.machine.environment import keep_torch_npu_out
 from moespan.version import __version__
 
-_VERBS = (generate, chat, verify, bench, info, make_checkpoint, quantize, doctor)
+_VERBS = (generate, chat, serve, verify, bench, info, make_checkpoint, quantize, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -43,8 +43,12 @@ class Prompts:
         self._vocab_size = vocab_size
         self._numbers = itertools.count()
 
-    def encode(self, prompt: object) -> Encoded:
+    def encode(self, prompt: object, add_special_tokens: bool = True) -> Encoded:
         """Text and token ids of a `Prompt`.
+
+        Args:
+            add_special_tokens: put the begin token before text, if the tokenizer does so. Token
+                ids are taken as they are.
 
         Raises:
             RequestError: `prompt` is neither text nor token ids, or is text without a tokenizer.
@@ -59,7 +63,7 @@ class Prompts:
                     "the prompt is text, and this checkpoint has no tokenizer.json; give token "
                     'ids: a list in Python, {"prompt": [1, 2]} in a line of --input'
                 )
-            return prompt, self._tokenizer.encode(prompt)
+            return prompt, self._tokenizer.encode(prompt, add_special_tokens)
         if isinstance(prompt, list) and all(map(_is_integer, prompt)):
             return None, [int(token) for token in prompt]  # those of NumPy too
         raise RequestError(f"{shown(given)} is neither text nor a list of token ids")
@@ -71,20 +75,46 @@ class Prompts:
             RequestError: the messages are malformed, or the checkpoint has no chat template.
             TokenizerError: the chat template is faulty.
         """
+        text = self.chat_text(messages)
+        # The template itself writes the special tokens.
+        return self.encode(text, add_special_tokens=False)
+
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The text that the checkpoint's chat template makes of a conversation.
+
+        Args:
+            add_generation_prompt: end with the text after which the model answers.
+            continue_final_message: end with the content of the last message, for the model to go
+                on there.
+
+        Raises:
+            RequestError: the messages are malformed, or the checkpoint has no chat template.
+            TokenizerError: the chat template is faulty.
+        """
         if self._tokenizer is None:
             raise RequestError("chat needs a tokenizer, and this checkpoint has no tokenizer.json")
-        text = self._tokenizer.apply_chat_template(_with_texts(messages))
-        # The template itself writes the special tokens.
-        return text, self._tokenizer.encode(text, add_special_tokens=False)
+        given = _with_texts(messages)
+        text = self._tokenizer.apply_chat_template(given, add_generation_prompt)
+        return _cut_after(text, given[-1]["content"].strip()) if continue_final_message else text
 
     def request(
         self,
         prompt: Prompt | Encoded,
         params: SamplingParams | None = None,
         *,
+        id: str | None = None,
         prompt_logits: bool = False,
     ) -> tuple[str | None, Request]:
-        """The prompt's text, if it has one, and a checked request with an id of its own.
+        """The prompt's text, if it has one, and a checked request.
+
+        Args:
+            id: of the request; None for the next number.
 
         Raises:
             RequestError: the prompt or its parameters break a limit.
@@ -94,13 +124,24 @@ class Prompts:
         else:
             text, token_ids = self.encode(prompt)
         request = Request(
-            id=str(next(self._numbers)),
+            id=str(next(self._numbers)) if id is None else id,
             prompt_token_ids=token_ids,
             params=SamplingParams() if params is None else params,
             prompt_logits=prompt_logits,
         )
         check_request(request, self._max_model_len, self._vocab_size)
         return text, request
+
+
+def _cut_after(text: str, content: str) -> str:
+    """`text` up to the end of `content` in it."""
+    start = text.rfind(content)
+    if start < 0:
+        raise RequestError(
+            "continue_final_message: the chat template changes the content of the last "
+            "message, so that it cannot go on"
+        )
+    return text[: start + len(content)]
 
 
 def _is_integer(value: object) -> bool:

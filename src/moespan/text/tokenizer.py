@@ -81,7 +81,9 @@ class Tokenizer:
         bos_token_id: the id of `bos_token`; None if there is no such token.
         vocab_size: the highest id + 1, added tokens included. A model's vocabulary may be padded
             beyond that; the additional ids have no text.
-        has_chat_template: whether `apply_chat_template` has a template.
+        longest_token_bytes: bytes of the longest token.
+        named_tokens: texts of the tokens that have a name, such as `bos_token`.
+        chat_template: source of the chat template; None without one.
     """
 
     def __init__(
@@ -110,9 +112,10 @@ class Tokenizer:
         # the decoder of `tokenizers` takes for bytes and turns into �.
         self._bytes_of.update((id_, token.content.encode()) for id_, token in added_tokens.items())
         self.vocab_size = max(self._bytes_of, default=-1) + 1
+        self.longest_token_bytes = max(map(len, self._bytes_of.values()), default=1)
 
-        self._named_tokens = dict(_named_tokens(folder, settings))
-        named_ids = map(backend.token_to_id, self._named_tokens.values())
+        self.named_tokens = dict(_named_tokens(folder, settings))
+        named_ids = map(backend.token_to_id, self.named_tokens.values())
         self._special_ids = {id_ for id_, token in added_tokens.items() if token.special}
         self._special_ids.update(id_ for id_ in named_ids if id_ is not None)
 
@@ -126,15 +129,25 @@ class Tokenizer:
         self._first = self._token_to_add("add_bos_token", settings, self.bos_token_id, probe[:1])
         self._last = self._token_to_add("add_eos_token", settings, self._eos_token_id, probe[-1:])
 
-        self.has_chat_template = chat_template is not None
+        self.chat_template = chat_template
         self._chat_template: ChatTemplate | None = None
         if chat_template is not None:
-            self._chat_template = ChatTemplate(chat_template, self._named_tokens, folder)
+            self._chat_template = ChatTemplate(chat_template, self.named_tokens, folder)
         self._self_test()
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` has a template."""
+        return self.chat_template is not None
+
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Tokenizer | None:
+    def from_pretrained(
+        cls, path: str | Path, chat_template: str | Path | None = None
+    ) -> Tokenizer | None:
         """Loads the tokenizer of the checkpoint folder `path`; None if it has no tokenizer.json.
+
+        Args:
+            chat_template: file of a chat template that takes the place of the checkpoint's own.
 
         Raises:
             TokenizerError: a file cannot be read, two files contradict each other, or text does
@@ -155,7 +168,9 @@ class Tokenizer:
                 **{key: value for key, value in config.items() if value is not None},
             },
             _read_eos_token_ids(folder / "generation_config.json"),
-            _read_chat_template(folder / "chat_template.jinja", config),
+            _read_chat_template(folder / "chat_template.jinja", config)
+            if chat_template is None
+            else _read_template_file(Path(chat_template)),
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -231,7 +246,7 @@ class Tokenizer:
 
     def _id_of(self, name: str) -> int | None:
         """The id of the token under the key `name`, e.g. "bos_token"; None without such a key."""
-        token = self._named_tokens.get(name)
+        token = self.named_tokens.get(name)
         if token is None:
             return None
         token_id = self._backend.token_to_id(token)
@@ -418,10 +433,7 @@ def _read_chat_template(file: Path, config: Mapping[str, Any]) -> str | None:
     tokenizer_config.json has a string, or a list of {"name", "template"} whose "default" is taken.
     """
     if file.exists():
-        try:
-            return files.read_bytes(file, _MOST_FILE_BYTES).decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"cannot read {file}: {error}") from error
+        return _read_template_file(file)
     value = config.get("chat_template")
     if isinstance(value, list):
         named = {
@@ -434,6 +446,13 @@ def _read_chat_template(file: Path, config: Mapping[str, Any]) -> str | None:
             'must be a string, or a list of {"name", "template"} with one named "default"'
         )
     return value or None
+
+
+def _read_template_file(file: Path) -> str:
+    try:
+        return files.read_bytes(file, _MOST_FILE_BYTES).decode()
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"cannot read {file}: {error}") from error
 
 
 def _named_tokens(folder: Path, settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:

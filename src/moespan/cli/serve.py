@@ -1,0 +1,122 @@
+"""`moespan serve`: an OpenAI-compatible HTTP server over an engine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from typing import Any
+
+from moespan import log
+from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
+from moespan.cli.show import say
+from moespan.errors import ConfigError
+from moespan.serve.options import ServeOptions, default_text, flag_of, options
+
+SUMMARY = "serve a model over HTTP, as OpenAI does"
+
+_NEEDED = ("starlette", "uvicorn", "h11", "prometheus_client")
+_EXIT_PORT_TAKEN = 2
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `serve`."""
+    add_settings_flags(parser, model_is_required=False)
+    add_print_env_flag(parser)
+    parser.add_argument(
+        "--print-openapi",
+        action="store_true",
+        help="print the OpenAPI document of the server, and start nothing",
+    )
+    group = parser.add_argument_group("server")
+    for one in options():
+        group.add_argument(
+            flag_of(one.name), *one.metadata["aliases"], dest=one.name, **_argument(one)
+        )
+
+
+def _argument(one: Any) -> dict[str, Any]:
+    """What argparse needs to know of a field of `ServeOptions`."""
+    meaning = one.metadata["help"]
+    if one.type == "bool":
+        return {"action": "store_true", "help": meaning}
+    default = default_text(one)
+    argument: dict[str, Any] = {
+        "default": one.default,
+        "help": f"{meaning} ({default})" if default else meaning,
+    }
+    if "tuple" in one.type:
+        argument |= {"nargs": "+", "metavar": "TEXT", "default": None}
+    elif "int" in one.type:
+        argument |= {"type": int, "metavar": "N"}
+    elif "float" in one.type:
+        argument |= {"type": float, "metavar": "SECONDS"}
+    else:
+        argument |= {"metavar": "TEXT"}
+    if one.metadata["choices"]:
+        argument |= {"choices": one.metadata["choices"], "metavar": None}
+    return argument
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve a model over HTTP with OpenAI's routes, until SIGTERM or Ctrl-C."""
+    _check_extra()
+    if args.print_openapi:
+        from moespan.serve.openapi import document
+
+        print(document())
+        return 0
+    from moespan.serve.auth import Keys, check_reach
+    from moespan.serve.served import ServedModel
+    from moespan.serve.server import PortTakenError, listen
+
+    if args.model is None:
+        args.usage_error("the argument MODEL is required")
+    settings = settings_of(args)
+    chosen = _chosen(args)
+    log.set_up(args.log_level, chosen.log_format)
+    if settings.node_rank > 0:
+        raise ConfigError("serving from several nodes is not there yet; use one node")
+    keys = Keys(chosen)
+    check_reach(chosen, keys)
+    try:
+        sock = listen(chosen)
+    except PortTakenError as error:
+        log.logger.error("%s", error)
+        return _EXIT_PORT_TAKEN
+    with sock:
+        # The front needs no device: the ranks find out whether theirs works.
+        model_config, config, nodes = settings.resolve(to_run=False)
+        assert model_config is not None
+        model = ServedModel.load(args.model, config, model_config, chosen)
+        _serve(config, nodes, model, keys, chosen, sock)
+    return 0
+
+
+def _serve(config: Any, nodes: Any, model: Any, keys: Any, chosen: Any, sock: Any) -> None:
+    from moespan.launch.async_ranks import AsyncRanks
+    from moespan.serve.program import Program
+
+    async def start(on_news: Any) -> Any:
+        return await AsyncRanks.start(config, nodes=nodes, on_news=on_news)
+
+    Program(config, model, keys, chosen, sock, start, say).run()
+
+
+def _chosen(args: argparse.Namespace) -> ServeOptions:
+    """The options that the flags ask for."""
+    given: dict[str, Any] = {}
+    for one in options():
+        value = getattr(args, one.name)
+        if value is not None:
+            given[one.name] = tuple(value) if isinstance(value, list) else value
+    return ServeOptions(**given)
+
+
+def _check_extra() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"serving needs {', '.join(missing)}; run {sys.executable} -m pip install "
+            "'moespan[serve]'"
+        )

@@ -1,0 +1,134 @@
+"""The application: which route is answered by what."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match, Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from moespan.serve.auth import Auth, Keys
+from moespan.serve.delivery import Delivery
+from moespan.serve.edge import Edge, OnEnd
+from moespan.serve.health import health_routes
+from moespan.serve.intake import Intake
+from moespan.serve.life import Life
+from moespan.serve.options import ServeOptions
+from moespan.serve.pool import Pool
+from moespan.serve.replies import ModelCard, ModelList
+from moespan.serve.sampling import Job, chat_job, completion_job
+from moespan.serve.served import ServedModel
+from moespan.serve.tokenization import detokenize, tokenize, tokenizer_info
+
+_MOST_WAITING = 4096
+"""Requests whose prompts wait to be encoded; the same number as --max-queued-requests has."""
+
+Handler = Callable[[Request], Awaitable[Any]]
+
+
+def make_app(
+    model: ServedModel,
+    life: Life,
+    keys: Keys,
+    options: ServeOptions,
+    *,
+    more_routes: Sequence[BaseRoute] = (),
+    on_end: OnEnd = lambda route, status: None,
+) -> ASGIApp:
+    """The ASGI application.
+
+    Args:
+        more_routes: routes beside those of this module, under the same rules.
+        on_end: called at the end of every request with its route and status.
+    """
+    routes = [
+        *health_routes(life, lambda request: not keys or request.state.caller is not None),
+        *_openai_routes(model, life, options),
+        *more_routes,
+    ]
+    app: ASGIApp = Auth(_Routes(routes), keys, options)
+    if options.allowed_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=options.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "x-moespan-ignored-fields", "retry-after"],
+        )
+    return Edge(app, options, on_end)
+
+
+class _Routes:
+    """ASGI: the routes, and the name of the one that matches for logs and metrics."""
+
+    def __init__(self, routes: Sequence[BaseRoute]) -> None:
+        self._router = Router(list(routes), redirect_slashes=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or raise HTTPException."""
+        scope["state"]["route"] = self._name(scope)
+        await self._router(scope, receive, send)
+
+    def _name(self, scope: Scope) -> str:
+        for route in self._router.routes:
+            if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+                return route.path
+        return "other"
+
+
+def _openai_routes(model: ServedModel, life: Life, options: ServeOptions) -> list[Route]:
+    intake, pool = Intake(options), Pool(_MOST_WAITING)
+
+    def generation(make_job: Callable[[bytes, ServedModel, ServeOptions], Job]) -> Handler:
+        async def handle(request: Request) -> Delivery:
+            body = await intake.read(request)
+            return Delivery(await pool.run(make_job, body, model, options), life, options)
+
+        return handle
+
+    def tokens(answer: Callable[[bytes, ServedModel, ServeOptions], Any]) -> Handler:
+        async def handle(request: Request) -> Response:
+            body = await intake.read(request)
+            reply, ignored = await pool.run(answer, body, model, options)
+            return _json(reply, ignored)
+
+        return handle
+
+    async def models(request: Request) -> Response:
+        return _json(ModelList([_card(model, name) for name in model.names]))
+
+    async def one_model(request: Request) -> Response:
+        return _json(_card(model, model.name_of(request.path_params["id"])))
+
+    async def info(request: Request) -> Response:
+        return _json(tokenizer_info(model))
+
+    return [
+        Route("/v1/completions", generation(completion_job), methods=["POST"]),
+        Route("/v1/chat/completions", generation(chat_job), methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{id:path}", one_model),
+        Route("/tokenize", tokens(tokenize), methods=["POST"]),
+        Route("/detokenize", tokens(detokenize), methods=["POST"]),
+        Route("/tokenizer_info", info),
+    ]
+
+
+def _card(model: ServedModel, name: str) -> ModelCard:
+    return ModelCard(
+        id=name,
+        created=model.created,
+        root=model.root,
+        max_model_len=model.max_model_len,
+        context_length=model.max_model_len,
+    )
+
+
+def _json(value: Any, ignored: Sequence[str] = ()) -> Response:
+    headers = {"x-moespan-ignored-fields": ", ".join(ignored)} if ignored else None
+    return Response(msgspec.json.encode(value), media_type="application/json", headers=headers)

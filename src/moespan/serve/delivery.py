@@ -1,0 +1,237 @@
+"""Hands a job to the engine, and sends its answer: whole, or as a stream of server-sent events.
+
+A stream begins with the first delta, so that a job which fails before it gets a status of its own.
+While nothing comes, a comment keeps the connection busy. An error in a stream is an event without
+`[DONE]`: clients must not take what they have for the whole answer.
+
+If the client goes, the requests leave the engine, whether they are queued, run or stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from moespan import log
+from moespan.engine.request import OutputDelta
+from moespan.errors import printable
+from moespan.serve.answers import Answer
+from moespan.serve.edge import ClientGoneError
+from moespan.serve.inbox import Inbox, joined
+from moespan.serve.life import Life
+from moespan.serve.options import ServeOptions
+from moespan.serve.refusals import Refusal, refusal_of
+from moespan.serve.sampling import Job
+
+COMMENT_S = 15.0
+"""Seconds of silence in a stream after which a comment is sent."""
+
+_COMMENT = b": waiting\n\n"
+_DONE = b"data: [DONE]\n\n"
+_HEADERS = (
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+class Delivery:
+    """The response to a job."""
+
+    def __init__(self, job: Job, life: Life, options: ServeOptions) -> None:
+        self._job = job
+        self._life = life
+        self._options = options
+        self._answer = Answer(job)
+        self._headers: list[tuple[bytes, bytes]] = []
+        if job.ignored:
+            names = ", ".join(printable(name) for name in job.ignored[:32])[:1024]
+            self._headers.append((b"x-moespan-ignored-fields", names.encode("ascii", "replace")))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Submit the job and answer it.
+
+        Raises:
+            Refusal, MoespanError: the job failed before anything was sent.
+            ClientGoneError: the client has gone.
+        """
+        inboxes = self._life.submit_all(self._job.requests)
+        try:
+            stream = _Stream(send, self._headers) if self._job.stream else None
+            work = self._whole(inboxes, send) if stream is None else self._stream(inboxes, stream)
+            try:
+                await _unless_gone(work, receive, self._options.request_timeout_s)
+            except ClientGoneError:
+                raise
+            except Exception as error:
+                if stream is None or not stream.is_started:
+                    raise
+                await stream.fail(refusal_of(error))
+        finally:
+            for inbox in inboxes:
+                inbox.close()
+            self._tell(scope)
+
+    async def _whole(self, inboxes: Sequence[Inbox], send: Send) -> None:
+        deltas = [
+            (number, delta)
+            for number, inbox in enumerate(inboxes)
+            for delta in await _all_deltas(inbox)
+        ]
+        body = msgspec.json.encode(self._answer.whole(deltas))
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            *self._headers,
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, inboxes: Sequence[Inbox], stream: _Stream) -> None:
+        comments = asyncio.create_task(stream.keep_busy())
+        try:
+            async for number, deltas in _arrivals(inboxes):
+                events = list(self._answer.events(number, deltas))
+                if events:
+                    await stream.send(b"".join(map(_line, events)))
+        finally:
+            comments.cancel()
+        last = self._answer.last_event()
+        await stream.end((b"" if last is None else _line(last)) + _DONE)
+
+    def _tell(self, scope: Scope) -> None:
+        """What the log says of this job."""
+        usage = self._answer.usage
+        scope.setdefault("state", {})["told"] = {
+            "answer": self._job.id,
+            "prompt tokens": usage.prompt_tokens,
+            "completion tokens": usage.completion_tokens,
+        }
+        if self._job.ignored:
+            log.once(f"fields without effect in requests: {', '.join(self._job.ignored[:8])}")
+
+
+class _Stream:
+    """Server-sent events on their way. The head goes out with the first of them."""
+
+    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self._send = send
+        self._headers = headers
+        self._lock = asyncio.Lock()
+        self._sent_at = asyncio.get_running_loop().time()
+        self.is_started = False
+
+    async def send(self, data: bytes, is_last: bool = False) -> None:
+        """Send bytes of whole events."""
+        async with self._lock:
+            if not self.is_started:
+                self.is_started = True
+                headers = [*_HEADERS, *self._headers]
+                await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
+            self._sent_at = asyncio.get_running_loop().time()
+
+    async def end(self, data: bytes) -> None:
+        """Send the last bytes."""
+        await self.send(data, is_last=True)
+
+    async def fail(self, refusal: Refusal) -> None:
+        """End with an error, so that no client takes the stream for complete."""
+        await self.end(b"data: " + refusal.body + b"\n\n")
+
+    async def keep_busy(self) -> None:
+        """Send a comment whenever nothing was sent for a while, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            wait_s = self._sent_at + COMMENT_S - loop.time()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            else:
+                await self.send(_COMMENT)
+
+
+def _line(event: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(event) + b"\n\n"
+
+
+async def _all_deltas(inbox: Inbox) -> list[OutputDelta]:
+    """All that a request has to tell: one delta for each continuation."""
+    deltas: dict[int, list[OutputDelta]] = {}
+    while not inbox.is_finished:
+        for delta in await inbox.next():
+            deltas.setdefault(delta.index, []).append(delta)
+    return [joined(parts) for _, parts in sorted(deltas.items())]
+
+
+async def _arrivals(inboxes: Sequence[Inbox]) -> AsyncIterator[tuple[int, list[OutputDelta]]]:
+    """Deltas as they come, with the number of their request."""
+    if len(inboxes) == 1:
+        while not inboxes[0].is_finished:
+            yield 0, await inboxes[0].next()
+        return
+    # One place: an inbox joins what comes while its deltas wait for it.
+    arrived: asyncio.Queue[tuple[int, list[OutputDelta]] | Exception | None] = asyncio.Queue(1)
+
+    async def pump(number: int, inbox: Inbox) -> None:
+        try:
+            while not inbox.is_finished:
+                await arrived.put((number, await inbox.next()))
+        except Exception as error:
+            await arrived.put(error)
+        else:
+            await arrived.put(None)
+
+    pumps = [asyncio.create_task(pump(*one)) for one in enumerate(inboxes)]
+    try:
+        num_running = len(pumps)
+        while num_running:
+            item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+
+
+async def _unless_gone(
+    work: Coroutine[Any, Any, None], receive: Receive, timeout_s: float | None
+) -> None:
+    """Run `work` unless the client goes or time runs out; then it is cancelled.
+
+    Raises:
+        ClientGoneError: the client has gone.
+        Refusal: time has run out.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait((task, gone), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        elif gone.done():
+            raise ClientGoneError("the client has gone")
+        else:
+            raise Refusal(
+                503,
+                f"the request took longer than --request-timeout {timeout_s:g} s",
+                code="request_timeout",
+                retry_after_s=1,
+            )
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait((task, gone))
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,93 @@
+"""Bodies of requests, read within limits of size and memory; `wire` bounds the time."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+
+from moespan.errors import shown
+from moespan.serve.edge import ClientGoneError
+from moespan.serve.options import ServeOptions
+from moespan.serve.refusals import Refusal
+
+_MOST_HELD = 32
+"""Bodies of the largest size that all requests together may hold before they are encoded."""
+
+_DISCARDED = 4
+"""How many times the limit of a body too large is still read, so that its sender sees the 413."""
+
+_RETRY_S = 2
+
+
+class Intake:
+    """Reads bodies, and counts the bytes that are held."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self._most_bytes = options.max_body_mib << 20
+        self._held_bytes = 0
+
+    async def read(self, request: Request) -> bytes:
+        """The body of a request that must be JSON.
+
+        Raises:
+            Refusal: 413, 415, or 429 if all requests together are too large.
+            ClientGoneError: the client has gone.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refusal(
+                415,
+                f"content-type {shown(kind)} is refused; send application/json",
+                headers={"connection": "close"},
+            )
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._most_bytes:
+            await self._discard(request, self._most_bytes * _DISCARDED)
+            raise self._too_large()
+        chunks: list[bytes] = []
+        held_bytes = 0
+        try:
+            while True:
+                chunk, has_more = await _next_chunk(request)
+                chunks.append(chunk)
+                held_bytes += len(chunk)
+                self._held_bytes += len(chunk)
+                if held_bytes > self._most_bytes:
+                    chunks.clear()
+                    if has_more:
+                        await self._discard(request, self._most_bytes * _DISCARDED)
+                    raise self._too_large()
+                if self._held_bytes > self._most_bytes * _MOST_HELD:
+                    raise Refusal(
+                        429,
+                        "too many large requests arrive at once; try again later",
+                        code="queue_full",
+                        retry_after_s=_RETRY_S,
+                        headers={"connection": "close"},
+                    )
+                if not has_more:
+                    return b"".join(chunks)
+        finally:
+            self._held_bytes -= held_bytes
+
+    async def _discard(self, request: Request, most_bytes: int) -> None:
+        """Read on and keep nothing: a connection that is closed with data unread is reset, and its
+        client may never see the answer."""
+        has_more = True
+        while has_more and most_bytes > 0:
+            chunk, has_more = await _next_chunk(request)
+            most_bytes -= len(chunk)
+
+    def _too_large(self) -> Refusal:
+        return Refusal(
+            413,
+            f"the body has more than {self._most_bytes} bytes (--max-body-mib); send fewer prompts "
+            "at a time",
+            headers={"connection": "close"},
+        )
+
+
+async def _next_chunk(request: Request) -> tuple[bytes, bool]:
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGoneError("the client has gone")
+    return message.get("body", b""), message.get("more_body", False)

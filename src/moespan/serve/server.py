@@ -1,0 +1,138 @@
+"""Sockets, and uvicorn on them. Signals belong to `moespan.serve.program`, not to uvicorn."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from moespan.errors import ConfigError
+from moespan.serve.options import ServeOptions
+from moespan.serve.wire import Wire
+
+_BACKLOG = 2048
+
+
+class PortTakenError(ConfigError):
+    """The address cannot be listened on."""
+
+
+def listen(options: ServeOptions) -> socket.socket:
+    """A socket that accepts connections from now on.
+
+    Raises:
+        PortTakenError: the address is taken, is not ours, or needs a right that we do not have.
+    """
+    if options.uds is not None:
+        return _listen_at_path(Path(options.uds))
+    where = f"--host {options.host} --port {options.port}"
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, number)
+    except OSError as error:
+        raise PortTakenError(f"{where} is no address to listen on: {error.strerror}") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise PortTakenError(
+            f"{where} cannot be listened on: {error.strerror}; end the other program, or give "
+            "another port"
+        ) from None
+    return sock
+
+
+def _listen_at_path(path: Path) -> socket.socket:
+    """A unix socket that only this user can reach. Replaces one that nobody listens on."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.lstat().st_mode) and not _is_served(path):
+            path.unlink()
+        before = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(before)
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise PortTakenError(f"--uds {path} cannot be listened on: {error}") from None
+    return sock
+
+
+def _is_served(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def url_of(sock: socket.socket, options: ServeOptions) -> str:
+    """Where clients find a listening socket."""
+    if options.uds is not None:
+        return f"unix:{options.uds}"
+    scheme = "http" if options.ssl_certfile is None else "https"
+    host, port = sock.getsockname()[:2]
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{options.prefix}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn on one socket, without signals of its own. `should_exit` ends it.
+
+    Raises:
+        ConfigError: certificate or key cannot be used.
+    """
+
+    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
+        # uvicorn would write to stderr in its own form; what matters is logged by us.
+        logging.getLogger("uvicorn").propagate = False
+        if not logging.getLogger("uvicorn").handlers:
+            logging.getLogger("uvicorn").addHandler(logging.NullHandler())
+        protocol: Any = functools.partial(Wire, options=options)
+        config = uvicorn.Config(
+            app,
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=options.forwarded_allow_ips is not None,
+            forwarded_allow_ips=options.forwarded_allow_ips or "",
+            backlog=_BACKLOG,
+            timeout_keep_alive=options.keep_alive_s,  # type: ignore[arg-type]
+            h11_max_incomplete_event_size=options.max_header_kib << 10,
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
+            ssl_ca_certs=options.ssl_ca_certs,
+            ssl_cert_reqs=ssl.CERT_NONE if options.ssl_ca_certs is None else ssl.CERT_REQUIRED,
+        )
+        try:
+            config.load()
+        except OSError as error:  # ssl.SSLError is one
+            named = f"--ssl-certfile {options.ssl_certfile}, --ssl-keyfile {options.ssl_keyfile}"
+            raise ConfigError(f"{named}: {error}") from None
+        super().__init__(config)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield

@@ -1,0 +1,201 @@
+"""Limits of a connection, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from tests.serve.scene import (
+    Served,
+    Wired,
+    envelope_of,
+    play_wired,
+    post_bytes,
+    status_of,
+)
+
+CLOSE = b"connection: close"
+GET = b"GET /live HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
+
+
+def completion(**body: object) -> bytes:
+    return json.dumps({"prompt": "12+30=", **body}).encode()
+
+
+def unchunked(body: bytes) -> bytes:
+    text = b""
+    while True:
+        size, _, body = body.partition(b"\r\n")
+        if int(size, 16) == 0:
+            return text
+        text, body = text + body[: int(size, 16)], body[int(size, 16) + 2 :]
+
+
+def test_headers_that_never_end_are_answered_408_in_time():
+    async def script(served: Served, server: Wired) -> None:
+        answer = await server.ask(b"GET /live HTTP/1.1\r\nx: ")
+        assert status_of(answer) == 408
+        assert "did not arrive within 0.2 s" in envelope_of(answer)["message"]
+
+    play_wired(script, read_timeout_s=0.2)
+
+
+def test_a_body_that_never_ends_is_answered_408_in_time():
+    async def script(served: Served, server: Wired) -> None:
+        whole = post_bytes("/v1/completions", completion())
+        line = await server.line()
+        for byte in whole[:-1]:  # slowly, and never the last one
+            await line.send(bytes([byte]))
+        answer = await asyncio.wait_for(line.until_closed(), 5)
+        assert status_of(answer) == 408 and envelope_of(answer)["code"] is None
+        await asyncio.sleep(0.05)
+        assert served.ends == [("/v1/completions", 408)]
+
+    play_wired(script, read_timeout_s=0.3)
+
+
+def test_a_connection_that_sends_nothing_is_closed():
+    async def script(served: Served, server: Wired) -> None:
+        assert await server.ask(b"") == b""
+
+    play_wired(script, read_timeout_s=0.2)
+
+
+def test_the_time_to_read_does_not_bound_the_answer_or_an_idle_connection():
+    async def script(served: Served, server: Wired) -> None:
+        line = await server.line()
+        await line.send(post_bytes("/v1/completions", completion()))
+        await asyncio.sleep(0.4)
+        served.ranks.holds = False
+        await line.read_until(b"\r\n\r\n")
+        await asyncio.sleep(0.4)
+        await line.send(GET)
+        assert b"200 OK" in await line.until_closed()
+
+    play_wired(script, holds=True, read_timeout_s=0.2)
+
+
+def test_an_idle_connection_is_closed_after_keep_alive():
+    async def script(served: Served, server: Wired) -> None:
+        answer = await server.ask(GET.replace(b"connection: close\r\n", b""))
+        assert status_of(answer) == 200
+
+    play_wired(script, keep_alive_s=0.2)
+
+
+def test_headers_beyond_the_limit_are_answered_431():
+    async def script(served: Served, server: Wired) -> None:
+        for size in (17 << 10, 200 << 10, 1 << 20):
+            answer = await server.ask(
+                b"GET /live HTTP/1.1\r\nhost: test\r\nx: " + b"y" * size + b"\r\n\r\n"
+            )
+            assert status_of(answer) == 431, size
+            assert "16384 bytes" in envelope_of(answer)["message"]
+        many = b"".join(b"x%d: y\r\n" % number for number in range(3000))
+        answer = await server.ask(b"GET /live HTTP/1.1\r\nhost: test\r\n" + many + b"\r\n")
+        assert status_of(answer) == 431
+        assert status_of(await server.ask(GET)) == 200
+
+    play_wired(script)
+
+
+def test_what_is_not_http_is_answered_400_in_the_envelope():
+    async def script(served: Served, server: Wired) -> None:
+        for data in (
+            b"hello\r\n\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+            b"GET /live HTTP/1.1\r\n\r\n",  # without a host
+            b"GET /live HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
+            b"GET / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
+            b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip\r\n\r\n",
+            b"GET /li ve HTTP/1.1\r\nhost: a\r\n\r\n",
+            b"GET /live HTTP/1.1\r\nhost: a\r\nb\x00d: x\r\n\r\n",
+        ):
+            answer = await server.ask(data)
+            assert status_of(answer) == 400, data
+            assert envelope_of(answer)["type"] == "invalid_request_error"
+
+    play_wired(script)
+
+
+def test_a_body_beyond_the_limit_is_answered_413():
+    async def script(served: Served, server: Wired) -> None:
+        body = completion(prompt="x" * (2 << 20))
+        answer = await server.ask(post_bytes("/v1/completions", body))
+        assert status_of(answer) == 413
+        assert "1048576 bytes" in envelope_of(answer)["message"]
+        chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\n"
+            b"transfer-encoding: chunked\r\n\r\n"
+        )
+        assert status_of(await server.ask(head + chunk * 2 + b"0\r\n\r\n")) == 413
+
+    play_wired(script, max_body_mib=1)
+
+
+def test_connections_beyond_the_limit_are_answered_503():
+    async def script(served: Served, server: Wired) -> None:
+        lines = [await server.line() for _ in range(3)]
+        await asyncio.sleep(0.05)
+        answer = await server.ask(b"")
+        assert status_of(answer) == 503 and b"retry-after: " in answer
+        assert envelope_of(answer)["code"] == "too_many_connections"
+        for line in lines:
+            line.close()
+        await asyncio.sleep(0.05)
+        assert status_of(await server.ask(GET)) == 200
+
+    play_wired(script, max_connections=3)
+
+
+def test_a_client_that_reads_nothing_is_dropped_and_its_request_aborted():
+    async def script(served: Served, server: Wired) -> None:
+        line = await server.line(limit=16)
+        body = completion(stream=True, max_tokens=400, n=64, logprobs=20, ignore_eos=True)
+        await line.send(post_bytes("/v1/completions", body))
+        while not served.ends:
+            await asyncio.sleep(0.05)
+        assert served.ends == [("/v1/completions", 499)]
+        assert served.life.num_live == 0
+        line.reset()
+
+    play_wired(script, texts=["x" * 500], write_timeout_s=0.3)
+
+
+def test_a_client_that_goes_ends_its_request():
+    async def script(served: Served, server: Wired) -> None:
+        for stream in (False, True):
+            for leave in ("close", "reset"):
+                line = await server.line()
+                await line.send(post_bytes("/v1/completions", completion(stream=stream, n=3)))
+                while not served.life.num_live:
+                    await asyncio.sleep(0.001)
+                getattr(line, leave)()
+                while served.life.num_live:
+                    await asyncio.sleep(0.001)
+        assert len(served.ranks.aborted) == 4
+        await asyncio.sleep(0.05)
+        assert served.ends == [("/v1/completions", 499)] * 4
+
+    play_wired(script, holds=True)
+
+
+def test_the_bytes_of_a_stream():
+    async def script(served: Served, server: Wired) -> None:
+        answer = await server.ask(post_bytes("/v1/completions", completion(stream=True), CLOSE))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        lines = head.lower().split(b"\r\n")
+        for line in (
+            b"content-type: text/event-stream",
+            b"cache-control: no-cache",
+            b"x-accel-buffering: no",
+            b"x-content-type-options: nosniff",
+        ):
+            assert line in lines
+        assert b"server" not in head.lower()
+        text = unchunked(body)
+        assert text.startswith(b"data: {") and text.endswith(b"data: [DONE]\n\n")
+        assert b"\r" not in text
+
+    play_wired(script)
