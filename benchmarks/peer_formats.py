@@ -204,7 +204,7 @@ def _ggml_bytes(tensor: Tensor, its_type: Any) -> NDArray[Any]:
     rows = tensor.reshape(-1, tensor.shape[-1])
     at_once = max(1, _ELEMENTS_AT_ONCE // rows.shape[1])
     parts = [gguf.quants.quantize(part.float().numpy(), its_type) for part in rows.split(at_once)]
-    packed = np.concatenate(parts)
+    packed: NDArray[Any] = np.concatenate(parts)
     return packed.reshape(*tensor.shape[:-1], packed.shape[-1])
 
 
