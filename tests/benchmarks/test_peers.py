@@ -200,7 +200,9 @@ def test_our_engine_answers_like_the_peers(tmp_path: Path):
         answer = process.ask([[1, 2, 3], [4]], [2, 5])
         assert [len(times) for times in answer["times"]] == [2, 5]
         assert all(times == sorted(times) and times[0] > 0 for times in answer["times"])
-        assert process.versions["torch"] == torch.__version__
+        # The metadata of some wheels leaves out what follows the +.
+        versions = process.versions["torch"], torch.__version__
+        assert len({version.partition("+")[0] for version in versions}) == 1, versions
 
 
 def test_ours_is_compared_with_the_best_peer_of_its_precision():
