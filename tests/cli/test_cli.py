@@ -451,6 +451,12 @@ def test_verify_without_a_file_compares_with_the_checkpoint_of_floats(
     assert 0 < report["mean_kl"] < report["max_kl"]
 
 
+def test_verify_of_rows_that_are_independent_makes_its_reference_without_that(cli: Cli):
+    """Its reference is float32, which does not take the option."""
+    ran = cli("verify", TINY, "--batch-invariant", "--dtype", "bfloat16", "--max-tokens", 2)
+    assert ran.code == 0, ran.err
+
+
 def test_verify_fails_with_exit_code_1_and_the_reason(cli: Cli, tmp_path: Path):
     name = "model.layers.1.mlp.gate.weight"
     folder = altered_checkpoint(TINY, tmp_path / "bad", name, lambda weight: weight.neg_())

@@ -284,6 +284,13 @@ def _add_step_flags(parser: argparse.ArgumentParser) -> None:
     )
     _add(
         parser,
+        "batch_invariant",
+        "--batch-invariant",
+        action="store_true",
+        help="CPUs, bfloat16: a request gets the same tokens alone and in any batch",
+    )
+    _add(
+        parser,
         "async_scheduling",
         "--async-scheduling",
         action=argparse.BooleanOptionalAction,

@@ -41,6 +41,8 @@ class EngineOptions:
         moe_dispatch: how tokens reach experts on other ranks (`moespan.parallel.dispatch`).
         seed: seed of dummy weights, and of the requests that bring no seed of their own.
         check_finite: look for NaN and Inf in every weight while loading.
+        batch_invariant: whether the tokens of a request must be the same whatever else its steps
+            compute: alone, in any batch, in any prefill chunks. For bfloat16 on CPUs.
         bind: cores and NUMA node of each rank: `auto`, `off`, or a map `local rank:node,...`. For
             one rank in the user's own process `auto` binds nothing.
         enforce_eager: never run decode steps as recorded graphs (`moespan.engine.graphs`).
@@ -78,6 +80,7 @@ class EngineOptions:
     moe_dispatch: str = "auto"
     seed: int = 0
     check_finite: bool = False
+    batch_invariant: bool = False
     bind: str = "auto"
     enforce_eager: bool = False
     async_scheduling: bool | None = None
@@ -159,6 +162,7 @@ class EngineConfig(EngineOptions):
         for name in ("max_model_len", "max_num_seqs", "block_size"):
             check_positive(name, getattr(self, name))
         self._check_device_options()
+        self._check_batch_invariant()
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_seqs={self.max_num_seqs} exceeds "
@@ -190,6 +194,28 @@ class EngineConfig(EngineOptions):
                 raise ConfigError(
                     f"{shown} takes float16 and bfloat16, not dtype={self.dtype}; leave it out"
                 )
+
+    def _check_batch_invariant(self) -> None:
+        """Refuse dtypes and layouts in which the rows of a step change each other's rounding."""
+        if not self.batch_invariant:
+            return
+        if self.dtype != "bfloat16":
+            raise ConfigError(
+                f"batch_invariant is for dtype=bfloat16, not {self.dtype}; leave it out"
+                + (": float32 gives the same tokens without it" if self.dtype == "float32" else "")
+            )
+        layout = self.layout
+        if layout.tp > 2 or layout.sp > 1 or layout.tp % layout.ep:
+            raise ConfigError(
+                f"batch_invariant does not go with {layout}: sums over more than two ranks add in "
+                "an order that depends on the number of rows; use tp=1 or tp=2, sp=1, ep=1 or "
+                "ep=tp, and any pp and dp"
+            )
+        if isinstance(self.expert_placement, dict) and layout.ep > 1:
+            raise ConfigError(
+                "batch_invariant with ep > 1 is for expert_placement=contiguous or round_robin, "
+                "not a table: the place of a row would decide which copy of an expert computes it"
+            )
 
     def check(self, model: ModelConfig) -> None:
         """Raise if `model` cannot run this way.

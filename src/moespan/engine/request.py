@@ -35,8 +35,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         top_p: keep the most probable tokens whose probabilities sum to this; 1 keeps all.
         top_k: keep this many of the most probable tokens; 0 or -1 keeps all.
         min_p: drop tokens less probable than this share of the most probable one.
-        seed: makes the continuation repeatable: in float32 in any batch, otherwise in the same
-            batch (see docs/verification.md). Continuation i of n uses seed + i.
+        seed: makes the continuation repeatable: in float32 and with `batch_invariant` in any batch,
+            otherwise in the same batch (docs/verification.md). Continuation i of n uses seed + i.
         repetition_penalty: divides positive and multiplies negative logits of tokens that occur in
             the prompt or output (CTRL, arXiv 1909.05858).
         presence_penalty: subtracted once from the logits of tokens that occur in the output.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 
 from moespan.config import EngineConfig
+from moespan.errors import ConfigError
 from moespan.log import once
 from moespan.ops.base import (
     AttentionBatch,
@@ -44,7 +45,7 @@ def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
         config: options of the device; None for their defaults.
     """
     if device_type == "cpu":
-        return _cpu_ops(config.dtype if config else "bfloat16")
+        return _cpu_ops() if config is None else _cpu_ops(config.dtype, config.batch_invariant)
     if device_type == "npu":
         from moespan.ops.npu.ops import NpuOps  # needs torch_npu
 
@@ -59,14 +60,18 @@ def ops_for(device_type: str, config: EngineConfig | None = None) -> Ops:
     return ReferenceOps()
 
 
-def _cpu_ops(dtype: str) -> CpuOps:
+def _cpu_ops(dtype: str = "bfloat16", batch_invariant: bool = False) -> CpuOps:
     let_onednn_start()
     if dtype != "bfloat16":
         return CpuOps()
     from moespan.ops.cpu.native import BuildError, NativeCpuOps
 
     try:
-        return NativeCpuOps()
+        return NativeCpuOps(batch_invariant=batch_invariant)
     except BuildError as error:
+        if batch_invariant:
+            raise ConfigError(
+                f"batch_invariant needs the kernels for CPUs, which cannot be built: {error}"
+            ) from None
         once(f"CPU operations run in plain torch, which is slower: {error}")
         return CpuOps()

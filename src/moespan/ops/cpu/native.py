@@ -13,6 +13,7 @@ from torch import Tensor
 from moespan.checkpoint.building import Builder
 from moespan.checkpoint.placement import Parameter
 from moespan.checkpoint.rounding import QuantizedWeight
+from moespan.errors import ConfigError
 from moespan.memory import zeros
 from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Rotation, Weight
 from moespan.ops.cpu.compiler import BuildError, library
@@ -44,16 +45,19 @@ _TYPES = {"p": c_void_p, "n": c_int64, "i": c_int, "f": c_float}
 class NativeCpuOps(CpuOps):
     """See `moespan.ops.base.Ops` for what each operation promises."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, batch_invariant: bool = False) -> None:
         """Load the kernels, and build them first if this machine has none yet.
 
         Args:
             flags: see `library`.
+            batch_invariant: whether the result of a row must be the same, bit by bit, whatever
+                other rows there are. What the kernels do not take is then a `ConfigError`.
 
         Raises:
             BuildError: they cannot be built.
         """
-        kernels = library(*flags)
+        kernels = library(*flags, *(["-DBATCH_INVARIANT=1"] if batch_invariant else []))
+        self._is_invariant = batch_invariant
         for name, signature in _SIGNATURES.items():
             function = getattr(kernels, f"moespan_{name}")
             function.argtypes = [_TYPES[kind] for kind in signature]
@@ -83,6 +87,8 @@ class NativeCpuOps(CpuOps):
             values, scales, bits = weight, None, None
         packer = self._packer(name, tuple(values.shape), values.dtype, bits)
         if packer is None:
+            if _leaf(name) in _LINEAR:
+                self._leave_to_torch(f"{name} of shape {list(values.shape)} as {values.dtype}")
             return super().prepare(name, weight)
         packer.put_all(values, scales)
         return packer.finish()
@@ -129,6 +135,7 @@ class NativeCpuOps(CpuOps):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[T, H] → [T, H]."""
         if x.shape[-1] % _LANES:
+            self._leave_to_torch(f"a hidden size of {x.shape[-1]}")
             return super().rms_norm(x, weight, eps)
         return self._norm(x, None, weight, eps)[0]
 
@@ -137,6 +144,7 @@ class NativeCpuOps(CpuOps):
     ) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual)."""
         if x.shape[-1] % _LANES:
+            self._leave_to_torch(f"a hidden size of {x.shape[-1]}")
             return super().add_rms_norm(x, residual, weight, eps)
         return self._norm(x, residual.contiguous(), weight, eps)
 
@@ -222,6 +230,7 @@ class NativeCpuOps(CpuOps):
         """[T, N, D] → [T, N, D]."""
         head_size = q.shape[-1]
         if head_size % _LANES or head_size > _MOST_HEAD_SIZE:
+            self._leave_to_torch(f"a head size of {head_size}")
             return super().attention(q, cache, batch, scale)
         q = _with_dense_tokens(q)
         out = torch.empty(q.shape, dtype=q.dtype)
@@ -324,6 +333,14 @@ class NativeCpuOps(CpuOps):
             self._buffer("sums", 4 * num_tokens * down.padded_out),
         )
         return out
+
+    def _leave_to_torch(self, thing: str) -> None:
+        """Refuse if rows must not depend on each other: torch's kernels promise nothing of it."""
+        if self._is_invariant:
+            raise ConfigError(
+                f"batch_invariant needs the kernels for CPUs, which do not take {thing}; leave it "
+                "out"
+            )
 
     def _buffer(self, name: str, num_bytes: int) -> int:
         """Address of `num_bytes` bytes of scratch memory, valid until the next call with this name.

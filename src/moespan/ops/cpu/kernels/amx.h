@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t AMX_ROWS = 16;
 constexpr int64_t AMX_BYTES = 64;
 // From this many rows on, matrix instructions are faster than dot products.
-constexpr int64_t LEAST_AMX_ROWS = 2;
+constexpr int64_t LEAST_AMX_ROWS = BATCH_INVARIANT ? 1 : 2;
 
 // Whether this process may use AMX. The kernel saves its registers only for processes that ask.
 inline bool has_amx() {

@@ -264,6 +264,10 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
                     s += e;
                     store_bf16(p + r * KEYS + t, e);
                 }
+                // The exponential of -inf is not quite 0, and rows beside this one decide how many
+                // such keys there are.
+                for (int64_t t = std::max<int64_t>(0, seen); BATCH_INVARIANT && t < seen_by_tile; t++)
+                    p[r * KEYS + t] = 0;
                 total[r0 + r] = total[r0 + r] * shrink[r] + sum(s);
             }
             for (int64_t panel = 0; panel < width / PANEL; panel++) {

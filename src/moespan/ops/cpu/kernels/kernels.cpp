@@ -115,8 +115,9 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
         int64_t sequence, row, position, count, h0, h1, work;
     };
     std::vector<Task> tasks;
+    const auto is_decode = [&](int64_t s) { return !BATCH_INVARIANT && query_lens[s] == 1; };
     int64_t decodes = 0;
-    for (int64_t s = 0; s < num_sequences; s++) decodes += query_lens[s] == 1;
+    for (int64_t s = 0; s < num_sequences; s++) decodes += is_decode(s);
     // With few sequences, threads share a sequence by heads. With many, a task takes all heads: it
     // then reads memory in longer pieces.
     const int64_t splits = std::clamp<int64_t>(
@@ -125,7 +126,7 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
         decodes >= 4 * threads ? num_kv_heads : ceil_div(num_kv_heads, splits);
     int64_t row = 0, most_rows = 0, most_heads = 0;
     for (int64_t s = 0; s < num_sequences; row += query_lens[s], s++) {
-        if (query_lens[s] == 1) {
+        if (is_decode(s)) {
             for (int64_t h = 0; h < num_kv_heads; h += heads_each) {
                 const int64_t h1 = std::min(num_kv_heads, h + heads_each);
                 tasks.push_back({s, row, context_lens[s], 1, h, h1,
@@ -161,7 +162,7 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
             const int32_t* table = tables + t.sequence * table_width;
             const bf16* from = q + t.row * q_stride;
             bf16* to = out + t.row * stride;
-            if (query_lens[t.sequence] == 1) {
+            if (is_decode(t.sequence)) {
                 auto run = is_int8 ? decode<int8_t> : decode<bf16>;
                 run(from, to, c, table, t.position + 1, t.h0, t.h1, group, scale, (float*)scratch);
             } else {

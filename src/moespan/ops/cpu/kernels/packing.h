@@ -30,7 +30,7 @@ constexpr int64_t GROUP_BYTES = GROUP_INTEGERS + PANEL * sizeof(bf16);
 
 // From this many rows on, matrix instructions are faster, although the panel must first be unpacked
 // to bfloat16 for them.
-constexpr int64_t LEAST_INT4_AMX_ROWS = 6;
+constexpr int64_t LEAST_INT4_AMX_ROWS = BATCH_INVARIANT ? 1 : 6;
 
 // Rows whose results fill the registers, with 2 accumulators each.
 constexpr int MAX_ROWS = WIDE ? 12 : 3;

@@ -25,7 +25,7 @@ constexpr int64_t PREFETCH_BYTES = 4096;
 constexpr int64_t NEXT_PANEL_BYTES = 160 << 10;
 // Up to this many tiles read a panel of 4-bit integers directly. For more it is unpacked to
 // bfloat16.
-constexpr int64_t MOST_INT4_TILES = 2;
+constexpr int64_t MOST_INT4_TILES = BATCH_INVARIANT ? 0 : 2;
 
 // ------------------------------------------------------------------------------------------ tiles
 
@@ -57,7 +57,7 @@ void multiply(const Matrix& w, int64_t panel, const uint32_t* x, const float* sc
         multiply_int4<R>(p, w.in, x, next, ahead.bytes * GROUP_BYTES / 128, out, ld);
     } else if constexpr (KIND == BF16) {
         // Each product waits for the previous one in its chain: few rows need more chains.
-        constexpr int CHAINS = R >= 4 ? 1 : R >= 2 ? 2 : 4;
+        constexpr int CHAINS = BATCH_INVARIANT || R >= 4 ? 1 : R >= 2 ? 2 : 4;
         constexpr int ROW = STRIDE ? STRIDE : 1, STEP = STRIDE ? 1 : R;
         f32x16 acc[CHAINS][R][2] = {};
         const int64_t steps = w.in / 2;
@@ -396,7 +396,8 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights,
     });
     // Long sums of many rows are cut into parts, so that a part of a panel stays in the cache while
     // rows pass by.
-    const bool is_cut = ROWS == BF16 && width >= 2 * MOST_INPUTS && rows > MOST_TILE_ROWS;
+    const bool is_cut = ROWS == BF16 && width >= 2 * MOST_INPUTS &&
+                        (BATCH_INVARIANT || rows > MOST_TILE_ROWS);
     const int64_t part = is_cut ? MOST_INPUTS : width;
     in_blocks<ROWS>(tiles, part,
                     [&](int64_t from, int64_t to) { blocks.push_back({from, to, 0, 0}); });

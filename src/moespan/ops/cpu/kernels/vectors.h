@@ -14,6 +14,12 @@
 #define WIDE 0
 #endif
 
+// With -DBATCH_INVARIANT=1 the result of a row does not depend on how many other rows a call has:
+// each choice by a number of rows that changes an order of summation is then made in one way.
+#ifndef BATCH_INVARIANT
+#define BATCH_INVARIANT 0
+#endif
+
 namespace {
 
 using bf16 = uint16_t;
