@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,26 +22,41 @@ def bits(output: RequestOutput) -> list[Any]:
 
 
 def engine(tp: int) -> LLM:
+    """Fewer sequences in a step than prompts in a call: later prompts follow earlier ones."""
     return LLM(
         str(QUICKSTART),
         device="cpu",
         dtype="bfloat16",
         tensor_parallel_size=tp,
         enable_prefix_caching=False,
+        max_num_seqs=2,
     )
 
 
-@pytest.mark.parametrize("tp", [1, 4])
-def test_a_request_alone_is_repeatable_to_the_last_bit(tp: int):
-    with engine(tp) as llm:
-        rounds = [[bits(llm.generate(prompt, PARAMS)[0]) for prompt in PROMPTS] for _ in range(3)]
+@pytest.fixture(scope="module", params=[1, 4], ids="tp={}".format)
+def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with engine(request.param) as llm:
+        yield llm
+
+
+def call(llm: LLM) -> list[list[Any]]:
+    return [bits(output) for output in llm.generate(PROMPTS, PARAMS)]
+
+
+def test_a_request_alone_is_repeatable_to_the_last_bit(llm: LLM):
+    rounds = [[bits(llm.generate(prompt, PARAMS)[0]) for prompt in PROMPTS] for _ in range(3)]
     assert len(rounds[0][0]) == 24
     assert rounds == [rounds[0]] * 3
 
 
-def test_a_call_is_repeatable_to_the_last_bit_on_one_rank():
+def test_a_call_is_repeatable_to_the_last_bit(llm: LLM):
+    calls = [call(llm) for _ in range(4)]
+    assert calls == [calls[0]] * 4
+
+
+def test_another_engine_gives_the_same_bits():
     calls = []
     for _ in range(2):
         with engine(1) as llm:
-            calls += [[bits(output) for output in llm.generate(PROMPTS, PARAMS)] for _ in range(2)]
-    assert calls == [calls[0]] * 4
+            calls.append(call(llm))
+    assert calls[0] == calls[1]

@@ -601,10 +601,10 @@ def test_a_request_that_cannot_be_sent_fails_alone(
     with small() as llm:
         add = llm._client.add
 
-        def refuse_large(request: Request) -> None:
-            if len(request.prompt_token_ids) > 9:
+        def refuse_large(*requests: Request) -> None:
+            if sum(len(request.prompt_token_ids) for request in requests) > 9:
                 raise RequestError("the request is too large to be sent")
-            add(request)
+            add(*requests)
 
         monkeypatch.setattr(llm._client, "add", refuse_large)
         params = greedy(max_tokens=2, ignore_eos=True, n=2)

@@ -78,7 +78,7 @@ def ends(sockets: tuple[socket.socket, socket.socket]) -> Iterator[Ends]:
 def test_every_message_arrives_as_it_was(ends: Ends) -> None:
     front, leader = ends
     params = SamplingParams(stop=["\n\n"], logit_bias={3: -1.5}, seed=7, max_tokens=None)
-    asked = [Add(Request(id="a", prompt_token_ids=[1, 102399], params=params)), Abort("b")]
+    asked = [Add([Request(id="a", prompt_token_ids=[1, 102399], params=params)]), Abort("b")]
     asked += [Ask(0, Stats()), Ask(1, Traffic()), Ask(2, Trace([1, 2]))]
     for message in asked:
         front.send(message)
@@ -113,7 +113,7 @@ def test_receive_returns_nothing_when_nothing_comes_in_time(ends: Ends) -> None:
 def test_a_message_larger_than_the_socket_does_not_block_its_sender(ends: Ends) -> None:
     front, leader = ends
     params = SamplingParams()
-    large = Add(Request(id="large", prompt_token_ids=[70000] * 2_000_000, params=params))
+    large = Add([Request(id="large", prompt_token_ids=[70000] * 2_000_000, params=params)])
     front.send(large)
     front.send(Abort("large"))
     received: list[FromFront] = []
@@ -151,7 +151,8 @@ def test_messages_are_whole_however_their_bytes_are_cut() -> None:
 
 def test_a_message_that_does_not_fit_wakes_the_thread_that_waits(ends: Ends) -> None:
     front, leader = ends
-    large = Add(Request(id="large", prompt_token_ids=[1] * 3_000_000, params=SamplingParams()))
+    asked = Request(id="large", prompt_token_ids=[1] * 3_000_000, params=SamplingParams())
+    large = Add([asked])
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(front.receive, 30)
         time.sleep(0.1)  # so that it waits, and for reading only

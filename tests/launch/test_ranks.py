@@ -145,8 +145,7 @@ def test_threads_add_while_another_receives(client: RanksClient) -> None:
 
 
 def test_a_refused_request_comes_back_as_error_and_the_engine_goes_on(client: RanksClient) -> None:
-    client.add(request("bad", n=2))
-    client.add(request("good"))
+    client.add(request("bad", n=2), request("good"))
     refused = [
         OutputDelta(id="bad", index=index, finish_reason="error", error="this prompt is refused")
         for index in range(2)

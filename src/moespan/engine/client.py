@@ -30,8 +30,12 @@ class EngineClient(Protocol):
     def info(self) -> EngineInfo:
         """Facts about the engine."""
 
-    def add(self, request: Request) -> None:
-        """Hand over a request; does not wait for deltas."""
+    def add(self, *requests: Request) -> None:
+        """Hand over requests, of which no step sees only some; does not wait for deltas.
+
+        Raises:
+            RequestError: the requests are too large to be sent together; none was.
+        """
 
     def abort(self, request_id: str) -> None:
         """Drop a request; at most deltas that are on their way still come."""
@@ -87,13 +91,14 @@ class LocalClient:
         self._refused: list[OutputDelta] = []
         self._queue, self._use = threading.RLock(), threading.RLock()
 
-    def add(self, request: Request) -> None:
-        """Queue a request."""
+    def add(self, *requests: Request) -> None:
+        """Queue requests."""
         with self._turn() as engine:
-            try:
-                engine.add(request)
-            except RequestError as error:
-                self._refused += refusal(request, error)
+            for request in requests:
+                try:
+                    engine.add(request)
+                except RequestError as error:
+                    self._refused += refusal(request, error)
 
     def abort(self, request_id: str) -> None:
         """Drop a request."""

@@ -204,14 +204,12 @@ class LLM:
         try:
             while True:
                 room = self._num_wanted - len(mine)
-                for text, request in itertools.islice(source, room):
-                    with hold_interrupts():
+                new = list(itertools.islice(source, room))
+                with hold_interrupts():
+                    for text, request in new:
                         output = RequestOutput.begin(request, text)
                         mine[request.id] = self._live[request.id] = output
-                        try:
-                            self._client.add(request)
-                        except RequestError as error:
-                            self._take_in(refusal(request, error))
+                    self._add([request for _, request in new])
                 if not mine:
                     return
                 finished = [output for output in mine.values() if output.finished]
@@ -286,6 +284,23 @@ class LLM:
         """Number of requests that keep every replica and every pipeline stage busy."""
         layout = self.config.layout
         return _WINDOW * self.config.max_num_seqs * layout.dp * layout.pp
+
+    def _add(self, requests: Sequence[Request]) -> None:
+        """Start requests together, so that the same call always makes the same steps.
+
+        Those that no message can hold are halved, until the one that is too large is found.
+        """
+        if not requests:
+            return
+        try:
+            self._client.add(*requests)
+        except RequestError as error:
+            if len(requests) == 1:
+                self._take_in(refusal(requests[0], error))
+                return
+            half = len(requests) // 2
+            self._add(requests[:half])
+            self._add(requests[half:])
 
     def _take_in(self, deltas: list[OutputDelta]) -> None:
         for delta in deltas:

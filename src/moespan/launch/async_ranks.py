@@ -120,7 +120,7 @@ class AsyncRanks:
             RequestError: the request is too large to be sent.
             EngineDeadError: the leader has gone.
         """
-        self._send(Add(request))
+        self._send(Add([request]))
 
     def abort(self, request_id: str) -> None:
         """Tell the engine to drop a request; never waits. Does nothing if the leader has gone."""

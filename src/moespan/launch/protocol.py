@@ -31,9 +31,9 @@ _READ_BYTES = 2**20
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
-    """Front to leader: start this request."""
+    """Front to leader: start these requests, in this order and before the next step."""
 
-    request: Request
+    requests: list[Request]
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

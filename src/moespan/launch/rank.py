@@ -212,7 +212,8 @@ def serve_front(
 def _handle(
     engine: LeaderEngine, message: Add | Abort | Ask, front: Connection[FromFront]
 ) -> list[OutputDelta]:
-    """Carry out `message`; → the deltas of a refused request."""
+    """Carry out `message`; → the deltas of refused requests."""
+    refused: list[OutputDelta] = []
     if isinstance(message, Abort):
         engine.abort(message.request_id)
     elif isinstance(message, Ask):
@@ -222,11 +223,12 @@ def _handle(
         except RequestError as error:
             front.send(Answered(message.number, refusal=str(error)))
     else:
-        try:
-            engine.add(message.request)
-        except RequestError as error:
-            return refusal(message.request, error)
-    return []
+        for request in message.requests:
+            try:
+                engine.add(request)
+            except RequestError as error:
+                refused += refusal(request, error)
+    return refused
 
 
 def _failure(rank: int, error: Exception) -> Failure:

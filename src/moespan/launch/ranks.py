@@ -103,14 +103,14 @@ class RanksClient:
             self.close()
             raise
 
-    def add(self, request: Request) -> None:
-        """Send a request; returns at once. A refused request comes back as error deltas.
+    def add(self, *requests: Request) -> None:
+        """Send requests; returns at once. A refused request comes back as error deltas.
 
         Raises:
-            RequestError: the request is too large to be sent.
+            RequestError: the requests are too large to be sent together; none was.
             EngineDeadError: the client knows that the ranks are gone.
         """
-        self._send(Add(request))
+        self._send(Add(list(requests)))
 
     def abort(self, request_id: str) -> None:
         """Tell the engine to drop a request; returns at once.
