@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moespan.checkpoint.presets import PRESETS, preset
 from moespan.checkpoint.rounding import QuantizedWeight, quantize
-from moespan.config import SCHEMES, ModelConfig, Scheme
+from moespan.config import SCHEMES, EngineConfig, ModelConfig, Scheme
 from moespan.device import DEVICES
 from moespan.measure.probe import Probe, machine_name
 from moespan.ops import ops_for
@@ -217,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", default="1,8,32,128,512,2048")
     parser.add_argument("--contexts", default="160,1024", help="tokens before those that decode")
     parser.add_argument("--only", help="operations whose name has this in it")
+    parser.add_argument("--batch-invariant", action="store_true", help="as the engine's flag")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each line")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -230,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = []
     with Probe("cpu", "bfloat16") as probe:
         scheme = _SCHEMES[options.quantization]
-        for case in cases(ops_for("cpu"), config, sizes, scheme, contexts):
+        ops = ops_for("cpu", EngineConfig("", batch_invariant=options.batch_invariant))
+        for case in cases(ops, config, sizes, scheme, contexts):
             if options.only and options.only not in case.name:
                 continue
             line = measure(case, probe, options.seconds)

@@ -49,7 +49,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
         def start(**options: Any) -> LLM:
             return engines.enter_context(
-                LLM(folder, device="cpu", dtype="bfloat16", load_format="dummy", **options)
+                LLM(str(folder), device="cpu", dtype="bfloat16", load_format="dummy", **options)
             )
 
         yield start
