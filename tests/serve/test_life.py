@@ -227,6 +227,26 @@ def test_a_death_fails_what_is_live_and_the_engine_starts_again():
     scene(started, start)
 
 
+def test_the_cause_of_a_death_is_logged_once_with_its_traceback(caplog: pytest.LogCaptureFixture):
+    async def script(life: Life, start: FakeStart, running: asyncio.Task[None]) -> None:
+        start.ranks.die("rank 1 failed\nTraceback of rank 1")
+        await until_state(life, State.RECOVERING)
+        start.failures = [EngineDeadError("no device")]
+        await asyncio.sleep(10)
+        start.ranks.die("rank 2 failed")
+        await asyncio.wait((running,))
+
+    scene(script, max_restarts=2)
+    errors = [one.getMessage() for one in caplog.records if one.levelname == "ERROR"]
+    assert errors == [
+        "the engine has died: rank 1 failed\nTraceback of rank 1",
+        "the engine cannot start: no device",
+        "the engine has died: rank 2 failed",
+        "the engine does not start again after 2 restarts within 3600 s "
+        "(--max-restarts, --restart-window)",
+    ]
+
+
 def test_restarts_wait_longer_each_time_and_then_end_the_program():
     async def script(life: Life, start: FakeStart, running: asyncio.Task[None]) -> None:
         for wait_s in (1, 2, 4, 8, 16, 32, 60, 60):

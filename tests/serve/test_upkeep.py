@@ -116,6 +116,25 @@ def test_a_line_of_load_comes_every_ten_seconds_while_there_is_any(
     run(work())
 
 
+def test_a_long_start_is_told_every_ten_seconds(caplog: pytest.LogCaptureFixture):
+    async def work() -> None:
+        start, found = FakeStart(start_s=25), metrics()
+        life = Life(start, LifeOptions(), found)
+        running = asyncio.create_task(life.run())
+        upkeep = asyncio.create_task(Upkeep(life, found, Notifier({})).run())
+        await asyncio.sleep(100)
+        assert [record.getMessage() for record in caplog.records] == [
+            "the engine is starting, for 10 s",
+            "the engine is starting, for 20 s",
+        ]
+        upkeep.cancel()
+        life.force()
+        await asyncio.wait((running, upkeep))
+
+    caplog.set_level("INFO", logger="moespan")
+    run(work())
+
+
 def test_delays_of_the_event_loop_are_measured():
     async def work() -> None:
         found = metrics()

@@ -261,7 +261,8 @@ class Life:
             try:
                 cause = await self._live_once(over)
             except MoespanError as error:
-                self.last_error = cause = error
+                cause = error
+                self._note(error, "cannot start")
                 self._restart_reason = "start_failed"
 
     async def _live_once(self, over: asyncio.Task[None]) -> MoespanError | None:
@@ -323,13 +324,18 @@ class Life:
 
     def _mourn(self, cause: MoespanError) -> None:
         """The ranks are dead: fail the requests that died with them."""
-        self.last_error = cause
+        self._note(cause, "has died")
         if self._phase is not State.DRAINING:
             self._phase = State.RECOVERING
         death = EngineDeadError(f"the engine has died: {cause}")
         for live in list(self._live.values()):
             if not (self._options.retry_unstarted and live.inbox.request.id in self._queued):
                 self._fail(live, death)
+
+    def _note(self, cause: MoespanError, what: str) -> None:
+        """Log, once, what ended a life: the rank, its place, and the traceback."""
+        self.last_error = cause
+        log.logger.error("the engine %s: %s", what, cause)
 
     async def _back_off(self, cause: MoespanError, over: asyncio.Task[None]) -> None:
         """Wait before the next start; the longer, the more there were.
@@ -343,7 +349,7 @@ class Life:
             self._restarts.popleft()
         if len(self._restarts) >= most:
             log.logger.error(
-                "the engine has ended, and does not start again after %d restarts within %g s "
+                "the engine does not start again after %d restarts within %g s "
                 "(--max-restarts, --restart-window)",
                 len(self._restarts),
                 window_s,
@@ -353,13 +359,12 @@ class Life:
         self._metrics.restart(self._restart_reason)
         wait_s = min(_FIRST_BACKOFF_S * 2 ** (len(self._restarts) - 1), _LONGEST_BACKOFF_S)
         self._back_at = loop.time() + wait_s + (self._start_s or _RETRY_START_S)
-        log.logger.error(
-            "the engine has ended; restart %d of at most %d within %g s follows in %g s: %s",
+        log.logger.info(
+            "the engine starts again in %g s; restart %d of at most %d within %g s",
+            wait_s,
             len(self._restarts),
             most,
             window_s,
-            wait_s,
-            cause,
         )
         await asyncio.wait((over,), timeout=wait_s)
 
