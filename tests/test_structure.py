@@ -17,6 +17,7 @@ FLOORS = (
     "version",
     "errors",
     "files",
+    "cache_folder",
     "log",
     "device",
     "cgroups",

@@ -101,7 +101,7 @@ CPU = Device(
     block_size=32,
     cache_share=0.5,
     is_host=True,
-    own_options=("batch_invariant",),
+    own_options=("batch_invariant", "weight_cache_gb"),
     timed_bytes=(8 << 10, 1 << 20, 8 << 20),
 )
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moespan.checkpoint.loader import Loaded, load_weights
+from moespan.checkpoint.building import Loaded
+from moespan.checkpoint.loader import load_weights
 from moespan.checkpoint.placement import Piece, checkpoint_tensors, place
 from moespan.checkpoint.presets import preset
 from moespan.checkpoint.random import make_checkpoint

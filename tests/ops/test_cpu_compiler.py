@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from moespan.cache_folder import CacheError, cache_path
 from moespan.ops import CpuOps, ops_for
-from moespan.ops.cpu.compiler import BuildError, _cache_folder, _compiler, library
+from moespan.ops.cpu.compiler import BuildError, _compiler, library
 
 
 @pytest.fixture
@@ -63,12 +64,12 @@ def test_the_library_is_built_once_and_refused_if_others_may_write_it(
 ):
     monkeypatch.setenv("CXX", compiler(tmp_path, f"echo >> {tmp_path}/runs; {NO_LIBRARY}"))
     for _ in range(2):
-        with pytest.raises(BuildError, match="does not load"):
+        with pytest.raises(CacheError, match="does not load"):
             library()
     assert (tmp_path / "runs").read_text() == "\n"
     (built,) = cache.glob("*.so")
     built.chmod(built.stat().st_mode | stat.S_IWOTH)
-    with pytest.raises(BuildError, match=r"may be written by others.*delete it, or set MOESPAN"):
+    with pytest.raises(CacheError, match=r"may be written by others.*delete it, or set MOESPAN"):
         library()
 
 
@@ -76,12 +77,12 @@ def test_a_damaged_library_is_built_again(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("CXX", compiler(tmp_path, f"echo >> {tmp_path}/runs; {NO_LIBRARY}"))
-    with pytest.raises(BuildError, match="does not load"):
+    with pytest.raises(CacheError, match="does not load"):
         library()
     (built,) = cache.glob("*.so")
     whole = built.read_bytes()
     built.write_bytes(whole[:-1])
-    with pytest.raises(BuildError, match="does not load"):
+    with pytest.raises(CacheError, match="does not load"):
         library()
     assert built.read_bytes() == whole
     assert (tmp_path / "runs").read_text() == "\n\n"
@@ -92,7 +93,7 @@ def test_arguments_of_the_compiler_reach_it(
 ):
     program = compiler(tmp_path, f'echo "$1|$2" >> {tmp_path}/words; {NO_LIBRARY}')
     monkeypatch.setenv("CXX", f"{program} -m64 '-DNAME=a b'")
-    with pytest.raises(BuildError, match="does not load"):
+    with pytest.raises(CacheError, match="does not load"):
         library()
     assert (tmp_path / "words").read_text() == "-m64|-DNAME=a b\n"
 
@@ -103,7 +104,7 @@ def test_a_compiler_may_be_a_path(
 ):
     (tmp_path / folder).mkdir()
     monkeypatch.setenv("CXX", compiler(tmp_path / folder, NO_LIBRARY))
-    with pytest.raises(BuildError, match="does not load"):
+    with pytest.raises(CacheError, match="does not load"):
         library()
 
 
@@ -114,7 +115,7 @@ def test_an_empty_variable_is_as_good_as_none(empty: str, monkeypatch: pytest.Mo
     assert _compiler() == ["/usr/bin/c++"]
     monkeypatch.setenv("MOESPAN_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/own")
-    assert _cache_folder() == Path("/var/cache/own/moespan")
+    assert cache_path() == Path("/var/cache/own/moespan")
 
 
 def test_words_of_the_compiler_that_cannot_be_split_are_named(
@@ -130,5 +131,5 @@ def test_an_unwritable_cache_folder_is_named(tmp_path: Path, monkeypatch: pytest
     file.touch()
     monkeypatch.setenv("CXX", compiler(tmp_path, "exit 1"))
     monkeypatch.setenv("MOESPAN_CACHE", str(file / "below"))
-    with pytest.raises(BuildError, match="set MOESPAN_CACHE"):
+    with pytest.raises(CacheError, match="set MOESPAN_CACHE"):
         library()

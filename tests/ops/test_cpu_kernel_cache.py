@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from moespan.ops.cpu.kernel_cache import BuildError, KernelCache
+from moespan.cache_folder import CacheError
+from moespan.ops.cpu.kernel_cache import KernelCache
 
 NAME = "kernels.so"
 STRANGER = 54321
@@ -82,7 +83,7 @@ def test_a_changed_byte_is_found(folder: Path):
 @pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
 def test_a_folder_that_others_may_write_is_refused(folder: Path, mode: int):
     folder.chmod(mode)
-    with pytest.raises(BuildError, match=r"may be written by others.*chmod go-w.*MOESPAN_CACHE"):
+    with pytest.raises(CacheError, match=r"may be written by others.*chmod go-w.*MOESPAN_CACHE"):
         KernelCache(folder)
 
 
@@ -91,7 +92,7 @@ def test_a_library_that_others_may_write_is_refused(folder: Path, mode: int):
     (folder / NAME).chmod(mode)
     with (
         KernelCache(folder) as cache,
-        pytest.raises(BuildError, match=r"may be written by others.*delete it, or set"),
+        pytest.raises(CacheError, match=r"may be written by others.*delete it, or set"),
     ):
         cache.load(NAME)
 
@@ -103,7 +104,7 @@ def test_what_belongs_to_a_stranger_is_refused(folder: Path, what: str):
     path = {"folder": folder, "library": folder / NAME, "lock": folder / "lock"}[what]
     os.chown(path, STRANGER, -1)
     with (
-        pytest.raises(BuildError, match="belongs to another user, and code from it is never run"),
+        pytest.raises(CacheError, match="belongs to another user, and nothing from it is used"),
         KernelCache(folder) as cache,
     ):
         cache.load(NAME)
@@ -120,7 +121,7 @@ def test_what_is_no_file_is_refused_at_once(folder: Path, tmp_path: Path, what: 
         os.mkfifo(folder / NAME)
     else:
         (folder / NAME).mkdir()
-    with KernelCache(folder) as cache, pytest.raises(BuildError, match="cannot be used"):
+    with KernelCache(folder) as cache, pytest.raises(CacheError, match="cannot be used"):
         cache.load(NAME)
 
 
@@ -130,7 +131,7 @@ def test_a_lock_is_neither_followed_nor_truncated(folder: Path, tmp_path: Path):
     (folder / "lock").symlink_to(precious)
     with (
         KernelCache(folder) as cache,
-        pytest.raises(BuildError, match="cannot be written"),
+        pytest.raises(CacheError, match="cannot be written"),
         cache.locked("lock", 1),
     ):
         raise AssertionError
@@ -154,7 +155,7 @@ def test_one_process_at_a_time_holds_the_lock_and_waits_for_it_in_bounded_time(f
     assert held.wait(60)
     with (
         KernelCache(folder) as cache,
-        pytest.raises(BuildError, match=r"another process holds .*lock for over 0\.1 s; end it"),
+        pytest.raises(CacheError, match=r"another process holds .*lock for over 0\.1 s; end it"),
         cache.locked("lock", 0.1),
     ):
         raise AssertionError
@@ -175,10 +176,11 @@ def test_a_draft_that_a_killed_process_left_does_no_harm(folder: Path):
 NOEXEC = """
 import sys
 from pathlib import Path
-from moespan.ops.cpu.kernel_cache import BuildError, KernelCache
+from moespan.cache_folder import CacheError
+from moespan.ops.cpu.kernel_cache import KernelCache
 try:
     KernelCache(Path(sys.argv[1]))
-except BuildError as error:
+except CacheError as error:
     print(error)
 """
 

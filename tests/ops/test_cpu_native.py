@@ -19,8 +19,8 @@ from moespan.checkpoint.rounding import NotFiniteError, QuantizedWeight, quantiz
 from moespan.config import Layout
 from moespan.config.schemes import SCHEMES
 from moespan.ops import AttentionBatch, ExpertBank, KVCache, ReferenceOps
-from moespan.ops.cpu.native import NativeCpuOps, PackedWeight
-from moespan.ops.cpu.packing import PackedBuilder
+from moespan.ops.cpu.native import NativeCpuOps
+from moespan.ops.cpu.packing import PackedBuilder, PackedWeight
 from tests.support import Oracle
 
 REFERENCE = ReferenceOps()

@@ -7,6 +7,7 @@ operations know how weights lie in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,28 @@ class Builder(Protocol):
 
     def finish(self) -> Any:
         """The parameter, with zeros where no piece was put. Called once, after all pieces."""
+
+
+Loaded = dict[str, Any]
+"""Name in the placement table → parameter, as its builder made it."""
+
+
+class KeptWeights(Protocol):
+    """The finished parameters of one placement, kept in a file for later starts.
+
+    Attributes:
+        mapped_bytes: bytes of those that `find` or `keeping` has mapped from the file: pages that
+            count as free memory, although the engine needs them.
+    """
+
+    mapped_bytes: int
+
+    def find(self) -> Loaded | None:
+        """The kept parameters; None if they have to be loaded."""
+
+    def keeping(self) -> AbstractContextManager[Callable[[str, Any], Any]]:
+        """A block in which parameters are kept: its function takes a name and a parameter, and
+        returns a parameter with the same values, whose memory may be the file's."""
 
 
 NewBuilder = Callable[[str, Parameter, torch.dtype, torch.device], Builder]

@@ -11,23 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.building import NewBuilder, TensorBuilder
+from moespan.checkpoint.building import Loaded, NewBuilder, TensorBuilder
 from moespan.checkpoint.placement import Piece, Placement
 from moespan.checkpoint.rounding import NotFiniteError, check_scales, row_maxima
 from moespan.checkpoint.source import Source
 from moespan.errors import CheckpointError
 
-Loaded = dict[str, Any]
-"""Name in the placement table → parameter, as its builder made it."""
-
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The cost of loading: bytes read from the source, bytes of the parameters, and seconds."""
+    """The cost of loading.
+
+    Attributes:
+        read_bytes: bytes read from the source.
+        held_bytes: bytes of the parameters.
+        mapped_bytes: bytes of the parameters that are mapped from a file.
+    """
 
     read_bytes: int
     held_bytes: int
     seconds: float
+    mapped_bytes: int = 0
 
 
 def load_weights(
@@ -41,6 +45,7 @@ def load_weights(
     threads: int | None = None,
     progress: Callable[[int], object] = lambda read_bytes: None,
     maximum_over_tp: Callable[[Tensor], Tensor] = lambda maxima: maxima,
+    keep: Callable[[str, Any], Any] = lambda name, weight: weight,
 ) -> tuple[Loaded, LoadReport]:
     """Build the parameters of `placement` on `device`, each from its own pieces.
 
@@ -55,6 +60,7 @@ def load_weights(
         progress: called with the bytes of each slice that has been read.
         maximum_over_tp: the elementwise maximum over tp ranks of a float32 vector on the CPU;
             called once, and only if `placement.cut_rows` is not empty.
+        keep: takes each finished parameter and returns it, perhaps in other memory.
 
     Raises:
         CheckpointError: lists every tensor that holds NaN or Inf: with `check_finite` all, else
@@ -103,7 +109,7 @@ def load_weights(
     weights: Loaded = {}
     while builders:  # `finish` may copy: one at a time, so that only one parameter exists twice
         name, builder = builders.popitem()
-        weights[name] = builder.finish()
+        weights[name] = keep(name, builder.finish())
         del builder
     held_bytes = placement.num_bytes(str(dtype).removeprefix("torch."))
     return weights, LoadReport(read_bytes, held_bytes, time.perf_counter() - started)

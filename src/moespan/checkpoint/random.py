@@ -49,6 +49,11 @@ class RandomSource:
         draws_there = device is not None and DEVICES[device.type].draws_weights
         self._options: dict[str, Any] = {"device": device if draws_there else torch.device("cpu")}
 
+    @property
+    def identity(self) -> str:
+        """Seed, dtype and device, from which the weights follow."""
+        return f"random {self.seed} {self.dtype} {self._options}"
+
     def num_bytes(self, piece: Piece) -> int:
         """Number of bytes of `piece`."""
         return piece.num_elements * int(self.dtype.itemsize)

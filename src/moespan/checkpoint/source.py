@@ -47,7 +47,14 @@ _ROWS_TOGETHER = 64
 
 
 class Source(Protocol):
-    """The weights of one model, read in slices."""
+    """The weights of one model, read in slices.
+
+    Attributes:
+        identity: text that changes when the weights change.
+    """
+
+    @property
+    def identity(self) -> str: ...
 
     def num_bytes(self, piece: Piece) -> int:
         """Number of bytes that are read for `piece`."""
@@ -140,6 +147,11 @@ class SafetensorsSource:
                 "config.json",
                 _abridged(problems),
             )
+
+    @property
+    def identity(self) -> str:
+        """The names of the files, with their numbers, sizes and times of change."""
+        return repr(sorted(self._state_of.items()))
 
     def _files(self, problems: list[str]) -> dict[str, set[str] | None]:
         """File name -> the tensors that the index promises in it (None: no index)."""

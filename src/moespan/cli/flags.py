@@ -137,6 +137,14 @@ def add_settings_flags(parser: argparse.ArgumentParser, model_is_required: bool 
         action="store_true",
         help="look for NaN and Inf in every weight while loading",
     )
+    _add(
+        parser,
+        "weight_cache_gb",
+        "--weight-cache-gb",
+        type=float,
+        metavar="GB",
+        help="CPUs: keep packed weights on disk, so many GB at most; later starts map them (0)",
+    )
     _add_step_flags(parser)
     _add_device_flags(parser)
     _add_node_flags(parser)

@@ -93,12 +93,13 @@ def say_start(args: argparse.Namespace, llm: LLM) -> None:
     if args.quiet:
         return
     info = llm.info
-    rate = scaled(info.read_bytes / max(info.load_s, 1e-9), BYTES)
+    rate = f" ({scaled(info.read_bytes / max(info.load_s, 1e-9), BYTES)}/s)"
     say(
         f"model    {args.model}\n"
         f"runs on  {info.device}, {info.dtype}, {info.layout}\n"
         f"weights  {scaled(info.weight_bytes, BYTES)} of {info.quantization or info.dtype} per "
-        f"rank, loaded in {info.load_s:.2f} s ({rate}/s)\n"
+        f"rank, {'loaded' if info.read_bytes else 'mapped'} in {info.load_s:.2f} s"
+        f"{rate if info.read_bytes else ''}\n"
         f"KV cache {info.num_blocks * info.block_size} tokens in blocks of {info.block_size}, "
         f"{info.cache_dtype}"
     )

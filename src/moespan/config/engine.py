@@ -43,6 +43,9 @@ class EngineOptions:
         check_finite: look for NaN and Inf in every weight while loading.
         batch_invariant: whether the tokens of a request must be the same whatever else its steps
             compute: alone, in any batch, in any prefill chunks. For bfloat16 on CPUs.
+        weight_cache_gb: most GB of disk for packed weights that a start keeps, and later starts of
+            the same model on the same kind of processor map instead of loading
+            (`moespan.ops.cpu.weight_cache`); 0 for none.
         bind: cores and NUMA node of each rank: `auto`, `off`, or a map `local rank:node,...`. For
             one rank in the user's own process `auto` binds nothing.
         enforce_eager: never run decode steps as recorded graphs (`moespan.engine.graphs`).
@@ -81,6 +84,7 @@ class EngineOptions:
     seed: int = 0
     check_finite: bool = False
     batch_invariant: bool = False
+    weight_cache_gb: float = 0.0
     bind: str = "auto"
     enforce_eager: bool = False
     async_scheduling: bool | None = None
@@ -120,6 +124,10 @@ class EngineOptions:
             raise ConfigError(
                 "npu_overlap_shared does not go with npu_fused_all_reduce, whose operator ends the "
                 "shared experts only after the routed ones; leave one of them out"
+            )
+        if not 0 <= self.weight_cache_gb < float("inf"):
+            raise ConfigError(
+                f"weight_cache_gb={self.weight_cache_gb} must be a number of gigabytes, or 0"
             )
         if self.cuda_one_shot_bytes < 0:
             raise ConfigError(

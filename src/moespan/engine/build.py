@@ -11,15 +11,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import torch
 from tqdm import tqdm
 
 from moespan import log
+from moespan.checkpoint.building import KeptWeights, Loaded
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.loader import LoadReport, load_weights
-from moespan.checkpoint.placement import cache_bytes_per_token, place
+from moespan.checkpoint.placement import Placement, cache_bytes_per_token, place
 from moespan.checkpoint.random import RandomSource
 from moespan.checkpoint.source import SafetensorsSource, Source
 from moespan.config import EngineConfig, ModelConfig
@@ -106,7 +108,7 @@ def _build_worker(
     _check_device(config, model_config, ops)
     weights, report = _load(config, model_config, mesh, ops)
     started = time.perf_counter()
-    num_blocks = _agree_on_blocks(config, model_config, mesh, ops)
+    num_blocks = _agree_on_blocks(config, model_config, mesh, ops, report.mapped_bytes)
     # Waiting for the slowest rank is part of loading.
     seconds = report.seconds + time.perf_counter() - started
     worker = Worker(config, model_config, mesh, ops, weights, num_blocks)
@@ -150,27 +152,75 @@ def _load(
     buffer_mb = int(buffer) if buffer.isdecimal() else 0
     fused.check(config, model_config, experts, ops.chip, mesh.ranks_here, buffer_mb)
     placement = place(model_config, config.layout, mesh.rank, experts, quantization)
+    kept = _kept(config, source, placement, ops)
     total_bytes = sum(map(source.num_bytes, placement.pieces))
-    # tqdm's own rule for `disable=None`: only a terminal gets a bar.
-    with tqdm(
-        desc="loading",
-        total=total_bytes,
-        unit="B",
-        unit_scale=True,
-        disable=None if mesh.is_leader else True,
-        leave=False,
-    ) as bar:
-        is_silent = bar.disable and mesh.is_leader
-        return load_weights(
-            placement,
-            source,
-            dtype,
-            mesh.device,
-            new_builder=ops.builder,
-            check_finite=config.check_finite,
-            progress=_ProgressLines(total_bytes) if is_silent else bar.update,
-            maximum_over_tp=lambda maxima: mesh.tp.maximum(maxima.to(mesh.device), "load").cpu(),
+
+    def load(keep: Callable[[str, Any], Any]) -> tuple[Loaded, LoadReport]:
+        # tqdm's own rule for `disable=None`: only a terminal gets a bar.
+        with tqdm(
+            desc="loading",
+            total=total_bytes,
+            unit="B",
+            unit_scale=True,
+            disable=None if mesh.is_leader else True,
+            leave=False,
+        ) as bar:
+            is_silent = bar.disable and mesh.is_leader
+            return load_weights(
+                placement,
+                source,
+                dtype,
+                mesh.device,
+                new_builder=ops.builder,
+                check_finite=config.check_finite,
+                progress=_ProgressLines(total_bytes) if is_silent else bar.update,
+                maximum_over_tp=lambda x: mesh.tp.maximum(x.to(mesh.device), "load").cpu(),
+                keep=keep,
+            )
+
+    if kept is None:
+        return load(lambda name, weight: weight)
+    held_bytes = placement.num_bytes(config.dtype)
+    return _map_or_load(kept, mesh, held_bytes, load)
+
+
+def _kept(
+    config: EngineConfig, source: Source, placement: Placement, ops: Ops
+) -> KeptWeights | None:
+    """Weights of earlier starts; None if they are not wanted, or these operations keep none."""
+    if not config.weight_cache_gb or config.check_finite:  # a check reads what the source holds
+        return None
+    dtype, limit_bytes = getattr(torch, config.dtype), int(config.weight_cache_gb * 1e9)
+    kept = ops.kept_weights(placement, source.identity, dtype, limit_bytes)
+    if kept is None:
+        log.once(
+            f"weight_cache_gb={config.weight_cache_gb:g} has no effect: weights are kept in the "
+            "layout of the kernels for bfloat16, which do not run here"
         )
+    return kept
+
+
+def _map_or_load(
+    kept: KeptWeights,
+    mesh: Mesh,
+    held_bytes: int,
+    load: Callable[[Callable[[str, Any], Any]], tuple[Loaded, LoadReport]],
+) -> tuple[Loaded, LoadReport]:
+    """The kept weights, or else those that `load` loads and this keeps.
+
+    All ranks map, or all load, because ranks exchange numbers while they load.
+    """
+    started = time.perf_counter()
+    weights, read_bytes = kept.find(), 0
+    if not mesh.control.smallest(weights is not None) or weights is None:
+        weights = None  # before its memory is taken again
+        with kept.keeping() as keep:
+            loaded, report = load(keep)
+        # When all ranks have written, those that hold the same weights as a writer map its file.
+        mesh.control.smallest(0)
+        weights, read_bytes = (not kept.mapped_bytes and kept.find()) or loaded, report.read_bytes
+    seconds = time.perf_counter() - started
+    return weights, LoadReport(read_bytes, held_bytes, seconds, kept.mapped_bytes)
 
 
 class _ProgressLines:
@@ -206,9 +256,11 @@ def _open(config: EngineConfig, model_config: ModelConfig, device: torch.device)
     return SafetensorsSource(config.model, model_config)
 
 
-def _agree_on_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops) -> int:
+def _agree_on_blocks(
+    config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops, mapped_bytes: int
+) -> int:
     """Blocks of the KV cache, as many as the rank with the least memory has room for."""
-    num_blocks = config.num_blocks or _fitting_blocks(config, model_config, mesh, ops)
+    num_blocks = config.num_blocks or _fitting_blocks(config, model_config, mesh, ops, mapped_bytes)
     num_blocks = mesh.control.smallest(num_blocks)
     if num_blocks < config.blocks_per_sequence:
         raise ConfigError(
@@ -219,12 +271,19 @@ def _agree_on_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh
     return num_blocks
 
 
-def _fitting_blocks(config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops) -> int:
-    """Blocks that this rank has room for, and not more than all sequences can use."""
+def _fitting_blocks(
+    config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops, mapped_bytes: int
+) -> int:
+    """Blocks that this rank has room for, and not more than all sequences can use.
+
+    Args:
+        mapped_bytes: bytes of this rank's weights in pages of a file, which count as free.
+    """
     token_bytes = cache_bytes_per_token(model_config, config.layout, mesh.rank, config.cache_dtype)
     device = DEVICES[config.device]
     ranks_that_share = mesh.ranks_here if device.is_host else 1
-    room = available_bytes(mesh.device) * device.cache_share / ranks_that_share
+    room_bytes = available_bytes(mesh.device) / ranks_that_share - mapped_bytes
+    room = room_bytes * device.cache_share
     wanted = config.max_num_seqs * config.layout.pp * config.blocks_per_sequence
     fitting = int(room // (token_bytes * config.block_size)) - scratch_blocks(config, ops)
     return min(wanted, max(fitting, 0))

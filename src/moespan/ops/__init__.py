@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from moespan.cache_folder import CacheError
 from moespan.config import EngineConfig
 from moespan.errors import ConfigError
 from moespan.log import once
@@ -64,11 +65,11 @@ def _cpu_ops(dtype: str = "bfloat16", batch_invariant: bool = False) -> CpuOps:
     let_onednn_start()
     if dtype != "bfloat16":
         return CpuOps()
-    from moespan.ops.cpu.native import BuildError, NativeCpuOps
+    from moespan.ops.cpu.native import NativeCpuOps
 
     try:
         return NativeCpuOps(batch_invariant=batch_invariant)
-    except BuildError as error:
+    except CacheError as error:
         if batch_invariant:
             raise ConfigError(
                 f"batch_invariant needs the kernels for CPUs, which cannot be built: {error}"

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moespan.checkpoint.building import Builder
-from moespan.checkpoint.placement import Parameter
+from moespan.checkpoint.building import Builder, KeptWeights
+from moespan.checkpoint.placement import Parameter, Placement
 from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.memory import to_device, zeros
 from moespan.parallel.mesh import Axis
@@ -202,6 +202,19 @@ class Ops(Protocol):
     ) -> Builder:
         """A builder that assembles a parameter from the pieces that are read; its result equals
         `prepare` of the whole parameter."""
+
+    def kept_weights(
+        self, placement: Placement, identity: str, dtype: torch.dtype, limit_bytes: int
+    ) -> KeptWeights | None:
+        """The finished parameters of `placement`, kept for the next start.
+
+        Args:
+            identity: the contents of the source (`Source.identity`).
+            limit_bytes: most bytes that all kept weights may take together.
+
+        Returns:
+            None if these operations keep none.
+        """
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Lay out a whole parameter, named as in the placement table, as these kernels read it.

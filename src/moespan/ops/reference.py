@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moespan.checkpoint.building import Builder, TensorBuilder
-from moespan.checkpoint.placement import Parameter
+from moespan.checkpoint.building import Builder, KeptWeights, TensorBuilder
+from moespan.checkpoint.placement import Parameter, Placement
 from moespan.checkpoint.rounding import QuantizedWeight, round_rows
 from moespan.config import QUANTIZATIONS
 from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Replay, Rotation, Weight
@@ -30,6 +30,12 @@ class ReferenceOps:
     ) -> Builder:
         """A builder of a tensor, which `prepare` gets when it is whole."""
         return TensorBuilder(name, parameter, dtype, device, self.prepare)
+
+    def kept_weights(
+        self, placement: Placement, identity: str, dtype: torch.dtype, limit_bytes: int
+    ) -> KeptWeights | None:
+        """None: they are kept in the layout of kernels only."""
+        return None
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """The weight, unchanged."""

@@ -1,10 +1,9 @@
 """Builds the kernels of `kernels/` once for this machine's processor, and loads them with ctypes.
 
 At first use the C++ compiler named by `CXX`, or `c++`, builds the library. `CXX` may have arguments
-(`ccache g++`, `g++ -m64`). The library goes to `$MOESPAN_CACHE`, or `$XDG_CACHE_HOME/moespan`, or
-`~/.cache/moespan` (`kernel_cache` says which folders are trusted); an empty variable counts as not
-set. The library's name depends on source, compiler and processor, so that machines can share the
-folder. A build fails after 300 s.
+(`ccache g++`, `g++ -m64`). The library goes to moespan's cache folder (`moespan.cache_folder`). Its
+name depends on source, compiler and processor, so that machines can share the folder. A build fails
+after 300 s.
 """
 
 from __future__ import annotations
@@ -17,16 +16,20 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from moespan.cache_folder import CacheError, cache_path
 from moespan.errors import shortened
-from moespan.ops.cpu.kernel_cache import BuildError, KernelCache
-
-__all__ = ["BuildError", "library"]
+from moespan.ops.cpu.kernel_cache import KernelCache
 
 _FOLDER = Path(__file__).with_name("kernels")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
 _BUILD_TIMEOUT_S = 300
+
+
+class BuildError(CacheError):
+    """The kernels cannot be built here; the text says why, and what would help."""
 
 
 def library(*flags: str) -> ctypes.CDLL:
@@ -39,11 +42,12 @@ def library(*flags: str) -> ctypes.CDLL:
         flags: further compiler flags, such as `-march=x86-64-v3` for an older processor.
 
     Raises:
-        BuildError: there is no compiler, it fails, or the cache folder cannot be used.
+        BuildError: there is no compiler, or it fails.
+        CacheError: the cache folder cannot be used.
     """
-    command = [*_compiler(), *_FLAGS, *flags]
+    command = _command(flags)
     name = _name(command)
-    with KernelCache(_cache_folder()) as cache:
+    with KernelCache(cache_path()) as cache:
         loaded = cache.load(f"{name}.so")
         if loaded is not None:
             return loaded
@@ -55,6 +59,15 @@ def library(*flags: str) -> ctypes.CDLL:
     if loaded is None:
         raise BuildError(f"{cache.path} does not keep what is written to it; set MOESPAN_CACHE")
     return loaded
+
+
+def library_name(*flags: str) -> str:
+    """What `library` loads, by a name that depends on source, compiler, flags and processor."""
+    return _name(_command(flags))
+
+
+def _command(flags: Sequence[str]) -> list[str]:
+    return [*_compiler(), *_FLAGS, *flags]
 
 
 def _compiler() -> list[str]:
@@ -71,16 +84,6 @@ def _compiler() -> list[str]:
     if found is None:
         raise BuildError(f"there is no C++ compiler {program!r}; install g++, or set CXX")
     return [found, *arguments]
-
-
-def _cache_folder() -> Path:
-    own = os.environ.get("MOESPAN_CACHE")
-    if own:
-        return Path(own)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moespan")
-    except RuntimeError as error:
-        raise BuildError(f"there is no home folder ({error}); set MOESPAN_CACHE") from None
 
 
 def _name(command: list[str]) -> str:

@@ -5,20 +5,25 @@ Sizes that the kernels do not take, because they do not fill their vectors, run 
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_int64, c_void_p
+import os
+from ctypes import byref, c_float, c_int, c_int64, c_uint64, c_void_p
 
 import torch
 from torch import Tensor
 
+from moespan.cache_folder import CacheError, cache_path
 from moespan.checkpoint.building import Builder
-from moespan.checkpoint.placement import Parameter
+from moespan.checkpoint.placement import Parameter, Placement
 from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.errors import ConfigError
+from moespan.log import once
 from moespan.memory import zeros
 from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Rotation, Weight
-from moespan.ops.cpu.compiler import BuildError, library
+from moespan.ops.cpu.compiler import library, library_name
 from moespan.ops.cpu.packing import INT4, PackedBuilder, PackedWeight, padded
 from moespan.ops.cpu.plain import CpuOps
+from moespan.ops.cpu.weight_cache import WeightCache
+from moespan.version import source_digest
 
 _LANES = 16
 _MOST_HEAD_SIZE = 256
@@ -28,6 +33,7 @@ _INT4_GROUP = 32
 # The parameters of each kernel as `kernels/kernels.cpp` declares them. p is a pointer, n an int64,
 # i an int, f a float.
 _SIGNATURES = {
+    "checksum": "pnipp",
     "pack": "pnnnnnnipp",
     "pack_int4": "pppnnnii",
     "round": "pnnnppp",
@@ -54,15 +60,18 @@ class NativeCpuOps(CpuOps):
                 other rows there are. What the kernels do not take is then a `ConfigError`.
 
         Raises:
-            BuildError: they cannot be built.
+            CacheError: they cannot be built or loaded.
         """
-        kernels = library(*flags, *(["-DBATCH_INVARIANT=1"] if batch_invariant else []))
+        if batch_invariant:
+            flags += ("-DBATCH_INVARIANT=1",)
+        kernels = library(*flags)
         self._is_invariant = batch_invariant
         for name, signature in _SIGNATURES.items():
             function = getattr(kernels, f"moespan_{name}")
             function.argtypes = [_TYPES[kind] for kind in signature]
             function.restype = None
         self._kernels = kernels
+        self._flags = flags
         self._buffers: dict[str, Tensor] = {}
 
     def builder(
@@ -74,6 +83,39 @@ class NativeCpuOps(CpuOps):
         bits = scheme.activation_bits if scheme else None
         packer = self._packer(name, parameter.shape, held, bits)
         return packer or super().builder(name, parameter, dtype, device)
+
+    def kept_weights(
+        self, placement: Placement, identity: str, dtype: torch.dtype, limit_bytes: int
+    ) -> WeightCache | None:
+        """The packed weights in moespan's cache folder."""
+        name = library_name(*self._flags)
+        parameters, pieces = placement.parameters, placement.pieces
+        made_from = repr((source_digest(), name, dtype, identity, parameters, pieces))
+        expected_bytes = placement.num_bytes(str(dtype).removeprefix("torch."))
+        try:
+            path = cache_path() / "weights"
+        except CacheError as error:
+            once(f"the packed weights are not kept for the next start: {error}")
+            return None
+        return WeightCache(path, made_from, expected_bytes, limit_bytes, self._checksum)
+
+    def _checksum(self, data: Tensor) -> int:
+        """The checksum of the memory of a vector.
+
+        Raises:
+            OSError: it is a mapped file that cannot be read.
+        """
+        checksum, error = c_uint64(), c_int()
+        self._kernels.moespan_checksum(
+            data.data_ptr(),
+            data.numel() * data.itemsize,
+            torch.get_num_threads(),
+            byref(checksum),
+            byref(error),
+        )
+        if error.value:
+            raise OSError(error.value, os.strerror(error.value))
+        return checksum.value
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """The parameter packed, if it is a matrix; the router with transposed memory."""
@@ -370,6 +412,3 @@ def _with_dense_tokens(heads: Tensor) -> Tensor:
 
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-__all__ = ["BuildError", "NativeCpuOps", "PackedWeight"]

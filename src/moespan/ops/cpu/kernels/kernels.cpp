@@ -6,7 +6,7 @@
 //
 // vectors.h: vectors of 16 lanes. amx.h: matrix instructions. packing.h: how weights and
 // activations lie in memory. int4.h: weights of 4 bits. products.h: matrix products and experts.
-// attention.h: attention over the paged cache.
+// attention.h: attention over the paged cache. checksum.h: checksums of weights in files.
 
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 9
 #error "this is GCC older than 9, which lacks vector types that the kernels use; set CXX to GCC 9 or newer, or clang"
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "checksum.h"
 
 extern "C" {
 
@@ -63,6 +64,26 @@ void moespan_round(const bf16* x, int64_t stride, int64_t rows, int64_t n, const
                    int8_t* to, float* scales) {
     for (int64_t r = 0; r < rows; r++)
         scales[r] = round_row(x + r * stride, n, maxima ? maxima + r : nullptr, to + r * n);
+}
+
+// The checksum of memory, which may be a mapped file. `error` gets 0, or the number of the error for
+// which pages cannot be read; the checksum then means nothing.
+void moespan_checksum(const void* data, int64_t bytes, int threads, uint64_t* checksum,
+                      int* error) {
+    const int64_t chunks = ceil_div(bytes, CHECKED_CHUNK);
+    std::vector<uint64_t> parts(chunks);
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : failed)
+    for (int64_t c = 0; c < chunks; c++) {
+        const char* at = (const char*)data + c * CHECKED_CHUNK;
+        const int64_t count = std::min(CHECKED_CHUNK, bytes - c * CHECKED_CHUNK);
+        const int found = ask_for_pages(at, count);
+        failed = std::max(failed, found);
+        if (!found) parts[c] = chunk_checksum(at, count);
+    }
+    *error = failed;
+    *checksum = 0;
+    for (uint64_t part : parts) *checksum = mixed(*checksum, part);
 }
 
 // x [rows, in] · Wᵀ + bias → y [rows, out].
