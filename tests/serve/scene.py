@@ -19,6 +19,7 @@ from moespan.serve.app import make_app
 from moespan.serve.auth import Keys
 from moespan.serve.life import Life, State
 from moespan.serve.options import ServeOptions
+from moespan.serve.page import page_routes
 from moespan.serve.served import ServedModel
 from moespan.serve.server import Server, listen
 from tests.serve.fake_ranks import INFO, FakeRanks, FakeStart, metrics
@@ -155,13 +156,15 @@ class Served:
     def __init__(self, options: ServeOptions, start: ScriptedStart, **model: Any) -> None:
         self.options = options
         self.start = start
-        self.life = Life(start, options, metrics())
+        counts = metrics()
+        self.life = Life(start, options, counts)
         self.ends: list[tuple[str, int]] = []
         self.app = make_app(
             quickstart(**model),
             self.life,
             Keys(options, {}),
             options,
+            more_routes=page_routes(self.life, counts, QUICKSTART, ranks_per_node=1),
             on_end=lambda route, status: self.ends.append((route, status)),
         )
         self.http = httpx.AsyncClient(

@@ -19,6 +19,7 @@ from moespan.serve.auth import Keys
 from moespan.serve.life import Life, OnNews, Ranks
 from moespan.serve.metrics import Metrics, metrics_route
 from moespan.serve.options import ServeOptions
+from moespan.serve.page import page_routes
 from moespan.serve.served import ServedModel
 from moespan.serve.server import Server, url_of
 from moespan.serve.upkeep import Upkeep, obey_signals
@@ -65,7 +66,10 @@ class Program:
             life,
             self.keys,
             options,
-            more_routes=[metrics_route(metrics)],
+            more_routes=[
+                metrics_route(metrics),
+                *page_routes(life, metrics, self.model.names[0], self.config.layout.world_size),
+            ],
             on_end=metrics.answered,
         )
         server = Server(app, options)

@@ -54,7 +54,7 @@ export class Panel {
     this.state = state;
     this.model.id = state.model;
     byId("model").textContent = state.model;
-    this.showHealth(state.state, state.reason);
+    this.showHealth(state.state, state.trouble);
     this.measureRate(state);
     if (!this.isShown) return;
     this.draw();
@@ -64,18 +64,18 @@ export class Panel {
   /** Draw everything anew, as after a change of the language. */
   draw() {
     if (!this.state) return;
-    this.showHealth(this.state.state, this.state.reason);
+    this.showHealth(this.state.state, this.state.trouble);
     this.drawFigures();
     this.drawCurve();
     this.drawRanks();
     this.drawHeat();
   }
 
-  showHealth(state, reason) {
-    const text = state === "ready" && reason ? word("silentRanks") : word(state) ?? state;
+  showHealth(state, trouble = "") {
+    const text = trouble ? word("trouble", trouble) : word(state) ?? state;
     const health = byId("health");
     if (health.textContent !== text) health.textContent = text;
-    health.className = `health ${HEALTHY.has(state) && !reason ? "good" : "bad"}`;
+    health.className = `health ${HEALTHY.has(state) && !trouble ? "good" : "bad"}`;
   }
 
   measureRate(state) {
@@ -95,7 +95,7 @@ export class Panel {
     const { state } = this;
     const asked = state.prefix_queried_tokens;
     const rows = [
-      ["running", state.running], ["waiting", state.waiting], ["streams", state.open_streams],
+      ["running", state.running], ["waiting", state.waiting], ["live", state.live_requests],
       ["rate", this.rate], ["kv", `${(100 * state.kv_usage).toFixed(1)} %`],
       ["prefix", asked ? `${(100 * state.prefix_hit_tokens / asked).toFixed(0)} %` : "–"],
       ["restarts", state.restarts], ["uptime", duration(state.uptime_s)],
@@ -117,8 +117,8 @@ export class Panel {
     const { ranks, layout } = this.state;
     byId("layout-name").textContent = `${layout}${this.state.about ? ` · ${this.state.about}` : ""}`;
     const nodes = grouped(ranks, (rank) => rank.node).map(([node, ofNode]) => group(word("node", node),
-      grouped(ofNode, (rank) => rank.pp).map(([stage, ofStage]) => group(word("stage", stage),
-        grouped(ofStage, (rank) => rank.dp).map(([replica, own]) => group(word("replica", replica),
+      grouped(ofNode, (rank) => rank.stage).map(([stage, ofStage]) => group(word("stage", stage),
+        grouped(ofStage, (rank) => rank.replica).map(([replica, own]) => group(word("replica", replica),
           [element("div", { class: "cells" }, ...own.map(rankElement))]))))));
     byId("ranks").replaceChildren(...nodes);
   }

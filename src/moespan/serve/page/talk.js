@@ -134,7 +134,10 @@ export class Talk {
     };
     for await (const event of events(isChat ? "v1/chat/completions" : "v1/completions", body, this.running.signal)) {
       if (event.usage) shown.tokens = event.usage.completion_tokens;
-      for (const choice of event.choices) shown.add(isChat ? choice.delta.content ?? "" : choice.text, tokensOf(choice, isChat), choice.finish_reason);
+      for (const choice of event.choices) {
+        const text = isChat ? choice.delta.content ?? "" : choice.text;
+        shown.add(text, isChat ? chatTokens(choice, shown.decoder) : textTokens(choice), choice.finish_reason);
+      }
     }
   }
 
@@ -168,22 +171,24 @@ export class Talk {
     const body = this.mode === "chat" ? { messages: this.messages(text) } : { prompt: text };
     try {
       const { count } = await ask("tokenize", { model: this.model.id, ...body });
-      byId("count").value = word("tokensOfPrompt", count);
+      if (text === byId("question").value) byId("count").value = word("tokensOfPrompt", count);
     } catch { byId("count").value = ""; }
   }
 }
 
-/** Tokens of a piece of an answer: their text, and pairs of an alternative and its probability. */
-function tokensOf(choice, isChat) {
-  const found = choice.logprobs;
-  if (!found) return null;
-  if (isChat) return (found.content ?? []).map((one) => ({
-    text: one.token, best: one.top_logprobs.map((other) => [other.token, Math.exp(other.logprob)]),
-  }));
-  return found.tokens.map((text, index) => ({
-    text, best: Object.entries(found.top_logprobs[index] ?? {}).map(([other, value]) => [other, Math.exp(value)]),
-  }));
-}
+const shares = (pairs) => pairs.map(([text, logprob]) => [text, Math.exp(logprob)]);
+
+/** Tokens of a piece of a chat: text, and pairs of an alternative and its probability. A token may hold a part of a character. */
+const chatTokens = (choice, decoder) => choice.logprobs?.content?.map((one) => ({
+  text: decoder.decode(new Uint8Array(one.bytes ?? []), { stream: true }),
+  own: one.token, best: shares(one.top_logprobs.map((other) => [other.token, other.logprob])),
+}));
+
+/** The same for a completion. A token that ends the answer brings no text. */
+const textTokens = (choice) => choice.text === "" ? [] : choice.logprobs?.tokens.map((own, index) => ({
+  text: choice.logprobs.tokens.length === 1 ? choice.text : own,
+  own, best: shares(Object.entries(choice.logprobs.top_logprobs[index] ?? {})),
+}));
 
 /** One question with its answer. */
 class Answer {
@@ -193,6 +198,7 @@ class Answer {
     this.mode = mode;
     this.tokens = 0;
     this.began = performance.now();
+    this.decoder = new TextDecoder();
     this.body = element("div", { class: "text" });
     this.note = element("p", { class: "quiet" });
     this.tools = element("p", { class: "tools", hidden: true },
@@ -213,7 +219,7 @@ class Answer {
     this.finishReason = finishReason ?? this.finishReason;
     const log = byId("answers");
     const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
-    if (tokens) this.body.append(...tokens.map(tokenElement));
+    if (tokens) this.body.append(...tokens.filter((token) => token.text).map(tokenElement));
     else this.body.append(text);
     if (isAtEnd) log.scrollTop = log.scrollHeight;
   }
@@ -250,14 +256,14 @@ function tokenElement(token) {
   const tip = byId("tip");
   const show = (event) => {
     tip.replaceChildren(...token.best.map(([text, share]) => element("div", {},
-      element("code", { textContent: JSON.stringify(text).slice(1, -1) }), ` ${(100 * share).toFixed(1)} %`)));
+      element("code", { textContent: JSON.stringify(text).slice(1, -1) }), share < 0.001 ? " < 0.1 %" : ` ${(100 * share).toFixed(1)} %`)));
     tip.hidden = false;
     const place = event.target.getBoundingClientRect();
     tip.style.left = `${Math.max(4, Math.min(place.left, innerWidth - tip.offsetWidth - 4))}px`;
     tip.style.top = `${place.bottom + 4 + tip.offsetHeight > innerHeight ? place.top - tip.offsetHeight - 4 : place.bottom + 4}px`;
   };
   const hide = () => { tip.hidden = true; };
-  const likely = token.best.find(([text]) => text === token.text)?.[1] ?? 0;
+  const likely = token.best.find(([text]) => text === token.own)?.[1] ?? 0;
   return element("span", {
     class: `token ${likely < 0.3 ? "unsure" : ""}`, tabIndex: 0, textContent: token.text, "aria-describedby": "tip",
     onmouseenter: show, onmouseleave: hide, onfocus: show, onblur: hide,
