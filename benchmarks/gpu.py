@@ -39,7 +39,7 @@ from torch import Tensor
 
 from moespan import LLM, ModelConfig, SamplingParams, __version__
 from moespan.checkpoint.loader import load_weights
-from moespan.checkpoint.placement import cache_bytes_per_token, place
+from moespan.checkpoint.placement import place
 from moespan.checkpoint.presets import PRESETS, preset
 from moespan.checkpoint.random import RandomSource
 from moespan.checkpoint.rounding import QuantizedWeight, quantize
@@ -47,12 +47,12 @@ from moespan.config import QUANTIZATIONS, SCHEMES, EngineConfig, Layout
 from moespan.device import DEVICES
 from moespan.engine.engine import Engine
 from moespan.engine.info import EngineInfo
+from moespan.engine.memory import fitting_blocks
 from moespan.engine.request import Request
 from moespan.engine.step import SampleRow, StepPlan, StepPlans
 from moespan.engine.worker import Worker
 from moespan.measure.probe import machine_name
 from moespan.measure.verify import Reference, verify
-from moespan.memory import available_bytes
 from moespan.ops import (
     AttentionBatch,
     ExpertBank,
@@ -386,12 +386,8 @@ class Bench:
         weights, self.loaded = load_weights(
             placement, source, dtype, self.device, new_builder=ops.builder
         )
-        block_bytes = self.config.block_size * cache_bytes_per_token(
-            config, Layout(), 0, self.config.cache_dtype
-        )
-        room = int(available_bytes(self.device) * DEVICES[args.device].cache_share // block_bytes)
-        wanted = max(sizes.decode_batch) * self.config.blocks_per_sequence
-        self.num_blocks = max(min(room, wanted), self.config.blocks_per_sequence)
+        fitting = fitting_blocks(self.config, config, mesh, ops)
+        self.num_blocks = max(fitting, self.config.blocks_per_sequence)
         self.worker = Worker(self.config, config, mesh, ops, weights, self.num_blocks)
         for cache in self.worker.caches:
             for part in cache.tensors:  # numbers such as keys and values are

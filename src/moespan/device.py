@@ -20,8 +20,13 @@ class Device:
         driver_files: glob below `/dev` of the files that the driver makes, one for each device;
             empty for the host's own processor.
         block_size: default tokens in one block of the KV cache.
-        cache_share: part of the memory left beside the weights that the KV cache may take; the
-            rest is for activations.
+        base_bytes: memory of a rank before it loads anything: of the host, Python and torch; of a
+            device, the runtime's context. A calibrated profile knows better.
+        slack: share of a step's tensors that the allocator holds beside them. The C library keeps
+            freed memory of tensors below 32 MB.
+        recorded_bytes: memory of one recorded decode step beside its tensors; a guess.
+        group_bytes: memory of a process group where its buffers have no size that we choose; a
+            guess, for the doctor and the planner only: the engine measures it.
         has_graphs: whether decode steps can be recorded as graphs.
         is_host: whether the device is the host's processor: its memory is the host's, all ranks of
             a node share both, and operations have finished when their call returns.
@@ -44,7 +49,10 @@ class Device:
     backend: str
     driver_files: str
     block_size: int
-    cache_share: float
+    base_bytes: int
+    slack: float = 0.0
+    recorded_bytes: int = 0
+    group_bytes: int = 0
     has_graphs: bool = False
     is_host: bool = False
     has_one_shot_sum: bool = False
@@ -69,7 +77,8 @@ NPU = Device(
     backend="hccl",
     driver_files="davinci[0-9]*",
     block_size=128,
-    cache_share=0.85,
+    base_bytes=512 << 20,
+    recorded_bytes=4 << 20,
     has_graphs=True,
     has_group_buffers=True,
     samples_in_integers=True,
@@ -89,7 +98,9 @@ CUDA = Device(
     backend="nccl",
     driver_files="nvidia[0-9]*",
     block_size=32,
-    cache_share=0.85,
+    base_bytes=512 << 20,
+    recorded_bytes=4 << 20,
+    group_bytes=256 << 20,
     has_graphs=True,
     has_one_shot_sum=True,
     draws_weights=True,
@@ -99,7 +110,8 @@ CPU = Device(
     backend="gloo",
     driver_files="",
     block_size=32,
-    cache_share=0.5,
+    base_bytes=256 << 20,
+    slack=0.4,
     is_host=True,
     own_options=("batch_invariant", "weight_cache_gb"),
     timed_bytes=(8 << 10, 1 << 20, 8 << 20),

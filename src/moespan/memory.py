@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from moespan.cgroups import available_memory_bytes
+from moespan.cgroups import available_memory_bytes, memory_limit_bytes
 from moespan.device import DEVICES
 
 # Tensors smaller than a huge page get ordinary pages; they take little memory in all.
@@ -101,6 +102,15 @@ def available_bytes(device: torch.device) -> int:
     return available if within_limits is None else min(available, within_limits)
 
 
+def total_bytes(device: torch.device) -> int:
+    """Memory of `device`; for a CPU, of the host, within the limits of cgroups."""
+    if not is_host(device):
+        _, total = torch.get_device_module(device).mem_get_info(device)
+        return int(total)
+    total, limit = _meminfo_bytes("MemTotal"), memory_limit_bytes()
+    return total if limit is None else min(total, limit)
+
+
 def reserved_bytes(device: torch.device) -> int:
     """Memory of `device` that torch's caching allocator holds; 0 for CPUs, which have none."""
     if is_host(device):
@@ -108,8 +118,62 @@ def reserved_bytes(device: torch.device) -> int:
     return int(torch.get_device_module(device).memory_reserved(device))
 
 
+def allocated_bytes(device: torch.device) -> int:
+    """Memory of this process's tensors on `device`; for a CPU, all of this process's memory."""
+    if is_host(device):
+        return _own_bytes("VmRSS")
+    return int(torch.get_device_module(device).memory_allocated(device))
+
+
+def most_allocated_bytes(device: torch.device) -> int:
+    """The most that `allocated_bytes` has been since `forget_most_allocated`."""
+    if is_host(device):
+        return _own_bytes("VmHWM")
+    return int(torch.get_device_module(device).max_memory_allocated(device))
+
+
+def forget_most_allocated(device: torch.device) -> None:
+    """Begin to look for `most_allocated_bytes` anew."""
+    if not is_host(device):
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # not allowed in some containers: the peak is then older
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def return_freed_memory() -> None:
+    """Give memory of the host that was freed back to the system, if the C library can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a whole tensor that are in memory: on the host, of the pages that were written."""
+    num_bytes = int(tensor.untyped_storage().nbytes())
+    if not on_host(tensor) or not num_bytes:
+        return num_bytes
+    page = mmap.PAGESIZE
+    start = tensor.untyped_storage().data_ptr() // page * page
+    length = tensor.untyped_storage().data_ptr() + num_bytes - start
+    pages = torch.empty(-(-length // page), dtype=torch.uint8)
+    library = ctypes.CDLL(None, use_errno=True)
+    arguments = ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_void_p(pages.data_ptr())
+    if library.mincore(*arguments):
+        raise OSError(ctypes.get_errno(), "mincore failed")
+    return min(int(pages.bitwise_and_(1).sum()) * page, num_bytes)
+
+
+def _own_bytes(key: str) -> int:
+    return _kib_line(Path("/proc/self/status"), key)
+
+
 def _meminfo_bytes(key: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    return _kib_line(Path("/proc/meminfo"), key)
+
+
+def _kib_line(path: Path, key: str) -> int:
+    """Bytes in the line `key: N kB`."""
+    for line in path.read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/meminfo has no {key}")
+    raise OSError(f"{path} has no {key}")

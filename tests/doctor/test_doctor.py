@@ -685,7 +685,7 @@ def test_the_16b_model_on_npus_of_64_gb(made: Made) -> None:
     finding = only(made.examine(job), "model", report.OK)
     assert "32.76 GB of weights" in finding.found and "224 KiB" in finding.found
     tp2 = npu_job(Layout(tp=2), model=MODEL, config=config_of(Layout(tp=2)))
-    assert "0.05 GB of HCCL buffers" in only(made.examine(tp2), "model", report.OK).found
+    assert "0.05 GB of communicators" in only(made.examine(tp2), "model", report.OK).found
 
 
 def test_a_model_that_does_not_fit(made: Made) -> None:
@@ -709,8 +709,10 @@ def test_unknown_device_memory_is_not_guessed(made: Made) -> None:
 def test_the_fullest_rank_decides() -> None:
     one = fit(config_of(Layout()), MODEL, 64 << 30)
     staged = fit(config_of(Layout(pp=2)), MODEL, 64 << 30)
-    assert one.weight_bytes / 2 < staged.weight_bytes < one.weight_bytes
-    assert one.hccl_bytes == 0 and fit(config_of(Layout(tp=2), "cpu"), MODEL, 1).hccl_bytes == 0
+    whole, half = one.memory.weight_bytes, staged.memory.weight_bytes
+    assert whole / 2 < half < whole
+    assert not one.has_communicators
+    assert not fit(config_of(Layout(tp=2), "cpu"), MODEL, 1).has_communicators
 
 
 # Variables that contradict each other

@@ -17,8 +17,6 @@ from moespan.config import ModelConfig
 from moespan.device import DEVICES
 from moespan.errors import ConfigError
 
-# Devices whose random numbers follow from seed and shape alone.
-
 
 class RandomSource:
     """Random weights that are a pure function of the seed and the tensor's name.
@@ -77,7 +75,11 @@ class RandomSource:
         std = 1.0 if name == "model.embed_tokens.weight" else math.prod(shape[1:]) ** -0.5
         first = rows.start // self.CHUNK_ROWS
         last = -(-rows.stop // self.CHUNK_ROWS)
-        drawn = []
+        # Each chunk is rounded when it is drawn, so that no whole float32 tensor exists.
+        lengths = _lengths(columns, shape[1:])
+        every_row = (slice(None), *columns)
+        drawn = torch.empty((rows.stop - rows.start, *lengths), dtype=self.dtype, **self._options)
+        at = 0
         for chunk in range(first, last):
             start = chunk * self.CHUNK_ROWS
             stop = min(start + self.CHUNK_ROWS, shape[0])
@@ -86,11 +88,16 @@ class RandomSource:
             values = torch.empty((stop - start, *shape[1:]), **self._options)
             values.normal_(0.0, std, generator=generator)
             mine = slice(max(rows.start - start, 0), min(rows.stop, stop) - start)
-            here = (mine, *columns)
-            drawn.append(values[here].to(self.dtype))
-        if not drawn:
-            return torch.empty((0, *shape[1:]), dtype=self.dtype, **self._options)
-        return torch.cat(drawn)
+            count = mine.stop - mine.start
+            drawn[at : at + count] = values[mine][every_row]
+            at += count
+        return drawn
+
+
+def _lengths(columns: Sequence[slice], whole: Sequence[int]) -> list[int]:
+    """Elements that slices of all but the first dim leave; without slices the `whole` dims."""
+    cut = zip(columns or [slice(None)] * len(whole), whole, strict=True)
+    return [len(range(length)[part]) for part, length in cut]
 
 
 def make_checkpoint(

@@ -262,6 +262,22 @@ def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="KV blocks (default: what fits the free memory)",
     )
+    _add(
+        parser,
+        "memory_reserve",
+        "--memory-reserve",
+        type=float,
+        metavar="SHARE",
+        help="share of the memory that stays free when the KV cache is sized "
+        f"({_default('memory_reserve'):g})",
+    )
+    _add(
+        parser,
+        "memory_reserve",
+        "--gpu-memory-utilization",
+        type=lambda text: 1 - float(text),
+        help=argparse.SUPPRESS,
+    )
 
 
 def _add_step_flags(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,8 @@ class EngineOptions:
         kv_cache_dtype: dtype of the KV cache: `auto` for the engine's dtype, or `int8`.
         max_num_batched_tokens: most tokens in one step; longer prompts are prefilled in chunks.
         num_blocks: blocks of the KV cache; None sizes the cache from the free memory.
+        memory_reserve: share of a device's memory, or of the host's, that stays free when the cache
+            is sized. Weights, activations and graphs are counted beside it.
         enable_prefix_caching: whether finished blocks are kept and shared by equal prefixes.
         moe_dispatch: how tokens reach experts on other ranks (`moespan.parallel.dispatch`).
         seed: seed of dummy weights, and of the requests that bring no seed of their own.
@@ -79,6 +81,7 @@ class EngineOptions:
     kv_cache_dtype: str = "auto"
     max_num_batched_tokens: int = 2048
     num_blocks: int | None = None
+    memory_reserve: float = 0.03
     enable_prefix_caching: bool = True
     moe_dispatch: str = "auto"
     seed: int = 0
@@ -107,6 +110,11 @@ class EngineOptions:
         check_choice("moe_dispatch", self.moe_dispatch, DISPATCHES)
         check_choice("npu_weight_format", self.npu_weight_format, WEIGHT_FORMATS)
         check_positive("max_num_batched_tokens", self.max_num_batched_tokens)
+        if not 0 <= self.memory_reserve < 1:
+            raise ConfigError(
+                f"memory_reserve={self.memory_reserve} must be a share from 0 to below 1, such as "
+                "0.03"
+            )
         if not 0 < self.step_timeout_s <= COLLECTIVE_TIMEOUT_S:
             raise ConfigError(
                 f"step_timeout_s={self.step_timeout_s} must be above 0 and at most "

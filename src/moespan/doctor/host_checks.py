@@ -147,9 +147,11 @@ def _host_tuning(host: Host, nodes: int) -> Iterator[Finding]:
 
 
 def _fit_finding(fits: Fit, job: JobSpec) -> Finding:
+    parts = fits.memory
     words = (
-        f"{job.layout}, per rank: {fits.weight_bytes / 1e9:.2f} GB of weights"
-        + (f", {fits.hccl_bytes / 1e9:.2f} GB of HCCL buffers" if fits.hccl_bytes else "")
+        f"{job.layout}, per rank: {parts.weight_bytes / 1e9:.2f} GB of weights"
+        + f", {(parts.activation_bytes + parts.graph_bytes) / 1e9:.2f} GB for steps"
+        + (f", {parts.communicator_bytes / 1e9:.2f} GB of communicators" * fits.has_communicators)
         + f", {fits.cache_bytes_per_token / 1024:g} KiB of KV cache a token"
     )
     if fits.room_bytes is None:

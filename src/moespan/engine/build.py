@@ -21,19 +21,18 @@ from moespan import log
 from moespan.checkpoint.building import KeptWeights, Loaded
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.loader import LoadReport, load_weights
-from moespan.checkpoint.placement import Placement, cache_bytes_per_token, place
+from moespan.checkpoint.placement import Placement, place
 from moespan.checkpoint.random import RandomSource
 from moespan.checkpoint.source import SafetensorsSource, Source
 from moespan.config import EngineConfig, ModelConfig
-from moespan.device import DEVICES
 from moespan.engine.engine import Engine
-from moespan.engine.graphs import scratch_blocks
 from moespan.engine.info import EngineInfo
 from moespan.engine.masks import with_masks
+from moespan.engine.memory import MemoryWatch, fitting_blocks
+from moespan.engine.reports import collect_reports, send_report
 from moespan.engine.step import Close, FromLeader, Report, StepPlans
 from moespan.engine.worker import Worker
 from moespan.errors import ConfigError
-from moespan.memory import available_bytes
 from moespan.model.network import Weights
 from moespan.ops import Ops, ops_for
 from moespan.parallel import fused
@@ -55,6 +54,7 @@ def build_leader(config: EngineConfig, mesh: Mesh) -> Engine:
     model_config = ModelConfig.from_pretrained(config.model)
     tokenizer = Tokenizer.from_pretrained(config.model)
     worker, num_blocks, report = _build_worker(config, model_config, mesh)
+    memory = collect_reports(worker, Report("memory"))
     info = EngineInfo(
         model=config.model,
         layout=config.layout,
@@ -68,6 +68,7 @@ def build_leader(config: EngineConfig, mesh: Mesh) -> Engine:
         load_s=report.seconds,
         read_bytes=report.read_bytes,
         weight_bytes=report.held_bytes,
+        memory=memory,
     )
     return Engine(config, model_config, worker, tokenizer, info)
 
@@ -83,6 +84,7 @@ def follow(config: EngineConfig, mesh: Mesh) -> EngineConfig | None:
     """
     model_config = ModelConfig.from_pretrained(config.model)
     worker, _, _ = _build_worker(config, model_config, mesh)
+    send_report(worker, Report("memory"))
     decoder = msgspec.msgpack.Decoder(FromLeader)
     while True:
         message = decoder.decode(mesh.control.receive_broadcast())
@@ -93,7 +95,7 @@ def follow(config: EngineConfig, mesh: Mesh) -> EngineConfig | None:
             if result is not None:
                 mesh.control.send(msgspec.msgpack.encode(result.wait()), "result")
         elif isinstance(message, Report):
-            mesh.control.send(msgspec.msgpack.encode(mesh.traffic.rows()), "report")
+            send_report(worker, message)
         elif isinstance(message, Close):
             mesh.close()
             return message.config
@@ -106,12 +108,16 @@ def _build_worker(
     config.check(model_config)
     ops = ops_for(config.device, config)
     _check_device(config, model_config, ops)
+    watch = MemoryWatch(mesh)
     weights, report = _load(config, model_config, mesh, ops)
+    watch.loaded()
     started = time.perf_counter()
     num_blocks = _agree_on_blocks(config, model_config, mesh, ops, report.mapped_bytes)
     # Waiting for the slowest rank is part of loading.
     seconds = report.seconds + time.perf_counter() - started
     worker = Worker(config, model_config, mesh, ops, weights, num_blocks)
+    watch.started(worker)
+    worker.memory = watch.measure
     return worker, num_blocks, replace(report, seconds=seconds)
 
 
@@ -260,7 +266,7 @@ def _agree_on_blocks(
     config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops, mapped_bytes: int
 ) -> int:
     """Blocks of the KV cache, as many as the rank with the least memory has room for."""
-    num_blocks = config.num_blocks or _fitting_blocks(config, model_config, mesh, ops, mapped_bytes)
+    num_blocks = config.num_blocks or fitting_blocks(config, model_config, mesh, ops, mapped_bytes)
     num_blocks = mesh.control.smallest(num_blocks)
     if num_blocks < config.blocks_per_sequence:
         raise ConfigError(
@@ -269,21 +275,3 @@ def _agree_on_blocks(
             f"{config.blocks_per_sequence}; lower max_model_len, or use more ranks"
         )
     return num_blocks
-
-
-def _fitting_blocks(
-    config: EngineConfig, model_config: ModelConfig, mesh: Mesh, ops: Ops, mapped_bytes: int
-) -> int:
-    """Blocks that this rank has room for, and not more than all sequences can use.
-
-    Args:
-        mapped_bytes: bytes of this rank's weights in pages of a file, which count as free.
-    """
-    token_bytes = cache_bytes_per_token(model_config, config.layout, mesh.rank, config.cache_dtype)
-    device = DEVICES[config.device]
-    ranks_that_share = mesh.ranks_here if device.is_host else 1
-    room_bytes = available_bytes(mesh.device) / ranks_that_share - mapped_bytes
-    room = room_bytes * device.cache_share
-    wanted = config.max_num_seqs * config.layout.pp * config.blocks_per_sequence
-    fitting = int(room // (token_bytes * config.block_size)) - scratch_blocks(config, ops)
-    return min(wanted, max(fitting, 0))

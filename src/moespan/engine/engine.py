@@ -21,8 +21,9 @@ from moespan.engine.info import EngineInfo, EngineStats, Pulse
 from moespan.engine.masks import send_masks, without_masks
 from moespan.engine.pace import Pace
 from moespan.engine.preparation import Preparation
-from moespan.engine.questions import Question, Stats, Trace, Traffic
+from moespan.engine.questions import Memory, Question, Stats, Trace, Traffic
 from moespan.engine.replicas import Replicas
+from moespan.engine.reports import collect_reports
 from moespan.engine.request import OutputDelta, Request, check_request, refusal
 from moespan.engine.results import Pending, collect_results
 from moespan.engine.scheduler import SequenceUpdate
@@ -30,7 +31,6 @@ from moespan.engine.step import Close, FromLeader, Heartbeat, Report, StepPlans,
 from moespan.engine.trace import Observation, check_trace, collect_trace, trace_plan
 from moespan.engine.worker import Worker
 from moespan.errors import EngineDeadError, RequestError, shown
-from moespan.parallel.counters import TrafficRows
 from moespan.text.tokenizer import Tokenizer
 
 
@@ -139,8 +139,11 @@ class Engine:
                 self._settle()
             if isinstance(question, Stats):
                 return EngineStats.total([EngineStats.of(s) for s in self._replicas.schedulers])
-            if isinstance(question, Traffic):
-                return self._traffic()
+            if isinstance(question, Traffic | Memory):
+                self._settle()
+                report = Report("memory" if isinstance(question, Memory) else "traffic")
+                self._broadcast(report)
+                return collect_reports(self._worker, report)
             if isinstance(question, Trace):
                 return self._trace(question.token_ids)
         raise TypeError(f"{type(question).__name__} is no question to an engine")
@@ -184,13 +187,6 @@ class Engine:
                 f"a step of the engine was cut short by {type(error).__name__}; start a new engine"
             )
             raise
-
-    def _traffic(self) -> list[TrafficRows]:
-        self._settle()
-        self._broadcast(Report())
-        own = self._mesh.traffic.rows()
-        others = range(1, self._mesh.layout.world_size)
-        return [own, *(_decode_traffic(self._mesh.control.receive(rank)) for rank in others)]
 
     def _trace(self, token_ids: list[int]) -> list[Observation]:
         scheduler = self._replicas.schedulers[0]
@@ -246,6 +242,3 @@ class Engine:
         if delta.finish_reason is not None:  # a stop string may have ended it
             self._replicas.finish(update.sequence)
         return delta
-
-
-_decode_traffic = msgspec.msgpack.Decoder(TrafficRows).decode

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from moespan.config import Layout
+from moespan.planner.memory import RankMemory
 
 if TYPE_CHECKING:
     from moespan.engine.scheduler import Scheduler
@@ -26,6 +27,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         num_blocks, block_size: blocks of the KV cache and tokens in each.
         load_s: seconds of loading the weights, on the slowest rank.
         read_bytes, weight_bytes: bytes that the leader read, and bytes of its weights.
+        memory: what each rank takes, in the order of ranks, before the first step (`LLM.memory`
+            tells it later).
         binding: cores and memory of the ranks, as lines of text; empty if they are not bound.
     """
 
@@ -41,6 +44,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_s: float
     read_bytes: int
     weight_bytes: int
+    memory: list[RankMemory] = []
     binding: list[str] = []
 
 

@@ -13,6 +13,7 @@ import msgspec
 from moespan.engine.info import EngineStats
 from moespan.engine.trace import Observation
 from moespan.parallel.counters import TrafficRows
+from moespan.planner.memory import RankMemory
 
 A = TypeVar("A")
 
@@ -38,6 +39,10 @@ class Traffic(Question[list[TrafficRows]], frozen=True, tag="traffic"):
     """
 
 
+class Memory(Question[list[RankMemory]], frozen=True, tag="memory"):
+    """What each rank takes by part, in the order of ranks. The steps in flight end first."""
+
+
 class Trace(Question[list[Observation]], frozen=True, tag="trace"):
     """Values inside the network for one prompt, computed in one step, in the network's order.
 
@@ -48,4 +53,4 @@ class Trace(Question[list[Observation]], frozen=True, tag="trace"):
     token_ids: list[int]
 
 
-AnyQuestion = Stats | Traffic | Trace
+AnyQuestion = Stats | Traffic | Memory | Trace

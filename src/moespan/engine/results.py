@@ -12,6 +12,7 @@ from moespan.engine.sampler import Sampling, token_logprobs
 from moespan.engine.step import PromptRow, PromptScores, StepPlan, StepResult
 from moespan.parallel.beats import Beat, named
 from moespan.parallel.mesh import Mesh
+from moespan.planner.memory import REPORTED_ROWS
 
 _DEVICE_WAIT = named("the wait for the device", "", "", ())
 
@@ -39,7 +40,7 @@ class Pending:
         for prompt in self._plan.prompts:
             assert self._prompt_logits is not None
             count = self._plan.query_lens[prompt.sequence]
-            prompts.append(_score(self._prompt_logits[at : at + count].float(), prompt))
+            prompts.append(_score(self._prompt_logits[at : at + count], prompt))
             at += count
         samples = self.sampling.wait()
         self._beat.leave()
@@ -80,11 +81,15 @@ def logit_rows(plan: StepPlan) -> list[int]:
 
 
 def _score(logits: Tensor, prompt: PromptRow) -> PromptScores:
-    """The scores of one sequence's query tokens, from float32 logits [Q, V]."""
-    logprobs = (
-        []
-        if prompt.logprobs is None or not prompt.targets
-        else token_logprobs(logits[: len(prompt.targets)], prompt.targets, prompt.logprobs)
-    )
-    raw = logits.cpu().numpy().tobytes() if prompt.logits else b""
+    """The scores of one sequence's query tokens, from logits [Q, V] in the activations' dtype.
+
+    A few rows at a time become float32: all at once would take more than any other part of a step.
+    """
+    logprobs = []
+    if prompt.logprobs is not None:
+        for at in range(0, len(prompt.targets), REPORTED_ROWS):
+            targets = prompt.targets[at : at + REPORTED_ROWS]
+            rows = logits[at : at + len(targets)].float()
+            logprobs += token_logprobs(rows, targets, prompt.logprobs)
+    raw = logits.float().cpu().numpy().tobytes() if prompt.logits else b""
     return PromptScores(logprobs, raw)

@@ -6,6 +6,8 @@ no positions and no cache slots, because they follow from its other fields.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from moespan.config import EngineConfig
@@ -132,7 +134,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
 
 
 class Report(msgspec.Struct, frozen=True, tag="report"):
-    """Every follower sends its traffic counters."""
+    """Every follower sends its traffic counters, or what memory it takes."""
+
+    what: Literal["traffic", "memory"] = "traffic"
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from moespan.parallel.dispatch import Dispatch
 from moespan.parallel.mesh import Mesh
 from moespan.parallel.pipeline import StageLink
 from moespan.parallel.tokens import split_evenly, tp_group_tokens
+from moespan.planner.memory import RankMemory
 
 _EMPTY_PLAN = StepPlan(
     step=0, token_ids=[], query_lens=[], context_lens=[], block_tables=[], samples=[]
@@ -32,6 +35,7 @@ class Worker:
 
     Attributes:
         trace: values inside the network in the last step, if its plan asked for them.
+        memory: what this rank takes (`moespan.engine.memory`).
 
     Args:
         num_blocks: blocks of the KV cache, the same on every rank.
@@ -48,6 +52,7 @@ class Worker:
     ) -> None:
         self.mesh = mesh
         self.trace: list[Observation] = []
+        self.memory: Callable[[], RankMemory] = RankMemory
         self.block_size = config.block_size
         dtype = getattr(torch, config.dtype)
         self._dispatch = Dispatch(model_config, mesh, config.moe_dispatch, dtype.itemsize)

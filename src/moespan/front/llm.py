@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from moespan.config import Layout
 from moespan.engine.interrupts import hold_interrupts
-from moespan.engine.questions import Stats, Trace, Traffic
+from moespan.engine.questions import Memory, Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams, refusal
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError, shown
 from moespan.front.outputs import RequestOutput
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moespan.engine.info import EngineInfo, EngineStats
     from moespan.engine.trace import Observation
     from moespan.parallel.counters import TrafficRows
+    from moespan.planner.memory import RankMemory
 
 P = ParamSpec("P")
 Self_ = TypeVar("Self_")
@@ -255,6 +256,11 @@ class LLM:
         """Calls and bytes that each rank has sent to others since the start or `relayout`: rows of
         axis, collective, module, calls and bytes. Steps in flight end first."""
         return self._client.ask(Traffic())
+
+    def memory(self) -> list[RankMemory]:
+        """Bytes that each rank takes, by part, measured since the start or `relayout`. Steps in
+        flight end first."""
+        return self._client.ask(Memory())
 
     def trace(self, token_ids: list[int]) -> list[Observation]:
         """Values inside the network for one prompt, layer after layer.

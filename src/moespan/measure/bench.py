@@ -18,12 +18,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from moespan.config import EngineConfig, ModelConfig
 from moespan.device import DEVICES
 from moespan.engine.request import OutputDelta, SamplingParams
 from moespan.errors import ConfigError, MoespanError
 from moespan.front.llm import LLM
 from moespan.measure.probe import Probe, machine_name
+from moespan.planner.memory import RankMemory
 from moespan.planner.work import Limits, Work, step_work
 from moespan.version import __version__
 
@@ -242,12 +245,14 @@ class _Measurements:
         limits: mean of the limits before and after each of `speeds`.
         probes: all measurements of the limits, in their order.
         peak_bytes: peak memory of the engine on this machine.
+        memory: what each rank takes, by part.
     """
 
     speeds: dict[Case, list[Speed]]
     limits: dict[Case, list[Limits]]
     probes: list[Limits]
     peak_bytes: int = 0
+    memory: Sequence[RankMemory] = ()
 
 
 def _measure_all(llm: LLM, cases: list[Case], repeats: int, num_devices: int) -> _Measurements:
@@ -266,6 +271,7 @@ def _measure_all(llm: LLM, cases: list[Case], repeats: int, num_devices: int) ->
                 found.probes.append(probe())
                 found.limits[case].append(Limits.mean(*found.probes[-2:]))
         found.peak_bytes = peak_rss_bytes(without=probe.pid)
+    found.memory = llm.memory()
     return found
 
 
@@ -295,6 +301,7 @@ def _report(llm: LLM, workload: Workload, found: _Measurements) -> dict[str, Any
         "bandwidth_range_GBps": [min(bandwidths) / 1e9, max(bandwidths) / 1e9],
         "peak_rss_bytes": found.peak_bytes,
         "weight_bytes": info.weight_bytes,
+        "memory": msgspec.to_builtins(found.memory),
         "load_s": info.load_s,
     }
 

@@ -42,6 +42,7 @@ class Axis:
         name: name of the axis, for the counters.
         size: ranks along the axis.
         rank: index of this rank along the axis.
+        group: the process group; None for a single rank.
         one_shot: sums small messages faster than the group does; None if not available.
     """
 
@@ -59,7 +60,7 @@ class Axis:
         self.size = len(ranks)
         self.rank = rank
         self._ranks = ranks
-        self._group = group
+        self.group = group
         self._traffic = traffic or Traffic()
         self.one_shot = one_shot
         self._beat = beat or Beat()
@@ -77,7 +78,7 @@ class Axis:
             if self.one_shot is not None and self.one_shot.takes(x):
                 x = self.one_shot(x)
             else:
-                dist.all_reduce(x, group=self._group)
+                dist.all_reduce(x, group=self.group)
             self._beat.leave()
         return x
 
@@ -86,7 +87,7 @@ class Axis:
         if self.size > 1 and x.numel():
             self._count("all_reduce", module, _bytes(x))
             self._enter("all_reduce", module)
-            dist.all_reduce(x, dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
             self._beat.leave()
         return x
 
@@ -101,7 +102,7 @@ class Axis:
         if x.numel():
             self._count("all_gather", module, _bytes(x))
             self._enter("all_gather", module)
-            _all_gather(gathered, x.contiguous(), group=self._group)
+            _all_gather(gathered, x.contiguous(), group=self.group)
             self._beat.leave()
         return gathered
 
@@ -116,7 +117,7 @@ class Axis:
         if x.numel():
             self._count("reduce_scatter", module, _bytes(x))
             self._enter("reduce_scatter", module)
-            _reduce_scatter(part, x.contiguous(), group=self._group)
+            _reduce_scatter(part, x.contiguous(), group=self.group)
             self._beat.leave()
         return part
 
@@ -135,7 +136,7 @@ class Axis:
         self._count("all_to_all", module, elsewhere * row_bytes)
         received = x.new_empty((sum(receive_rows), *x.shape[1:]))
         self._enter("all_to_all", module)
-        dist.all_to_all_single(received, x.contiguous(), receive_rows, send_rows, group=self._group)
+        dist.all_to_all_single(received, x.contiguous(), receive_rows, send_rows, group=self.group)
         self._beat.leave()
         return received
 
@@ -145,7 +146,7 @@ class Axis:
             if self.rank == 0:
                 self._count("broadcast", module, _bytes(x))
             self._enter("broadcast", module)
-            dist.broadcast(x, self._ranks[0], group=self._group)
+            dist.broadcast(x, self._ranks[0], group=self.group)
             self._beat.leave()
         return x
 
@@ -160,7 +161,7 @@ class Axis:
         self._count("send", module, _bytes(x))
         x = x.contiguous()
         self._enter("send", module, to)
-        work = dist.isend(x, self._ranks[to], group=self._group)
+        work = dist.isend(x, self._ranks[to], group=self.group)
         assert work is not None
         self._sending.append((work, x))
         if len(self._sending) > self.size:
@@ -171,9 +172,16 @@ class Axis:
         """Fill `x` with the tensor that rank `source` of the axis sends, and return it."""
         if x.numel():
             self._enter("receive", "", source)
-            dist.recv(x, self._ranks[source], group=self._group)
+            dist.recv(x, self._ranks[source], group=self.group)
             self._beat.leave()
         return x
+
+    def pass_on(self, x: torch.Tensor) -> None:
+        """Pass `x` from the first rank of the axis to the last one, uncounted."""
+        if self.rank > 0:
+            dist.recv(x, self._ranks[self.rank - 1], group=self.group)
+        if self.rank + 1 < self.size:
+            dist.send(x, self._ranks[self.rank + 1], group=self.group)
 
     def count_in_kernel(self, collective: str, module: str, num_bytes: int) -> None:
         """Count a collective that an operator of an NPU runs by itself over `communicator`."""
@@ -182,8 +190,8 @@ class Axis:
     @cached_property
     def communicator(self) -> str:
         """The name of this axis's HCCL communicator, for operators that communicate."""
-        assert self._group is not None
-        backend: Any = self._group._get_backend(torch.device("npu"))
+        assert self.group is not None
+        backend: Any = self.group._get_backend(torch.device("npu"))
         return str(backend.get_hccl_comm_name(self.rank))
 
     def finish(self) -> None:
@@ -292,6 +300,21 @@ class Mesh:
             for name, lines in _axes(layout, moe_dispatch).items():
                 setattr(mesh, name, mesh._axis(name, lines))
         return mesh
+
+    def connect(self) -> None:
+        """Open all communicators, so that their memory is taken before the rest is given away.
+
+        Ranks of a device open them with their first message otherwise. All ranks call it together.
+        Nothing is counted.
+        """
+        if DEVICES[self.device.type].is_host:
+            return
+        x = torch.zeros(1, device=self.device)
+        for group in self._groups.values():
+            # Stages only send to their neighbours. A collective would open one more communicator.
+            if group is not self.pp.group:
+                dist.all_reduce(x, group=group)
+        self.pp.pass_on(x)
 
     @property
     def is_leader(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moespan.cache_folder import CacheError, cache_path
 from moespan.checkpoint.building import Builder
+from moespan.checkpoint.panels import INT4_GROUP, is_matrix, leaf, padded, takes_rows
 from moespan.checkpoint.placement import Parameter, Placement
 from moespan.checkpoint.rounding import QuantizedWeight
 from moespan.errors import ConfigError
@@ -20,15 +21,13 @@ from moespan.log import once
 from moespan.memory import zeros
 from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Rotation, Weight
 from moespan.ops.cpu.compiler import library, library_name
-from moespan.ops.cpu.packing import INT4, PackedBuilder, PackedWeight, padded
+from moespan.ops.cpu.packing import INT4, PackedBuilder, PackedWeight
 from moespan.ops.cpu.plain import CpuOps
 from moespan.ops.cpu.weight_cache import WeightCache
 from moespan.version import source_digest
 
 _LANES = 16
 _MOST_HEAD_SIZE = 256
-_LINEAR = ("qkv", "out", "gate_up", "down", "head")
-_INT4_GROUP = 32
 
 # The parameters of each kernel as `kernels/kernels.cpp` declares them. p is a pointer, n an int64,
 # i an int, f a float.
@@ -120,16 +119,16 @@ class NativeCpuOps(CpuOps):
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """The parameter packed, if it is a matrix; the router with transposed memory."""
         if isinstance(weight, QuantizedWeight):
-            if weight.group_size == _INT4_GROUP and _leaf(name) in _LINEAR:
-                return self._pack_int4(weight, _leaf(name) == "gate_up")
+            if weight.group_size == INT4_GROUP and is_matrix(name):
+                return self._pack_int4(weight, leaf(name) == "gate_up")
             values, scales, bits = weight.values, weight.scales, weight.activation_bits
         else:
-            if _leaf(name) == "router":
+            if leaf(name) == "router":
                 return weight.t().contiguous().t()
             values, scales, bits = weight, None, None
         packer = self._packer(name, tuple(values.shape), values.dtype, bits)
         if packer is None:
-            if _leaf(name) in _LINEAR:
+            if is_matrix(name):
                 self._leave_to_torch(f"{name} of shape {list(values.shape)} as {values.dtype}")
             return super().prepare(name, weight)
         packer.put_all(values, scales)
@@ -144,20 +143,17 @@ class NativeCpuOps(CpuOps):
         Args:
             bits: of the activations that integers meet; None for bfloat16.
         """
-        if _leaf(name) not in _LINEAR or dtype not in (torch.bfloat16, torch.int8):
+        if dtype not in (torch.bfloat16, torch.int8) or not is_matrix(name):
             return None
-        *_, out, width = shape
-        is_gate_up = _leaf(name) == "gate_up"
-        # One instruction reads four bytes of a row. The rows of `down` come from gate_up's outputs.
-        rows = [width, out // 2 if is_gate_up else 0]
-        if any(row * dtype.itemsize % 4 for row in rows):
+        if not takes_rows(name, shape, dtype.itemsize):
             return None
+        is_gate_up = leaf(name) == "gate_up"
         return PackedBuilder(self._kernels, shape, bits, is_gate_up)
 
     def _pack_int4(self, weight: QuantizedWeight, is_gate_up: bool) -> PackedWeight:
         values = weight.values.contiguous()
         out, count = values.shape[-2], values.shape[:-2].numel()
-        width = weight.scales.shape[-1] * _INT4_GROUP
+        width = weight.scales.shape[-1] * INT4_GROUP
         padded_out = padded(out, is_gate_up)
         # Half a byte for each weight, two for each scale.
         row_bytes = width // 2 + weight.scales.shape[-1] * 2
@@ -394,10 +390,6 @@ class NativeCpuOps(CpuOps):
         if buffer is None or len(buffer) < num_bytes:
             buffer = self._buffers[name] = zeros((num_bytes,), torch.uint8, torch.device("cpu"))
         return int(buffer.data_ptr())
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _are_packed(gate_up: Weight, down: Weight) -> bool:

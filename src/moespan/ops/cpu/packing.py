@@ -8,22 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moespan.checkpoint.panels import PANEL, padded
 from moespan.checkpoint.placement import Piece
 from moespan.checkpoint.rounding import check_scales, quantize
 from moespan.memory import zeros
 
-_LANES, _PANEL = 16, 32
+_LANES = 16
 _BF16, _W8A8, _W8A16, INT4 = range(4)
 
 # Rows are rounded in chunks of about this many elements, and packed while a cache holds them.
 _CHUNK = 1 << 18
-
-
-def padded(out: int, is_gate_up: bool) -> int:
-    """Channels of the panels that hold `out` channels. In a gate-up matrix, gate and up are padded
-    separately."""
-    halves = 2 if is_gate_up else 1
-    return _PANEL * -(-out // halves // (_PANEL // halves))
 
 
 @dataclass(frozen=True)
@@ -159,7 +153,7 @@ class PackedBuilder:
     def _by_channel(self, x: Tensor) -> Tensor:
         """[count, out] in the order of rows → [count, padded out] in the order of channels."""
         halves = 2 if self._is_gate_up else 1
-        panels, lanes = self._padded_out // _PANEL, _PANEL // halves
+        panels, lanes = self._padded_out // PANEL, PANEL // halves
         padded = x.new_zeros(self._count, halves, panels * lanes)
         padded[..., : self._out // halves] = x.view(self._count, halves, -1)
         by_panel = padded.view(self._count, halves, panels, lanes).transpose(1, 2)
