@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Generates text with a DeepSeek-MoE model under any layout.
+# Generates text with a DeepSeek-MoE model under any layout, or serves it over HTTP.
 #
 #   bash run.sh                                       the quickstart model, on what is here
 #   MODEL=/data/deepseek_16B/ TP=8 bash run.sh        a real checkpoint on 8 ranks
 #   TP=2 PP=2 bash run.sh                             another layout
 #   EP=8 bash run.sh                                  experts spread over 8 ranks
+#   bash run.sh serve                                 an OpenAI-compatible server on port 8000
 #   bash run.sh --prompt "sort 40 7 93:" --json       any flag of `moespan generate`
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash run.sh      one of two servers; Slurm, MPI and
 #                                                     others say the same: --print-env shows it
@@ -17,7 +18,14 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/setup.sh
-setup ""
+VERB=generate
+if [ "${1:-}" = serve ]; then
+    VERB=serve
+    shift
+    setup "[serve]"
+else
+    setup ""
+fi
 
 MODEL="${MODEL:-models/quickstart}"
 if [ -z "${TP:-}${PP:-}${SP:-}${DP:-}" ]; then
@@ -26,7 +34,8 @@ if [ -z "${TP:-}${PP:-}${SP:-}${DP:-}" ]; then
     # tp inside a server and pp between servers sends the least over the network.
     PP="$("$PYTHON" -m moespan.machine.cluster "$@")"
 fi
-case " $* " in
+case "$VERB $* " in
+    "serve "*) ;;
     *" --prompt "* | *" --prompt="* | *" --input "* | *" --input="* | *" --help "* | *" -h "*) ;;
     *)
         if [ "$MODEL" = models/quickstart ]; then
@@ -39,5 +48,5 @@ case " $* " in
         fi
         ;;
 esac
-exec "$PYTHON" -m moespan generate "$MODEL" -tp "${TP:-1}" -ep "${EP:-1}" -pp "${PP:-1}" \
+exec "$PYTHON" -m moespan "$VERB" "$MODEL" -tp "${TP:-1}" -ep "${EP:-1}" -pp "${PP:-1}" \
     -sp "${SP:-1}" -dp "${DP:-1}" "$@"

@@ -40,7 +40,9 @@ make_environment() {
 
 is_ready() {
     local folder="$1" extras="$2" stamp
-    for stamp in "$folder/moespan-$extras" "$folder/moespan-[dev]"; do
+    # One with more in it will do, too.
+    for stamp in "$folder/moespan-$extras" "$folder/moespan-${extras:-[serve]}" \
+        "$folder/moespan-[dev]"; do
         [ "$(cat "$stamp" 2>/dev/null)" = "$(wanted "$3")" ] && "$folder/bin/python" -c "" \
             2>/dev/null && return
     done

@@ -201,7 +201,7 @@ def commands(text: str) -> Iterator[list[str]]:
             elif words[:2] == ["bash", "tools/ascend_sim/run.sh"]:
                 yield words[2:]
             elif words[:2] == ["bash", "run.sh"]:
-                yield ["generate", *words[2:]]
+                yield words[2:] if words[2:3] == ["serve"] else ["generate", *words[2:]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

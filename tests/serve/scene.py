@@ -91,6 +91,8 @@ class ScriptedRanks(FakeRanks):
         text = TextStream(tokenizer, params, request.prompt_token_ids)
         room = MAX_MODEL_LEN - len(request.prompt_token_ids)
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        if params.ignore_eos:
+            ids = [*ids, *[ids[0]] * limit]
         for number, token in enumerate(ids[:limit]):
             while self.holds:
                 await asyncio.sleep(0.001)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import threading
 from collections.abc import Callable
@@ -398,3 +399,14 @@ def test_the_renderer_sees_no_environment_and_opens_no_files(
     limits = (process / "limits").read_text().splitlines()
     (open_files,) = [line for line in limits if line.startswith("Max open files")]
     assert open_files.split()[3:5] == ["0", "0"]
+
+
+def test_a_child_that_is_stopped_is_replaced(
+    deepseek: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moespan.text.chat_template, "_SILENCE_SECONDS", 0.3)
+    before = deepseek.apply_chat_template(USER)
+    renderer_of(deepseek).send_signal(signal.SIGSTOP)
+    with pytest.raises(TokenizerError, match="the process that renders it ended"):
+        deepseek.apply_chat_template(USER)
+    assert deepseek.apply_chat_template(USER) == before

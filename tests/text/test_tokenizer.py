@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
 import unicodedata
 from pathlib import Path
 
@@ -423,3 +425,32 @@ def test_bytes_that_are_no_character_are_shown_as_soon_as_that_is_clear(plain: T
     assert detokenizer.finish() == "\N{REPLACEMENT CHARACTER}"
     assert detokenizer.finish() == ""
     assert detokenizer.text == "\N{REPLACEMENT CHARACTER}a\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_long_text_is_encoded_as_a_short_one_is(
+    deepseek: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["森林 🙂 one two " * 400, "a\ud7ff\n" * 3000, " " * 5000]
+    long = [deepseek.encode(text) for text in texts]
+    monkeypatch.setattr(moespan.text.tokenizer, "_LONG_CHARACTERS", 1 << 30)
+    assert [deepseek.encode(text) for text in texts] == long
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(plain: Tokenizer) -> None:
+    text = "one two " * 60_000
+    began, is_done = threading.Event(), threading.Event()
+
+    def encode() -> None:
+        began.set()
+        plain.encode(text)
+        is_done.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    began.wait()
+    num_turns = 0
+    while not is_done.is_set():
+        time.sleep(0.001)
+        num_turns += 1
+    thread.join()
+    assert num_turns > 10  # with the lock held all the while there are one or two

@@ -9,8 +9,10 @@ from typing import Any
 
 from moespan import log
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
-from moespan.cli.show import say
+from moespan.cli.show import BYTES, say, scaled
+from moespan.config import EngineConfig, ModelConfig
 from moespan.errors import ConfigError
+from moespan.planner.memory import fit
 from moespan.serve.options import ServeOptions, default_text, flag_of, options
 
 SUMMARY = "serve a model over HTTP, as OpenAI does"
@@ -88,9 +90,22 @@ def run(args: argparse.Namespace) -> int:
         # The front needs no device: the ranks find out whether theirs works.
         model_config, config, nodes = settings.resolve(to_run=False)
         assert model_config is not None
+        say(_memory_line(config, model_config))
         model = ServedModel.load(args.model, config, model_config, chosen)
         _serve(config, nodes, model, keys, chosen, sock)
     return 0
+
+
+def _memory_line(config: EngineConfig, model_config: ModelConfig) -> str:
+    """What the weights and a sequence take on the rank that holds most."""
+    needed = fit(config, model_config, room_bytes=None)
+    per_sequence = needed.cache_bytes_per_token * config.max_model_len
+    workspace = needed.memory.total_bytes - needed.memory.weight_bytes
+    return (
+        f"memory of the fullest rank: weights {scaled(needed.memory.weight_bytes, BYTES)}, "
+        f"workspace {scaled(workspace, BYTES)}, KV cache {scaled(per_sequence, BYTES)} for a "
+        f"sequence of {config.max_model_len} tokens"
+    )
 
 
 def _serve(config: Any, nodes: Any, model: Any, keys: Any, chosen: Any, sock: Any) -> None:

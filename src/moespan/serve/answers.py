@@ -13,7 +13,7 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from moespan.engine.request import OutputDelta, TokenLogprobs
-from moespan.errors import MoespanError
+from moespan.serve.refusals import Refusal
 from moespan.serve.replies import (
     ChatChoice,
     ChatCompletion,
@@ -39,10 +39,6 @@ from moespan.serve.scores import (
 
 Piece = CompletionChoice | ChatDeltaChoice
 Event = Completion | ChatCompletionChunk
-
-
-class FailedError(MoespanError):
-    """The engine ended a request with an error."""
 
 
 class ShownPrompt:
@@ -95,7 +91,8 @@ class Prompt:
         """The deltas that may be shown: none before the prompt's log probabilities are complete."""
         for delta in deltas:
             if delta.finish_reason in ("error", "abort"):
-                raise FailedError(delta.error or "the engine gave the request up")
+                reason = delta.error or "it was aborted"
+                raise Refusal(500, f"the engine ended the request: {reason}", code="request_failed")
             self.entries += delta.prompt_logprobs
             if delta.index == 0:
                 self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
@@ -143,7 +140,7 @@ class Answer:
         """What deltas of prompt `number` add to a stream.
 
         Raises:
-            FailedError: the engine ended the request with an error.
+            Refusal: a 500; the engine ended the request with an error.
         """
         for choice, piece in self._pieces(number, deltas):
             if self.job.is_chat and not choice.has_begun:
@@ -166,7 +163,7 @@ class Answer:
         number.
 
         Raises:
-            FailedError: the engine ended a request with an error.
+            Refusal: a 500; the engine ended a request with an error.
         """
         pieces = [piece for number, delta in deltas for _, piece in self._pieces(number, [delta])]
         pieces.sort(key=lambda piece: piece.index)

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Match, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moespan.serve.auth import Auth, Keys
-from moespan.serve.delivery import Delivery
+from moespan.serve.delivery import Delivery, ignored_header
 from moespan.serve.edge import Edge, OnEnd
 from moespan.serve.health import health_routes
 from moespan.serve.intake import Intake
@@ -130,5 +130,7 @@ def _card(model: ServedModel, name: str) -> ModelCard:
 
 
 def _json(value: Any, ignored: Sequence[str] = ()) -> Response:
-    headers = {"x-moespan-ignored-fields": ", ".join(ignored)} if ignored else None
-    return Response(msgspec.json.encode(value), media_type="application/json", headers=headers)
+    response = Response(msgspec.json.encode(value), media_type="application/json")
+    if ignored:
+        response.raw_headers.append(ignored_header(ignored))
+    return response

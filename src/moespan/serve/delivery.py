@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from moespan import log
 from moespan.engine.request import OutputDelta
-from moespan.errors import printable
+from moespan.errors import shortened
 from moespan.serve.answers import Answer
 from moespan.serve.edge import ClientGoneError
 from moespan.serve.inbox import Inbox, joined
@@ -50,8 +50,7 @@ class Delivery:
         self._answer = Answer(job)
         self._headers: list[tuple[bytes, bytes]] = []
         if job.ignored:
-            names = ", ".join(printable(name) for name in job.ignored[:32])[:1024]
-            self._headers.append((b"x-moespan-ignored-fields", names.encode("ascii", "replace")))
+            self._headers.append(ignored_header(job.ignored))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Submit the job and answer it.
@@ -112,8 +111,6 @@ class Delivery:
             "prompt tokens": usage.prompt_tokens,
             "completion tokens": usage.completion_tokens,
         }
-        if self._job.ignored:
-            log.once(f"fields without effect in requests: {', '.join(self._job.ignored[:8])}")
 
 
 class _Stream:
@@ -153,6 +150,13 @@ class _Stream:
                 await asyncio.sleep(wait_s)
             else:
                 await self.send(_COMMENT)
+
+
+def ignored_header(names: Sequence[str]) -> tuple[bytes, bytes]:
+    """The header that names fields without effect; logs them, too, the first time."""
+    text = ", ".join(shortened(name) for name in names[:32])[:1024]
+    log.once(f"fields without effect in requests: {shortened(text, 200)}")
+    return b"x-moespan-ignored-fields", text.encode("ascii", "replace")
 
 
 def _line(event: Any) -> bytes:

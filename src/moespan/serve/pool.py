@@ -1,7 +1,7 @@
 """Threads for work that would hold up the event loop: decoding large bodies, templates, encoding.
 
-`tokenizers` releases Python's lock while it encodes, and a template is rendered by a process of its
-own. So the event loop goes on meanwhile.
+`tokenizers` releases Python's lock while it encodes a long text, and a template is rendered by a
+process of its own. So the event loop goes on meanwhile.
 """
 
 from __future__ import annotations

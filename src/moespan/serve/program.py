@@ -13,7 +13,9 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from moespan import log
 from moespan.config import EngineConfig
+from moespan.engine.info import EngineInfo
 from moespan.serve.app import make_app
 from moespan.serve.auth import Keys
 from moespan.serve.life import Life, OnNews, Ranks
@@ -25,6 +27,7 @@ from moespan.serve.server import Server, url_of
 from moespan.serve.upkeep import Upkeep, obey_signals
 
 _LOOK_S = 0.05
+_TELL_S = 10.0
 
 Start = Callable[[OnNews], Awaitable[Ranks]]
 
@@ -89,20 +92,29 @@ class Program:
             await serving
 
     async def _tell_when_ready(self, life: Life) -> None:
-        """Say once where the server is and what it serves."""
+        """Say how long the start takes, then once where the server is and what it serves."""
+        loop = asyncio.get_running_loop()
+        began = told_at = loop.time()
         while life.info is None:
             await asyncio.sleep(_LOOK_S)
-        info, options = life.info, self.options
+            if loop.time() - told_at >= _TELL_S:
+                told_at = loop.time()
+                log.logger.info("the engine is starting: %.0f s so far", told_at - began)
+        self.say(self._ready_line(life.info))
+
+    def _ready_line(self, info: EngineInfo) -> str:
+        num_tokens = info.num_blocks * info.block_size
         parts = [
-            f"ready on {url_of(self.sock, options)}",
+            f"ready on {url_of(self.sock, self.options)}",
             self.model.names[0],
             str(info.layout),
             f"{info.device}, {info.dtype}",
-            f"KV for {info.num_blocks * info.block_size} tokens",
+            f"KV for {num_tokens} tokens: {num_tokens // info.max_model_len} sequences of "
+            f"{info.max_model_len}",
         ]
         if self.model.defaults:
             defaults = ", ".join(f"{name}={value}" for name, value in self.model.defaults.items())
             parts.append(f"defaults of generation_config.json: {defaults}")
-        if options.log_prompts:
+        if self.options.log_prompts:
             parts.append("PROMPTS AND ANSWERS ARE LOGGED")
-        self.say("; ".join(parts))
+        return "; ".join(parts)

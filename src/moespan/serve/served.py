@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import msgspec
 
 from moespan import files
 from moespan.config import EngineConfig, ModelConfig
-from moespan.errors import ConfigError, shown
+from moespan.errors import ConfigError, RequestError, TokenizerError, shown
 from moespan.front.prompts import Prompts
 from moespan.serve.options import ServeOptions
 from moespan.serve.refusals import Refusal
@@ -60,6 +61,11 @@ class ServedModel:
         tokenizer = Tokenizer.from_pretrained(config.model, options.chat_template)
         if options.chat_template is not None and tokenizer is None:
             raise ConfigError("--chat-template needs a tokenizer, and the checkpoint has none")
+        if tokenizer is not None and tokenizer.has_chat_template:
+            # Start the process that renders, so that the first chat does not wait for it. Whether
+            # the template takes this message does not matter.
+            with contextlib.suppress(RequestError, TokenizerError):
+                tokenizer.apply_chat_template([{"role": "user", "content": ""}])
         vocab_size = model_config.vocab_size
         return cls(
             names=options.served_model_name or (typed,),

@@ -31,6 +31,7 @@ __all__ = ["ChatTemplate", "check_unicode"]
 # the largest conversation several times, even one of tiny messages only.
 _RENDER_SECONDS: Final = 1.5
 _RENDER_MEMORY_BYTES: Final = 64 << 20
+_SILENCE_SECONDS: Final = 10.0  # for a child that is stopped, whose alarm waits with it
 _MAX_CONVERSATION_BYTES: Final = 2 << 20
 _MAX_PROMPT_CHARACTERS: Final = 4 << 20
 _MAX_REASON_CHARACTERS: Final = 200
@@ -48,7 +49,8 @@ class ChatTemplate:
     neither a file nor a socket. The child sets all limits before it looks at the template.
 
     The child starts with the first rendering, waits for the next, and ends when this object or this
-    process does. A child that breaks a limit is replaced. Renderings take turns.
+    process does. A child that breaks a limit, or is silent for 10 s, is replaced. Threads may share
+    this object; their renderings take turns.
     """
 
     def __init__(self, source: str, named_tokens: Mapping[str, str], folder: Path) -> None:
@@ -184,6 +186,9 @@ class _Child:
         The reply has one item: "text", "refusal" (the template refuses the messages) or "fault".
         """
         assert self._process.stdin is not None and self._process.stdout is not None
+        deadline = threading.Timer(_SILENCE_SECONDS, self._process.kill)
+        deadline.daemon = True
+        deadline.start()
         try:
             with contextlib.suppress(BrokenPipeError):  # then there is no reply either
                 self._process.stdin.write(request)
@@ -193,6 +198,8 @@ class _Child:
         except BaseException:
             self._end()  # otherwise the late reply would answer the next request
             raise
+        finally:
+            deadline.cancel()
         if "limit" not in reply:
             return reply
         status = self._end()

@@ -32,6 +32,10 @@ __all__ = ["IncrementalDetokenizer", "Tokenizer"]
 # tokenizer_config.json may list all added tokens; a chat template is much smaller.
 _MOST_FILE_BYTES: Final = 16 << 20
 
+# Texts up to this length are encoded in a call that is quicker to make, and holds Python's lock for
+# two milliseconds at most.
+_LONG_CHARACTERS: Final = 2048
+
 # Keys in tokenizer_config.json of the tokens that a chat template may name.
 _NAMED_TOKENS: Final = (
     "bos_token",
@@ -259,6 +263,9 @@ class Tokenizer:
 
     def _backend_ids(self, text: str, add_special_tokens: bool) -> list[int]:
         with _backend_errors(f"{self._folder}/tokenizer.json cannot encode {text[:40]!r}"):
+            if len(text) > _LONG_CHARACTERS:  # this call leaves other threads Python's lock
+                batch = self._backend.encode_batch_fast([text], add_special_tokens)
+                return batch[0].ids
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def _token_to_add(
