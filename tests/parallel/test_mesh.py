@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from moespan.config import Layout, ModelConfig, all_layouts
 from moespan.errors import LayoutError
-from moespan.parallel.mesh import Mesh, _axes
+from moespan.parallel.counters import Traffic, sent_bytes
+from moespan.parallel.mesh import Axis, HostCollectives, Mesh, _axes
 from tests.support import CPU, Oracle
 
 SIXTEEN: ModelConfig = Oracle("sixteen").config
@@ -153,3 +156,81 @@ def test_without_other_ranks_there_is_one_rank():
     assert mesh.traffic.rows() == []
     with pytest.raises(LayoutError, match="needs 4 ranks, but 1 were started"):
         Mesh.create(Layout(pp=4), CPU)
+
+
+class Doubling:
+    """Collectives of two ranks that have the same numbers."""
+
+    def takes(self, x: torch.Tensor) -> bool:
+        return x.dtype == torch.float32
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    def reduce_scatter(self, x: torch.Tensor, part: torch.Tensor) -> None:
+        part.copy_(2 * x[: len(part)])
+
+    def all_gather(self, x: torch.Tensor, gathered: torch.Tensor) -> None:
+        gathered.copy_(torch.cat([x, x]))
+
+
+def test_an_axis_of_one_machine_uses_its_memory_and_counts_alike(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    through_group: list[torch.dtype] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda x, group: through_group.append(x.dtype))
+    traffic = Traffic()
+    axis = Axis("tp", range(2), 0, None, traffic, host=Doubling())
+    ones = torch.ones(4, 3)
+    assert axis.all_reduce(ones, "mlp").unique().tolist() == [2.0]
+    assert axis.reduce_scatter(ones, "mlp").tolist() == [[2.0] * 3] * 2
+    assert axis.all_gather(ones, "mlp").shape == (8, 3)
+    assert axis.all_gather(ones.int(), "mlp").dtype == torch.int32
+    axis.all_reduce(ones.int(), "mlp")
+    assert through_group == [torch.int32]
+    sent = {name: sent_bytes(name, 2, 48) for name in ("all_gather", "all_reduce")}
+    assert traffic.rows() == [
+        ("tp", "all_gather", "mlp", 2, 2 * sent["all_gather"]),
+        ("tp", "all_reduce", "mlp", 2, 2 * sent["all_reduce"]),
+        ("tp", "reduce_scatter", "mlp", 1, sent_bytes("reduce_scatter", 2, 48)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks_here", "joined"),
+    [
+        (Layout(tp=2), 2, [(0, 1)]),
+        (Layout(tp=2, sp=2), 4, [(0, 1), (0, 2)]),
+        (Layout(tp=2, sp=2), 2, [(0, 1)]),  # sp crosses machines
+        (Layout(tp=2, pp=2), 4, [(0, 1)]),  # a stage sends to one other rank
+        (Layout(ep=4, dp=4), 4, [(0, 1, 2, 3)]),  # one group, one memory for both dispatches
+        (Layout(ep=4, dp=4), 2, []),
+        (Layout(dp=4), 4, []),
+    ],
+    ids=str,
+)
+def test_ranks_share_memory_along_axes_that_stay_on_a_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    layout: Layout,
+    ranks_here: int,
+    joined: list[tuple[int, ...]],
+):
+    found: list[tuple[int, ...]] = []
+
+    def join(group: object, ranks: Sequence[int], rank: int) -> HostCollectives:
+        assert rank == 0
+        found.append(tuple(ranks))
+        return Doubling()
+
+    def new_subgroups(lines: list[tuple[int, ...]], **_: object) -> tuple[str, list[str]]:
+        return f"group of {lines}", []
+
+    monkeypatch.setattr(dist, "new_subgroups_by_enumeration", new_subgroups)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: layout.world_size)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    mesh = Mesh.create(layout, CPU, ranks_here=ranks_here, join_host=join)
+    assert found == joined
+    assert (mesh.tp.host is not None) == ((0, 1) in joined and layout.tp == 2)
+    assert mesh.pp.host is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from moespan.machine.device import load_plugin
 from moespan.machine.interfaces import GLOO_INTERFACE, interfaces, wrong_interface
 from moespan.parallel.beats import Beat
 from moespan.parallel.buffers import group_buffers_mb
-from moespan.parallel.mesh import Mesh
+from moespan.parallel.mesh import HostCollectives, JoinHost, Mesh
 
 
 def init_distributed(
@@ -80,7 +81,21 @@ def make_mesh(
             buffers_mb,
             config.cuda_one_shot_bytes,
             beat=beat,
+            join_host=_join_host(config.device),
         )
+
+
+def _join_host(device: str) -> JoinHost | None:
+    """How CPU ranks of one machine share memory; None on other devices."""
+    if not DEVICES[device].is_host:
+        return None
+    from moespan.ops.cpu.compiler import library
+    from moespan.ops.cpu.shared_memory import SharedMemory
+
+    def join(group: dist.ProcessGroup, ranks: Sequence[int], rank: int) -> HostCollectives | None:
+        return SharedMemory.join(library, group, ranks, rank, COLLECTIVE_TIMEOUT_S)
+
+    return join
 
 
 def _take_device(device: str, local_rank: int) -> torch.device:

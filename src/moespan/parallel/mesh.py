@@ -7,12 +7,12 @@ no group and costs nothing. No group exists that no axis uses.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,28 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+class HostCollectives(Protocol):
+    """Collectives between CPU ranks of one machine, faster than those of their group. Sums are the
+    same bits on every rank, in every run."""
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether sums of `x` can be made here; the same on all ranks."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of `x` over the ranks; `x` may be overwritten."""
+
+    def reduce_scatter(self, x: torch.Tensor, part: torch.Tensor) -> None:
+        """Set `part` to this rank's part of the sum of `x` over the ranks."""
+
+    def all_gather(self, x: torch.Tensor, gathered: torch.Tensor) -> None:
+        """Set `gathered` to the `x` of all ranks, of any dtype, along dim 0."""
+
+
+JoinHost = Callable[[dist.ProcessGroup, Sequence[int], int], HostCollectives | None]
+"""Makes the collectives of a group, given its ranks in order and this rank. All of them call it
+together, and all get None if one of them cannot take part."""
+
+
 class Axis:
     """One dimension of the mesh as one rank sees it, with its collectives, which are counted.
 
@@ -44,6 +66,7 @@ class Axis:
         rank: index of this rank along the axis.
         group: the process group; None for a single rank.
         one_shot: sums small messages faster than the group does; None if not available.
+        host: collectives in the memory of this machine; None if not available.
     """
 
     def __init__(
@@ -55,6 +78,7 @@ class Axis:
         traffic: Traffic | None = None,
         one_shot: OneShotSum | None = None,
         beat: Beat | None = None,
+        host: HostCollectives | None = None,
     ) -> None:
         self.name = name
         self.size = len(ranks)
@@ -63,6 +87,7 @@ class Axis:
         self.group = group
         self._traffic = traffic or Traffic()
         self.one_shot = one_shot
+        self.host = host
         self._beat = beat or Beat()
         self._names: dict[tuple[str, str], tuple[int, int, int, bytes]] = {}
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
@@ -77,6 +102,8 @@ class Axis:
             self._enter("all_reduce", module)
             if self.one_shot is not None and self.one_shot.takes(x):
                 x = self.one_shot(x)
+            elif self.host is not None and self.host.takes(x):
+                x = self.host.all_reduce(x)
             else:
                 dist.all_reduce(x, group=self.group)
             self._beat.leave()
@@ -102,7 +129,10 @@ class Axis:
         if x.numel():
             self._count("all_gather", module, _bytes(x))
             self._enter("all_gather", module)
-            _all_gather(gathered, x.contiguous(), group=self.group)
+            if self.host is not None:
+                self.host.all_gather(x, gathered)
+            else:
+                _all_gather(gathered, x.contiguous(), group=self.group)
             self._beat.leave()
         return gathered
 
@@ -117,7 +147,10 @@ class Axis:
         if x.numel():
             self._count("reduce_scatter", module, _bytes(x))
             self._enter("reduce_scatter", module)
-            _reduce_scatter(part, x.contiguous(), group=self.group)
+            if self.host is not None and self.host.takes(x):
+                self.host.reduce_scatter(x, part)
+            else:
+                _reduce_scatter(part, x.contiguous(), group=self.group)
             self._beat.leave()
         return part
 
@@ -241,10 +274,12 @@ class Mesh:
         buffers_mb: Mapping[str, int] = _NO_BUFFERS,
         one_shot_bytes: int = 0,
         beat: Beat | None = None,
+        join_host: JoinHost | None = None,
     ) -> None:
         self.layout = layout
         self.beat = beat or Beat()
         self._buffers_mb, self._one_shot_bytes = buffers_mb, one_shot_bytes
+        self._join_host = join_host
         self.rank = rank
         self.at = layout.coordinates(rank)
         self.device = device
@@ -252,6 +287,7 @@ class Mesh:
         self.traffic = Traffic()
         self.control = Control()
         self._groups: dict[tuple[str, tuple[tuple[int, ...], ...]], dist.ProcessGroup] = {}
+        self._hosts: dict[dist.ProcessGroup, HostCollectives | None] = {}
         alone = Axis(ranks=range(rank, rank + 1))
         self.tp = self.sp = self.pp = self.ep = self.ep_tp_groups = self.ep_fused = alone
 
@@ -266,6 +302,7 @@ class Mesh:
         buffers_mb: Mapping[str, int] = _NO_BUFFERS,
         one_shot_bytes: int = 0,
         beat: Beat | None = None,
+        join_host: JoinHost | None = None,
     ) -> Mesh:
         """Build the mesh of `layout`; with more than one rank, torch.distributed must be set up.
 
@@ -277,6 +314,8 @@ class Mesh:
                 (`moespan.parallel.buffers`); other axes keep the default.
             one_shot_bytes: largest message in bytes that GPUs sum over tp in one shot, if they can.
             beat: takes the places of this rank; None for nobody to see.
+            join_host: makes the collectives of axes whose ranks are on one machine; None for those
+                of the groups.
 
         Raises:
             LayoutError: the world and the layout differ in their number of ranks.
@@ -293,6 +332,7 @@ class Mesh:
             buffers_mb,
             one_shot_bytes,
             beat,
+            join_host,
         )
         mesh.ranks_here = ranks_here or world_size
         if world_size > 1:
@@ -349,6 +389,7 @@ class Mesh:
         for group in self._groups.values():
             dist.destroy_process_group(group)
         self._groups.clear()
+        self._hosts.clear()
 
     def _axis(self, name: str, lines: list[tuple[int, ...]]) -> Axis:
         """The axis along the line through this rank.
@@ -370,7 +411,22 @@ class Mesh:
         mine = next(line for line in lines if self.rank in line)
         group = self._groups.get(key)
         one_shot = self._one_shot(group, mine) if name == "tp" else None
-        return Axis(name, mine, mine.index(self.rank), group, self.traffic, one_shot, self.beat)
+        host = self._host(group, mine) if name != "pp" else None
+        place = mine.index(self.rank)
+        return Axis(name, mine, place, group, self.traffic, one_shot, self.beat, host)
+
+    def _host(
+        self, group: dist.ProcessGroup | None, ranks: Sequence[int]
+    ) -> HostCollectives | None:
+        """Collectives in this machine's memory, if all `ranks` are on this machine. World ranks are
+        numbered machine after machine."""
+        if group is None or self._join_host is None:
+            return None
+        if len({rank // self.ranks_here for rank in ranks}) > 1:
+            return None
+        if group not in self._hosts:
+            self._hosts[group] = self._join_host(group, ranks, self.rank)
+        return self._hosts[group]
 
     def _one_shot(self, group: dist.ProcessGroup | None, ranks: Sequence[int]) -> OneShotSum | None:
         """Sums small messages over tp, which has nearly all all-reduces; None if not available."""

@@ -7,6 +7,7 @@
 // vectors.h: vectors of 16 lanes. amx.h: matrix instructions. packing.h: how weights and
 // activations lie in memory. int4.h: weights of 4 bits. products.h: matrix products and experts.
 // attention.h: attention over the paged cache. checksum.h: checksums of weights in files.
+// shared.h: collectives between the ranks of one machine.
 
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 9
 #error "this is GCC older than 9, which lacks vector types that the kernels use; set CXX to GCC 9 or newer, or clang"
@@ -19,6 +20,7 @@
 
 #include "attention.h"
 #include "checksum.h"
+#include "shared.h"
 
 extern "C" {
 
@@ -84,6 +86,27 @@ void moespan_checksum(const void* data, int64_t bytes, int threads, uint64_t* ch
     *error = failed;
     *checksum = 0;
     for (uint64_t part : parts) *checksum = mixed(*checksum, part);
+}
+
+// A collective of `kind` over `size` ranks, of which this is number `place`; see shared.h.
+//
+//   kind                 data               result
+//   0, 1 all_reduce      bytes, in place    -            of float32, bfloat16
+//   2, 3 reduce_scatter  [size, bytes]      bytes        of float32, bfloat16
+//   4 all_gather         bytes              [size, bytes]
+//
+// `late` gets -1, or the rank that did not come in time or has gone.
+void moespan_collective(int kind, void* memory, int64_t place, int64_t size, int64_t slot_bytes,
+                        int64_t timeout_ns, int threads, void* data, int64_t bytes,
+                        void* result, int* late) {
+    Party party{(char*)memory, place, size, slot_bytes, timeout_ns, threads};
+    char *from = (char*)data, *to = (char*)result;
+    if (kind == 0) all_reduce<float>(party, from, bytes);
+    if (kind == 1) all_reduce<bf16>(party, from, bytes);
+    if (kind == 2) reduce_scatter<float>(party, from, bytes, to);
+    if (kind == 3) reduce_scatter<bf16>(party, from, bytes, to);
+    if (kind == 4) all_gather(party, from, bytes, to);
+    *late = party.late;
 }
 
 // x [rows, in] · Wᵀ + bias → y [rows, out].
