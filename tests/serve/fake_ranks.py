@@ -79,7 +79,7 @@ class FakeRanks:
         self.aborted: list[str] = []
         self.is_closed = False
         self.is_silent = False
-        self.heard_at = 0.0
+        self.heard_at = asyncio.get_running_loop().time()
         self.is_stopped = False
         self._death: asyncio.Future[MoespanError] = asyncio.get_running_loop().create_future()
 

@@ -15,9 +15,11 @@ import msgspec
 from moespan.engine.request import OutputDelta, Request, TokenLogprobs
 from moespan.engine.text import TextStream
 from moespan.front.settings import Settings
+from moespan.serve import mindie
 from moespan.serve.app import make_app
 from moespan.serve.auth import Keys
 from moespan.serve.life import Life, State
+from moespan.serve.metrics import metrics_route
 from moespan.serve.options import ServeOptions
 from moespan.serve.page import page_routes
 from moespan.serve.served import ServedModel
@@ -158,20 +160,34 @@ class Served:
     def __init__(self, options: ServeOptions, start: ScriptedStart, **model: Any) -> None:
         self.options = options
         self.start = start
-        counts = metrics()
-        self.life = Life(start, options, counts)
+        counted = metrics()
+        self.life = Life(start, options, counted)
         self.ends: list[tuple[str, int]] = []
+        served = quickstart(**model)
         self.app = make_app(
-            quickstart(**model),
+            served,
             self.life,
             Keys(options, {}),
             options,
-            more_routes=page_routes(self.life, counts, QUICKSTART, ranks_per_node=1),
-            on_end=lambda route, status: self.ends.append((route, status)),
+            more_routes=[
+                metrics_route(counted),
+                *page_routes(self.life, counted, QUICKSTART, ranks_per_node=1),
+                *(
+                    mindie.mindie_routes(served, self.life, counted, options)
+                    if options.mindie_routes
+                    else ()
+                ),
+            ],
+            open_paths=mindie.OPEN_PATHS if options.mindie_routes else frozenset(),
+            on_end=self._end,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app), base_url="http://test", timeout=20
         )
+
+    def _end(self, route: str, status: int) -> None:
+        self.ends.append((route, status))
+        self.life.metrics.answered(route, status)
 
     @property
     def ranks(self) -> ScriptedRanks:
@@ -223,11 +239,16 @@ def play(
     return asyncio.run(work())
 
 
-def events(response: httpx.Response) -> list[Any]:
-    """The events of a stream that ends as it should."""
+def event_lines(response: httpx.Response) -> list[str]:
+    """The events of a stream, without what ends them."""
     assert response.status_code == 200, response.text
     assert "\r" not in response.text and response.text.endswith("\n\n")
-    lines = response.text.removesuffix("\n\n").split("\n\n")
+    return response.text.removesuffix("\n\n").split("\n\n")
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The events of a stream that ends as it should."""
+    lines = event_lines(response)
     assert lines.pop() == "data: [DONE]"
     assert all(line.startswith("data: ") and "\n" not in line for line in lines)
     return [json.loads(line[6:]) for line in lines]

@@ -16,6 +16,7 @@ from moespan.serve.life import Life, Unavailable
 from moespan.serve.metrics import Metrics, metrics_route
 from moespan.serve.options import LifeOptions
 from tests.serve.fake_ranks import FakeStart, metrics, pulse, request, token
+from tests.serve.scene import Served, Wired, play_wired, post_bytes
 from tests.serve.virtual_time import run, settle
 
 VLLM = {
@@ -149,10 +150,10 @@ def test_the_pulse_sets_gauges_and_grows_counters_over_lives():
         start.ranks.tell(pulse=pulse(2, 1, steps, preemptions=1, queried=10, hit=4))
         start.ranks.tell(pulse=pulse(4, 0, preemptions=1, queried=30, hit=4))
         await asyncio.sleep(1)
-        seen.append(samples(life._metrics))
+        seen.append(samples(life.metrics))
         start.ranks.die()
         await settle()
-        seen.append(samples(life._metrics))
+        seen.append(samples(life.metrics))
         await asyncio.sleep(2)
         start.ranks.tell(pulse=pulse(1, 0, preemptions=2, queried=3))
 
@@ -185,6 +186,26 @@ def test_a_scrape_gets_text_that_prometheus_reads():
     answer = run(work())
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert answer.text == metrics().render().decode()
+
+
+def test_streams_and_clients_that_leave_are_counted():
+    async def script(served: Served, wired: Wired) -> None:
+        line = await wired.line()
+        body = b'{"prompt": "12+30=", "stream": true}'
+        await line.send(post_bytes("/v1/completions", body))
+        while not (values := samples(served.life.metrics))["moespan_open_streams"]:
+            await asyncio.sleep(0.01)
+        assert values["moespan_disconnects_total"] == 0
+        line.close()
+        while not (values := samples(served.life.metrics))["moespan_disconnects_total"]:
+            await asyncio.sleep(0.01)
+        assert values["moespan_open_streams"] == 0
+        assert values["vllm:request_success_total{finished_reason=abort}"] == 1
+        name = "moespan_http_requests_total{route=/v1/completions,status=499}"
+        assert values[name] == 1
+        assert served.ranks.running == {}
+
+    play_wired(script, holds=True)
 
 
 def test_names_of_models_stay_as_they_are():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 from typing import Any
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from moespan.serve.auth import Keys, check_reach
     from moespan.serve.served import ServedModel
-    from moespan.serve.server import PortTakenError, listen
+    from moespan.serve.server import PortTakenError, listen, listen_apart
 
     if args.model is None:
         args.usage_error("the argument MODEL is required")
@@ -81,18 +82,19 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("serving from several nodes is not there yet; use one node")
     keys = Keys(chosen)
     check_reach(chosen, keys)
-    try:
-        sock = listen(chosen)
-    except PortTakenError as error:
-        log.logger.error("%s", error)
-        return _EXIT_PORT_TAKEN
-    with sock:
+    with contextlib.ExitStack() as listening:
+        try:
+            socks = [listening.enter_context(listen(chosen))]
+            socks += map(listening.enter_context, listen_apart(chosen))
+        except PortTakenError as error:
+            log.logger.error("%s", error)
+            return _EXIT_PORT_TAKEN
         # The front needs no device: the ranks find out whether theirs works.
         model_config, config, nodes = settings.resolve(to_run=False)
         assert model_config is not None
         say(_memory_line(config, model_config))
         model = ServedModel.load(args.model, config, model_config, chosen)
-        _serve(config, nodes, model, keys, chosen, sock)
+        _serve(config, nodes, model, keys, chosen, socks)
     return 0
 
 
@@ -108,14 +110,14 @@ def _memory_line(config: EngineConfig, model_config: ModelConfig) -> str:
     )
 
 
-def _serve(config: Any, nodes: Any, model: Any, keys: Any, chosen: Any, sock: Any) -> None:
+def _serve(config: Any, nodes: Any, model: Any, keys: Any, chosen: Any, socks: Any) -> None:
     from moespan.launch.async_ranks import AsyncRanks
     from moespan.serve.program import Program
 
     async def start(on_news: Any) -> Any:
         return await AsyncRanks.start(config, nodes=nodes, on_news=on_news)
 
-    Program(config, model, keys, chosen, sock, start, say).run()
+    Program(config, model, keys, chosen, socks, start, say).run()
 
 
 def _chosen(args: argparse.Namespace) -> ServeOptions:

@@ -41,6 +41,13 @@ Piece = CompletionChoice | ChatDeltaChoice
 Event = Completion | ChatCompletionChunk
 
 
+def check_went_on(delta: OutputDelta) -> None:
+    """Raise a `Refusal` with status 500 if the engine ended the request with an error."""
+    if delta.finish_reason in ("error", "abort"):
+        reason = delta.error or "it was aborted"
+        raise Refusal(500, f"the engine ended the request: {reason}", code="request_failed")
+
+
 class ShownPrompt:
     """A prompt as answers show it.
 
@@ -90,9 +97,7 @@ class Prompt:
     def ready(self, deltas: Sequence[OutputDelta]) -> list[OutputDelta]:
         """The deltas that may be shown: none before the prompt's log probabilities are complete."""
         for delta in deltas:
-            if delta.finish_reason in ("error", "abort"):
-                reason = delta.error or "it was aborted"
-                raise Refusal(500, f"the engine ended the request: {reason}", code="request_failed")
+            check_went_on(delta)
             self.entries += delta.prompt_logprobs
             if delta.index == 0:
                 self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
@@ -136,7 +141,11 @@ class Answer:
             ),
         )
 
-    def events(self, number: int, deltas: Sequence[OutputDelta]) -> Iterator[Event]:
+    def count(self, choice: int, delta: OutputDelta) -> None:
+        """Count the tokens of a delta that is shown in another form."""
+        self._choices[choice].num_tokens += len(delta.token_ids)
+
+    def events(self, number: int, deltas: Sequence[OutputDelta]) -> Iterator[Any]:
         """What deltas of prompt `number` add to a stream.
 
         Raises:
@@ -158,7 +167,7 @@ class Answer:
             choice.num_tokens += len(delta.token_ids)
             yield choice, make(prompt, choice, delta)
 
-    def whole(self, deltas: Iterable[tuple[int, OutputDelta]]) -> Completion | ChatCompletion:
+    def whole(self, deltas: Iterable[tuple[int, OutputDelta]]) -> Any:
         """The answer that is not streamed, from one delta for each choice, with its prompt's
         number.
 
@@ -192,7 +201,7 @@ class Answer:
             reply.prompt_token_ids = job.requests[0].prompt_token_ids
         return reply
 
-    def last_event(self) -> Event | None:
+    def last_event(self) -> Any:
         """The event that tells the usage, if the job wants one."""
         if self.job.usage is None or not self.job.usage.include_usage:
             return None

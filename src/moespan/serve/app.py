@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from moespan.serve.auth import Auth, Keys
+from moespan.serve.auth import OPEN_PATHS, Auth, Keys
 from moespan.serve.delivery import Delivery, ignored_header
 from moespan.serve.edge import Edge, OnEnd
 from moespan.serve.health import health_routes
@@ -38,12 +38,14 @@ def make_app(
     options: ServeOptions,
     *,
     more_routes: Sequence[BaseRoute] = (),
+    open_paths: frozenset[bytes] = frozenset(),
     on_end: OnEnd = lambda route, status: None,
 ) -> ASGIApp:
     """The ASGI application.
 
     Args:
         more_routes: routes beside those of this module, under the same rules.
+        open_paths: raw paths among them that need no key.
         on_end: called at the end of every request with its route and status.
     """
     routes = [
@@ -51,7 +53,7 @@ def make_app(
         *_openai_routes(model, life, options),
         *more_routes,
     ]
-    app: ASGIApp = Auth(_Routes(routes), keys, options)
+    app: ASGIApp = Auth(_Routes(routes), keys, options, OPEN_PATHS | open_paths)
     if options.allowed_origins:
         app = CORSMiddleware(
             app,

@@ -26,9 +26,6 @@ KEY_VARIABLE = "MOESPAN_API_KEY"
 OPEN_PATHS = frozenset({b"/health", b"/live", b"/ready"})
 """Raw paths that need no key."""
 
-MINDIE_OPEN_PATHS = frozenset({b"/v2/health/live", b"/v2/health/ready"})
-"""The same under the names of --mindie-routes."""
-
 _MOST_FILE_BYTES = 1 << 20
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 

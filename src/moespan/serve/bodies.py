@@ -129,7 +129,7 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
     tokens: list[int]
 
 
-Body = TypeVar("Body", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"logprobs"}
 """Fields whose values `SamplingParams` checks."""

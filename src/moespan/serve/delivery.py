@@ -41,13 +41,27 @@ _HEADERS = (
 
 
 class Delivery:
-    """The response to a job."""
+    """The response to a job.
 
-    def __init__(self, job: Job, life: Life, options: ServeOptions) -> None:
+    Args:
+        answer: the form of the answer; None for OpenAI's.
+        end: what ends a stream that is complete.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        life: Life,
+        options: ServeOptions,
+        *,
+        answer: Answer | None = None,
+        end: bytes = _DONE,
+    ) -> None:
         self._job = job
         self._life = life
         self._options = options
-        self._answer = Answer(job)
+        self._answer = Answer(job) if answer is None else answer
+        self._end = end
         self._headers: list[tuple[bytes, bytes]] = []
         if job.ignored:
             self._headers.append(ignored_header(job.ignored))
@@ -92,6 +106,10 @@ class Delivery:
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, inboxes: Sequence[Inbox], stream: _Stream) -> None:
+        with self._life.metrics.open_streams.track_inprogress():
+            await self._send_events(inboxes, stream)
+
+    async def _send_events(self, inboxes: Sequence[Inbox], stream: _Stream) -> None:
         comments = asyncio.create_task(stream.keep_busy())
         try:
             async for number, deltas in _arrivals(inboxes):
@@ -101,7 +119,7 @@ class Delivery:
         finally:
             comments.cancel()
         last = self._answer.last_event()
-        await stream.end((b"" if last is None else _line(last)) + _DONE)
+        await stream.end((b"" if last is None else _line(last)) + self._end)
 
     def _tell(self, scope: Scope) -> None:
         """What the log says of this job."""

@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moespan import log
 from moespan.errors import MoespanError, shortened
+from moespan.serve.metrics import CLIENT_GONE
 from moespan.serve.options import ServeOptions
 from moespan.serve.refusals import Refusal, of_status, refusal_of
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-_CLIENT_GONE = 499
 
 _HEADERS = (
     (
@@ -67,7 +67,7 @@ class Edge:
             self._check_headers(scope)
             await self._app(scope, receive, answer.send)
         except ClientGoneError:
-            answer.status = scope["state"].get("status", _CLIENT_GONE)
+            answer.status = scope["state"].get("status", CLIENT_GONE)
         except Exception as error:
             if answer.is_started:  # the end of the body would pass for the end of the answer
                 raise

@@ -40,10 +40,10 @@ def health_routes(life: Life, may_see: Callable[[Request], bool]) -> list[Route]
         word = unhealthy(life)
         if "verbose" in request.query_params and may_see(request):
             return JSONResponse(described(life), 503 if word else 200)
-        return _answer(word)
+        return as_probe(word)
 
     async def ready(request: Request) -> Response:
-        return _answer(life.reason)
+        return as_probe(life.reason)
 
     async def load(request: Request) -> Response:
         return JSONResponse({"server_load": life.num_live})
@@ -94,5 +94,6 @@ def _cut(error: Exception) -> str:
     return "\n".join(shortened(line, 400) for line in str(error).splitlines())[:_MOST_OF_AN_ERROR]
 
 
-def _answer(word: str) -> Response:
+def as_probe(word: str) -> Response:
+    """The answer to a probe: 200, or 503 with the one word why not."""
     return PlainTextResponse(word, 503 if word else 200)

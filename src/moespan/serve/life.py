@@ -119,6 +119,7 @@ class Life:
         step_timeout_s: that of the engine.
 
     Attributes:
+        metrics: those given.
         info: facts about the newest engine; None before the first is ready.
         pulse: what the running engine told last about itself; None while none runs.
         last_error: why the last life ended; None while no life has ended.
@@ -134,7 +135,7 @@ class Life:
     ) -> None:
         self._start = start
         self._options = options
-        self._metrics = metrics
+        self.metrics = metrics
         self._step_timeout_s = step_timeout_s
         self.info: EngineInfo | None = None
         self.pulse: Pulse | None = None
@@ -182,9 +183,21 @@ class Life:
         """For each known rank of the running engine, seconds since it was last seen to run."""
         return {} if self._signs is None else self._signs.ages_s
 
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the leader's last word; infinite while no engine runs."""
+        if self._ranks is None:
+            return math.inf
+        return asyncio.get_running_loop().time() - self._ranks.heard_at
+
     def places(self) -> list[Place]:
         """Where the ranks are; empty while no engine runs."""
         return [] if self._ranks is None else self._ranks.places()
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether `force` has been called."""
+        return self._is_forced.is_set()
 
     @property
     def num_live(self) -> int:
@@ -218,7 +231,7 @@ class Life:
             self._check_open(requests)
             return self._hand_over(requests)
         except Unavailable as unavailable:
-            self._metrics.reject(unavailable.code)
+            self.metrics.reject(unavailable.code)
             raise
 
     # For the program.
@@ -283,7 +296,7 @@ class Life:
         if ranks is None:
             return None
         self._start_s, self.info = loop.time() - began, ranks.info
-        self._metrics.start(ranks.info)
+        self.metrics.start(ranks.info)
         try:
             self._resume(ranks)
             self._restart_reason = "died"
@@ -293,7 +306,7 @@ class Life:
         finally:
             is_over = True
             self._ranks = self._signs = self.pulse = None
-            self._metrics.stop()
+            self.metrics.stop()
             await ranks.close()
         return cause
 
@@ -305,7 +318,7 @@ class Life:
         try:
             while not (await asyncio.wait((dead,), timeout=LOOK_S))[0]:
                 signs.look(ranks.places(), ranks.heard_at, bool(self._live))
-                self._metrics.beats(signs.ages_s)
+                self.metrics.beats(signs.ages_s)
                 if signs.is_lost:
                     self._restart_reason = "silent"
                     return EngineDeadError(f"{signs.trouble}, and its agent does not know why")
@@ -356,7 +369,7 @@ class Life:
             )
             raise cause
         self._restarts.append(loop.time())
-        self._metrics.restart(self._restart_reason)
+        self.metrics.restart(self._restart_reason)
         wait_s = min(_FIRST_BACKOFF_S * 2 ** (len(self._restarts) - 1), _LONGEST_BACKOFF_S)
         self._back_at = loop.time() + wait_s + (self._start_s or _RETRY_START_S)
         log.logger.info(
@@ -432,7 +445,7 @@ class Life:
     def _forget(self, request_id: str, reason: str = "") -> None:
         """The request has ended; `reason` is that of continuations without a finish."""
         inbox, course = self._remove(request_id)
-        self._metrics.end(course, asyncio.get_running_loop().time(), inbox.unfinished, reason)
+        self.metrics.end(course, asyncio.get_running_loop().time(), inbox.unfinished, reason)
 
     def _begin(self, request_id: str) -> None:
         """The request does not wait any more."""
@@ -449,13 +462,13 @@ class Life:
         now = asyncio.get_running_loop().time()
         if pulse is not None:
             self.pulse = pulse
-            self._metrics.pulse(pulse)
+            self.metrics.pulse(pulse)
         for delta in deltas:
             live = self._live.get(delta.id)
             if live is None:  # aborted meanwhile
                 continue
             self._begin(delta.id)
-            self._metrics.take(live.course, delta, now)
+            self.metrics.take(live.course, delta, now)
             live.inbox.put(delta)
             if not live.inbox.is_running:
                 self._forget(delta.id)

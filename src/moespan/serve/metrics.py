@@ -11,6 +11,7 @@ No label holds anything that a client sent.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -56,6 +57,11 @@ _CACHE_LABELS = (
 )
 _BUILD_LABELS = ("version", "layout", "device", "dtype")
 
+CLIENT_GONE = 499
+"""Status, in logs and metrics, of a request whose client has left."""
+
+_LATEST = 1000
+
 _LINE = re.compile(rb"^(# (?:HELP|TYPE) )?moespan_(\w+)(\{)?", re.MULTILINE)
 
 M = TypeVar("M", bound=MetricWrapperBase)
@@ -90,6 +96,7 @@ class Metrics:
 
     Attributes:
         num_prompt_tokens, num_generation_tokens: tokens so far.
+        first_token_s, inter_token_s: of the latest requests and tokens.
     """
 
     def __init__(self, model_name: str, config: EngineConfig, *, alias_vllm: bool = True) -> None:
@@ -99,6 +106,8 @@ class Metrics:
         self._alias_vllm = alias_vllm
         self._last_stats: EngineStats | None = None
         self.num_prompt_tokens = self.num_generation_tokens = 0
+        self.first_token_s: deque[float] = deque(maxlen=_LATEST)
+        self.inter_token_s: deque[float] = deque(maxlen=_LATEST)
         shared, own = _Maker(model_name), _Maker(model_name)
         self._make_requests(shared, config.max_model_len)
         self._make_engine(shared, own)
@@ -124,6 +133,7 @@ class Metrics:
                 course.begun[delta.index] = _Continuation(now, now, num_tokens)
             else:
                 self._inter_token.observe(now - begun.last_at)
+                self.inter_token_s.append(now - begun.last_at)
                 begun.last_at = now
                 begun.num_tokens += num_tokens
             self.num_generation_tokens += num_tokens
@@ -151,6 +161,7 @@ class Metrics:
         self.num_prompt_tokens += num_tokens
         self._prompt_tokens.inc(num_tokens)
         self._first_token.observe(now - course.submitted_at)
+        self.first_token_s.append(now - course.submitted_at)
 
     def _end_continuation(self, course: Course, index: int, reason: str) -> None:
         self._success[reason if reason in self._success else "error"].inc()
@@ -216,8 +227,11 @@ class Metrics:
     # What the HTTP side counts.
 
     def answered(self, route: str, status: int) -> None:
-        """A request was answered; `route` is the path of a route of ours, or `other`."""
+        """A request was answered; `route` is the path of a route of ours, or `other`. The status
+        is 499 if the client left before."""
         self._http_requests.labels(self._model_name, route, str(status)).inc()
+        if status == CLIENT_GONE:
+            self._disconnects.inc()
 
     def _make_requests(self, shared: _Maker, max_model_len: int) -> None:
         tokens = _up_to(max_model_len)
@@ -291,7 +305,7 @@ class Metrics:
             "rejected", "Requests that were not taken.", "reason", REJECTIONS
         )
         self._http_requests = own.labelled(Counter, "http_requests", "Answers.", "route", "status")
-        self.disconnects = own.counter("disconnects", "Clients that left before their answer.")
+        self._disconnects = own.counter("disconnects", "Clients that left before their answer.")
         self.open_streams = own.gauge("open_streams", "Answers that are being streamed.")
         self.event_loop_lag = own.histogram(
             "event_loop_lag_seconds", "Delay of the event loop's timers.", _LAG_S

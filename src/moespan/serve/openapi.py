@@ -35,6 +35,7 @@ _GETS: Mapping[str, type[Any] | None] = {
     "/ping": None,
     "/load": None,
     "/version": None,
+    "/metrics": None,
 }
 """Route → its answer; None for a text or a free form."""
 

@@ -168,6 +168,14 @@ class HttpOptions:
         "no board or router reads vLLM's names",
         choices=("vllm", "none"),
     )
+    management_port: int | None = option(
+        None,
+        "a second port with the same routes, whose connections are counted apart",
+        "probes and metrics must get through while clients fill --port",
+    )
+    mindie_routes: bool = option(
+        False, "also answer the routes of MindIE's server", "clients and probes written for MindIE"
+    )
     log_format: str | None = option(
         None,
         "json: every line of the log is an object (text, or as MOESPAN_LOG_FORMAT says)",
@@ -183,6 +191,7 @@ class HttpOptions:
     def __post_init__(self) -> None:
         least = {
             "port": 0,
+            "management_port": 0,
             "max_logprobs": 0,
             "max_prompts": 1,
             "max_choices": 1,
@@ -195,7 +204,12 @@ class HttpOptions:
             "request_timeout_s": 0.01,
             "keep_alive_s": 0.01,
         }
-        most = {"port": 65535, "max_logprobs": MAX_LOGPROBS, "max_n": MAX_N}
+        most = {
+            "port": 65535,
+            "management_port": 65535,
+            "max_logprobs": MAX_LOGPROBS,
+            "max_n": MAX_N,
+        }
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= most.get(name, value):

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from moespan import log
+from starlette.routing import Route
+
 from moespan.config import EngineConfig
 from moespan.engine.info import EngineInfo
+from moespan.serve import mindie
 from moespan.serve.app import make_app
 from moespan.serve.auth import Keys
 from moespan.serve.life import Life, OnNews, Ranks
@@ -27,7 +29,8 @@ from moespan.serve.server import Server, url_of
 from moespan.serve.upkeep import Upkeep, obey_signals
 
 _LOOK_S = 0.05
-_TELL_S = 10.0
+_LAST_BYTES_S, _FORCED_BYTES_S = 10.0, 1.0
+"""How long clients may take to read the end of their answers when no rank is left."""
 
 Start = Callable[[OnNews], Awaitable[Ranks]]
 
@@ -38,7 +41,7 @@ class Program:
 
     Attributes:
         start: starts the ranks of `config`.
-        sock: listens already.
+        socks: listen already; the first is for clients, the second is --management-port.
         say: tells the operator that the server is ready.
     """
 
@@ -46,7 +49,7 @@ class Program:
     model: ServedModel
     keys: Keys
     options: ServeOptions
-    sock: socket.socket
+    socks: Sequence[socket.socket]
     start: Start
     say: Callable[[str], object]
 
@@ -69,16 +72,17 @@ class Program:
             life,
             self.keys,
             options,
-            more_routes=[
-                metrics_route(metrics),
-                *page_routes(life, metrics, self.model.names[0], self.config.layout.world_size),
-            ],
+            more_routes=self._operators_routes(life, metrics),
+            open_paths=mindie.OPEN_PATHS if options.mindie_routes else frozenset(),
             on_end=metrics.answered,
         )
-        server = Server(app, options)
+        servers = [Server(app, options) for _ in self.socks]  # each counts its own connections
         obey_signals(life)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.keys.reload)
-        serving = asyncio.create_task(server.serve([self.sock]))
+        serving = [
+            asyncio.create_task(server.serve([sock]))
+            for server, sock in zip(servers, self.socks, strict=True)
+        ]
         beside = [
             asyncio.create_task(Upkeep(life, metrics).run()),
             asyncio.create_task(self._tell_when_ready(life)),
@@ -88,24 +92,33 @@ class Program:
         finally:
             for task in beside:
                 task.cancel()
-            server.should_exit = True
-            await serving
+            for server in servers:
+                server.should_exit = True
+            last_bytes_s = _FORCED_BYTES_S if life.is_forced else _LAST_BYTES_S
+            await asyncio.wait(serving, timeout=last_bytes_s)
+            for server in servers:  # clients that still do not read
+                server.force_exit = True
+            await asyncio.gather(*serving)
+
+    def _operators_routes(self, life: Life, metrics: Metrics) -> list[Route]:
+        routes = [
+            metrics_route(metrics),
+            *page_routes(life, metrics, self.model.names[0], self.config.layout.world_size),
+        ]
+        if self.options.mindie_routes:
+            routes += mindie.mindie_routes(self.model, life, metrics, self.options)
+        return routes
 
     async def _tell_when_ready(self, life: Life) -> None:
-        """Say how long the start takes, then once where the server is and what it serves."""
-        loop = asyncio.get_running_loop()
-        began = told_at = loop.time()
+        """Say once where the server is and what it serves."""
         while life.info is None:
             await asyncio.sleep(_LOOK_S)
-            if loop.time() - told_at >= _TELL_S:
-                told_at = loop.time()
-                log.logger.info("the engine is starting: %.0f s so far", told_at - began)
         self.say(self._ready_line(life.info))
 
     def _ready_line(self, info: EngineInfo) -> str:
-        num_tokens = info.num_blocks * info.block_size
+        num_tokens = info.num_blocks * info.block_size * info.layout.dp
         parts = [
-            f"ready on {url_of(self.sock, self.options)}",
+            f"ready on {url_of(self.socks[0], self.options)}",
             self.model.names[0],
             str(info.layout),
             f"{info.device}, {info.dtype}",

@@ -35,10 +35,21 @@ def listen(options: ServeOptions) -> socket.socket:
     """
     if options.uds is not None:
         return _listen_at_path(Path(options.uds))
-    where = f"--host {options.host} --port {options.port}"
+    return _listen_at_port(options.host, options.port, "--port")
+
+
+def listen_apart(options: ServeOptions) -> list[socket.socket]:
+    """The same for --management-port; none without it. Raises as `listen`."""
+    if options.management_port is None:
+        return []
+    return [_listen_at_port(options.host, options.management_port, "--management-port")]
+
+
+def _listen_at_port(host: str, port: int, flag: str) -> socket.socket:
+    where = f"--host {host} {flag} {port}"
     try:
         family, kind, number, _, address = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind, number)
     except OSError as error:
