@@ -21,6 +21,7 @@ SLOW = (
     "tests/distributed/",
     "tests/benchmarks/test_gpu_benchmarks.py",
     "tests/cli/test_interrupt.py",
+    "tests/clients/",
     "tests/cli/test_surroundings.py",
     "tests/launch/test_async_ranks.py",
     "tests/launch/test_fate.py",
