@@ -505,6 +505,23 @@ def test_neither_prompts_nor_answers_nor_keys_are_logged(
         assert secret not in text
 
 
+def test_prompts_and_answers_are_logged_if_asked_for(caplog: pytest.LogCaptureFixture):
+    async def script(served: Served) -> None:
+        await served.complete(prompt=["a private\nquestion", [5, 6]], stream=True)
+        await served.chat("another")
+
+    with caplog.at_level("INFO", logger="moespan"):
+        play(script, texts=["a private answer"], log_prompts=True)
+    text = "|".join(record.getMessage() for record in caplog.records)
+    for told in (
+        r"prompt 0: a private\nquestion",
+        "prompt 1: [5, 6]",
+        "answer 0: a private answer",
+        r"prompt 0: <|begin|>User: another\n\nAssistant:",
+    ):
+        assert told in text
+
+
 def test_errors_show_no_path_of_this_machine():
     async def script(served: Served) -> None:
         here = str(Path.cwd())

@@ -115,14 +115,20 @@ class _Choice:
         self.index = index
         self.has_begun = False
         self.num_tokens = 0
+        self.text: list[str] = []
         self.offsets: Offsets | None = None
 
 
 class Answer:
-    """The answer of a job, as it comes."""
+    """The answer of a job, as it comes.
+
+    Attributes:
+        keeps_text: whether `texts` is wanted.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.keeps_text = False
         self._texts = TokenTexts(job.model.tokenizer, job.tokens_as_ids, job.skip_special_tokens)
         self._prompts = [Prompt(job, number) for number in range(len(job.requests))]
         self._choices = [_Choice(index) for index in range(len(job.requests) * job.n)]
@@ -141,9 +147,14 @@ class Answer:
             ),
         )
 
+    @property
+    def texts(self) -> list[str]:
+        """The text of each choice so far."""
+        return ["".join(choice.text) for choice in self._choices]
+
     def count(self, choice: int, delta: OutputDelta) -> None:
         """Count the tokens of a delta that is shown in another form."""
-        self._choices[choice].num_tokens += len(delta.token_ids)
+        self._note(self._choices[choice], delta)
 
     def events(self, number: int, deltas: Sequence[OutputDelta]) -> Iterator[Any]:
         """What deltas of prompt `number` add to a stream.
@@ -164,8 +175,13 @@ class Answer:
         make = self._chat_piece if self.job.is_chat else self._completion_piece
         for delta in prompt.ready(deltas):
             choice = self._choices[number * self.job.n + delta.index]
-            choice.num_tokens += len(delta.token_ids)
+            self._note(choice, delta)
             yield choice, make(prompt, choice, delta)
+
+    def _note(self, choice: _Choice, delta: OutputDelta) -> None:
+        choice.num_tokens += len(delta.token_ids)
+        if self.keeps_text:
+            choice.text.append(delta.text)
 
     def whole(self, deltas: Iterable[tuple[int, OutputDelta]]) -> Any:
         """The answer that is not streamed, from one delta for each choice, with its prompt's

@@ -31,6 +31,7 @@ from moespan.serve.sampling import Job
 COMMENT_S = 15.0
 """Seconds of silence in a stream after which a comment is sent."""
 
+_MOST_LOGGED = 4096  # characters of a prompt or an answer, with --log-prompts
 _COMMENT = b": waiting\n\n"
 _DONE = b"data: [DONE]\n\n"
 _HEADERS = (
@@ -61,6 +62,7 @@ class Delivery:
         self._life = life
         self._options = options
         self._answer = Answer(job) if answer is None else answer
+        self._answer.keeps_text = options.log_prompts
         self._end = end
         self._headers: list[tuple[bytes, bytes]] = []
         if job.ignored:
@@ -123,12 +125,20 @@ class Delivery:
 
     def _tell(self, scope: Scope) -> None:
         """What the log says of this job."""
-        usage = self._answer.usage
+        job, usage = self._job, self._answer.usage
         scope.setdefault("state", {})["told"] = {
-            "answer": self._job.id,
+            "answer": job.id,
             "prompt tokens": usage.prompt_tokens,
             "completion tokens": usage.completion_tokens,
         }
+        if self._options.log_prompts:
+            prompts = [
+                text or r.prompt_token_ids for text, r in zip(job.texts, job.requests, strict=True)
+            ]
+            for kind, values in (("prompt", prompts), ("answer", self._answer.texts)):
+                for number, value in enumerate(values):
+                    shown = shortened(value, _MOST_LOGGED)
+                    log.logger.info("%s, %s %d: %s", job.id, kind, number, shown)
 
 
 class _Stream:
