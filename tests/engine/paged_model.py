@@ -126,7 +126,8 @@ def expected_output(
     first_seed = seed if params.seed is None else params.seed
     eos = [] if params.ignore_eos else [EOS]
     room = max_model_len - len(request.prompt_token_ids)
-    while len(output) < min(room, params.max_tokens or room):
+    most = room if params.max_tokens is None else min(room, params.max_tokens)
+    while len(output) < most:
         repeats = params.repetition_penalty != 1
         row = SampleRow(
             sequence=0,

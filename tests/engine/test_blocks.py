@@ -7,14 +7,17 @@ from collections.abc import Sequence
 
 import pytest
 
-from moespan.engine.blocks import DIGEST_BYTES, BlockAllocator
+from moespan.engine.blocks import BlockAllocator
+from moespan.engine.digests import Digests
+from moespan.engine.integrity import check_blocks
 
 SIZE = 4
+DIGESTS = Digests(SIZE)
 
 
-def digests_of(allocator: BlockAllocator, token_ids: list[int]) -> list[bytes]:
+def digests_of(token_ids: list[int]) -> list[bytes]:
     digests: list[bytes] = []
-    allocator.extend_digests(digests, token_ids)
+    DIGESTS.extend(digests, token_ids, DIGESTS.root())
     return digests
 
 
@@ -28,7 +31,7 @@ def take(allocator: BlockAllocator, count: int, cached: Sequence[int] = ()) -> l
 def take_published(allocator: BlockAllocator, token_ids: list[int]) -> list[int]:
     """Take the blocks of `token_ids`, all full, and publish them."""
     table = take(allocator, len(token_ids) // SIZE)
-    for block, digest in zip(table, digests_of(allocator, token_ids), strict=True):
+    for block, digest in zip(table, digests_of(token_ids), strict=True):
         allocator.publish(block, digest)
     return table
 
@@ -48,7 +51,7 @@ def test_too_few_free_blocks_give_none_and_change_nothing():
     table = take(allocator, 2)
     assert allocator.take(2) is None
     assert allocator.num_free == 1
-    allocator.check_integrity([table])
+    check_blocks(allocator, [table])
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (4, 1), (5, 2)])
@@ -56,45 +59,10 @@ def test_blocks_for_rounds_up(tokens, blocks):
     assert BlockAllocator(1, SIZE).blocks_for(tokens) == blocks
 
 
-def test_only_full_blocks_have_digests():
-    allocator = BlockAllocator(1, SIZE)
-    assert [len(digests_of(allocator, [1] * n)) for n in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
-
-
-def test_digests_extended_piece_by_piece_are_those_made_at_once():
-    allocator = BlockAllocator(1, SIZE)
-    tokens = list(range(17))
-    digests: list[bytes] = []
-    for end in range(len(tokens) + 1):
-        allocator.extend_digests(digests, tokens[:end])
-    assert digests == digests_of(allocator, tokens)
-
-
-def test_a_digest_depends_on_every_token_before_it():
-    allocator = BlockAllocator(1, SIZE)
-    tokens = [0] * 12
-    last = {digests_of(allocator, tokens)[-1]}
-    for i in range(12):
-        last.add(digests_of(allocator, [*tokens[:i], 1, *tokens[i + 1 :]])[-1])
-    assert len(last) == 13
-
-
-def test_tokens_that_join_to_the_same_bytes_have_different_digests():
-    allocator = BlockAllocator(1, SIZE)
-    assert digests_of(allocator, [1, 0, 0, 0]) != digests_of(allocator, [256, 0, 0, 0])
-    assert digests_of(allocator, [1, 11, 1, 1]) != digests_of(allocator, [11, 1, 1, 1])
-
-
-def test_digests_are_keyed_anew_for_every_allocator():
-    digests = [digests_of(BlockAllocator(1, SIZE), [1, 2, 3, 4])[0] for _ in range(3)]
-    assert len(set(digests)) == 3
-    assert DIGEST_BYTES >= 16 and {len(digest) for digest in digests} == {DIGEST_BYTES}
-
-
 def test_only_published_blocks_are_found():
     allocator = BlockAllocator(4, SIZE)
     tokens = list(range(12))
-    table, digests = take(allocator, 3), digests_of(allocator, tokens)
+    table, digests = take(allocator, 3), digests_of(tokens)
     assert allocator.match(digests) == []
     allocator.publish(table[0], digests[0])
     assert allocator.match(digests) == table[:1]
@@ -107,21 +75,21 @@ def test_only_published_blocks_are_found():
 def test_shared_blocks_are_freed_by_the_last_user():
     allocator = BlockAllocator(4, SIZE)
     first = take_published(allocator, list(range(8)))
-    second = take(allocator, 1, allocator.match(digests_of(allocator, list(range(8)))))
+    second = take(allocator, 1, allocator.match(digests_of(list(range(8)))))
     assert second[:2] == first
     assert allocator.num_used == 3
-    allocator.check_integrity([first, second])
+    check_blocks(allocator, [first, second])
     allocator.free(first)
     assert allocator.num_used == 3
-    allocator.check_integrity([second])
+    check_blocks(allocator, [second])
     allocator.free(second)
     assert allocator.num_used == 0
-    allocator.check_integrity([])
+    check_blocks(allocator, [])
 
 
 def test_freed_published_blocks_are_found_until_evicted():
     allocator = BlockAllocator(3, SIZE)
-    digests = digests_of(allocator, list(range(8)))
+    digests = digests_of(list(range(8)))
     allocator.free(take_published(allocator, list(range(8))))
     assert len(allocator.match(digests)) == 2
     take(allocator, 1)  # the empty one goes first
@@ -133,21 +101,21 @@ def test_freed_published_blocks_are_found_until_evicted():
 def test_a_cached_block_that_is_shared_is_not_counted_as_free_twice():
     allocator = BlockAllocator(2, SIZE)
     allocator.free(take_published(allocator, list(range(8))))
-    shared = allocator.match(digests_of(allocator, list(range(8))))
+    shared = allocator.match(digests_of(list(range(8))))
     assert allocator.take(1, shared) is None
-    allocator.check_integrity([])
+    check_blocks(allocator, [])
     assert take(allocator, 0, shared) == shared
-    allocator.check_integrity([shared])
+    check_blocks(allocator, [shared])
 
 
 def test_shared_blocks_are_not_evicted_for_the_new_blocks_of_the_same_take():
     allocator = BlockAllocator(3, SIZE)
     allocator.free(take_published(allocator, list(range(4))))
     allocator.free(take_published(allocator, list(range(10, 18))))
-    shared = allocator.match(digests_of(allocator, list(range(4))))
+    shared = allocator.match(digests_of(list(range(4))))
     table = take(allocator, 2, shared)
     assert table[:1] == shared and len(set(table)) == 3
-    allocator.check_integrity([table])
+    check_blocks(allocator, [table])
 
 
 def test_the_least_recently_used_prefix_is_evicted_first_and_its_tail_before_its_head():
@@ -159,7 +127,7 @@ def test_the_least_recently_used_prefix_is_evicted_first_and_its_tail_before_its
     found = []
     for _ in range(4):
         take(allocator, 1)
-        found.append([len(allocator.match(digests_of(allocator, t))) for t in (old, new)])
+        found.append([len(allocator.match(digests_of(t))) for t in (old, new)])
     assert found == [[1, 2], [0, 2], [0, 1], [0, 0]]
 
 
@@ -167,39 +135,33 @@ def test_using_a_cached_block_again_makes_it_recent():
     allocator = BlockAllocator(2, SIZE)
     for tokens in ([0] * 4, [1] * 4):
         allocator.free(take_published(allocator, tokens))
-    allocator.free(take(allocator, 0, allocator.match(digests_of(allocator, [0] * 4))))
+    allocator.free(take(allocator, 0, allocator.match(digests_of([0] * 4))))
     take(allocator, 1)
-    assert len(allocator.match(digests_of(allocator, [0] * 4))) == 1
-    assert len(allocator.match(digests_of(allocator, [1] * 4))) == 0
+    assert len(allocator.match(digests_of([0] * 4))) == 1
+    assert len(allocator.match(digests_of([1] * 4))) == 0
 
 
 def test_of_two_blocks_with_equal_contents_the_first_is_known_and_the_other_becomes_empty():
     allocator = BlockAllocator(2, SIZE)
     first, second = take_published(allocator, [1] * 4), take_published(allocator, [1] * 4)
-    assert allocator.match(digests_of(allocator, [1] * 4)) == first
-    allocator.check_integrity([first, second])
+    assert allocator.match(digests_of([1] * 4)) == first
+    check_blocks(allocator, [first, second])
     allocator.free(second)
     allocator.free(first)
-    allocator.check_integrity([])
+    check_blocks(allocator, [])
     assert take(allocator, 1) == second  # empty, so it goes before the cached one
-    assert allocator.match(digests_of(allocator, [1] * 4)) == first
+    assert allocator.match(digests_of([1] * 4)) == first
 
 
 def test_retracted_blocks_are_not_found_and_not_kept():
     allocator = BlockAllocator(3, SIZE)
     table = take_published(allocator, list(range(8)))
     allocator.retract(table)
-    assert allocator.match(digests_of(allocator, list(range(8)))) == []
-    allocator.check_integrity([table])
+    assert allocator.match(digests_of(list(range(8)))) == []
+    check_blocks(allocator, [table])
     allocator.free(table)
-    allocator.check_integrity([])
+    check_blocks(allocator, [])
     assert len(take_published(allocator, list(range(8)))) == 2  # can be published anew
-
-
-def test_without_prefix_caching_nothing_is_found():
-    allocator = BlockAllocator(2, SIZE, enable_prefix_caching=False)
-    assert digests_of(allocator, list(range(8))) == []
-    assert allocator.match([]) == []
 
 
 def test_a_block_freed_twice_is_refused():
@@ -225,9 +187,9 @@ def test_a_block_freed_twice_is_refused():
 def test_the_integrity_check_names_what_is_wrong(spoil, complaint):
     allocator = BlockAllocator(3, SIZE)
     table = take_published(allocator, list(range(8)))
-    allocator.check_integrity([table])
+    check_blocks(allocator, [table])
     with pytest.raises(AssertionError, match=complaint):
-        allocator.check_integrity(spoil(allocator, table))
+        check_blocks(allocator, spoil(allocator, table))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -244,7 +206,7 @@ def test_random_use_keeps_every_published_prefix_true(seed):
         else:
             tokens = [rng.randrange(2) for _ in range(SIZE * rng.randint(1, 4))]
             tokens[: SIZE - 1] = [0] * (SIZE - 1)
-            digests = digests_of(allocator, tokens)
+            digests = digests_of(tokens)
             shared = allocator.match(digests)
             for i, block in enumerate(shared):
                 assert contents[block] == tuple(tokens[: (i + 1) * SIZE])
@@ -255,9 +217,9 @@ def test_random_use_keeps_every_published_prefix_true(seed):
                 for i in range(len(shared), rng.randint(len(shared), len(taken))):
                     contents[taken[i]] = tuple(tokens[: (i + 1) * SIZE])
                     allocator.publish(taken[i], digests[i])
-        allocator.check_integrity(live)
+        check_blocks(allocator, live)
     assert num_hits > 100
     for table in live:
         allocator.free(table)
-    allocator.check_integrity([])
+    check_blocks(allocator, [])
     assert allocator.num_free == 9

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moespan.config import EngineConfig, Layout
+from moespan.engine.integrity import check_scheduler
 from moespan.engine.replicas import Replicas
 from moespan.engine.request import Request, SamplingParams
 from moespan.engine.sequence import Sequence
@@ -98,7 +99,8 @@ class Fleet:
             self.deliver()
 
     def check_integrity(self) -> None:
-        self.replicas.check_integrity()
+        for scheduler in self.replicas.schedulers:
+            check_scheduler(scheduler)
         assert self.replicas.num_in_flight == len(self.flights)
         unfinished = {sequence.id for sequence, ends in self.ends.items() if not ends}
         assert set(self.replicas._home) == unfinished

@@ -67,7 +67,7 @@ WRONG: list[tuple[str, Any]] = [
     ("min_p", 1.1),
     ("repetition_penalty", 0),
     ("presence_penalty", 2.1),
-    ("max_tokens", 0),
+    ("max_tokens", -1),
     ("logprobs", 21),
 ]
 
@@ -202,6 +202,9 @@ def test_parameters_that_are_taken_cross_to_the_ranks_as_they_are(raw: dict[str,
         ("params", {"n": 1}),
         ("params", None),
         ("prompt_logits", 1),
+        ("cache_salt", ""),
+        ("cache_salt", 1),
+        ("cache_salt", "x" * 1025),
     ],
 )
 def test_a_request_made_by_hand_is_checked_too(name: str, bad: Any):

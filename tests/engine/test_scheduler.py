@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moespan.config import EngineConfig, Layout
+from moespan.engine.integrity import check_scheduler
 from moespan.engine.request import Request, SamplingParams, TokenLogprobs
 from moespan.engine.scheduler import Scheduler, SequenceUpdate
 from moespan.engine.sequence import Sequence, Status
@@ -79,23 +80,32 @@ class Bench:
         self.model = PagedModel(block_size)
         self.flights: deque[tuple[StepPlan, list[Sequence], list[list[int | None]]]] = deque()
         self.received: dict[Sequence, Received] = {}
+        self.first_of: dict[Sequence, Sequence] = {}  # the first continuation of its request
         self.first_scheduled: list[int] = []
         self.num_steps = 0
         self.num_aborted_in_flight = 0
 
     def add(self, prompt: list[int], id: str | None = None, **options) -> list[Sequence]:
-        logits, grammar = options.pop("prompt_logits", False), options.pop("grammar", False)
+        logits, salt = options.pop("prompt_logits", False), options.pop("cache_salt", None)
+        grammar = options.pop("grammar", False)
         request = Request(
             id=id or f"r{len(self.received)}",
             prompt_token_ids=prompt,
             params=SamplingParams(**{"max_tokens": 8, **options}),
             prompt_logits=logits,
+            cache_salt=salt,
         )
         sequences = self.scheduler.add(request, constraint=constraint_of(request, grammar))
         self.received.update(
             (sequence, Received(request, grammar=grammar)) for sequence in sequences
         )
+        self.first_of |= dict.fromkeys(sequences, sequences[0])
         return sequences
+
+    @property
+    def live(self) -> list[Sequence]:
+        """The unfinished sequences, those included that wait for another one's prompt."""
+        return [s for sequences in self.scheduler._live.values() for s in sequences]
 
     def plan(self) -> StepPlan:
         """The next step's plan where there must be one."""
@@ -109,7 +119,7 @@ class Bench:
         oldest = min((*scheduler.running, *waiting), key=lambda s: s.arrival, default=None)
         losses, num_preemptions = oldest and oldest.num_preemptions, scheduler.num_preemptions
         plan = scheduler.schedule()
-        scheduler.check_integrity()
+        check_scheduler(scheduler)
         assert oldest is None or oldest.num_preemptions == losses
         if plan is None:
             # Unfinished sequences can go on, at the latest when all results are back.
@@ -131,11 +141,19 @@ class Bench:
         assert max((s.arrival for s in admitted), default=-1) < min(
             (s.arrival for s in scheduler.waiting), default=1 << 60
         )
-        new = [s.arrival for s in admitted if s.num_preemptions == 0]
-        self.first_scheduled += sorted(new)
+        new = [s for s in admitted if s.num_preemptions == 0]
+        self.first_scheduled += sorted(s.arrival for s in new if s.index == 0)
+        for sequence in new:
+            self._check_waited(sequence)
         self.flights.append((plan, batch, self.model.context(plan)))
         self.num_steps += 1
         return plan
+
+    def _check_waited(self, sequence: Sequence) -> None:
+        """A continuation is admitted only when the first one has computed the prompt, or ended."""
+        first = self.first_of[sequence]
+        if sequence is not first and sequence.num_prompt_tokens > self.config.block_size:
+            assert first.has_prompt or first.num_preemptions or first.is_finished
 
     def _check_writes(self, plan: StepPlan, batch: list[Sequence]) -> None:
         """No block is written that another sequence in flight uses."""
@@ -158,7 +176,7 @@ class Bench:
             assert context == planned_context, "the context was not computed when planned"
         corrupt = corrupt & {row.sequence for row in plan.samples}
         updates = self.scheduler.update(plan, self.model.execute(plan, corrupt))
-        self.scheduler.check_integrity()
+        check_scheduler(self.scheduler)
         assert len({id(update.sequence) for update in updates}) == len(updates)
         for update in updates:
             received = self.received[update.sequence]
@@ -189,19 +207,19 @@ class Bench:
         if self.received[sequence].end is None:
             self.received[sequence].end = "abort"
         self.scheduler.finish(sequence)
-        self.scheduler.check_integrity()
+        check_scheduler(self.scheduler)
 
     def abort(self, id: str) -> list[Sequence]:
         sequences = self.scheduler.abort(id)
         for sequence in sequences:
             self.num_aborted_in_flight += sequence.in_flight
             self.received[sequence].end = "abort"
-        self.scheduler.check_integrity()
+        check_scheduler(self.scheduler)
         return sequences
 
     def drain(self, depth: int = 1) -> None:
         """Run to the end with `depth` plans in flight; check that the time is bounded."""
-        live = (*self.scheduler.running, *self.scheduler.waiting)
+        live = self.live
         # Each time all results are back, the oldest sequence has advanced by at least a token, or
         # has restarted; and a sequence restarts only while it is not the oldest.
         num_tokens = sum(s.num_prompt_tokens + s.max_output_tokens + 1 for s in live)
@@ -217,7 +235,7 @@ class Bench:
         """All is finished, nothing is leaked, and every output is what the request alone gets."""
         scheduler = self.scheduler
         assert not scheduler.has_unfinished and scheduler.schedule() is None
-        scheduler.check_integrity()
+        check_scheduler(scheduler)
         assert scheduler.kv_usage == 0
         assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_in_flight) == (0, 0, 0)
         assert self.first_scheduled == sorted(self.first_scheduled)
@@ -373,7 +391,7 @@ def test_log_probabilities_come_with_their_token():
 
 def test_continuation_i_of_n_has_seed_plus_i_and_comes_back_under_its_index():
     bench = Bench()
-    bench.add(prompt_of(5), n=3, seed=40)
+    bench.add(prompt_of(4), n=3, seed=40)
     assert [row.seed for row in bench.plan().samples] == [40, 41, 42]
     assert [sequence.index for sequence in bench.received] == [0, 1, 2]
     bench.deliver()
@@ -637,6 +655,110 @@ def test_without_prefix_caching_everything_is_computed():
         bench.drain()
     bench.check_outputs()
     assert bench.scheduler.num_prefix_hit_tokens == 0
+
+
+def test_only_requests_with_the_same_salt_share_blocks():
+    bench = Bench()
+    for salt, cached in ((None, 0), ("a", 0), ("b", 0), ("a", 8), (None, 8), ("None", 0), ("", 8)):
+        (sequence,) = bench.add(prompt_of(9), **({"cache_salt": salt} if salt else {}))
+        bench.drain()
+        assert sequence.num_cached_tokens == cached, salt
+    bench.check_outputs()
+
+
+# Continuations of one prompt
+
+
+def computed_tokens(bench: Bench) -> int:
+    """Run to the end; → the tokens that all steps computed."""
+    count = 0
+    while bench.scheduler.has_unfinished:
+        if (plan := bench.schedule()) is not None:
+            count += len(plan.token_ids)
+        bench.deliver()
+    bench.check_outputs()
+    return count
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("budget", [5, 40])
+def test_n_continuations_compute_their_prompt_once(caching: bool, budget: int, max_tokens: int):
+    bench = Bench(caching=caching, budget=budget, block_size=4)
+    bench.add(prompt_of(18), n=5, max_tokens=max_tokens, ignore_eos=True)
+    assert bench.scheduler.num_waiting == 5
+    rest = 4 * 2  # the tokens after the last full block, by each of the others
+    assert computed_tokens(bench) == 18 + rest + 5 * max(max_tokens - 1, 0)
+    assert bench.scheduler.num_prefix_queried_tokens == 18
+    assert {sequence.num_cached_tokens for sequence in bench.received} == {0}
+
+
+def test_requests_behind_continuations_that_wait_are_admitted():
+    bench = Bench(budget=40)
+    bench.add(prompt_of(9), n=3, ignore_eos=True, max_tokens=2)
+    bench.add(prompt_of(9, seed=1), ignore_eos=True, max_tokens=2)
+    assert bench.planned_step().query_lens == [9, 9]
+    assert bench.planned_step().query_lens == [1, 1, 1, 1]
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_a_prompt_without_a_full_block_is_not_waited_for():
+    bench = Bench(block_size=4)
+    bench.add(prompt_of(4), n=3)
+    assert bench.planned_step().query_lens == [4, 4, 4]
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_continuations_go_on_if_the_first_one_ends_before_its_prompt_is_computed(caching: bool):
+    bench = Bench(budget=5, caching=caching)
+    first, second, third = bench.add(prompt_of(18), n=3, ignore_eos=True)
+    bench.step()
+    bench.finish(second)  # which still waits
+    bench.finish(first)
+    bench.drain()
+    assert bench.received[third].end == "length"
+    bench.check_outputs()
+
+
+def test_continuations_compute_anew_what_led_to_logits_that_are_not_finite():
+    bench = Bench(budget=40)
+    bench.add(prompt_of(18), n=3)
+    bench.schedule()
+    (update,) = bench.deliver(corrupt={0})
+    assert (update.sequence.index, update.finish_reason) == (0, "error")
+    assert bench.planned_step().query_lens == [18, 18]
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_an_abort_ends_the_continuations_that_wait():
+    bench = Bench(budget=5)
+    bench.add(prompt_of(18), "a", n=3)
+    bench.step()
+    assert len(bench.abort("a")) == 3
+    assert bench.scheduler.num_waiting == 0 and not bench.scheduler.has_unfinished
+    bench.check_outputs()
+
+
+# Prompts without output
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_request_for_no_tokens_scores_its_prompt_and_ends_with_length(ahead: bool, depth: int):
+    bench = Bench(budget=5, ahead=ahead)
+    bench.add(prompt_of(32), max_tokens=0, prompt_logprobs=0)  # as long as the model allows
+    bench.add(prompt_of(7), max_tokens=0)
+    bench.add(prompt_of(9), n=2, max_tokens=0)
+    bench.drain(depth)
+    bench.check_outputs()
+    assert {received.end for received in bench.received.values()} == {"length"}
+    (again,) = bench.add(prompt_of(32), max_tokens=0)
+    bench.drain(depth)
+    assert again.num_cached_tokens == 28
+    with pytest.raises(RequestError, match="has 33 tokens; max_model_len=32 leaves room for 32"):
+        bench.add(prompt_of(33), max_tokens=0)
 
 
 # Reports on the prompt
@@ -1105,7 +1227,7 @@ def random_request(rng: random.Random, max_model_len: int) -> tuple[list[int], d
     prompt = (prompt or [3])[: max_model_len - 1]
     options = {
         "n": rng.choice([1, 1, 1, 2, 3]),
-        "max_tokens": rng.choice([None, 1, 4, 10]),
+        "max_tokens": rng.choice([None, 0, 1, 4, 4, 10, 10]),
         "ignore_eos": rng.random() < 0.7,
         "stop_token_ids": rng.choice([[], [], [2], [3, 4]]),
         "prompt_logprobs": rng.choice([None, None, None, 2]),
@@ -1116,8 +1238,10 @@ def random_request(rng: random.Random, max_model_len: int) -> tuple[list[int], d
         "grammar": rng.random() < 0.2,
         "allowed_token_ids": rng.choice([None, None, None, [0, 1, 2, 3, 5, 8], [1, 4, 5, 6, 7, 9]]),
         "bad_words": rng.choice([[], [], [], ["4"], ["1 2", "5 5 5", "9"]]),
+        "cache_salt": rng.choice([None, None, None, "a"]),
     }
-    options["min_tokens"] = rng.choice([0, 0, min(3, options["max_tokens"] or 3)])
+    most = 3 if options["max_tokens"] is None else options["max_tokens"]
+    options["min_tokens"] = rng.choice([0, 0, min(3, most)])
     return prompt, options
 
 
@@ -1137,7 +1261,7 @@ def test_random_schedules_give_every_request_the_output_it_gets_alone(seed, ahea
     )
     for _ in range(4000):
         action = rng.random()
-        live = (*bench.scheduler.running, *bench.scheduler.waiting)
+        live = bench.live
         if action < 0.2 and len(live) < 12:
             prompt, options = random_request(rng, 32)
             bench.add(prompt, **options)
@@ -1188,8 +1312,8 @@ class RandomSchedules(RuleBasedStateMachine):
     @rule(
         prefix=st.sampled_from([4, 8, 12]),
         tail=st.lists(st.integers(0, 2), max_size=3),
-        n=st.sampled_from([1, 1, 2]),
-        max_tokens=st.sampled_from([None, 1, 3]),
+        n=st.sampled_from([1, 1, 2, 3]),
+        max_tokens=st.sampled_from([None, 0, 1, 3]),
         report=st.booleans(),
         penalty=st.booleans(),
         grammar=st.booleans(),
@@ -1219,7 +1343,7 @@ class RandomSchedules(RuleBasedStateMachine):
     @precondition(lambda self: self.bench.scheduler.has_unfinished)
     @rule(pick=st.integers(0, 100), whole_request=st.booleans())
     def abort(self, pick, whole_request):
-        live = (*self.bench.scheduler.running, *self.bench.scheduler.waiting)
+        live = self.bench.live
         if live and whole_request:
             self.bench.abort(live[pick % len(live)].id)
         elif live:
@@ -1228,7 +1352,7 @@ class RandomSchedules(RuleBasedStateMachine):
     @invariant()
     def nothing_is_leaked(self):
         if hasattr(self, "bench"):
-            self.bench.scheduler.check_integrity()
+            check_scheduler(self.bench.scheduler)
 
     def teardown(self):
         if hasattr(self, "bench"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from msgspec.structs import replace
 
 from moespan import LLM, MoespanError, RequestOutput, SamplingParams
 from moespan.engine.engine import Engine
-from moespan.engine.request import Request
+from moespan.engine.integrity import check_scheduler
+from moespan.engine.request import OutputDelta, Request
 from moespan.engine.results import Pending
 from moespan.engine.worker import Worker
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
@@ -35,7 +37,7 @@ def engine(llm: LLM) -> Engine:
 def assert_idle(llm: LLM) -> None:
     """Assert that no request has left a sequence, a text, or a block in use."""
     scheduler = engine(llm)._replicas.schedulers[0]
-    scheduler.check_integrity()
+    check_scheduler(scheduler)
     assert not scheduler.has_unfinished
     assert scheduler.allocator.num_used == 0
     assert not engine(llm)._live
@@ -307,8 +309,8 @@ def test_an_output_ends_at_the_models_length(small: Callable[..., LLM]):
 # Samples and scores
 
 
-def test_n_continuations_are_those_of_n_requests_with_following_seeds(llm: LLM):
-    story = "Story: Mia, fox, lake."
+@pytest.mark.parametrize("story", ["Story: Mia, fox, lake.", "A fox saw the lake. " * 9])
+def test_n_continuations_are_those_of_n_requests_with_following_seeds(llm: LLM, story: str):
     settings: dict[str, Any] = {"max_tokens": 20, "temperature": 1.5}
     (together,) = llm.generate(story, SamplingParams(n=3, seed=7, **settings))
     alone = llm.generate([story] * 3, [SamplingParams(seed=7 + i, **settings) for i in range(3)])
@@ -347,13 +349,15 @@ def test_logprobs_are_those_of_the_models_own_distribution(llm: LLM):
     assert one.cumulative_logprob == pytest.approx(total, abs=1e-3)
 
 
-@pytest.mark.parametrize("max_num_batched_tokens", [3, 2048])
+@pytest.mark.parametrize(("max_num_batched_tokens", "max_tokens"), [(3, 1), (3, 0), (2048, 0)])
 def test_prompt_logprobs_are_one_for_each_token_but_the_first(
-    small: Callable[..., LLM], max_num_batched_tokens: int
+    small: Callable[..., LLM], max_num_batched_tokens: int, max_tokens: int
 ):
     prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
     with small(max_num_seqs=1, max_num_batched_tokens=max_num_batched_tokens) as llm:
-        (output,) = llm.generate(prompt, greedy(max_tokens=1, prompt_logprobs=2))
+        (output,) = llm.generate(prompt, greedy(max_tokens=max_tokens, prompt_logprobs=2))
+        assert len(output.outputs[0].token_ids) == max_tokens
+        assert output.outputs[0].finish_reason == "length"
         expected = log_softmax(logits_of(llm, prompt))
         assert output.prompt_logprobs is not None
         assert output.prompt_logprobs[0] is None
@@ -362,6 +366,24 @@ def test_prompt_logprobs_are_one_for_each_token_but_the_first(
         for entry, row in zip(others, expected, strict=False):
             assert entry.logprob == pytest.approx(row[entry.token_id], abs=1e-5)
             assert [token for token, _ in entry.top] == np.argsort(-row)[:2].tolist()
+
+
+def test_each_continuation_says_once_how_long_it_took_to_its_first_token(llm: LLM):
+    deltas: list[OutputDelta] = []
+    requests = [
+        llm.request("A fox saw the lake. " * 9, greedy(n=3, max_tokens=4, prompt_logprobs=0)),
+        llm.request("Mia", greedy(max_tokens=0)),
+    ]
+    started = time.monotonic()
+    list(llm.stream(requests, observe=deltas.append))
+    took_s = time.monotonic() - started
+    timed = [delta for delta in deltas if delta.timing is not None]
+    assert len(timed) == 4
+    for delta in timed:
+        assert delta.timing is not None
+        assert len(delta.token_ids) == 1 or delta.finish_reason == "length"
+        assert min(delta.timing.queued_s, delta.timing.prefill_s) >= 0
+        assert delta.timing.queued_s + delta.timing.prefill_s <= took_s
 
 
 def test_scores_that_were_asked_for_are_lists_and_others_none(small: Callable[..., LLM]):

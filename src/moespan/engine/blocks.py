@@ -1,6 +1,7 @@
 """Blocks of the KV cache: their users, and the prefixes they hold for reuse.
 
-Counts and digests only: the worker has the tensors, and the scheduler decides who gets a block.
+Counts and digests (`digests`) only: the worker has the tensors, and the scheduler decides who gets
+a block.
 
 A block is in one of three states:
 
@@ -13,35 +14,16 @@ A block is in one of three states:
 
 from __future__ import annotations
 
-import hashlib
-import secrets
-import struct
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-
-DIGEST_BYTES = 16
 
 
 class BlockAllocator:
-    """Hands out `num_blocks` blocks of `block_size` tokens, and finds the blocks of known prefixes.
+    """Hands out `num_blocks` blocks of `block_size` tokens, and finds those of known prefixes."""
 
-    A full block is named by a digest of its tokens and all tokens before it. The digest has a
-    random key of this process, so no client can make two prefixes collide. Allocators with the
-    same `key` have the same digests.
-    """
-
-    def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        *,
-        enable_prefix_caching: bool = True,
-        key: bytes | None = None,
-    ) -> None:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.enable_prefix_caching = enable_prefix_caching
-        self._key = key or secrets.token_bytes(32)
         self._references = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}
@@ -86,20 +68,6 @@ class BlockAllocator:
                 else:
                     self._cached[block] = None
 
-    def extend_digests(self, digests: list[bytes], token_ids: Sequence[int]) -> None:
-        """Extend the digests of the first blocks of `token_ids` to all its full blocks.
-
-        With prefix caching off they stay empty, so that nothing is published or found.
-        """
-        if not self.enable_prefix_caching:
-            return
-        size = self.block_size
-        for start in range(len(digests) * size, len(token_ids) - size + 1, size):
-            digest = hashlib.blake2b(key=self._key, digest_size=DIGEST_BYTES)
-            digest.update(digests[-1] if digests else bytes(DIGEST_BYTES))
-            digest.update(struct.pack(f"<{size}I", *token_ids[start : start + size]))
-            digests.append(digest.digest())
-
     def match(self, digests: Iterable[bytes]) -> list[int]:
         """Find the published blocks of the longest prefix of `digests`."""
         blocks: list[int] = []
@@ -125,37 +93,6 @@ class BlockAllocator:
             if digest is not None:
                 del self._published[digest]
                 self._digests[block] = None
-
-    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Compare the reference counts with a recount over `tables`, those of all sequences.
-
-        Raises:
-            AssertionError: a block is leaked, freed too early, or in two states at once.
-        """
-        users: Counter[int] = Counter()
-        problems = []
-        for table in tables:
-            users.update(table)
-            if len(set(table)) < len(table):
-                problems.append(f"a block occurs twice in the table {list(table)}")
-        empty, cached = Counter(self._empty), Counter(self._cached.keys())
-        for block in range(self.num_blocks):
-            references, digest = self._references[block], self._digests[block]
-            if references != users[block]:
-                problems.append(f"block {block}: {references} references, {users[block]} users")
-            known = digest is not None
-            states = (0, 0) if references else (0, 1) if known else (1, 0)
-            if (empty[block], cached[block]) != states:
-                problems.append(
-                    f"block {block}: {empty[block]} times empty and {cached[block]} times cached "
-                    f"with {references} references and {'a' if known else 'no'} digest"
-                )
-            if digest is not None and self._published.get(digest) != block:
-                problems.append(f"block {block}: its digest does not lead to it")
-        if len(self._published) != sum(digest is not None for digest in self._digests):
-            problems.append("a published digest leads to a block that has another one")
-        if problems:
-            raise AssertionError("KV blocks: " + "; ".join(problems))
 
     def _empty_one(self) -> int:
         """Take an empty block; if there is none, evict the least recently used cached one."""

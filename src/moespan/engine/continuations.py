@@ -58,6 +58,8 @@ class Continuations:
                 finish_reason, stop_reason = "stop", live.text.stopped_by
         if finish_reason is not None:
             self.drop(sequence)
+        begins = sequence.num_output_tokens == len(update.token_ids)
+        begins = begins and bool(update.token_ids or finish_reason)
         return OutputDelta(
             id=sequence.id,
             index=sequence.index,
@@ -70,4 +72,5 @@ class Continuations:
             prompt_logprobs=update.prompt.logprobs if update.prompt else [],
             prompt_logits=update.prompt.logits if update.prompt else b"",
             num_cached_tokens=sequence.num_cached_tokens,
+            timing=sequence.timing() if begins else None,
         )

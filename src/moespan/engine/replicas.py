@@ -6,12 +6,12 @@ that share experts stay in lockstep without asking each other.
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Iterable
 
 from moespan.config import EngineConfig
 from moespan.engine.constraints import Constraint
+from moespan.engine.digests import Digests
 from moespan.engine.request import Request
 from moespan.engine.scheduler import Scheduler, SequenceUpdate
 from moespan.engine.sequence import Sequence
@@ -33,10 +33,10 @@ class Replicas:
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
     ) -> None:
-        key = secrets.token_bytes(32)
+        self._digests = Digests(config.block_size)
         eos_token_ids = tuple(eos_token_ids)
         self.schedulers = [
-            Scheduler(config, num_blocks, vocab_size, eos_token_ids, digest_key=key)
+            Scheduler(config, num_blocks, vocab_size, eos_token_ids, digests=self._digests)
             for _ in range(config.layout.dp)
         ]
         self._most_ahead = config.max_num_seqs
@@ -70,7 +70,7 @@ class Replicas:
         """
         if request.id in self._home:
             raise RequestError(f"request id {shown(request.id)} is in use; give each its own")
-        scheduler = self._choose(request.prompt_token_ids)
+        scheduler = self._choose(request)
         sequences = scheduler.add(request, seed, constraint)
         self._home[request.id] = scheduler
         return sequences
@@ -112,18 +112,14 @@ class Replicas:
         """The plans whose results are due next."""
         return self._in_flight[0]
 
-    def check_integrity(self) -> None:
-        """Raise `AssertionError` if a block is leaked or used wrongly. For tests."""
-        for scheduler in self.schedulers:
-            scheduler.check_integrity()
-
-    def _choose(self, prompt_token_ids: list[int]) -> Scheduler:
+    def _choose(self, request: Request) -> Scheduler:
         if len(self.schedulers) == 1:
             return self.schedulers[0]
         loads = [scheduler.num_waiting + scheduler.num_running for scheduler in self.schedulers]
         most = min(loads) + self._most_ahead
         digests: list[bytes] = []
-        self.schedulers[0].allocator.extend_digests(digests, prompt_token_ids)
+        if (root := self.schedulers[0].prefix_root(request)) is not None:
+            self._digests.extend(digests, request.prompt_token_ids, root)
 
         def merit(replica: int) -> tuple[int, int]:
             cached = self.schedulers[replica].allocator.match(digests)

@@ -19,6 +19,7 @@ MAX_STOP_CHARACTERS = 1024
 MAX_ALLOWED_TOKEN_IDS = 2**18
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARACTERS = 64
+MAX_SALT_CHARACTERS = 1024
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,7 +51,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             that the tokenizer makes of it, at the beginning of a text and after a space. Other
             tokens may still spell it.
         include_stop_str_in_output: keep the stop string in the text.
-        max_tokens: most tokens to generate; None is as many as the model's length allows.
+        max_tokens: most tokens to generate; None is as many as the model's length allows. 0 only
+            computes the prompt, to score it (`prompt_logprobs`) or to have it in the prefix cache.
         min_tokens: EOS, stop token ids and stop strings do not count before this many tokens.
         ignore_eos: treat EOS like any other token.
         skip_special_tokens: leave special tokens out of the text.
@@ -260,7 +262,7 @@ _CHECKS = {
         _bad_words,
     ),
     "include_stop_str_in_output": _Check("true or false", _flag),
-    "max_tokens": _Check("an integer within 1..2**31-1", _integer(1, 2**31 - 1)),
+    "max_tokens": _Check("an integer within 0..2**31-1", _count),
     "min_tokens": _Check("an integer within 0..2**31-1", _count),
     "ignore_eos": _Check("true or false", _flag),
     "skip_special_tokens": _Check("true or false", _flag),
@@ -289,12 +291,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         prompt_token_ids: at least one token.
         prompt_logits: also return the float32 logits of every prompt position (for `verify`).
+        cache_salt: only requests with the same salt share prefixes in the cache, so that nobody
+            learns from the time of an answer what others have asked (CVE-2025-46570).
     """
 
     id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     prompt_logits: bool = False
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         def require(name: str, holds: bool, rule: str) -> None:
@@ -307,6 +312,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         require("prompt_token_ids", is_ids, "a list of token ids")
         require("params", isinstance(self.params, SamplingParams), "a SamplingParams")
         require("prompt_logits", isinstance(self.prompt_logits, bool), "true or false")
+        salt = self.cache_salt
+        is_salt = salt is None or (isinstance(salt, str) and 1 <= len(salt) <= MAX_SALT_CHARACTERS)
+        require("cache_salt", is_salt, f"a string of 1..{MAX_SALT_CHARACTERS} characters")
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -324,6 +332,19 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
+class Timing(msgspec.Struct, frozen=True, array_like=True):
+    """How long a continuation took to its first token, by the leader's clock.
+
+    Attributes:
+        queued_s: from its arrival until it got blocks. Continuations of one prompt wait for the
+            first of them.
+        prefill_s: from then to its first token, or to its end if it has none.
+    """
+
+    queued_s: float
+    prefill_s: float
+
+
 class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The additions of one step to continuation `index` of request `id`.
 
@@ -338,6 +359,7 @@ class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
             entry for position p + 1 comes with position p.
         prompt_logits: float32 rows [positions, vocabulary] as bytes, if requested.
         num_cached_tokens: prompt tokens that the prefix cache held.
+        timing: with the first token, or with the end of a continuation that has none.
     """
 
     id: str
@@ -351,6 +373,7 @@ class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     prompt_logprobs: list[TokenLogprobs] = []
     prompt_logits: bytes = b""
     num_cached_tokens: int = 0
+    timing: Timing | None = None
 
 
 def refusal(request: Request, error: RequestError) -> list[OutputDelta]:
@@ -366,10 +389,12 @@ def check_request(request: Request, max_model_len: int, vocab_size: int) -> None
     num_tokens, params = len(request.prompt_token_ids), request.params
     if num_tokens == 0:
         raise RequestError("the prompt is empty; it must have at least one token")
-    if num_tokens >= max_model_len:
+    most = max_model_len if params.max_tokens == 0 else max_model_len - 1
+    if num_tokens > most:
+        output = "no output (max_tokens=0)" if params.max_tokens == 0 else "one token of output"
         raise RequestError(
             f"the prompt has {num_tokens} tokens; max_model_len={max_model_len} leaves room for "
-            f"{max_model_len - 1} and one token of output"
+            f"{most} and {output}"
         )
     for name, token_ids in (
         ("prompt_token_ids", request.prompt_token_ids),

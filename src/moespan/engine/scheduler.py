@@ -20,6 +20,10 @@ All rules are first come, first served:
 - A sequence whose constraint `needs_tokens` is in no plan while a token of it is expected. The
   plans of others do not wait for it; but a plan ahead is made for such sequences alone only after
   the result, so that they come together in one plan.
+- The `n` continuations of a request compute its prompt once. The first one is queued; the others
+  join the queue, at the place of their arrival, when it has computed the prompt. They share its
+  full blocks, and compute the rest of the prompt themselves: at most one block. If the prompt
+  fills no block, or the first one ends early, each computes the prompt.
 - `max_num_seqs` and `max_num_batched_tokens` bound each step; with several plans in flight, more
   sequences run at a time. With pp stages, a plan takes at most 1/pp of the sequences, and leaves
   as many to each plan that is still missing, so that every stage has one.
@@ -31,6 +35,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -39,6 +44,7 @@ import msgspec
 from moespan.config import EngineConfig
 from moespan.engine.blocks import BlockAllocator
 from moespan.engine.constraints import Constraint
+from moespan.engine.digests import Digests
 from moespan.engine.request import Request, TokenLogprobs, check_request
 from moespan.engine.sequence import Sequence, Status
 from moespan.engine.step import PromptScores, Sampled, StepPlan, StepResult
@@ -65,7 +71,7 @@ class Scheduler:
         waiting: sequences without blocks, in the order of arrival.
         running: sequences with blocks, in the order of arrival.
         num_preemptions: how often a sequence lost its blocks.
-        num_prefix_queried_tokens: prompt tokens of the sequences admitted so far.
+        num_prefix_queried_tokens: prompt tokens of the requests admitted so far.
         num_prefix_hit_tokens: those of them that the prefix cache held.
     """
 
@@ -76,7 +82,7 @@ class Scheduler:
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
         *,
-        digest_key: bytes | None = None,
+        digests: Digests | None = None,
     ) -> None:
         if num_blocks < config.blocks_per_sequence:
             raise ConfigError(
@@ -87,18 +93,15 @@ class Scheduler:
         self.config = config
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(t for t in eos_token_ids if 0 <= t < vocab_size)
-        self.allocator = BlockAllocator(
-            num_blocks,
-            config.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-            key=digest_key,
-        )
+        self.allocator = BlockAllocator(num_blocks, config.block_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prefix_queried_tokens = 0
         self.num_prefix_hit_tokens = 0
+        self._digests = digests or Digests(config.block_size)
         self._plans_ahead = config.plans_ahead
+        self._siblings: dict[str, list[Sequence]] = {}  # by request; wait for its first sequence
         self._live: dict[str, list[Sequence]] = {}
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
         self._num_arrivals = 0
@@ -107,7 +110,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences without blocks: new ones and preempted ones."""
-        return len(self.waiting)
+        return len(self.waiting) + sum(map(len, self._siblings.values()))
 
     @property
     def num_running(self) -> int:
@@ -146,6 +149,7 @@ class Scheduler:
         first_seed = seed if params.seed is None else params.seed
         limit = self.config.max_model_len - len(request.prompt_token_ids)
         max_output_tokens = limit if params.max_tokens is None else min(limit, params.max_tokens)
+        root = self.prefix_root(request)
         sequences = [
             Sequence(
                 request,
@@ -155,13 +159,25 @@ class Scheduler:
                 max_output_tokens=max_output_tokens,
                 eos_token_ids=self.eos_token_ids,
                 constraint=constraint and constraint.copy(),
+                prefix_root=root,
             )
             for index in range(params.n)
         ]
         self._num_arrivals += params.n
         self._live[request.id] = list(sequences)
-        self.waiting.extend(sequences)
+        num_together = params.n
+        if len(request.prompt_token_ids) > self.config.block_size and params.n > 1:
+            num_together = 1
+            self._siblings[request.id] = sequences[1:]
+        self.waiting.extend(sequences[:num_together])
         return sequences
+
+    def prefix_root(self, request: Request) -> bytes | None:
+        """The root of the digests of a request that is added next: prefixes are shared with all
+        requests of the same salt, or among the continuations of the request, or not at all."""
+        if self.config.enable_prefix_caching:
+            return self._digests.root("salt", request.cache_salt or "")
+        return self._digests.root("request", self._num_arrivals) if request.params.n > 1 else None
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None if nothing can go on before a result or a request comes."""
@@ -212,10 +228,13 @@ class Scheduler:
         its blocks are freed when the result is back."""
         if sequence.is_finished:
             return
-        if sequence.status is Status.WAITING:
-            self.waiting.remove(sequence)
-        else:
+        if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
+        else:
+            siblings = self._siblings.get(sequence.id, [])
+            (siblings if sequence in siblings else self.waiting).remove(sequence)
+        if sequence.index == 0:
+            self._queue_siblings(sequence)
         sequence.status = Status.FINISHED
         self._live[sequence.id].remove(sequence)
         if not self._live[sequence.id]:
@@ -233,17 +252,6 @@ class Scheduler:
     def knows(self, request_id: str) -> bool:
         """Whether a continuation of the request is unfinished."""
         return request_id in self._live
-
-    def check_integrity(self) -> None:
-        """Raise `AssertionError` if a block is leaked or misused. For tests: O(blocks)."""
-        returning = dict.fromkeys(s for _, batch in self._in_flight for s in batch if s.is_finished)
-        self.allocator.check_integrity(s.block_table for s in (*self.running, *returning))
-        for queue in (self.running, self.waiting):
-            arrivals = [sequence.arrival for sequence in queue]
-            if arrivals != sorted(set(arrivals)):
-                raise AssertionError(f"not in the order of arrival: {list(queue)}")
-        if any(sequence.block_table for sequence in self.waiting):
-            raise AssertionError(f"a waiting sequence holds blocks: {list(self.waiting)}")
 
     def _can_plan_ahead(self) -> bool:
         """Whether the next plan needs no result: it may only name tokens of the last plan."""
@@ -311,15 +319,25 @@ class Scheduler:
         victim.num_preemptions += 1
         self.num_preemptions += 1
         self.running.remove(victim)
-        older = itertools.takewhile(lambda s: s.arrival < victim.arrival, self.waiting)
-        self.waiting.insert(sum(1 for _ in older), victim)
+        self._queue(victim)
         return True
+
+    def _queue(self, sequence: Sequence) -> None:
+        """Let `sequence` wait at the place of its arrival."""
+        older = itertools.takewhile(lambda s: s.arrival < sequence.arrival, self.waiting)
+        self.waiting.insert(sum(1 for _ in older), sequence)
+
+    def _queue_siblings(self, first: Sequence) -> None:
+        """Queue the continuations that have waited for the first one of their request."""
+        for sibling in self._siblings.pop(first.id, ()):
+            sibling.num_cached_tokens = first.num_cached_tokens
+            self._queue(sibling)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give the first waiting sequence blocks for all its tokens, sharing cached ones; False
         if too few are free, and nothing changes."""
         allocator = self.allocator
-        allocator.extend_digests(sequence.block_digests, sequence.token_ids)
+        self._extend_digests(sequence)
         num_reusable_blocks = sequence.num_reusable_tokens // allocator.block_size
         shared = allocator.match(sequence.block_digests[:num_reusable_blocks])
         num_new = allocator.blocks_for(sequence.num_tokens) - len(shared)
@@ -329,10 +347,11 @@ class Scheduler:
         self.waiting.popleft()
         bisect.insort(self.running, sequence, key=lambda s: s.arrival)
         sequence.status = Status.RUNNING
+        sequence.admitted_at = sequence.admitted_at or time.monotonic()
         sequence.block_table = table
         sequence.num_published_blocks = len(shared)
         sequence.num_computed_tokens = len(shared) * allocator.block_size
-        if sequence.num_preemptions == 0:
+        if sequence.num_preemptions == 0 and sequence.index == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_prefix_queried_tokens += sequence.num_prompt_tokens
             self.num_prefix_hit_tokens += sequence.num_cached_tokens
@@ -383,7 +402,12 @@ class Scheduler:
             return SequenceUpdate(sequence, prompt=prompt, finish_reason="error", error=error)
 
         self._publish(sequence)
+        if sequence.index == 0 and sequence.has_prompt:
+            self._queue_siblings(sequence)
         if sampled is None or sampled.token_id is None:
+            if sequence.max_output_tokens == 0 and sequence.has_prompt:
+                self.finish(sequence)
+                return SequenceUpdate(sequence, prompt=prompt, finish_reason="length")
             return None if prompt is None else SequenceUpdate(sequence, prompt=prompt)
         sequence.append(sampled.token_id)
         reason, stop_reason = sequence.finish_reason()
@@ -401,11 +425,15 @@ class Scheduler:
         end = sequence.num_computed_tokens // self.allocator.block_size
         if start == end:
             return
-        self.allocator.extend_digests(sequence.block_digests, sequence.token_ids)
+        self._extend_digests(sequence)
         new = zip(sequence.block_table[start:end], sequence.block_digests[start:end], strict=False)
         for block, digest in new:
             self.allocator.publish(block, digest)
         sequence.num_published_blocks = end
+
+    def _extend_digests(self, sequence: Sequence) -> None:
+        if sequence.prefix_root is not None:
+            self._digests.extend(sequence.block_digests, sequence.token_ids, sequence.prefix_root)
 
     def _release(self, sequence: Sequence) -> None:
         self.allocator.free(sequence.block_table)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import time
 
 from moespan.engine.constraints import Constraint
 from moespan.engine.next_token import NextToken
-from moespan.engine.request import Request
+from moespan.engine.request import Request, Timing
 from moespan.engine.step import PromptRow, SampleRow
 
 
@@ -23,6 +24,7 @@ class Sequence:
 
     Attributes:
         arrival: position in the order of arrival.
+        arrived_at, admitted_at: `time.monotonic()` of its arrival and of its first admission.
         token_ids: prompt and output.
         max_output_tokens: most output tokens, by the request's limit or the model's length.
         eos_token_ids: the EOS ids that end the sequence; empty if it ignores them.
@@ -34,6 +36,7 @@ class Sequence:
         num_reported_tokens: prompt tokens with scores delivered, or not asked for.
         num_cached_tokens: prompt tokens that the prefix cache held at the first admission.
         block_table: blocks of the KV cache, in the order of the tokens.
+        prefix_root: root of the digests; None if nobody may share the blocks.
         block_digests: digests of the full blocks, which name them in the prefix cache.
         num_published_blocks: blocks that the prefix cache knows.
     """
@@ -47,6 +50,7 @@ class Sequence:
         seed: int,
         max_output_tokens: int,
         eos_token_ids: frozenset[int],
+        prefix_root: bytes | None = None,
         constraint: Constraint | None = None,
     ) -> None:
         self.id = request.id
@@ -54,6 +58,7 @@ class Sequence:
         self.params = request.params
         self.prompt_logits = request.prompt_logits
         self.arrival = arrival
+        self.arrived_at, self.admitted_at = time.monotonic(), 0.0
         self.max_output_tokens = max_output_tokens
         self.eos_token_ids = frozenset() if self.params.ignore_eos else eos_token_ids
 
@@ -70,6 +75,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.block_table: list[int] = []
+        self.prefix_root = prefix_root
         self.block_digests: list[bytes] = []
         self.num_published_blocks = 0
 
@@ -111,8 +117,13 @@ class Sequence:
 
     @property
     def is_all_planned(self) -> bool:
-        """Whether it ends with the expected tokens, whatever their ids."""
-        return self.num_output_tokens + self.num_expected_tokens >= self.max_output_tokens
+        """Whether it ends with the plans in flight, whatever the ids of the expected tokens."""
+        num_output_tokens = self.num_output_tokens + self.num_expected_tokens
+        num_planned_tokens = self.num_computed_tokens + self.num_scheduled_tokens
+        return (
+            num_output_tokens >= self.max_output_tokens
+            and num_planned_tokens >= self.num_prompt_tokens
+        )
 
     @property
     def awaits_token(self) -> bool:
@@ -142,10 +153,20 @@ class Sequence:
             return self.num_reported_tokens - self.num_computed_tokens
         return self.num_unplanned_tokens
 
+    def timing(self) -> Timing:
+        """Its durations, at the time of its first token or of its end."""
+        queued_s = self.admitted_at - self.arrived_at
+        return Timing(queued_s, time.monotonic() - self.admitted_at)
+
     def append(self, token_id: int) -> None:
         """Add a generated token."""
         self.token_ids.append(token_id)
         self.next_token.append(token_id)
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether its whole prompt is in the KV cache."""
+        return self.num_computed_tokens >= self.num_prompt_tokens
 
     def finish_reason(self) -> tuple[str | None, int | None]:
         """Finish reason at the last token, or None, and the stop token id that caused it."""
@@ -168,7 +189,7 @@ class Sequence:
 
     def sample_row(self, row: int, num_tokens: int) -> SampleRow | None:
         """How to sample after the next `num_tokens`, if no others are left; `row` is its index."""
-        if num_tokens < self.num_unplanned_tokens:
+        if num_tokens < self.num_unplanned_tokens or self.max_output_tokens == 0:
             return None
         return self.next_token.row(row, self.num_output_tokens + self.num_expected_tokens)
 
