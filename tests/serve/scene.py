@@ -95,6 +95,9 @@ class ScriptedRanks(FakeRanks):
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
         if params.ignore_eos:
             ids = [*ids, *[ids[0]] * limit]
+        if limit == 0:
+            self.on_news([OutputDelta(id=request.id, index=index, finish_reason="length")], None)
+            self.running.pop(request.id, None)
         for number, token in enumerate(ids[:limit]):
             while self.holds:
                 await asyncio.sleep(0.001)

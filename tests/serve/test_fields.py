@@ -267,6 +267,22 @@ def test_an_error_names_its_field():
     play(script)
 
 
+def test_a_salt_and_no_tokens_reach_the_engine():
+    async def script(served: Served) -> None:
+        assert (await served.complete(cache_salt="tenant")).status_code == 200
+        assert served.ranks.seen[-1].cache_salt == "tenant"
+        for wrong in (5, ""):
+            response = await served.complete(cache_salt=wrong)
+            assert response.status_code == 400 and error_of(response)["param"] == "cache_salt"
+        response = await served.complete(max_tokens=0, echo=True, logprobs=1)
+        choice = response.json()["choices"][0]
+        assert choice["text"] == "12+30=" and choice["finish_reason"] == "length"
+        assert len(choice["logprobs"]["tokens"]) == 7
+        assert response.json()["usage"]["completion_tokens"] == 0
+
+    play(script)
+
+
 def test_max_completion_tokens_is_max_tokens_on_both_routes():
     async def script(served: Served) -> None:
         for route in ("completions", "chat"):

@@ -507,7 +507,8 @@ def test_neither_prompts_nor_answers_nor_keys_are_logged(
 
 def test_prompts_and_answers_are_logged_if_asked_for(caplog: pytest.LogCaptureFixture):
     async def script(served: Served) -> None:
-        await served.complete(prompt=["a private\nquestion", [5, 6]], stream=True)
+        await served.complete(prompt="a private\nquestion", stream=True)
+        await served.complete(prompt=[[5, 6]])
         await served.chat("another")
 
     with caplog.at_level("INFO", logger="moespan"):
@@ -515,7 +516,7 @@ def test_prompts_and_answers_are_logged_if_asked_for(caplog: pytest.LogCaptureFi
     text = "|".join(record.getMessage() for record in caplog.records)
     for told in (
         r"prompt 0: a private\nquestion",
-        "prompt 1: [5, 6]",
+        "prompt 0: [5, 6]",
         "answer 0: a private answer",
         r"prompt 0: <|begin|>User: another\n\nAssistant:",
     ):

@@ -109,12 +109,14 @@ class Prompts:
         params: SamplingParams | None = None,
         *,
         id: str | None = None,
+        cache_salt: str | None = None,
         prompt_logits: bool = False,
     ) -> tuple[str | None, Request]:
         """The prompt's text, if it has one, and a checked request.
 
         Args:
             id: of the request; None for the next number.
+            cache_salt: only requests with the same salt share cached prefixes.
 
         Raises:
             RequestError: the prompt or its parameters break a limit.
@@ -127,6 +129,7 @@ class Prompts:
             id=str(next(self._numbers)) if id is None else id,
             prompt_token_ids=token_ids,
             params=SamplingParams() if params is None else params,
+            cache_salt=cache_salt,
             prompt_logits=prompt_logits,
         )
         check_request(request, self._max_model_len, self._vocab_size)

@@ -86,6 +86,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     truncate_prompt_tokens: int | None = None
     add_special_tokens: bool | None = None
     priority: int = 0
+    cache_salt: str | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
 
@@ -217,7 +218,6 @@ REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "json_schema": (_NO, _GUIDED),
     "regex": (_NO, _GUIDED),
     "ebnf": (_NO, _GUIDED),
-    "cache_salt": (_NO, "it is not supported yet"),
     "kv_transfer_params": (_NO, "prefill and decode run in one engine"),
     "prediction": (_NO, "predicted outputs are not supported"),
     "web_search_options": (_NO, "the server makes no requests of its own"),

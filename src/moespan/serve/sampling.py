@@ -137,7 +137,7 @@ def _job(
 ) -> Job:
     id = f"{kind}-{secrets.token_hex(16)}"
     requests = [
-        model.prompts.request(prompt, params, id=f"{id}-{number}")[1]
+        model.prompts.request(prompt, params, id=f"{id}-{number}", cache_salt=asked.cache_salt)[1]
         for number, prompt in enumerate(encoded)
     ]
     return Job(
