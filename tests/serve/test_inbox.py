@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from moespan.engine.request import OutputDelta, TokenLogprobs
+from moespan.engine.request import OutputDelta, Timing, TokenLogprobs
 from moespan.errors import EngineDeadError
 from moespan.serve.inbox import Inbox
 from tests.serve.fake_ranks import request, token
@@ -31,6 +31,7 @@ def test_waiting_deltas_are_joined_for_each_continuation():
                 logprobs=[second],
                 finish_reason="stop",
                 stop_reason=8,
+                timing=Timing(0.5, 0.25),
             )
         )
         told = {delta.index: delta for delta in await inbox.next()}
@@ -43,6 +44,7 @@ def test_waiting_deltas_are_joined_for_each_continuation():
             finish_reason="stop",
             stop_reason=8,
             num_cached_tokens=2,
+            timing=Timing(0.5, 0.25),
         )
         assert not inbox.is_finished
         inbox.put(token("a", index=1, end="length"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 
 from moespan.config import EngineConfig
 from moespan.engine.info import StepFigures
+from moespan.engine.request import OutputDelta, Timing
 from moespan.errors import EngineDeadError
 from moespan.serve.life import Life, Unavailable
 from moespan.serve.metrics import Metrics, metrics_route
@@ -26,7 +28,8 @@ VLLM = {
     *("prompt_tokens", "generation_tokens", "request_success"),
     *("time_to_first_token_seconds", "inter_token_latency_seconds"),
     *("request_time_per_output_token_seconds", "e2e_request_latency_seconds"),
-    "request_decode_time_seconds",
+    *("request_queue_time_seconds", "request_prefill_time_seconds"),
+    *("request_decode_time_seconds", "request_inference_time_seconds"),
     *("request_prompt_tokens", "request_generation_tokens", "request_params_n"),
     *("request_params_max_tokens", "iteration_tokens_total", "cache_config_info"),
 }
@@ -82,7 +85,8 @@ def test_a_request_leaves_its_times_and_tokens():
     async def script(life: Life, start: FakeStart) -> None:
         inbox = life.submit(request("a", n=2, num_tokens=5))
         for seconds, delta in (
-            (2.0, token("a", index=0)),
+            (1.0, OutputDelta(id="a")),  # a part of the prompt's log probabilities
+            (1.0, msgspec.structs.replace(token("a", index=0), timing=Timing(0.5, 0.75))),
             (0.1, token("a", index=0)),
             (0.3, token("a", index=1)),
             (0.3, token("a", index=0, end="stop")),
@@ -107,7 +111,10 @@ def test_a_request_leaves_its_times_and_tokens():
             "inter_token_latency_seconds_count": 3,
             "request_time_per_output_token_seconds_sum": 0.7 / 2 + 0.6,
             "e2e_request_latency_seconds_sum": 3.0,
+            "request_queue_time_seconds_sum": 0.5,
+            "request_prefill_time_seconds_sum": 0.75,
             "request_decode_time_seconds_sum": 1.0,
+            "request_inference_time_seconds_sum": 1.75,
             "request_prompt_tokens_sum": 5,
             "request_generation_tokens_sum": 5,
             "request_generation_tokens_count": 2,

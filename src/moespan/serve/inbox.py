@@ -118,4 +118,5 @@ def joined(deltas: Sequence[OutputDelta]) -> OutputDelta:
         prompt_logprobs=[entry for delta in deltas for entry in delta.prompt_logprobs],
         prompt_logits=b"".join(delta.prompt_logits for delta in deltas),
         num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),
+        timing=next((delta.timing for delta in deltas if delta.timing is not None), None),
     )

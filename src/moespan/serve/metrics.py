@@ -81,13 +81,15 @@ class Course:
     """The times of one request, by the event loop's clock, and the tokens that it has got.
 
     Attributes:
-        first_at: when the first delta came.
+        first_at: when the first token came, or an end without any.
+        prefill_s: seconds of the prompt's computation, measured in the engine.
         begun: continuations that have tokens, by index.
     """
 
     request: Request
     submitted_at: float
     first_at: float | None = None
+    prefill_s: float = 0.0
     begun: dict[int, _Continuation] = field(default_factory=dict)
 
 
@@ -124,7 +126,7 @@ class Metrics:
 
     def take(self, course: Course, delta: OutputDelta, now: float) -> None:
         """A delta of the request has come."""
-        if course.first_at is None:
+        if course.first_at is None and (delta.token_ids or delta.finish_reason is not None):
             self._begin_output(course, delta, now)
         num_tokens = len(delta.token_ids)
         if num_tokens:
@@ -154,6 +156,7 @@ class Metrics:
         if course.first_at is not None:
             last_at = max((one.last_at for one in course.begun.values()), default=course.first_at)
             self._decode_time.observe(last_at - course.first_at)
+            self._inference_time.observe(course.prefill_s + last_at - course.first_at)
 
     def _begin_output(self, course: Course, delta: OutputDelta, now: float) -> None:
         course.first_at = now
@@ -162,6 +165,10 @@ class Metrics:
         self._prompt_tokens.inc(num_tokens)
         self._first_token.observe(now - course.submitted_at)
         self.first_token_s.append(now - course.submitted_at)
+        if delta.timing is not None:
+            course.prefill_s = delta.timing.prefill_s
+            self._queue_time.observe(delta.timing.queued_s)
+            self._prefill_time.observe(delta.timing.prefill_s)
 
     def _end_continuation(self, course: Course, index: int, reason: str) -> None:
         self._success[reason if reason in self._success else "error"].inc()
@@ -253,6 +260,15 @@ class Metrics:
         )
         self._e2e = shared.histogram(
             "e2e_request_latency_seconds", "From the request to its end.", _REQUEST_S
+        )
+        self._queue_time = shared.histogram(
+            "request_queue_time_seconds", "From the request to its first step.", _REQUEST_S
+        )
+        self._prefill_time = shared.histogram(
+            "request_prefill_time_seconds", "From the first step to the first token.", _REQUEST_S
+        )
+        self._inference_time = shared.histogram(
+            "request_inference_time_seconds", "From the first step to the last token.", _REQUEST_S
         )
         self._decode_time = shared.histogram(
             "request_decode_time_seconds", "From the first token to the last.", _REQUEST_S
