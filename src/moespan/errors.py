@@ -88,5 +88,13 @@ class MeetingError(MoespanError, RuntimeError):
     """The nodes of a job could not start together: one is missing, or they differ."""
 
 
+class UnreachableError(MeetingError):
+    """Node 0 cannot be reached, or does not answer as node 0 would."""
+
+
+class JobOverError(MeetingError):
+    """Node 0 does not start the ranks of the job again. The text is empty if it ends on purpose."""
+
+
 class EngineDeadError(MoespanError, RuntimeError):
     """The ranks are gone; unfinished requests are lost."""

@@ -755,6 +755,45 @@ def test_an_error_while_loading_keeps_its_class_on_both_nodes() -> None:
         assert said.startswith("CheckpointError: node 1, rank 1: the fake checkpoint is broken")
 
 
+def leftovers(folder: Path) -> list[str]:
+    """Names of what jobs have left behind."""
+    return [path.name for path in folder.iterdir() if path.name.startswith("moespan-")]
+
+
+def test_nodes_live_on_after_a_failure_until_node_0_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "TMPDIR", str(tmp_path))
+    with contextlib.closing(Pair("lives")) as pair:
+        pair.ready().ask("sigkill@1")
+        assert pair.line() == "node 1, rank 1 was killed by SIGKILL from outside"
+        agents = [front.pid for front in pair.fronts]
+        pair.ask("again")
+        pair.ready().ask("one")
+        assert pair.line() == "[3, 1, 4]"
+        assert [front.pid for front in pair.fronts] == agents
+        ranks = children(pair.agent(0))
+        os.kill(pair.agent(0), signal.SIGKILL)
+        assert "the agent that watches the ranks" in pair.line()
+        assert not any(map(is_alive, ranks))
+        pair.ask("end it died twice")
+        _, second = (front.communicate(timeout=60) for front in pair.fronts)
+        assert [front.returncode for front in pair.fronts] == [0, 1]
+    assert second[1].splitlines()[-1] == "JobOverError: it died twice"
+    assert "this node waits for node 0 to start the ranks again" in second[1]
+    assert leftovers(tmp_path) == []
+
+
+def test_a_node_of_a_server_ends_with_node_0_and_not_at_the_first_sigterm() -> None:
+    with contextlib.closing(Pair("lives")) as pair:
+        pair.ready().fronts[1].send_signal(signal.SIGTERM)
+        pair.ask("one")
+        assert pair.line() == "[3, 1, 4]"
+        for front in pair.fronts:
+            _, said = front.communicate(timeout=60)
+            assert (front.returncode, "Error" in said) == (0, False)
+
+
 def test_a_node_that_gets_a_signal_names_it(pair: Pair) -> None:
     pair.ready()
     agents = [pair.agent(node) for node in (0, 1)]

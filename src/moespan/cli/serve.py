@@ -12,7 +12,8 @@ from moespan import log
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
 from moespan.cli.show import BYTES, say, scaled
 from moespan.config import EngineConfig, ModelConfig
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, MoespanError
+from moespan.front.start import warn_if_tp_crosses_nodes
 from moespan.planner.memory import fit
 from moespan.serve.options import ServeOptions, default_text, flag_of, options
 
@@ -79,7 +80,10 @@ def run(args: argparse.Namespace) -> int:
     chosen = _chosen(args)
     log.set_up(args.log_level, chosen.log_format)
     if settings.node_rank > 0:
-        raise ConfigError("serving from several nodes is not there yet; use one node")
+        from moespan.launch.lives import serve_node
+
+        _, config, nodes = settings.resolve(to_run=False)
+        serve_node(config, nodes, comes_back=True)
     keys = Keys(chosen)
     check_reach(chosen, keys)
     with contextlib.ExitStack() as listening:
@@ -111,13 +115,19 @@ def _memory_line(config: EngineConfig, model_config: ModelConfig) -> str:
 
 
 def _serve(config: Any, nodes: Any, model: Any, keys: Any, chosen: Any, socks: Any) -> None:
-    from moespan.launch.async_ranks import AsyncRanks
+    from moespan.launch.lives import Lives
     from moespan.serve.program import Program
 
-    async def start(on_news: Any) -> Any:
-        return await AsyncRanks.start(config, nodes=nodes, on_news=on_news)
-
-    Program(config, model, keys, chosen, socks, start, say).run()
+    warn_if_tp_crosses_nodes(config.layout, nodes)
+    lives = Lives(config, nodes)
+    reason = ""
+    try:
+        Program(config, model, keys, chosen, socks, lives.start, say).run()
+    except MoespanError as error:
+        reason = str(error)
+        raise
+    finally:
+        lives.end(reason)
 
 
 def _chosen(args: argparse.Namespace) -> ServeOptions:

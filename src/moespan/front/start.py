@@ -37,7 +37,7 @@ def connect(config: EngineConfig, nodes: Nodes) -> EngineClient:
             )
         warn_if_tp_crosses_nodes(config.layout, nodes)
     if nodes.node_rank > 0:
-        from moespan.launch.ranks import serve_node
+        from moespan.launch.lives import serve_node
 
         serve_node(config, nodes)
     if config.layout.world_size > 1 and not is_torchrun:

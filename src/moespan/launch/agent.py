@@ -86,6 +86,9 @@ def main(argv: list[str]) -> int:
 def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
     nodes, config = job.read_nodes(), job.read_config()
     try:
+        if (over := job.read_over()) is not None:
+            _say_over(nodes, over)
+            return 0
         binding = binding_here(config.bind, config.device, ranks)
         job.write_binding(binding)
         peers, master = _meet(config, nodes, binding)
@@ -130,6 +133,13 @@ def _meet(
             f"{nodes.meeting_point} with {ours}"
         )
     return met.watch, RendezvousStoreInfo(*met.store)
+
+
+def _say_over(nodes: Nodes, reason: str) -> None:
+    """Tell the other nodes that there are no more ranks to meet."""
+    from moespan.launch import meeting
+
+    meeting.say_over(nodes, cluster_key(nodes, logger.warning), reason, logger.info)
 
 
 @contextlib.contextmanager
@@ -180,6 +190,7 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         self._beats = job.beats()
         self._stalls = stalls
         self._oom_kills = OomKills()
+        self._shown: list[Place] = []  # of other nodes, to the front
         self._front_pid = front_pid
         self.failure: Failure | None = None
 
@@ -248,7 +259,11 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
     def _look(self, patience: float = 1.0) -> Failure | None:
         places = [self._place(rank) for rank in self._pids()]
         self._peers.show(places)
-        return self._stalls.look([*places, *self._peers.places()], patience)
+        others = self._peers.places()
+        if self._first_rank == 0 and others != self._shown:
+            self._job.write_places(others)
+            self._shown = others
+        return self._stalls.look([*places, *others], patience)
 
     def _place(self, rank: int) -> Place:
         place = self._beats.place(rank - self._first_rank, rank)

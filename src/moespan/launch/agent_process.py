@@ -47,6 +47,7 @@ class AgentProcess:
     Args:
         program: arguments of Python in each rank.
         cleanup: gets what undoes the start, in order.
+        over: start no ranks, but tell the nodes that wait for ranks that the job is over, and why.
 
     Raises:
         LayoutError: the nodes cannot have equally many ranks.
@@ -58,11 +59,14 @@ class AgentProcess:
         nodes: Nodes,
         program: Sequence[str],
         cleanup: contextlib.ExitStack,
+        over: str | None = None,
     ) -> None:
         self._ranks = nodes.ranks_per_node(config.layout)
         self._first_rank = nodes.node_rank * self._ranks
         self.job = Job.create(config, nodes)
         cleanup.callback(shutil.rmtree, self.job.directory, ignore_errors=True)
+        if over is not None:
+            self.job.write_over(over)
         self._beats = self.job.beats()
         self._oom_kills = OomKills()
         self.listener = self.job.listen()
@@ -111,7 +115,12 @@ class AgentProcess:
             )
 
     def places(self) -> list[Place]:
-        """Where each rank of this node is in its work, without asking the ranks."""
+        """Where each rank is in its work, without asking the ranks. What is known of other nodes is
+        up to some seconds old, and comes on node 0 only."""
+        return sorted([*self.own_places(), *self.job.read_places()], key=lambda place: place.rank)
+
+    def own_places(self) -> list[Place]:
+        """Where each rank of this node is."""
         ranks = range(self._first_rank, self._first_rank + self._ranks)
         return [self._beats.place(at, rank) for at, rank in enumerate(ranks)]
 
@@ -139,17 +148,20 @@ class AgentProcess:
             )
         return _error(self.job, code, starting, self._oom_kills)
 
-    def end(self, timeout_s: float = _CLOSE_S + _TERMINATE_S) -> None:
-        """Wait for the orderly end that closing the socket has started, then use force."""
+    def end(self, timeout_s: float = _CLOSE_S + _TERMINATE_S) -> int:
+        """Wait for the orderly end that closing the socket has started, then use force.
+
+        Returns:
+            The exit code of the agent: 0 if all ranks of all nodes have ended well.
+        """
         close_s = min(_CLOSE_S, timeout_s / 2)
         steps = ((close_s, self._process.terminate), (timeout_s - close_s, self._process.kill))
         for wait_s, use_force in steps:
             try:
-                self._process.wait(wait_s)
-                return
+                return self._process.wait(wait_s)
             except subprocess.TimeoutExpired:
                 use_force()
-        self._process.wait()
+        return self._process.wait()
 
     def wait_until_gone(self) -> list[int]:
         """Wait until no process of the ranks is left, nor anything that they held on devices.

@@ -54,6 +54,7 @@ class AsyncRanks:
     Attributes:
         info: facts about the engine.
         pulse: the newest state of the engine; None before the first.
+        has_ended_well: `close` has ended ranks that worked, on all nodes.
         heard_at: `loop.time()` of the leader's last message. While the engine runs a step the
             leader is silent, otherwise it speaks every `PULSE_S`; `places` shows both.
     """
@@ -75,6 +76,7 @@ class AsyncRanks:
         self._transport: asyncio.Transport | None = None
         self._agent: AgentProcess | None = None
         self._end: asyncio.Task[MoespanError] | None = None
+        self.has_ended_well = False
         self.pulse: Pulse | None = None
         self.heard_at = self._loop.time()
 
@@ -164,7 +166,7 @@ class AsyncRanks:
         until = self._loop.time() + timeout_s
         self._lose(EngineDeadError("the engine is closed"))
         if self._agent is not None:
-            await asyncio.to_thread(self._agent.end, timeout_s)
+            self.has_ended_well = await asyncio.to_thread(self._agent.end, timeout_s) == 0
         await asyncio.to_thread(self._finalizer)
         if self._end is not None:
             await asyncio.wait([self._end], timeout=max(until - self._loop.time(), _TICK_S))

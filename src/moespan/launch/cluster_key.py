@@ -18,7 +18,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
 from moespan.config import Nodes
@@ -55,12 +55,29 @@ def cluster_key(
             "its stderr, or give all nodes the same --cluster-key-file; on a network that nobody "
             "else reaches, --no-cluster-key on all nodes does without"
         )
+    return _derived(_new_key(say))
+
+
+def keep_cluster_key(
+    nodes: Nodes, say: Callable[[str], None], environ: MutableMapping[str, str] = os.environ
+) -> None:
+    """On node 0, before several jobs one after the other: if there is no key, make one for all.
+
+    Args:
+        environ: gets the key, for the agents.
+    """
+    is_settled = nodes.no_cluster_key or nodes.cluster_key_file is not None
+    if nodes.nnodes > 1 and not is_settled and not environ.get(KEY_VARIABLE, "").strip():
+        environ[KEY_VARIABLE] = _new_key(say)
+
+
+def _new_key(say: Callable[[str], None]) -> str:
     text = secrets.token_hex(16)
     say(
         f"the cluster key of this job is {text}; start the other nodes with {KEY_VARIABLE}={text} "
         "in their environment (docs/multi_node.md)"
     )
-    return _derived(text)
+    return text
 
 
 def _derived(text: str) -> bytes:

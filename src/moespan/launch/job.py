@@ -8,6 +8,7 @@ The processes themselves are in `agent`, `ranks` and `rank`. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from moespan import errors
 from moespan.config import EngineConfig, Nodes
 from moespan.errors import ConfigError, EngineDeadError, MoespanError
 from moespan.machine.binding import Binding
-from moespan.parallel.beats import Beats
+from moespan.parallel.beats import Beats, Place
 
 STACK_SIGNAL = signal.SIGUSR1
 """Makes a rank write its Python stack to `Job.stack_path`, even inside foreign code."""
@@ -138,6 +139,30 @@ class Job:
     def read_nodes(self) -> Nodes:
         """The nodes of the job, as the front wrote them."""
         return msgspec.json.decode((self.directory / "nodes.json").read_bytes(), type=Nodes)
+
+    def write_over(self, reason: str) -> None:
+        """Let the agent start no ranks, but tell the other nodes that the job is over."""
+        (self.directory / "over.json").write_bytes(msgspec.json.encode(reason))
+
+    def read_over(self) -> str | None:
+        """What `write_over` wrote; None if the agent is to start ranks."""
+        path = self.directory / "over.json"
+        return msgspec.json.decode(path.read_bytes(), type=str) if path.exists() else None
+
+    def write_places(self, places: list[Place]) -> None:
+        """Write where the ranks of other nodes are; nothing, if the disk is full."""
+        draft = self.directory / "places.draft"
+        with contextlib.suppress(OSError):
+            draft.write_bytes(msgspec.msgpack.encode(places))
+            draft.rename(self.directory / "places")
+
+    def read_places(self) -> list[Place]:
+        """What the agent wrote last."""
+        try:
+            data = (self.directory / "places").read_bytes()
+        except OSError:
+            return []
+        return msgspec.msgpack.decode(data, type=list[Place])
 
     def write_binding(self, binding: Binding) -> None:
         """Write the cores and memory of the ranks, before they start."""

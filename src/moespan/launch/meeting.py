@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -35,7 +36,7 @@ from torch.distributed import PrefixStore, TCPStore
 import moespan
 from moespan.checkpoint.source import INDEX_FILE, SINGLE_FILE
 from moespan.config import EngineConfig, Nodes, is_wildcard
-from moespan.errors import MeetingError
+from moespan.errors import JobOverError, MeetingError, UnreachableError
 from moespan.files import open_regular, read_bytes
 from moespan.launch.cluster_key import KEY_VARIABLE
 from moespan.launch.tunnel import Door, Gate, NotTheGateError, loopback_listener
@@ -57,6 +58,8 @@ _LONGEST_VALUE = 60
 _MOST_BYTES = 100 << 20  # of a file whose digest the nodes compare
 _UNREADABLE = "cannot be read"
 
+T = TypeVar("T")
+
 Facts = dict[str, str]
 """Settings and versions that must be equal on all nodes: name -> value, both readable."""
 
@@ -76,11 +79,13 @@ class Verdict(msgspec.Struct, frozen=True):
         error: why the job cannot start; empty if it can.
         arrivals: number of the hello that was taken for each node.
         addresses: address of each node.
+        is_over: the job does not start again; `error` says why, and is empty if it ends on purpose.
     """
 
     error: str
     arrivals: list[int]
     addresses: list[str]
+    is_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,22 @@ def meet(
         raise
 
 
+def say_over(
+    nodes: Nodes, key: bytes, reason: str, say: Callable[[str], None] = lambda line: None
+) -> None:
+    """On node 0: tell the nodes that come to meet that the job is over. Returns when all know.
+
+    Raises:
+        MeetingError: not all have come in time.
+    """
+    meeting = _Meeting(nodes, {}, key, say)
+    try:
+        listener = _listen(nodes)
+        meeting.run(lambda: meeting.dismiss(listener, reason))
+    finally:
+        meeting.close()
+
+
 class _Meeting:
     """One node's part in the meeting. Calls to the store run in a thread that may hang."""
 
@@ -155,9 +176,9 @@ class _Meeting:
         self._deadline = time.monotonic() + nodes.join_timeout_s
         self._set_timeout("", nodes.join_timeout_s)
 
-    def run(self, work: Callable[[], Met]) -> Met:
+    def run(self, work: Callable[[], T]) -> T:
         """Run `work` in a thread, and give up when it exceeds the timeout that it set last."""
-        results: list[Met | Exception] = []
+        results: list[T | Exception] = []
 
         def target() -> None:
             try:
@@ -170,12 +191,12 @@ class _Meeting:
         while thread.is_alive() and time.monotonic() < self._timeout_at:
             thread.join(_POLL_S / 2)
         if not results:
-            raise MeetingError(self._timeout_error)
+            raise UnreachableError(self._timeout_error)
         if isinstance(results[0], MeetingError):
             raise results[0]
         if isinstance(results[0], Exception):
             reason = str(results[0]).partition("\n")[0]
-            raise MeetingError(f"{self._timeout_error} ({reason})") from results[0]
+            raise UnreachableError(f"{self._timeout_error} ({reason})") from results[0]
         return results[0]
 
     def close(self) -> None:
@@ -186,11 +207,7 @@ class _Meeting:
     def host(self, listener: socket.socket) -> Met:
         """Node 0: take the hellos of the others, and write the verdict."""
         address = listener.getsockname()[0]
-        self._set_timeout(f"the meeting point at {self._nodes.meeting_point} does not answer")
-        inside = loopback_listener()
-        at: tuple[str, int] = inside.getsockname()
-        store = PrefixStore("nodes", self._connect(*at, inside))
-        gate = self._tunnel = Gate(listener, at, self._key, self._refused)
+        store, at, gate = self._open(listener)
         taken = {0: Hello(0, address, self._facts)}
         arrivals = {0: 0}
         objections: list[str] = []
@@ -241,6 +258,25 @@ class _Meeting:
         watch = Watch(self._nodes, store, verdict.addresses, gate.close)
         return Met(watch, address, address, at)
 
+    def dismiss(self, listener: socket.socket, reason: str) -> None:
+        """Node 0: write the verdict that the job is over, and wait until all others know."""
+        store, _, _ = self._open(listener)
+        verdict = Verdict(error=reason, arrivals=[], addresses=[], is_over=True)
+        store.set("verdict", msgspec.json.encode(verdict))
+        while store.add("read", 0) < self._nodes.nnodes - 1:
+            if time.monotonic() > self._deadline:
+                raise MeetingError("not all nodes have come to hear that the job is over")
+            self._poll()
+
+    def _open(self, listener: socket.socket) -> tuple[PrefixStore, tuple[str, int], Gate]:
+        """Node 0: the store, its address, and the gate to it at the meeting point."""
+        self._set_timeout(f"the meeting point at {self._nodes.meeting_point} does not answer")
+        inside = loopback_listener()
+        at: tuple[str, int] = inside.getsockname()
+        store = PrefixStore("nodes", self._connect(*at, inside))
+        gate = self._tunnel = Gate(listener, at, self._key, self._refused)
+        return store, at, gate
+
     def join(self) -> Met:
         """Every other node: write a hello, and read the verdict."""
         point = self._nodes.meeting_point
@@ -253,7 +289,7 @@ class _Meeting:
         try:
             door.knock()
         except NotTheGateError:
-            raise MeetingError(self._timeout_error) from None
+            raise UnreachableError(self._timeout_error) from None
         except MeetingError as error:
             raise MeetingError(
                 f"at {point}, {error}; give all nodes the same --cluster-key-file or {KEY_VARIABLE}"
@@ -266,16 +302,16 @@ class _Meeting:
         hear_by = time.monotonic() + self._nodes.join_timeout_s + _STRAGGLERS_S
         while not store.check(["verdict"]):
             if time.monotonic() > hear_by:
-                raise MeetingError(f"{node_0} has not begun the job in time")
+                raise UnreachableError(f"{node_0} has not begun the job in time")
             self._set_timeout(
                 f"{node_0} left before all nodes had come, or cannot be reached any more"
             )
             self._poll()
         verdict = msgspec.json.decode(store.get("verdict"), type=Verdict)
-        if verdict.error:
+        if verdict.error or verdict.is_over:
             with contextlib.suppress(RuntimeError):  # node 0 may leave before it has answered
                 store.add("read", 1)
-            raise MeetingError(verdict.error)
+            raise (JobOverError if verdict.is_over else MeetingError)(verdict.error)
         node = self._nodes.node_rank
         if node >= len(verdict.arrivals) or verdict.arrivals[node] != arrival:
             known = ", ".join(f"node {n} is {a}" for n, a in enumerate(verdict.addresses))
@@ -301,7 +337,7 @@ class _Meeting:
             except OSError as error:
                 reason = error.strerror or str(error)
             if time.monotonic() > self._deadline:
-                raise MeetingError(
+                raise UnreachableError(
                     f"node 0 cannot be reached at {point} within "
                     f"{self._nodes.join_timeout_s:g} s: {reason}; is it running, and is this its "
                     f"address and port?{_loopback_hint(self._nodes.master_addr)}"

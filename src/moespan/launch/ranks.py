@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NoReturn, cast
+from typing import cast
 
 import msgspec
 
@@ -266,29 +264,3 @@ class RanksClient:
                         return self._agent.with_binding(message.info)
             except PeerGoneError:
                 raise self._agent.learn_death(starting=True) from None
-
-
-def serve_node(config: EngineConfig, nodes: Nodes, *, program: Sequence[str] = PROGRAM) -> NoReturn:
-    """Run the ranks of a node other than node 0 until the job ends; then exit with code 0.
-
-    Raises:
-        LayoutError: the nodes cannot have equally many ranks.
-        MeetingError: the nodes did not come together.
-        MoespanError: the failure that ended the job, on whatever node.
-    """
-    with contextlib.ExitStack() as cleanup:
-        agent = AgentProcess(config, nodes, program, cleanup)
-        try:
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    code = agent.wait(_LONGEST_WAIT_S)
-                    break
-                agent.check()
-        except EngineDeadError:
-            raise
-        except BaseException:
-            agent.terminate()
-            raise
-        if code:
-            raise agent.learn_death(starting=True)
-    sys.exit(0)

@@ -87,6 +87,11 @@ class Place(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     is_stopped: bool = False
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the rank has loaded the model."""
+        return self.state in (IDLE, BUSY, ENDING)
+
+    @property
     def is_busy(self) -> bool:
         """Whether the rank is at work that must come to an end."""
         return self.state == BUSY
