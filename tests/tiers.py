@@ -32,6 +32,7 @@ SLOW = (
     "tests/ops/test_cuda.py",
     "tests/scripts/test_setup.py",
     "tests/serve/test_real_ranks.py",
+    "tests/serve/test_serve.py",
     "tests/test_examples.py",
 )
 """Folders and files whose tests are all slow."""

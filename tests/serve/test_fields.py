@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -436,3 +437,10 @@ def test_chats_take_the_number_of_best_tokens_with_logprobs_only():
         assert "within 0..20" in error_of(response)["message"]
 
     play(script)
+
+
+@pytest.mark.parametrize("page", ["serving.md", "serving.zh.md"])
+def test_the_pages_name_every_field(page: str):
+    text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text(encoding="utf-8")
+    fields = {*CompletionBody.__struct_fields__, *ChatBody.__struct_fields__, *HARMLESS}
+    assert not [name for name in fields if f"`{name}`" not in text]
