@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -253,6 +255,25 @@ def test_the_seed_of_sampling_is_not_that_of_dummy_weights(cli: Cli, tmp_path: P
     first, second = (cli("generate", folder, *arguments, "--seed", seed) for seed in (1, 2))
     assert first.code == 0
     assert first == second
+
+
+@pytest.mark.parametrize("how", ["pipe", "standard input"])
+def test_prompts_come_through_pipes(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    lines = b'{"prompt": [3, 1, 4]}\n\nno JSON\n{"prompt": [3]}\n'
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if how == "standard input":
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        pipe = Path("-")
+    else:
+        threading.Thread(target=pipe.write_bytes, args=[lines]).start()
+    ran = cli("generate", TINY, "--quiet", "--max-tokens", 2, "--input", pipe)
+    assert [record["id"] for record in ran.records] == [1, 4]
+    assert ran.code == 1
+    assert f"{pipe}:3: not JSON" in ran.err
+    assert "1 of 3 lines failed" in ran.err
 
 
 def test_without_a_tokenizer_token_ids_are_printed(cli: Cli, tmp_path: Path):
@@ -682,8 +703,8 @@ WRONG_INPUT: list[tuple[str, str]] = [
     ("generate {quick} --prompt 1+1= {long}", "prompt 1: the prompt has"),
     ("generate {quick} {sum} --output {tmp}/o", "--output and --resume go with --input"),
     ("generate {quick} {sum} --resume", "--output and --resume go with --input"),
-    ("generate {quick} --input {tmp}/none", "--input {tmp}/none is not a file"),
-    ("generate {quick} --input {tmp}", "--input {tmp} is not a file"),
+    ("generate {quick} --input {tmp}/none", "--input {tmp}/none is not a file, a pipe or -"),
+    ("generate {quick} --input {tmp}", "--input {tmp} is not a file, a pipe or -"),
     ("generate {quick} --input {file} --resume", "--resume needs --output FILE.jsonl"),
     ("generate {quick} --input {file} --output {tmp}", "--output {tmp} is a folder; give a file"),
     ("generate {quick} --input {file} --output {tmp}/no/o", "there is no folder {tmp}/no"),

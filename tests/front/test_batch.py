@@ -46,9 +46,10 @@ class Batch:
         self.num_advanced = 0
         self.report: BatchReport = run_batch(
             llm,
-            self.path,
+            self.path.read_bytes().splitlines(keepends=True),
             AnswerStream(self.output),
             {"temperature": 0, "max_tokens": 8, **(defaults or {})},
+            name=str(self.path),
             chat=chat,
             done=done or set(),
             report_failure=self.complaints.append,
@@ -105,6 +106,20 @@ def test_an_answer_has_all_that_the_contract_names(run: Callable[..., Batch]):
         "num_prompt_tokens": 8,
         "num_cached_tokens": 0,
     }
+
+
+def test_keys_that_mean_nothing_are_named_once(
+    run: Callable[..., Batch], caplog: pytest.LogCaptureFixture
+):
+    line = {"promt": "x", "prompt": [4], "params": {"max_tokens": 1}, "source": "a"}
+    many = {str(number): 0 for number in range(50)}
+    assert len(run(line, {**line, "id": "two"}, {**line, **many}).records) == 3
+    said = [record.getMessage().partition("input.jsonl:")[2] for record in caplog.records]
+    assert said[:2] == [
+        "1: the key 'promt' is ignored; did you mean 'prompt'?",
+        "1: the key 'source' is ignored; lines have prompt, messages, id, params",
+    ]
+    assert len(said) == 8
 
 
 def test_prompts_are_text_or_token_ids(run: Callable[..., Batch], llm: LLM):

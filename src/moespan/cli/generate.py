@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from moespan import log
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--input",
         type=Path,
         metavar="FILE.jsonl",
-        help='lines {"prompt": text or ids, "id": any, "params": {...}}',
+        help='lines {"prompt": text or ids, "id": any, "params": {...}}; - is standard input',
     )
     parser.add_argument(
         "--output",
@@ -133,9 +133,8 @@ def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str,
             log.logger.error("%s", message)
 
     done = _answered_before(args)
-    with args.input.open("rb") as file:
-        num_lines = sum(1 for line in file if line.strip())
     with (
+        _input(args.input) as (lines, num_lines),
         start_llm(settings) as llm,
         _opened(args.output, len(done)) as output,
         tqdm(total=num_lines, unit="prompt", disable=args.quiet or None) as bar,
@@ -143,9 +142,10 @@ def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str,
         say_start(args, llm)
         report = run_batch(
             llm,
-            args.input,
+            lines,
             output,
             params,
+            name=str(args.input),
             chat=args.chat,
             done=done,
             report_failure=report_failure,
@@ -155,7 +155,7 @@ def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str,
         say(f"{report.num_skipped} were answered before")
     say_speed(args, report.num_answered, report.num_output_tokens, report.seconds)
     if report.num_failed:
-        log.logger.error("%d of %d lines failed", report.num_failed, num_lines)
+        log.logger.error("%d of %d lines failed", report.num_failed, report.num_lines)
     return EXIT_FAILED if report.num_failed else 0
 
 
@@ -163,8 +163,6 @@ def _answered_before(args: argparse.Namespace) -> set[str]:
     """Ids that `--output` already holds; refuses files that cannot be read or written."""
     from moespan.front.batch import answered_ids
 
-    if not args.input.is_file():
-        raise ConfigError(f"--input {args.input} is not a file")
     if args.output is None:
         if args.resume:
             raise ConfigError("--resume needs --output FILE.jsonl, with the answers so far")
@@ -178,6 +176,28 @@ def _answered_before(args: argparse.Namespace) -> set[str]:
             "give another file"
         )
     return answered_ids(args.output)
+
+
+@contextlib.contextmanager
+def _input(path: Path) -> Iterator[tuple[BinaryIO, int | None]]:
+    """The lines of a file, a pipe or standard input (`-`), and how many a file has.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if str(path) == "-":
+        yield sys.stdin.buffer, None
+        return
+    if path.is_fifo():
+        with path.open("rb") as pipe:
+            yield pipe, None
+        return
+    if not path.is_file():
+        raise ConfigError(f"--input {path} is not a file, a pipe or -")
+    with path.open("rb") as file:
+        num_lines = sum(1 for line in file if line.strip())
+        file.seek(0)
+        yield file, num_lines
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
-"""Answers the prompts of a JSONL file into another JSONL file; finished answers are never lost.
+"""Answers the prompts of JSONL lines into a JSONL file; finished answers are never lost.
 
 Input lines are `{"prompt": text or token ids, "id": any, "params": {...}}`. `id` defaults to the
 number of the line, counted from 1. With chat, a text prompt is one user message, and `"messages"`
-may replace `"prompt"`. Each answer is one line, written as soon as its request finishes.
+may replace `"prompt"`. Other keys are ignored, and a warning names them. Each answer is one line,
+written as soon as its request finishes.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -24,12 +26,14 @@ from moespan.engine.request import Request, SamplingParams
 from moespan.errors import ConfigError, MoespanError, RequestError, shown
 from moespan.front.llm import LLM
 from moespan.front.outputs import RequestOutput
+from moespan.log import logger
 
 
 @dataclass
 class BatchReport:
-    """Counts of the lines that were answered, skipped because already answered, and failed."""
+    """Counts of all lines, and those answered, skipped because already answered, and failed."""
 
+    num_lines: int = 0
     num_answered: int = 0
     num_skipped: int = 0
     num_failed: int = 0
@@ -37,12 +41,17 @@ class BatchReport:
     seconds: float = 0.0
 
 
+_KEYS = ("prompt", "messages", "id", "params")
+_MOST_IGNORED = 8  # keys that a warning names
+
+
 @dataclass
 class _Lines:
-    """Reads requests from an input file, one at a time, and reports bad lines."""
+    """Makes requests of input lines, one at a time, and reports bad lines."""
 
     llm: LLM
-    path: Path
+    lines: Iterable[bytes]
+    name: str
     defaults: dict[str, Any]
     chat: bool
     done: set[str]
@@ -51,38 +60,51 @@ class _Lines:
     advance: Callable[[int], object]
     ids: dict[str, Any] = field(default_factory=dict)
     line_numbers: dict[str, int] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
 
     def __iter__(self) -> Iterator[tuple[str | None, Request]]:
         seen: set[str] = set()
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
+        for number, line in enumerate(self.lines, 1):
+            if not line.strip():
+                continue
+            self.report.num_lines += 1
+            try:
+                item = _parse(line)
+                self._warn_of_ignored(number, item)
+                given_id = item.get("id", number)
+                key = _key(given_id)
+                if key in seen:
+                    raise RequestError(
+                        f"id {shown(given_id)} is on an earlier line too; give each its own"
+                    )
+                seen.add(key)
+                if key in self.done:
+                    self.report.num_skipped += 1
+                    self.advance(1)
                     continue
-                try:
-                    item = _parse(line)
-                    given_id = item.get("id", number)
-                    key = _key(given_id)
-                    if key in seen:
-                        raise RequestError(
-                            f"id {shown(given_id)} is on an earlier line too; give each its own"
-                        )
-                    seen.add(key)
-                    if key in self.done:
-                        self.report.num_skipped += 1
-                        self.advance(1)
-                        continue
-                    text, request = self._request(item)
-                except RequestError as error:
-                    self.fail(number, str(error))
-                    continue
-                self.ids[request.id] = given_id
-                self.line_numbers[request.id] = number
-                yield text, request
+                text, request = self._request(item)
+            except RequestError as error:
+                self.fail(number, str(error))
+                continue
+            self.ids[request.id] = given_id
+            self.line_numbers[request.id] = number
+            yield text, request
 
     def fail(self, number: int, message: str) -> None:
         self.report.num_failed += 1
-        self.report_failure(f"{self.path}:{number}: {message}")
+        self.report_failure(f"{self.name}:{number}: {message}")
         self.advance(1)
+
+    def _warn_of_ignored(self, number: int, item: dict[str, Any]) -> None:
+        """Name each key that means nothing here, once, and at most a few of them."""
+        known = {*_KEYS, *SamplingParams.__struct_fields__, *self.ignored}
+        for key in [key for key in item if key not in known]:
+            if len(self.ignored) == _MOST_IGNORED:
+                return
+            self.ignored.add(key)
+            near = get_close_matches(key, _KEYS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"lines have {', '.join(_KEYS)}"
+            logger.warning("%s:%d: the key %s is ignored; %s", self.name, number, shown(key), hint)
 
     def _request(self, item: dict[str, Any]) -> tuple[str | None, Request]:
         raw = {} if item.get("params") is None else item["params"]
@@ -113,18 +135,23 @@ class _Lines:
 
 def run_batch(
     llm: LLM,
-    input_path: Path,
+    lines: Iterable[bytes],
     output: Answers,
     defaults: dict[str, Any],
     *,
+    name: str,
     chat: bool,
     done: set[str],
     report_failure: Callable[[str], object],
     advance: Callable[[int], object] = lambda num_lines: None,
 ) -> BatchReport:
-    """Answer every line of `input_path` into `output`.
+    """Answer every line into `output`.
+
+    Lines are read ahead: up to twice as many as the engine takes in a step.
 
     Args:
+        lines: each a JSON object; empty ones count for the numbers of the others only.
+        name: of the input, for messages.
         defaults: sampling parameters for lines that do not set them.
         done: keys of the ids that are answered already (`answered_ids`); they are skipped.
         report_failure: called with a message for each line that fails; the message has its number.
@@ -136,14 +163,14 @@ def run_batch(
     """
     started = time.perf_counter()
     report = BatchReport()
-    lines = _Lines(llm, input_path, defaults, chat, done, report, report_failure, advance)
-    with contextlib.closing(llm.stream(lines)) as results:
+    source = _Lines(llm, lines, name, defaults, chat, done, report, report_failure, advance)
+    with contextlib.closing(llm.stream(source)) as results:
         for result in results:
-            given_id = lines.ids.pop(result.request_id)
-            number = lines.line_numbers.pop(result.request_id)
+            given_id = source.ids.pop(result.request_id)
+            number = source.line_numbers.pop(result.request_id)
             report.num_output_tokens += sum(len(one.token_ids) for one in result.outputs)
             if result.error is not None:
-                lines.fail(number, result.error)
+                source.fail(number, result.error)
                 continue
             with hold_interrupts():
                 output.write(answer(given_id, result))
