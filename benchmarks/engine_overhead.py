@@ -159,8 +159,8 @@ def measure(batch_size: int, sampling: str, args: argparse.Namespace) -> dict[st
     total = mean_us.pop("total")
     parts = {**mean_us, "rest": total - sum(mean_us.values())}
     engine.close()
-    here.close()
-    there.close()
+    to_front.close()
+    front.close()
     return {"batch": batch_size, "sampling": sampling, "total_us": total, "parts_us": parts}
 
 

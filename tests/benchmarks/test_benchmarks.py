@@ -13,6 +13,7 @@ import pytest
 
 # The scripts find each other where they lie, as when they are run.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import endurance
 import engine_overhead
 import operations
 
@@ -43,6 +44,24 @@ def test_the_engines_own_cost_is_told_by_its_parts(
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].split() == ["sampling", "batch", *engine_overhead.PARTS, "rest", "total"]
     assert len(lines) == 8 + len(results) + len(sampling)
+
+
+def test_many_requests_leave_memory_and_descriptors_flat(capsys: pytest.CaptureFixture[str]):
+    model = str(BENCHMARKS.parent / "models/quickstart")
+    few = "-tp 1 --device cpu --requests 90 --lines 2 --slack 500"
+    assert endurance.main([model, *few.split()]) == 0
+    *_, table, last = capsys.readouterr().out.splitlines()
+    assert table.split()[:2] == ["90", "requests"] and " front " in table
+    assert last == "memory and descriptors are flat, and every request was answered"
+
+
+def test_growth_is_named():
+    first = {1: endurance.Process("front", 100, 5), 2: endurance.Process("rank", 100, 5)}
+    last = {1: endurance.Process("front", 300, 5), 2: endurance.Process("rank", 100, 6)}
+    assert endurance.grown(first, last, slack_bytes=250) == ["rank 2 has 6 descriptors after 5"]
+    more, _ = endurance.grown(first, last, slack_bytes=0)
+    assert more == "front 1 has grown by 0.0 MiB"
+    assert "has come or gone" in endurance.grown(first, {1: first[1]}, 0)[0]
 
 
 class FixedProbe:

@@ -617,6 +617,17 @@ def test_streams_may_be_mixed(small: Callable[..., LLM]):
         assert_idle(llm)
 
 
+def test_a_call_names_all_prompts_that_it_refuses_and_runs_none(small: Callable[..., LLM]):
+    with small() as llm:
+        good, long = [1, 2], [1] * (llm.config.max_model_len + 1)
+        with pytest.raises(RequestError, match=r"^prompt 1: the prompt has") as refused:
+            llm.generate([good, long, good, []])
+        assert str(refused.value).endswith("(refused as well: 3)")
+        with pytest.raises(RequestError, match=r"as well: 1, 2, .* 9, 10, \.\.\.\)$"):
+            llm.generate([long] * 20)
+        assert_idle(llm)
+
+
 def test_a_request_that_cannot_be_sent_fails_alone(
     small: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ):

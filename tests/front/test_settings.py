@@ -248,7 +248,7 @@ def test_the_doctor_refuses_an_expert_placement_that_generate_refuses(
     for verb in (["doctor"], ["generate", "--prompt", "a"]):
         with pytest.raises(SystemExit) as exit_:
             main([verb[0], MODEL, *flags, "--block-size", "64", *verb[1:]])
-        assert exit_.value.code == 1
+        assert exit_.value.code == 2
         assert "/nonexistent.json is neither contiguous nor round_robin nor a file" in (
             capsys.readouterr().err
         )

@@ -114,8 +114,10 @@ def make_checkpoint(
         progress: called with the bytes of each shard written.
 
     Raises:
-        ConfigError: `folder` already holds a checkpoint.
+        ConfigError: `folder` is a file, or already holds a checkpoint.
     """
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; give a folder")
     if folder.exists() and any(folder.glob("*.safetensors*")):
         raise ConfigError(f"{folder} already holds a checkpoint; choose another folder")
     config = ModelConfig.from_dict(raw)

@@ -28,8 +28,15 @@ from moespan.cli import (
     verify,
 )
 from moespan.cli.environment import print_environment
-from moespan.cli.show import EXIT_FAILED
-from moespan.errors import ConfigError, EngineDeadError, MoespanError, shortened
+from moespan.cli.show import EXIT_FAILED, EXIT_REFUSED
+from moespan.errors import (
+    ConfigError,
+    EngineDeadError,
+    LayoutError,
+    MoespanError,
+    RequestError,
+    shortened,
+)
 from moespan.machine.environment import keep_torch_npu_out
 from moespan.version import __version__
 
@@ -39,8 +46,8 @@ _VERBS = (generate, chat, serve, verify, bench, info, make_checkpoint, quantize,
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit.
 
-    The exit code is 0 if all went well, 1 if something failed, 2 for a wrong command, and 130 after
-    Ctrl-C.
+    The exit code is 0 if all went well, 1 if something failed, 2 for a command that is refused
+    because of its flags or their values, and 130 after Ctrl-C.
 
     Args:
         argv: the arguments; None for those of this process, which then belongs to the verb.
@@ -94,6 +101,8 @@ def _judge(error: BaseException) -> tuple[int, str | None]:
         log.logger.debug("%s", error)
         first, *more = str(error).splitlines()
         return EXIT_FAILED, f"{first}; --log-level debug shows where" if more else first
+    if isinstance(error, ConfigError | LayoutError | RequestError):
+        return EXIT_REFUSED, str(error)
     if isinstance(error, MoespanError) or (isinstance(error, OSError) and error.strerror):
         return EXIT_FAILED, str(error)
     log.logger.debug("unexpected error", exc_info=error)

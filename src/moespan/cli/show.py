@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 """Exit code of a verb that could not do its work, or whose check failed."""
 
+EXIT_REFUSED = 2
+"""Exit code of a command that is refused because of its flags or their values; argparse's own."""
+
 LAYOUT_ROW = "{:<28}{:<12}{:>10}  {:<8}{:<8}{}"
 
 

@@ -128,8 +128,13 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue every prompt; the outputs come in the order of the prompts.
 
+        A call with a prompt that breaks a limit is refused as a whole, before anything is computed,
+        as in vLLM. To run the others nevertheless, make each with `request`, which raises for that
+        prompt alone, and hand them to `stream`.
+
         Raises:
-            RequestError: a prompt or its parameters break a limit; no prompt was run.
+            RequestError: prompts or their parameters break a limit; names them all. No prompt was
+                run.
             EngineDeadError: the ranks are gone.
         """
         if isinstance(prompts, str | Mapping):
@@ -330,17 +335,27 @@ class LLM:
                 f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for all, "
                 "or one for each"
             )
-        requests = []
+        requests, refused = [], []
         for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             try:
                 requests.append(self.request(encode(prompt), one))
             except RequestError as error:
-                raise RequestError(f"prompt {number}: {error}") from None
+                refused.append((number, error))
+        if refused:
+            raise _refusal_of_call(refused)
         outputs = tqdm(
             self.stream(requests), total=len(requests), unit="prompt", disable=not use_tqdm
         )
         by_id = {output.request_id: output for output in outputs}
         return [by_id[request.id] for _, request in requests]
+
+
+def _refusal_of_call(refused: Sequence[tuple[int, RequestError]]) -> RequestError:
+    """One error for the refused prompts of a call, given as their numbers and reasons."""
+    number, error = refused[0]
+    others = ", ".join(str(other) for other, _ in refused[1:11])
+    more = f" (refused as well: {others}{', ...' if len(refused) > 11 else ''})" if others else ""
+    return RequestError(f"prompt {number}: {error}{more}")
 
 
 def _require_list(name: str, value: object, rule: str) -> None:

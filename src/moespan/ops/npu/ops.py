@@ -195,13 +195,16 @@ class NpuOps(ReferenceOps):
 
     def write_cache(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
         """Store [T, KV, D] at `slots`."""
-        if not k.numel() or not self._has_cache_write or cache.keys.dtype == torch.float32:
-            super().write_cache(k, v, cache, slots)
+        if not k.numel():
             return
         if cache.key_scales is not None and cache.value_scales is not None:
             at = slots // cache.block_size, slots % cache.block_size
             k, cache.key_scales[at] = self._round_rows(k)
             v, cache.value_scales[at] = self._round_rows(v)
+        if not self._has_cache_write or cache.keys.dtype == torch.float32:
+            for rows, target in ((k, cache.keys), (v, cache.values)):
+                target.flatten(0, 1)[slots] = rows
+            return
         if 0 < self._options.npu_scatter_prefill <= len(k):
             for rows, target in ((k, cache.keys), (v, cache.values)):
                 self._npu.npu_scatter_nd_update_(target.flatten(0, 1), slots[:, None], rows)
