@@ -21,6 +21,7 @@ from moespan.model.network import Step
 from moespan.ops import AttentionBatch, ops_for
 from moespan.ops.npu.ops import NpuOps
 from moespan.parallel.mesh import Mesh
+from tests.ascend.inside.layer import needs_cache_mode
 from tests.support import Oracle, execute, geometry, greedy_row, make_worker, run_prompts
 
 NPU = torch.device("npu", 0)
@@ -213,6 +214,7 @@ def launched() -> dict[str, str]:
     return found
 
 
+@needs_cache_mode
 @pytest.mark.parametrize("part", SETTINGS)
 def test_a_decode_layer_launches_these_kernels_and_no_others(launched: dict[str, str], part: str):
     assert launched[part] == KERNELS[part]

@@ -24,6 +24,7 @@ from tests.ascend.inside.layer import (
     layer,
     make_batch,
     make_weights,
+    needs_cache_mode,
     on,
     plain_experts,
     reference,
@@ -232,6 +233,7 @@ def test_the_scale_is_1_unless_it_is_passed(made):
     close(attend(SMALL, q.npu(), b)[:3], want.transpose(0, 1))
 
 
+@needs_cache_mode
 def test_cache_writes(made):
     _, b = made
     rows = torch.randn(3, SMALL.heads, SMALL.dim, dtype=DTYPE).npu()

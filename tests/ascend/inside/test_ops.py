@@ -17,6 +17,7 @@ from moespan.config import EngineOptions
 from moespan.errors import ConfigError
 from moespan.ops import ExpertBank, KVCache, Ops, ops_for
 from moespan.ops.npu.ops import NpuOps
+from tests.ascend.inside.layer import needs_cache_mode
 from tests.ops.contract import (
     DTYPES,
     KINDS,
@@ -75,7 +76,9 @@ class TestCallsOnAnA2(Contract):
         return NpuOps()
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("takes_cache_mode", [True, False])
+    @pytest.mark.parametrize(
+        "takes_cache_mode", [pytest.param(True, marks=needs_cache_mode), False]
+    )
     def test_the_cache_is_written_by_the_operator_only_in_a_layout_that_attention_reads(
         self, monkeypatch: pytest.MonkeyPatch, takes_cache_mode: bool, dtype: torch.dtype
     ):
@@ -140,6 +143,7 @@ class TestCallsOnAnA2(Contract):
         assert ("atten_mask" in call[1]) == is_masked
         assert call[1]["sparse_mode"] == (3 if is_masked else 0)
 
+    @needs_cache_mode
     @pytest.mark.parametrize(("num_tokens", "calls"), [(2, 0), (3, 2)])
     def test_large_steps_may_write_the_cache_by_another_operator(self, num_tokens: int, calls: int):
         ops = NpuOps(options=EngineOptions(npu_scatter_prefill=3))

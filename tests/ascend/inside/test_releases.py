@@ -7,6 +7,8 @@ import torch
 import torch_npu
 from ascend_sim.rules import RELEASES
 
+from tests.ascend.inside.layer import needs_cache_mode
+
 HALF = torch.bfloat16
 
 
@@ -37,11 +39,13 @@ def write(dtype=HALF, tokens=2, slots=None, **options):
     torch_npu.npu_scatter_pa_kv_cache(key, key, cache, cache.clone(), slots, **options)
 
 
+@needs_cache_mode
 @pytest.mark.parametrize("dtype", [torch.float16, HALF, torch.int8])
 def test_the_cache_is_written(release, dtype):
     write(dtype)
 
 
+@needs_cache_mode
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
@@ -58,6 +62,7 @@ def test_writes_into_the_cache_are_refused(release, changes, rule):
         write(**changes)
 
 
+@needs_cache_mode
 def test_without_a_mode_the_adapter_writes_tiles():
     cache = npu(2, 16, 2, 128)
     with pytest.raises(RuntimeError, match=r"561002.*PA_NZ.*tiles of 16"):
