@@ -686,7 +686,10 @@ WRONG_INPUT: list[tuple[str, str]] = [
         "temperature=-1.0 must be a finite number of at least 0",
     ),
     ("generate {quick} {sum} --temperature nan", "temperature=nan must be a finite number"),
-    ("generate {quick} {sum} --max-tokens 0", "max_tokens=0 must be an integer within 1..2**31-1"),
+    (
+        "generate {quick} {sum} --max-tokens -1",
+        "max_tokens=-1 must be an integer within 0..2**31-1",
+    ),
     ("generate {quick} {sum} --top-p 2", "top_p=2.0 must be a number above 0 and at most 1"),
     ("generate {quick} {sum} -n 0", "n=0 must be an integer within 1..128"),
     ("generate {quick} {sum} --seed -1", "seed=-1 must be an integer within"),
