@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -222,6 +223,11 @@ def balanced_stages(config: ModelConfig, pp: int) -> list[int]:
     token chooses K of E experts, the step reads E·(1 − (1 − K/E)^32) experts on average. The head
     counts as part of the last layer. Among equally good cuts the most even one is taken.
     """
+    return list(_balanced_stages(config, pp))
+
+
+@functools.lru_cache(maxsize=1024)
+def _balanced_stages(config: ModelConfig, pp: int) -> tuple[int, ...]:
     costs = [layer_cost(config, layer) for layer in range(config.num_hidden_layers)]
     costs[-1] += config.vocab_size * config.hidden_size
     sums = [0.0, *itertools.accumulate(costs)]
@@ -238,7 +244,7 @@ def balanced_stages(config: ModelConfig, pp: int) -> list[int]:
             end: min(cut[1:] for cut in cuts)
             for end, cuts in itertools.groupby(sorted(longer), key=lambda cut: cut[0])
         }
-    return best[len(costs)][2]
+    return tuple(best[len(costs)][2])
 
 
 def layer_cost(config: ModelConfig, layer: int) -> float:

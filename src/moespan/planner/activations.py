@@ -7,7 +7,8 @@ operation needs meanwhile. Nothing is run, and no torch is imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moespan.checkpoint.placement import Parameter, cache_heads, head_shares
@@ -138,12 +139,22 @@ class _Counts:
         if self._at.pp == 0:
             self._embed()
         x, residual = self.hidden_bytes if self._at.pp == 0 else 0, 0
-        for layer in self._layers:
+        for layer in self._different_layers():
             with live.frame():
                 self._layer(layer, is_first=layer == self._layers.start)
             live.take(2 * self.hidden_bytes)
             live.give(x, residual)  # the model's own, until the layer has returned
             x = residual = self.hidden_bytes
+
+    def _different_layers(self) -> Iterator[int]:
+        """Layers in their order, two of each kind: a third one takes the same as the second."""
+        seen: Counter[object] = Counter()
+        for layer in self._layers:
+            experts = self._parameters.get(f"layers.{layer}.mlp.experts.gate_up")
+            kind = experts and experts.shape
+            seen[kind] += 1
+            if seen[kind] <= 2:
+                yield layer
 
     def _embed(self) -> None:
         self.live.enter("embedding")

@@ -22,6 +22,7 @@ and how many experts of each layer an ep rank holds. Places in tp, sp and dp cha
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -179,10 +180,39 @@ def rank_classes(config: EngineConfig, model: ModelConfig) -> list[RankClass]:
         for counts, number in alike.items():
             ranks = [first + at for at in one_set if held[layout.ep_rank(first + at)] == counts]
             rank = min(ranks, key=lambda rank: _order(layout.coordinates(rank)))
-            placement = place(model, layout, rank, experts, config.quantization)
             share = layout.stage_size // len(one_set)
-            found.append(RankClass(rank, number * share, placement.parameters))
+            if isinstance(config.expert_placement, str):
+                rule = config.expert_placement
+                parameters = _parameters_by_rule(
+                    model,
+                    (layout.tp, layout.ep),
+                    tuple(map(len, layout.stages(model))),
+                    (pp, rank % len(one_set)),
+                    (rule, config.quantization),
+                )
+            else:
+                parameters = place(model, layout, rank, experts, config.quantization).parameters
+            found.append(RankClass(rank, number * share, parameters))
     return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameters_by_rule(
+    model: ModelConfig,
+    tp_and_ep: tuple[int, int],
+    pipeline_layers: tuple[int, ...],
+    at: tuple[int, int],
+    how: tuple[str, str | None],
+) -> Mapping[str, Parameter]:
+    """Parameters of the rank `at` (stage, number in its set of experts). Neither sp and dp nor the
+    engine's limits change them, so a search computes them once for many layouts."""
+    (tp, ep), (pp, number), (rule, quantization) = tp_and_ep, at, how
+    layout = Layout(
+        tp, ep, len(pipeline_layers), dp=max(ep // tp, 1), pipeline_layers=pipeline_layers
+    )
+    experts = ExpertPlacement.make(rule, model, layout)
+    rank = pp * layout.stage_size + number
+    return place(model, layout, rank, experts, quantization).parameters
 
 
 def _order(at: Coordinates) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,17 +85,30 @@ def step_traffic(
         counts.embed()
     else:
         counts.received()
-    for layer in layout.stages(config)[at.pp]:
-        counts.attention()
-        if config.is_moe(layer):
-            counts.moe(layer)
-        else:
-            counts.dense()
+    layers = layout.stages(config)[at.pp]
+    counts.attention(len(layers))
+    counts.dense(sum(not config.is_moe(layer) for layer in layers))
+    for layer, number in _alike(config, layers, experts, step):
+        counts.moe(layer, number)
     if at.pp < layout.pp - 1:
         counts.passed_on()
     else:
         counts.head()
     return counts.traffic
+
+
+def _alike(
+    config: ModelConfig, layers: range, experts: ExpertPlacement, step: StepSize
+) -> Iterator[tuple[int, int]]:
+    """MoE layers that send different bytes, each with the number of layers like it."""
+    with_experts = [layer for layer in layers if config.is_moe(layer)]
+    if step.choices is not None:
+        yield from ((layer, 1) for layer in with_experts)
+        return
+    numbers = Counter(experts.of(layer) for layer in with_experts)
+    for layer in with_experts:
+        if number := numbers.pop(experts.of(layer), 0):
+            yield layer, number
 
 
 class _Counts:
@@ -125,15 +138,16 @@ class _Counts:
         self._dispatch = dispatch_of_step(
             moe_dispatch, config, layout, self._element_bytes, self._group_tokens
         )
-        # Rows of one layer by its experts; layers with the same experts have the same uniform rows.
-        self._uniform_rows: dict[Held, tuple[float, float]] = {}
 
-    def _count(self, axis: str, collective: str, module: str, num_bytes: int) -> None:
+    def _count(
+        self, axis: str, collective: str, module: str, num_bytes: int, calls: int = 1
+    ) -> None:
         ranks = self._ranks[axis]
         # Nothing is sent for an empty tensor; only all_to_all is called all the same.
-        if ranks > 1 and (num_bytes or collective == "all_to_all"):
+        if calls and ranks > 1 and (num_bytes or collective == "all_to_all"):
             sent = sent_bytes(collective, ranks, num_bytes)
-            self.traffic.count(axis, collective, module, sent)
+            self.traffic.calls[axis, collective, module] += calls
+            self.traffic.sent_bytes[axis, collective, module] += calls * sent
 
     def sampled(self) -> None:
         """Tokens of the previous step, from the rank that sampled them."""
@@ -160,66 +174,65 @@ class _Counts:
         elements = self._held_tokens * self._config.hidden_size
         return -(-elements // self._layout.tp) * self._element_bytes
 
-    def attention(self) -> None:
+    def attention(self, layers: int) -> None:
         config, layout = self._config, self._layout
         head_bytes = config.head_dim * self._element_bytes
         query_bytes = config.num_attention_heads // (layout.tp * layout.sp) * head_bytes
         key_bytes = cache_heads(config, layout, self._rank) * head_bytes
         to_heads = (layout.sp - 1) * self._held_tokens * (query_bytes + 2 * key_bytes)
-        self._count("sp", "all_to_all", "attention", to_heads)
+        self._count("sp", "all_to_all", "attention", to_heads, layers)
         to_tokens = (self._num_tokens - self._held_tokens) * query_bytes
-        self._count("sp", "all_to_all", "attention", to_tokens)
-        self._count("tp", "all_reduce", "attention", self._held_bytes)
+        self._count("sp", "all_to_all", "attention", to_tokens, layers)
+        self._count("tp", "all_reduce", "attention", self._held_bytes, layers)
 
-    def dense(self) -> None:
-        self._count("tp", "all_reduce", "mlp", self._held_bytes)
+    def dense(self, layers: int) -> None:
+        self._count("tp", "all_reduce", "mlp", self._held_bytes, layers)
 
-    def moe(self, layer: int) -> None:
+    def moe(self, layer: int, layers: int) -> None:
+        """`layers` layers that are like `layer`."""
         if self._dispatch == "all_gather":
-            self._all_gather()
+            self._all_gather(layers)
         elif self._dispatch == "fused":
-            self._fused()
+            self._fused(layers)
         elif self._dispatch == "all_to_all":
-            self._all_to_all(layer)
-        self._count("tp", "all_reduce", "moe", self._held_bytes)
+            self._all_to_all(layer, layers)
+        self._count("tp", "all_reduce", "moe", self._held_bytes, layers)
 
     @property
     def _choices_bytes(self) -> int:
         """Bytes of one token's choices."""
         return self._config.num_experts_per_tok * _CHOICE_BYTES
 
-    def _all_gather(self) -> None:
+    def _all_gather(self, layers: int) -> None:
         most_tokens = max(self._group_tokens)
         gathered_bytes = most_tokens * self._token_bytes
-        self._count("ep_tp_groups", "all_gather", "moe", gathered_bytes)
-        self._count("ep_tp_groups", "all_gather", "router", most_tokens * self._choices_bytes)
+        self._count("ep_tp_groups", "all_gather", "moe", gathered_bytes, layers)
+        self._count(
+            "ep_tp_groups", "all_gather", "router", most_tokens * self._choices_bytes, layers
+        )
         reduced_bytes = self._layout.ep_tp_groups * gathered_bytes
-        self._count("ep_tp_groups", "reduce_scatter", "moe", reduced_bytes)
+        self._count("ep_tp_groups", "reduce_scatter", "moe", reduced_bytes, layers)
 
-    def _fused(self) -> None:
+    def _fused(self, layers: int) -> None:
         num_tokens = sent_tokens(self._layout, self._group_tokens)
         num_bytes = num_tokens * self._config.num_experts_per_tok * self._token_bytes
-        self._count("ep_fused", "dispatch", "moe", num_bytes)
-        self._count("ep_fused", "combine", "moe", num_bytes)
+        self._count("ep_fused", "dispatch", "moe", num_bytes, layers)
+        self._count("ep_fused", "combine", "moe", num_bytes, layers)
 
-    def _all_to_all(self, layer: int) -> None:
+    def _all_to_all(self, layer: int, layers: int) -> None:
         out, back = self._rows_sent(layer)
-        self._count("ep", "all_to_all", "counts", (self._layout.ep - 1) * _COUNT_BYTES)
-        self._count("ep", "all_to_all", "router", round(out * self._choices_bytes))
-        self._count("ep", "all_to_all", "moe", round(out * self._token_bytes))
-        self._count("ep", "all_to_all", "moe", round(back * self._token_bytes))
+        self._count("ep", "all_to_all", "counts", (self._layout.ep - 1) * _COUNT_BYTES, layers)
+        self._count("ep", "all_to_all", "router", round(out * self._choices_bytes), layers)
+        self._count("ep", "all_to_all", "moe", round(out * self._token_bytes), layers)
+        self._count("ep", "all_to_all", "moe", round(back * self._token_bytes), layers)
 
     def _rows_sent(self, layer: int) -> tuple[float, float]:
         """Rows that the rank sends to the ranks that hold their experts, and rows that it returns.
 
         All ranks of a tp group hold the same tokens, so no row is sent within the own group.
         """
-        held = self._experts.of(layer)
-        if self._step.choices is not None:
-            return self._sum_rows(held, self._step.choices[layer])
-        if held not in self._uniform_rows:
-            self._uniform_rows[held] = self._sum_rows(held, None)
-        return self._uniform_rows[held]
+        choices = self._step.choices
+        return self._sum_rows(self._experts.of(layer), None if choices is None else choices[layer])
 
     def _sum_rows(self, held: Held, choices: Sequence[Choices] | None) -> tuple[float, float]:
         layout = self._layout
