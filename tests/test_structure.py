@@ -35,6 +35,7 @@ FLOORS = (
     "front",
     "measure",
     "doctor",
+    "search",
     "serve",
     "cli",
 )
@@ -56,6 +57,7 @@ SAME_NAME = {
     "memory": "of host and devices as it is, and as a layout would need it",
     "nodes": "of one job, and their comparison by the doctor",
     "ops": "one implementation of the seam for each device",
+    "report": "what the doctor found, and what a search found",
     "quantize": "a verb, and what it runs",
     "verify": "a verb, and what it runs",
 }

@@ -19,6 +19,8 @@ class Device:
         backend: back end of torch.distributed for collectives between such devices.
         driver_files: glob below `/dev` of the files that the driver makes, one for each device;
             empty for the host's own processor.
+        visible_variable: environment variable that chooses a process's devices by number; empty if
+            there is none.
         block_size: default tokens in one block of the KV cache.
         base_bytes: memory of a rank before it loads anything: of the host, Python and torch; of a
             device, the runtime's context. A calibrated profile knows better.
@@ -53,6 +55,7 @@ class Device:
     slack: float = 0.0
     recorded_bytes: int = 0
     group_bytes: int = 0
+    visible_variable: str = ""
     has_graphs: bool = False
     is_host: bool = False
     has_one_shot_sum: bool = False
@@ -76,6 +79,7 @@ NPU = Device(
     name="npu",
     backend="hccl",
     driver_files="davinci[0-9]*",
+    visible_variable="ASCEND_RT_VISIBLE_DEVICES",
     block_size=128,
     base_bytes=512 << 20,
     recorded_bytes=4 << 20,
@@ -97,6 +101,7 @@ CUDA = Device(
     name="cuda",
     backend="nccl",
     driver_files="nvidia[0-9]*",
+    visible_variable="CUDA_VISIBLE_DEVICES",
     block_size=32,
     base_bytes=512 << 20,
     recorded_bytes=4 << 20,

@@ -22,6 +22,7 @@ from moespan.cli import (
     generate,
     info,
     make_checkpoint,
+    plan,
     quantize,
     serve,
     streams,
@@ -40,7 +41,7 @@ from moespan.errors import (
 from moespan.machine.environment import keep_torch_npu_out
 from moespan.version import __version__
 
-_VERBS = (generate, chat, serve, verify, bench, info, make_checkpoint, quantize, doctor)
+_VERBS = (generate, chat, serve, verify, bench, info, plan, make_checkpoint, quantize, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -124,6 +124,10 @@ class StepCost:
         """Seconds of each stage for one step of all replicas."""
         return [stage.seconds(step) for stage in self._stages]
 
+    def launch_s(self, step: Sequence[ReplicaStep]) -> float:
+        """Seconds that the leader spends on starting the first stage's kernels."""
+        return self._stages[0].launch_s(step)
+
     def lines(self, step: Sequence[ReplicaStep], stage: int = 0) -> list[Line]:
         """The parts of a step on the busiest rank of a stage, and the leader's."""
         found = self._stages[stage].lines(step)
@@ -185,7 +189,9 @@ class _Stage:
         is_decode = not any(one.chunks for one in step)
         cost = self._cost
         slowest = 0.0
-        for group in cost._groups:
+        # Replicas that are all alike take the same time.
+        alike = len(step) > 1 and step.count(step[0]) == len(step)
+        for group in cost._groups[:1] if alike else cost._groups:
             members = [step[dp] for dp in group]
             most = max(one.tokens for one in members)
             if not most:
@@ -193,6 +199,24 @@ class _Stage:
             size = self._padded(most) if is_decode else None
             slowest = max(slowest, self._group_s(members, most, size))
         return slowest
+
+    def launch_s(self, step: Sequence[ReplicaStep]) -> float:
+        """Seconds of the host that starts the stage's kernels in the first group of replicas."""
+        cost = self._cost
+        members = [step[dp] for dp in cost._groups[0]]
+        most = max(one.tokens for one in members)
+        if not most:
+            return 0.0
+        if not any(one.chunks for one in step) and self._padded(most):
+            return cost._prices.replay_s
+        if self._dispatch(most) == "all_to_all":  # the host waits in every layer
+            return self._group_s(members, most, None)
+        tokens = -(-members[0].tokens // cost._layout.sp)
+        kernels = (
+            self._of_tokens(tokens, False).kernels + self._of_rows(members[0].rows, False).kernels
+        )
+        kernels += self._work.num_layers * _KERNELS_BESIDE
+        return kernels * cost._prices.eager_s
 
     def _group_s(self, members: list[ReplicaStep], most: int, size: int | None) -> float:
         """Seconds of the replicas that share experts, all together."""
@@ -237,6 +261,15 @@ class _Stage:
             kernels += task.kernels
         return _Times(seconds, kernels)
 
+    def _attention_source(self, one: ReplicaStep, size: int | None) -> str:
+        prices, chunks = self._cost._prices, one.chunks[:1]
+        if chunks:
+            task = self._work.attention_task(0, 0, chunks)
+            return prices.prefill_attention(task, chunks[0].new, chunks[0].context).source
+        task = self._work.attention_task(one.sequences, one.cached, ())
+        context = one.cached / max(one.sequences, 1)
+        return prices.decode_attention(task, one.sequences, context, size is not None).source
+
     def lines(self, step: Sequence[ReplicaStep]) -> list[Line]:
         """All parts of the step on the first group of replicas."""
         cost = self._cost
@@ -257,7 +290,7 @@ class _Stage:
             for price in [cost._prices.task(task, graph)]
         ]
         attention, layers = self._attention(first, size), self._work.num_layers
-        source = "see docs/planning.md"
+        source = self._attention_source(first, size)
         found.append(Line("attention", "operation", layers, layers * attention.seconds, source))
         for name, count, price in self._sent(size or most, total, size or first.rows, graph):
             found.append(Line(name, "collective", count, count * price.seconds, price.source))
@@ -352,6 +385,9 @@ class _Stage:
             sum(task.count * task.kernels for task in tasks),
         )
 
+
+# Attention, experts, and about two collectives of each layer.
+_KERNELS_BESIDE = 8
 
 _BY_ROWS = ("head", "sample")
 _GRID_BITS = 4

@@ -16,6 +16,7 @@ Equal `hash_ids` become equal tokens, so that a real prefix cache finds them. Im
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -88,12 +89,12 @@ class Load:
     num_clipped: int = 0
     name: str = ""
 
-    @property
+    @functools.cached_property
     def mean_prompt_tokens(self) -> float:
         """Mean length of a prompt."""
         return sum(one.prompt_tokens for one in self.requests) / len(self.requests)
 
-    @property
+    @functools.cached_property
     def mean_output_tokens(self) -> float:
         """Mean length of an output."""
         return sum(one.output_tokens for one in self.requests) / len(self.requests)

@@ -122,7 +122,8 @@ class RankWork:
         layers = layout.stages(config)[at.pp]
         self._is_first = at.pp == 0
         self._is_last = at.pp == layout.pp - 1
-        self._parts = _parts(config, layout, rank % layout.stage_size, engine.quantization)
+        one_set = rank % max(layout.ep, layout.tp)
+        self._parts = _parts(config, layout.tp, layout.ep, one_set, engine.quantization)
         self.num_moe_layers = sum(config.is_moe(layer) for layer in layers)
         self._num_dense = len(layers) - self.num_moe_layers
         self.num_layers = len(layers)
@@ -308,16 +309,16 @@ def step_work(
 
 @functools.lru_cache(maxsize=4096)
 def _parts(
-    config: ModelConfig, layout: Layout, rank: int, quantization: str | None
+    config: ModelConfig, tp: int, ep: int, rank: int, quantization: str | None
 ) -> dict[str, dict[str, Parameter]]:
-    """Kind of part → name → parameter of `rank` in one layer of that kind: `embed`, `attention`,
-    `dense`, `moe`, `norm` and `head`."""
+    """Kind of part → name → parameter in one layer of that kind: `embed`, `attention`, `dense`,
+    `moe`, `norm` and `head`. `rank` is one of those that hold one set of experts."""
     kinds = [config.is_moe(layer) for layer in range(config.num_hidden_layers)]
     examples = {kind: kinds.index(kind) for kind in (False, True) if kind in kinds}
     # Layers of one kind are alike, so the first ones are enough.
     short = replace(config, num_hidden_layers=max(examples.values()) + 1)
-    one_stage = replace(layout, pp=1, pipeline_layers=None)
-    placed = place(short, one_stage, rank, quantization=quantization)
+    one_set = Layout(tp, ep, dp=max(ep // tp, 1))
+    placed = place(short, one_set, rank, quantization=quantization)
     found: dict[str, dict[str, Parameter]] = {
         kind: {} for kind in ("embed", "attention", "dense", "moe", "norm", "head")
     }

@@ -1,0 +1,325 @@
+"""`moespan plan`: which layout fits, which is fastest, and what one more node would give."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moespan.cli.flags import integers
+from moespan.cli.show import EXIT_FAILED, check_writable, say
+from moespan.config import DTYPE_BYTES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig, ModelConfig
+from moespan.device import DEVICES
+from moespan.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from moespan.planner.load import Load
+    from moespan.planner.profile import Profile
+    from moespan.search.candidates import Space
+    from moespan.search.explore import Question
+
+SUMMARY = "find the layout that fits and meets latency targets"
+
+_LOAD_REQUESTS = 4000
+_WHAT_IF = "nodes=+1,nodes=-1"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `plan`."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder with a config.json")
+    parser.add_argument("--preset", metavar="{16b,16b-4l,tiny}", help="a geometry, for MODEL")
+    _add_machine_flags(parser)
+    _add_load_flags(parser)
+    _add_search_flags(parser)
+    _add_output_flags(parser)
+
+
+def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("machines")
+    group.add_argument(
+        "--hardware",
+        required=True,
+        metavar="NAME|FILE.json",
+        help="a built-in profile (an unknown name lists them), or what `moespan calibrate` wrote",
+    )
+    many = group.add_mutually_exclusive_group()
+    many.add_argument("--nodes", type=int, metavar="N", help="machines (1)")
+    many.add_argument("--devices", type=int, metavar="N", help="devices of all machines together")
+
+
+def _add_load_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "load and targets",
+        "Without --rate and --concurrency: as many requests as the targets allow.",
+    )
+    length = "N|lognormal:MEAN:SIGMA|uniform:LOW:HIGH"
+    group.add_argument("--input", default="1024", metavar=length, help="prompt tokens (1024)")
+    group.add_argument("--output", default="256", metavar=length, help="output tokens (256)")
+    group.add_argument(
+        "--load",
+        metavar="FILE",
+        help="requests of a trace instead: CSV of Azure's traces, JSON Lines of Mooncake's or ours",
+    )
+    group.add_argument("--speed", type=float, default=1.0, metavar="X", help="FILE X times as fast")
+    group.add_argument("--clip", action="store_true", help="cut prompts that are too long")
+    often = group.add_mutually_exclusive_group()
+    often.add_argument("--rate", type=float, metavar="R", help="requests per second, Poisson")
+    often.add_argument("--concurrency", type=int, metavar="N", help="requests at any time")
+    group.add_argument(
+        "--num-requests", type=int, default=1000, metavar="N", help="simulated requests (1000)"
+    )
+    time = "TIME[@mean|p50|p90|p95|p99]"
+    group.add_argument("--ttft", metavar=time, help="time to the first token, as 2s@p90")
+    group.add_argument("--tpot", metavar=time, help="time per further token, as 40ms@p99")
+
+
+def _add_search_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--quantization",
+        default="none",
+        metavar="NAME,...",
+        help=f"schemes to try: none (the checkpoint's form), {', '.join(QUANTIZATIONS)} (none)",
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        metavar="NAME,...",
+        help=f"dtypes of the cache to try: {', '.join(KV_CACHE_DTYPES)} (auto)",
+    )
+    group.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
+    group.add_argument("--max-num-seqs", type=integers, default=(64, 128, 256), metavar="N,...")
+    group.add_argument(
+        "--max-num-batched-tokens", type=integers, default=(1024, 2048, 4096), metavar="N,..."
+    )
+    group.add_argument("--max-model-len", type=int, metavar="N", help="(the model's limit)")
+    group.add_argument("--only", metavar="'tp=8 ...'", help="layouts with these degrees only")
+    group.add_argument(
+        "--routing",
+        default="uniform",
+        metavar="uniform|FILE.json",
+        help="how often each expert is chosen (uniform)",
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the load (0)")
+    group.add_argument("--fast", action="store_true", help="estimate only, simulate nothing")
+    group.add_argument("--jobs", type=int, metavar="N", help="cores to use (all)")
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--top", type=int, default=5, metavar="N", help="layouts to show (5)")
+    group.add_argument(
+        "--what-if",
+        default=_WHAT_IF,
+        metavar="nodes=+N,...",
+        help=f"other numbers of nodes to compare; none for nothing ({_WHAT_IF})",
+    )
+    group.add_argument(
+        "--explain", metavar="'tp=2 ep=8 ...'", help="every part of one layout's memory and steps"
+    )
+    group.add_argument("--json", metavar="FILE", help="everything, for programs; - is stdout")
+    group.add_argument("--html", metavar="FILE", help="one page with pictures, without a network")
+    group.add_argument("--plot", metavar="FILE.png|.svg", help="the front, by matplotlib")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Find the layouts that fit the machines and meet the targets, and rank them. The engine's own
+    scheduler runs on predicted times. Nothing is started, no weights are read, no torch is needed.
+    Exit code 1: no layout meets every target; the closest ones are shown."""
+    from moespan.search.explore import explore
+    from moespan.search.report import document, text
+
+    _check_files(args)
+    question, name = _question(args)
+    one_layout = _explained(args, question)
+    answer, explain = explore(question), None
+    if one_layout is not None:
+        explain = explore(one_layout)
+        if not explain.found:
+            raise ConfigError(
+                f"--explain {shown(args.explain)}: no such layout of these devices fits the model "
+                "and the memory"
+            )
+    found = document(answer, name, nodes=_what_if(args.what_if), explain=explain)
+    if args.json == "-":
+        print(json.dumps(found))
+    else:
+        print(*text(found, explain=explain is not None), sep="\n")
+        _write_files(args, found)
+    return 0 if answer.met else EXIT_FAILED
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    for flag in ("json", "html", "plot"):
+        path = getattr(args, flag)
+        if path is not None and path != "-":
+            check_writable(Path(path), f"--{flag}")
+    if args.plot is not None and Path(args.plot).suffix not in (".png", ".svg"):
+        raise ConfigError(f"--plot {args.plot} must end in .png or .svg")
+    for flag, least in (
+        ("num_requests", 20),
+        ("top", 1),
+        ("jobs", 1),
+        ("devices", 1),
+        ("nodes", 1),
+    ):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ConfigError(f"--{flag.replace('_', '-')} {value} must be at least {least}")
+
+
+def _write_files(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.html:
+        from moespan.search.pages import page
+
+        Path(args.html).write_text(page(found), encoding="utf-8")
+    if args.plot:
+        from moespan.search.plot import plot
+
+        plot(found, Path(args.plot))
+    for path in (args.json, args.html, args.plot):
+        if path:
+            say(f"wrote {path}")
+
+
+def _question(args: argparse.Namespace) -> tuple[Question, str]:
+    """What is asked, and the model's name for commands."""
+    from moespan.planner import profile
+    from moespan.planner.expert_load import Routing
+    from moespan.planner.outcome import parse_target
+    from moespan.search.explore import Question
+
+    model, name, folder = _model(args)
+    machine = profile.load(args.hardware)
+    space = _space(args, model, machine)
+    targets = [
+        parse_target(latency, given)
+        for latency in ("ttft", "tpot")
+        for given in [getattr(args, latency)]
+        if given is not None
+    ]
+    load = _load(args, folder)
+    if load is not None:
+        # A distribution has a tail; what is given exactly is refused if it is too long.
+        is_drawn = args.load is None and not (args.input.isdecimal() and args.output.isdecimal())
+        load = load.fitting(space.base.max_model_len, args.clip or is_drawn)
+    return (
+        Question(
+            space,
+            machine,
+            model,
+            Routing.read(args.routing, model, args.seed),
+            load,
+            (args.input, args.output),
+            tuple(targets),
+            args.num_requests,
+            args.top,
+            args.seed,
+            args.fast,
+            jobs=args.jobs,
+            clip_to=space.base.max_model_len,
+        ),
+        name,
+    )
+
+
+def _model(args: argparse.Namespace) -> tuple[ModelConfig, str, Path | None]:
+    """The model, its name for commands, and its folder if it has one."""
+    from moespan.checkpoint.presets import preset
+    from moespan.front.hub import resolve
+
+    if (args.model is None) == (args.preset is None):
+        args.usage_error("one of the arguments MODEL --preset is required, and not both")
+    if args.preset is not None:
+        return ModelConfig.from_dict(preset(args.preset, {})), "MODEL", None
+    folder = resolve(args.model)
+    return ModelConfig.from_pretrained(folder), args.model, folder
+
+
+def _space(args: argparse.Namespace, model: ModelConfig, machine: Profile) -> Space:
+    """The search space."""
+    from moespan.search.candidates import Space, parse_axes
+
+    kind = machine.device.kind
+    base = EngineConfig(
+        "",
+        device=kind,
+        dtype=model.dtype if args.dtype == "auto" else args.dtype,
+        max_model_len=args.max_model_len or model.max_position_embeddings,
+        block_size=DEVICES[kind].block_size,
+    )
+    per_node = machine.devices_per_node
+    return Space(
+        base,
+        args.devices if args.devices is not None else (args.nodes or 1) * per_node,
+        tuple(None if name == "none" else name for name in _names(args.quantization)),
+        tuple(_names(args.kv_cache_dtype)),
+        args.max_num_seqs,
+        args.max_num_batched_tokens,
+        parse_axes(args.only) if args.only else (),
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _load(args: argparse.Namespace, folder: Path | None) -> Load | None:
+    """The load of all engines; None for as many requests as possible."""
+    from moespan.planner import load
+
+    often = {"rate": args.rate, "concurrency": args.concurrency}
+    if args.load is None:
+        if args.rate is None and args.concurrency is None:
+            return None
+        number = max(args.num_requests, 20 * (args.concurrency or 0) if args.concurrency else 0)
+        return load.drawn(args.input, args.output, min(number, 20_000), **often, seed=args.seed)
+    found = load.read(args.load, speed=args.speed, **often, seed=args.seed)
+    return load.encoded(found, None if folder is None else _encoder(folder))
+
+
+def _encoder(folder: Path) -> Any:
+    from moespan.text.tokenizer import Tokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        return None
+    tokenizer = Tokenizer.from_pretrained(folder)
+    return tokenizer and tokenizer.encode
+
+
+def _explained(args: argparse.Namespace, question: Question) -> Question | None:
+    """The question for one layout alone, if one is to be explained."""
+    from dataclasses import replace
+
+    from moespan.config import Layout
+    from moespan.search.candidates import parse_axes
+
+    if args.explain is None:
+        return None
+    asked = dict(parse_axes(args.explain))
+    whole = tuple((axis, asked.get(axis, 1)) for axis in Layout.AXES)
+    return replace(question, space=replace(question.space, only=whole), num_shown=1)
+
+
+def _what_if(text: str) -> list[int]:
+    """Changes of the number of nodes in a text like `nodes=+1,nodes=-1`.
+
+    Raises:
+        ConfigError: `text` is not like that.
+    """
+    found = []
+    for part in _names(text):
+        if part == "none":
+            continue
+        name, _, number = part.partition("=")
+        try:
+            change = int(number)
+        except ValueError:
+            change = 0
+        if name != "nodes" or not change:
+            raise ConfigError(f"--what-if {shown(part)} is not like nodes=+1")
+        found.append(change)
+    return found

@@ -1,0 +1,76 @@
+"""Independent pieces of work on all cores, by forked processes that answer over pipes.
+
+Nothing is pickled: answers are msgpack. A child inherits what it works on, so this must be called
+before threads exist. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from moespan.errors import MoespanError
+from moespan.machine.cores import usable_cores
+
+T = TypeVar("T")
+
+
+def run_all(work: Callable[[int], T], number: int, kind: Any, jobs: int | None = None) -> list[T]:
+    """`[work(0), ..., work(number - 1)]`, on `jobs` cores (None: on those that this process has).
+
+    Args:
+        kind: the type of an answer, which msgspec can encode.
+
+    Raises:
+        MoespanError: a process died.
+    """
+    jobs = min(jobs or usable_cores(), number)
+    if jobs <= 1:
+        return [work(index) for index in range(number)]
+    children = [_fork(work, range(job, number, jobs)) for job in range(jobs)]
+    answers: dict[int, T] = {}
+    problems = []
+    for pid, pipe in children:
+        with os.fdopen(pipe, "rb") as reader:
+            data = reader.read()
+        _, status = os.waitpid(pid, 0)
+        if status:
+            problems.append(pid)
+        else:
+            answers |= msgspec.msgpack.decode(data, type=dict[int, kind])
+    if problems:
+        raise MoespanError("a process of the search died; its error is above")
+    return [answers[index] for index in range(number)]
+
+
+def _fork(work: Callable[[int], T], mine: Sequence[int]) -> tuple[int, int]:
+    """A child that works on `mine`: its pid, and the pipe that it answers over."""
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        # Threads of numerical libraries exist, and no child uses them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid:
+        os.close(writing)
+        return pid, reading
+    status = 1
+    try:
+        os.close(reading)
+        data = msgspec.msgpack.encode({index: work(index) for index in mine})
+        with os.fdopen(writing, "wb") as writer:
+            writer.write(data)
+        status = 0
+    except KeyboardInterrupt:
+        pass
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)

@@ -1,0 +1,515 @@
+"""A plan as one document, and the document as text.
+
+`document` gathers everything that was found, as plain values with a version. JSON is that document;
+text, the HTML page and the picture are made of it, so that all of them say the same.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from moespan.checkpoint.placement import count_parameters
+from moespan.planner.cost import Line
+from moespan.planner.outcome import Outcome, in_words
+from moespan.search.candidates import Candidate
+from moespan.search.commands import engine_flags, start_commands
+from moespan.search.explore import (
+    Answer,
+    Curve,
+    Found,
+    Question,
+    capacity,
+    cost_of,
+    curves,
+    explore,
+    prefill_step,
+    shares,
+    simulated_one,
+    typical_step,
+)
+from moespan.version import __version__
+
+VERSION = 1
+"""Version of the document; a change that breaks its readers raises it."""
+
+_GIB = 1 << 30
+_MOST_COMMANDS = 64
+
+
+def document(
+    answer: Answer, model: str, *, nodes: Sequence[int] = (), explain: Answer | None = None
+) -> dict[str, Any]:
+    """Everything that a plan says.
+
+    Args:
+        model: the model's name, for commands.
+        nodes: numbers of machines more or fewer for which to ask what if.
+        explain: an answer whose first candidate is explained instead of the best ones.
+    """
+    question = answer.question
+    shown = answer.shown if explain is None else explain.shown[:1]
+    best = shown[0] if shown else None
+    swept = curves(question, answer)
+    return {
+        "version": VERSION,
+        "moespan": __version__,
+        "hardware": _hardware(question),
+        "model": _model(question, model),
+        "load": _load(question),
+        "targets": [str(target) for target in question.targets],
+        "seed": question.seed,
+        "searched": {
+            "layouts": answer.num_layouts,
+            "settings": answer.num_settings,
+            "combinations": answer.num_combinations,
+            "fitting": answer.num_fitting,
+            "simulated": answer.num_simulated,
+            "requests": question.num_requests,
+            "is_estimate": question.fast,
+        },
+        "met": answer.met,
+        "plans": [{"rank": rank, **_plan(answer, one, model)} for rank, one in enumerate(shown, 1)],
+        "points": [point for i, curve in enumerate(swept) for point in _points(i, curve)],
+        "small_messages": _worst(question, best),
+        "what_if": [_what_if(question, swept, change) for change in nodes],
+        "advice": [] if answer.met else list(_advice(answer, swept)),
+    }
+
+
+def text(found: dict[str, Any], *, explain: bool = False) -> Iterator[str]:
+    """The lines that `moespan plan` prints."""
+    yield from _heading(found)
+    plans = found["plans"]
+    if not plans:
+        yield ""
+        yield "nothing fits: use more devices, a quantization, or shorter sequences"
+        return
+    yield ""
+    yield from _table(found)
+    yield from _remarks(found)
+    if explain:
+        yield from _explanation(plans[0])
+    yield ""
+    yield from _starts(found)
+
+
+def _hardware(question: Question) -> dict[str, Any]:
+    profile = question.profile
+    per_node, devices = profile.devices_per_node, question.space.devices
+    origins: dict[str, int] = {}
+    for _, origin, _ in profile.leaves():
+        origins[origin] = origins.get(origin, 0) + 1
+    return {
+        "name": profile.name,
+        "title": profile.title or profile.name,
+        "devices": devices,
+        "devices_per_node": per_node,
+        "nodes": -(-devices // per_node),
+        "memory_bytes": profile.device.memory_bytes.value,
+        "error": profile.relative_error,
+        "is_calibrated": profile.is_calibrated,
+        "origins": origins,
+        "figures": [list(leaf) for leaf in profile.leaves()],
+    }
+
+
+def _model(question: Question, name: str) -> dict[str, Any]:
+    base = question.space.base
+    total, active = count_parameters(question.model)
+    return {
+        "name": name,
+        "parameters": total,
+        "active_parameters": active,
+        "dtype": base.dtype,
+        "max_model_len": base.max_model_len,
+        "kv_bytes_per_token": question.model.kv_bytes_per_token(base.cache_dtype),
+        "routing": question.routing.name,
+    }
+
+
+def _load(question: Question) -> dict[str, Any]:
+    load = question.load or question.sample
+    name = load.name if question.load else f"{load.name}, as much as possible"
+    return {
+        "name": name,
+        "rate": load.rate if question.load is not None else None,
+        "concurrency": load.concurrency,
+        "mean_prompt_tokens": load.mean_prompt_tokens,
+        "mean_output_tokens": load.mean_output_tokens,
+        "clipped": load.num_clipped,
+        "goal": question.goal,
+    }
+
+
+def _plan(answer: Answer, one: Found, model: str) -> dict[str, Any]:
+    """One candidate that is shown."""
+    question, candidate = answer.question, one.candidate
+    config, predicted = candidate.config, one.predicted
+    assert predicted is not None
+    cost = cost_of(question, candidate)
+    decode = cost.lines(typical_step(question, one))
+    prefill = cost.lines(prefill_step(question, one))
+    commands = start_commands(candidate, model, question.profile)
+    return {
+        "engines": candidate.engines,
+        "layout": config.layout.sizes,
+        "layout_text": _layout_text(candidate),
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "quantization": config.quantization,
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "num_blocks": candidate.num_blocks,
+        "block_size": config.block_size,
+        "sequences_at_once": candidate.layout.dp * candidate.layout.pp * config.max_num_seqs,
+        **_figures(one.outcome),
+        "tokens_per_s": one.tokens_per_s,
+        "tokens_per_s_per_device": one.tokens_per_device,
+        "requests_per_s": candidate.engines * one.outcome.requests_per_s,
+        "band": [_figures(edge.outcome) for edge in (one.fast, one.slow) if edge is not None],
+        "is_estimate": predicted.is_estimate,
+        "concurrency": predicted.concurrency,
+        "preemptions": predicted.num_preemptions,
+        "prefix_hits": predicted.hit_share,
+        "was_given_up": one.outcome.is_cut,
+        "at_risk": one.at_risk(question.targets),
+        "misses": [
+            {"target": str(target), "value_s": value.value, "by": target.missed_by(one.outcome)}
+            for target in question.targets
+            for value in [target.of(one.outcome)]
+            if value is not None and target.missed_by(one.outcome) > 0
+        ],
+        "too_close": answer.too_close(one),
+        "memory": _memory(candidate, question.profile.device.memory_bytes.value),
+        "limits": shares(decode),
+        "decode_step": [msgspec.to_builtins(line) for line in decode],
+        "prefill_step": [msgspec.to_builtins(line) for line in prefill],
+        "num_sums": _num_sums(decode),
+        "flags": shlex.join(engine_flags(candidate)),
+        "commands": [str(command) for command in commands[:_MOST_COMMANDS]],
+        "num_commands": len(commands),
+        "command_nodes": [command.node for command in commands[:_MOST_COMMANDS]],
+    }
+
+
+def _memory(candidate: Candidate, memory_bytes: float) -> dict[str, Any]:
+    """Bytes of each part on the tightest rank."""
+    memory = candidate.memory
+    parts = msgspec.to_builtins(memory)
+    del parts["touched_bytes"]
+    taken = memory.total_bytes
+    return {**parts, "taken_bytes": taken, "free_bytes": memory_bytes - taken}
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "ttft_s": msgspec.to_builtins(outcome.ttft_s),
+        "tpot_s": msgspec.to_builtins(outcome.tpot_s),
+    }
+
+
+def _layout_text(candidate: Candidate) -> str:
+    return str(candidate.layout).replace("×", " ")
+
+
+def _num_sums(lines: Sequence[Line]) -> int:
+    return sum(line.count for line in lines if line.kind == "collective")
+
+
+def _points(number: int, curve: Curve) -> Iterator[dict[str, Any]]:
+    """A candidate in the picture of the front, with ever more sequences; by mean values."""
+    for one in curve.estimates:
+        yield {
+            "curve": number,
+            "label": f"{curve.candidate}, {one.sequences:.0f} sequences in a replica",
+            "ttft_s": one.ttft_s,
+            "tpot_s": one.tpot_s,
+            "tokens_per_s_per_device": one.tokens_per_s / curve.candidate.layout.world_size,
+        }
+
+
+def _worst(question: Question, best: Found | None) -> dict[str, Any] | None:
+    """The best candidate if small messages take as long as their upper bounds; None where the
+    profile has none, or the answer is the same."""
+    levels = question.profile.levels
+    if question.worst or best is None or not any(level.worst_latency_us for level in levels):
+        return None
+    other = explore(replace(question, worst=True, fast=True))
+    if not other.found:
+        return None
+    first = other.found[0]
+    usual = {ranks: figure.value for level in levels for ranks, figure in level.latency_us.items()}
+    worst = {r: figure.value for level in levels for r, figure in level.worst_latency_us.items()}
+    return {
+        "usual_us": usual,
+        "worst_us": worst,
+        "engines": first.candidate.engines,
+        "layout_text": _layout_text(first.candidate),
+        "is_same": first.candidate.layout == best.candidate.layout
+        and first.candidate.engines == best.candidate.engines,
+        "tpot_s": first.estimate.tpot_s,
+        "ttft_s": first.estimate.ttft_s,
+    }
+
+
+def _what_if(question: Question, swept: Sequence[Curve], change: int) -> dict[str, Any] | None:
+    """The best candidate with `change` nodes more."""
+    profile, space = question.profile, question.space
+    nodes = -(-space.devices // profile.devices_per_node)
+    devices = space.devices + change * profile.devices_per_node
+    if devices < 1:
+        return None
+    other = replace(question, space=replace(space, devices=devices), fast=True)
+    found = explore(other)
+    if not found.found:
+        return {"nodes": nodes + change, "devices": devices, "fits": False}
+    first = found.found[0] if question.fast else simulated_one(other, found.found[0])
+    before, after = capacity(question, swept), capacity(other, curves(other, found))
+    return {
+        "nodes": nodes + change,
+        "devices": devices,
+        "fits": True,
+        "engines": first.candidate.engines,
+        "layout_text": _layout_text(first.candidate),
+        **_figures(first.outcome),
+        "tokens_per_s": first.tokens_per_s,
+        "meets": first.excess(question.targets) <= 0,
+        "misses": [
+            {"target": str(target), "by": target.missed_by(first.outcome)}
+            for target in question.targets
+            if target.missed_by(first.outcome) > 0
+        ],
+        "requests_ratio": after / before if before else None,
+    }
+
+
+def _advice(answer: Answer, swept: Sequence[Curve]) -> Iterator[str]:
+    """What would meet the targets that no candidate meets, by mean values."""
+    question = answer.question
+    profile, space = question.profile, question.space
+    rate = question.load.rate if question.load is not None else None
+    possible = capacity(question, swept)
+    if rate and possible and possible < rate:
+        yield f"fewer requests: about {possible:.3g} of the {rate:.3g} requests/s"
+    nodes = -(-space.devices // profile.devices_per_node)
+    for times in (2, 3, 4, 8):
+        more = replace(space, devices=space.devices * times)
+        if _would_meet(replace(question, space=more)):
+            yield f"more devices: {more.devices} ({nodes * times} nodes)"
+            break
+    for quantization in ("int8", "w8a8"):
+        if quantization not in space.quantizations:
+            tried = replace(space, quantizations=(quantization,))
+            if _would_meet(replace(question, space=tried)):
+                yield f"a quantization: --quantization {quantization}"
+    best = answer.found[0] if answer.found else None
+    if best is not None and question.goal == "throughput" and question.load is not None:
+        demand = question.demand(best.candidate.engines)
+        yield f"fewer requests at a time than {demand.concurrency or 0} an engine"
+
+
+def _would_meet(question: Question) -> bool:
+    found = explore(replace(question, fast=True))
+    return any(one.estimate.excess(question.targets) <= 0 for one in found.found)
+
+
+def _heading(found: dict[str, Any]) -> Iterator[str]:
+    hardware, model, searched = found["hardware"], found["model"], found["searched"]
+    count = f"{hardware['devices']} ×"
+    if hardware["devices"] % hardware["devices_per_node"] == 0 and hardware["nodes"] > 1:
+        count = f"{hardware['nodes']} × {hardware['devices_per_node']}"
+    memory = f"{hardware['memory_bytes'] / _GIB:.1f} GiB usable"
+    error = f"±{hardware['error']:.0%}"
+    quality = (
+        f"calibrated ({error})"
+        if hardware["is_calibrated"]
+        else f"VENDOR FIGURES AND GUESSES ({error}): `moespan calibrate` on one node makes this "
+        "±15%"
+    )
+    yield f"hardware   {count} {hardware['title']}, {memory}; {quality}"
+    yield (
+        f"model      {model['name']}, {model['dtype']}: {model['parameters'] / 1e9:.2f} B "
+        f"parameters, {model['kv_bytes_per_token'] / 1024:g} KiB of KV cache a token; "
+        f"routing {model['routing']}"
+    )
+    load = found["load"]
+    cut = f"; {load['clipped']} prompts CUT to the model's length" if load["clipped"] else ""
+    targets = f"; {', '.join(found['targets'])}" if found["targets"] else ""
+    yield f"load       {load['name']}{cut}{targets}"
+    simulated = (
+        "nothing simulated (--fast)"
+        if searched["is_estimate"]
+        else f"{searched['simulated']} simulated ({searched['requests']} requests each)"
+    )
+    yield (
+        f"searched   {searched['layouts']} layouts × {searched['settings']} settings: "
+        f"{searched['combinations']}; {searched['fitting']} fit; {simulated}"
+    )
+
+
+def _table(found: dict[str, Any]) -> Iterator[str]:
+    ttft, tpot = statistics_of(found)
+    rows = [
+        [
+            "",
+            "engines × layout",
+            "seqs",
+            "tokens",
+            f"TTFT {ttft}",
+            f"TPOT {tpot}",
+            "tokens/s",
+            "of it a device",
+            "fits at once",
+            "tightest rank",
+        ]
+    ]
+    error = found["hardware"]["error"]
+    memory = found["hardware"]["memory_bytes"] / _GIB
+    for plan in found["plans"]:
+        mark = "" if not plan["misses"] else " ✗"
+        mark = " at risk" if plan["at_risk"] else mark
+        rows.append(
+            [
+                str(plan["rank"]),
+                f"{plan['engines']} × {plan['layout_text']}{_quantized(plan)}",
+                str(plan["max_num_seqs"]),
+                str(plan["max_num_batched_tokens"]),
+                _latency(plan["ttft_s"], ttft, plan["was_given_up"]),
+                _latency(plan["tpot_s"], tpot) + mark,
+                f"{plan['tokens_per_s']:,.0f}".replace(",", " "),
+                f"{plan['tokens_per_s_per_device']:,.0f} ±{error:.0%}".replace(",", " "),
+                f"{plan['engines']} × {plan['sequences_at_once']}",
+                f"{plan['memory']['taken_bytes'] / _GIB:.1f} of {memory:.1f} GiB",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def statistics_of(found: dict[str, Any]) -> tuple[str, str]:
+    """The statistics of TTFT and TPOT that targets are about; p90 without one."""
+    wanted = {"TTFT": "p90", "TPOT": "p90"}
+    for target in found["targets"]:
+        latency, statistic, *_ = target.split()
+        wanted[latency] = statistic
+    return wanted["TTFT"], wanted["TPOT"]
+
+
+def _quantized(plan: dict[str, Any]) -> str:
+    parts = [plan["quantization"]] if plan["quantization"] else []
+    parts += [f"{plan['kv_cache_dtype']} cache"] if plan["kv_cache_dtype"] != "auto" else []
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _latency(figures: dict[str, Any], statistic: str, was_given_up: bool = False) -> str:
+    if statistic not in figures:
+        return "-"
+    value = figures[statistic]["value"]
+    return ("> " if was_given_up else "") + in_words(value) if value < 1e6 else "no end"
+
+
+def _remarks(found: dict[str, Any]) -> Iterator[str]:
+    plans = found["plans"]
+    limits = ", ".join(f"{kind} {share:.0%}" for kind, share in plans[0]["limits"].items())
+    close = [str(plan["rank"]) for plan in plans if plan["too_close"]]
+    too_close = f".  {', '.join(close)}: too close to call with 1" if close else ""
+    yield f"limits     1, in decode: {limits} ({plans[0]['num_sums']} collectives){too_close}"
+    if not found["met"]:
+        for plan in plans:
+            missed = "; ".join(
+                f"{miss['target']} missed by {miss['by']:.0%} ({in_words(miss['value_s'])})"
+                for miss in plan["misses"]
+            )
+            yield f"missed     {plan['rank']}: {missed or 'too slow to end'}"
+        for advice in found["advice"]:
+            yield f"would do   {advice}"
+    worst = found["small_messages"]
+    if worst is not None and not worst["is_same"]:
+        yield (
+            f"guess      small messages between devices decide: at {_microseconds(worst, 'worst')} "
+            f"instead of {_microseconds(worst, 'usual')} the best is {worst['engines']} × "
+            f"{worst['layout_text']} (TPOT {in_words(worst['tpot_s'])})"
+        )
+    elif worst is not None:
+        yield (
+            f"guess      small messages at {_microseconds(worst, 'worst')} instead of "
+            f"{_microseconds(worst, 'usual')} leave the same layout first"
+        )
+    if not found["hardware"]["is_calibrated"] or close:
+        bench = f"moespan bench {found['model']['name']} {plans[0]['flags']}"
+        yield f"next       calibrate, or measure: {bench}"
+    yield from _what_if_lines(found)
+
+
+def _microseconds(worst: dict[str, Any], which: str) -> str:
+    values = worst[f"{which}_us"].values()
+    return f"{min(values):g} to {max(values):g} µs"
+
+
+def _what_if_lines(found: dict[str, Any]) -> Iterator[str]:
+    nodes, (_, tpot) = found["hardware"]["nodes"], statistics_of(found)
+    now = found["plans"][0]["tpot_s"].get(tpot, {"value": 0.0})["value"]
+    for other in found["what_if"]:
+        if other is None:
+            continue
+        change = f"{nodes} → {other['nodes']} nodes"
+        if not other["fits"]:
+            yield f"what if    {change}: nothing fits"
+            continue
+        parts = []
+        if other["requests_ratio"]:
+            parts.append(f"{other['requests_ratio'] - 1:+.0%} requests at these targets")
+        if tpot in other["tpot_s"]:
+            parts.append(
+                f"TPOT {tpot} {in_words(now)} → {in_words(other['tpot_s'][tpot]['value'])}"
+            )
+        if other["misses"]:
+            parts.append("misses " + ", ".join(miss["target"] for miss in other["misses"]))
+        best = f"{other['engines']} × {other['layout_text']}"
+        yield f"what if    {change}: {', or '.join(parts[:2])}{_rest(parts)} ({best})"
+
+
+def _rest(parts: list[str]) -> str:
+    return "".join(f"; {part}" for part in parts[2:])
+
+
+def _starts(found: dict[str, Any]) -> Iterator[str]:
+    plan = found["plans"][0]
+    nodes = plan["command_nodes"]
+    shown_nodes = sorted(set(nodes))[: max(1, min(2, len(set(nodes))))]
+    label = "start 1"
+    for command, node in zip(plan["commands"], nodes, strict=True):
+        if node in shown_nodes:
+            yield f"{label:<10} node {node}: {command}"
+            label = ""
+    rest = plan["num_commands"] - sum(node in shown_nodes for node in nodes)
+    if rest > 0:
+        yield f"{'':<10} {rest} more like these; --json has the first {_MOST_COMMANDS}"
+    if plan["engines"] > 1:
+        engines = plan["engines"]
+        yield f"{'':<10} put a load balancer (least connections) before the {engines} engines"
+
+
+def _explanation(plan: dict[str, Any]) -> Iterator[str]:
+    yield ""
+    yield "memory of the tightest rank"
+    for name, num_bytes in plan["memory"].items():
+        yield f"  {name.removesuffix('_bytes'):<22}{num_bytes / _GIB:>9.2f} GiB"
+    for key, title in (("decode_step", "a decode step"), ("prefill_step", "a prefill step")):
+        lines = plan[key]
+        total = sum(line["seconds"] for line in lines)
+        yield ""
+        yield f"{title} on the busiest rank of the first stage: {in_words(total)} in all parts"
+        for line in lines:
+            each_us = line["seconds"] / line["count"] * 1e6
+            name = f"  {line['part']:<36}{line['count']:>5} × {each_us:>9.1f} µs"
+            yield f"{name} {line['seconds'] * 1e3:>9.3f} ms  {line['source']}"

@@ -1,0 +1,124 @@
+"""The verb `plan`: its files, its exit codes, and its refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moespan.cli import main
+
+QUICK = ["--input", "64", "--output", "8", "--num-requests", "40", "--max-num-seqs", "64"]
+QUICK += ["--max-num-batched-tokens", "1024", "--jobs", "1", "--what-if", "none"]
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], *arguments: str, preset: str = "tiny"
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `moespan plan`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--preset", preset, *QUICK, *arguments])
+    told = capsys.readouterr()
+    return int(ended.value.code or 0), told.out, told.err
+
+
+def test_a_plan_is_printed_and_written_in_every_form(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    page, data = tmp_path / "plan.html", tmp_path / "plan.json"
+    given = ["--rate", "5", "--ttft", "1s", "--tpot", "50ms@p99", "--html", str(page)]
+    code, out, err = run(
+        capsys, "--hardware", "h100", "--devices", "2", *given, "--json", str(data)
+    )
+    assert code == 0, err
+    assert "NVIDIA H100" in out and "start 1    node 0: " in out
+    found = json.loads(data.read_text())
+    assert found["met"] and found["load"]["rate"] == pytest.approx(5, rel=0.5)
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_targets_that_nothing_meets_are_exit_code_1_and_the_closest_are_shown(
+    capsys: pytest.CaptureFixture[str],
+):
+    given = ["--hardware", "h100", "--devices", "2", "--rate", "5", "--tpot", "1ms@p50", "--ttft"]
+    code, out, _ = run(capsys, *given, "0.01ms")
+    assert code == 1
+    assert "missed     1: TTFT p90 ≤ 0.01 ms missed by" in out
+    assert "TTFT p90 ≤ 0.01 ms" in out.splitlines()[2]
+
+
+def test_json_on_stdout_is_nothing_else(capsys: pytest.CaptureFixture[str]):
+    given = ["--hardware", "910b3", "--devices", "1", "--concurrency", "4", "--json", "-"]
+    code, out, _ = run(capsys, *given)
+    assert code == 0 and json.loads(out)["version"] == 1
+
+
+def test_one_layout_is_explained(capsys: pytest.CaptureFixture[str]):
+    given = ["--hardware", "h100", "--devices", "2", "--fast", "--explain"]
+    code, out, _ = run(capsys, *given, "tp=2")
+    assert code == 0 and "1 × tp=2" in out and "memory of the tightest rank" in out
+    code, _, err = run(capsys, *given, "tp=16")
+    assert code == 1 and "no such layout" in err
+
+
+def test_a_trace_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    path = tmp_path / "load.jsonl"
+    rows = [
+        {"arrival_s": at / 10, "prompt_tokens": 20 + at, "output_tokens": 5} for at in range(30)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    given = ["--hardware", "h100", "--devices", "1", "--load", str(path)]
+    code, out, _ = run(capsys, *given)
+    assert code == 0 and "30 requests of load.jsonl" in out
+    rows.append({"arrival_s": 9, "prompt_tokens": 600, "output_tokens": 5})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = run(capsys, *given)
+    assert code == 1 and "request 30 has 600 prompt" in err and "--clip" in err
+    code, out, _ = run(capsys, *given, "--clip", "--fast")
+    assert code == 0 and "1 prompts CUT" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--hardware", "abacus"], "hardware 'abacus' is neither"),
+        (["--hardware", "h100", "--tpot", "fast"], "tpot='fast' is not a time"),
+        (["--hardware", "h100", "--what-if", "cards=1"], "--what-if 'cards=1'"),
+        (["--hardware", "h100", "--only", "tp"], "'tp' is not a list of axes"),
+        (["--hardware", "h100", "--plot", "a.gif"], "must end in .png or .svg"),
+        (["--hardware", "h100", "--num-requests", "3"], "--num-requests 3 must be at least 20"),
+        (["--hardware", "h100", "--rate", "-1"], "rate=-1.0 must be"),
+        (["--hardware", "h100", "--input", "none"], "length 'none' is not"),
+        (["--hardware", "h100", "--input", "600"], "request 0 has 600 prompt"),
+        (["--hardware", "h100", "--routing", "x.json"], "routing x.json"),
+        (["--hardware", "h100", "--quantization", "int7"], "int7"),
+        (["--hardware", "h100", "--json", "no/such/x"], "there is no folder no/such"),
+        (["--hardware", "310p3"], "no operations_per_s of bfloat16"),
+    ],
+)
+def test_what_cannot_be_used_is_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+):
+    code, _, err = run(capsys, *arguments, "--devices", "1")
+    assert code == 1 and words in err
+
+
+def test_no_torch_is_needed_and_the_same_seed_gives_the_same_bytes(tmp_path: Path):
+    program = (
+        "import sys; from moespan.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    given = ["plan", "--preset", "tiny", *QUICK, "--hardware", "h100", "--devices", "2"]
+    ran = [
+        subprocess.run(
+            [sys.executable, "-c", program, *given, "--rate", "5", "--json", "-", "--jobs", jobs],
+            capture_output=True,
+        )
+        for jobs in ("1", "2")
+    ]
+    assert [one.returncode for one in ran] == [0, 0], ran[0].stderr.decode()
+    assert ran[0].stdout == ran[1].stdout

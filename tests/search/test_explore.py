@@ -1,0 +1,185 @@
+"""The search: what it looks at, what it takes, and what it says of targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from moespan.checkpoint.presets import preset
+from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.errors import ConfigError, MoespanError
+from moespan.planner import profile
+from moespan.planner.expert_load import Routing
+from moespan.planner.load import drawn
+from moespan.planner.outcome import Outcome, RequestTimes, Target, parse_target
+from moespan.search.candidates import Space, candidate_of, engine_sizes, layouts, parse_axes
+from moespan.search.explore import Answer, Question, capacity, curves, explore
+from moespan.search.jobs import run_all
+from moespan.search.report import document, text
+
+MODEL = ModelConfig.from_dict(preset("16b", {}))
+A2 = profile.load("910b3")
+
+
+def question(devices: int = 8, *, rate: float | None = 8.0, **changes: Any) -> Question:
+    base = EngineConfig("", device="npu", block_size=128)
+    only = changes.pop("only", (("sp", 1), ("pp", 1)))
+    space = Space(base, devices, max_num_seqs=(64,), max_num_batched_tokens=(2048,), only=only)
+    given = {"num_requests": 120, "num_shown": 3, "jobs": 1, **changes}
+    load = drawn("512", "32", given["num_requests"], rate=rate) if rate else None
+    return Question(space, A2, MODEL, Routing(MODEL), load, ("512", "32"), **given)
+
+
+@pytest.fixture(scope="module")
+def answer() -> Answer:
+    return explore(question(targets=(Target("tpot", "p99", 0.05), Target("ttft", "p90", 1.0))))
+
+
+def test_engines_divide_a_node_or_have_whole_ones():
+    assert engine_sizes(16, 8) == [1, 2, 4, 8, 16]
+    assert engine_sizes(24, 8) == [1, 2, 4, 8, 24]
+    assert engine_sizes(4, 8) == [1, 2, 4]
+
+
+def test_tp_and_sp_stay_inside_a_node_unless_asked():
+    space = Space(EngineConfig("", device="npu"), 16)
+    assert max(one.tp * one.sp for _, one in layouts(space, MODEL, A2)) == 8
+    asked = layouts(replace(space, only=(("tp", 16),)), MODEL, A2)
+    assert {(engines, one.tp) for engines, one in asked} == {(1, 16)}
+
+
+def test_axes_are_read_from_text():
+    assert parse_axes("tp=2 ep=8,dp=4") == (("tp", 2), ("ep", 8), ("dp", 4))
+    for wrong in ("", "tp", "tp=x", "xp=2", "tp=0"):
+        with pytest.raises(ConfigError):
+            parse_axes(wrong)
+
+
+def test_what_does_not_fit_is_left_out():
+    config = EngineConfig("", device="npu", block_size=128)
+    assert candidate_of(1, config, MODEL, A2) is not None
+    small = profile.load("910b4")
+    assert candidate_of(1, config, MODEL, small) is None
+    fits = candidate_of(1, replace(config, layout=Layout(tp=2)), MODEL, small)
+    assert fits is not None and fits.memory.total_bytes < small.device.memory_bytes.value
+
+
+def test_the_best_ones_come_first_with_bands_around_them(answer: Answer):
+    assert answer.met and 0 < answer.num_simulated <= 16
+    assert answer.num_fitting == answer.num_combinations
+    excess = [max(one.excess(answer.question.targets), 0) for one in answer.found]
+    assert excess == sorted(excess)
+    for one in answer.shown:
+        assert one.fast and one.predicted and one.slow
+        tpots = [each.outcome.tpot_s["p99"].value for each in (one.fast, one.predicted, one.slow)]
+        assert tpots == sorted(tpots)
+
+
+def test_each_shown_layout_is_another_one(answer: Answer):
+    shown = [(one.candidate.engines, one.candidate.layout) for one in answer.shown]
+    assert len(set(shown)) == len(shown) == 3
+
+
+def test_the_same_question_gets_the_same_bytes_on_any_number_of_cores(answer: Answer):
+    again = explore(replace(answer.question, jobs=2))
+    first, second = (
+        msgspec.json.encode([(one.candidate, one.predicted, one.slow) for one in each.found])
+        for each in (answer, again)
+    )
+    assert first == second
+
+
+def test_targets_that_nothing_meets_stay_as_they_are():
+    asked = question(targets=(Target("tpot", "p99", 0.0005), Target("ttft", "p90", 1.0)))
+    found = explore(asked)
+    assert not found.met and found.shown
+    said = document(found, "MODEL")
+    assert said["targets"] == ["TPOT p99 ≤ 0.5 ms", "TTFT p90 ≤ 1.00 s"]
+    for plan in said["plans"]:
+        (miss,) = plan["misses"]
+        assert miss["target"] == "TPOT p99 ≤ 0.5 ms" and miss["by"] > 1
+        assert miss["by"] == pytest.approx(plan["tpot_s"]["p99"]["value"] / 0.0005 - 1)
+    lines = list(text(said))
+    assert any(line.startswith("missed     1: TPOT p99 ≤ 0.5 ms missed by") for line in lines)
+
+
+def test_too_many_requests_are_answered_with_how_many_are_possible():
+    targets = (Target("ttft", "p90", 0.5),)
+    asked = question(1, rate=200.0, targets=targets, num_requests=600)
+    said = document(explore(asked), "MODEL")
+    assert not said["met"] and said["plans"][0]["was_given_up"]
+    assert any(one.startswith("fewer requests: about") for one in said["advice"])
+    assert any(one.startswith("more devices:") for one in said["advice"])
+
+
+def test_a_target_met_only_by_luck_is_at_risk(answer: Answer):
+    best = answer.found[0]
+    assert best.slow is not None
+    between = (best.outcome.tpot_s["p99"].value + best.slow.outcome.tpot_s["p99"].value) / 2
+    assert best.at_risk((Target("tpot", "p99", between),))
+    assert not best.at_risk((Target("tpot", "p99", 10.0),))
+    assert not best.at_risk((Target("tpot", "p99", 1e-5),))  # it is missed, not at risk
+
+
+def test_as_much_as_possible_fills_the_engines():
+    asked = question(rate=None, fast=True, targets=(Target("tpot", "p90", 0.03),))
+    found = explore(asked)
+    assert found.met
+    rates = [one.tokens_per_s for one in found.found]
+    assert rates[0] == max(rates)
+    # Without the target more sequences go in, and more tokens come out.
+    free = explore(replace(asked, targets=()))
+    assert free.found[0].tokens_per_s > rates[0]
+
+
+def test_dear_small_messages_change_the_answer():
+    usual, worst = (explore(question(rate=40.0, fast=True, worst=one)) for one in (False, True))
+    assert usual.found[0].candidate.layout.tp > 1
+    assert worst.found[0].candidate.layout.tp == 1
+
+
+def test_more_devices_carry_more_requests():
+    targets = (Target("tpot", "p90", 0.03),)
+    small, large = (
+        capacity(asked, curves(asked, explore(asked)))
+        for asked in (question(n, fast=True, targets=targets) for n in (8, 16))
+    )
+    assert large == pytest.approx(2 * small, rel=0.1)
+
+
+def test_targets_are_read_from_text():
+    assert parse_target("tpot", "40ms@p99") == Target("tpot", "p99", 0.04)
+    assert parse_target("ttft", "2s") == Target("ttft", "p90", 2.0)
+    for wrong in ("40", "ms", "-1s", "40ms@p42", "0s", "nans"):
+        with pytest.raises(ConfigError, match="is not a time with its statistic"):
+            parse_target("ttft", wrong)
+
+
+def test_figures_of_an_outcome():
+    # 100 requests, one each second: 0.5 s to the first token, then nine more in 0.9 s.
+    times = [RequestTimes(at, at + 0.5, at + 1.4, 10) for at in range(100)]
+    outcome = Outcome.of(times)
+    assert outcome.num_requests == 90
+    assert outcome.ttft_s["p99"].value == pytest.approx(0.5)
+    assert outcome.tpot_s["mean"].value == pytest.approx(0.1)
+    assert outcome.tokens_per_s == pytest.approx(10, rel=0.03)
+    assert outcome.ttft_s["p50"].half_width == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ConfigError, match="no request has ended"):
+        Outcome.of([])
+
+
+def test_work_is_done_in_order_on_many_cores():
+    assert run_all(lambda index: index**2, 7, int, jobs=3) == [0, 1, 4, 9, 16, 25, 36]
+    assert run_all(lambda index: index, 0, int) == []
+
+
+def test_a_process_of_the_search_that_dies_is_an_error(capfd: pytest.CaptureFixture[str]):
+    def fail(index: int) -> int:
+        raise ValueError(f"number {index}")
+
+    with pytest.raises(MoespanError, match="a process of the search died"):
+        run_all(fail, 2, int, jobs=2)
+    assert "number 1" in capfd.readouterr().err
