@@ -294,7 +294,7 @@ class Vllm:
     def __init__(self, job: Job) -> None:
         for name, value in {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB: 8 sequences of 4096 tokens in 4 layers
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{job.threads - 1}",
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",

@@ -57,6 +57,7 @@ class Peer:
         model: format that it reads: `checkpoint`, `w8a8`, or the type of a GGUF file.
         options: options of this engine.
         script: script of an engine that is not in `ENGINES`.
+        is_extra: it runs only if `--peers` names it.
     """
 
     engine: str
@@ -65,6 +66,11 @@ class Peer:
     model: str = "checkpoint"
     options: dict[str, Any] = field(default_factory=dict)
     script: str = ""
+    is_extra: bool = False
+
+    def threads(self, cores: int) -> int:
+        """Threads of one process of the engine, if it may use `cores`; ranks share them."""
+        return max(1, cores // int(self.options.get("tensor_parallel_size", 1)))
 
 
 PEERS = {
@@ -72,6 +78,11 @@ PEERS = {
     "moespan-int8": Peer("moespan", "moespan", 8, options={"quantization": "int8"}),
     "moespan-w8a8": Peer("moespan", "moespan", 8, options={"quantization": "w8a8"}),
     "moespan-int4": Peer("moespan", "moespan", 4, options={"quantization": "int4"}),
+    "moespan-tp2": Peer("moespan", "moespan", options={"tensor_parallel_size": 2}, is_extra=True),
+    "moespan-mapped": Peer("moespan", "moespan", options={"weight_cache_gb": 40}, is_extra=True),
+    "moespan-int8-cache": Peer(
+        "moespan", "moespan", options={"kv_cache_dtype": "int8"}, is_extra=True
+    ),
     "transformers": Peer("transformers", "transformers"),
     "llama.cpp": Peer("llama.cpp", "llama.cpp", model="bf16"),
     "llama.cpp-q8_0": Peer("llama.cpp", "llama.cpp", 8, "q8_0"),
@@ -84,11 +95,15 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a case, or a mix of requests if there is none; and runs per round."""
+    """One line of the table: a case, or a mix of requests if there is none; and runs per round.
+
+    An extra row is measured only if `--rows` names it.
+    """
 
     label: str
     case: Case | None
     repeats: int = 1
+    is_extra: bool = False
 
     def questions(self, draw: random.Random, vocab_size: int) -> tuple[list[list[int]], list[int]]:
         """Prompts and the number of tokens to continue each by."""
@@ -118,6 +133,11 @@ ROWS = {
     "decode-32": Row("decode batch 32", Case(32, 128, 16)),
     "decode-128": Row("decode batch 128", Case(128, 32, 8)),
     "mixed": Row("mixed load", None),
+    "prefill-3968": Row("prefill 3968", Case(1, 3968), is_extra=True),
+    "decode-1-2048": Row("decode batch 1 after 2048", Case(1, 2048, 24), is_extra=True),
+    "decode-8-2048": Row("decode batch 8 after 2048", Case(8, 2048, 16), is_extra=True),
+    "decode-1-3968": Row("decode batch 1 after 3968", Case(1, 3968, 24), is_extra=True),
+    "decode-8-3968": Row("decode batch 8 after 3968", Case(8, 3968, 16), is_extra=True),
 }
 
 
@@ -135,6 +155,7 @@ class Process:
     """
 
     def __init__(self, peer: Peer, python: str, model: str, threads: int, log: Path) -> None:
+        threads = peer.threads(threads)
         job = {
             "engine": peer.engine,
             "model": model,
@@ -308,7 +329,8 @@ def say(text: str) -> None:
 
 
 def chosen_peers(args: argparse.Namespace) -> dict[str, Peer]:
-    """The peers of `--peers`, or all whose interpreter is given; `--engine` adds more."""
+    """The peers of `--peers`, or all whose interpreter is given and that are not extra; `--engine`
+    adds more."""
     for text in args.engine:
         name, _, rest = text.partition("=")
         python, _, script = rest.partition(":")
@@ -316,7 +338,9 @@ def chosen_peers(args: argparse.Namespace) -> dict[str, Peer]:
             raise PeerError(f"--engine {text!r} is not NAME=PYTHON:SCRIPT")
         args.python[name] = python
         PEERS[name] = Peer("", name, script=str(Path(script).resolve()))
-    names = args.peers or [name for name, peer in PEERS.items() if peer.python in args.python]
+    names = args.peers or [
+        name for name, peer in PEERS.items() if peer.python in args.python and not peer.is_extra
+    ]
     for name in names:
         if name not in PEERS:
             raise PeerError(f"--peers {name!r} is not one of {', '.join(PEERS)}")
@@ -560,8 +584,18 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--converted", type=Path, help="folder of GGUF and W8A8 files (OUT); missing ones are made"
     )
-    verb.add_argument("--peers", type=_names, help=f"of {', '.join(PEERS)} (all that can run)")
-    verb.add_argument("--rows", type=_rows, default=list(ROWS), help=f"of {','.join(ROWS)} (all)")
+    verb.add_argument(
+        "--peers",
+        type=_names,
+        help=f"of {', '.join(PEERS)} (all that can run, without those that are the same engine with"
+        " other options)",
+    )
+    verb.add_argument(
+        "--rows",
+        type=_rows,
+        default=[name for name, row in ROWS.items() if not row.is_extra],
+        help=f"of {','.join(ROWS)} (all, without those of long contexts)",
+    )
     verb.add_argument("--rounds", type=int, default=3, help="(3)")
     verb.add_argument("--threads", type=int, default=usable_cores(), help="(all cores)")
     verb.add_argument(

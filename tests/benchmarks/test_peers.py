@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,30 @@ def test_what_cannot_be_compared_is_one_clear_line(
     with pytest.raises(SystemExit) as ended:
         peers.main(["run", str(TINY), "--out", str(tmp_path), *flags])
     assert says in f"{ended.value.code} {capsys.readouterr().err}"
+
+
+def test_long_contexts_and_other_options_of_our_engine_are_measured_when_they_are_named(
+    tmp_path: Path,
+):
+    command = ["run", str(TINY), "--out", str(tmp_path), "--python", "vllm=python"]
+    args = peers.parser().parse_args(command)
+    args.python = dict(args.python)
+    assert "decode-8" in args.rows and "decode-8-2048" not in args.rows
+    chosen = peers.chosen_peers(args)
+    assert {"moespan", "moespan-int4", "vllm"} <= chosen.keys()
+    assert not {"moespan-tp2", "moespan-mapped", "llama.cpp"} & chosen.keys()
+    named = [*command, "--peers", "moespan-tp2", "--rows", "prefill-3968,decode-8-3968"]
+    args = peers.parser().parse_args(named)
+    args.python = dict(args.python)
+    assert [*peers.chosen_peers(args)] == ["moespan-tp2"]
+    for row in args.rows:
+        prompts, counts = peers.ROWS[row].questions(random.Random(0), 100)
+        assert max(len(prompt) for prompt in prompts) + max(counts) <= 4096
+
+
+@pytest.mark.parametrize(("name", "threads"), [("moespan", 3), ("moespan-tp2", 1)])
+def test_ranks_share_the_threads(name: str, threads: int):
+    assert peers.PEERS[name].threads(3) == threads
 
 
 def test_our_engine_answers_like_the_peers(tmp_path: Path):
