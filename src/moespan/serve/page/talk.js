@@ -251,12 +251,15 @@ class Answer {
   }
 }
 
+/** White space at the ends of a text and its newlines, made visible. */
+const visible = (text) => text.replaceAll("\n", "⏎").replace(/^ | $/g, "␣");
+
 /** A token whose alternatives show on hover and on focus. Arrow keys go from token to token. */
 function tokenElement(token) {
   const tip = byId("tip");
   const show = (event) => {
     tip.replaceChildren(...token.best.map(([text, share]) => element("div", {},
-      element("code", { textContent: JSON.stringify(text).slice(1, -1) }), share < 0.001 ? " < 0.1 %" : ` ${(100 * share).toFixed(1)} %`)));
+      element("code", { textContent: visible(text) }), share < 0.001 ? " < 0.1 %" : ` ${(100 * share).toFixed(1)} %`)));
     tip.hidden = false;
     const place = event.target.getBoundingClientRect();
     tip.style.left = `${Math.max(4, Math.min(place.left, innerWidth - tip.offsetWidth - 4))}px`;
