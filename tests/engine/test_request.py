@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -211,6 +212,25 @@ def test_a_request_made_by_hand_is_checked_too(name: str, bad: Any):
     good: dict[str, Any] = {"id": "a", "prompt_token_ids": [1], "params": SamplingParams()}
     with pytest.raises(RequestError, match=f"^{name}=.* must be "):
         Request(**{**good, name: bad})
+
+
+@pytest.mark.parametrize(
+    "huge",
+    ["x" * 10**6, ["x" * 10**6], [["a"]] * 10**5, {"a" * 10**6: 1}, HUGE, [HUGE] * 9],
+    ids=["text", "texts", "lists", "object", "number", "numbers"],
+)
+def test_an_error_shows_little_of_a_huge_value(huge: Any):
+    good: dict[str, Any] = {"id": "a", "prompt_token_ids": [1], "params": SamplingParams()}
+    makes: list[Any] = [partial(SamplingParams, **{name: huge}) for name in FIELDS]
+    makes += [partial(Request, **{**good, name: huge}) for name in Request.__struct_fields__]
+    texts: list[str] = []
+    for make in makes:
+        try:
+            make()  # some fields take it, such as the id of a request
+        except RequestError as error:
+            texts.append(str(error))
+    assert len(texts) > 20
+    assert max(map(len, texts)) < 400
 
 
 def test_a_huge_token_id_is_refused_in_one_line():

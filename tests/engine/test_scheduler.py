@@ -19,9 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from moespan.config import EngineConfig, Layout
 from moespan.engine.integrity import check_scheduler
 from moespan.engine.request import Request, SamplingParams, TokenLogprobs
-from moespan.engine.scheduler import Scheduler, SequenceUpdate
+from moespan.engine.scheduler import Scheduler
 from moespan.engine.sequence import Sequence, Status
 from moespan.engine.step import StepPlan
+from moespan.engine.updates import SequenceUpdate
 from moespan.errors import ConfigError, MoespanError, RequestError
 from tests.engine.paged_model import (
     EOS,
@@ -120,6 +121,7 @@ class Bench:
         losses, num_preemptions = oldest and oldest.num_preemptions, scheduler.num_preemptions
         plan = scheduler.schedule()
         check_scheduler(scheduler)
+        self.take_in(scheduler.take_faults())
         assert oldest is None or oldest.num_preemptions == losses
         if plan is None:
             # Unfinished sequences can go on, at the latest when all results are back.
@@ -177,6 +179,10 @@ class Bench:
         corrupt = corrupt & {row.sequence for row in plan.samples}
         updates = self.scheduler.update(plan, self.model.execute(plan, corrupt))
         check_scheduler(self.scheduler)
+        self.take_in(updates)
+        return updates
+
+    def take_in(self, updates: list[SequenceUpdate]) -> None:
         assert len({id(update.sequence) for update in updates}) == len(updates)
         for update in updates:
             received = self.received[update.sequence]
@@ -188,7 +194,6 @@ class Bench:
                 received.prompt_logprobs += update.prompt.logprobs
                 received.prompt_logits += update.prompt.logits
             assert received.token_ids == output_of(update.sequence)
-        return updates
 
     def step(self) -> StepPlan | None:
         plan = self.schedule()
@@ -504,6 +509,29 @@ def test_blocks_behind_logits_that_are_not_finite_are_not_used_again():
     bench.drain()
     assert again.num_cached_tokens == 0
     bench.check_outputs()
+
+
+@pytest.mark.parametrize("work", ["sample_row", "append"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_fault_in_the_work_of_one_sequence_ends_that_sequence_only(
+    work: str, depth: int, monkeypatch: pytest.MonkeyPatch
+):
+    bench = Bench(budget=40)
+    bench.add(prompt_of(5), ignore_eos=True)
+    (bad,) = bench.add(prompt_of(9), "bad", ignore_eos=True)
+    bench.add(prompt_of(7), ignore_eos=True)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(bad, work, fail)
+    bench.drain(depth)
+    ends = [received.end for received in bench.received.values()]
+    assert ends == ["length", "error", "length"]
+    bench.check_outputs()
+    (again,) = bench.add(prompt_of(9), "bad", ignore_eos=True)
+    bench.drain(depth)
+    assert bench.received[again].end == "length"
 
 
 # What is refused

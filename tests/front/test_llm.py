@@ -18,6 +18,7 @@ from moespan.engine.engine import Engine
 from moespan.engine.integrity import check_scheduler
 from moespan.engine.request import OutputDelta, Request
 from moespan.engine.results import Pending
+from moespan.engine.text import TextStream
 from moespan.engine.worker import Worker
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
 from tests.support import QUICKSTART, Oracle, altered_checkpoint, write_config
@@ -691,6 +692,30 @@ def test_logits_that_are_not_finite_end_one_request_and_the_others_go_on(tmp_pat
             assert_idle(llm)
     with pytest.raises(MoespanError, match=r"model\.embed_tokens\.weight holds NaN or Inf"):
         LLM(str(folder), device="cpu", check_finite=True)
+
+
+@pytest.mark.parametrize("work", ["__init__", "push"])
+def test_a_fault_in_the_text_of_one_request_ends_that_request_only(
+    llm: LLM, work: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    whole = getattr(TextStream, work)
+
+    def fail(self: TextStream, *args: Any, **kwargs: Any) -> Any:
+        bad = args[1].stop == ["bad"] if work == "__init__" else self._stop == ["bad"]
+        if bad:
+            raise ZeroDivisionError("a secret")
+        return whole(self, *args, **kwargs)
+
+    prompts = ["12+30=", "12+30=", "20+10="]
+    params = [greedy(max_tokens=4), greedy(max_tokens=4, n=2, stop=["bad"]), greedy(max_tokens=4)]
+    good = text_of(llm.generate([prompts[0], prompts[2]], greedy(max_tokens=4)))
+    monkeypatch.setattr(TextStream, work, fail)
+    first, bad, last = llm.generate(prompts, params)
+    assert text_of([first, last]) == good
+    assert bad.error == "the engine failed at this request with ZeroDivisionError"
+    assert {one.finish_reason for one in bad.outputs} == {"error"}
+    assert "a secret" in caplog.text
+    assert_idle(llm)
 
 
 # Settings

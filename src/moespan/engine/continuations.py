@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moespan.engine.request import OutputDelta, Request
-from moespan.engine.scheduler import SequenceUpdate
+from moespan.engine.request import OutputDelta, Request, fault
 from moespan.engine.sequence import Sequence
 from moespan.engine.text import TextStream
+from moespan.engine.updates import SequenceUpdate
 from moespan.text.tokenizer import Tokenizer
 
 
@@ -45,15 +45,19 @@ class Continuations:
         self._live.pop((sequence.id, sequence.index), None)
 
     def delta(self, update: SequenceUpdate) -> OutputDelta:
-        """The additions of a step to a live continuation, which a stop string may end."""
+        """The additions of a step to a live continuation. A stop string may end it, and so does a
+        fault in making its text."""
         sequence = update.sequence
         live = self._live[sequence.id, sequence.index]
-        finish_reason = update.finish_reason
+        finish_reason, error = update.finish_reason, update.error
         stop_reason: str | int | None = update.stop_reason
         text = ""
         if live.text is not None:
             may_stop = sequence.num_output_tokens >= sequence.params.min_tokens
-            text = live.text.push(update.token_ids, may_stop, is_last=finish_reason is not None)
+            try:
+                text = live.text.push(update.token_ids, may_stop, is_last=finish_reason is not None)
+            except Exception as unexpected:
+                finish_reason, error = "error", str(fault(sequence.id, unexpected))
             if live.text.stopped_by is not None:
                 finish_reason, stop_reason = "stop", live.text.stopped_by
         if finish_reason is not None:
@@ -68,7 +72,7 @@ class Continuations:
             logprobs=update.logprobs,
             finish_reason=finish_reason,
             stop_reason=stop_reason,
-            error=update.error,
+            error=error,
             prompt_logprobs=update.prompt.logprobs if update.prompt else [],
             prompt_logits=update.prompt.logits if update.prompt else b"",
             num_cached_tokens=sequence.num_cached_tokens,

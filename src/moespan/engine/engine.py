@@ -24,11 +24,11 @@ from moespan.engine.preparation import Preparation
 from moespan.engine.questions import Memory, Question, Stats, Trace, Traffic
 from moespan.engine.replicas import Replicas
 from moespan.engine.reports import collect_reports
-from moespan.engine.request import OutputDelta, Request, check_request, refusal
+from moespan.engine.request import OutputDelta, Request, check_request, fault, refusal
 from moespan.engine.results import Pending, collect_results
-from moespan.engine.scheduler import SequenceUpdate
 from moespan.engine.step import Close, FromLeader, Heartbeat, Report, StepPlans, StepResult
-from moespan.engine.trace import Observation, check_trace, collect_trace, trace_plan
+from moespan.engine.trace import Observation, run_trace
+from moespan.engine.updates import SequenceUpdate
 from moespan.engine.worker import Worker
 from moespan.errors import EngineDeadError, RequestError, shown
 from moespan.text.tokenizer import Tokenizer
@@ -114,6 +114,7 @@ class Engine:
             self._admit_prepared()
             while self._replicas.num_in_flight < self._most_in_flight:
                 plans = self._replicas.schedule()
+                self._kept += [self._delta(update) for update in self._replicas.take_faults()]
                 if plans is None:
                     break
                 message = StepPlans.of([without_masks(plan) for plan in plans])
@@ -145,7 +146,9 @@ class Engine:
                 self._broadcast(report)
                 return collect_reports(self._worker, report)
             if isinstance(question, Trace):
-                return self._trace(question.token_ids)
+                scheduler = self._replicas.schedulers[0]
+                live = len(self._live)
+                return run_trace(question.token_ids, scheduler, live, self._mesh, self._record)
         raise TypeError(f"{type(question).__name__} is no question to an engine")
 
     def pulse(self) -> Pulse:
@@ -188,21 +191,20 @@ class Engine:
             )
             raise
 
-    def _trace(self, token_ids: list[int]) -> list[Observation]:
-        scheduler = self._replicas.schedulers[0]
-        check_trace(token_ids, scheduler, len(self._live))
-        table = scheduler.allocator.take(scheduler.allocator.blocks_for(len(token_ids)))
-        assert table is not None  # an idle engine has room for one sequence
-        message = trace_plan(token_ids, table, self._mesh.layout.dp)
+    def _record(self, message: StepPlans) -> list[Observation]:
         self._broadcast(message)
         self._worker.execute(message)
-        observations = collect_trace(self._mesh, self._worker.trace)
-        scheduler.allocator.free(table)
-        return observations
+        return self._worker.trace
 
     def _admit(self, request: Request, seed: int, constraint: Constraint | None = None) -> None:
-        for sequence in self._replicas.add(request, seed, constraint):
-            self._live.add(sequence, request)
+        try:
+            for sequence in self._replicas.add(request, seed, constraint):
+                self._live.add(sequence, request)
+        except RequestError:
+            raise
+        except Exception as error:
+            self.abort(request.id)
+            raise fault(request.id, error) from None
 
     def _admit_prepared(self) -> None:
         """Queue the requests whose constraints are made; wait for one if there is nothing else."""

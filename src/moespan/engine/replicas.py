@@ -13,9 +13,10 @@ from moespan.config import EngineConfig
 from moespan.engine.constraints import Constraint
 from moespan.engine.digests import Digests
 from moespan.engine.request import Request
-from moespan.engine.scheduler import Scheduler, SequenceUpdate
+from moespan.engine.scheduler import Scheduler
 from moespan.engine.sequence import Sequence
 from moespan.engine.step import StepPlan, StepResult
+from moespan.engine.updates import SequenceUpdate
 from moespan.errors import RequestError, shown
 
 
@@ -94,6 +95,13 @@ class Replicas:
             return None
         self._in_flight.append(plans)
         return plans
+
+    def take_faults(self) -> list[SequenceUpdate]:
+        """The sequences that faults ended in `schedule`."""
+        faults = [update for scheduler in self.schedulers for update in scheduler.take_faults()]
+        for update in faults:
+            self._forget_if_done(update.sequence.id)
+        return faults
 
     def update(self, results: list[StepResult | None]) -> list[SequenceUpdate]:
         """Take in the results of the oldest step in flight; → the updates of its sequences."""

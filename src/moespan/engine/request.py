@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from moespan import log
 from moespan.errors import RequestError, shown
 
 MAX_LOGPROBS = 20
@@ -382,6 +383,13 @@ def refusal(request: Request, error: RequestError) -> list[OutputDelta]:
         OutputDelta(id=request.id, index=index, finish_reason="error", error=str(error))
         for index in range(request.params.n)
     ]
+
+
+def fault(request_id: str, error: Exception) -> RequestError:
+    """The error of one request for a fault of ours in its work, which must not end the engine. The
+    log gets the traceback, and the client nothing of it."""
+    log.logger.error(f"the work for request {shown(request_id)} failed", exc_info=error)
+    return RequestError(f"the engine failed at this request with {type(error).__name__}")
 
 
 def check_request(request: Request, max_model_len: int, vocab_size: int) -> None:

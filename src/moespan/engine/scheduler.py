@@ -39,29 +39,15 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-import msgspec
-
 from moespan.config import EngineConfig
 from moespan.engine.blocks import BlockAllocator
 from moespan.engine.constraints import Constraint
 from moespan.engine.digests import Digests
-from moespan.engine.request import Request, TokenLogprobs, check_request
+from moespan.engine.request import Request, check_request
 from moespan.engine.sequence import Sequence, Status
-from moespan.engine.step import PromptScores, Sampled, StepPlan, StepResult
+from moespan.engine.step import PromptScores, Sampled, SampleRow, StepPlan, StepResult
+from moespan.engine.updates import SequenceUpdate
 from moespan.errors import ConfigError, MoespanError, RequestError, shown
-
-
-class SequenceUpdate(msgspec.Struct, frozen=True):
-    """The additions of one step to one sequence. Fields mean the same as in the `OutputDelta` that
-    the engine makes of them. The token that stopped a sequence is among its tokens."""
-
-    sequence: Sequence
-    token_ids: list[int] = []
-    logprobs: list[TokenLogprobs] = []
-    prompt: PromptScores | None = None
-    finish_reason: str | None = None
-    stop_reason: int | None = None
-    error: str | None = None
 
 
 class Scheduler:
@@ -101,6 +87,7 @@ class Scheduler:
         self.num_prefix_hit_tokens = 0
         self._digests = digests or Digests(config.block_size)
         self._plans_ahead = config.plans_ahead
+        self._faults: list[SequenceUpdate] = []
         self._siblings: dict[str, list[Sequence]] = {}  # by request; wait for its first sequence
         self._live: dict[str, list[Sequence]] = {}
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
@@ -185,16 +172,27 @@ class Scheduler:
             return None
         batch: list[Sequence] = []
         query_lens: list[int] = []
+        samples: list[SampleRow | None] = []
         num_tokens_left = self.config.max_num_batched_tokens
         most_sequences = min(self.config.max_num_seqs, self._fair_share)
         for sequence in self._ready_sequences():
             num_tokens = min(sequence.num_tokens_of_next_chunk, num_tokens_left)
+            try:
+                samples.append(sequence.sample_row(len(batch), num_tokens))
+            except Exception as error:
+                self._faults.append(self._fail(sequence, error))
+                continue
             num_tokens_left -= num_tokens
             batch.append(sequence)
             query_lens.append(num_tokens)
             if num_tokens_left == 0 or len(batch) == most_sequences:
                 break
-        return self._plan(batch, query_lens) if batch else None
+        return self._plan(batch, query_lens, samples) if batch else None
+
+    def take_faults(self) -> list[SequenceUpdate]:
+        """The sequences that faults ended in `schedule`, since the last call."""
+        faults, self._faults = self._faults, []
+        return faults
 
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
         """Take in the result of the oldest plan in flight; → the updates of its sequences.
@@ -218,7 +216,10 @@ class Scheduler:
                 if not sequence.in_flight:
                     self._release(sequence)
                 continue
-            update = self._advance(sequence, num_tokens, sampled, prompts.get(row))
+            try:
+                update = self._advance(sequence, num_tokens, sampled, prompts.get(row))
+            except Exception as error:
+                update = self._fail(sequence, error)
             if update is not None:
                 updates.append(update)
         return updates
@@ -357,7 +358,9 @@ class Scheduler:
             self.num_prefix_hit_tokens += sequence.num_cached_tokens
         return True
 
-    def _plan(self, batch: list[Sequence], query_lens: list[int]) -> StepPlan:
+    def _plan(
+        self, batch: list[Sequence], query_lens: list[int], samples: list[SampleRow | None]
+    ) -> StepPlan:
         plan = StepPlan(
             step=self._num_steps,
             token_ids=[],
@@ -371,11 +374,10 @@ class Scheduler:
             plan.token_ids.extend(sequence.next_tokens(num_tokens))
             num_blocks = self.allocator.blocks_for(plan.context_lens[row] + num_tokens)
             plan.block_tables.append(sequence.block_table[:num_blocks])
-            sample = sequence.sample_row(row, num_tokens)
             if (prompt := sequence.prompt_row(row, num_tokens)) is not None:
                 plan.prompts.append(prompt)
             sequence.num_scheduled_tokens += num_tokens
-            if sample is not None:
+            if (sample := samples[row]) is not None:
                 sequence.sample = len(plan.samples)
                 sequence.num_expected_tokens += 1
                 plan.samples.append(sample)
@@ -418,6 +420,11 @@ class Scheduler:
         return SequenceUpdate(
             sequence, [sampled.token_id], logprobs, prompt, reason, stop_reason, problem
         )
+
+    def _fail(self, sequence: Sequence, error: Exception) -> SequenceUpdate:
+        """End a sequence whose own work has raised `error`; the others go on."""
+        self.finish(sequence)
+        return SequenceUpdate.of_fault(sequence, error)
 
     def _publish(self, sequence: Sequence) -> None:
         """Let other sequences share the full blocks that are computed."""

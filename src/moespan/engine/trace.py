@@ -3,7 +3,7 @@ compared with another recording."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -59,6 +59,30 @@ def check_trace(token_ids: list[int], scheduler: Scheduler, num_unfinished: int)
             f"a trace computes all {len(token_ids)} tokens in one step of at most "
             f"max_num_batched_tokens={most}; use a shorter prompt"
         )
+
+
+def run_trace(
+    token_ids: list[int],
+    scheduler: Scheduler,
+    num_unfinished: int,
+    mesh: Mesh,
+    execute: Callable[[StepPlans], list[Observation]],
+) -> list[Observation]:
+    """On the leader: compute and record one prompt on an idle engine.
+
+    Args:
+        execute: has all ranks execute a step; → the leader's own recordings.
+
+    Raises:
+        RequestError: as from `check_trace`.
+    """
+    check_trace(token_ids, scheduler, num_unfinished)
+    table = scheduler.allocator.take(scheduler.allocator.blocks_for(len(token_ids)))
+    assert table is not None  # an idle engine has room for one sequence
+    own = execute(trace_plan(token_ids, table, mesh.layout.dp))
+    observations = collect_trace(mesh, own)
+    scheduler.allocator.free(table)
+    return observations
 
 
 def trace_plan(token_ids: list[int], table: list[int], dp: int) -> StepPlans:
