@@ -51,6 +51,9 @@ def test_one_request(layout: Layout, folder: Path, ranks: Ranks) -> None:
                 expected.sent_bytes[axis, collective, module] += sent
         others = layout.world_size - 1
         expected.count("control", "all_reduce", "smallest", 2 * others * 8 // layout.world_size)
+        if rank > 0:  # at the start each rank tells what it holds
+            held = msgspec.msgpack.encode(llm.info.memory[rank])
+            expected.count("control", "send", "report", 8 + len(held))
         if rank == 0:
             for _ in steps:
                 expected.count("control", "broadcast", "step", others * FRAME_BYTES)
