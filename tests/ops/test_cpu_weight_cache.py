@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -326,6 +327,17 @@ def test_on_a_full_disk_the_weights_are_right_and_nothing_is_kept(
     said = capsys.readouterr().err
     assert "the packed weights are not kept for the next start" in said and "No space" in said
     assert not [*cache.path.iterdir()] and cache.find() is None
+
+
+def test_a_disk_with_too_little_room_is_named_before_anything_is_written(
+    cache: WeightCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    status = SimpleNamespace(f_bavail=1, f_frsize=4 << 20)
+    monkeypatch.setattr(os, "fstatvfs", lambda descriptor: status)
+    assert_same(keep(cache, {"one": torch.ones(3)}), {"one": torch.ones(3)})
+    said = capsys.readouterr().err
+    assert "has 0.00419 GB free, and they take 0.00524; set MOESPAN_CACHE" in said
+    assert not [*cache.path.iterdir()]
 
 
 def test_a_folder_that_cannot_be_made_is_named(

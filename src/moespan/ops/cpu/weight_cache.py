@@ -132,6 +132,7 @@ class _Keeper:
             try:
                 os.ftruncate(descriptor, 0)
                 _make_room(folder, cache.expected_bytes, cache.limit_bytes, name)
+                _check_disk(folder, cache.expected_bytes)
                 logger.info(
                     "%.3g GB of packed weights go to %s, for later starts",
                     cache.expected_bytes / 1e9,
@@ -206,6 +207,21 @@ def _make_room(folder: CacheFolder, num_bytes: int, limit_bytes: int, own: str) 
         raise CacheError(
             f"{num_bytes / 1e9:.3g} GB do not fit into {folder.path} beside the files of the last "
             f"ten minutes; raise weight_cache_gb={limit_bytes / 1e9:g}"
+        )
+
+
+def _check_disk(folder: CacheFolder, num_bytes: int) -> None:
+    """Refuse weights that would fill the disk.
+
+    Raises:
+        CacheError: the disk has no room for them.
+    """
+    status = os.fstatvfs(folder.descriptor)
+    free_bytes = status.f_bavail * status.f_frsize
+    if free_bytes < num_bytes:
+        raise CacheError(
+            f"the disk of {folder.path} has {free_bytes / 1e9:.3g} GB free, and they take "
+            f"{num_bytes / 1e9:.3g}; set MOESPAN_CACHE to a folder on another disk"
         )
 
 
