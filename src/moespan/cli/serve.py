@@ -119,10 +119,15 @@ def _serve(config: Any, nodes: Any, model: Any, keys: Any, chosen: Any, socks: A
     from moespan.serve.program import Program
 
     warn_if_tp_crosses_nodes(config.layout, nodes)
+    tracing = None
+    if chosen.otlp_traces_endpoint is not None:
+        from moespan.serve.tracing import Tracing
+
+        tracing = Tracing.to(chosen.otlp_traces_endpoint, model.names[0])
     lives = Lives(config, nodes)
     reason = ""
     try:
-        Program(config, model, keys, chosen, socks, lives.start, say).run()
+        Program(config, model, keys, chosen, socks, lives.start, say, tracing).run()
     except MoespanError as error:
         reason = str(error)
         raise

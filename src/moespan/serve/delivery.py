@@ -75,7 +75,7 @@ class Delivery:
             Refusal, MoespanError: the job failed before anything was sent.
             ClientGoneError: the client has gone.
         """
-        inboxes = self._life.submit_all(self._job.requests)
+        inboxes = self._life.submit_all(self._job.requests, _traceparent(scope))
         try:
             stream = _Stream(send, self._headers) if self._job.stream else None
             work = self._whole(inboxes, send) if stream is None else self._stream(inboxes, stream)
@@ -178,6 +178,14 @@ class _Stream:
                 await asyncio.sleep(wait_s)
             else:
                 await self.send(_COMMENT)
+
+
+def _traceparent(scope: Scope) -> str:
+    """The client's trace (W3C Trace Context), for spans."""
+    for name, value in scope["headers"]:
+        if name == b"traceparent":
+            return str(value.decode("latin-1"))
+    return ""
 
 
 def ignored_header(names: Sequence[str]) -> tuple[bytes, bytes]:

@@ -117,6 +117,7 @@ class Life:
             argument, on the event loop.
         metrics: hears of requests and of the engine.
         step_timeout_s: that of the engine.
+        on_end: called with each request that has ended, and the time.
 
     Attributes:
         metrics: those given.
@@ -132,11 +133,13 @@ class Life:
         options: LifeOptions,
         metrics: Metrics,
         step_timeout_s: float = EngineOptions.step_timeout_s,
+        on_end: Callable[[Course, float], object] = lambda course, now: None,
     ) -> None:
         self._start = start
         self._options = options
         self.metrics = metrics
         self._step_timeout_s = step_timeout_s
+        self._on_end = on_end
         self.info: EngineInfo | None = None
         self.pulse: Pulse | None = None
         self.last_error: MoespanError | None = None
@@ -218,10 +221,13 @@ class Life:
         """Register a request and hand it over; see `submit_all`."""
         return self.submit_all([request])[0]
 
-    def submit_all(self, requests: Sequence[Request]) -> list[Inbox]:
+    def submit_all(self, requests: Sequence[Request], traceparent: str = "") -> list[Inbox]:
         """Register requests and hand them over: all or none, in one step that nothing can cancel.
 
         Close every inbox in the end; closing aborts requests that are unfinished.
+
+        Args:
+            traceparent: the client's trace; empty for none.
 
         Raises:
             Unavailable: the server is not ready, or its queue is full.
@@ -229,7 +235,7 @@ class Life:
         """
         try:
             self._check_open(requests)
-            return self._hand_over(requests)
+            return self._hand_over(requests, traceparent)
         except Unavailable as unavailable:
             self.metrics.reject(unavailable.code)
             raise
@@ -406,12 +412,12 @@ class Life:
 
     # Requests.
 
-    def _hand_over(self, requests: Sequence[Request]) -> list[Inbox]:
+    def _hand_over(self, requests: Sequence[Request], traceparent: str) -> list[Inbox]:
         assert self._ranks is not None
         inboxes: list[Inbox] = []
         try:
             for request in requests:
-                inboxes.append(self._register(request))
+                inboxes.append(self._register(request, traceparent))
                 self._ranks.add(request)
         except BaseException as error:
             for inbox in inboxes:
@@ -423,12 +429,12 @@ class Life:
             raise
         return inboxes
 
-    def _register(self, request: Request) -> Inbox:
+    def _register(self, request: Request, traceparent: str) -> Inbox:
         if request.id in self._live:
             raise RequestError(f"a request with the id {request.id} is running")
         now = asyncio.get_running_loop().time()
         inbox = Inbox(request, self._abort)
-        self._live[request.id] = _Live(inbox, Course(request, now))
+        self._live[request.id] = _Live(inbox, Course(request, now, traceparent=traceparent))
         num_tokens = len(request.prompt_token_ids)
         self._queued[request.id] = num_tokens
         self._queued_tokens += num_tokens
@@ -445,7 +451,9 @@ class Life:
     def _forget(self, request_id: str, reason: str = "") -> None:
         """The request has ended; `reason` is that of continuations without a finish."""
         inbox, course = self._remove(request_id)
-        self.metrics.end(course, asyncio.get_running_loop().time(), inbox.unfinished, reason)
+        now = asyncio.get_running_loop().time()
+        self.metrics.end(course, now, inbox.unfinished, reason)
+        self._on_end(course, now)
 
     def _begin(self, request_id: str) -> None:
         """The request does not wait any more."""

@@ -82,15 +82,21 @@ class Course:
 
     Attributes:
         first_at: when the first token came, or an end without any.
-        prefill_s: seconds of the prompt's computation, measured in the engine.
+        queued_s, prefill_s: seconds until the prompt's computation, and of it, measured in the
+            engine.
+        reasons: why continuations have ended.
+        traceparent: the client's trace, as the header has it; empty for none.
         begun: continuations that have tokens, by index.
     """
 
     request: Request
     submitted_at: float
     first_at: float | None = None
+    queued_s: float = 0.0
     prefill_s: float = 0.0
     begun: dict[int, _Continuation] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    traceparent: str = ""
 
 
 class Metrics:
@@ -166,11 +172,13 @@ class Metrics:
         self._first_token.observe(now - course.submitted_at)
         self.first_token_s.append(now - course.submitted_at)
         if delta.timing is not None:
+            course.queued_s = delta.timing.queued_s
             course.prefill_s = delta.timing.prefill_s
             self._queue_time.observe(delta.timing.queued_s)
             self._prefill_time.observe(delta.timing.prefill_s)
 
     def _end_continuation(self, course: Course, index: int, reason: str) -> None:
+        course.reasons.append(reason)
         self._success[reason if reason in self._success else "error"].inc()
         one = course.begun.get(index)
         num_tokens = 0 if one is None else one.num_tokens

@@ -176,6 +176,11 @@ class HttpOptions:
     mindie_routes: bool = option(
         False, "also answer the routes of MindIE's server", "clients and probes written for MindIE"
     )
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "URL of an OTLP collector that gets a span for each request (needs the extra otel)",
+        "a trace should show queue, prefill and decode",
+    )
     log_format: str | None = option(
         None,
         "json: every line of the log is an object (text, or as MOESPAN_LOG_FORMAT says)",

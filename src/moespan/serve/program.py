@@ -26,6 +26,7 @@ from moespan.serve.options import ServeOptions
 from moespan.serve.page import page_routes
 from moespan.serve.served import ServedModel
 from moespan.serve.server import Server, url_of
+from moespan.serve.tracing import Tracing
 from moespan.serve.upkeep import Upkeep, obey_signals
 
 _LOOK_S = 0.05
@@ -43,6 +44,7 @@ class Program:
         start: starts the ranks of `config`.
         socks: listen already; the first is for clients, the second is --management-port.
         say: tells the operator that the server is ready.
+        tracing: makes spans of requests; None for none.
     """
 
     config: EngineConfig
@@ -52,6 +54,7 @@ class Program:
     socks: Sequence[socket.socket]
     start: Start
     say: Callable[[str], object]
+    tracing: Tracing | None = None
 
     def run(self) -> None:
         """Serve until a signal ends it.
@@ -66,7 +69,11 @@ class Program:
         metrics = Metrics(
             self.model.names[0], self.config, alias_vllm=options.metrics_alias == "vllm"
         )
-        life = Life(self.start, options, metrics, self.config.step_timeout_s)
+        timeout_s = self.config.step_timeout_s
+        if self.tracing is None:
+            life = Life(self.start, options, metrics, timeout_s)
+        else:
+            life = Life(self.start, options, metrics, timeout_s, on_end=self.tracing.tell)
         app = make_app(
             self.model,
             life,
@@ -99,6 +106,8 @@ class Program:
             for server in servers:  # clients that still do not read
                 server.force_exit = True
             await asyncio.gather(*serving)
+            if self.tracing is not None:
+                await asyncio.to_thread(self.tracing.shut_down)
 
     def _operators_routes(self, life: Life, metrics: Metrics) -> list[Route]:
         routes = [
