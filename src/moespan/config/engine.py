@@ -223,8 +223,8 @@ class EngineConfig(EngineOptions):
         layout = self.layout
         if layout.tp > 2 or layout.sp > 1 or layout.tp % layout.ep:
             raise ConfigError(
-                f"batch_invariant does not go with {layout}: sums over more than two ranks add in "
-                "an order that depends on the number of rows; use tp=1 or tp=2, sp=1, ep=1 or "
+                f"batch_invariant does not go with {layout}: sums over more than two ranks may add "
+                "in an order that depends on the number of rows; use tp=1 or tp=2, sp=1, ep=1 or "
                 "ep=tp, and any pp and dp"
             )
         if isinstance(self.expert_placement, dict) and layout.ep > 1:
