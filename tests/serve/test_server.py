@@ -16,7 +16,7 @@ from moespan.cli import main
 from moespan.errors import ConfigError
 from moespan.serve.openapi import document, openapi
 from moespan.serve.options import ServeOptions, flag_of, flags_table, options
-from moespan.serve.server import PortTakenError, Server, listen, url_of
+from moespan.serve.server import PortTakenError, Server, listen, listen_apart, url_of
 from tests.serve.scene import Served, Wired, play, quickstart
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +70,18 @@ def test_a_port_that_is_taken_is_one_clear_error():
             listen(ServeOptions(host=host, port=0))
 
 
+def test_the_management_port_is_a_second_socket_under_the_same_rules(tmp_path: Path):
+    assert listen_apart(ServeOptions()) == []
+    (sock,) = listen_apart(ServeOptions(management_port=0))
+    with sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(PortTakenError, match=f"--management-port {port} cannot be listened on"):
+            listen_apart(ServeOptions(management_port=port))
+    behind_a_socket: dict[str, Any] = {"uds": str(tmp_path / "sock"), "host": "0.0.0.0"}
+    assert ServeOptions(**behind_a_socket).is_loopback
+    assert not ServeOptions(**behind_a_socket, management_port=0).is_loopback
+
+
 def test_a_taken_port_ends_the_verb_with_code_2_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ):
@@ -85,7 +97,7 @@ def test_a_taken_port_ends_the_verb_with_code_2_before_anything_is_loaded(
 def test_a_server_for_others_without_a_key_does_not_start(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
         main(["serve", "models/quickstart", "--host", "0.0.0.0", "--port", "0"])
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     assert "--allow-no-auth" in capsys.readouterr().err
 
 

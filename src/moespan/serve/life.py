@@ -530,7 +530,7 @@ class Life:
         if self._options.max_queued_tokens is not None:
             return self._options.max_queued_tokens
         assert self.info is not None
-        return CACHES_QUEUED * self.info.num_blocks * self.info.block_size
+        return CACHES_QUEUED * self.info.layout.dp * self.info.num_blocks * self.info.block_size
 
 
 async def _unless(over: asyncio.Task[None], work: Awaitable[T]) -> T | None:

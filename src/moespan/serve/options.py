@@ -235,7 +235,7 @@ class HttpOptions:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.uds is not None or self.host == "localhost":
+        if self.host == "localhost" or (self.uds is not None and self.management_port is None):
             return True
         try:
             return ipaddress.ip_address(self.host).is_loopback
