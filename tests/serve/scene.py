@@ -329,6 +329,17 @@ class Wired:
             connection.transport.abort()
         await self._task
 
+    @property
+    def waits_for_a_reader(self) -> bool:
+        """Whether a client has left so much unread that its handler waits."""
+        connections = self._server.server_state.connections
+        return any(getattr(one, "flow").write_paused for one in connections)  # noqa: B009
+
+    async def end(self) -> None:
+        """End as the program does."""
+        self._server.should_exit = True
+        await self._task
+
     async def line(self, limit: int = 2**16) -> Line:
         line = Line(*await asyncio.open_connection("127.0.0.1", self.port, limit=limit))
         self._lines.append(line)

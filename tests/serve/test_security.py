@@ -212,6 +212,9 @@ def test_cross_origin_calls_are_off_unless_allowed():
         )
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == "https://a.example"
+        response = await served.http.get("/nothing", headers={"origin": "https://a.example"})
+        assert response.status_code == 404
+        assert response.headers["access-control-allow-origin"] == "https://a.example"
         preflight["origin"] = "https://b.example"
         response = await served.http.options("/v1/completions", headers=preflight)
         assert "access-control-allow-origin" not in response.headers

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
+
+from moespan.serve import server as server_module
 from tests.serve.scene import (
     Served,
     Wired,
@@ -161,6 +164,21 @@ def test_a_client_that_reads_nothing_is_dropped_and_its_request_aborted():
         line.reset()
 
     play_wired(script, texts=["x" * 500], write_timeout_s=0.3)
+
+
+def test_the_server_ends_although_a_client_reads_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_module, "SHUTDOWN_S", 0.2)
+
+    async def script(served: Served, server: Wired) -> None:
+        line = await server.line(limit=16)
+        body = completion(stream=True, max_tokens=400, n=64, logprobs=20, ignore_eos=True)
+        await line.send(post_bytes("/v1/completions", body))
+        while not server.waits_for_a_reader:
+            await asyncio.sleep(0.01)
+        served.life.force()
+        await asyncio.wait_for(server.end(), 10)
+
+    play_wired(script, texts=["x" * 500])
 
 
 def test_a_client_that_goes_ends_its_request():

@@ -25,9 +25,6 @@ from moespan.serve.sampling import Job, chat_job, completion_job
 from moespan.serve.served import ServedModel
 from moespan.serve.tokenization import detokenize, tokenize, tokenizer_info
 
-_MOST_WAITING = 4096
-"""Requests whose prompts wait to be encoded; the same number as --max-queued-requests has."""
-
 Handler = Callable[[Request], Awaitable[Any]]
 
 
@@ -54,7 +51,8 @@ def make_app(
         *more_routes,
     ]
     app: ASGIApp = Auth(_Routes(routes), keys, options, OPEN_PATHS | open_paths)
-    if options.allowed_origins:
+    app = Edge(app, options, on_end)
+    if options.allowed_origins:  # outside, so that pages can read errors too
         app = CORSMiddleware(
             app,
             allow_origins=options.allowed_origins,
@@ -62,7 +60,7 @@ def make_app(
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id", "x-moespan-ignored-fields", "retry-after"],
         )
-    return Edge(app, options, on_end)
+    return app
 
 
 class _Routes:
@@ -84,7 +82,7 @@ class _Routes:
 
 
 def _openai_routes(model: ServedModel, life: Life, options: ServeOptions) -> list[Route]:
-    intake, pool = Intake(options), Pool(_MOST_WAITING)
+    intake, pool = Intake(options), Pool(options.max_queued_requests)
 
     def generation(make_job: Callable[[bytes, ServedModel, ServeOptions], Job]) -> Handler:
         async def handle(request: Request) -> Delivery:

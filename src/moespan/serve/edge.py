@@ -70,6 +70,7 @@ class Edge:
             answer.status = scope["state"].get("status", CLIENT_GONE)
         except Exception as error:
             if answer.is_started:  # the end of the body would pass for the end of the answer
+                log.logger.error("an answer broke off", exc_info=error)
                 raise
             await answer.refuse(_refusal(error))
         finally:

@@ -22,6 +22,9 @@ from moespan.serve.wire import Wire
 
 _BACKLOG = 2048
 
+SHUTDOWN_S = 5
+"""Seconds that clients have to read the ends of their answers when the server ends."""
+
 
 class PortTakenError(ConfigError):
     """The address cannot be listened on."""
@@ -129,6 +132,7 @@ class Server(uvicorn.Server):
             proxy_headers=options.forwarded_allow_ips is not None,
             forwarded_allow_ips=options.forwarded_allow_ips or "",
             backlog=_BACKLOG,
+            timeout_graceful_shutdown=SHUTDOWN_S,
             timeout_keep_alive=options.keep_alive_s,  # type: ignore[arg-type]
             h11_max_incomplete_event_size=options.max_header_kib << 10,
             ssl_certfile=options.ssl_certfile,
