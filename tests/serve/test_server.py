@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import ssl
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from moespan.cli import main
+from moespan.cli import serve as verb
 from moespan.errors import ConfigError
 from moespan.serve.openapi import document, openapi
 from moespan.serve.options import ServeOptions, flag_of, flags_table, options
@@ -50,6 +52,9 @@ def test_flags_follow_from_the_names_of_options():
         {"ssl_certfile": "x"},
         {"ssl_ca_certs": "x"},
         {"root_path": "x"},
+        {"allowed_origins": ("example.org",)},
+        {"allowed_origins": ("https://example.org/",)},
+        {"allowed_origins": (5,)},
         {"root_path": "/x/"},
         {"max_queued_requests": 0},
     ],
@@ -57,6 +62,18 @@ def test_flags_follow_from_the_names_of_options():
 def test_options_out_of_bounds_are_refused(given):
     with pytest.raises(ConfigError):
         ServeOptions(**given)
+
+
+def test_origins_are_taken_as_words_or_as_vllms_list():
+    def origins(*words: str) -> tuple[str, ...]:
+        parser = argparse.ArgumentParser()
+        verb.add_flags(parser)
+        return verb._chosen(parser.parse_args(["--allowed-origins", *words])).allowed_origins
+
+    assert origins("https://a.example", "http://b:1") == ("https://a.example", "http://b:1")
+    assert origins('["*"]') == ("*",)
+    with pytest.raises(ConfigError, match="must be \\* or like"):
+        origins('["*"')
 
 
 def test_a_port_that_is_taken_is_one_clear_error():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import sys
 from typing import Any
 
@@ -142,6 +143,10 @@ def _chosen(args: argparse.Namespace) -> ServeOptions:
         value = getattr(args, one.name)
         if value is not None:
             given[one.name] = tuple(value) if isinstance(value, list) else value
+    origins = given.get("allowed_origins", ())
+    if len(origins) == 1 and origins[0].startswith("["):  # vLLM takes a JSON list
+        with contextlib.suppress(ValueError):
+            given["allowed_origins"] = tuple(json.loads(origins[0]))
     return ServeOptions(**given)
 
 

@@ -6,6 +6,7 @@ The flags of `moespan serve`, their help and the table in docs/cli.md follow fro
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -220,6 +221,11 @@ class HttpOptions:
             if value is not None and not low <= value <= most.get(name, value):
                 rule = f"within {low}..{most[name]}" if name in most else f"at least {low}"
                 raise ConfigError(f"{flag_of(name)} {shown(value)} must be {rule}")
+        for origin in self.allowed_origins:
+            if not re.fullmatch(r"\*|https?://[^/\s]+", str(origin)):
+                raise ConfigError(
+                    f"--allowed-origins {shown(origin)} must be * or like https://example.org"
+                )
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both")
         if self.ssl_ca_certs is not None and self.ssl_certfile is None:
