@@ -9,7 +9,15 @@ import httpx
 import pytest
 
 from moespan.engine.request import SamplingParams
-from moespan.serve.bodies import HARMLESS, REFUSED, SAMPLING, ChatBody, CompletionBody
+from moespan.serve.bodies import (
+    HARMLESS,
+    REFUSED,
+    SAMPLING,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
 from tests.serve.scene import MAX_MODEL_LEN, Served, error_of, play, quickstart
 
 IGNORED = "x-moespan-ignored-fields"
@@ -444,3 +452,42 @@ def test_the_pages_name_every_field(page: str):
     text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text(encoding="utf-8")
     fields = {*CompletionBody.__struct_fields__, *ChatBody.__struct_fields__, *HARMLESS}
     assert not [name for name in fields if f"`{name}`" not in text]
+
+
+ODD: tuple[Any, ...] = (
+    *(True, False, 0, -1, 1, 1.5, 2.0, 10**30, 1e300, "", "x", "5", "none", "auto"),
+    *([], [[]], [5], ["a"], [None], [5, "a"], [[5]], [{}], {}, {"a": 1}, {"type": "text"}),
+    *(
+        {"type": "json_schema"},
+        {"role": "user", "content": "x"},
+        [{"role": "user", "content": "x"}],
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "base"),
+    [
+        ("/v1/completions", CompletionBody, {"prompt": "a"}),
+        (
+            "/v1/completions",
+            CompletionBody,
+            {"prompt": "a", "echo": True, "logprobs": 1, "stream": True},
+        ),
+        ("/v1/chat/completions", ChatBody, {"messages": [{"role": "user", "content": "a"}]}),
+        ("/tokenize", TokenizeBody, {"prompt": "a"}),
+        ("/detokenize", DetokenizeBody, {"tokens": [5]}),
+    ],
+)
+def test_no_value_of_any_field_is_more_than_a_400(path: str, kind: Any, base: dict[str, Any]):
+    async def script(served: Served) -> None:
+        known = kind.__struct_fields__
+        limits = {name: 2 for name in ("max_tokens", "max_output_tokens") if name in known}
+        for name in known:
+            for value in ODD:
+                response = await served.post(path, **{**base, **limits, name: value})
+                assert response.status_code < 500, (name, value, response.text)
+                if response.status_code >= 400:
+                    assert error_of(response)["message"], (name, value)
+
+    play(script)

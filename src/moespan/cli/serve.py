@@ -21,7 +21,6 @@ from moespan.serve.options import ServeOptions, default_text, flag_of, options
 SUMMARY = "serve a model over HTTP, as OpenAI does"
 
 _NEEDED = ("starlette", "uvicorn", "h11", "prometheus_client")
-_EXIT_PORT_TAKEN = 2
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from moespan.serve.auth import Keys, check_reach
     from moespan.serve.served import ServedModel
-    from moespan.serve.server import PortTakenError, listen, listen_apart
+    from moespan.serve.server import listen, listen_apart
 
     if args.model is None:
         args.usage_error("the argument MODEL is required")
@@ -88,12 +87,8 @@ def run(args: argparse.Namespace) -> int:
     keys = Keys(chosen)
     check_reach(chosen, keys)
     with contextlib.ExitStack() as listening:
-        try:
-            socks = [listening.enter_context(listen(chosen))]
-            socks += map(listening.enter_context, listen_apart(chosen))
-        except PortTakenError as error:
-            log.logger.error("%s", error)
-            return _EXIT_PORT_TAKEN
+        socks = [listening.enter_context(listen(chosen))]
+        socks += map(listening.enter_context, listen_apart(chosen))
         # The front needs no device: the ranks find out whether theirs works.
         model_config, config, nodes = settings.resolve(to_run=False)
         assert model_config is not None

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from moespan import log
 from moespan.engine.request import Request, SamplingParams
 from moespan.errors import RequestError, TokenizerError, shown
@@ -153,7 +155,7 @@ def _job(
         usage=asked.stream_options if asked.stream else None,
         echo=echo,
         logprobs=logprobs,
-        prompt_logprobs=None if asked.prompt_logprobs is None else params.prompt_logprobs,
+        prompt_logprobs=None if asked.prompt_logprobs is None else int(asked.prompt_logprobs),
         return_token_ids=asked.return_token_ids,
         tokens_as_ids=asked.return_tokens_as_token_ids,
         skip_special_tokens=params.skip_special_tokens,
@@ -189,9 +191,10 @@ def _params(
     given["max_tokens"] = _max_tokens(asked, max_tokens)
     if type(seed := given.get("seed")) is int and -(2**63) <= seed < 0:
         given["seed"] = seed % 2**63
-    if prompt_logprobs is not None:
-        given["prompt_logprobs"] = max(prompt_logprobs, asked.prompt_logprobs or 0)
     params = SamplingParams(**given)
+    if prompt_logprobs is not None:
+        needed = max(prompt_logprobs, params.prompt_logprobs or 0)
+        params = msgspec.structs.replace(params, prompt_logprobs=needed)
     if params.temperature > _HIGHEST_TEMPERATURE:
         raise bad(
             f"temperature={shown(params.temperature)} must be within 0..{_HIGHEST_TEMPERATURE}",
