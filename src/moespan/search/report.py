@@ -16,7 +16,7 @@ import msgspec
 from moespan.checkpoint.placement import count_parameters
 from moespan.planner.cost import Line
 from moespan.planner.outcome import Outcome, in_words
-from moespan.search.candidates import Candidate
+from moespan.search.candidates import Candidate, Space
 from moespan.search.commands import engine_flags, start_commands
 from moespan.search.explore import (
     Answer,
@@ -76,7 +76,7 @@ def document(
         "plans": [{"rank": rank, **_plan(answer, one, model)} for rank, one in enumerate(shown, 1)],
         "points": [point for i, curve in enumerate(swept) for point in _points(i, curve)],
         "small_messages": _worst(question, best),
-        "what_if": [_what_if(question, swept, change) for change in nodes],
+        "what_if": [_what_if(question, best, swept, change) for change in nodes],
         "advice": [] if answer.met else list(_advice(answer, swept)),
     }
 
@@ -238,7 +238,7 @@ def _worst(question: Question, best: Found | None) -> dict[str, Any] | None:
     levels = question.profile.levels
     if question.worst or best is None or not any(level.worst_latency_us for level in levels):
         return None
-    other = explore(replace(question, worst=True, fast=True))
+    other = explore(replace(question, space=_narrow(question, best), worst=True, fast=True))
     if not other.found:
         return None
     first = other.found[0]
@@ -256,9 +256,27 @@ def _worst(question: Question, best: Found | None) -> dict[str, Any] | None:
     }
 
 
-def _what_if(question: Question, swept: Sequence[Curve], change: int) -> dict[str, Any] | None:
-    """The best candidate with `change` nodes more."""
-    profile, space = question.profile, question.space
+def _narrow(question: Question, best: Found) -> Space:
+    """The space with the best candidate's settings only, but as many sequences as any."""
+    config = best.candidate.config
+    most = max(
+        seqs for seqs in question.space.max_num_seqs if seqs <= config.max_num_batched_tokens
+    )
+    return replace(
+        question.space,
+        quantizations=(config.quantization,),
+        kv_cache_dtypes=(config.kv_cache_dtype,),
+        max_num_seqs=(most,),
+        max_num_batched_tokens=(config.max_num_batched_tokens,),
+    )
+
+
+def _what_if(
+    question: Question, best: Found | None, swept: Sequence[Curve], change: int
+) -> dict[str, Any] | None:
+    """The best candidate with `change` nodes more, in the settings of `best`."""
+    profile = question.profile
+    space = question.space if best is None else _narrow(question, best)
     nodes = -(-space.devices // profile.devices_per_node)
     devices = space.devices + change * profile.devices_per_node
     if devices < 1:
@@ -291,6 +309,8 @@ def _advice(answer: Answer, swept: Sequence[Curve]) -> Iterator[str]:
     """What would meet the targets that no candidate meets, by mean values."""
     question = answer.question
     profile, space = question.profile, question.space
+    if answer.found:
+        space = _narrow(question, answer.found[0])
     rate = question.load.rate if question.load is not None else None
     possible = capacity(question, swept)
     if rate and possible and possible < rate:
