@@ -61,7 +61,7 @@ def test_one_layout_is_explained(capsys: pytest.CaptureFixture[str]):
     code, out, _ = run(capsys, *given, "tp=2")
     assert code == 0 and "1 × tp=2" in out and "memory of the tightest rank" in out
     code, _, err = run(capsys, *given, "tp=16")
-    assert code == 1 and "no such layout" in err
+    assert code == 2 and "no such layout" in err
 
 
 def test_a_trace_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -76,7 +76,7 @@ def test_a_trace_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     rows.append({"arrival_s": 9, "prompt_tokens": 600, "output_tokens": 5})
     path.write_text("\n".join(map(json.dumps, rows)))
     code, _, err = run(capsys, *given)
-    assert code == 1 and "request 30 has 600 prompt" in err and "--clip" in err
+    assert code == 2 and "request 30 has 600 prompt" in err and "--clip" in err
     code, out, _ = run(capsys, *given, "--clip", "--fast")
     assert code == 0 and "1 prompts CUT" in out
 
@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_named(
     capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ):
     code, _, err = run(capsys, *arguments, "--devices", "1")
-    assert code == 1 and words in err
+    assert code == 2 and words in err
 
 
 def test_no_torch_is_needed_and_the_same_seed_gives_the_same_bytes(tmp_path: Path):

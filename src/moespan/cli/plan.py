@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "find the layout that fits and meets latency targets"
 
-_LOAD_REQUESTS = 4000
 _WHAT_IF = "nodes=+1,nodes=-1"
 
 
@@ -275,8 +274,9 @@ def _load(args: argparse.Namespace, folder: Path | None) -> Load | None:
     if args.load is None:
         if args.rate is None and args.concurrency is None:
             return None
-        number = max(args.num_requests, 20 * (args.concurrency or 0) if args.concurrency else 0)
-        return load.drawn(args.input, args.output, min(number, 20_000), **often, seed=args.seed)
+        # A closed loop needs some rounds of its requests.
+        number = max(args.num_requests, 6 * (args.concurrency or 0))
+        return load.drawn(args.input, args.output, number, **often, seed=args.seed)
     found = load.read(args.load, speed=args.speed, **often, seed=args.seed)
     return load.encoded(found, None if folder is None else _encoder(folder))
 

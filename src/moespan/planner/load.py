@@ -82,12 +82,14 @@ class Load:
             come at their arrival times.
         num_clipped: prompts that were cut.
         name: what it is, in words.
+        is_poisson: whether arrivals are independent of each other.
     """
 
     requests: tuple[LoadRequest, ...]
     concurrency: int | None = None
     num_clipped: int = 0
     name: str = ""
+    is_poisson: bool = False
 
     @functools.cached_property
     def mean_prompt_tokens(self) -> float:
@@ -118,6 +120,10 @@ class Load:
             return self
         if self.concurrency is not None:
             return replace(self, concurrency=max(1, round(self.concurrency / engines)))
+        if self.is_poisson and not self.shares_prefixes:
+            # A random part is Poisson again, at a lower rate; all requests may stand for it.
+            slow = (replace(one, arrival_s=one.arrival_s * engines) for one in self.requests)
+            return replace(self, requests=tuple(slow))
         draw = random.Random(f"share {seed}")
         mine = tuple(one for one in self.requests if draw.randrange(engines) == 0)
         return replace(self, requests=_from_first(mine or self.requests[:1]))
@@ -180,7 +186,7 @@ def drawn(
         name += f", {rate:g} requests/s (Poisson)"
     if concurrency is not None:
         name += f", {concurrency} at a time"
-    return Load(_from_first(tuple(requests)), concurrency, name=name)
+    return Load(_from_first(tuple(requests)), concurrency, name=name, is_poisson=rate is not None)
 
 
 def distribution(text: str) -> Callable[[random.Random], int]:
@@ -250,7 +256,8 @@ def read(
     elif speed != 1:
         requests = [replace(one, arrival_s=one.arrival_s / speed) for one in requests]
     name = f"{len(requests)} requests of {path.name}"
-    return Load(_from_first(tuple(requests)), concurrency, name=name)
+    is_poisson = rate is not None
+    return Load(_from_first(tuple(requests)), concurrency, name=name, is_poisson=is_poisson)
 
 
 def _from_first(requests: Sequence[LoadRequest]) -> tuple[LoadRequest, ...]:

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import msgspec
-
 from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.errors import ConfigError
 from moespan.planner.cost import Line, ReplicaStep, StepCost
@@ -25,13 +23,14 @@ from moespan.planner.profile import Profile
 from moespan.planner.work import Chunk
 from moespan.search.candidates import Candidate, Space, candidate_of, layouts
 from moespan.search.jobs import run_all
+from moespan.search.predict import Predicted, predict
 from moespan.search.screen import Demand, Estimate, Periods, Screen
-from moespan.search.simulate import Run, simulate
 
 NEAR_FRONT = 0.15
 MOST_SIMULATED = 16
 _HOPELESS = 5.0
 _LEAST_COUNTED = 200
+_ROUNDS, _LEAST_OF_A_TRACE = 6, 4000
 
 
 @dataclass(frozen=True)
@@ -89,22 +88,6 @@ class Question:
             return load
         # A distribution has a tail; a length that is given exactly is refused if it is too long.
         return load.fitting(self.clip_to, clip=not all(map(str.isdecimal, self.lengths)))
-
-
-class Predicted(msgspec.Struct, frozen=True, kw_only=True):
-    """What one simulation, or an estimate, says of one engine.
-
-    Attributes:
-        is_estimate: whether it comes from mean values only.
-        concurrency: requests at a time; None if they come at a rate.
-    """
-
-    outcome: Outcome
-    is_estimate: bool = False
-    concurrency: int | None = None
-    num_preemptions: int = 0
-    hit_share: float = 0.0
-    steps: int = 0
 
 
 @dataclass
@@ -471,31 +454,14 @@ def _simulated(question: Question, found: Sequence[Found], slower: float) -> lis
 
 
 def _simulate(question: Question, one: Found, slower: float) -> Predicted:
-    candidate = one.candidate
-    load = _load_of_engine(question, one)
-    config = candidate.config
-    if not load.shares_prefixes:  # finds nothing, and is slow to look
-        config = replace(config, enable_prefix_caching=False)
-    run = simulate(
-        config,
-        candidate.num_blocks,
-        question.model.vocab_size,
-        cost_of(question, candidate),
-        load,
+    return predict(
+        cost_of(question, one.candidate),
+        question.model,
+        one.candidate.config,
+        one.candidate.num_blocks,
+        _load_of_engine(question, one),
         slower=slower,
         give_up=functools.partial(_is_hopeless, question.targets),
-    )
-    return _predicted(run, load)
-
-
-def _predicted(run: Run, load: Load) -> Predicted:
-    outcome = Outcome.of(run.times, cut_end=load.concurrency is not None, is_cut=run.is_cut)
-    return Predicted(
-        outcome=outcome,
-        concurrency=load.concurrency,
-        num_preemptions=run.num_preemptions,
-        hit_share=run.hit_share,
-        steps=run.num_steps,
     )
 
 
@@ -509,16 +475,9 @@ def _load_of_engine(question: Question, one: Found) -> Load:
         sample = question.sample
         repeats = -(-4 * number // len(sample.requests))
         return replace(sample, requests=sample.requests * max(repeats, 1), concurrency=number)
-    if load.concurrency is not None:
-        return load.share(engines)
-    if engines > 1 and load.name and load.rate and not load.shares_prefixes:
-        # As many requests as one engine simulates, at its share of the rate: of Poisson arrivals a
-        # random part is Poisson again.
-        requests = tuple(
-            replace(request, arrival_s=request.arrival_s * engines) for request in load.requests
-        )
-        return replace(load, requests=requests)
-    return load.share(engines, question.seed)
+    share = load.share(engines, question.seed)
+    most = max(question.num_requests, _ROUNDS * (share.concurrency or 0), _LEAST_OF_A_TRACE)
+    return replace(share, requests=share.requests[:most])
 
 
 def _is_hopeless(targets: Sequence[Target], times: list[RequestTimes]) -> bool:

@@ -1,0 +1,61 @@
+"""What one engine makes of a load, by simulation: for a search, and to compare with `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgspec
+
+from moespan.config import EngineConfig, ModelConfig
+from moespan.planner.load import Load
+from moespan.planner.outcome import Outcome, RequestTimes
+from moespan.search.simulate import StepTimer, simulate
+
+
+class Predicted(msgspec.Struct, frozen=True, kw_only=True):
+    """What one simulation, or an estimate, says of one engine.
+
+    Attributes:
+        is_estimate: whether it comes from mean values only.
+        concurrency: requests at a time; None if they come at a rate.
+    """
+
+    outcome: Outcome
+    is_estimate: bool = False
+    concurrency: int | None = None
+    num_preemptions: int = 0
+    hit_share: float = 0.0
+    steps: int = 0
+
+
+def predict(
+    timer: StepTimer,
+    model: ModelConfig,
+    config: EngineConfig,
+    num_blocks: int,
+    load: Load,
+    *,
+    slower: float = 1.0,
+    give_up: Callable[[list[RequestTimes]], bool] | None = None,
+) -> Predicted:
+    """An engine with `num_blocks` blocks of KV cache under `load`.
+
+    Args:
+        timer: the times of its steps, such as a `StepCost`.
+        slower: factor on the times of stages.
+        give_up: see `simulate`.
+    """
+    if not load.shares_prefixes:  # the cache finds nothing, and is slow to look
+        config = replace(config, enable_prefix_caching=False)
+    run = simulate(
+        config, num_blocks, model.vocab_size, timer, load, slower=slower, give_up=give_up
+    )
+    outcome = Outcome.of(run.times, cut_end=load.concurrency is not None, is_cut=run.is_cut)
+    return Predicted(
+        outcome=outcome,
+        concurrency=load.concurrency,
+        num_preemptions=run.num_preemptions,
+        hit_share=run.hit_share,
+        steps=run.num_steps,
+    )
