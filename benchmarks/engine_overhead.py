@@ -13,32 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from moespan import SamplingParams, __version__
-from moespan.config import EngineConfig, Layout
-from moespan.engine import results, worker
-from moespan.engine.build import build_leader
-from moespan.engine.engine import Engine
-from moespan.engine.request import Request
 from moespan.engine.sampler import sample
-from moespan.engine.step import SampleRow, StepPlans
-from moespan.launch.protocol import Connection, FromLeader, News
+from moespan.engine.step import SampleRow
+from moespan.measure import overhead
+from moespan.measure.overhead import PARTS
 from moespan.measure.probe import machine_name
-from moespan.parallel.mesh import Mesh
 
 MODEL = Path(__file__).parents[1] / "models" / "quickstart"
-PARTS = ("schedule", "encode", "inputs", "sample", "update", "deltas", "front")
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "drawn": {"temperature": 0.7, "top_p": 0.9},
@@ -54,113 +43,18 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-class Clock:
-    """Adds up the time of calls by part; a nested timed call counts for the inner part only."""
-
-    def __init__(self) -> None:
-        self.spent_ns: Counter[str] = Counter()
-        self._inside_ns = 0
-
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, with its time added to `part`."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            outside_ns, self._inside_ns = self._inside_ns, 0
-            started = time.perf_counter_ns()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                took_ns = time.perf_counter_ns() - started
-                self.spent_ns[part] += took_ns - self._inside_ns
-                self._inside_ns = outside_ns + took_ns
-
-        return call
-
-
-def build(batch_size: int, context: int, num_steps: int) -> Engine:
-    """An engine on one rank whose network always returns the same logits."""
-    config = EngineConfig(
-        str(MODEL),
-        Layout(),
-        device="cpu",
-        load_format="dummy",
-        max_model_len=context + num_steps,
-        max_num_seqs=batch_size,
-        max_num_batched_tokens=batch_size * context,
-        enable_prefix_caching=True,
-    )
-    engine = build_leader(config, Mesh.create(Layout(), torch.device("cpu")))
-    vocab_size = engine._worker.model.vocab_size
-    logits = torch.randn(batch_size, vocab_size, generator=torch.Generator().manual_seed(0))
-
-    def network(inputs: Any, caches: Any, batch: Any, rows: torch.Tensor, *_: Any) -> torch.Tensor:
-        return logits[: len(rows)]
-
-    engine._worker.model = network  # type: ignore[assignment]
-    return engine
-
-
-@contextmanager
-def watched(clock: Clock, engine: Engine) -> Iterator[None]:
-    """Time the parts of the engine's steps while the context is open."""
-    places: list[tuple[Any, str, str]] = [
-        (engine._replicas, "schedule", "schedule"),
-        (StepPlans, "of", "encode"),
-        (engine, "_broadcast", "encode"),
-        (engine._worker, "_run", "inputs"),
-        (worker, "Pending", "sample"),
-        (results.Pending, "wait", "sample"),
-        (engine._replicas, "update", "update"),
-        (engine, "_delta", "deltas"),
-    ]
-    with ExitStack() as stack:
-        for owner, name, part in places:
-            function = getattr(owner, name)
-            timed: Any = clock.timed(part, function)
-            if isinstance(owner, type) and hasattr(function, "__self__"):
-                timed = staticmethod(timed)  # a class method that is bound already
-            stack.enter_context(patch.object(owner, name, timed))
-        yield
-
-
 def measure(batch_size: int, sampling: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Mean microseconds of each part of a decode step and of the whole, over the faster half."""
-    num_steps = args.warmup + args.steps + 1
-    engine = build(batch_size, args.context, num_steps)
-    clock = Clock()
-    here, there = socket.socketpair()
-    to_front: Connection[Any] = Connection(here, FromLeader)
-    front: Connection[Any] = Connection(there, FromLeader)
-
-    def tell(deltas: Any) -> None:
-        to_front.send(News(deltas, engine.pulse()))
-        while not front.receive(0):
-            pass
-
-    tell = clock.timed("front", tell)
+    """Microseconds of each part of a decode step and of the whole."""
     params = SamplingParams(max_tokens=None, ignore_eos=True, seed=1, **SAMPLINGS[sampling])
-    for number in range(batch_size):
-        prompt = [2 + (number * 7 + at * 3) % 500 for at in range(args.context)]
-        engine.add(Request(id=str(number), prompt_token_ids=prompt, params=params))
-    steps: list[Counter[str]] = []
-    with watched(clock, engine):
-        while engine.has_unfinished:
-            clock.spent_ns = Counter()
-            started = time.perf_counter_ns()
-            tell(engine.step())
-            clock.spent_ns["total"] = time.perf_counter_ns() - started
-            steps.append(clock.spent_ns)
-    measured = steps[args.warmup + 1 : args.warmup + 1 + args.steps]
-    # Other processes only add time, so the faster half shows the engine's own.
-    measured = sorted(measured, key=lambda step: step["total"])[: max(args.steps // 2, 1)]
-    mean_us = {
-        part: statistics.fmean(step[part] for step in measured) / 1e3 for part in (*PARTS, "total")
-    }
-    total = mean_us.pop("total")
-    parts = {**mean_us, "rest": total - sum(mean_us.values())}
-    engine.close()
-    to_front.close()
-    front.close()
+    parts = overhead.measure(
+        MODEL,
+        batch_size,
+        params,
+        context=args.context,
+        num_steps=args.steps,
+        warmup=args.warmup,
+    )
+    total = parts.pop("total")
     return {"batch": batch_size, "sampling": sampling, "total_us": total, "parts_us": parts}
 
 

@@ -18,21 +18,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from moespan.checkpoint.presets import PRESETS, preset
-from moespan.checkpoint.rounding import QuantizedWeight, quantize
 from moespan.config import SCHEMES, EngineConfig, ModelConfig, Scheme
-from moespan.device import DEVICES
+from moespan.measure.operations import TURN_BYTES, Operations, size_bytes
 from moespan.measure.probe import Probe, machine_name
 from moespan.ops import ops_for
-from moespan.ops.base import AttentionBatch, ExpertBank, KVCache, Ops, Weight
 from moespan.planner.work import Limits, Work
 
-_SCHEMES = {"none": None, **{name: SCHEMES[name] for name in ("int8", "w8a8", "int4")}}
-_HALF = torch.bfloat16
-# Bytes of the weights that are used in turn: more than caches hold.
-_TURN_BYTES = 1 << 30
+_SCHEMES = ("none", "int8", "w8a8", "int4")
 
 
 class Case(NamedTuple):
@@ -45,145 +39,85 @@ class Case(NamedTuple):
 
 
 def cases(
-    ops: Ops, config: ModelConfig, sizes: list[int], scheme: Scheme | None, contexts: list[int]
+    make: Operations, config: ModelConfig, sizes: list[int], scheme: str | None, contexts: list[int]
 ) -> Iterator[Case]:
     """Yield all cases; the weights of each are made when it is taken."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     hidden, head_size = config.hidden_size, config.head_dim
     shared = (config.n_shared_experts or 0) * config.moe_intermediate_size
-    yield from _matrix(ops, "qkv", ((heads + 2 * kv_heads) * head_size, hidden), sizes, scheme)
-    yield from _matrix(ops, "out", (hidden, heads * head_size), sizes, scheme)
-    yield from _mlp(ops, "shared", hidden, shared, sizes, scheme)
-    yield from _mlp(ops, "dense", hidden, config.intermediate_size, sizes, scheme)
-    yield from _experts(ops, config, sizes, scheme)
-    yield from _attention(ops, config, sizes, contexts)
-    of_head = SCHEMES[scheme.head] if scheme and scheme.head else scheme
-    yield from _matrix(ops, "head", (config.vocab_size, hidden), sizes, of_head)
+    yield from _matrix(make, "qkv", ((heads + 2 * kv_heads) * head_size, hidden), sizes, scheme)
+    yield from _matrix(make, "out", (hidden, heads * head_size), sizes, scheme)
+    yield from _mlp(make, "shared", hidden, shared, sizes, scheme)
+    yield from _mlp(make, "dense", hidden, config.intermediate_size, sizes, scheme)
+    yield from _experts(make, config, sizes, scheme)
+    yield from _attention(make, config, sizes, contexts)
+    of_head = SCHEMES[scheme].head or scheme if scheme else None
+    yield from _matrix(make, "head", (config.vocab_size, hidden), sizes, of_head)
 
 
 def _matrix(
-    ops: Ops, name: str, shape: tuple[int, int], sizes: list[int], scheme: Scheme | None
+    make: Operations, name: str, shape: tuple[int, int], sizes: list[int], scheme: str | None
 ) -> Iterator[Case]:
-    weights = _in_turn(lambda: _prepared(ops, name, shape, scheme), _bytes(shape, scheme))
+    size = size_bytes(shape, _scheme(scheme))
     for tokens in sizes:
-        rows = _rows(tokens, shape[1])
-
-        def run(x: Tensor = rows) -> Tensor:
-            return ops.linear(x, next(weights))
-
-        yield Case(name, tokens, run, Work(2 * tokens * shape[0] * shape[1], _bytes(shape, scheme)))
+        run = make.run("linear", {"n": shape[0], "k": shape[1]}, scheme, tokens)
+        yield Case(name, tokens, run, Work(2 * tokens * shape[0] * shape[1], size))
 
 
 def _mlp(
-    ops: Ops, name: str, hidden: int, width: int, sizes: list[int], scheme: Scheme | None
+    make: Operations, name: str, hidden: int, width: int, sizes: list[int], scheme: str | None
 ) -> Iterator[Case]:
     up, down = (2 * width, hidden), (hidden, width)
-    size = _bytes(up, scheme) + _bytes(down, scheme)
-
-    def make() -> tuple[Weight, Weight]:
-        return _prepared(ops, "gate_up", up, scheme), _prepared(ops, "down", down, scheme)
-
-    pairs = _in_turn(make, size)
+    size = size_bytes(up, _scheme(scheme)) + size_bytes(down, _scheme(scheme))
     for tokens in sizes:
-        rows = _rows(tokens, hidden)
-
-        def run(x: Tensor = rows) -> Tensor:
-            return ops.mlp(x, *next(pairs))
-
+        run = make.run("mlp", {"n": width, "k": hidden}, scheme, tokens)
         yield Case(name, tokens, run, Work(2 * tokens * 3 * hidden * width, size))
 
 
 def _experts(
-    ops: Ops, config: ModelConfig, sizes: list[int], scheme: Scheme | None
+    make: Operations, config: ModelConfig, sizes: list[int], scheme: str | None
 ) -> Iterator[Case]:
     hidden, width = config.hidden_size, config.moe_intermediate_size
     number, chosen = config.n_routed_experts or 1, config.num_experts_per_tok
-    up, down = (number, 2 * width, hidden), (number, hidden, width)
-    bank = ExpertBank(
-        _prepared(ops, "gate_up", up, scheme), _prepared(ops, "down", down, scheme), 0, number
-    )
-    router = ops.prepare("router", torch.randn(number, hidden))
+    each = 3 * size_bytes((hidden, width), _scheme(scheme))
     for tokens in sizes:
-        x, weights = _rows(tokens, hidden), torch.rand(tokens, chosen)
-
-        def route(x: Tensor = x) -> object:
-            return ops.route(x, router, chosen, False)
-
+        route = make.run("route", {"n": number, "k": hidden}, None, tokens)
         work = Work(2 * tokens * number * hidden, 4 * number * hidden)
         yield Case("route", tokens, route, work)
-        turns = itertools.cycle(
-            [torch.rand(tokens, number).topk(chosen).indices.int() for _ in range(16)]
-        )
-
-        def run(
-            x: Tensor = x, weights: Tensor = weights, turns: Iterator[Tensor] = turns
-        ) -> Tensor:
-            return ops.experts(x, weights, next(turns), bank)
-
         met = number * (1 - (1 - chosen / number) ** tokens)
-        size = (_bytes(up, scheme) + _bytes(down, scheme)) / number
-        work = Work(2 * tokens * chosen * 3 * hidden * width, met * size)
-        yield Case("experts", tokens, run, work)
+        shape = {"k": hidden, "n": width, "experts": number, "met": round(met)}
+        run = make.run("experts", shape, scheme, tokens * chosen)
+        yield Case(
+            "experts", tokens, run, Work(2 * tokens * chosen * 3 * hidden * width, met * each)
+        )
 
 
 def _attention(
-    ops: Ops, config: ModelConfig, sizes: list[int], contexts: list[int]
+    make: Operations, config: ModelConfig, sizes: list[int], contexts: list[int]
 ) -> Iterator[Case]:
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    block = DEVICES["cpu"].block_size
     for tokens, context in itertools.product(sizes, contexts):
-        if tokens > 256:
-            continue  # not decoded in practice: their KV caches would not fit
-        yield from _attention_case(ops, heads, kv_heads, size, block, [1] * tokens, context)
+        if tokens <= 256:  # more are not decoded in practice: their KV caches would not fit
+            yield _attention_case(make, config, [1] * tokens, context)
     for tokens in sizes:
         if tokens >= 128:
-            yield from _attention_case(ops, heads, kv_heads, size, block, [tokens], 0)
+            yield _attention_case(make, config, [tokens], 0)
 
 
 def _attention_case(
-    ops: Ops, heads: int, kv_heads: int, size: int, block: int, queries: list[int], context: int
-) -> Iterator[Case]:
-    blocks = -(-(context + queries[0]) // block)
-    token_bytes = 2 * 2 * kv_heads * size
-    one = len(queries) * (context + queries[0]) * token_bytes
-    caches = _in_turn(
-        lambda: KVCache(
-            *(torch.randn(len(queries) * blocks, block, kv_heads, size).to(_HALF) for _ in "kv")
-        ),
-        one,
-    )
-    tables = torch.randperm(len(queries) * blocks).view(len(queries), blocks).tolist()
-    contexts = [context] * len(queries)
-    batch = AttentionBatch.build(queries, contexts, tables, block, torch.device("cpu"))
+    make: Operations, config: ModelConfig, queries: list[int], context: int
+) -> Case:
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": size}
+    run = make.attention(shape, None, queries, context)
     tokens = sum(queries)
-    q = torch.randn(tokens, heads, size).to(_HALF)
+    read = len(queries) * (context + queries[0]) * 2 * 2 * kv_heads * size
     pairs = tokens * (context + (queries[0] + 1) / 2)
     name = "attention, prefill" if len(queries) < tokens else f"attention after {context}"
-    work = Work(4 * heads * size * pairs, one)
-    yield Case(name, tokens, lambda: ops.attention(q, next(caches), batch, size**-0.5), work)
+    return Case(name, tokens, run, Work(4 * heads * size * pairs, read))
 
 
-def _prepared(ops: Ops, name: str, shape: tuple[int, ...], scheme: Scheme | None) -> Weight:
-    values = torch.empty(shape, dtype=_HALF).normal_(std=0.02)
-    if scheme is None:
-        return ops.prepare(name, values)
-    dtype = getattr(torch, scheme.storage)
-    parts = quantize(values.view(-1, shape[-1]), dtype=dtype, group_size=scheme.group_size)
-    integers, scales = (part.view(*shape[:-1], *part.shape[1:]) for part in parts)
-    return ops.prepare(name, QuantizedWeight(integers, scales, scheme.activation_bits))
-
-
-def _in_turn(make: Callable[[], Any], num_bytes: float) -> Iterator[Any]:
-    return itertools.cycle([make() for _ in range(max(1, round(_TURN_BYTES / num_bytes)))])
-
-
-def _bytes(shape: tuple[int, ...], scheme: Scheme | None) -> float:
-    row_bytes = 2 * shape[-1] if scheme is None else scheme.row_bytes(shape[-1])
-    return float(torch.Size(shape[:-1]).numel() * row_bytes)
-
-
-def _rows(tokens: int, width: int) -> Tensor:
-    return torch.randn(tokens, width).to(_HALF)
+def _scheme(name: str | None) -> Scheme | None:
+    return None if name is None else SCHEMES[name]
 
 
 def measure(case: Case, probe: Probe, seconds: float) -> dict[str, Any]:
@@ -213,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, and write the JSON file if one is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=list(PRESETS), default="16b")
-    parser.add_argument("--quantization", choices=list(_SCHEMES), default="none")
+    parser.add_argument("--quantization", choices=_SCHEMES, default="none")
     parser.add_argument("--tokens", default="1,8,32,128,512,2048")
     parser.add_argument("--contexts", default="160,1024", help="tokens before those that decode")
     parser.add_argument("--only", help="operations whose name has this in it")
@@ -230,9 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{columns}  bound by")
     lines = []
     with Probe("cpu", "bfloat16") as probe:
-        scheme = _SCHEMES[options.quantization]
+        scheme = None if options.quantization == "none" else options.quantization
         ops = ops_for("cpu", EngineConfig("", batch_invariant=options.batch_invariant))
-        for case in cases(ops, config, sizes, scheme, contexts):
+        make = Operations(ops, config, torch.device("cpu"), turn_bytes=TURN_BYTES)
+        for case in cases(make, config, sizes, scheme, contexts):
             if options.only and options.only not in case.name:
                 continue
             line = measure(case, probe, options.seconds)

@@ -50,6 +50,8 @@ MOST_LINES_OF_THE_ENGINE_CORE = 1500
 
 SAME_NAME = {
     "bench": "a verb, and what it runs",
+    "calibrate": "a verb, and what it runs",
+    "collectives": "their times on real ranks, and what the doctor says of them",
     "device": "the table of devices, and which of them this machine has",
     "engine": "its configuration, and the engine itself",
     "environment": "variables of ranks, and the verb that shows them",

@@ -17,6 +17,7 @@ import endurance
 import engine_overhead
 import operations
 
+from moespan.measure.overhead import PARTS
 from moespan.planner.work import Limits
 
 BENCHMARKS = Path(engine_overhead.__file__).parent
@@ -42,7 +43,7 @@ def test_the_engines_own_cost_is_told_by_its_parts(
     ]
     assert min(row["ms"] for row in sampling) > 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3].split() == ["sampling", "batch", *engine_overhead.PARTS, "rest", "total"]
+    assert lines[3].split() == ["sampling", "batch", *PARTS, "rest", "total"]
     assert len(lines) == 8 + len(results) + len(sampling)
 
 
@@ -85,7 +86,7 @@ def test_each_operation_is_told_beside_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
 ):
     monkeypatch.setattr(operations, "Probe", FixedProbe)
-    monkeypatch.setattr(operations, "_TURN_BYTES", 1)
+    monkeypatch.setattr(operations, "TURN_BYTES", 1)
     file = tmp_path / "operations.json"
     sizes = "--preset tiny --tokens 1,130 --contexts 8 --seconds 0.001"
     operations.main([*sizes.split(), "--quantization", quantization, "--json", str(file)])

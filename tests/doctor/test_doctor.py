@@ -23,12 +23,14 @@ from moespan.cli import main
 from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
 from moespan.doctor import ascend_tools, checks, collectives, nodes, report, serving
 from moespan.doctor.checks import examine
-from moespan.doctor.collectives import Timing, judge
+from moespan.doctor.collectives import judge
 from moespan.doctor.host import Host
 from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding
 from moespan.doctor.variables import contradictions
 from moespan.machine.cann import parse_key_values, parse_version_cfg
+from moespan.measure.collectives import KINDS, Timing, Wanted, measure
+from moespan.parallel.counters import sent_bytes
 from moespan.planner.memory import fit
 from tests.support import QUICKSTART
 
@@ -842,10 +844,17 @@ def test_a_collective_in_one_shot_is_marked() -> None:
 
 @pytest.mark.slow
 def test_collectives_of_real_ranks() -> None:
-    timings = collectives.measure(config_of(Layout(tp=2, pp=2), "cpu"))
-    assert [(one.axis, one.ranks) for one in timings] == [("tp", 2)] * 3 + [("pp", 2)] * 3
-    for one in timings:
-        assert one.bus_bytes_per_s == pytest.approx(one.message_bytes / one.median_s)
+    wanted = Wanted(kinds=KINDS, message_bytes=(4 << 10, 64 << 10), plans_bytes=(256, 20_000))
+    timings = measure(config_of(Layout(tp=2, pp=2), "cpu"), wanted)
+    *found, first, second = timings
+    assert [(one.axis, one.kind, one.message_bytes) for one in found] == [
+        (axis, kind, size) for axis in ("tp", "pp") for kind in KINDS for size in (4096, 65536)
+    ]
+    for one in found:
+        sent = sent_bytes(one.kind, 2, one.message_bytes)
+        assert one.bus_bytes_per_s == pytest.approx(sent / one.median_s)
+        assert 0 < one.p10_s <= one.median_s <= one.p90_s
+    assert [(one.axis, one.ranks) for one in (first, second)] == [("control", 4)] * 2
 
 
 def test_collectives_without_an_axis_or_with_nodes() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moespan.errors import MoespanError
-from moespan.measure.probe import Probe, _last_level_cache_bytes
+from moespan.measure.probe import Probe, last_level_cache_bytes
 
 
 def test_all_caches_of_the_last_level_count_once(tmp_path: Path):
@@ -19,11 +19,11 @@ def test_all_caches_of_the_last_level_count_once(tmp_path: Path):
         (folder / "size").write_text(f"{kib}K\n")
         (folder / "shared_cpu_list").write_text(shared + "\n")
 
-    assert _last_level_cache_bytes(tmp_path) == 0
+    assert last_level_cache_bytes(tmp_path) == 0
     for cpu in range(4):
         cache(cpu, 0, 1, 32, str(cpu))
         cache(cpu, 3, 3, 1024, "0-1" if cpu < 2 else "2-3")
-    assert _last_level_cache_bytes(tmp_path) == 2 << 20
+    assert last_level_cache_bytes(tmp_path) == 2 << 20
 
 
 def test_the_probe_measures_this_machine_and_reports_that_its_process_ended():

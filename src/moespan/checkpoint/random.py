@@ -16,6 +16,7 @@ from moespan.checkpoint.writer import write_json, write_shards
 from moespan.config import ModelConfig
 from moespan.device import DEVICES
 from moespan.errors import ConfigError
+from moespan.memory import zeros
 
 
 class RandomSource:
@@ -78,7 +79,9 @@ class RandomSource:
         # Each chunk is rounded when it is drawn, so that no whole float32 tensor exists.
         lengths = _lengths(columns, shape[1:])
         every_row = (slice(None), *columns)
-        drawn = torch.empty((rows.stop - rows.start, *lengths), dtype=self.dtype, **self._options)
+        # Fresh pages of a host go back to the system when they are freed; the C library would keep
+        # those of the loader's threads.
+        drawn = zeros((rows.stop - rows.start, *lengths), self.dtype, self._options["device"])
         at = 0
         for chunk in range(first, last):
             start = chunk * self.CHUNK_ROWS

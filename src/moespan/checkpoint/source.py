@@ -25,6 +25,7 @@ from moespan.checkpoint.placement import Piece, checkpoint_tensors, tolerated_te
 from moespan.config import PACKED_SUFFIX, SCALE_SUFFIX, SCHEMES, ModelConfig, read_json
 from moespan.errors import CheckpointError, ConfigError, shortened, shown
 from moespan.files import open_regular, parse_json
+from moespan.memory import zeros
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -289,7 +290,9 @@ class SafetensorsSource:
             for begin, num_bytes in ranges:
                 with contextlib.suppress(OSError):  # some file systems refuse the advice
                     os.posix_fadvise(opened.fileno(), begin, num_bytes, os.POSIX_FADV_WILLNEED)
-            buffer = torch.empty(max(num_bytes for _, num_bytes in ranges), dtype=torch.uint8)
+            largest = max(num_bytes for _, num_bytes in ranges)
+            # Fresh pages go back to the system; the C library would keep those of this thread.
+            buffer = zeros((largest,), torch.uint8, torch.device("cpu"))
             for piece, (begin, num_bytes) in zip(pieces, ranges, strict=True):
                 rows = buffer[:num_bytes]
                 self._fill(rows, opened, begin, piece)

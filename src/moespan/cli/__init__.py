@@ -17,6 +17,7 @@ from typing import NoReturn
 from moespan import log
 from moespan.cli import (
     bench,
+    calibrate,
     chat,
     doctor,
     generate,
@@ -41,7 +42,19 @@ from moespan.errors import (
 from moespan.machine.environment import keep_torch_npu_out
 from moespan.version import __version__
 
-_VERBS = (generate, chat, serve, verify, bench, info, plan, make_checkpoint, quantize, doctor)
+_VERBS = (
+    generate,
+    chat,
+    serve,
+    verify,
+    bench,
+    calibrate,
+    plan,
+    info,
+    make_checkpoint,
+    quantize,
+    doctor,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

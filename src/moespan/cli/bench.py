@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     serve_unless_first_node(settings)
     with contextlib.ExitStack() as stack:
         if args.preset is not None:
-            settings = stack.enter_context(_preset_model(args.preset, settings))
+            settings = stack.enter_context(preset_model(args.preset, settings))
         started = time.perf_counter()
         llm = stack.enter_context(start_llm(settings))
         start_s = time.perf_counter() - started
@@ -105,7 +105,7 @@ def _for_bench(settings: Settings, decode_batch: tuple[int, ...]) -> Settings:
 
 
 @contextlib.contextmanager
-def _preset_model(name: str, settings: Settings) -> Iterator[Settings]:
+def preset_model(name: str, settings: Settings) -> Iterator[Settings]:
     """`settings` with a temporary model folder that holds only the config of a preset."""
     from moespan.checkpoint.presets import preset
 

@@ -109,7 +109,7 @@ _CPU_PRODUCT = (256, 2048, 5632)
 _DEVICE_PRODUCT = (8192, 8192, 8192)
 
 
-def _last_level_cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
+def last_level_cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
     """Bytes of all caches of the last level together; 0 if the system does not report them."""
     sizes: dict[tuple[int, str], int] = {}
     for cache in cpus.glob("cpu[0-9]*/cache/index[0-9]*"):
@@ -139,7 +139,7 @@ def _measure(device: str, dtype: str) -> None:
     if is_cpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cores())
     buffer_bytes = (
-        max(_LEAST_CPU_BUFFER_BYTES, 4 * _last_level_cache_bytes())
+        max(_LEAST_CPU_BUFFER_BYTES, 4 * last_level_cache_bytes())
         if is_cpu
         else _DEVICE_BUFFER_BYTES
     )

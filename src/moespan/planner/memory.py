@@ -109,7 +109,7 @@ class MachineMemory:
 
     Attributes:
         base_bytes: memory of a rank before it loads anything.
-        slack: share of activations that the allocator wastes.
+        slack: share of a step's tensors that the allocator holds beside them.
         recorded_bytes: memory of each recorded decode step beside its tensors.
         communicator_bytes: ranks of a process group → bytes of its communicator.
     """
@@ -303,7 +303,7 @@ def class_memory(
         activation_bytes=most.total_bytes,
         graph_bytes=graphs,
         communicator_bytes=_communicator_bytes(config, model, machine),
-        slack_bytes=int(machine.slack * most.total_bytes),
+        slack_bytes=int(machine.slack * most.peak_bytes),
     )
     return ClassMemory(
         one,

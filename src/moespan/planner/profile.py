@@ -88,7 +88,7 @@ class DeviceFigures(_Strict, frozen=True, kw_only=True):
         memory_bytes: memory that a rank finds free when it starts. On the host it is shared by all
             ranks of a node.
         base_bytes: memory of a rank with its runtime and no weights.
-        allocator_slack: share of the other memory that the allocator wastes.
+        allocator_slack: share of a step's tensors that the allocator holds beside them.
         graph_bytes: pairs (padded size of a decode step, bytes of its recorded graph).
         communicator_bytes: ranks of a process group → bytes that its communicator takes.
         bytes_per_s: rate at which large operations read memory.

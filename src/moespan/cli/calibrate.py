@@ -1,0 +1,80 @@
+"""`moespan calibrate`: measures this machine, for `moespan plan`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
+from moespan.cli.show import check_writable, say
+from moespan.errors import ConfigError
+
+SUMMARY = "measure this machine, for plan"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `calibrate`."""
+    add_settings_flags(parser, model_is_required=False)
+    add_print_env_flag(parser)
+    parser.add_argument(
+        "--preset", metavar="{16b,16b-4l,tiny}", help="a geometry, instead of MODEL (16b)"
+    )
+    group = parser.add_argument_group("what to measure")
+    group.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.json", help="the profile to write"
+    )
+    group.add_argument(
+        "--seconds", type=float, default=180.0, metavar="S", help="time for all of it (180)"
+    )
+    group.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: CPU time of one thread, which repeats on a machine with busy neighbours (wall)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure operations, collectives, the host's work and memory of this machine, and write them
+    as a profile. Weights are random. A layout such as -tp 8 says over how many ranks collectives
+    are measured. Ctrl-C keeps what was measured."""
+    from moespan.cli.bench import preset_model
+    from moespan.measure.calibrate import Calibration
+
+    if not args.seconds > 0:
+        raise ConfigError(f"--seconds {args.seconds:g} must be above 0")
+    check_writable(args.out, "--out")
+    settings = settings_of(args)
+    if settings.nnodes > 1:
+        raise ConfigError(
+            f"nnodes={settings.nnodes}: collectives between nodes are not measured; calibrate one "
+            "node, and write the level `cluster` into its profile by hand"
+        )
+    name = args.preset
+    if settings.model is None and name is None:
+        name = "16b"
+    folder = None if settings.model is None else Path(settings.model)
+    if name is not None:
+        with preset_model(name, settings) as of_preset:
+            model, config, _ = of_preset.resolve()
+    else:
+        model, config, _ = settings.resolve()
+    assert model is not None
+    calibration = Calibration(
+        config,
+        model,
+        args.out,
+        args.seconds,
+        args.clock,
+        folder,
+        " ".join(["moespan", *sys.argv[1:]]),
+        say,
+    )
+    profile = calibration.run()
+    assert profile.made is not None
+    say(
+        f"wrote {args.out}: {len(profile.operations)} curves of operations, "
+        f"{len(profile.collectives)} of collectives, in {profile.made.seconds:.0f} s"
+    )
+    return 0

@@ -1,0 +1,443 @@
+"""Measures a machine, and writes the profile that `moespan plan` computes with.
+
+Operations run on random weights in the shapes that the ranks of many layouts hold, so that one
+device calibrates the computing of all layouts. Collectives run on real ranks. The host's terms are
+those of the real engine without its network. What is found is saved after every part, so that an
+interrupted calibration keeps what it has.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from moespan.checkpoint.presets import preset
+from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.device import DEVICES
+from moespan.errors import LayoutError
+from moespan.measure import collectives, overhead
+from moespan.measure.operations import CLOCKS, Operations, Times, in_graph, synchronizer, timed
+from moespan.measure.probe import Probe, last_level_cache_bytes, machine_name
+from moespan.memory import allocated_bytes, available_bytes, is_host
+from moespan.ops import Ops, ops_for
+from moespan.planner.profile import (
+    SCHEMA,
+    Broadcast,
+    Collective,
+    DeviceFigures,
+    Figure,
+    HostFigures,
+    Launch,
+    Level,
+    Made,
+    Operation,
+    Profile,
+    save,
+)
+from moespan.planner.work import RankWork, Task
+from moespan.version import __version__
+
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+_TENSOR_SIZES = (1, 2, 4, 8, 16)
+_MESSAGES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
+_PLANS = (256, 4 << 10, 16 << 10, 64 << 10, 256 << 10)
+_CONTEXTS = (128, 1024, 4096)
+_BATCHES = (1, 64)
+# A curve ends where one call takes longer.
+_LONGEST_CALL_S = 1.0
+_LEAST_TURN_BYTES = 128 << 20
+
+
+class _OutOfTimeError(Exception):
+    """The time for operations is over."""
+
+
+@dataclass
+class Calibration:
+    """One machine's measurements.
+
+    Args:
+        config: device, dtype, quantization, dtype of the cache, limits of a step; its layout comes
+            first, and gives the ranks for collectives.
+        out: file that is written after every part.
+        seconds: when the last operation begins, at the latest.
+        clock: `wall`, or `cpu` for CPU time of one thread.
+        folder: checkpoint with a tokenizer, for the host's cost of text; None does without text.
+    """
+
+    config: EngineConfig
+    model: ModelConfig
+    out: Path
+    seconds: float = 180.0
+    clock: str = "wall"
+    folder: Path | None = None
+    command: str = ""
+    say: Callable[[str], object] = lambda text: None
+    _started: float = field(default_factory=time.monotonic)
+
+    def run(self) -> Profile:
+        """Measure all parts; Ctrl-C ends it, and what was measured by then is kept."""
+        self._device = torch.device(self.config.device)
+        if CLOCKS[self.clock].one_thread:
+            torch.set_num_threads(1)
+        self.profile = self._first()
+        parts = (self._measure_host, self._measure_collectives, self._measure_operations)
+        try:
+            for part in parts:
+                part()
+                self._save(complete=False)
+            self._save(complete=True)
+        except KeyboardInterrupt:
+            self._save(complete=False)
+            self.say(f"interrupted: {self.out} keeps what was measured")
+        except _OutOfTimeError:
+            self.say(f"{self.seconds:g} s are over: {self.out} keeps what was measured")
+            self._save(complete=self._has_all_of_own_layout)
+        return self.profile
+
+    def _save(self, complete: bool) -> None:
+        made = self.profile.made
+        assert made is not None
+        seconds = time.monotonic() - self._started
+        made = msgspec.structs.replace(made, seconds=round(seconds, 1), complete=complete)
+        self.profile = msgspec.structs.replace(self.profile, made=made)
+        save(self.profile, self.out)
+
+    def _first(self) -> Profile:
+        """The device itself."""
+        self.say("memory, bandwidth, arithmetic")
+        config, device = self.config, self._device
+        base = allocated_bytes(device)
+        if not is_host(device):
+            before = available_bytes(device)
+            torch.zeros(1, device=device)
+            base = max(before - available_bytes(device), DEVICES[config.device].base_bytes)
+        with Probe(config.device, config.dtype) as probe:
+            limits = [probe() for _ in range(3)]
+        rate = sorted(one.operations_per_s for one in limits)
+        figures = DeviceFigures(
+            kind=config.device,
+            memory_bytes=_measured(available_bytes(device), "free at the start"),
+            base_bytes=_measured(base, "this process"),
+            allocator_slack=Figure(value=DEVICES[config.device].slack, origin="derived"),
+            bytes_per_s=_figure([one.bytes_per_s for one in limits], "probe"),
+            operations_per_s={config.dtype: _figure(rate, "probe")},
+            floor_us=self._floor(),
+            cores=torch.get_num_threads() if is_host(device) else None,
+        )
+        made = Made(
+            machine=machine_name(config.device),
+            torch=str(torch.__version__),
+            cuda=str(torch.version.cuda or ""),
+            moespan=__version__,
+            commands=[self.command] if self.command else [],
+            clock=self.clock,
+            complete=False,
+        )
+        return Profile(
+            schema=SCHEMA,
+            name=self.out.stem,
+            made=made,
+            device=figures,
+            launch=self._launch(),
+            levels=[Level(name="node", devices=max(config.layout.world_size, 1))],
+        )
+
+    def _floor(self) -> Figure:
+        """Seconds of a product of few numbers."""
+        x = torch.ones(1, 64, device=self._device, dtype=getattr(torch, self.config.dtype))
+        weight = x.expand(64, -1).contiguous()
+        run = lambda: torch.nn.functional.linear(x, weight)  # noqa: E731
+        times = timed(run, self._device, clock=self.clock, most=200)
+        return _us(times, "a product of 64 numbers")
+
+    def _launch(self) -> Launch:
+        x = torch.zeros(64, device=self._device)
+        small = timed(lambda: x.add_(1), self._device, clock=self.clock, most=200)
+        if is_host(self._device):
+            return Launch(
+                eager_us=Figure(value=0.0, origin="derived", source="calls compute at once"),
+                node_us=_us(small, "a sum of 64 numbers"),
+                wait_us=Figure(value=0.0, origin="derived", source="nothing to wait for"),
+            )
+        synchronize, launches = synchronizer(self._device), 200
+        started = time.perf_counter()
+        for _ in range(launches):
+            x.add_(1)
+        eager_s = (time.perf_counter() - started) / launches
+        synchronize()
+        wait = timed(lambda: x[0].item(), self._device, most=200)
+        found = Launch(
+            eager_us=_measured(eager_s * 1e6, "launches of a sum"), wait_us=_us(wait, "item")
+        )
+        return self._with_graphs(found, ops_for(self.config.device, self.config), x)
+
+    def _with_graphs(self, found: Launch, ops: Ops, x: torch.Tensor) -> Launch:
+        few, many = 8, 72
+        replays = [in_graph(ops, lambda: x.add_(1), calls) for calls in (few, many)]
+        if None in replays:
+            return found
+        short, long = (timed(one, self._device).median_s for one in replays if one is not None)
+        node_s = max(long - short, 0.0) / (many - few)
+        return msgspec.structs.replace(
+            found,
+            node_us=_measured(node_s * 1e6, "sums in a graph"),
+            replay_us=_measured(max(short - few * node_s, 0.0) * 1e6, "replay of a graph"),
+        )
+
+    def _measure_host(self) -> None:
+        """The leader's own work: what a decode step takes beside its network and sampling."""
+        self.say("the leader's work on the host")
+        now_ns = CLOCKS[self.clock].now_ns
+        source = "moespan.measure.overhead, greedy"
+        with self._text_model() as folder:
+            totals = {}
+            for batch in _BATCHES:
+                parts = overhead.measure(
+                    folder, batch, context=128, num_steps=40, warmup=10, now_ns=now_ns
+                )
+                totals[batch] = parts["total"] - parts["sample"]
+        few, many = _BATCHES
+        each = max(totals[many] - totals[few], 0.0) / (many - few)
+        host = HostFigures(
+            step_us=_measured(max(totals[few] - few * each, 0.0), source),
+            sequence_us=_measured(each, source),
+        )
+        self.profile = msgspec.structs.replace(self.profile, host=host)
+
+    @contextmanager
+    def _text_model(self) -> Iterator[Path]:
+        """A folder with a small geometry, and the model's tokenizer if there is one."""
+        with tempfile.TemporaryDirectory(prefix="moespan-") as name:
+            folder = Path(name)
+            small = preset("tiny", {"vocab_size": max(self.model.vocab_size, 1024)})
+            (folder / "config.json").write_text(json.dumps(small))
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                source = self.folder / file if self.folder is not None else None
+                if source is not None and source.exists():
+                    (folder / file).symlink_to(source.resolve())
+            yield folder
+
+    def _measure_collectives(self) -> None:
+        """Every kind over 2, 4, 8, ... ranks of this machine, and the broadcast of plans."""
+        world = self.config.layout.world_size
+        sizes = [size for size in (2, 4, 8, 16, 32) if size <= world and world % size == 0]
+        if world > 1 and world not in sizes:
+            sizes.append(world)
+        curves: list[Collective] = []
+        plans: list[tuple[int, list[float]]] = []
+        host = DEVICES[self.config.device].is_host
+        wanted = collectives.Wanted(
+            kinds=collectives.KINDS,
+            message_bytes=_MESSAGES[:6] if host else _MESSAGES,
+            graphs=True,
+            plans_bytes=_PLANS,
+        )
+        for ranks in sizes:
+            self.say(f"collectives over {ranks} ranks")
+            # Heads of the real model need not be divisible: nothing but messages is made.
+            config = replace(self.config, model="", layout=Layout(tp=ranks))
+            timings = collectives.measure(config, wanted)
+            curves += _curves([one for one in timings if one.axis == "tp"])
+            plans.append((ranks, [one.median_s * 1e6 for one in timings if one.axis == "control"]))
+        if not curves:
+            return
+        table = Broadcast(
+            ranks=[ranks for ranks, _ in plans],
+            bytes=list(_PLANS),
+            us=[us for _, us in plans],
+            source="moespan.measure.collectives",
+        )
+        small = {
+            one.ranks: _measured(one.us[0], "all-reduce of 4 KiB")
+            for one in curves
+            if one.kind == "all_reduce" and not one.graph
+        }
+        last = [one for one in curves if one.kind == "all_reduce" and not one.graph][-1]
+        sent = 2 * (last.ranks - 1) / last.ranks * last.bytes[-1]
+        level = Level(
+            name="node",
+            devices=world,
+            bytes_per_s=_measured(sent / (last.us[-1] * 1e-6), "the largest all-reduce"),
+            latency_us=small,
+        )
+        self.profile = msgspec.structs.replace(
+            self.profile,
+            collectives=curves,
+            levels=[level],
+            host=msgspec.structs.replace(self.profile.host, broadcast=table),
+        )
+
+    def _measure_operations(self) -> None:
+        """A curve for each shape: those of the config's layout first, then those of others."""
+        ops = ops_for(self.config.device, self.config)
+        turn_bytes = _LEAST_TURN_BYTES
+        if is_host(self._device):
+            turn_bytes = max(turn_bytes, 2 * last_level_cache_bytes())
+        dtype = getattr(torch, self.config.dtype)
+        make = Operations(ops, self.model, self._device, dtype, turn_bytes)
+        self._own = list(_curves_of(self.config, self.model, [self.config.layout]))
+        others = _curves_of(self.config, self.model, _layouts(self.model))
+        found: dict[tuple[Any, ...], Operation] = {}
+        for curve in [*self._own, *others]:
+            if curve.key in found:
+                continue
+            for one in self._curve(curve, make, ops):
+                found[one.key] = one
+                self.profile = msgspec.structs.replace(
+                    self.profile, operations=list(found.values())
+                )
+
+    @property
+    def _has_all_of_own_layout(self) -> bool:
+        have = {one.key for one in self.profile.operations}
+        return all(curve.key in have for curve in self._own)
+
+    def _curve(self, curve: Operation, make: Operations, ops: Ops) -> Iterator[Operation]:
+        """The curve with its times, and once more in graphs where the device records them."""
+        shape = {name: getattr(curve, name) for name in _SHAPE}
+        words = ", ".join(f"{name}={size}" for name, size in shape.items() if size)
+        self.say(f"{curve.op} {words}")
+        eager: list[tuple[int, Times]] = []
+        recorded: list[tuple[int, Times]] = []
+        calls = 8
+        for rows in curve.rows:
+            if time.monotonic() - self._started > self.seconds:
+                if len(eager) >= 3:
+                    yield _with(curve, eager, False)
+                raise _OutOfTimeError
+            run = make.run(curve.op, shape, curve.scheme, rows)
+            times = timed(run, self._device, clock=self.clock)
+            eager.append((rows, times))
+            if rows <= self.config.max_num_seqs and (replay := in_graph(ops, run, calls)):
+                each = timed(replay, self._device, clock=self.clock)
+                recorded.append((rows, Times(tuple(one / calls for one in each.seconds))))
+            if times.median_s > _LONGEST_CALL_S:
+                break
+        yield _with(curve, eager, False)
+        if recorded:
+            yield _with(curve, recorded, True)
+
+
+_SHAPE = ("n", "k", "experts", "met", "heads", "kv_heads", "head_dim", "context")
+
+
+def _layouts(model: ModelConfig) -> Iterator[Layout]:
+    """Layouts whose ranks hold all the shapes worth measuring."""
+    for size in _TENSOR_SIZES:
+        for ep in (1, size):
+            layout = Layout(tp=size, ep=ep)
+            try:
+                layout.check(model)
+            except LayoutError:
+                continue
+            yield layout
+    for dp in (2, 4, 8, 16):
+        if (model.n_routed_experts or 0) >= dp:
+            yield Layout(dp=dp, ep=dp)
+
+
+def _curves_of(
+    config: EngineConfig, model: ModelConfig, layouts: Iterable[Layout]
+) -> Iterator[Operation]:
+    """The curves, without times, of all operations of a rank under each layout."""
+    tokens = [rows for rows in _ROWS if rows <= config.max_num_batched_tokens]
+    seqs = [rows for rows in _ROWS if rows <= config.max_num_seqs]
+    for layout in layouts:
+        # All stages together: every operation occurs.
+        whole = replace(layout, pp=1, pipeline_layers=None)
+        work = RankWork(model, replace(config, layout=whole), whole)
+        for task in work.dense_tasks(1, 1):
+            rows = seqs if task.part in ("head", "sample") else tokens
+            yield _empty(config, task.op, dict(task.shape), task.scheme, rows)
+        expert = work.expert_task(1, 1)
+        if expert is not None:
+            yield from _expert_curves(config, model, expert)
+        attention = work.attention_task(1, 1, ())
+        shape = dict(attention.shape)
+        contexts = [one for one in _CONTEXTS if one < config.max_model_len] or [1]
+        for context in contexts:
+            yield _empty(
+                config, "attention_decode", {**shape, "context": context}, attention.scheme, seqs
+            )
+        chunks = [rows for rows in tokens if rows >= 16]
+        for context in [0, *contexts[1:2]]:
+            yield _empty(
+                config, "attention_prefill", {**shape, "context": context}, attention.scheme, chunks
+            )
+
+
+def _expert_curves(config: EngineConfig, model: ModelConfig, task: Task) -> Iterator[Operation]:
+    """By pairs, for few, half and all of the rank's experts met."""
+    shape = dict(task.shape)
+    held, chosen = shape["experts"], model.num_experts_per_tok
+    most = config.max_num_batched_tokens * chosen
+    for met in sorted({min(chosen, held), max(held // 2, 1), held}):
+        rows = [met * times for times in _ROWS if met * times <= most]
+        yield _empty(config, "experts", {**shape, "met": met}, task.scheme, rows)
+
+
+def _empty(
+    config: EngineConfig, op: str, shape: dict[str, int], scheme: str | None, rows: list[int]
+) -> Operation:
+    curve = Operation(op=op, dtype=config.dtype, scheme=scheme, rows=rows, us=[])
+    return msgspec.structs.replace(curve, **shape)
+
+
+def _with(curve: Operation, points: list[tuple[int, Times]], graph: bool) -> Operation:
+    return msgspec.structs.replace(
+        curve,
+        rows=[rows for rows, _ in points],
+        us=[times.median_s * 1e6 for _, times in points],
+        p10_us=[times.quantile_s(0.1) * 1e6 for _, times in points],
+        p90_us=[times.quantile_s(0.9) * 1e6 for _, times in points],
+        samples=min(len(times.seconds) for _, times in points),
+        graph=graph,
+        source="moespan calibrate",
+    )
+
+
+def _curves(timings: list[collectives.Timing]) -> Iterator[Collective]:
+    keys = dict.fromkeys((one.kind, one.ranks, one.graph) for one in timings)
+    for kind, ranks, graph in keys:
+        mine = [one for one in timings if (one.kind, one.ranks, one.graph) == (kind, ranks, graph)]
+        yield Collective(
+            kind=kind,
+            level="node",
+            ranks=ranks,
+            graph=graph,
+            bytes=[one.message_bytes for one in mine],
+            us=[one.median_s * 1e6 for one in mine],
+            p10_us=[one.p10_s * 1e6 for one in mine],
+            p90_us=[one.p90_s * 1e6 for one in mine],
+            source="moespan calibrate",
+        )
+
+
+def _measured(value: float, source: str) -> Figure:
+    return Figure(value=float(value), origin="measured", source=source)
+
+
+def _figure(values: list[float], source: str) -> Figure:
+    ordered = sorted(values)
+    return Figure(
+        value=ordered[len(ordered) // 2],
+        origin="measured",
+        source=source,
+        p10=ordered[0],
+        p90=ordered[-1],
+        n=len(ordered),
+    )
+
+
+def _us(times: Times, source: str) -> Figure:
+    return _figure([one * 1e6 for one in times.seconds], source)

@@ -1,0 +1,104 @@
+"""A calibration measures what the prediction of a step asks for, and keeps what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from moespan.checkpoint.presets import preset
+from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.measure import calibrate, operations
+from moespan.measure.calibrate import Calibration
+from moespan.planner import profile
+from moespan.planner.cost import ReplicaStep, StepCost
+from moespan.planner.expert_load import Routing
+from moespan.planner.profile import Figure, Level, Profile
+from moespan.planner.work import Chunk, Limits
+
+TINY = ModelConfig.from_dict(preset("tiny", {}))
+CONFIG = EngineConfig("", max_num_batched_tokens=32, max_num_seqs=4, max_model_len=256)
+
+
+class FixedProbe:
+    """A machine with fixed limits."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> FixedProbe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self) -> Limits:
+        return Limits(1e9, 1e9)
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few calls of small sizes."""
+    timed = operations.timed
+    monkeypatch.setattr(calibrate, "Probe", FixedProbe)
+    monkeypatch.setattr(calibrate, "_LEAST_TURN_BYTES", 1)
+    monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 0)
+    monkeypatch.setattr(calibrate, "_BATCHES", (1, 2))
+
+    def once(*args: Any, **kwargs: Any) -> operations.Times:
+        return timed(*args, **{**kwargs, "least": 1, "seconds": 0.0})
+
+    monkeypatch.setattr(calibrate, "timed", once)
+
+
+def calibrated(out: Path, config: EngineConfig = CONFIG, **options: Any) -> tuple[Profile, str]:
+    said: list[str] = []
+    calibration = Calibration(config, TINY, out, say=said.append, **options)
+    calibration.run()
+    return profile.load(str(out)), "\n".join(said)
+
+
+def sources(machine: Profile, config: EngineConfig, step: Sequence[ReplicaStep]) -> set[str]:
+    cost = StepCost(machine, TINY, config, Routing(TINY))
+    return {line.source for line in cost.lines(step) if line.kind == "operation"}
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_every_operation_of_a_step_is_measured(tmp_path: Path, scheme: str | None) -> None:
+    config = EngineConfig(
+        "", max_num_batched_tokens=32, max_num_seqs=4, max_model_len=256, quantization=scheme
+    )
+    machine, _ = calibrated(tmp_path / "here.json", config, clock="cpu")
+    assert machine.made is not None and machine.made.complete and machine.made.clock == "cpu"
+    assert machine.host.step_us is not None and machine.host.sequence_us is not None
+    measured = {"moespan calibrate", "see docs/planning.md"}
+    steps = ([ReplicaStep(4, 4, 4, 400)], [ReplicaStep(33, 2, 1, 100, (Chunk(32, 0),))])
+    for step in steps:
+        assert sources(machine, config, step) == measured
+    if scheme is None:  # one rank calibrates the computing of other layouts
+        links = Level(name="node", devices=8, bytes_per_s=Figure(value=1e9, origin="guess"))
+        machine = msgspec.structs.replace(machine, levels=[links])
+        for layout in (Layout(tp=2), Layout(tp=2, ep=2), Layout(dp=2, ep=2)):
+            other = EngineConfig("", layout, max_num_batched_tokens=32, max_num_seqs=4)
+            whole = [ReplicaStep(4, 4, 4, 400)] * layout.dp
+            assert sources(machine, other, whole) == measured
+
+
+@pytest.mark.usefixtures("fast")
+def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, said = calibrated(tmp_path / "short.json", seconds=1e-6)
+    assert "s are over" in said
+    assert machine.made is not None and not machine.made.complete
+    assert machine.host.step_us is not None and not machine.operations
+
+    def interrupt(self: Calibration) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Calibration, "_measure_operations", interrupt)
+    machine, said = calibrated(tmp_path / "cut.json")
+    assert "interrupted" in said and machine.made is not None and not machine.made.complete
+    assert machine.host.step_us is not None
