@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, integers, settings_of
-from moespan.cli.show import bench_table
+from moespan.cli.show import bench_table, load_table
 from moespan.cli.starting import serve_unless_first_node, start_llm
 from moespan.config import EngineConfig
 from moespan.errors import ConfigError
@@ -53,7 +53,35 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repeats", type=int, default=5, metavar="N", help="rounds after a warm-up (5)"
     )
+    _add_load_flags(parser)
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+
+
+def _add_load_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "a load instead",
+        "Requests arrive whether or not earlier ones have ended; with --concurrency the next one "
+        "comes when one ends. `moespan plan` predicts what is measured.",
+    )
+    group.add_argument(
+        "--load",
+        metavar="FILE",
+        help="requests of a trace: CSV of Azure's traces, JSON Lines of Mooncake's or ours",
+    )
+    length = "N|lognormal:MEAN:SIGMA|uniform:LOW:HIGH"
+    group.add_argument("--input", metavar=length, help="prompt tokens of drawn requests (1024)")
+    group.add_argument("--output", metavar=length, help="their output tokens (256)")
+    often = group.add_mutually_exclusive_group()
+    often.add_argument("--rate", type=float, metavar="R", help="requests per second, Poisson")
+    often.add_argument("--concurrency", type=int, metavar="N", help="requests at any time")
+    group.add_argument(
+        "--num-requests", type=int, default=100, metavar="N", help="drawn requests (100)"
+    )
+    group.add_argument(
+        "--speed", type=float, default=1.0, metavar="X", help="a trace X times as fast (1)"
+    )
+    group.add_argument("--clip", action="store_true", help="cut prompts that are too long")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the load (0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     off, and figures are medians."""
     from moespan.measure.bench import Workload, bench, first_token_s
 
+    if _has_load(args):
+        return _run_load(args)
     workload = Workload(
         Workload.prefill if args.prefill is None else args.prefill,
         args.decode_batch,
@@ -92,6 +122,45 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         print(*bench_table(report), sep="\n")
+    return 0
+
+
+def _has_load(args: argparse.Namespace) -> bool:
+    asked = (args.load, args.input, args.output, args.rate, args.concurrency)
+    return any(one is not None for one in asked)
+
+
+def _run_load(args: argparse.Namespace) -> int:
+    """Run a load, and print latencies and throughput."""
+    from moespan.measure.bench import first_token_s
+    from moespan.measure.under_load import bench_load
+    from moespan.planner import load
+
+    often = {"rate": args.rate, "concurrency": args.concurrency, "seed": args.seed}
+    if args.load is not None:
+        if args.input is not None or args.output is not None:
+            raise ConfigError("--load brings its own lengths; leave out --input and --output")
+        asked = load.read(args.load, speed=args.speed, **often)
+    elif args.num_requests < 1:
+        raise ConfigError(f"--num-requests {args.num_requests} must be at least 1")
+    else:
+        asked = load.drawn(args.input or "1024", args.output or "256", args.num_requests, **often)
+    settings = settings_of(args)
+    if settings.model is None and (args.preset is None or settings.node_rank > 0):
+        args.usage_error("one of the arguments MODEL --preset is required")
+    serve_unless_first_node(settings)
+    with contextlib.ExitStack() as stack:
+        if args.preset is not None:
+            settings = stack.enter_context(preset_model(args.preset, settings))
+        llm = stack.enter_context(start_llm(settings))
+        tokenizer = llm.tokenizer
+        asked = load.encoded(asked, None if tokenizer is None else tokenizer.encode)
+        asked = asked.fitting(llm.config.max_model_len, args.clip)
+        first_token_s(llm)
+        report = bench_load(llm, asked, args.seed)
+    if args.preset is not None:
+        report["model"] = args.preset
+    print(json.dumps(report) if args.json else "\n".join(load_table(report)))
     return 0
 
 

@@ -153,6 +153,27 @@ def bench_table(report: dict[str, Any]) -> Iterator[str]:
             )
 
 
+def load_table(report: dict[str, Any]) -> Iterator[str]:
+    """Lines that `bench` prints for a load."""
+    layout = ", ".join(f"{axis}={n}" for axis, n in report["layout"].items() if n > 1)
+    clipped = f", {report['num_clipped']} prompts cut" if report["num_clipped"] else ""
+    yield f"{report['model']}, {layout or 'one rank'}, {report['device']}: {report['machine']}"
+    yield f"{report['load']}{clipped}"
+    yield (
+        f"{report['num_requests']} requests counted in {report['seconds']:.1f} s: "
+        f"{report['requests_per_s']:.3g} requests/s, {report['tokens_per_s']:.1f} tokens/s; "
+        f"{report['prefix_hits']:.0%} of prompts in the cache, {report['preemptions']} preemptions"
+    )
+    yield ""
+    yield f"{'ms':<6}" + "".join(f"{name:>16}" for name in ("mean", "p50", "p90", "p95", "p99"))
+    for key, name in (("ttft_s", "TTFT"), ("tpot_s", "TPOT")):
+        cells = (
+            f"{1e3 * one['value']:.1f} ±{1e3 * one['half_width']:.1f}"
+            for one in report[key].values()
+        )
+        yield f"{name:<6}" + "".join(f"{cell:>16}" for cell in cells)
+
+
 def kinds(report: VerifyReport) -> str:
     """Dtype, quantisation and dtype of the KV cache, in words."""
     parts = [report.dtype]

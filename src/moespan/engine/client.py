@@ -6,7 +6,9 @@ The client for ranks in other processes is `moespan.launch.ranks.RanksClient`.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -106,13 +108,14 @@ class LocalClient:
             engine.abort(request_id)
 
     def receive(self, timeout_s: float | None = None) -> list[OutputDelta]:
-        """Run steps until one brings deltas; nothing if there is no work."""
+        """Run steps until one brings deltas; nothing if there is no work, or time is over."""
+        ends_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while True:
             with self._turn() as engine:
                 deltas, self._refused = self._refused, []
                 if not deltas and engine.has_unfinished:
                     deltas = engine.step()
-                if deltas or not engine.has_unfinished:
+                if deltas or not engine.has_unfinished or time.monotonic() >= ends_s:
                     return deltas
 
     @property

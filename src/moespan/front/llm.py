@@ -7,6 +7,8 @@ import functools
 import inspect
 import itertools
 import numbers
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 Self_ = TypeVar("Self_")
+
+# A request may come earlier than was said.
+_LONGEST_SLEEP_S = 1.0
 
 # Requests that the engine has at once, as a multiple of the requests that one step takes.
 _WINDOW = 2
@@ -187,7 +192,7 @@ class LLM:
 
     def stream(
         self,
-        requests: Iterable[tuple[str | None, Request]],
+        requests: Iterable[tuple[str | None, Request] | float],
         observe: Callable[[OutputDelta], object] | None = None,
     ) -> Generator[RequestOutput, None, None]:
         """Run any number of requests; yield the output of each as it finishes.
@@ -199,7 +204,9 @@ class LLM:
         goes on to the next request. A second Ctrl-C does not wait, and may end the engine.
 
         Args:
-            requests: pairs of a prompt's text (or None) and its request, as `request` makes them.
+            requests: pairs of a prompt's text (or None) and its request, as `request` makes them. A
+                number in between says that the next request will be there after so many seconds;
+                `requests` is asked again then, or earlier.
             observe: called with every delta of these requests, as soon as its step is done.
 
         Raises:
@@ -210,21 +217,24 @@ class LLM:
         try:
             while True:
                 room = self._num_wanted - len(mine)
-                new = list(itertools.islice(source, room))
+                new, wait_s = _take_due(itertools.islice(source, room))
                 with hold_interrupts():
                     for text, request in new:
                         output = RequestOutput.begin(request, text)
                         mine[request.id] = self._live[request.id] = output
                     self._add([request for _, request in new])
                 if not mine:
-                    return
+                    if wait_s is None:
+                        return
+                    time.sleep(min(wait_s, _LONGEST_SLEEP_S))
+                    continue
                 finished = [output for output in mine.values() if output.finished]
                 for output in finished:
                     del mine[output.request_id], self._live[output.request_id]
                     yield output
                 if not finished:
                     with hold_interrupts():
-                        deltas = self._client.receive()
+                        deltas = self._client.receive(wait_s)
                         self._take_in(deltas)
                     if observe is not None:
                         for delta in deltas:
@@ -356,6 +366,18 @@ def _refusal_of_call(refused: Sequence[tuple[int, RequestError]]) -> RequestErro
     others = ", ".join(str(other) for other, _ in refused[1:11])
     more = f" (refused as well: {others}{', ...' if len(refused) > 11 else ''})" if others else ""
     return RequestError(f"prompt {number}: {error}{more}")
+
+
+def _take_due(
+    source: Iterable[tuple[str | None, Request] | float],
+) -> tuple[list[tuple[str | None, Request]], float | None]:
+    """The requests of `source` up to a number, and this number."""
+    due: list[tuple[str | None, Request]] = []
+    for one in source:
+        if isinstance(one, float):
+            return due, min(one, threading.TIMEOUT_MAX)
+        due.append(one)
+    return due, None
 
 
 def _require_list(name: str, value: object, rule: str) -> None:

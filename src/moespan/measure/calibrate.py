@@ -69,9 +69,10 @@ class Calibration:
         config: device, dtype, quantization, dtype of the cache, limits of a step; its layout comes
             first, and gives the ranks for collectives.
         out: file that is written after every part.
-        seconds: when the last operation begins, at the latest.
+        seconds: when the last operation begins, at the latest, by the clock.
         clock: `wall`, or `cpu` for CPU time of one thread.
         folder: checkpoint with a tokenizer, for the host's cost of text; None does without text.
+        own_layout_only: leave out shapes that only other layouts have.
     """
 
     config: EngineConfig
@@ -82,11 +83,14 @@ class Calibration:
     folder: Path | None = None
     command: str = ""
     say: Callable[[str], object] = lambda text: None
+    own_layout_only: bool = False
     _started: float = field(default_factory=time.monotonic)
+    _began: float = 0.0
 
     def run(self) -> Profile:
         """Measure all parts; Ctrl-C ends it, and what was measured by then is kept."""
         self._device = torch.device(self.config.device)
+        self._began = CLOCKS[self.clock].now()
         if CLOCKS[self.clock].one_thread:
             torch.set_num_threads(1)
         self.profile = self._first()
@@ -286,16 +290,17 @@ class Calibration:
         dtype = getattr(torch, self.config.dtype)
         make = Operations(ops, self.model, self._device, dtype, turn_bytes)
         self._own = list(_curves_of(self.config, self.model, [self.config.layout]))
-        others = _curves_of(self.config, self.model, _layouts(self.model))
+        layouts = [] if self.own_layout_only else _layouts(self.model)
+        others = _curves_of(self.config, self.model, layouts)
         found: dict[tuple[Any, ...], Operation] = {}
         for curve in [*self._own, *others]:
             if curve.key in found:
                 continue
             for one in self._curve(curve, make, ops):
                 found[one.key] = one
-                self.profile = msgspec.structs.replace(
-                    self.profile, operations=list(found.values())
-                )
+                operations = list(found.values())
+                self.profile = msgspec.structs.replace(self.profile, operations=operations)
+            self._save(complete=False)
 
     @property
     def _has_all_of_own_layout(self) -> bool:
@@ -311,7 +316,7 @@ class Calibration:
         recorded: list[tuple[int, Times]] = []
         calls = 8
         for rows in curve.rows:
-            if time.monotonic() - self._started > self.seconds:
+            if CLOCKS[self.clock].now() - self._began > self.seconds:
                 if len(eager) >= 3:
                     yield _with(curve, eager, False)
                 raise _OutOfTimeError

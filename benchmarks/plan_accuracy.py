@@ -1,0 +1,374 @@
+"""Predicted beside measured, on this machine: memory by part, single steps, loads.
+
+    python benchmarks/plan_accuracy.py --device cpu --clock cpu --parts memory,steps,loads
+
+Every measured engine runs in a process of its own. What is predicted never comes from the run that
+it is compared with: the base is that of a tiny model, times come from a calibration, and sizes and
+lengths of loads differ from those that were calibrated. README.md explains the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from moespan.checkpoint.placement import cache_heads
+from moespan.checkpoint.presets import preset
+from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.device import DEVICES
+from moespan.planner.activations import Step
+from moespan.planner.memory import MachineMemory, RankMemory, loading_bytes, memory_of_rank
+
+GIB = 1 << 30
+HUGE_PAGE_BYTES = 2 << 20
+LAYOUTS: dict[str, Layout] = {
+    "one rank": Layout(),
+    "tp=2": Layout(tp=2),
+    "tp=2 ep=2": Layout(tp=2, ep=2),
+    "pp=2": Layout(pp=2),
+    "sp=2": Layout(sp=2),
+    "dp=2": Layout(dp=2),
+    "dp=2 ep=2": Layout(dp=2, ep=2),
+}
+OUTPUT_TOKENS = 8
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine whose memory is measured."""
+
+    layout: Layout = Layout()
+    device: str = "cpu"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    max_num_batched_tokens: int = 1024
+    geometry: dict[str, int] = {}
+    preset: str = "16b-4l"
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's geometry."""
+        return ModelConfig.from_dict(preset(self.preset, dict(self.geometry)))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the engine."""
+        return {
+            "device": self.device,
+            "load_format": "dummy",
+            "quantization": self.quantization,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "max_num_seqs": 16,
+            "max_model_len": 2 * self.max_num_batched_tokens,
+            "num_blocks": 6 * self.max_num_batched_tokens // DEVICES[self.device].block_size,
+            "enable_prefix_caching": False,
+        }
+
+    @property
+    def engine(self) -> EngineConfig:
+        """The configuration of its ranks."""
+        block_size = DEVICES[self.device].block_size
+        return EngineConfig("", self.layout, block_size=block_size, **self.options)
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ranks of a case took."""
+
+    ranks: list[RankMemory]
+
+
+def run_case(case: Case) -> Measured:
+    """Start the engine, run steps at its limits on every replica, and measure. In this process."""
+    from moespan import LLM, SamplingParams
+    from moespan.front.settings import FIELD_OF_AXIS
+
+    with tempfile.TemporaryDirectory() as folder:
+        raw = preset(case.preset, dict(case.geometry))
+        Path(folder, "config.json").write_text(json.dumps(raw))
+        sizes: dict[str, Any] = {
+            FIELD_OF_AXIS[axis]: size for axis, size in case.layout.sizes.items()
+        }
+        with LLM(folder, **case.options, **sizes) as llm:
+            draw = random.Random(0)
+            params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+            length = case.max_num_batched_tokens
+            for _ in range(2):
+                requests = [
+                    llm.request(draw.choices(range(500), k=length), params)
+                    for _ in range(2 * case.layout.dp)
+                ]
+                for output in llm.stream(requests):
+                    if output.error is not None:
+                        raise RuntimeError(output.error)
+            return Measured(ranks=llm.memory())
+
+
+def predicted(case: Case, rank: int, machine: MachineMemory) -> RankMemory:
+    """What the planner counts for a rank."""
+    config, model = case.engine, case.model
+    one = memory_of_rank(config, model, rank, machine, Step(sampling="greedy"))
+    parts = one.with_blocks(config.num_blocks or 0)
+    readers = 1
+    return msgspec.structs.replace(
+        parts,
+        touched_bytes=_touched_bytes(case, rank)
+        if DEVICES[case.device].is_host
+        else parts.cache_bytes,
+        loading_bytes=loading_bytes(config, model, rank, readers),
+    )
+
+
+def _touched_bytes(case: Case, rank: int) -> int:
+    """Pages of the cache that two sequences of a replica write, in huge pages of the host."""
+    config, model = case.engine, case.model
+    if not DEVICES[case.device].is_host:
+        blocks = config.num_blocks or 0
+        return memory_of_rank(config, model, rank).with_blocks(blocks).cache_bytes
+    tokens = case.max_num_batched_tokens + OUTPUT_TOKENS
+    blocks = 2 * -(-tokens // config.block_size)
+    heads = cache_heads(model, config.layout, rank)
+    layers = len(config.layout.stages(model)[config.layout.coordinates(rank).pp])
+    head_bytes = [model.head_dim, 4] if config.cache_dtype == "int8" else [2 * model.head_dim]
+    found = 0
+    for one in head_bytes:
+        written = blocks * config.block_size * heads * one
+        whole = (config.num_blocks or 0) * config.block_size * heads * one
+        pages = -(-written // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        found += 2 * layers * (min(pages, whole) if whole >= HUGE_PAGE_BYTES else written)
+    return found
+
+
+def in_own_process(case: Case) -> Measured:
+    """`run_case` in a process of its own."""
+    command = [sys.executable, __file__, "--one", msgspec.json.encode(case).decode()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=Measured)
+
+
+def memory_cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+    """The cases of the memory table."""
+    geometry = {"num_hidden_layers": args.layers}
+    sizes = args.batched_tokens
+    for name, layout in LAYOUTS.items():
+        for tokens in sizes:
+            case = Case(
+                layout=layout,
+                device=args.device,
+                max_num_batched_tokens=tokens,
+                geometry=geometry,
+            )
+            yield f"{name}, {tokens}", case
+    changed: tuple[dict[str, Any], ...] = (
+        {"quantization": "int8"},
+        {"quantization": "int4"},
+        {"kv_cache_dtype": "int8"},
+    )
+    for changes in changed:
+        name = " ".join(f"{key}={value}" for key, value in changes.items())
+        for tokens in sizes:
+            case = Case(
+                device=args.device, max_num_batched_tokens=tokens, geometry=geometry, **changes
+            )
+            yield f"{name}, {tokens}", case
+
+
+PARTS = ("base", "weights", "cache", "steps", "all", "loading")
+
+
+def _parts(memory: RankMemory) -> dict[str, int]:
+    """Bytes by the columns of the table."""
+    steps = memory.activation_bytes + memory.slack_bytes + memory.graph_bytes
+    return {
+        "base": memory.base_bytes + memory.communicator_bytes,
+        "weights": memory.weight_bytes,
+        "cache": memory.touched_bytes,
+        "steps": steps,
+        "all": memory.total_bytes,
+        "loading": memory.loading_bytes,
+    }
+
+
+def memory_table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure all cases and print predicted / measured MiB by part, and the error of the whole."""
+    bases = {}
+    for ranks in (1, 2):
+        tiny = Case(
+            layout=Layout(tp=ranks),
+            device=args.device,
+            preset="tiny",
+            max_num_batched_tokens=128,
+        )
+        found = in_own_process(tiny).ranks
+        bases[ranks] = max(one.base_bytes + one.communicator_bytes for one in found)
+    print(f"base of a rank: {bases[1] / 2**20:.0f} MiB alone, {bases[2] / 2**20:.0f} of two")
+    print(f"{'case':<30}{'rank':>5}" + "".join(f"{name:>14}" for name in PARTS) + "   error of all")
+    rows: list[dict[str, Any]] = []
+    for name, case in memory_cases(args):
+        if args.only and not any(part in name for part in args.only):
+            continue
+        base = bases[min(case.layout.world_size, 2)]
+        default = MachineMemory.of(args.device)
+        machine = MachineMemory(base, default.slack, default.recorded_bytes)
+        measured = in_own_process(case).ranks
+        for rank, one in enumerate(measured):
+            expected, real = _parts(predicted(case, rank, machine)), _parts(one)
+            error = expected["all"] / real["all"] - 1
+            cells = "".join(
+                f"{f'{expected[part] / 2**20:.0f}/{real[part] / 2**20:.0f}':>14}" for part in PARTS
+            )
+            print(f"{name:<30}{rank:>5}{cells}{error:>+13.1%}", flush=True)
+            rows.append({"case": name, "rank": rank, "predicted": expected, "measured": real})
+    errors = [abs(row["predicted"]["all"] / row["measured"]["all"] - 1) for row in rows]
+    misses = sum(one > 0.03 for one in errors)
+    print(f"{len(rows)} ranks: largest error {max(errors):.1%}, {misses} beyond 3 %")
+    return rows
+
+
+# Single steps of the worker, without the leader
+
+
+STEPS: dict[str, tuple[list[int], list[int]]] = {
+    "decode 1 after 200": ([1], [200]),
+    "decode 8 after 200": ([1] * 8, [200] * 8),
+    "decode 32 after 200": ([1] * 32, [200] * 32),
+    "prefill 100": ([100], [0]),
+    "prefill 230": ([230], [0]),
+    "decode 10 after 300, prefill 150": ([1] * 10 + [150], [300] * 10 + [0]),
+}
+"""Name → query and context lengths. Their sizes are not those that are calibrated."""
+
+
+def step_table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Calibrate, then measure and predict single steps of one rank, in this process."""
+    import torch
+
+    from moespan.checkpoint.loader import load_weights
+    from moespan.checkpoint.placement import place
+    from moespan.checkpoint.random import RandomSource
+    from moespan.engine.worker import Worker
+    from moespan.measure.calibrate import Calibration
+    from moespan.measure.operations import CLOCKS, timed
+    from moespan.ops import ops_for
+    from moespan.parallel.mesh import Mesh
+    from moespan.planner.cost import ReplicaStep, StepCost
+    from moespan.planner.expert_load import Routing
+    from moespan.planner.work import Chunk
+
+    case = Case(
+        device=args.device,
+        max_num_batched_tokens=256,
+        geometry={"num_hidden_layers": args.layers},
+    )
+    model = case.model
+    config = EngineConfig(
+        "", device=args.device, max_num_batched_tokens=256, max_num_seqs=32, max_model_len=512
+    )
+    if CLOCKS[args.clock].one_thread:
+        torch.set_num_threads(1)
+    device, dtype = torch.device(args.device), torch.bfloat16
+    calibration = Calibration(
+        config, model, args.profile, args.seconds, args.clock, own_layout_only=True
+    )
+    profile = calibration.run()
+    seconds = profile.made.seconds if profile.made is not None else 0.0
+    print(f"calibrated in {seconds:.0f} s, {len(profile.operations)} curves")
+    ops = ops_for(args.device, config)
+    source = RandomSource(model, dtype, 0, device)
+    weights, _ = load_weights(
+        place(model, Layout(), 0), source, dtype, device, new_builder=ops.builder
+    )
+    blocks = 32 * (512 // config.block_size)
+    worker = Worker(config, model, Mesh.create(Layout(), device), ops, weights, blocks)
+    cost = StepCost(profile, model, config, Routing(model))
+    print(f"{'step':<36}{'predicted ms':>14}{'measured ms':>14}{'p10 to p90':>18}{'error':>9}")
+    rows = []
+    for name, (queries, contexts) in STEPS.items():
+        plans, plan = _plan(queries, contexts, config.block_size, model.vocab_size)
+
+        def run(plans: Any = plans, plan: Any = plan) -> None:
+            pending = worker.execute(plans, plan)
+            assert pending is not None
+            pending.wait()
+
+        times = timed(run, device, clock=args.clock, least=5, most=15, seconds=2.0)
+        decodes = [context for query, context in zip(queries, contexts, strict=True) if query == 1]
+        chunks = tuple(
+            Chunk(query, context)
+            for query, context in zip(queries, contexts, strict=True)
+            if query > 1
+        )
+        cached = sum(decodes) + len(decodes)
+        step = ReplicaStep(sum(queries), len(queries), len(decodes), cached, chunks)
+        expected = cost.stages_s([step])[0]
+        error = expected / times.median_s - 1
+        spread = f"{1e3 * times.quantile_s(0.1):.1f} to {1e3 * times.quantile_s(0.9):.1f}"
+        figures = f"{1e3 * expected:>14.2f}{1e3 * times.median_s:>14.2f}"
+        print(f"{name:<36}{figures}{spread:>18}{error:>+9.1%}", flush=True)
+        rows.append({"step": name, "predicted_s": expected, "measured_s": times.median_s})
+    return rows
+
+
+def _plan(
+    queries: list[int], contexts: list[int], block_size: int, vocab_size: int
+) -> tuple[Any, Any]:
+    """The message of a step, and its plan for the only replica."""
+    from moespan.engine.step import SampleRow, StepPlan, StepPlans
+
+    draw = random.Random(1)
+    tables, first = [], 0
+    for query, context in zip(queries, contexts, strict=True):
+        count = -(-(query + context) // block_size)
+        tables.append(list(range(first, first + count)))
+        first += count
+    row: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 1}
+    plan = StepPlan(
+        step=0,
+        token_ids=draw.choices(range(vocab_size), k=sum(queries)),
+        query_lens=queries,
+        context_lens=contexts,
+        block_tables=tables,
+        samples=[SampleRow(sequence=at, position=0, **row) for at in range(len(queries))],
+    )
+    return StepPlans.of([plan]), plan
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print tables, and write the JSON file if one is asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
+    parser.add_argument("--layers", type=int, default=2, help="of the 16B geometry (2)")
+    parser.add_argument("--batched-tokens", type=int, nargs="+", default=(512, 2048))
+    parser.add_argument("--parts", default="memory,steps")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--seconds", type=float, default=180.0, help="for the calibration (180)")
+    parser.add_argument("--profile", type=Path, default=Path("build/here.json"))
+    parser.add_argument("--only", nargs="+", help="cases of memory with this in their names")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.one:
+        print(msgspec.json.encode(run_case(msgspec.json.decode(args.one, type=Case))).decode())
+        return
+    report: dict[str, Any] = {}
+    for part in args.parts.split(","):
+        print(
+            f"\n{part}, {args.device}, {args.layers} layers of the 16B geometry, {args.clock} time"
+        )
+        report[part] = {"memory": memory_table, "steps": step_table}[part](args)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
