@@ -75,7 +75,7 @@ def test_every_operation_of_a_step_is_measured(tmp_path: Path, scheme: str | Non
     machine, _ = calibrated(tmp_path / "here.json", config, clock="cpu")
     assert machine.made is not None and machine.made.complete and machine.made.clock == "cpu"
     assert machine.host.step_us is not None and machine.host.sequence_us is not None
-    measured = {"moespan calibrate", "see docs/planning.md"}
+    measured = {"moespan calibrate"}
     steps = ([ReplicaStep(4, 4, 4, 400)], [ReplicaStep(33, 2, 1, 100, (Chunk(32, 0),))])
     for step in steps:
         assert sources(machine, config, step) == measured
