@@ -189,10 +189,13 @@ class _Stage:
         is_decode = not any(one.chunks for one in step)
         cost = self._cost
         slowest = 0.0
-        # Replicas that are all alike take the same time.
-        alike = len(step) > 1 and step.count(step[0]) == len(step)
-        for group in cost._groups[:1] if alike else cost._groups:
-            members = [step[dp] for dp in group]
+        # Groups that compute the same take the same time, so each kind is counted once.
+        kinds: set[tuple[ReplicaStep, ...]]
+        if len(cost._groups) == len(step):
+            kinds = {(one,) for one in set(step)}
+        else:
+            kinds = {tuple(step[dp] for dp in group) for group in cost._groups}
+        for members in kinds:
             most = max(one.tokens for one in members)
             if not most:
                 continue
@@ -218,7 +221,7 @@ class _Stage:
         kernels += self._work.num_layers * _KERNELS_BESIDE
         return kernels * cost._prices.eager_s
 
-    def _group_s(self, members: list[ReplicaStep], most: int, size: int | None) -> float:
+    def _group_s(self, members: Sequence[ReplicaStep], most: int, size: int | None) -> float:
         """Seconds of the replicas that share experts, all together."""
         cost, graph = self._cost, size is not None
         own = [self._own(one, size) for one in members if one.tokens or len(members) > 1]
