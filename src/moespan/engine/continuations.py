@@ -62,7 +62,7 @@ class Continuations:
                 finish_reason, stop_reason = "stop", live.text.stopped_by
         if finish_reason is not None:
             self.drop(sequence)
-        begins = sequence.num_output_tokens == len(update.token_ids)
+        begins = len(sequence.token_ids) - len(update.token_ids) == sequence.num_prompt_tokens
         begins = begins and bool(update.token_ids or finish_reason)
         return OutputDelta(
             id=sequence.id,

@@ -404,7 +404,7 @@ class Scheduler:
             return SequenceUpdate(sequence, prompt=prompt, finish_reason="error", error=error)
 
         self._publish(sequence)
-        if sequence.index == 0 and sequence.has_prompt:
+        if self._siblings and sequence.index == 0 and sequence.has_prompt:
             self._queue_siblings(sequence)
         if sampled is None or sampled.token_id is None:
             if sequence.max_output_tokens == 0 and sequence.has_prompt:

@@ -118,12 +118,9 @@ class Sequence:
     @property
     def is_all_planned(self) -> bool:
         """Whether it ends with the plans in flight, whatever the ids of the expected tokens."""
-        num_output_tokens = self.num_output_tokens + self.num_expected_tokens
-        num_planned_tokens = self.num_computed_tokens + self.num_scheduled_tokens
-        return (
-            num_output_tokens >= self.max_output_tokens
-            and num_planned_tokens >= self.num_prompt_tokens
-        )
+        if self.num_output_tokens + self.num_expected_tokens < self.max_output_tokens:
+            return False
+        return self.num_computed_tokens + self.num_scheduled_tokens >= self.num_prompt_tokens
 
     @property
     def awaits_token(self) -> bool:
