@@ -34,3 +34,11 @@ def test_the_probe_measures_this_machine_and_reports_that_its_process_ended():
         with pytest.raises(MoespanError, match="ended with code -9"):
             probe()
     assert subprocess.run(["kill", "-0", str(probe.pid)], capture_output=True).returncode != 0
+
+
+def test_a_measuring_process_that_fails_ends_in_one_error(monkeypatch: pytest.MonkeyPatch):
+    """Whatever it writes to stdout before."""
+    program = ["-c", "import sys; sys.stdin.readline(); print('out of memory'); sys.exit(3)"]
+    monkeypatch.setattr("moespan.measure.probe.module_arguments", lambda _: program)
+    with pytest.raises(MoespanError, match="measures the machine ended with code 3"):
+        Probe("cpu", "float32")

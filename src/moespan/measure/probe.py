@@ -62,12 +62,13 @@ class Probe:
             self._process.stdin.write(b"\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = b""
-        if not answer:
-            code = self._process.wait()
-            raise MoespanError(f"the process that measures the machine ended with code {code}")
-        one = msgspec.json.decode(answer, type=Limits)
+            one = msgspec.json.decode(answer, type=Limits)
+        except (BrokenPipeError, msgspec.DecodeError):  # libraries may say goodbye on stdout
+            self._process.communicate()  # it ends when its input does
+            raise MoespanError(
+                "the process that measures the machine ended with code "
+                f"{self._process.returncode}; its error is above"
+            ) from None
         return Limits(one.bytes_per_s * self._num_devices, one.operations_per_s * self._num_devices)
 
     @property
