@@ -13,14 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from moespan import SamplingParams, __version__
+from moespan import SamplingParams, StructuredOutputsParams, __version__
+from moespan.engine.constraints import Constraint
 from moespan.engine.sampler import sample
 from moespan.engine.step import SampleRow
 from moespan.measure import overhead
@@ -36,10 +40,28 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 # Ways of sampling, at temperature 1 unless another is given.
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
+    "greedy, mask": {"temperature": 0.0, "allowed": "half of all tokens"},
     "temperature": {},
     "top_p 0.95": {"top_p": 0.95},
     "top_k 50": {"top_k": 50},
     "min_p 0.05": {"min_p": 0.05},
+}
+
+
+FORMS = {
+    "json schema": StructuredOutputsParams(
+        json={
+            "type": "object",
+            "properties": {
+                "name": {"type": "string"},
+                "tags": {"type": "array", "items": {"type": "string"}},
+                "size": {"type": "number"},
+            },
+            "required": ["name", "tags", "size"],
+        }
+    ),
+    "json object": StructuredOutputsParams(json_object=True),
+    "regex": StructuredOutputsParams(regex=r"[a-z ]{1,200}\.[0-9]{4}"),
 }
 
 
@@ -75,6 +97,8 @@ def measure_sampling(
     """Milliseconds from logits to ids, the best of some repetitions."""
     neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 1}
     settings = {**neutral, **WAYS[way]}
+    if "allowed" in settings:
+        settings["allowed"] = bytes([0b01010101]) * -(-logits.shape[-1] // 8)
     rows = [SampleRow(sequence=i, position=i, **settings) for i in range(len(logits))]
     took_ms = []
     for _ in range(repetitions):
@@ -97,6 +121,71 @@ def run_sampling(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+def words(count: int) -> list[bytes]:
+    """A vocabulary like that of a language model: all bytes, then pieces of words, then JSON's."""
+    generator = random.Random(0)
+    tokens = [b"", b"<end>", *(bytes([byte]) for byte in range(256)), b'{"', b'":', b'", "', b"  "]
+    known = set(tokens)
+    while len(tokens) < count:
+        letters = generator.choices("etaoinshrdlucmfwypvbgkqjxz", k=generator.randint(2, 9))
+        token = (generator.choice([" ", " ", "", "_"]) + "".join(letters)).encode()
+        if token not in known:
+            known.add(token)
+            tokens.append(token)
+    return tokens
+
+
+def measure_masks(batch_sizes: Sequence[int], vocab_size: int, steps: int) -> list[dict[str, Any]]:
+    """Microseconds of the leader for the masks of a step, and of sampling with them."""
+    from moespan.text.grammar import Grammars
+
+    tokens = words(vocab_size)
+
+    class Words:
+        special_token_ids = frozenset({0, 1})
+
+        def decode_bytes(self, token_ids: Sequence[int], skip_special_tokens: bool) -> bytes:
+            return tokens[token_ids[0]]
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [2 + byte for byte in text.encode()]
+
+    tokenizer: Any = Words()
+    grammars = Grammars(tokenizer, vocab_size, [1])
+    rows = []
+    for name, form in FORMS.items():
+        params = SamplingParams(structured_outputs=form)
+        for batch_size in batch_sizes:
+            choose = random.Random(1).choice
+            first = Constraint(params, vocab_size, frozenset({1}), (), grammars.matcher(form))
+            batch = [first.copy() for _ in range(batch_size)]
+            took_us = []
+            for _ in range(steps):
+                chosen = [choose(allowed_ids(one)) for one in batch]
+                started = time.perf_counter_ns()
+                for one, token_id in zip(batch, chosen, strict=True):
+                    one.append(token_id)
+                took_us.append((time.perf_counter_ns() - started) / 1e3)
+                batch = [first.copy() if one.is_complete else one for one in batch]
+            rows.append(
+                {
+                    "form": name,
+                    "batch": batch_size,
+                    "step_us": statistics.median(took_us),
+                    "worst_step_us": max(took_us),
+                }
+            )
+    return rows
+
+
+def allowed_ids(constraint: Constraint) -> list[int]:
+    """The token ids that may come next, except EOS if there are others."""
+    assert constraint.allowed is not None
+    bits = np.unpackbits(np.frombuffer(constraint.allowed, np.uint8), bitorder="little")
+    token_ids: list[int] = np.flatnonzero(bits).tolist()
+    return [token_id for token_id in token_ids if token_id != 1] or token_ids
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure all batch sizes and ways of sampling, one after the other."""
     torch.set_num_threads(1)  # one thread's work is measured
@@ -112,6 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ],
         "vocab_size": args.vocab_size,
         "sampling": run_sampling(args),
+        "masks": measure_masks(args.batch_sizes, args.vocab_size, args.steps),
     }
 
 
@@ -131,6 +221,13 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     yield f"{'sampling':<13}{'logits':<7}{'batch':>5}{'ms':>10}"
     for row in report["sampling"]:
         yield f"{row['way']:<13}{row['logits']:<7}{row['batch']:>5}{row['ms']:>10.2f}"
+    yield ""
+    yield f"µs of the leader for the masks of a step, of {report['vocab_size']} words"
+    yield ""
+    yield f"{'form':<13}{'batch':>12}{'median':>10}{'worst':>10}"
+    for row in report["masks"]:
+        figures = f"{row['step_us']:>10.0f}{row['worst_step_us']:>10.0f}"
+        yield f"{row['form']:<13}{row['batch']:>12}{figures}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "MoespanError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from moespan.errors import MoespanError
     from moespan.front.llm import LLM
     from moespan.front.outputs import CompletionOutput, RequestOutput
+    from moespan.text.grammar import StructuredOutputsParams
     from moespan.version import __version__
 
 
@@ -35,6 +37,10 @@ def __getattr__(name: str) -> object:
         from moespan.engine.request import SamplingParams
 
         return SamplingParams
+    if name == "StructuredOutputsParams":
+        from moespan.text.grammar import StructuredOutputsParams
+
+        return StructuredOutputsParams
     if name == "ModelConfig":
         from moespan.config import ModelConfig
 

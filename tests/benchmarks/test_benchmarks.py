@@ -44,7 +44,11 @@ def test_the_engines_own_cost_is_told_by_its_parts(
     assert min(row["ms"] for row in sampling) > 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].split() == ["sampling", "batch", *PARTS, "rest", "total"]
-    assert len(lines) == 8 + len(results) + len(sampling)
+    masks = report["masks"]
+    assert [(row["form"], row["batch"]) for row in masks] == [
+        (form, batch) for form in engine_overhead.FORMS for batch in (1, 3)
+    ]
+    assert len(lines) == 12 + len(results) + len(sampling) + len(masks)
 
 
 def test_many_requests_leave_memory_and_descriptors_flat(capsys: pytest.CaptureFixture[str]):

@@ -225,6 +225,21 @@ def test_json_is_one_line_for_each_prompt(cli: Cli):
     assert [len(record["logprobs"]) for record in ran.records] == [4, 3]
 
 
+def test_answers_have_the_form_that_a_flag_names(cli: Cli, tmp_path: Path):
+    (tmp_path / "schema").write_text('{"const": 7}')
+    (tmp_path / "grammar").write_text('root ::= "1" [0-9] "!"')
+    for flag, value, text in (
+        ("--regex", "[0-9]{2}", "14"),
+        ("--json-schema", tmp_path / "schema", "7"),
+        ("--grammar", tmp_path / "grammar", "14!"),
+        ("--choice", "1416", "1416"),
+    ):
+        ran = cli("generate", QUICKSTART, "--json", "--quiet", "--prompt", "681+734=", flag, value)
+        assert [record["text"] for record in ran.records] == [text], flag
+    ran = cli("generate", QUICKSTART, "--prompt", "a", "--grammar", tmp_path / "missing")
+    assert ran.code == 2 and "missing cannot be read" in ran.err
+
+
 def test_chat_puts_prompts_through_the_template(cli: Cli):
     ran = cli("generate", QUICKSTART, "--chat", "--json", "--quiet", "--prompt", "12+30=")
     (record,) = ran.records

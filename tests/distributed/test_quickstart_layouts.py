@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moespan import LLM, SamplingParams
+from moespan import LLM, SamplingParams, StructuredOutputsParams
 from moespan.config import Layout
 from tests import tiers
 from tests.distributed.ranks import Ranks
@@ -33,6 +33,22 @@ def answers(llm: LLM) -> list[str]:
     return [output.outputs[0].text for output in outputs]
 
 
+def forms(llm: LLM) -> list[str]:
+    """Drawn answers of given forms, mixed with free ones."""
+    given = [
+        StructuredOutputsParams(json_object=True),
+        StructuredOutputsParams(regex="[0-9]{4}"),
+        StructuredOutputsParams(choice=["a", "b c"]),
+        None,
+    ]
+    params = [
+        SamplingParams(temperature=1, seed=seed, max_tokens=12, structured_outputs=form)
+        for seed in range(2)
+        for form in given
+    ]
+    return [output.outputs[0].text for output in llm.generate(["681+734="] * 8, params)]
+
+
 def num_correct(texts: list[str]) -> int:
     return sum(
         tasks.is_correct(task, prompt, text)
@@ -41,9 +57,16 @@ def num_correct(texts: list[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def expected(ranks: Ranks) -> list[str]:
+def one_rank(ranks: Ranks) -> tuple[list[str], list[str]]:
+    """The answers of one rank, and its answers of given forms."""
+    llm = ranks.llm(QUICKSTART)
+    return answers(llm), forms(llm)
+
+
+@pytest.fixture(scope="module")
+def expected(one_rank: tuple[list[str], list[str]]) -> list[str]:
     """The answers of one rank."""
-    return answers(ranks.llm(QUICKSTART))
+    return one_rank[0]
 
 
 def test_one_rank_answers_nearly_all_exercises(expected: list[str]):
@@ -52,8 +75,10 @@ def test_one_rank_answers_nearly_all_exercises(expected: list[str]):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_layout_answers_as_many_exercises_as_one_rank(
-    ranks: Ranks, expected: list[str], layout: Layout
+    ranks: Ranks, expected: list[str], one_rank: tuple[list[str], list[str]], layout: Layout
 ):
-    texts = answers(ranks.llm(QUICKSTART, layout))
+    llm = ranks.llm(QUICKSTART, layout)
+    assert forms(llm) == one_rank[1]
+    texts = answers(llm)
     assert num_correct(texts) == num_correct(expected)
     assert texts == expected

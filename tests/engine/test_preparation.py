@@ -14,7 +14,7 @@ from moespan.engine.request import Request
 from moespan.errors import EngineDeadError, RequestError
 from tests.support import QUICKSTART
 
-PARAMS = SamplingParams(allowed_token_ids=[3], temperature=0, max_tokens=2)
+PARAMS = SamplingParams(allowed_token_ids=[3], bad_words=["x"], temperature=0, max_tokens=2)
 
 
 def request(id: str) -> Request:

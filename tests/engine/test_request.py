@@ -57,6 +57,7 @@ WRONG: list[tuple[str, Any]] = [
     *wrong("allowed_token_ids", 5, "5", [], [True], ["5"], [-1], [1.5], {5: 1}, [None]),
     *wrong("bad_words", "", [""], [" "], [1], ["a", b"b"], b"a", 5, "x" * 65, ["x"] * 257),
     *wrong("bad_words", "\ud83d", ["a", "\ud83d"], ["   "]),
+    *wrong("structured_outputs", 5, "x", [], True, ["a"]),
     *wrong("logit_bias", 5, "5", [], [(5, 1)], True, {5: "1"}, {5: None}, {5: True}),
     *wrong("logit_bias", {5: math.nan}, {5: 101}, {5: HUGE}, {-1: 0}, {"-1": 0}),
     *wrong("logit_bias", {"x": 0}, {True: 0}, {None: 0}, {(): 0}, {"1" * 5000: 0}),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import moespan.text.chat_template
+import moespan.text.child
 from moespan.errors import RequestError, TokenizerError
 from moespan.text.tokenizer import Tokenizer
 from tests.text.tokenizer_files import (
@@ -404,9 +405,10 @@ def test_the_renderer_sees_no_environment_and_opens_no_files(
 def test_a_child_that_is_stopped_is_replaced(
     deepseek: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moespan.text.chat_template, "_SILENCE_SECONDS", 0.3)
     before = deepseek.apply_chat_template(USER)
     renderer_of(deepseek).send_signal(signal.SIGSTOP)
-    with pytest.raises(TokenizerError, match="the process that renders it ended"):
-        deepseek.apply_chat_template(USER)
+    with monkeypatch.context() as patch:  # a new child may take longer to start
+        patch.setattr(moespan.text.child, "_SILENCE_SECONDS", 0.3)
+        with pytest.raises(TokenizerError, match="the process that works on it ended"):
+            deepseek.apply_chat_template(USER)
     assert deepseek.apply_chat_template(USER) == before

@@ -16,6 +16,7 @@ from moespan.cli.sampling_flags import add_sampling_flags, sampling_of
 from moespan.cli.show import EXIT_FAILED, check_writable, print_text, say, say_speed, say_start
 from moespan.cli.starting import serve_unless_first_node, start_llm
 from moespan.errors import ConfigError, EngineDeadError, RequestError
+from moespan.files import read_bytes
 from moespan.front.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print only answers and errors")
     add_sampling_flags(parser, "defaults for lines that do not set them")
     group = parser.add_argument_group("outputs")
+    form = parser.add_argument_group("form of the answers (needs moespan[grammar])")
+    form = form.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE", help="JSON of this schema")
+    form.add_argument("--regex", metavar="REGEX", help="text that matches as a whole")
+    form.add_argument("--choice", nargs="+", metavar="TEXT", help="one of these texts")
+    form.add_argument("--grammar", type=Path, metavar="FILE", help="a grammar in Lark or GBNF")
     group.add_argument("--logprobs", type=int, metavar="N", help="with --json or --input")
     group.add_argument("--prompt-logprobs", type=int, metavar="N", help="with --json or --input")
     group.add_argument("-n", type=int, metavar="N", help="continuations of each prompt (1)")
@@ -68,12 +75,29 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is None and args.input is None:
         args.usage_error("one of the arguments --prompt --input is required")
     params = sampling_of(args, "logprobs", "prompt_logprobs", "n")
+    if form := _form(args):
+        params["structured_outputs"] = form
     sampling = SamplingParams.from_dict(params)
     if args.input is not None:
         return _answer_file(args, settings, params)
     if args.output is not None or args.resume:
         raise ConfigError("--output and --resume go with --input FILE.jsonl")
     return _answer_prompts(args, settings, sampling)
+
+
+def _form(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `structured_outputs` that the flags name; empty without any."""
+    from moespan.text.grammar import MAX_GRAMMAR_BYTES
+
+    files = {"json": args.json_schema, "grammar": args.grammar}
+    form = {"regex": args.regex, "choice": args.choice}
+    for name, path in files.items():
+        if path is not None:
+            try:
+                form[name] = read_bytes(path, MAX_GRAMMAR_BYTES).decode()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{path} cannot be read: {error}") from None
+    return {name: value for name, value in form.items() if value is not None}
 
 
 def _answer_prompts(args: argparse.Namespace, settings: Settings, sampling: Any) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moespan.engine.request import Request, SamplingParams
 from moespan.errors import MoespanError, RequestError
+from moespan.text.grammar import Grammars, require_grammar_extra
 from moespan.text.tokenizer import Tokenizer
 
 Bits = NDArray[np.uint8]
@@ -90,6 +91,7 @@ class Constraint:
         vocab_size: int,
         eos_token_ids: Iterable[int],
         tokenizer: Tokenizer | None,
+        grammars: Grammars | None,
     ) -> Constraint:
         """What `request` may say, before its first token. This may take longer than a step.
 
@@ -98,13 +100,22 @@ class Constraint:
         """
         params = request.params
         eos = frozenset(token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size)
-        if not params.bad_words:
-            return cls(params, vocab_size, eos)
-        if tokenizer is None:
-            raise RequestError(
-                "bad_words need a tokenizer, and this checkpoint has none; use logit_bias"
-            )
-        return cls(params, vocab_size, eos, _token_runs(params.bad_words, tokenizer))
+        runs: list[list[int]] = []
+        if params.bad_words:
+            if tokenizer is None:
+                raise RequestError(
+                    "bad_words need a tokenizer, and this checkpoint has none; use logit_bias"
+                )
+            runs = _token_runs(params.bad_words, tokenizer)
+        matcher = None
+        if params.structured_outputs is not None:
+            if grammars is None:
+                require_grammar_extra()
+                raise RequestError(
+                    "structured_outputs need a tokenizer and an EOS token; the checkpoint lacks one"
+                )
+            matcher = grammars.matcher(params.structured_outputs)
+        return cls(params, vocab_size, eos, runs, matcher)
 
     def copy(self) -> Constraint:
         """An independent constraint in the same state."""

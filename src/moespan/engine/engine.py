@@ -55,9 +55,7 @@ class Engine:
         self._most_in_flight = config.most_steps_in_flight
         self._seeds = random.Random(config.seed)
         self._live = Continuations(tokenizer)
-        self._preparation = Preparation(
-            lambda request: Constraint.of(request, vocab_size, eos, tokenizer)
-        )
+        self._preparation = Preparation.of(vocab_size, eos, tokenizer)
         # One for each step in flight; None unless this rank is the speaker of its replica.
         self._own_results: deque[Pending | None] = deque()
         self._pace = Pace()
@@ -89,6 +87,7 @@ class Engine:
         if request.params.constrains:
             check_request(request, self.info.max_model_len, self._replicas.schedulers[0].vocab_size)
             self._preparation.start(request, seed)
+            self._admit_prepared()
         else:
             self._admit(request, seed)
 
@@ -111,7 +110,7 @@ class Engine:
             EngineDeadError: an earlier step failed, or the engine is closed.
         """
         with self._all_or_dead():
-            self._admit_prepared()
+            self._admit_prepared(may_wait=not self._kept and not self._replicas.has_unfinished)
             while self._replicas.num_in_flight < self._most_in_flight:
                 plans = self._replicas.schedule()
                 self._kept += [self._delta(update) for update in self._replicas.take_faults()]
@@ -206,9 +205,8 @@ class Engine:
             self.abort(request.id)
             raise fault(request.id, error) from None
 
-    def _admit_prepared(self) -> None:
-        """Queue the requests whose constraints are made; wait for one if there is nothing else."""
-        may_wait = not self._kept and not self._replicas.has_unfinished
+    def _admit_prepared(self, may_wait: bool = False) -> None:
+        """Queue the requests whose constraints are made."""
         for one in self._preparation.take(may_wait):
             try:
                 self._admit(one.request, one.seed, one.constraint)

@@ -7,7 +7,7 @@ request only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -15,6 +15,8 @@ from moespan import log
 from moespan.engine.constraints import Constraint
 from moespan.engine.request import Request
 from moespan.errors import MoespanError, RequestError
+from moespan.text.grammar import Grammars, deep_stack
+from moespan.text.tokenizer import Tokenizer
 
 # Compiling uses one core; a second thread lets a short grammar pass a long one.
 _NUM_THREADS = 2
@@ -64,6 +66,15 @@ class Preparation:
         self._threads: ThreadPoolExecutor | None = None
         self._waiting: dict[str, Prepared] = {}
 
+    @classmethod
+    def of(
+        cls, vocab_size: int, eos_token_ids: Iterable[int], tokenizer: Tokenizer | None
+    ) -> Preparation:
+        """For one checkpoint."""
+        eos = tuple(eos_token_ids)
+        grammars = Grammars.of(tokenizer, vocab_size, eos)
+        return cls(lambda request: Constraint.of(request, vocab_size, eos, tokenizer, grammars))
+
     def __len__(self) -> int:
         return len(self._waiting)
 
@@ -71,10 +82,14 @@ class Preparation:
         return request_id in self._waiting
 
     def start(self, request: Request, seed: int) -> None:
-        """Begin to make the constraint of `request`."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_NUM_THREADS, "constraints")
-        future = self._threads.submit(self._make, request)
+        """Begin to make the constraint of `request`; allowed ids alone are ready at once."""
+        if request.params.structured_outputs is None and not request.params.bad_words:
+            future: Future[Constraint] = Future()
+            future.set_result(self._make(request))
+        else:
+            self._threads = self._threads or ThreadPoolExecutor(_NUM_THREADS, "constraints")
+            with deep_stack():
+                future = self._threads.submit(self._make, request)
         self._waiting[request.id] = Prepared(request, seed, future)
 
     def take(self, may_wait: bool) -> Iterator[Prepared]:

@@ -11,6 +11,7 @@ import msgspec
 
 from moespan import log
 from moespan.errors import RequestError, shown
+from moespan.text.grammar import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -57,6 +58,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         min_tokens: EOS, stop token ids and stop strings do not count before this many tokens.
         ignore_eos: treat EOS like any other token.
         skip_special_tokens: leave special tokens out of the text.
+        structured_outputs: the form of the output: JSON of a schema, a regular expression, ... The
+            output ends where the form leaves nothing more, also before `min_tokens` and with
+            `ignore_eos`. Otherwise EOS comes only where the form may end.
         logprobs: return log probabilities of the sampled token and of this many best tokens.
         prompt_logprobs: the same for every prompt token but the first.
     """
@@ -80,6 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_tokens: int = 0
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -91,6 +96,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             else:
                 try:
                     checked = check.take(value)
+                except RequestError:
+                    raise
                 except (TypeError, ValueError, OverflowError):
                     raise RequestError(f"{name}={shown(value)} must be {check.rule}") from None
             if checked is not value:
@@ -128,7 +135,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def constrains(self) -> bool:
         """Whether not every token may come next, by more than ids that end the output."""
-        return self.allowed_token_ids is not None or bool(self.bad_words)
+        return (
+            self.allowed_token_ids is not None
+            or bool(self.bad_words)
+            or self.structured_outputs is not None
+        )
 
 
 class _Check(NamedTuple):
@@ -215,6 +226,14 @@ def _allowed_token_ids(value: Any) -> list[int]:
     return token_ids
 
 
+def _structured_outputs(value: Any) -> StructuredOutputsParams:
+    if isinstance(value, StructuredOutputsParams):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return StructuredOutputsParams.from_dict(value)
+
+
 def _stop_token_ids(value: Any) -> list[int]:
     return [_token_id(item) for item in _items(value, MAX_STOP)]
 
@@ -267,6 +286,9 @@ _CHECKS = {
     "min_tokens": _Check("an integer within 0..2**31-1", _count),
     "ignore_eos": _Check("true or false", _flag),
     "skip_special_tokens": _Check("true or false", _flag),
+    "structured_outputs": _Check(
+        "a StructuredOutputsParams, or an object with its fields", _structured_outputs
+    ),
     "logprobs": _Check(f"an integer within 0..{MAX_LOGPROBS}", _integer(0, MAX_LOGPROBS)),
     "prompt_logprobs": _Check(f"an integer within 0..{MAX_LOGPROBS}", _integer(0, MAX_LOGPROBS)),
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 from moespan.engine.request import Request, SamplingParams, check_request
 from moespan.errors import RequestError, shown
+from moespan.text.grammar import GrammarChecker
 from moespan.text.tokenizer import Tokenizer
 
 Prompt = str | list[int] | Mapping[str, object]
@@ -42,6 +43,7 @@ class Prompts:
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._numbers = itertools.count()
+        self._grammars = GrammarChecker()
 
     def encode(self, prompt: object, add_special_tokens: bool = True) -> Encoded:
         """Text and token ids of a `Prompt`.
@@ -118,6 +120,8 @@ class Prompts:
             id: of the request; None for the next number.
             cache_salt: only requests with the same salt share cached prefixes.
 
+        The first request with a grammar tries the grammar, which may take seconds.
+
         Raises:
             RequestError: the prompt or its parameters break a limit.
         """
@@ -133,6 +137,8 @@ class Prompts:
             prompt_logits=prompt_logits,
         )
         check_request(request, self._max_model_len, self._vocab_size)
+        if request.params.structured_outputs is not None:
+            self._grammars.check(request.params.structured_outputs)
         return text, request
 
 

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import sys
 import threading
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moespan.errors import RequestError, TokenizerError, shortened, shown
+from moespan.text.child import Answer, Child, as_line
 
 if TYPE_CHECKING:
-    import subprocess
-
     import jinja2
 
 __all__ = ["ChatTemplate", "check_unicode"]
@@ -31,7 +26,6 @@ __all__ = ["ChatTemplate", "check_unicode"]
 # the largest conversation several times, even one of tiny messages only.
 _RENDER_SECONDS: Final = 1.5
 _RENDER_MEMORY_BYTES: Final = 64 << 20
-_SILENCE_SECONDS: Final = 10.0  # for a child that is stopped, whose alarm waits with it
 _MAX_CONVERSATION_BYTES: Final = 2 << 20
 _MAX_PROMPT_CHARACTERS: Final = 4 << 20
 _MAX_REASON_CHARACTERS: Final = 200
@@ -44,9 +38,8 @@ class ChatTemplate:
     Jinja's sandbox keeps a template away from Python's internals, but does not limit its steps or
     its memory. A template can ask for 10^10 of either, mostly in one uninterruptible call of C
     code: `"a" * 10**9`, `|center`, `"%999999999d"`, the text of a list that holds itself twice,
-    forty levels deep. Therefore a child process renders, and the kernel enforces the limits: an
-    alarm ends the child, and RLIMIT_AS bounds its memory. With RLIMIT_NOFILE at 0 it can open
-    neither a file nor a socket. The child sets all limits before it looks at the template.
+    forty levels deep. Therefore a child process renders, and the kernel enforces the limits
+    (`moespan.text.child`), which the child sets before it looks at the template.
 
     The child starts with the first rendering, waits for the next, and ends when this object or this
     process does. A child that breaks a limit, or is silent for 10 s, is replaced. Threads may share
@@ -58,28 +51,27 @@ class ChatTemplate:
         self._named_tokens = named_tokens
         self._folder = folder
         self._lock = threading.Lock()
-        self._child: _Child | None = None
+        self._child: Child | None = None
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         """The prompt; see `Tokenizer.apply_chat_template`."""
-        request = _json_line(
-            {
-                "messages": _checked_messages(messages),
-                "add_generation_prompt": add_generation_prompt,
-                # Templates test these for `none`; a missing variable is undefined instead.
-                "tools": None,
-                "documents": None,
-                **self._named_tokens,
-            }
-        )
-        if len(request) > _MAX_CONVERSATION_BYTES:
+        request = {
+            "messages": _checked_messages(messages),
+            "add_generation_prompt": add_generation_prompt,
+            # Templates test these for `none`; a missing variable is undefined instead.
+            "tools": None,
+            "documents": None,
+            **self._named_tokens,
+        }
+        num_bytes = len(as_line(request))
+        if num_bytes > _MAX_CONVERSATION_BYTES:
             raise RequestError(
-                f"the messages take {len(request)} bytes as JSON; "
+                f"the messages take {num_bytes} bytes as JSON; "
                 f"at most {_MAX_CONVERSATION_BYTES} can be rendered"
             )
         with self._lock:
             if self._child is None or not self._child.is_usable:
-                self._child = _Child(self._source)
+                self._child = self._start()
             reply = self._child.ask(request)
         match reply:
             case {"text": text}:
@@ -90,6 +82,20 @@ class ChatTemplate:
             f"the chat template of {self._folder} cannot be used: {reply['fault']}. Put a "
             "working one beside tokenizer.json as chat_template.jinja, or complete plain prompts"
         )
+
+    def _start(self) -> Child:
+        try:
+            return Child(
+                __name__,
+                {"source": self._source, "characters": _MAX_PROMPT_CHARACTERS},
+                seconds=_RENDER_SECONDS,
+                memory_bytes=_RENDER_MEMORY_BYTES,
+                most_reply_bytes=_MAX_REPLY_BYTES,
+            )
+        except OSError as error:
+            raise TokenizerError(
+                f"cannot render the chat template, which needs Linux and jinja2: {error}"
+            ) from error
 
 
 def _checked_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -139,131 +145,35 @@ def check_unicode(text: str, name: str) -> None:
         ) from None
 
 
-class _Child:
-    """The parent's handle on the process that renders a template, which ends with this object."""
-
-    def __init__(self, source: str) -> None:
-        import subprocess
-
-        # The child gets this process's search path, so that it finds the same modules. From the
-        # environment it gets only what the interpreter and its clock need: no keys or tokens, no
-        # preloaded libraries.
-        path = [str(Path(__file__).resolve().parents[2]), *map(str, sys.path)]
-        kept = ("LD_LIBRARY_PATH", "TZ")
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _CHILD_PROGRAM, *path],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in kept if name in os.environ},
-            )
-        except OSError as error:
-            raise TokenizerError(
-                f"cannot start {sys.executable} to render the chat template: {error}"
-            ) from error
-        self._end = weakref.finalize(self, _end_process, self._process)
-        setup = {
-            "source": source,
-            "seconds": _RENDER_SECONDS,
-            "memory_bytes": _RENDER_MEMORY_BYTES,
-            "characters": _MAX_PROMPT_CHARACTERS,
-        }
-        reply = self.ask(_json_line(setup))
-        if reply:
-            raise TokenizerError(
-                f"cannot render the chat template, which needs Linux and jinja2: {reply['fault']}"
-            )
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether the child still runs. In a fork of this process it counts as ended."""
-        return self._process.poll() is None
-
-    def ask(self, request: bytes) -> dict[str, str]:
-        """Sends one line and returns the reply to it. After a broken limit the child is unusable.
-
-        The reply has one item: "text", "refusal" (the template refuses the messages) or "fault".
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        deadline = threading.Timer(_SILENCE_SECONDS, self._process.kill)
-        deadline.daemon = True
-        deadline.start()
-        try:
-            with contextlib.suppress(BrokenPipeError):  # then there is no reply either
-                self._process.stdin.write(request)
-                self._process.stdin.flush()
-            line = self._process.stdout.readline(_MAX_REPLY_BYTES)
-            reply: dict[str, str] = json.loads(line) if line.endswith(b"\n") else {"limit": ""}
-        except BaseException:
-            self._end()  # otherwise the late reply would answer the next request
-            raise
-        finally:
-            deadline.cancel()
-        if "limit" not in reply:
-            return reply
-        status = self._end()
-        if status == -signal.SIGALRM:
-            return {"fault": f"it takes longer than {_RENDER_SECONDS} s"}
-        return {"fault": reply["limit"] or f"the process that renders it ended, status {status}"}
-
-
-def _end_process(process: subprocess.Popen[bytes]) -> int:
-    """Ends the process if it still runs; returns its exit status."""
-    process.kill()
-    status = process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # unsent data cannot be flushed
-            pipe.close()  # type: ignore[union-attr]
-    return status
-
-
-def _json_line(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-
-
 # The rest of this module runs in the child, which imports the module anew.
-_CHILD_PROGRAM: Final = (
-    "import sys; sys.path[:] = sys.argv[1:]; "
-    "from moespan.text.chat_template import _serve_template; _serve_template()"
-)
 
 
 class _RefusalError(Exception):
     """The template called `raise_exception`."""
 
 
-def _serve_template() -> None:
-    """Reads the template, reports that the child is ready, and answers requests until the last."""
-    requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    setup = json.loads(requests.readline())
+def answer_in_child(set_up: Mapping[str, Any]) -> Answer:
+    """Makes the function that renders the template of `set_up` with the variables of a request.
+
+    The reply is "text", "refusal" (the template refuses the messages) or "fault".
+    """
     environment = _template_environment()
-    _limit_this_process(setup["memory_bytes"])
     template: jinja2.Template | None = None
-    reply = _json_line({})
-    while True:
-        replies.write(reply)
-        replies.flush()
-        request = requests.readline()
-        if not request:
-            return
-        signal.setitimer(signal.ITIMER_REAL, setup["seconds"])
+
+    def answer(variables: dict[str, Any]) -> dict[str, str]:
+        nonlocal template
         try:
-            template = template or environment.from_string(setup["source"])
-            reply = _json_line(
-                {"text": _limited_text(template.generate(json.loads(request)), setup["characters"])}
-            )
-        except MemoryError:
-            reply = _json_line({"limit": f"it needs over {setup['memory_bytes'] >> 20} MiB"})
-        except OverflowError as error:
-            reply = _json_line({"limit": str(error).rstrip(".")})
+            template = template or environment.from_string(set_up["source"])
+            return {"text": _limited_text(template.generate(variables), set_up["characters"])}
+        except (MemoryError, OverflowError):
+            raise
         except _RefusalError as error:
-            reply = _json_line({"refusal": shortened(error, _MAX_REASON_CHARACTERS)})
+            return {"refusal": shortened(error, _MAX_REASON_CHARACTERS)}
         except Exception as error:  # a template can raise anything
-            reply = _json_line(
-                {"fault": shortened(f"{type(error).__name__}: {error}", _MAX_REASON_CHARACTERS)}
-            )
-        signal.setitimer(signal.ITIMER_REAL, 0)
+            fault = f"{type(error).__name__}: {error}"
+            return {"fault": shortened(fault, _MAX_REASON_CHARACTERS)}
+
+    return answer
 
 
 def _template_environment() -> jinja2.Environment:
@@ -322,25 +232,6 @@ def _template_environment() -> jinja2.Environment:
     with contextlib.suppress(jinja2.UndefinedError):
         environment.from_string(r"{{ '\n'|wordwrap|pprint|tojson }}{{ x.y }}").render()
     return environment
-
-
-def _limit_this_process(memory_bytes: int) -> None:
-    """Limits this process to `memory_bytes` beyond what it maps now, to no new files, and to the
-    time of its alarm."""
-    import resource
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    mapped_pages = int(Path("/proc/self/statm").read_text().split()[0])
-    for limit, value in (
-        (resource.RLIMIT_AS, mapped_pages * resource.getpagesize() + memory_bytes),
-        (resource.RLIMIT_NOFILE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        ceiling = resource.getrlimit(limit)[1]
-        value = value if ceiling == resource.RLIM_INFINITY else min(value, ceiling)
-        resource.setrlimit(limit, (value, value))
 
 
 def _limited_text(pieces: Iterable[str], limit_characters: int) -> str:

@@ -87,6 +87,7 @@ class Tokenizer:
             beyond that; the additional ids have no text.
         longest_token_bytes: bytes of the longest token.
         named_tokens: texts of the tokens that have a name, such as `bos_token`.
+        special_token_ids: ids of special tokens, which stand for no text.
         chat_template: source of the chat template; None without one.
     """
 
@@ -120,8 +121,9 @@ class Tokenizer:
 
         self.named_tokens = dict(_named_tokens(folder, settings))
         named_ids = map(backend.token_to_id, self.named_tokens.values())
-        self._special_ids = {id_ for id_, token in added_tokens.items() if token.special}
-        self._special_ids.update(id_ for id_ in named_ids if id_ is not None)
+        special = {id_ for id_, token in added_tokens.items() if token.special}
+        special.update(id_ for id_ in named_ids if id_ is not None)
+        self.special_token_ids = frozenset(special)
 
         self.bos_token_id = self._id_of("bos_token")
         self._eos_token_id = self._id_of("eos_token")
@@ -201,7 +203,7 @@ class Tokenizer:
 
     def decode_bytes(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> bytes:
         """The bytes of `token_ids`, which may begin or end in the middle of a character."""
-        hidden = self._special_ids if skip_special_tokens else ()
+        hidden = self.special_token_ids if skip_special_tokens else ()
         return b"".join(
             [
                 self._bytes_of.get(id_, b"")
