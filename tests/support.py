@@ -121,6 +121,7 @@ def make_worker(
     block_size: int = 4,
     num_blocks: int = 256,
     enforce_eager: bool = False,
+    expert_stats: bool = False,
 ) -> Worker:
     """One rank's worker, with NaN in every slot of its cache: what is read must be written first.
 
@@ -140,6 +141,7 @@ def make_worker(
         block_size=block_size,
         max_model_len=256,
         enforce_eager=enforce_eager,
+        expert_stats=expert_stats,
     )
     worker = Worker(settings, config, mesh, ops, weights, num_blocks)
     for caches in worker.caches:

@@ -22,9 +22,11 @@ from moespan.checkpoint.presets import preset
 from moespan.cli import _parser, main
 from moespan.cli.flags import settings_of
 from moespan.cli.show import BYTES, COUNTS, scaled
+from moespan.config import ModelConfig
 from moespan.engine.client import LocalClient
 from moespan.errors import EngineDeadError
 from moespan.front.batch import AnswerFile
+from moespan.planner.expert_load import Routing
 from tests.support import DATA, QUICKSTART, altered_checkpoint, write_config
 
 TINY = DATA / "oracle" / "tiny"
@@ -346,6 +348,27 @@ def test_a_file_is_answered_and_resumed(cli: Cli, tmp_path: Path):
     assert ran == Ran(0, "", "")
     found = [json.loads(line)["id"] for line in output.read_text().splitlines()]
     assert sorted(found) == [*range(2, 7)]
+
+
+def test_recorded_routing_is_what_the_plan_takes(cli: Cli, tmp_path: Path):
+    path = tmp_path / "counts.json"
+    arguments = ["generate", QUICKSTART, "--quiet", "--ignore-eos", "--max-tokens", 3]
+    arguments += ["--record-routing", path]
+    assert cli(*arguments, "--prompt", "347+85=", "1+1=").code == 0
+    config = ModelConfig.from_pretrained(QUICKSTART)
+    counts = {int(layer): row for layer, row in json.loads(path.read_text())["counts"].items()}
+    assert {sum(row) for row in counts.values()} == {(8 + 5 + 4) * config.num_experts_per_tok}
+    assert Routing.read(str(path), config).busiest(1, ((0,),)).rows >= 0
+
+    input_path = tmp_path / "input.jsonl"
+    input_path.write_text('{"prompt": "347+85="}\n{"prompt": "1+1="}\n')
+    path.unlink()
+    assert cli(*arguments, "--input", input_path).code == 0
+    assert {
+        int(layer): row for layer, row in json.loads(path.read_text())["counts"].items()
+    } == counts
+    ran = cli("generate", QUICKSTART, "--record-routing", tmp_path, "--prompt", "a")
+    assert (ran.code, "--record-routing" in ran.err) == (2, True)
 
 
 def test_answers_of_a_file_go_to_stdout_without_an_output(cli: Cli, tmp_path: Path):

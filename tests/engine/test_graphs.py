@@ -17,6 +17,7 @@ from torch import Tensor
 from moespan import log
 from moespan.config.engine import padded_sizes
 from moespan.engine.step import StepPlan, StepPlans
+from moespan.engine.worker import Worker
 from moespan.ops import AttentionBatch, CpuOps, KVCache, Replay
 from moespan.ops.npu.ops import plain_decode
 from moespan.parallel.counters import Traffic
@@ -101,6 +102,33 @@ def test_padding_writes_nothing_into_blocks_of_requests(num_sequences: int):
             ours = ours[: len(theirs)]
             assert torch.equal(ours.isnan(), theirs.isnan())
             torch.testing.assert_close(ours.nan_to_num(), theirs.nan_to_num())
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3, 5])
+def test_padding_does_not_count_as_tokens_of_experts(num_sequences: int):
+    oracle = Oracle("tiny")
+    ops = RecordingOps()
+    worker = make_worker(oracle.config, oracle.source(), ops=ops, expert_stats=True)
+    plain = make_worker(oracle.config, oracle.source(), expert_stats=True)
+
+    def added(one: Worker) -> dict[int, list[int]]:
+        counter = one.model.counter
+        assert counter is not None
+        before = counter.read()
+        execute(one, decode(num_sequences, 1))
+        return {
+            layer: [now - then for now, then in zip(row, before[layer], strict=True)]
+            for layer, row in counter.read().items()
+        }
+
+    # On a device recording computes nothing; the operations here compute the first step twice.
+    for one in (worker, plain):
+        execute(one, decode(num_sequences, 0))
+    expected = added(plain)
+    assert added(worker) == expected
+    assert ops.num_replayed == 1
+    num_chosen = num_sequences * oracle.config.num_experts_per_tok
+    assert {sum(row) for row in expected.values()} == {num_chosen}
 
 
 def test_a_step_with_a_prompt_chunk_or_a_trace_is_not_a_decode_step():

@@ -14,7 +14,7 @@ import pytest
 
 from moespan.config import Layout
 from moespan.engine.info import EngineInfo, EngineStats, Pulse, StepFigures
-from moespan.engine.questions import AnyQuestion, Question, Stats, Trace, Traffic
+from moespan.engine.questions import AnyQuestion, ExpertCounts, Question, Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams, TokenLogprobs
 from moespan.engine.trace import Observation
 from moespan.errors import EngineDeadError, RequestError
@@ -99,6 +99,9 @@ def test_every_question_knows_the_type_of_its_answer() -> None:
     assert set(get_args(AnyQuestion)) == set(Question.__subclasses__())
     assert Stats.answer_type() is EngineStats
     assert Trace([1]).answer_type() == list[Observation]
+    counts = {1: [3, 0], 10: [1, 2]}
+    sent = msgspec.msgpack.encode(counts)
+    assert msgspec.msgpack.decode(sent, type=ExpertCounts.answer_type()) == counts
     rows = [[("tp", "all_reduce", "mlp", 3, 12)]]
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(rows), type=Traffic.answer_type()) == rows
 

@@ -329,6 +329,13 @@ def _add_step_flags(parser: argparse.ArgumentParser) -> None:
     )
     _add(
         parser,
+        "expert_stats",
+        "--expert-stats",
+        action="store_true",
+        help="count the tokens of each expert and layer",
+    )
+    _add(
+        parser,
         "step_timeout_s",
         "--step-timeout",
         type=float,

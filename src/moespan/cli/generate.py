@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -53,6 +54,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="treat each prompt as a user message")
     parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     parser.add_argument("--quiet", action="store_true", help="print only answers and errors")
+    parser.add_argument(
+        "--record-routing",
+        type=Path,
+        metavar="FILE.json",
+        help="write how many tokens chose each expert, for plan --routing; turns on --expert-stats",
+    )
     add_sampling_flags(parser, "defaults for lines that do not set them")
     group = parser.add_argument_group("outputs")
     form = parser.add_argument_group("form of the answers (needs moespan[grammar])")
@@ -71,6 +78,9 @@ def run(args: argparse.Namespace) -> int:
     from moespan.engine.request import SamplingParams
 
     settings = settings_of(args)
+    if args.record_routing is not None:
+        check_writable(args.record_routing, "--record-routing")
+        settings = replace(settings, expert_stats=True)
     serve_unless_first_node(settings)
     if args.prompt is None and args.input is None:
         args.usage_error("one of the arguments --prompt --input is required")
@@ -121,6 +131,7 @@ def _answer_prompts(args: argparse.Namespace, settings: Settings, sampling: Any)
                 _show(args, number, finished[number])
             raise
         seconds = time.perf_counter() - started
+        _record_routing(args, llm)
     say_speed(args, len(requests) - num_failed, num_tokens, seconds)
     return EXIT_FAILED if num_failed else 0
 
@@ -175,12 +186,25 @@ def _answer_file(args: argparse.Namespace, settings: Settings, params: dict[str,
             report_failure=report_failure,
             advance=bar.update,
         )
+        _record_routing(args, llm)
     if report.num_skipped and not args.quiet:
         say(f"{report.num_skipped} were answered before")
     say_speed(args, report.num_answered, report.num_output_tokens, report.seconds)
     if report.num_failed:
         log.logger.error("%d of %d lines failed", report.num_failed, report.num_lines)
     return EXIT_FAILED if report.num_failed else 0
+
+
+def _record_routing(args: argparse.Namespace, llm: LLM) -> None:
+    """Write what `--record-routing` asks for."""
+    if args.record_routing is None:
+        return
+    from moespan.planner.expert_load import write_counts
+
+    counts = llm.expert_counts()
+    if not counts:
+        raise ConfigError(f"--record-routing: {llm.info.model} has no routed experts")
+    write_counts(args.record_routing, counts)
 
 
 def _answered_before(args: argparse.Namespace) -> set[str]:

@@ -53,6 +53,8 @@ class EngineOptions:
         enforce_eager: never run decode steps as recorded graphs (`moespan.engine.graphs`).
         async_scheduling: plan a step while the previous one runs. None does so on devices that
             compute apart from the host. With pp > 1 each stage has a plan in flight in any case.
+        expert_stats: count the tokens of each expert and layer, for `LLM.expert_counts` and the
+            server's heat map.
         step_timeout_s: seconds without progress of any rank after which a step counts as hanging,
             and the job ends (`moespan.launch.stall`). The first step of each kind, which may
             compile kernels, has five times as long. Only ranks that moespan starts are watched.
@@ -91,6 +93,7 @@ class EngineOptions:
     bind: str = "auto"
     enforce_eager: bool = False
     async_scheduling: bool | None = None
+    expert_stats: bool = False
     step_timeout_s: float = 120.0
     npu_fused_all_reduce: int = 0
     npu_weight_format: str = "nd"

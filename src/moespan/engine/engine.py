@@ -21,12 +21,12 @@ from moespan.engine.info import EngineInfo, EngineStats, Pulse
 from moespan.engine.masks import send_masks, without_masks
 from moespan.engine.pace import Pace
 from moespan.engine.preparation import Preparation
-from moespan.engine.questions import Memory, Question, Stats, Trace, Traffic
+from moespan.engine.questions import ExpertCounts, Memory, Question, Stats, Trace, Traffic
 from moespan.engine.replicas import Replicas
-from moespan.engine.reports import collect_reports
+from moespan.engine.reports import answer_by_reports
 from moespan.engine.request import OutputDelta, Request, check_request, fault, refusal
 from moespan.engine.results import Pending, collect_results
-from moespan.engine.step import Close, FromLeader, Heartbeat, Report, StepPlans, StepResult
+from moespan.engine.step import Close, FromLeader, Heartbeat, StepPlans, StepResult
 from moespan.engine.trace import Observation, run_trace
 from moespan.engine.updates import SequenceUpdate
 from moespan.engine.worker import Worker
@@ -139,11 +139,9 @@ class Engine:
                 self._settle()
             if isinstance(question, Stats):
                 return EngineStats.total([EngineStats.of(s) for s in self._replicas.schedulers])
-            if isinstance(question, Traffic | Memory):
+            if isinstance(question, Traffic | Memory | ExpertCounts):
                 self._settle()
-                report = Report("memory" if isinstance(question, Memory) else "traffic")
-                self._broadcast(report)
-                return collect_reports(self._worker, report)
+                return answer_by_reports(question, self._worker, self._broadcast)
             if isinstance(question, Trace):
                 scheduler = self._replicas.schedulers[0]
                 live = len(self._live)

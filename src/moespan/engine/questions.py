@@ -53,4 +53,15 @@ class Trace(Question[list[Observation]], frozen=True, tag="trace"):
     token_ids: list[int]
 
 
-AnyQuestion = Stats | Traffic | Memory | Trace
+class ExpertCounts(Question[dict[int, list[int]]], frozen=True, tag="expert_counts"):
+    """Layer → how many tokens chose each expert since the start, over all ranks.
+
+    Every computed token counts once in each layer with experts, for each of its experts. Tokens
+    found in the prefix cache are not computed; those of a preempted sequence are computed again.
+    Running requests go on, but the steps in flight end first.
+
+    Refused with `RequestError` unless the engine runs with `expert_stats`.
+    """
+
+
+AnyQuestion = Stats | Traffic | Memory | Trace | ExpertCounts

@@ -134,9 +134,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
 
 
 class Report(msgspec.Struct, frozen=True, tag="report"):
-    """Every follower sends its traffic counters, or what memory it takes."""
+    """Every follower sends its traffic counters, what memory it takes, or its experts' counts."""
 
-    what: Literal["traffic", "memory"] = "traffic"
+    what: Literal["traffic", "memory", "experts"] = "traffic"
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):

@@ -16,6 +16,7 @@ from moespan.engine.sampler import fill_in
 from moespan.engine.step import StepPlan, StepPlans
 from moespan.engine.trace import Observation
 from moespan.memory import to_device
+from moespan.model.expert_counts import ExpertCounter
 from moespan.model.network import Model, Observer, Weights
 from moespan.ops import AttentionBatch, Ops
 from moespan.parallel.dispatch import Dispatch
@@ -57,8 +58,9 @@ class Worker:
         dtype = getattr(torch, config.dtype)
         self._dispatch = Dispatch(model_config, mesh, config.moe_dispatch, dtype.itemsize)
         experts = ExpertPlacement.make(config.expert_placement, model_config, config.layout)
+        counter = ExpertCounter.make(config, model_config, mesh, num_blocks)
         self.model = Model(
-            model_config, ops, mesh, weights, config.max_model_len, self._dispatch, experts
+            model_config, ops, mesh, weights, config.max_model_len, self._dispatch, experts, counter
         )
         self._link = StageLink(mesh, model_config.hidden_size, dtype)
         heads = cache_heads(model_config, config.layout, mesh.rank)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from moespan.config import Layout
 from moespan.engine.interrupts import hold_interrupts
-from moespan.engine.questions import Memory, Stats, Trace, Traffic
+from moespan.engine.questions import ExpertCounts, Memory, Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams, refusal
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError, shown
 from moespan.front.outputs import RequestOutput
@@ -276,6 +276,16 @@ class LLM:
         """Bytes that each rank takes, by part, measured since the start or `relayout`. Steps in
         flight end first."""
         return self._client.ask(Memory())
+
+    def expert_counts(self) -> dict[int, list[int]]:
+        """Layer → how many tokens chose each expert since the start or `relayout`; only layers
+        with experts. Every computed token counts in each layer, once for each of its experts.
+        Steps in flight end first.
+
+        Raises:
+            RequestError: the engine runs without `expert_stats`.
+        """
+        return self._client.ask(ExpertCounts())
 
     def trace(self, token_ids: list[int]) -> list[Observation]:
         """Values inside the network for one prompt, layer after layer.

@@ -29,6 +29,7 @@ from torch import Tensor
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.checkpoint.placement import Share, head_shares
 from moespan.config import ModelConfig
+from moespan.model.expert_counts import ExpertCounter
 from moespan.ops import AttentionBatch, ExpertBank, KVCache, Ops, Rotation, Weight
 from moespan.parallel.dispatch import Dispatch, PhysicalExperts
 from moespan.parallel.mesh import Axis, Mesh
@@ -49,11 +50,14 @@ class Step:
         batch: where the T tokens lie in sequences and cache.
         lengths: tokens that each sp rank holds outside attention; they sum to T.
         rotation: the rotary embedding of this rank's L tokens.
+        chosen: gets the experts that each layer's router chooses, integers [L, K], if they are
+            counted; otherwise None.
     """
 
     batch: AttentionBatch
     lengths: list[int]
     rotation: Rotation
+    chosen: list[Tensor] | None = None
 
 
 def _local_heads(config: ModelConfig, tp: Axis) -> tuple[int, int]:
@@ -194,15 +198,23 @@ class MoE:
         has_shared = config.shared_intermediate_size > 0
         self.shared = MLP(ops, tp, weights, f"{name}.shared") if has_shared else None
 
-    def __call__(self, x: Tensor, observe: Callable[[str, Tensor], None] | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        observe: Callable[[str, Tensor], None] | None = None,
+        all_chosen: list[Tensor] | None = None,
+    ) -> Tensor:
         """[L, H] replicated over tp → [L, H] replicated over tp.
 
-        One all-reduce carries the routed and the shared experts.
+        One all-reduce carries the routed and the shared experts. The router's choices are appended
+        to `all_chosen`.
         """
         weights, chosen = self.ops.route(x, self.router, self.num_chosen, self.renormalize)
         if observe:
             observe("router.experts", chosen)
             observe("router.weights", weights)
+        if all_chosen is not None:
+            all_chosen.append(chosen)
 
         def run_routed() -> Tensor:  # [L, H] partial over tp
             return self.dispatch(
@@ -280,7 +292,7 @@ class Layer:
         if see:
             see("attention", x)
         x, residual = self.ops.add_rms_norm(x, residual, self.mlp_norm, self.eps)
-        x = self.mlp(x, see) if isinstance(self.mlp, MoE) else self.mlp(x)
+        x = self.mlp(x, see, step.chosen) if isinstance(self.mlp, MoE) else self.mlp(x)
         if see:
             see("hidden", x + residual)
         return x, residual
@@ -294,6 +306,7 @@ class Model:
         weights: parameters of this rank, by the names of the placement table.
         dispatch: how tokens meet experts.
         experts: which ep rank holds which experts, as in the placement.
+        counter: counts the tokens of each expert; None for no counting.
     """
 
     def __init__(
@@ -305,9 +318,10 @@ class Model:
         max_model_len: int,
         dispatch: Dispatch,
         experts: ExpertPlacement,
+        counter: ExpertCounter | None = None,
     ) -> None:
         self.ops, self.tp, self.sp, self.eps = ops, mesh.tp, mesh.sp, config.rms_norm_eps
-        self.beat = mesh.beat
+        self.beat, self.counter = mesh.beat, counter
         self.vocab_size = config.vocab_size
         self.vocabulary = Share.of(config.vocab_size, mesh.tp.size, mesh.tp.rank)
         self.is_first_stage, self.is_last_stage = mesh.is_first_stage, mesh.is_last_stage
@@ -344,7 +358,8 @@ class Model:
         lengths = split_evenly(len(batch.positions), self.sp.size)
         start = sum(lengths[: self.sp.rank])
         mine = slice(start, start + lengths[self.sp.rank])
-        step = Step(batch, lengths, self.rope(batch.positions[mine]))
+        chosen: list[Tensor] | None = None if self.counter is None else []
+        step = Step(batch, lengths, self.rope(batch.positions[mine]), chosen)
         x = self._embed(inputs[mine]) if self.is_first_stage else inputs
         residual: Tensor | None = None
         if observe and self.is_first_stage:
@@ -353,6 +368,8 @@ class Model:
             self.beat.layer(layer.index)
             x, residual = layer(x, residual, cache, step, observe)
         self.beat.layer(-1)
+        if self.counter is not None and chosen is not None:
+            self.counter.add(chosen, batch.slots[mine])
         assert residual is not None
         if not self.is_last_stage:
             return x + residual

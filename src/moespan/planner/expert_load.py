@@ -197,6 +197,12 @@ def _drawn_maximum(
     return ExpertLoad(float(np.mean(rows)) * tokens / few, float(np.mean(met)))
 
 
+def write_counts(path: Path, counts: dict[int, list[int]]) -> None:
+    """Write counts as `Routing.read` takes them."""
+    shown = {str(layer): row for layer, row in counts.items()}
+    path.write_bytes(msgspec.json.format(msgspec.json.encode({"counts": shown}), indent=0) + b"\n")
+
+
 def _read_counts(path: Path, config: ModelConfig) -> dict[int, list[int]]:
     try:
         raw = msgspec.convert(files.read_json(path), dict[str, object])
