@@ -18,6 +18,7 @@ from moespan.serve.bodies import (
     DetokenizeBody,
     TokenizeBody,
 )
+from moespan.text.grammar import StructuredOutputsParams
 from tests.serve.scene import MAX_MODEL_LEN, Served, error_of, play, quickstart
 
 IGNORED = "x-moespan-ignored-fields"
@@ -52,7 +53,8 @@ async def ask(served: Served, route: str, **body: Any) -> httpx.Response:
 
 
 def test_every_sampling_parameter_is_a_field():
-    assert set(SamplingParams.__struct_fields__) - {"logprobs"} == SAMPLING
+    others = {"logprobs", "structured_outputs"}
+    assert set(SamplingParams.__struct_fields__) - others == SAMPLING
     assert set(HONOURED) == SAMPLING
     for kind in (CompletionBody, ChatBody):
         assert set(kind.__struct_fields__) >= SAMPLING
@@ -207,9 +209,12 @@ def test_strict_fields_refuses_every_unknown_one():
         ("priority", 1, "priority=1 must be 0"),
         ("model", 5, "model=5 must be a string"),
         ("truncate_prompt_tokens", 0, "truncate_prompt_tokens=0 must be -1 or within 1..511"),
-        ("response_format", {"type": "json_object"}, "pip install 'moespan[grammar]'"),
+        ("response_format", {"type": "json_schema"}, "json_schema.schema is missing"),
         ("response_format", {"type": "xml"}, "response_format.type='xml' must be text"),
-        ("structured_outputs", {"regex": "a+"}, "pip install 'moespan[grammar]'"),
+        ("structured_outputs", {"regx": "a+"}, "structured_outputs.'regx' is unknown"),
+        ("structured_outputs", {"regex": "a+", "choice": ["b"]}, "give exactly one"),
+        ("structured_outputs", {"regex": "("}, "regex"),
+        ("structured_outputs", {"json": {"type": "nothing"}}, "json"),
         ("prompt", 5, "prompt must be a string, a list of strings"),
         ("prompt", ["a", 1], "prompt must be a string, a list of strings"),
         ("prompt", [1, "a"], "prompt must be a string, a list of strings"),
@@ -431,7 +436,38 @@ def test_tools_are_taken_and_answered_in_text_unless_a_call_is_demanded():
         for demanded in ("required", {"type": "function", "function": {"name": "f"}}):
             response = await served.chat(tools=tools, tool_choice=demanded)
             assert response.status_code == 400
-            assert "moespan[grammar]" in error_of(response)["message"]
+            assert "was not taught to call tools" in error_of(response)["message"]
+
+    play(script)
+
+
+@pytest.mark.parametrize("route", ["completions", "chat"])
+def test_forms_of_the_output_reach_the_engine(route: str):
+    async def script(served: Served) -> None:
+        schema = {"type": "object", "properties": {"sum": {"type": "integer"}}}
+        named = {"name": "a", "schema": schema}
+        for field, value, form in (
+            ("response_format", {"type": "text"}, None),
+            ("structured_outputs", {}, None),
+            ("response_format", {"type": "json_object"}, {"json_object": True}),
+            ("structured_outputs", {"regex": "[0-9]{4}"}, {"regex": "[0-9]{4}"}),
+            ("structured_outputs", {"choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+            *(
+                (
+                    "response_format",
+                    {"type": "json_schema", "json_schema": {**named, "strict": strict}},
+                    {"json": schema, "strict": strict is True},
+                )
+                for strict in (True, False, None)
+            ),
+        ):
+            response = await ask(served, route, **{field: value})
+            assert response.status_code == 200, response.text
+            expected = None if form is None else StructuredOutputsParams.from_dict(form)
+            assert served.ranks.seen[-1].params.structured_outputs == expected
+        both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
+        response = await ask(served, route, **both)
+        assert response.status_code == 400 and "exclude each other" in response.text
 
     play(script)
 

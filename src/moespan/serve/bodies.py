@@ -132,7 +132,7 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
-SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"logprobs"}
+SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"logprobs", "structured_outputs"}
 """Fields whose values `SamplingParams` checks."""
 
 HARMLESS = frozenset(

@@ -32,6 +32,7 @@ from moespan.serve.bodies import (
 from moespan.serve.options import ServeOptions
 from moespan.serve.refusals import Refusal, bad
 from moespan.serve.served import ServedModel
+from moespan.text.grammar import StructuredOutputsParams
 
 _MOST_TEXT_BYTES = 1 << 20
 """Bytes of one text to encode. Taking over the ids of a megabyte holds Python's lock for 10 ms."""
@@ -39,9 +40,9 @@ _MOST_TEXT_BYTES = 1 << 20
 _COMPLETION_TOKENS = 16
 _HIGHEST_TEMPERATURE = 2
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_NO_GRAMMAR = (
-    "needs structured output, which this server does not have; "
-    "pip install 'moespan[grammar]', or ask for plain text"
+_NO_CALLS = (
+    "is refused: the model was not taught to call tools; use response_format with the function's "
+    "parameters as the schema"
 )
 
 
@@ -189,6 +190,7 @@ def _params(
         "logprobs": logprobs,
     }
     given["max_tokens"] = _max_tokens(asked, max_tokens)
+    given["structured_outputs"] = _form(asked)
     if type(seed := given.get("seed")) is int and -(2**63) <= seed < 0:
         given["seed"] = seed % 2**63
     params = SamplingParams(**given)
@@ -216,16 +218,45 @@ def _check_form(asked: GenerationBody) -> None:
         raise bad(
             f"priority={shown(asked.priority)} must be 0: first come, first served", "priority"
         )
-    kind = None if asked.response_format is None else asked.response_format.get("type")
-    if asked.response_format is not None and kind != "text":
-        if kind in ("json_object", "json_schema"):
-            raise bad(f"response_format={kind} {_NO_GRAMMAR}", "response_format")
-        raise bad(
-            f"response_format.type={shown(kind)} must be text, json_object or json_schema",
-            "response_format",
-        )
-    if asked.structured_outputs:
-        raise bad(f"structured_outputs {_NO_GRAMMAR}", "structured_outputs")
+
+
+def _form(asked: GenerationBody) -> StructuredOutputsParams | None:
+    """The form that the output is held to."""
+    field = "structured_outputs" if asked.structured_outputs else "response_format"
+    wanted = asked.structured_outputs or _format(asked.response_format)
+    if wanted is None:
+        return None
+    if asked.structured_outputs and _format(asked.response_format) is not None:
+        raise bad("response_format and structured_outputs exclude each other; send one", field)
+    try:
+        return StructuredOutputsParams.from_dict(wanted)
+    except RequestError as error:
+        raise bad(str(error), field) from None
+
+
+def _format(response_format: dict[str, Any] | None) -> dict[str, Any] | None:
+    """`response_format` in the words of `StructuredOutputsParams`; None for text."""
+    if response_format is None:
+        return None
+    match response_format.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return {"json_object": True}
+        case "json_schema":
+            named = response_format.get("json_schema")
+            schema = named.get("schema") if isinstance(named, dict) else None
+            if not isinstance(named, dict) or not isinstance(schema, dict):
+                raise bad(
+                    "response_format.json_schema.schema is missing; it must be a JSON schema",
+                    "response_format",
+                )
+            return {"json": schema, "strict": named.get("strict") is True}
+        case kind:
+            raise bad(
+                f"response_format.type={shown(kind)} must be text, json_object or json_schema",
+                "response_format",
+            )
 
 
 def _max_tokens(asked: GenerationBody, default: int | None) -> int | None:
@@ -265,7 +296,7 @@ def _check_tools(asked: ChatBody) -> None:
     if choice in (None, "none", "auto"):
         return
     if choice == "required" or isinstance(choice, dict):
-        raise bad(f"tool_choice={shown(choice)} {_NO_GRAMMAR}", "tool_choice")
+        raise bad(f"tool_choice={shown(choice)} {_NO_CALLS}", "tool_choice")
     raise bad(
         f"tool_choice={shown(choice)} must be none, auto, required or a function", "tool_choice"
     )
