@@ -81,7 +81,7 @@ def test_unknown_routes_and_methods_have_the_envelope():
     async def script(served: Served) -> None:
         for method, path, status in (
             ("GET", "/nothing", 404),
-            ("POST", "/v1/responses", 404),
+            ("POST", "/v1/audio/speech", 404),
             ("POST", "/v1/embeddings", 404),
             ("GET", "/v1/completions", 405),
             ("DELETE", "/v1/models", 405),

@@ -16,6 +16,7 @@ from moespan.serve.bodies import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    ResponsesBody,
     TokenizeBody,
 )
 from moespan.text.grammar import StructuredOutputsParams
@@ -511,6 +512,7 @@ ODD: tuple[Any, ...] = (
             {"prompt": "a", "echo": True, "logprobs": 1, "stream": True},
         ),
         ("/v1/chat/completions", ChatBody, {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/responses", ResponsesBody, {"input": "a"}),
         ("/tokenize", TokenizeBody, {"prompt": "a"}),
         ("/detokenize", DetokenizeBody, {"tokens": [5]}),
     ],

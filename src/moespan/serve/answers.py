@@ -10,6 +10,7 @@ import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from moespan.engine.request import OutputDelta, TokenLogprobs
@@ -216,6 +217,10 @@ class Answer:
         if job.return_token_ids:
             reply.prompt_token_ids = job.requests[0].prompt_token_ids
         return reply
+
+    def line(self, event: Any) -> bytes:
+        """An event as it goes over the wire."""
+        return b"data: " + msgspec.json.encode(event) + b"\n\n"
 
     def last_event(self) -> Any:
         """The event that tells the usage, if the job wants one."""

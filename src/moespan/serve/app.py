@@ -21,6 +21,7 @@ from moespan.serve.life import Life
 from moespan.serve.options import ServeOptions
 from moespan.serve.pool import Pool
 from moespan.serve.replies import ModelCard, ModelList
+from moespan.serve.responses import response_job
 from moespan.serve.sampling import Job, chat_job, completion_job
 from moespan.serve.served import ServedModel
 from moespan.serve.tokenization import detokenize, tokenize, tokenizer_info
@@ -91,6 +92,11 @@ def _openai_routes(model: ServedModel, life: Life, options: ServeOptions) -> lis
 
         return handle
 
+    async def response(request: Request) -> Delivery:
+        body = await intake.read(request)
+        answer = await pool.run(response_job, body, model, options)
+        return Delivery(answer.job, life, options, answer=answer, end=b"")
+
     def tokens(answer: Callable[[bytes, ServedModel, ServeOptions], Any]) -> Handler:
         async def handle(request: Request) -> Response:
             body = await intake.read(request)
@@ -111,6 +117,7 @@ def _openai_routes(model: ServedModel, life: Life, options: ServeOptions) -> lis
     return [
         Route("/v1/completions", generation(completion_job), methods=["POST"]),
         Route("/v1/chat/completions", generation(chat_job), methods=["POST"]),
+        Route("/v1/responses", response, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{id:path}", one_model),
         Route("/tokenize", tokens(tokenize), methods=["POST"]),

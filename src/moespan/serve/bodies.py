@@ -111,6 +111,23 @@ class ChatBody(GenerationBody):
     tool_choice: str | dict[str, Any] | None = None
 
 
+class ResponsesBody(msgspec.Struct, kw_only=True):
+    """`POST /v1/responses`."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    model: str | None = None
+    stream: bool = False
+    store: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    max_output_tokens: int | None = None
+    text: dict[str, Any] | None = None
+    truncation: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+
 class TokenizeBody(msgspec.Struct, kw_only=True):
     """`POST /tokenize`: a prompt, or messages."""
 
@@ -146,12 +163,16 @@ HARMLESS = frozenset(
         "prompt_cache_retention",
         "parallel_tool_calls",
         "reasoning_effort",
+        "reasoning",
+        "include",
+        "max_tool_calls",
         "verbosity",
     }
 )
 """Fields that cannot change the answer of this model."""
 
 _NO = ()  # only null asks for nothing
+_STATE = "nothing is stored; send the whole conversation as input"
 _BEAMS = "beam search is not supported"
 _LORA = "LoRA adapters are not supported"
 _MEDIA = "the model takes text only"
@@ -230,6 +251,20 @@ _REFUSED_IN: Mapping[Any, Mapping[str, tuple[tuple[object, ...], str]]] = {
     ChatBody: {
         "echo": ((False,), "completions have it; a chat has no single text to repeat"),
         "prompt": (_NO, "a chat has messages"),
+    },
+    ResponsesBody: {
+        "previous_response_id": (_NO, _STATE),
+        "conversation": (_NO, _STATE),
+        "background": ((False,), _STATE),
+        "prompt": (_NO, "stored prompts are not supported; use input"),
+        "messages": (_NO, "use input"),
+        "max_tokens": (_NO, "use max_output_tokens"),
+        "max_completion_tokens": (_NO, "use max_output_tokens"),
+        "response_format": (_NO, "use text.format"),
+        "top_logprobs": ((0,), "/v1/chat/completions has log probabilities"),
+        "n": ((1,), "/v1/chat/completions has n"),
+        "stop": (_NO, "/v1/chat/completions has stop"),
+        "seed": (_NO, "/v1/chat/completions has seed"),
     },
     CompletionBody: {
         "messages": (_NO, "completions have a prompt; /v1/chat/completions takes messages"),

@@ -117,11 +117,11 @@ class Delivery:
             async for number, deltas in _arrivals(inboxes):
                 events = list(self._answer.events(number, deltas))
                 if events:
-                    await stream.send(b"".join(map(_line, events)))
+                    await stream.send(b"".join(map(self._answer.line, events)))
         finally:
             comments.cancel()
         last = self._answer.last_event()
-        await stream.end((b"" if last is None else _line(last)) + self._end)
+        await stream.end((b"" if last is None else self._answer.line(last)) + self._end)
 
     def _tell(self, scope: Scope) -> None:
         """What the log says of this job."""
@@ -193,10 +193,6 @@ def ignored_header(names: Sequence[str]) -> tuple[bytes, bytes]:
     text = ", ".join(shortened(name) for name in names[:32])[:1024]
     log.once(f"fields without effect in requests: {shortened(text, 200)}")
     return b"x-moespan-ignored-fields", text.encode("ascii", "replace")
-
-
-def _line(event: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(event) + b"\n\n"
 
 
 async def _all_deltas(inbox: Inbox) -> list[OutputDelta]:

@@ -18,6 +18,7 @@ _POSTS: Mapping[str, tuple[type[Any], tuple[type[Any], ...]]] = {
         bodies.ChatBody,
         (replies.ChatCompletion, replies.ChatCompletionChunk),
     ),
+    "/v1/responses": (bodies.ResponsesBody, ()),
     "/tokenize": (bodies.TokenizeBody, (replies.Tokens,)),
     "/detokenize": (bodies.DetokenizeBody, (replies.Detokenized,)),
 }
@@ -55,7 +56,7 @@ def openapi() -> dict[str, Any]:
     error = {"description": "An error.", "content": _json(refs[replies.Error])}
     paths: dict[str, Any] = {}
     for path, (body, answers) in _POSTS.items():
-        content = _json(refs[answers[0]])
+        content = _json(refs[answers[0]] if answers else {"type": "object"})
         if path in _STREAMED:
             content["text/event-stream"] = {"schema": refs[answers[-1]]}
         paths[path] = {

@@ -109,6 +109,22 @@ def chat_job(body: bytes, model: ServedModel, options: ServeOptions) -> Job:
         Refusal, RequestError: the request cannot be served as asked.
     """
     asked, ignored = decode(body, ChatBody, options.strict_fields)
+    return job_of_chat(asked, ignored, model, options)
+
+
+def job_of_chat(
+    asked: ChatBody,
+    ignored: list[str],
+    model: ServedModel,
+    options: ServeOptions,
+    kind: str = "chatcmpl",
+) -> Job:
+    """The job of a chat.
+
+    Args:
+        ignored: names of fields that have no effect.
+        kind: how the id begins.
+    """
     name = model.name_of(asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise bad(f"top_logprobs={shown(asked.top_logprobs)} needs logprobs=true", "top_logprobs")
@@ -124,7 +140,7 @@ def chat_job(body: bytes, model: ServedModel, options: ServeOptions) -> Job:
         model,
         params.max_tokens,
     )
-    return _job(asked, ignored, model, name, params, [encoded], "chatcmpl", False, logprobs)
+    return _job(asked, ignored, model, name, params, [encoded], kind, False, logprobs)
 
 
 def _job(
@@ -145,7 +161,7 @@ def _job(
     ]
     return Job(
         id=id,
-        is_chat=kind == "chatcmpl",
+        is_chat=kind != "cmpl",
         model=model,
         name=name,
         created=int(time.time()),
