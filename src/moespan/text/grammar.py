@@ -291,31 +291,48 @@ def answer_in_child(set_up: Mapping[str, Any]) -> Answer:
     tokenizer = _Vocabulary(tokens, [256], [256], lambda text: list(text.encode())).compile()
 
     def answer(request: dict[str, Any]) -> dict[str, str]:
-        faults: list[str] = []
+        # As in the engine: a deep stack for all up to the first mask, and the usual one after that.
+        made: SimpleQueue[Matcher | str] = SimpleQueue()
         with deep_stack():
-            thread = threading.Thread(target=lambda: faults.extend(_faults(request, tokenizer)))
+            thread = threading.Thread(target=lambda: made.put(_compiled(request, tokenizer)))
             thread.start()
         thread.join()
-        return {"fault": faults[0]} if faults else {"verdict": "good"}
+        matcher = made.get()
+        fault = matcher if isinstance(matcher, str) else _fault_of(matcher.copy())
+        return {} if fault is None else {"fault": fault}
 
     for warm_up in ({"json_object": True}, {"grammar": 'root ::= "a"'}):
         answer(warm_up)  # imports what is imported once, while files can be opened
     return answer
 
 
-def _faults(request: dict[str, Any], tokenizer: llguidance.LLTokenizer) -> Iterator[str]:
-    """What goes wrong with a grammar while some tokens follow it at random."""
+def _compiled(request: dict[str, Any], tokenizer: llguidance.LLTokenizer) -> Matcher | str:
+    """The matcher of a grammar, with its first mask computed, or what is wrong with the grammar."""
     try:
         matcher = Matcher.compile(StructuredOutputsParams(**request), tokenizer, 257)
-        choose = random.Random(0).choice
+        matcher.allowed()
+    except BaseException as error:  # the library panics as a BaseException
+        return _short(error)
+    return matcher
+
+
+def _fault_of(matcher: Matcher) -> str | None:
+    """What goes wrong while some random tokens follow a grammar; None if nothing does."""
+    choose = random.Random(0).choice
+    try:
         for _ in range(_NUM_TRIED_TOKENS):
             mask = int.from_bytes(matcher.allowed(), "little")
             token_ids = [token for token in range(256) if mask >> token & 1]
             if not token_ids:
                 break
             matcher.accept(choose(token_ids))
-    except BaseException as error:  # the library panics as a BaseException
-        yield shortened(error, _MAX_REASON_CHARACTERS) or type(error).__name__
+    except BaseException as error:
+        return _short(error)
+    return None
+
+
+def _short(error: BaseException) -> str:
+    return shortened(error, _MAX_REASON_CHARACTERS) or type(error).__name__
 
 
 @contextmanager
