@@ -216,7 +216,6 @@ def test_an_error_of_the_reader_of_an_answer_is_not_blamed_on_the_server(server)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["http://127.0.0.1:1"], "cannot be reached"),
         (["http://"], "is no address"),
         (["{server}", "--served-model-name", "third"], "it has 'first', 'second'"),
         (["{server}", "-tp", "2"], "tensor_parallel_size"),
@@ -227,9 +226,15 @@ def test_an_error_of_the_reader_of_an_answer_is_not_blamed_on_the_server(server)
 )
 def test_a_wrong_command_is_refused_in_one_line(chat, server, arguments, words):
     code, out, err = chat("", *(word.format(server=server.url) for word in arguments))
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_a_server_that_is_not_there_is_one_line(chat):
+    code, out, err = chat("", "http://127.0.0.1:1")
+    assert (code, out) == (1, "")
+    assert "cannot be reached" in err and err.count("\n") == 1
 
 
 def test_a_key_file_is_read_without_its_newline(chat, server, tmp_path: Path):
