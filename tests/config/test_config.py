@@ -300,6 +300,12 @@ def test_optional_keys_have_the_defaults_of_the_hugging_face_config():
     assert config.eos_token_ids == ()
 
 
+def test_a_model_without_experts_counts_no_tokens_of_them():
+    for dense in (geometry(n_routed_experts=None), geometry(first_k_dense_replace=99)):
+        with pytest.raises(ConfigError, match="expert_stats: the model has no routed experts"):
+            EngineConfig("", expert_stats=True).check(ModelConfig.from_dict(dense))
+
+
 def test_null_routed_experts_make_a_dense_model():
     config = ModelConfig.from_dict(geometry(n_routed_experts=None))
     assert config.num_moe_layers == 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from moespan.config import EngineConfig, Layout
 from moespan.engine.info import EngineInfo, EngineStats, Pulse, StepFigures
+from moespan.engine.questions import ExpertCounts, Question
 from moespan.engine.request import OutputDelta, Request, SamplingParams
 from moespan.errors import EngineDeadError, MoespanError
 from moespan.parallel.beats import IDLE, Place
@@ -42,8 +44,8 @@ def token(
     )
 
 
-def metrics() -> Metrics:
-    return Metrics("fake model", EngineConfig("fake", max_model_len=64))
+def metrics(**options: Any) -> Metrics:
+    return Metrics("fake model", EngineConfig("fake", max_model_len=64, **options))
 
 
 def pulse(
@@ -70,6 +72,8 @@ class FakeRanks:
         is_closed: whether `close` has been called.
         is_silent: neither beats nor speaks any more.
         is_stopped: the rank is stopped, as its agent has seen.
+        expert_counts: the answer to `ExpertCounts`.
+        num_asked: questions so far.
     """
 
     def __init__(self, on_news: OnNews) -> None:
@@ -81,6 +85,8 @@ class FakeRanks:
         self.is_silent = False
         self.heard_at = asyncio.get_running_loop().time()
         self.is_stopped = False
+        self.expert_counts: dict[int, list[int]] = {1: [0, 0, 0], 2: [0, 0, 0]}
+        self.num_asked = 0
         self._death: asyncio.Future[MoespanError] = asyncio.get_running_loop().create_future()
 
     @property
@@ -100,6 +106,15 @@ class FakeRanks:
             raise EngineDeadError("the ranks are gone")
         self.aborted.append(request_id)
         self.running.pop(request_id, None)
+
+    async def ask(self, question: Question[Any]) -> Any:
+        self.num_asked += 1
+        assert isinstance(question, ExpertCounts)
+        answer = dict(self.expert_counts)
+        await asyncio.sleep(0.01)
+        if self.is_dead:
+            raise EngineDeadError("the ranks are gone")
+        return answer
 
     def places(self) -> list[Place]:
         """One rank, which beats at each look, and whose leader speaks then, unless told not to."""

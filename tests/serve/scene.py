@@ -18,6 +18,7 @@ from moespan.front.settings import Settings
 from moespan.serve import mindie
 from moespan.serve.app import make_app
 from moespan.serve.auth import Keys
+from moespan.serve.expert_watch import ExpertWatch
 from moespan.serve.life import Life, State
 from moespan.serve.metrics import metrics_route
 from moespan.serve.options import ServeOptions
@@ -174,7 +175,7 @@ class Served:
             options,
             more_routes=[
                 metrics_route(counted),
-                *page_routes(self.life, counted, QUICKSTART, ranks_per_node=1),
+                *page_routes(self.life, counted, QUICKSTART, 1, ExpertWatch(self.life, counted)),
                 *(
                     mindie.mindie_routes(served, self.life, counted, options)
                     if options.mindie_routes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 import shutil
@@ -13,7 +14,8 @@ import pytest
 from playwright.async_api import Page, async_playwright, expect
 
 import moespan.serve
-from moespan.serve.page import page_files
+from moespan.serve.page import page_files, page_routes
+from tests.serve.fake_ranks import pulse
 from tests.serve.scene import QUICKSTART, Served, Wired, play, play_wired
 
 PAGE = Path(moespan.serve.__file__).parent / "page"
@@ -153,6 +155,19 @@ def test_the_page_says_in_words_that_the_engine_has_died():
     browse(script)
 
 
+@in_browser
+def test_the_heat_map_of_experts_shows_what_came_between_two_moments():
+    async def script(served: Served, page: Page) -> None:
+        await expect(page.locator("#experts")).to_be_hidden()
+        served.ranks.expert_counts = {1: [5, 0, 0, 1], 2: [0, 6, 0, 0]}
+        served.ranks.tell(pulse=pulse())
+        await expect(page.locator("#experts")).to_be_visible()
+        await expect(page.locator("#heat")).to_have_attribute("width", "4")
+        await expect(page.locator("#heat-about")).to_contain_text("2 layers (rows) × 4 experts")
+
+    browse(script)
+
+
 def test_every_word_of_the_page_is_there_in_both_languages():
     text = (PAGE / "words.js").read_text(encoding="utf-8")
     english, chinese = text.split("  zh: {")
@@ -203,6 +218,23 @@ def test_with_a_key_the_page_opens_by_password_and_says_nothing_without():
             assert opened.status_code == 200
 
     play(script, api_key="secret")
+
+
+def test_counts_of_experts_are_there_if_they_are_counted_and_an_engine_runs():
+    async def script(served: Served) -> None:
+        assert not (await served.http.get("/ui/state")).json()["has_experts"]
+        served.ranks.tell(pulse=pulse())
+        assert (await served.http.get("/ui/state")).json()["has_experts"]
+        served.ranks.expert_counts = {1: [5, 0], 2: [2, 3]}
+        assert (await served.http.get("/ui/experts")).json() == {"counts": [[5, 0], [2, 3]]}
+        served.ranks.die()
+        while served.life.pulse is not None:
+            await asyncio.sleep(0)
+        assert not (await served.http.get("/ui/state")).json()["has_experts"]
+        routes = page_routes(served.life, served.life.metrics, QUICKSTART, 1)
+        assert "/ui/experts" not in [route.path for route in routes]
+
+    play(script)
 
 
 def test_the_state_tells_ranks_and_counts_before_and_after_a_request():

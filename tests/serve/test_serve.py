@@ -83,7 +83,8 @@ def listening(pids: set[int]) -> list[str]:
 
 
 def test_a_server_with_two_ranks_says_what_llm_says_and_leaves_nothing():
-    with started("-tp", "2", "--device", "cpu", "--dtype", "float32") as (process, client):
+    flags = ("-tp", "2", "--device", "cpu", "--dtype", "float32", "--expert-stats")
+    with started(*flags) as (process, client):
         body = {"prompt": "681+734=", "temperature": 0, "max_tokens": 8}
         assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == "1415"
         chat = {"messages": [{"role": "user", "content": "12+30="}], "temperature": 0}
@@ -91,6 +92,8 @@ def test_a_server_with_two_ranks_says_what_llm_says_and_leaves_nothing():
         assert answer["choices"][0]["message"]["content"] == " 42"
         ids = client.post("/tokenize", json={"prompt": "sort 40 7 93: 7 40 93"}).json()["tokens"]
         told = score_with(client, ids)
+        assert {sum(row) > 0 for row in client.get("/ui/experts").json()["counts"]} == {True}
+        assert "moespan_expert_tokens_total{expert=" in client.get("/metrics").text
 
         pids = descendants(process.pid)
         assert len(pids) > 3, "front, agent and two ranks"

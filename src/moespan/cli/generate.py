@@ -201,10 +201,7 @@ def _record_routing(args: argparse.Namespace, llm: LLM) -> None:
         return
     from moespan.planner.expert_load import write_counts
 
-    counts = llm.expert_counts()
-    if not counts:
-        raise ConfigError(f"--record-routing: {llm.info.model} has no routed experts")
-    write_counts(args.record_routing, counts)
+    write_counts(args.record_routing, llm.expert_counts())
 
 
 def _answered_before(args: argparse.Namespace) -> set[str]:

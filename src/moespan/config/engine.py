@@ -241,10 +241,13 @@ class EngineConfig(EngineOptions):
 
         Raises:
             LayoutError: the layout does not fit the model, or the dispatch the layout.
-            ConfigError: `max_model_len` exceeds the model's limit.
+            ConfigError: `max_model_len` exceeds the model's limit, or there are no experts to
+                count.
         """
         self.layout.check(model)
         self.layout.check_dispatch(self.moe_dispatch)
+        if self.expert_stats and not model.num_moe_layers:
+            raise ConfigError("expert_stats: the model has no routed experts; leave it out")
         if self.max_model_len > model.max_position_embeddings:
             raise ConfigError(
                 f"max_model_len={self.max_model_len} exceeds the model's "

@@ -28,6 +28,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from moespan import log
 from moespan.config import EngineOptions
 from moespan.engine.info import EngineInfo, Pulse
+from moespan.engine.questions import Question
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
 from moespan.parallel.beats import Place
@@ -44,6 +45,7 @@ _RETRY_FULL_S = 5
 _RETRY_AWAY_S = 5  # draining: by then a load balancer knows another server
 _RETRY_START_S = 10  # while no start has been measured
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 OnNews = Callable[[list[OutputDelta], Pulse | None], None]
@@ -62,6 +64,9 @@ class Ranks(Protocol):
 
     def abort(self, request_id: str) -> None:
         """Drop a request; raises EngineDeadError."""
+
+    async def ask(self, question: Question[A]) -> A:
+        """The engine's answer; raises RequestError or EngineDeadError."""
 
     @property
     def heard_at(self) -> float:
@@ -239,6 +244,21 @@ class Life:
         except Unavailable as unavailable:
             self.metrics.reject(unavailable.code)
             raise
+
+    async def ask(self, question: Question[A]) -> A:
+        """The running engine's answer to a question, which comes after the steps in flight.
+
+        Raises:
+            Unavailable: no engine runs, or it dies before it answers.
+            RequestError: the engine refuses to answer.
+        """
+        if self._ranks is None:
+            self._check_open([])
+            raise self._away()
+        try:
+            return await self._ranks.ask(question)
+        except EngineDeadError:
+            raise self._away() from None
 
     # For the program.
 

@@ -113,6 +113,7 @@ class Metrics:
         self._config = config
         self._alias_vllm = alias_vllm
         self._last_stats: EngineStats | None = None
+        self._last_counts: dict[int, list[int]] = {}
         self.num_prompt_tokens = self.num_generation_tokens = 0
         self.first_token_s: deque[float] = deque(maxlen=_LATEST)
         self.inter_token_s: deque[float] = deque(maxlen=_LATEST)
@@ -196,6 +197,7 @@ class Metrics:
         """An engine is ready."""
         self._up.set(1)
         self._last_stats = None
+        self._last_counts = {}
         self._cache_config.clear()
         self._cache_config.labels(
             self._model_name,
@@ -233,6 +235,17 @@ class Metrics:
             self._step_seconds.observe(step.seconds)
             self._iteration_tokens.observe(step.num_tokens)
         self._last_stats = stats
+
+    def count_experts(self, counts: dict[int, list[int]]) -> None:
+        """The engine tells, for each layer, how many tokens chose each expert since its start."""
+        if self._expert_tokens is None:
+            return
+        for layer, row in counts.items():
+            last = self._last_counts.get(layer) or [0] * len(row)
+            for expert, (count, before) in enumerate(zip(row, last, strict=True)):
+                labels = self._model_name, str(layer), str(expert)
+                self._expert_tokens.labels(*labels).inc(max(0, count - before))
+        self._last_counts = counts
 
     def beats(self, ages_s: dict[int, float]) -> None:
         """How long ago each rank was last seen to run."""
@@ -323,6 +336,11 @@ class Metrics:
         )
         self._step_seconds = own.histogram("step_seconds", "Time of a step.", _STEP_S)
         self._steps = own.labelled(Counter, "steps", "Steps.", "kind")
+        self._expert_tokens: Counter | None = None
+        if self._config.expert_stats:
+            self._expert_tokens = own.labelled(
+                Counter, "expert_tokens", "Tokens that chose an expert.", "layer", "expert"
+            )
 
     def _make_server(self, own: _Maker) -> None:
         self._rejected = own.counters(

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from moespan.parallel.beats import Place
+from moespan.serve.expert_watch import ExpertWatch
 from moespan.serve.life import Life
 from moespan.serve.metrics import Metrics
 
@@ -33,8 +34,14 @@ class File(NamedTuple):
     media_type: str
 
 
-def page_routes(life: Life, metrics: Metrics, model: str, ranks_per_node: int) -> list[Route]:
-    """The page at `/`, its files and its data below `/ui`."""
+def page_routes(
+    life: Life, metrics: Metrics, model: str, ranks_per_node: int, watch: ExpertWatch | None = None
+) -> list[Route]:
+    """The page at `/`, its files and its data below `/ui`.
+
+    Args:
+        watch: knows the tokens of each expert; None if they are not counted.
+    """
     files = page_files()
     began = time.monotonic()
 
@@ -47,14 +54,26 @@ def page_routes(life: Life, metrics: Metrics, model: str, ranks_per_node: int) -
         return Route(path, answer)
 
     async def state(request: Request) -> Response:
-        about = {"model": model, "uptime_s": time.monotonic() - began}
+        about: dict[str, Any] = {"model": model, "uptime_s": time.monotonic() - began}
+        # The first answer needs an engine that runs, and has told so.
+        about["has_experts"] = watch is not None and life.pulse is not None
         return JSONResponse({**about, **shown_state(life, metrics, ranks_per_node)})
 
+    data = [Route("/ui/state", state)]
+    if watch is not None:
+        data.append(_experts_route(watch))
     return [
         route("/", files.pop("index.html")),
         *(route(f"/ui/{name}", file) for name, file in files.items()),
-        Route("/ui/state", state),
+        *data,
     ]
+
+
+def _experts_route(watch: ExpertWatch) -> Route:
+    async def experts(request: Request) -> Response:
+        return JSONResponse({"counts": list((await watch.counts()).values())})
+
+    return Route("/ui/experts", experts)
 
 
 def page_files() -> dict[str, File]:

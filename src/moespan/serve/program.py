@@ -20,6 +20,7 @@ from moespan.engine.info import EngineInfo
 from moespan.serve import mindie
 from moespan.serve.app import make_app
 from moespan.serve.auth import Keys
+from moespan.serve.expert_watch import ExpertWatch
 from moespan.serve.life import Life, OnNews, Ranks
 from moespan.serve.metrics import Metrics, metrics_route
 from moespan.serve.options import ServeOptions
@@ -74,12 +75,13 @@ class Program:
             life = Life(self.start, options, metrics, timeout_s)
         else:
             life = Life(self.start, options, metrics, timeout_s, on_end=self.tracing.tell)
+        watch = ExpertWatch(life, metrics) if self.config.expert_stats else None
         app = make_app(
             self.model,
             life,
             self.keys,
             options,
-            more_routes=self._operators_routes(life, metrics),
+            more_routes=self._operators_routes(life, metrics, watch),
             open_paths=mindie.OPEN_PATHS if options.mindie_routes else frozenset(),
             on_end=metrics.answered,
         )
@@ -94,6 +96,8 @@ class Program:
             asyncio.create_task(Upkeep(life, metrics).run()),
             asyncio.create_task(self._tell_when_ready(life)),
         ]
+        if watch is not None:
+            beside.append(asyncio.create_task(watch.run()))
         try:
             await life.run()
         finally:
@@ -109,11 +113,11 @@ class Program:
             if self.tracing is not None:
                 await asyncio.to_thread(self.tracing.shut_down)
 
-    def _operators_routes(self, life: Life, metrics: Metrics) -> list[Route]:
-        routes = [
-            metrics_route(metrics),
-            *page_routes(life, metrics, self.model.names[0], self.config.layout.world_size),
-        ]
+    def _operators_routes(
+        self, life: Life, metrics: Metrics, watch: ExpertWatch | None
+    ) -> list[Route]:
+        name, ranks = self.model.names[0], self.config.layout.world_size
+        routes = [metrics_route(metrics), *page_routes(life, metrics, name, ranks, watch)]
         if self.options.mindie_routes:
             routes += mindie.mindie_routes(self.model, life, metrics, self.options)
         return routes
