@@ -55,6 +55,7 @@ SAME_NAME = {
     "device": "the table of devices, and which of them this machine has",
     "engine": "its configuration, and the engine itself",
     "environment": "variables of ranks, and the verb that shows them",
+    "experts": "a verb, and where experts lie",
     "info": "a verb that describes a model, and what an engine tells of itself",
     "memory": "of host and devices as it is, and as a layout would need it",
     "nodes": "of one job, and their comparison by the doctor",

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from moespan.config import ModelConfig
 from moespan.engine.client import LocalClient
 from moespan.errors import EngineDeadError
 from moespan.front.batch import AnswerFile
+from moespan.front.settings import Settings
 from moespan.planner.expert_load import Routing
 from tests.support import DATA, QUICKSTART, altered_checkpoint, write_config
 
@@ -358,7 +360,7 @@ def test_recorded_routing_is_what_the_plan_takes(cli: Cli, tmp_path: Path):
     config = ModelConfig.from_pretrained(QUICKSTART)
     counts = {int(layer): row for layer, row in json.loads(path.read_text())["counts"].items()}
     assert {sum(row) for row in counts.values()} == {(8 + 5 + 4) * config.num_experts_per_tok}
-    assert Routing.read(str(path), config).busiest(1, ((0,),)).rows >= 0
+    assert Routing.read(str(path), config).counts == counts
 
     input_path = tmp_path / "input.jsonl"
     input_path.write_text('{"prompt": "347+85="}\n{"prompt": "1+1="}\n')
@@ -369,6 +371,36 @@ def test_recorded_routing_is_what_the_plan_takes(cli: Cli, tmp_path: Path):
     } == counts
     ran = cli("generate", QUICKSTART, "--record-routing", tmp_path, "--prompt", "a")
     assert (ran.code, "--record-routing" in ran.err) == (2, True)
+
+
+def test_experts_are_placed_by_their_counts(cli: Cli, tmp_path: Path):
+    counts, placement, page = (tmp_path / name for name in ("c.json", "p.json", "heat.html"))
+    rows = {layer: [90, 80, 70, 60, 50, 40, 30, 20, *[1] * 8] for layer in (1, 2, 3)}
+    counts.write_text(json.dumps({"counts": rows}))
+    arguments = ["experts", QUICKSTART, "--counts", counts, "-ep", 2, "-dp", 2]
+    ran = cli(*arguments, "--out", placement, "--html", page, "--hardware", "zen4-2")
+    assert ran.code == 0
+    assert "    1   1.964   1.000" in ran.out.splitlines()
+    now, then = re.findall(r"([0-9.]+) ms (?:now|placed)", ran.out)
+    assert float(then) < float(now)
+    assert page.read_text().count("<rect") == 3 * 16
+    config = Settings(
+        str(QUICKSTART),
+        data_parallel_size=2,
+        expert_parallel_size=2,
+        expert_placement=str(placement),
+    ).resolve(to_run=False)[1]
+    assert isinstance(config.expert_placement, dict)
+    assert [len(held) for held in config.expert_placement["2"]] == [8, 8]
+    for more, said in (
+        (["-ep", 1], "ep=1"),
+        (["--copies", 9], "--copies 9"),
+        (["--counts", "uniform"], "no file of counts"),
+        (["--plot", tmp_path / "heat.gif"], ".png or .svg"),
+        (["--counts", tmp_path / "none"], "neither uniform nor"),
+    ):
+        refused = cli(*arguments, *more)
+        assert (refused.code, said in refused.err) == (2, True)
 
 
 def test_answers_of_a_file_go_to_stdout_without_an_output(cli: Cli, tmp_path: Path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from moespan import LLM, SamplingParams
 from moespan.config import Layout
 from moespan.engine.request import Request
 from moespan.errors import RequestError
+from moespan.planner.expert_balance import balanced
 from tests.distributed.ranks import ONE_RANK, Ranks, cases, oracle
 from tests.support import Oracle
 
@@ -70,3 +73,19 @@ def test_counts_that_nobody_asked_for_are_refused_and_the_engine_goes_on(ranks: 
     with pytest.raises(RequestError, match="--expert-stats"):
         llm.expert_counts()
     assert llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+
+
+def test_a_placement_made_from_counts_changes_no_token_and_counts_alike(
+    ranks: Ranks, tmp_path: Path
+):
+    alone = ranks.llm(SIXTEEN, expert_stats=True)
+    expected = counted(alone)
+    table = {str(layer): balanced(row, 2, copies=1) for layer, row in expected.items()}
+    path = tmp_path / "placement.json"
+    path.write_text(json.dumps(table))
+    prompts = [[1, 2, 3, 4], [50, 40, 30]]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    tokens = [one.outputs[0].token_ids for one in alone.generate(prompts, params)]
+    llm = ranks.llm(SIXTEEN, Layout(ep=2, dp=2), expert_stats=True, expert_placement=str(path))
+    assert counted(llm) == expected
+    assert [one.outputs[0].token_ids for one in llm.generate(prompts, params)] == tokens

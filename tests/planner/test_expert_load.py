@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moespan.checkpoint.experts import ExpertPlacement
 from moespan.config import ModelConfig
 from moespan.errors import ConfigError
 from moespan.planner.expert_load import ExpertLoad, Routing, uniform_maximum
@@ -16,7 +17,7 @@ from tests.support import geometry
 MODEL = ModelConfig.from_dict(
     geometry(n_routed_experts=16, num_experts_per_tok=4, num_hidden_layers=3)
 )
-CONTIGUOUS = tuple(tuple(range(4 * rank, 4 * rank + 4)) for rank in range(4))
+CONTIGUOUS = ExpertPlacement(tuple(tuple(range(4 * rank, 4 * rank + 4)) for rank in range(4)), {})
 
 
 def drawn(tokens: int, experts: int, chosen: int, num_ranks: int) -> ExpertLoad:
@@ -60,8 +61,20 @@ def test_a_hot_expert_loads_its_rank_and_copies_share_it():
     counts = {layer: [1000] + [10] * 15 for layer in (1, 2)}
     hot, even = Routing(MODEL, counts), Routing(MODEL)
     assert hot.busiest(64, CONTIGUOUS).rows > 1.3 * even.busiest(64, CONTIGUOUS).rows
-    copied = ((0, 1, 2, 3), (0, *range(4, 8)), (0, *range(8, 12)), (0, *range(12, 16)))
+    copied = ExpertPlacement(
+        ((0, 1, 2, 3), (0, *range(4, 8)), (0, *range(8, 12)), (0, *range(12, 16))), {}
+    )
     assert hot.busiest(64, copied).rows < 0.8 * hot.busiest(64, CONTIGUOUS).rows
+
+
+def test_a_table_of_one_layer_counts_in_that_layer():
+    counts = {1: [1000] * 4 + [10] * 12, 2: [100] * 16}
+    routing = Routing(MODEL, counts)
+    dealt = tuple(tuple(range(rank, 16, 4)) for rank in range(4))
+    first, second = (ExpertPlacement(CONTIGUOUS.default, {layer: dealt}) for layer in (1, 2))
+    now = routing.busiest(64, CONTIGUOUS).rows
+    assert routing.busiest(64, first).rows < 0.7 * now
+    assert routing.busiest(64, second).rows == pytest.approx(now, rel=0.05)
 
 
 def test_draws_repeat_with_their_seed():

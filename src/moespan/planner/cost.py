@@ -329,7 +329,7 @@ class _Stage:
         return self._experts[at, graph]
 
     def _expert_of(self, tokens: int) -> Task | None:
-        load = self._cost._routing.busiest(tokens, self._cost._held.default)
+        load = self._cost._routing.busiest(tokens, self._cost._held)
         return self._work.expert_task(load.rows, load.met)
 
     def _group_times(self, most: int, total: int, rows: int, graph: bool) -> _Times:

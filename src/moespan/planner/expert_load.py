@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moespan import files
+from moespan.checkpoint.experts import ExpertPlacement
 from moespan.config import ModelConfig
 from moespan.errors import ConfigError, shown
 
@@ -56,7 +57,12 @@ class Routing:
     ) -> None:
         self.name = name
         self._config, self._counts, self._seed = config, counts, seed
-        self._loads: dict[tuple[int, tuple[tuple[int, ...], ...]], ExpertLoad] = {}
+        self._loads: dict[object, ExpertLoad] = {}
+
+    @property
+    def counts(self) -> dict[int, list[int]]:
+        """Layer → how many tokens chose each expert; empty if routing is uniform."""
+        return self._counts or {}
 
     @classmethod
     def read(cls, how: str, config: ModelConfig, seed: int = 0) -> Routing:
@@ -70,23 +76,22 @@ class Routing:
             return cls(config)
         return cls(config, _read_counts(Path(how), config), seed, how)
 
-    def busiest(self, tokens: int, held: tuple[tuple[int, ...], ...]) -> ExpertLoad:
+    def busiest(self, tokens: int, held: ExpertPlacement) -> ExpertLoad:
         """The load of the busiest ep rank, the mean over all layers, if `tokens` meet experts.
 
-        Args:
-            held: for each ep rank, the experts that it holds.
+        Uniform routing takes the tables of single layers for the default one.
         """
         if tokens <= 0 or not self._config.n_routed_experts:
             return ExpertLoad(0, 0)
-        key = tokens, held
+        key = tokens, held.default, tuple(sorted(held.layers.items()))
         if key not in self._loads:
             self._loads[key] = self._busiest(tokens, held)
         return self._loads[key]
 
-    def _busiest(self, tokens: int, held: tuple[tuple[int, ...], ...]) -> ExpertLoad:
+    def _busiest(self, tokens: int, held: ExpertPlacement) -> ExpertLoad:
         config = self._config
         if self._counts is None:
-            sizes = tuple(len(experts) for experts in held)
+            sizes = tuple(len(experts) for experts in held.default)
             experts, chosen = config.n_routed_experts or 0, config.num_experts_per_tok
             if sum(sizes) > experts:  # copies share the tokens of their expert
                 most = max(sizes)
@@ -95,7 +100,9 @@ class Routing:
                 return ExpertLoad(load.rows, load.met)
             return uniform_maximum(tokens, experts, chosen, max(sizes), len(sizes))
         loads = [
-            _drawn_maximum(tokens, counts, config.num_experts_per_tok, held, self._seed + layer)
+            _drawn_maximum(
+                tokens, counts, config.num_experts_per_tok, held.of(layer), self._seed + layer
+            )
             for layer, counts in self._counts.items()
         ]
         return ExpertLoad(*(float(np.mean(part)) for part in zip(*loads, strict=True)))
