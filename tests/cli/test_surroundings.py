@@ -125,11 +125,11 @@ def test_a_verb_works_or_says_why_not_in_one_line(tmp_path: Path, surroundings: 
     errors = [line for line in said.splitlines() if line.startswith("moespan: ")]
     assert "Traceback" not in said
     if verb in broken.fails:
-        assert code == 1
+        assert code in (1, 2)
     elif verb not in broken.may_fail:
         assert code == 0, said
-    assert code in (0, 1)
-    if code == 1 and 2 not in broken.closed:
+    assert code in (0, 1, 2)
+    if code and 2 not in broken.closed:
         assert len(errors) == 1, said
         assert re.search(broken.says.format(tmp=re.escape(str(tmp_path))), errors[0])
 

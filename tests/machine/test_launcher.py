@@ -99,7 +99,7 @@ def generate(*arguments: str, **variables: str) -> subprocess.CompletedProcess[s
 
 def test_a_wrong_interface_is_one_line_of_the_command() -> None:
     done = generate("-tp", "2", GLOO_SOCKET_IFNAME="^lo,docker")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("moespan: ")  # and the rank that found it first, unless it is rank 0
     assert "GLOO_SOCKET_IFNAME='^lo,docker' names '^lo'" in line
@@ -109,7 +109,7 @@ def test_a_wrong_interface_is_one_line_of_the_command() -> None:
 
 def test_half_a_launcher_is_one_line_of_the_command() -> None:
     done = generate("-tp", "2", RANK="0", WORLD_SIZE="2", MASTER_ADDR="::1", MASTER_PORT="29577")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("moespan: rank 0: RANK=0 and WORLD_SIZE=2")
 

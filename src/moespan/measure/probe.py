@@ -131,6 +131,7 @@ def _best_s(run: Callable[[], object], times: int) -> float:
 def _measure(device: str, dtype: str) -> None:
     """The measuring process of `Probe`: one line of limits on stdout for each line on stdin."""
     log.keep_stdout_for_answers()
+    answers, sys.stdout = sys.stdout, sys.stderr  # torch_npu prints warnings
     import torch
 
     from moespan.machine.device import choose_device
@@ -181,7 +182,7 @@ def _measure(device: str, dtype: str) -> None:
             numbers.nbytes / _best_s(read, 4),
             2 * rows * inputs * outputs / min(_best_s(product, 3) for product in products),
         )
-        print(msgspec.json.encode(limits).decode(), flush=True)
+        print(msgspec.json.encode(limits).decode(), file=answers, flush=True)
 
 
 if __name__ == "__main__":
