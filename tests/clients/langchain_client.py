@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from typing import Annotated
 
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import Field
 
 QUESTION = "681+734="
 ANSWER = "1415"
 
+Number = Annotated[int, Field(ge=0, le=999)]
+
 
 @tool
-def add(first: int, second: int) -> int:
+def add(first: Number, second: Number) -> int:
     """Add two numbers."""
     return first + second
 
@@ -33,6 +37,12 @@ def main(url: str, model: str, key: str) -> None:
     with_tools = chat.bind_tools([add]).invoke(QUESTION)
     assert with_tools.content.strip() == ANSWER and not with_tools.tool_calls
     print("chat: with tools the model has not learnt, answered in text")
+    calling = chat.bind_tools([add], tool_choice="add")
+    (call,) = calling.invoke(QUESTION, max_tokens=200).tool_calls
+    assert call["name"] == "add" and set(call["args"]) == {"first", "second"}
+    first, *others = calling.stream(QUESTION, max_tokens=200)
+    assert sum(others, first).tool_calls[0]["args"] == call["args"]
+    print("chat: a call that is demanded, whole and as a stream")
     text = OpenAI(base_url=url, model=model, api_key=key, temperature=0, max_tokens=12)
     assert ANSWER in text.invoke(QUESTION)
     print("completion: invoke")

@@ -428,20 +428,6 @@ def test_messages_are_text_or_parts_and_developers_are_systems():
     play(script)
 
 
-def test_tools_are_taken_and_answered_in_text_unless_a_call_is_demanded():
-    async def script(served: Served) -> None:
-        tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-        for choice in (None, "none", "auto"):
-            response = await served.chat(tools=tools, tool_choice=choice)
-            assert response.json()["choices"][0]["message"]["content"] == " 42"
-        for demanded in ("required", {"type": "function", "function": {"name": "f"}}):
-            response = await served.chat(tools=tools, tool_choice=demanded)
-            assert response.status_code == 400
-            assert "was not taught to call tools" in error_of(response)["message"]
-
-    play(script)
-
-
 @pytest.mark.parametrize("route", ["completions", "chat"])
 def test_forms_of_the_output_reach_the_engine(route: str):
     async def script(served: Served) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from moespan.engine.request import Request, SamplingParams, check_request
 from moespan.errors import RequestError, shown
-from moespan.text.grammar import GrammarChecker
+from moespan.text.grammar import GrammarChecker, StructuredOutputsParams
 from moespan.text.tokenizer import Tokenizer
 
 Prompt = str | list[int] | Mapping[str, object]
@@ -113,14 +113,14 @@ class Prompts:
         id: str | None = None,
         cache_salt: str | None = None,
         prompt_logits: bool = False,
+        tries_form: bool = True,
     ) -> tuple[str | None, Request]:
         """The prompt's text, if it has one, and a checked request.
 
         Args:
             id: of the request; None for the next number.
             cache_salt: only requests with the same salt share cached prefixes.
-
-        The first request with a grammar tries the grammar, which may take seconds.
+            tries_form: call `try_form` with the form of the output, if there is one.
 
         Raises:
             RequestError: the prompt or its parameters break a limit.
@@ -137,9 +137,18 @@ class Prompts:
             prompt_logits=prompt_logits,
         )
         check_request(request, self._max_model_len, self._vocab_size)
-        if request.params.structured_outputs is not None:
-            self._grammars.check(request.params.structured_outputs)
+        form = request.params.structured_outputs
+        if tries_form and form is not None:
+            self.try_form(form)
         return text, request
+
+    def try_form(self, form: StructuredOutputsParams) -> None:
+        """Try a form of an output in a child process; the first time this may take seconds.
+
+        Raises:
+            RequestError: the form cannot be used.
+        """
+        self._grammars.check(form)
 
 
 def _cut_after(text: str, content: str) -> str:

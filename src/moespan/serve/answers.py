@@ -27,6 +27,7 @@ from moespan.serve.replies import (
     CompletionChoice,
     CompletionLogprobs,
     PromptTokensDetails,
+    ToolCall,
     Usage,
 )
 from moespan.serve.sampling import Job
@@ -37,6 +38,7 @@ from moespan.serve.scores import (
     completion_logprobs,
     prompt_logprobs,
 )
+from moespan.serve.tools import CallPieces
 
 Piece = CompletionChoice | ChatDeltaChoice
 Event = Completion | ChatCompletionChunk
@@ -110,10 +112,15 @@ class Prompt:
 
 
 class _Choice:
-    """One continuation."""
+    """One continuation.
 
-    def __init__(self, index: int) -> None:
+    Attributes:
+        call: of a function, if the job demands one; then no text is shown.
+    """
+
+    def __init__(self, index: int, job: Job) -> None:
         self.index = index
+        self.call = None if job.call is None else CallPieces(job.call)
         self.has_begun = False
         self.num_tokens = 0
         self.text: list[str] = []
@@ -132,7 +139,7 @@ class Answer:
         self.keeps_text = False
         self._texts = TokenTexts(job.model.tokenizer, job.tokens_as_ids, job.skip_special_tokens)
         self._prompts = [Prompt(job, number) for number in range(len(job.requests))]
-        self._choices = [_Choice(index) for index in range(len(job.requests) * job.n)]
+        self._choices = [_Choice(index, job) for index in range(len(job.requests) * job.n)]
 
     @property
     def usage(self) -> Usage:
@@ -165,7 +172,7 @@ class Answer:
         """
         for choice, piece in self._pieces(number, deltas):
             if self.job.is_chat and not choice.has_begun:
-                yield self._event([_role(choice.index)])
+                yield self._event([_role(choice)])
             choice.has_begun = True
             yield self._event([piece])
 
@@ -303,26 +310,37 @@ class Answer:
         logprobs = None
         if job.logprobs is not None:
             logprobs = ChatLogprobs(chat_tokens(delta.logprobs, job.logprobs, self._texts))
+        shown, reason = ChatDelta(content=delta.text), delta.finish_reason
+        if choice.call is not None:
+            shown = choice.call.push(delta.text, reason is not None)
+            if choice.call.is_complete and reason == "stop":
+                reason = "tool_calls"
         return ChatDeltaChoice(
             index=choice.index,
-            delta=ChatDelta(content=delta.text),
+            delta=shown,
             logprobs=logprobs,
-            finish_reason=delta.finish_reason,
+            finish_reason=reason,
             stop_reason=delta.stop_reason,
             token_ids=delta.token_ids if job.return_token_ids else UNSET,
         )
 
 
-def _role(index: int) -> ChatDeltaChoice:
+def _role(choice: _Choice) -> ChatDeltaChoice:
     """The piece that begins a message."""
-    return ChatDeltaChoice(index=index, delta=ChatDelta(role="assistant", content=""))
+    content = "" if choice.call is None else None
+    return ChatDeltaChoice(index=choice.index, delta=ChatDelta(role="assistant", content=content))
 
 
 def _message(piece: ChatDeltaChoice, job: Job) -> ChatChoice:
     content = piece.delta.content
+    message = ChatMessage(content if isinstance(content, str) else None)
+    if piece.delta.tool_calls:
+        message.tool_calls = [
+            ToolCall(id=str(call.id), function=call.function) for call in piece.delta.tool_calls
+        ]
     return ChatChoice(
         index=piece.index,
-        message=ChatMessage("" if content is UNSET else content),
+        message=message,
         logprobs=piece.logprobs,
         finish_reason=piece.finish_reason,
         stop_reason=piece.stop_reason,

@@ -22,11 +22,13 @@ from moespan.serve.options import ServeOptions
 from moespan.serve.pool import Pool
 from moespan.serve.replies import ModelCard, ModelList
 from moespan.serve.responses import response_job
-from moespan.serve.sampling import Job, chat_job, completion_job
+from moespan.serve.sampling import Job, chat_job, completion_job, try_form
 from moespan.serve.served import ServedModel
 from moespan.serve.tokenization import detokenize, tokenize, tokenizer_info
 
 Handler = Callable[[Request], Awaitable[Any]]
+
+_NUM_FORMS = 2  # tried at a time; each keeps a child process busy
 
 
 def make_app(
@@ -84,18 +86,24 @@ class _Routes:
 
 def _openai_routes(model: ServedModel, life: Life, options: ServeOptions) -> list[Route]:
     intake, pool = Intake(options), Pool(options.max_queued_requests)
+    forms = Pool(options.max_queued_requests, _NUM_FORMS, "the form of their output to be tried")
+
+    async def deliver(job: Job, **form: Any) -> Delivery:
+        if job.form is not None:
+            await forms.run(try_form, job)
+        return Delivery(job, life, options, **form)
 
     def generation(make_job: Callable[[bytes, ServedModel, ServeOptions], Job]) -> Handler:
         async def handle(request: Request) -> Delivery:
             body = await intake.read(request)
-            return Delivery(await pool.run(make_job, body, model, options), life, options)
+            return await deliver(await pool.run(make_job, body, model, options))
 
         return handle
 
     async def response(request: Request) -> Delivery:
         body = await intake.read(request)
         answer = await pool.run(response_job, body, model, options)
-        return Delivery(answer.job, life, options, answer=answer, end=b"")
+        return await deliver(answer.job, answer=answer, end=b"")
 
     def tokens(answer: Callable[[bytes, ServedModel, ServeOptions], Any]) -> Handler:
         async def handle(request: Request) -> Response:

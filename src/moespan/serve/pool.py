@@ -1,5 +1,8 @@
 """Threads for work that would hold up the event loop: decoding large bodies, templates, encoding.
 
+Forms of outputs are tried in a pool of their own: each may take seconds, and must not hold up the
+encoding of other requests.
+
 `tokenizers` releases Python's lock while it encodes a long text, and a template is rendered by a
 process of its own. So the event loop goes on meanwhile.
 """
@@ -26,10 +29,18 @@ class Pool:
 
     Args:
         most_waiting: most calls that wait or run.
+        num_threads: calls that run at a time.
+        purpose: what requests wait for, as clients are told.
     """
 
-    def __init__(self, most_waiting: int) -> None:
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, "moespan-encode")
+    def __init__(
+        self,
+        most_waiting: int,
+        num_threads: int = _NUM_THREADS,
+        purpose: str = "their prompt to be encoded",
+    ) -> None:
+        self._threads = ThreadPoolExecutor(num_threads, "moespan-pool")
+        self._purpose = purpose
         self._most_waiting = most_waiting
         self._lock = threading.Lock()
         self._num_waiting = 0
@@ -44,8 +55,7 @@ class Pool:
             if self._num_waiting >= self._most_waiting:
                 raise Refusal(
                     429,
-                    f"{self._num_waiting} requests wait for their prompt to be encoded; "
-                    "try again later",
+                    f"{self._num_waiting} requests wait for {self._purpose}; try again later",
                     code="queue_full",
                     retry_after_s=_RETRY_S,
                 )

@@ -86,19 +86,49 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
-class ChatMessage(Struct):
-    """The model's turn."""
+class CalledFunction(Struct, kw_only=True):
+    """A function, and its arguments as JSON text; or a piece of these.
 
-    content: str
+    Attributes:
+        name: in the first piece only.
+    """
+
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCall(Struct, kw_only=True):
+    """A call that the client is to make."""
+
+    id: str
+    type: str = "function"
+    function: CalledFunction
+
+
+class ToolCallDelta(Struct, kw_only=True):
+    """A piece of a call. The first one has its id and type."""
+
+    index: int = 0
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: CalledFunction
+
+
+class ChatMessage(Struct):
+    """The model's turn: a text, or calls."""
+
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatDelta(Struct):
     """A piece of the model's turn."""
 
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):

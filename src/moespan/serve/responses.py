@@ -33,6 +33,12 @@ def response_job(body: bytes, model: ServedModel, options: ServeOptions) -> Resp
         raise bad("store=True is refused: nothing is stored; send store=false", "store")
     if asked.truncation not in (None, "disabled"):
         raise bad(f"truncation={shown(asked.truncation)} must be disabled", "truncation")
+    if asked.tool_choice not in (None, "none", "auto"):
+        raise bad(
+            f"tool_choice={shown(asked.tool_choice)} must be none or auto here; "
+            "/v1/chat/completions answers with calls",
+            "tool_choice",
+        )
     chat = ChatBody(
         messages=_messages(asked),
         model=asked.model,
@@ -41,8 +47,6 @@ def response_job(body: bytes, model: ServedModel, options: ServeOptions) -> Resp
         top_p=asked.top_p,
         max_tokens=asked.max_output_tokens,
         response_format=_format(asked.text),
-        tools=asked.tools,
-        tool_choice=asked.tool_choice,
     )
     job = job_of_chat(chat, ignored, model, options, kind="resp")
     return ResponsesAnswer(job, asked)

@@ -32,6 +32,7 @@ from moespan.serve.bodies import (
 from moespan.serve.options import ServeOptions
 from moespan.serve.refusals import Refusal, bad
 from moespan.serve.served import ServedModel
+from moespan.serve.tools import DemandedCall, about_form, demanded_call
 from moespan.text.grammar import StructuredOutputsParams
 
 _MOST_TEXT_BYTES = 1 << 20
@@ -40,10 +41,6 @@ _MOST_TEXT_BYTES = 1 << 20
 _COMPLETION_TOKENS = 16
 _HIGHEST_TEMPERATURE = 2
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_NO_CALLS = (
-    "is refused: the model was not taught to call tools; use response_format with the function's "
-    "parameters as the schema"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +54,8 @@ class Job:
         logprobs: best tokens to show at each position; None shows no log probabilities.
         prompt_logprobs: the same at each position of the prompt, in vLLM's form.
         usage: what streams tell of usage; None for nothing.
+        call: the call of a function that each continuation must be; None for text.
+        form: name of the field that asks for a form of the output; see `try_form`.
         ignored: names of fields that have no effect.
     """
 
@@ -77,6 +76,8 @@ class Job:
     tokens_as_ids: bool
     skip_special_tokens: bool
     ignored: list[str]
+    call: DemandedCall | None
+    form: str | None
 
 
 def completion_job(body: bytes, model: ServedModel, options: ServeOptions) -> Job:
@@ -129,9 +130,9 @@ def job_of_chat(
     if asked.top_logprobs is not None and not asked.logprobs:
         raise bad(f"top_logprobs={shown(asked.top_logprobs)} needs logprobs=true", "top_logprobs")
     _check_logprobs("top_logprobs", asked.top_logprobs, options)
-    _check_tools(asked)
+    call = demanded_call(asked)
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    params = _params(asked, model, options, max_tokens=None, logprobs=logprobs)
+    params = _params(asked, model, options, max_tokens=None, logprobs=logprobs, call=call)
     _check_counts(1, params.n, options)
     encoded = _fit(
         chat_prompt(asked, model, may_exceed=asked.truncate_prompt_tokens is not None),
@@ -140,7 +141,22 @@ def job_of_chat(
         model,
         params.max_tokens,
     )
-    return _job(asked, ignored, model, name, params, [encoded], kind, False, logprobs)
+    return _job(asked, ignored, model, name, params, [encoded], kind, False, logprobs, call)
+
+
+def try_form(job: Job) -> None:
+    """Try the form that the output of a job is held to, which may take seconds.
+
+    Raises:
+        Refusal: a 400; the form cannot be used.
+    """
+    form = job.requests[0].params.structured_outputs
+    if form is None or job.form is None:
+        return
+    try:
+        job.model.prompts.try_form(form)
+    except RequestError as error:
+        raise about_form(error, job.form) from None
 
 
 def _job(
@@ -153,10 +169,13 @@ def _job(
     kind: str,
     echo: bool,
     logprobs: int | None,
+    call: DemandedCall | None = None,
 ) -> Job:
     id = f"{kind}-{secrets.token_hex(16)}"
     requests = [
-        model.prompts.request(prompt, params, id=f"{id}-{number}", cache_salt=asked.cache_salt)[1]
+        model.prompts.request(
+            prompt, params, id=f"{id}-{number}", cache_salt=asked.cache_salt, tries_form=False
+        )[1]
         for number, prompt in enumerate(encoded)
     ]
     return Job(
@@ -177,6 +196,8 @@ def _job(
         tokens_as_ids=asked.return_tokens_as_token_ids,
         skip_special_tokens=params.skip_special_tokens,
         ignored=ignored,
+        call=call,
+        form=None if params.structured_outputs is None else _form_field(asked, call),
     )
 
 
@@ -191,6 +212,7 @@ def _params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    call: DemandedCall | None = None,
 ) -> SamplingParams:
     """The sampling parameters of a request.
 
@@ -206,7 +228,7 @@ def _params(
         "logprobs": logprobs,
     }
     given["max_tokens"] = _max_tokens(asked, max_tokens)
-    given["structured_outputs"] = _form(asked)
+    given["structured_outputs"] = _form(asked, call)
     if type(seed := given.get("seed")) is int and -(2**63) <= seed < 0:
         given["seed"] = seed % 2**63
     params = SamplingParams(**given)
@@ -236,18 +258,27 @@ def _check_form(asked: GenerationBody) -> None:
         )
 
 
-def _form(asked: GenerationBody) -> StructuredOutputsParams | None:
+def _form(asked: GenerationBody, call: DemandedCall | None) -> StructuredOutputsParams | None:
     """The form that the output is held to."""
-    field = "structured_outputs" if asked.structured_outputs else "response_format"
+    field = _form_field(asked, None)
     wanted = asked.structured_outputs or _format(asked.response_format)
     if wanted is None:
-        return None
+        return None if call is None else call.form
+    if call is not None:
+        raise bad(f"{field} and a tool_choice that demands a call exclude each other", field)
     if asked.structured_outputs and _format(asked.response_format) is not None:
         raise bad("response_format and structured_outputs exclude each other; send one", field)
     try:
         return StructuredOutputsParams.from_dict(wanted)
     except RequestError as error:
-        raise bad(str(error), field) from None
+        raise about_form(error, field) from None
+
+
+def _form_field(asked: GenerationBody, call: DemandedCall | None) -> str:
+    """The field that asks for the form of the output."""
+    if call is not None:
+        return "tools"
+    return "structured_outputs" if asked.structured_outputs else "response_format"
 
 
 def _format(response_format: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -304,18 +335,6 @@ def _check_counts(num_prompts: int, n: int, options: ServeOptions) -> None:
             f"{options.max_choices} are made for a request",
             "n",
         )
-
-
-def _check_tools(asked: ChatBody) -> None:
-    """Tools are taken and answered in text, unless a call is demanded."""
-    choice = asked.tool_choice
-    if choice in (None, "none", "auto"):
-        return
-    if choice == "required" or isinstance(choice, dict):
-        raise bad(f"tool_choice={shown(choice)} {_NO_CALLS}", "tool_choice")
-    raise bad(
-        f"tool_choice={shown(choice)} must be none, auto, required or a function", "tool_choice"
-    )
 
 
 # Prompts.
