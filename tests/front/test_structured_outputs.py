@@ -163,13 +163,13 @@ def test_outputs_are_the_same_with_plans_ahead_and_under_preemption(llm: LLM):
 
 
 def test_others_go_on_while_a_grammar_is_compiled(llm: LLM, monkeypatch: pytest.MonkeyPatch):
-    go_on, compile = threading.Event(), Matcher.compile
+    go_on, compile = threading.Event(), Matcher.begin
 
     def slow(*args: Any) -> Matcher:
         assert go_on.wait(30)
         return compile(*args)
 
-    monkeypatch.setattr(Matcher, "compile", slow)
+    monkeypatch.setattr(Matcher, "begin", slow)
     first = llm.request("681+734=", params({"regex": "[0-9]{3}5"}))
     second = llm.request("12+30=", SamplingParams(temperature=0))
     texts = []

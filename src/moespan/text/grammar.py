@@ -288,7 +288,7 @@ def _keep(kept: OrderedDict[bytes, T], key: bytes, value: T) -> None:
 def answer_in_child(set_up: Mapping[str, Any]) -> Answer:
     """In the child process: makes the function that tries grammars."""
     tokens = [*(bytes([byte]) for byte in range(256)), b"<end>"]
-    tokenizer = _Vocabulary(tokens, [256], [256], lambda text: list(text.encode())).compile()
+    tokenizer = _Vocabulary(tokens, [256], [256], lambda text: list(text.encode())).prefix_tree()
 
     def answer(request: dict[str, Any]) -> dict[str, str]:
         # As in the engine: a deep stack for all up to the first mask, and the usual one after that.
@@ -309,7 +309,7 @@ def answer_in_child(set_up: Mapping[str, Any]) -> Answer:
 def _compiled(request: dict[str, Any], tokenizer: llguidance.LLTokenizer) -> Matcher | str:
     """The matcher of a grammar, with its first mask computed, or what is wrong with the grammar."""
     try:
-        matcher = Matcher.compile(StructuredOutputsParams(**request), tokenizer, 257)
+        matcher = Matcher.begin(StructuredOutputsParams(**request), tokenizer, 257)
         matcher.allowed()
     except BaseException as error:  # the library panics as a BaseException
         return _short(error)
@@ -373,7 +373,7 @@ class _Vocabulary:
         """The token ids of a text; llguidance asks for those of texts that the grammar forces."""
         return self._encode(text)
 
-    def compile(self) -> llguidance.LLTokenizer:
+    def prefix_tree(self) -> llguidance.LLTokenizer:
         """The prefix tree of all tokens."""
         from llguidance import LLTokenizer, TokenizerWrapper
 
@@ -389,7 +389,7 @@ class Matcher:
         self._check()
 
     @classmethod
-    def compile(
+    def begin(
         cls, params: StructuredOutputsParams, tokenizer: llguidance.LLTokenizer, vocab_size: int
     ) -> Matcher:
         """The state before the first token."""
@@ -444,7 +444,7 @@ class Grammars:
         special = sorted(tokenizer.special_token_ids.union(eos))
         self._tokenizer = _Vocabulary(
             tokens, eos, special, lambda text: tokenizer.encode(text, add_special_tokens=False)
-        ).compile()
+        ).prefix_tree()
 
     @classmethod
     def of(
@@ -466,7 +466,7 @@ class Grammars:
         with self._lock:
             if key in self._compiled:
                 return self._compiled[key].copy()
-        matcher = Matcher.compile(params, self._tokenizer, self._vocab_size)
+        matcher = Matcher.begin(params, self._tokenizer, self._vocab_size)
         with self._lock:
             _keep(self._compiled, key, matcher.copy())
         return matcher
