@@ -7,7 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,28 @@ def test_every_verb_judges_the_configuration_that_would_run(
     assert config.expert_placement == json.loads(placement.read_text())
     assert (config.block_size, config.num_blocks, config.max_num_seqs) == (64, 99, 64)
     assert (config.enable_prefix_caching, config.check_finite) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"device": "cpu", "batch_invariant": True},
+        {"npu_weight_format": "nz"},
+        {"npu_maskless_decode": True},
+        {"npu_scatter_prefill": 3},
+        {"npu_fused_all_reduce": 3},
+        {"moe_dispatch": "fused", "npu_hierarchical_dispatch": True},
+    ],
+    ids=str,
+)
+def test_a_reference_in_float32_leaves_out_what_needs_16_bits(option: dict[str, Any]):
+    asked = Settings(MODEL, **{"device": "npu", "dtype": "bfloat16", "npu_aiv": True, **option})
+    if asked.device == "cpu":
+        asked = replace(asked, npu_aiv=False)
+    with pytest.raises(ConfigError):
+        replace(asked, dtype="float32").resolve(to_run=False)
+    config = asked.in_float32().resolve(to_run=False).engine_config
+    assert (config.dtype, config.npu_aiv) == ("float32", asked.npu_aiv)
 
 
 def test_the_doctor_refuses_an_expert_placement_that_generate_refuses(

@@ -164,10 +164,7 @@ def _compare_with_floats(
         raise ConfigError("--trace needs --reference: a reference made here holds no hidden states")
     if settings.nnodes > 1:
         raise ConfigError("on many nodes verify needs --reference; make one with --write-reference")
-    # In float32 rows need no kernels of their own to be independent.
-    plain = replace(
-        settings, dtype="float32", batch_invariant=False, model=args.against or settings.model
-    )
+    plain = replace(settings.in_float32(), model=args.against or settings.model)
     if layouts:
         plain = plain.with_layout(Layout())
     else:

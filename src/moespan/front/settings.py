@@ -116,6 +116,15 @@ class Settings(EngineOptions, Nodes):
             self, **sizes, enable_expert_parallel=False, pipeline_layers=layout.pipeline_layers
         )
 
+    def in_float32(self) -> Settings:
+        """The same settings in float32, without the options that only 16-bit dtypes have."""
+        options = {option for device in DEVICES.values() for option in device.half_options}
+        names = {"batch_invariant", *options} - {"moe_dispatch=fused"}
+        changes: dict[str, Any] = {name: getattr(EngineOptions, name) for name in names}
+        if self.moe_dispatch == "fused":
+            changes |= {"moe_dispatch": "auto", "npu_hierarchical_dispatch": False}
+        return replace(self, dtype="float32", **changes)
+
     def resolve(self, *, to_run: bool = True) -> Resolved:
         """Find the model, replace every `auto` and None, and check that all settings fit together.
 
