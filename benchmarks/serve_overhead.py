@@ -88,7 +88,7 @@ def rank() -> None:
 
 def front(max_num_seqs: int) -> None:
     """The program of the front, as `moespan serve` runs it, on ranks without a network."""
-    from moespan.cli.show import say
+    from moespan import log
     from moespan.front.settings import Settings
     from moespan.launch.lives import Lives
     from moespan.serve.auth import Keys
@@ -97,6 +97,7 @@ def front(max_num_seqs: int) -> None:
     from moespan.serve.served import ServedModel
     from moespan.serve.server import listen
 
+    log.set_up("info")
     settings = Settings(
         str(MODEL), device="cpu", dtype="float32", load_format="dummy", max_num_seqs=max_num_seqs
     )
@@ -105,7 +106,7 @@ def front(max_num_seqs: int) -> None:
     options = ServeOptions(port=0)
     model = ServedModel.load(str(MODEL), config, model_config, options)
     lives = Lives(config, nodes, program=_program("me.rank()"))
-    Program(config, model, Keys(options, {}), options, [listen(options)], lives.start, say).run()
+    Program(config, model, Keys(options, {}), options, [listen(options)], lives.start).run()
 
 
 @contextlib.contextmanager

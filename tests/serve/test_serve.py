@@ -39,7 +39,7 @@ def started(*flags: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]
     try:
         for line in process.stderr:
             told.append(line)
-            if found := re.match(r"ready on (http://127\.0\.0\.1:\d+); ", line):
+            if found := re.search(r"ready on (http://127\.0\.0\.1:\d+); ", line):
                 break
         else:
             raise AssertionError("".join(told))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, given_fields, settings_of
 from moespan.cli.sampling_flags import add_sampling_flags, sampling_of
-from moespan.cli.show import check_writable, say, say_start
+from moespan.cli.show import EXIT_FAILED, check_writable, say, say_start
 from moespan.cli.starting import serve_unless_first_node, start_llm
 from moespan.errors import ConfigError, RequestError, printable, shown
 from moespan.files import read_bytes
@@ -26,6 +27,7 @@ SUMMARY = "talk with a model, here or on a server"
 API_KEY_VARIABLE = "MOESPAN_API_KEY"
 
 _MOST_KEY_BYTES = 4096
+_LIKE_A_SERVER = re.compile(r"[\w.-]+:\d{1,5}(/v1)?/?")
 
 # With an engine of this program: greedy, and as many tokens as the model's length leaves.
 _DEFAULTS = {"temperature": 0.0, "max_tokens": None}
@@ -63,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     with _answerer(args) as answerer:
         if not args.quiet and sys.stdin.isatty():
             say("/help shows the commands")
-        _converse(Conversation(answerer, args.system), args.quiet)
-    return 0
+        is_refused = _converse(Conversation(answerer, args.system), args.quiet)
+    return EXIT_FAILED if is_refused and not sys.stdin.isatty() else 0
 
 
 @contextlib.contextmanager
@@ -82,6 +84,8 @@ def _answerer(args: argparse.Namespace) -> Iterator[Answerer]:
             args.model, params, model=args.served_model_name, api_key=_api_key(args.api_key_file)
         )
         return
+    if _LIKE_A_SERVER.fullmatch(args.model) and not Path(args.model).exists():
+        raise ConfigError(f"MODEL={shown(args.model)}: did you mean http://{args.model}?")
     for name in ("served_model_name", "api_key_file"):
         if getattr(args, name) is not None:
             flag = f"--{name.replace('_', '-')}"
@@ -119,17 +123,19 @@ def _api_key(path: Path | None) -> str | None:
     return key
 
 
-def _converse(conversation: Conversation, quiet: bool) -> None:
-    """Read lines until the end of stdin or `/quit`, and answer each."""
+def _converse(conversation: Conversation, quiet: bool) -> bool:
+    """Read lines until the end of stdin or `/quit`, and answer each; → whether one was refused."""
+    is_refused = False
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives `input` a history and editing
     while (line := _next_line()) is not None:
         line = line.strip()
         if line.startswith("/") and not line.startswith("//"):
             if not _obey(conversation, line):
-                return
-        elif line:
-            _answer(conversation, line.removeprefix("/"), quiet)
+                break
+        elif line and not _answer(conversation, line.removeprefix("/"), quiet):
+            is_refused = True
+    return is_refused
 
 
 def _next_line() -> str | None:
@@ -179,8 +185,8 @@ def _save(conversation: Conversation, path: Path) -> None:
         say(f"saved {len(conversation.messages)} messages to {path}")
 
 
-def _answer(conversation: Conversation, question: str, quiet: bool) -> None:
-    """Print the answer as it comes. Ctrl-C ends the answer, not the program."""
+def _answer(conversation: Conversation, question: str, quiet: bool) -> bool:
+    """Print the answer as it comes; False if it is refused. Ctrl-C ends no more than the answer."""
     started = time.perf_counter()
     try:
         ending = conversation.ask(question, _print_piece)
@@ -190,11 +196,13 @@ def _answer(conversation: Conversation, question: str, quiet: bool) -> None:
         if not sys.stdin.isatty():
             raise
     except RequestError as error:
-        say(f"{error}; /reset starts anew")
+        say(f"{error}; /reset starts anew" if sys.stdin.isatty() else str(error))
+        return False
     else:
         print(flush=True)
         if not quiet:
             say(_remark(ending, time.perf_counter() - started))
+    return True
 
 
 def _print_piece(piece: str) -> None:

@@ -106,7 +106,8 @@ def _form(args: argparse.Namespace) -> dict[str, Any]:
             try:
                 form[name] = read_bytes(path, MAX_GRAMMAR_BYTES).decode()
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{path} cannot be read: {error}") from None
+                reason = getattr(error, "strerror", None) or error
+                raise ConfigError(f"{path} cannot be read: {reason}; give a file") from None
     return {name: value for name, value in form.items() if value is not None}
 
 

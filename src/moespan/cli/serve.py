@@ -11,7 +11,7 @@ from typing import Any
 
 from moespan import log
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
-from moespan.cli.show import BYTES, say, scaled
+from moespan.cli.show import BYTES, scaled
 from moespan.config import EngineConfig, ModelConfig
 from moespan.errors import ConfigError, MoespanError
 from moespan.front.start import warn_if_tp_crosses_nodes
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from moespan.serve.served import ServedModel
     from moespan.serve.server import listen, listen_apart
 
-    if args.model is None:
+    if not hasattr(args, "model"):  # the flags of an engine have no default
         args.usage_error("the argument MODEL is required")
     settings = settings_of(args)
     chosen = _chosen(args)
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         # The front needs no device: the ranks find out whether theirs works.
         model_config, config, nodes = settings.resolve(to_run=False)
         assert model_config is not None
-        say(_memory_line(config, model_config))
+        log.logger.info("%s", _memory_line(config, model_config))
         model = ServedModel.load(args.model, config, model_config, chosen)
         _serve(config, nodes, model, keys, chosen, socks)
     return 0
@@ -123,12 +123,13 @@ def _serve(config: Any, nodes: Any, model: Any, keys: Any, chosen: Any, socks: A
     lives = Lives(config, nodes)
     reason = ""
     try:
-        Program(config, model, keys, chosen, socks, lives.start, say, tracing).run()
+        Program(config, model, keys, chosen, socks, lives.start, tracing).run()
     except MoespanError as error:
         reason = str(error)
         raise
     finally:
         lives.end(reason)
+    log.logger.info("the server has ended")
 
 
 def _chosen(args: argparse.Namespace) -> ServeOptions:

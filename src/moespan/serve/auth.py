@@ -10,6 +10,7 @@ import base64
 import binascii
 import hmac
 import os
+import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
@@ -26,6 +27,7 @@ OPEN_PATHS = frozenset({b"/health", b"/live", b"/ready"})
 """Raw paths that need no key."""
 
 _MOST_FILE_BYTES = 1 << 20
+_UNSENDABLE = re.compile(rb"[\x00-\x20\x7f]")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -86,13 +88,19 @@ class Keys:
         try:
             lines = files.read_bytes(self._file, _MOST_FILE_BYTES).splitlines()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"--api-key-file {self._file} cannot be read: {error}") from None
+            reason = (isinstance(error, OSError) and error.strerror) or error
+            raise ConfigError(f"--api-key-file {self._file} cannot be read: {reason}") from None
         keys = dict(self._fixed)
         for number, line in enumerate(lines, 1):
             words = line.split()
             if not words or words[0].startswith(b"#"):
                 continue
             name = words[0].decode("utf-8", "replace") if len(words) == 2 else f"line {number}"
+            if _UNSENDABLE.search(words[-1]):
+                raise ConfigError(
+                    f"--api-key-file {self._file}, line {number}: holds characters that no header "
+                    "can carry; write the file as plain text"
+                )
             if len(words) > 2 or name in keys:
                 raise ConfigError(
                     f"--api-key-file {self._file}, line {number}: must be KEY, or NAME KEY with a "
@@ -136,7 +144,9 @@ class Auth:
         if self._keys and name is None and not self._is_open(scope["raw_path"]):
             raise Refusal(
                 401,
-                "a key is needed: send the header 'Authorization: Bearer KEY'",
+                "this key is not valid"
+                if credentials
+                else "a key is needed: send the header 'Authorization: Bearer KEY'",
                 code="invalid_api_key",
                 headers={"www-authenticate": 'Bearer, Basic realm="moespan", charset="UTF-8"'},
             )

@@ -14,6 +14,10 @@ from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError
 
 
+class CutOffError(EngineDeadError):
+    """The server ends before the request is finished; no engine follows."""
+
+
 class Inbox:
     """The deltas of one request that its handler has not taken yet.
 

@@ -32,7 +32,7 @@ from moespan.engine.questions import Question
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
 from moespan.parallel.beats import Place
-from moespan.serve.inbox import Inbox
+from moespan.serve.inbox import CutOffError, Inbox
 from moespan.serve.metrics import Course, Metrics
 from moespan.serve.options import LifeOptions
 from moespan.serve.signs import LOOK_S, Signs
@@ -273,7 +273,7 @@ class Life:
             await self._live_on(over)
         finally:
             over.cancel()
-            self._lose_all(EngineDeadError("the engine does not run any more"))
+            self._lose_all(CutOffError("the engine does not run any more"))
             self._phase = State.ENDED
 
     def drain(self) -> None:
@@ -323,6 +323,8 @@ class Life:
             return None
         self._start_s, self.info = loop.time() - began, ranks.info
         self.metrics.start(ranks.info)
+        if self.num_restarts:
+            log.logger.info("the engine is ready again, after %.0f s", self._start_s)
         try:
             self._resume(ranks)
             self._restart_reason = "died"
@@ -420,7 +422,7 @@ class Life:
         finally:
             for task in ends:
                 task.cancel()
-        self._lose_all(EngineDeadError("the server ends before the request is finished"))
+        self._lose_all(CutOffError("the server ends before the request is finished"))
 
     def _lose_all(self, death: EngineDeadError) -> None:
         for live in list(self._live.values()):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from starlette.routing import Route
 
+from moespan import log
 from moespan.config import EngineConfig
 from moespan.engine.info import EngineInfo
 from moespan.serve import mindie
@@ -44,7 +45,6 @@ class Program:
     Attributes:
         start: starts the ranks of `config`.
         socks: listen already; the first is for clients, the second is --management-port.
-        say: tells the operator that the server is ready.
         tracing: makes spans of requests; None for none.
     """
 
@@ -54,7 +54,6 @@ class Program:
     options: ServeOptions
     socks: Sequence[socket.socket]
     start: Start
-    say: Callable[[str], object]
     tracing: Tracing | None = None
 
     def run(self) -> None:
@@ -126,7 +125,7 @@ class Program:
         """Say once where the server is and what it serves."""
         while life.info is None:
             await asyncio.sleep(_LOOK_S)
-        self.say(self._ready_line(life.info))
+        log.logger.info("%s", self._ready_line(life.info))
 
     def _ready_line(self, info: EngineInfo) -> str:
         num_tokens = info.num_blocks * info.block_size * info.layout.dp

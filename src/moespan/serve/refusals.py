@@ -14,6 +14,7 @@ import msgspec
 
 from moespan import log
 from moespan.errors import EngineDeadError, MoespanError, RequestError, shortened
+from moespan.serve.inbox import CutOffError
 
 _MOST_CHARACTERS = 640  # up to 6 bytes each, as JSON
 _RETRY_DEAD_S = 5
@@ -83,6 +84,14 @@ def refusal_of(error: BaseException) -> Refusal:
     if isinstance(error, RequestError):
         name = str(error).partition("=")[0]
         return bad(str(error), name if name.isidentifier() else None)
+    if isinstance(error, CutOffError):
+        return Refusal(
+            503,
+            "the server has ended before the answer was complete; send the request again, to "
+            "another server or when this one is back",
+            code="draining",
+            retry_after_s=_RETRY_DEAD_S,
+        )
     if isinstance(error, EngineDeadError):
         log.logger.debug("%s", error)  # may quote paths and tracebacks of ranks
         return Refusal(
