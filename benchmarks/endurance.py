@@ -49,7 +49,7 @@ def processes(root: int) -> dict[int, Process]:
 
 
 def process(pid: int, root: int) -> Process | None:
-    """What /proc says of a process; None if it has ended."""
+    """Memory and descriptors of a process, from /proc; None if the process has ended."""
     folder = Path(f"/proc/{pid}")
     try:
         words = (folder / "cmdline").read_bytes().split(b"\0")

@@ -60,7 +60,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of the engine."""
+        """Options of the engine that is measured."""
         return {
             "device": self.device,
             "load_format": "dummy",
@@ -81,7 +81,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What the ranks of a case took."""
+    """Memory that the ranks of a case took."""
 
     ranks: list[RankMemory]
 
@@ -113,7 +113,7 @@ def run_case(case: Case) -> Measured:
 
 
 def predicted(case: Case, rank: int, machine: MachineMemory) -> RankMemory:
-    """What the planner counts for a rank."""
+    """Memory that the planner counts for a rank."""
     config, model = case.engine, case.model
     one = memory_of_rank(config, model, rank, machine, Step(sampling="greedy"))
     parts = one.with_blocks(config.num_blocks or 0)

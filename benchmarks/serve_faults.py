@@ -104,7 +104,7 @@ class Server:
         return time.monotonic() - began
 
     async def stream(self, is_begun: asyncio.Event) -> str:
-        """What one client sees: `finished`, `error`, `ended without a word`, or the status."""
+        """One client's end: `finished`, `error`, `ended without a word`, or the status."""
         try:
             async with self.http.stream(
                 "POST", "/v1/completions", json={**_PROMPT, "stream": True}

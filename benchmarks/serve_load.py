@@ -43,7 +43,7 @@ QUESTIONS = [
 SEEDS = range(4)
 MAX_TOKENS = 48
 
-# What a client does with a request, and how often.
+# Kinds of requests, and how many of a hundred are of each.
 DEEDS = {"stream": 72, "whole": 8, "leave": 12, "overlong": 4, "malformed": 4}
 MALFORMED = [
     b"{",
@@ -62,7 +62,7 @@ _QUIET_S = 10.0
 
 @dataclass
 class Seen:
-    """What the clients saw."""
+    """Answers and times, as the clients saw them."""
 
     deeds: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -246,7 +246,7 @@ def server(flags: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def expected_texts() -> dict[tuple[str, int], str]:
-    """What `LLM` answers, by prompt and seed."""
+    """Answers of `LLM`, by prompt and seed."""
     keys = [(question, seed) for question in QUESTIONS for seed in SEEDS]
     with LLM(str(MODEL), dtype="float32") as llm:
         outputs = llm.generate(
