@@ -16,6 +16,7 @@ SOURCE = Path(moespan.version.__file__).parent
 FLOORS = (
     "version",
     "errors",
+    "units",
     "files",
     "cache_folder",
     "log",

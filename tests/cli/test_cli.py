@@ -22,7 +22,6 @@ from moespan import LLM, SamplingParams, __version__
 from moespan.checkpoint.presets import preset
 from moespan.cli import _parser, main
 from moespan.cli.flags import settings_of
-from moespan.cli.show import BYTES, COUNTS, scaled
 from moespan.config import ModelConfig
 from moespan.engine.client import LocalClient
 from moespan.errors import EngineDeadError
@@ -395,9 +394,10 @@ def test_experts_are_placed_by_their_counts(cli: Cli, tmp_path: Path):
     for more, said in (
         (["-ep", 1], "ep=1"),
         (["--copies", 9], "--copies 9"),
-        (["--counts", "uniform"], "no file of counts"),
+        (["--counts", "uniform"], "uniform is no file of expert counts: No such file"),
+        (["--counts", QUICKSTART / "config.json"], 'must be like {"counts": '),
+        (["--counts", page], "it is not JSON"),
         (["--plot", tmp_path / "heat.gif"], ".png or .svg"),
-        (["--counts", tmp_path / "none"], "neither uniform nor"),
     ):
         refused = cli(*arguments, *more)
         assert (refused.code, said in refused.err) == (2, True)
@@ -655,25 +655,6 @@ def test_info_on_a_dense_model(cli: Cli, tmp_path: Path):
     ran = cli("info", write_config(tmp_path / "dense", n_routed_experts=None))
     assert ran.code == 0
     assert "experts             none" in ran.out
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.00 kB"),
-        (3_771_216, "3.77 MB"),
-        (32_751_456_256, "32.75 GB"),
-        (5e15, "5000.00 TB"),
-    ],
-)
-def test_a_number_has_the_largest_unit_that_it_fills(number: float, text: str):
-    assert scaled(number, BYTES) == text
-
-
-def test_a_small_count_has_no_unit():
-    assert [scaled(n, COUNTS, 3) for n in (12, 12_345)] == ["12", "12.345 K"]
 
 
 # make-checkpoint

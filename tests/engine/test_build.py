@@ -35,8 +35,8 @@ def test_loading_is_told_every_ten_seconds(caplog: pytest.LogCaptureFixture):
         now[0] += 3.0
         progress(4_000_000_000)
     assert [record.getMessage() for record in caplog.records] == [
-        "loading: 16.0 of 40.0 GB are read (40%)",
-        "loading: 32.0 of 40.0 GB are read (80%)",
+        "loading: 16.0 GB of 40.0 GB are read (40%)",
+        "loading: 32.0 GB of 40.0 GB are read (80%)",
     ]
 
 

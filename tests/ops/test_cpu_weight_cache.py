@@ -345,7 +345,7 @@ def test_a_disk_with_too_little_room_is_named_before_anything_is_written(
     monkeypatch.setattr(os, "fstatvfs", lambda descriptor: status)
     assert_same(keep(cache, {"one": torch.ones(3)}), {"one": torch.ones(3)})
     said = capsys.readouterr().err
-    assert "has 0.00419 GB free, and they take 0.00524; set MOESPAN_CACHE" in said
+    assert "has 4.19 MB free, and they take 5.24 MB; set MOESPAN_CACHE" in said
     assert not [*cache.path.iterdir()]
 
 

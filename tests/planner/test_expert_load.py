@@ -96,5 +96,5 @@ def test_counts_are_read_and_must_fit_the_model(tmp_path: Path):
     path.write_text(json.dumps({"counts": {"9": [1] * 16}}))
     with pytest.raises(ConfigError, match=r"layers \[9\]"):
         Routing.read(str(path), MODEL)
-    with pytest.raises(ConfigError, match="neither uniform nor a file of counts"):
+    with pytest.raises(ConfigError, match="neither uniform nor a file"):
         Routing.read(str(tmp_path / "none.json"), MODEL)

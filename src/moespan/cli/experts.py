@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moespan.cli.flags import add_model_flags, settings_of
-from moespan.cli.show import BYTES, check_writable, scaled
+from moespan.cli.show import check_writable
 from moespan.config import DTYPE_BYTES, EngineConfig, ExpertTable, ModelConfig
 from moespan.errors import ConfigError
+from moespan.units import bytes_in_words
 
 if TYPE_CHECKING:
     from moespan.planner.expert_load import Routing
@@ -63,10 +64,8 @@ def run(args: argparse.Namespace) -> int:
     model, config, _ = settings_of(args).resolve(to_run=False)
     assert model is not None
     _check(args, config, model)
-    routing = Routing.read(args.counts, model)
+    routing = Routing.of_file(args.counts, model)
     counts, ep = routing.counts, config.layout.ep
-    if not counts:
-        raise ConfigError(f"--counts {args.counts} is no file of counts")
     table: ExpertTable = {
         str(layer): [list(held) for held in balanced(row, ep, args.copies)]
         for layer, row in counts.items()
@@ -121,8 +120,8 @@ def _lines(
         held = [sum(len(table.of(layer)[rank]) for layer in counts) for rank in range(ep)]
         most, mean = max(held) * each, sum(held) * each / ep
         lines.append(
-            f"weights of experts {name}, {config.dtype}: {scaled(most, BYTES)} on the fullest "
-            f"rank, {scaled(mean, BYTES)} on average"
+            f"weights of experts {name}, {config.dtype}: {bytes_in_words(most)} on the fullest "
+            f"rank, {bytes_in_words(mean)} on average"
         )
     return lines
 

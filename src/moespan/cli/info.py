@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from moespan.cli.flags import add_model_flags, settings_of
-from moespan.cli.show import BYTES, COUNTS, scaled
 from moespan.config import Layout, ModelConfig
+from moespan.units import COUNTS, bytes_in_words, scaled
 
 SUMMARY = "describe a model"
 
@@ -65,7 +65,7 @@ def _lines(model: ModelConfig, layout: Layout, facts: dict[str, Any]) -> Iterato
     yield "longest sequence", f"{model.max_position_embeddings} tokens"
     yield (
         "weights",
-        ", ".join(f"{scaled(size, BYTES)} {name}" for name, size in facts["bytes"].items()),
+        ", ".join(f"{bytes_in_words(size)} {name}" for name, size in facts["bytes"].items()),
     )
     yield (
         "KV cache per token",
@@ -77,6 +77,6 @@ def _lines(model: ModelConfig, layout: Layout, facts: dict[str, Any]) -> Iterato
     cache = max(facts["kv_bytes_per_token_per_rank"])
     yield (
         f"per rank, {layout}",
-        f"{scaled(weights, BYTES)} of {facts['quantization'] or facts['dtype']} weights, "
+        f"{bytes_in_words(weights)} of {facts['quantization'] or facts['dtype']} weights, "
         f"{cache / 1024:g} KiB of {facts['kv_cache_dtype']} KV cache per token",
     )

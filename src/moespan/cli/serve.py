@@ -11,12 +11,12 @@ from typing import Any
 
 from moespan import log
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
-from moespan.cli.show import BYTES, scaled
 from moespan.config import EngineConfig, ModelConfig
 from moespan.errors import ConfigError, MoespanError
 from moespan.front.start import warn_if_tp_crosses_nodes
 from moespan.planner.memory import fit
 from moespan.serve.options import ServeOptions, default_text, flag_of, options
+from moespan.units import bytes_in_words
 
 SUMMARY = "serve a model over HTTP, as OpenAI does"
 
@@ -104,8 +104,8 @@ def _memory_line(config: EngineConfig, model_config: ModelConfig) -> str:
     per_sequence = needed.cache_bytes_per_token * config.max_model_len
     workspace = needed.memory.total_bytes - needed.memory.weight_bytes
     return (
-        f"memory of the fullest rank: weights {scaled(needed.memory.weight_bytes, BYTES)}, "
-        f"workspace {scaled(workspace, BYTES)}, KV cache {scaled(per_sequence, BYTES)} for a "
+        f"memory of the fullest rank: weights {bytes_in_words(needed.memory.weight_bytes)}, "
+        f"workspace {bytes_in_words(workspace)}, KV cache {bytes_in_words(per_sequence)} for a "
         f"sequence of {config.max_model_len} tokens"
     )
 

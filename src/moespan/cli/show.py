@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moespan.errors import ConfigError
+from moespan.units import bytes_in_words
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -47,21 +48,6 @@ def print_layout(one: LayoutReport) -> None:
         print(f"    first difference from one rank: {one.first_difference}")
 
 
-COUNTS = ("", " K", " M", " B")
-
-
-BYTES = (" B", " kB", " MB", " GB", " TB")
-
-
-def scaled(number: float, units: Sequence[str], digits: int = 2) -> str:
-    """`number` in the largest unit that it fills; each of `units` is 1000 of the previous one."""
-    power = 0
-    while number >= 1000 and power + 1 < len(units):
-        number /= 1000
-        power += 1
-    return f"{number:.{digits if power else 0}f}{units[power]}"
-
-
 def check_writable(path: Path, flag: str) -> None:
     """Raise `ConfigError` for a file that could not be written, before a long run."""
     if path.is_dir():
@@ -88,7 +74,7 @@ def say(text: str) -> None:
 
 def say_written(folder: Path, total_bytes: int, seconds: float) -> None:
     """Print on stderr which checkpoint was written."""
-    say(f"wrote {folder}: {scaled(total_bytes, BYTES)} in {seconds:.1f} s")
+    say(f"wrote {folder}: {bytes_in_words(total_bytes)} in {seconds:.1f} s")
 
 
 def say_start(args: argparse.Namespace, llm: LLM) -> None:
@@ -96,11 +82,11 @@ def say_start(args: argparse.Namespace, llm: LLM) -> None:
     if args.quiet:
         return
     info = llm.info
-    rate = f" ({scaled(info.read_bytes / max(info.load_s, 1e-9), BYTES)}/s)"
+    rate = f" ({bytes_in_words(info.read_bytes / max(info.load_s, 1e-9))}/s)"
     say(
         f"model    {args.model}\n"
         f"runs on  {info.device}, {info.dtype}, {info.layout}\n"
-        f"weights  {scaled(info.weight_bytes, BYTES)} of {info.quantization or info.dtype} per "
+        f"weights  {bytes_in_words(info.weight_bytes)} of {info.quantization or info.dtype} per "
         f"rank, {'loaded' if info.read_bytes else 'mapped'} in {info.load_s:.2f} s"
         f"{rate if info.read_bytes else ''}\n"
         f"KV cache {info.num_blocks * info.block_size} tokens in blocks of {info.block_size}, "
@@ -136,7 +122,7 @@ def bench_table(report: dict[str, Any]) -> Iterator[str]:
     yield (
         f"weights read in {report['load_s']:.2f} s, engine started in "
         f"{report['engine_start_s']:.2f} s, first token {report['start_to_first_token_s']:.2f} s "
-        f"after the start of the program, at most {scaled(report['peak_rss_bytes'], BYTES)} of RAM"
+        f"after the start of the program, at most {bytes_in_words(report['peak_rss_bytes'])} of RAM"
     )
     yield ""
     yield (

@@ -8,6 +8,7 @@ from moespan.config import EngineConfig
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.errors import MoespanError
 from moespan.measure.collectives import Timing, measure
+from moespan.units import bytes_in_words
 
 # NPUs of one A2 server → published bytes per second over the bus (CANN 8.0).
 _PUBLISHED = {2: 18e9, 4: 30e9, 8: 72e9}
@@ -38,13 +39,13 @@ def judge(timings: list[Timing], device: str) -> Finding:
     """The finding for one axis, from its timings in order of message size."""
     words = f"all-reduce over {timings[0].axis} of {timings[0].ranks}: " + ", ".join(
         f"{_size(one.message_bytes)} {one.median_s * 1e6:.0f} µs "
-        f"({one.bus_bytes_per_s / 1e9:.2f} GB/s{', one shot' if one.one_shot else ''})"
+        f"({bytes_in_words(one.bus_bytes_per_s)}/s{', one shot' if one.one_shot else ''})"
         for one in timings
     )
     expected = _PUBLISHED.get(timings[0].ranks) if device == "npu" else None
     if expected is not None and timings[-1].bus_bytes_per_s < expected / 2:
         return warning(
-            f"{words}; others have measured {expected / 1e9:.0f} GB/s",
+            f"{words}; others have measured {bytes_in_words(expected, 0)}/s",
             "end other jobs; npu-smi info -t topo must show HCCS between all NPUs",
         )
     return ok(words)

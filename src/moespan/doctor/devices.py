@@ -12,6 +12,7 @@ from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
 from moespan.machine.cann import parse_key_values
 from moespan.machine.topology import format_list
+from moespan.units import bytes_in_words
 
 _IMPORT_S = 50.0
 _BUSY_MB = 4096  # an idle 910B shows 3.1 to 3.5 GB in use
@@ -233,6 +234,6 @@ def _torch_sees(host: Host, job: JobSpec) -> Finding:
             "make more of them visible, or use a smaller layout",
         )
     return ok(
-        f"torch sees {count} {job.device} devices, {free / 1e9:.1f} of "
-        f"{total / 1e9:.1f} GB free on the first"
+        f"torch sees {count} {job.device} devices, {bytes_in_words(free, 1)} of "
+        f"{bytes_in_words(total, 1)} free on the first"
     )

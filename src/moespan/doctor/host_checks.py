@@ -18,6 +18,7 @@ from moespan.machine.binding import choose_binding
 from moespan.machine.cores import usable_cores
 from moespan.machine.topology import read_topology
 from moespan.planner.memory import Fit, fit
+from moespan.units import bytes_in_words
 
 _LEAST_SHM_BYTES = 1 << 30
 _LEAST_FILES = 4096
@@ -33,7 +34,7 @@ def shared_memory(host: Host, job: JobSpec) -> Iterator[Finding]:
         return
     size = next((part[5:] for part in options.split(",") if part.startswith("size=")), "")
     total = _meminfo_bytes(host) // 2 if not size else _bytes(size)
-    words = f"/dev/shm has {total / 1e9:.2f} GB"
+    words = f"/dev/shm has {bytes_in_words(total)}"
     if total < _LEAST_SHM_BYTES and job.layout.world_size > 1 and not DEVICES[job.device].is_host:
         yield warning(words, "start the container with --shm-size=16g or --ipc=host")
     else:
@@ -112,10 +113,11 @@ def memory(host: Host, job: JobSpec) -> Iterator[Finding]:
     limit = memory_limit_bytes(host.root)
     if limit is not None and limit < total:
         yield ok(
-            f"{total / 1e9:.1f} GB on the host, of which the container may use {limit / 1e9:.1f}"
+            f"{bytes_in_words(total, 1)} on the host, of which the container may use "
+            f"{bytes_in_words(limit, 1)}"
         )
     elif total:
-        yield ok(f"{total / 1e9:.1f} GB on the host")
+        yield ok(f"{bytes_in_words(total, 1)} on the host")
     else:
         yield skipped("/proc/meminfo cannot be read")
 
@@ -148,15 +150,16 @@ def _host_tuning(host: Host, nodes: int) -> Iterator[Finding]:
 
 def _fit_finding(fits: Fit, job: JobSpec) -> Finding:
     parts = fits.memory
+    communicators = f", {bytes_in_words(parts.communicator_bytes)} of communicators"
     words = (
-        f"{job.layout}, per rank: {parts.weight_bytes / 1e9:.2f} GB of weights"
-        + f", {(parts.activation_bytes + parts.graph_bytes) / 1e9:.2f} GB for steps"
-        + (f", {parts.communicator_bytes / 1e9:.2f} GB of communicators" * fits.has_communicators)
+        f"{job.layout}, per rank: {bytes_in_words(parts.weight_bytes)} of weights"
+        + f", {bytes_in_words(parts.activation_bytes + parts.graph_bytes)} for steps"
+        + communicators * fits.has_communicators
         + f", {fits.cache_bytes_per_token / 1024:g} KiB of KV cache a token"
     )
     if fits.room_bytes is None:
         return skipped(f"{words}; the memory of a device is not known here")
-    words += f"; of {fits.room_bytes / 1e9:.1f} GB"
+    words += f"; of {bytes_in_words(fits.room_bytes, 1)}"
     if fits.cache_tokens < fits.sequence_tokens:
         return problem(
             f"{words} {max(fits.cache_tokens, 0)} tokens of cache remain, but one sequence "

@@ -39,6 +39,7 @@ from moespan.parallel import fused
 from moespan.parallel.buffers import DEFAULT_BUFFER_MB
 from moespan.parallel.mesh import Mesh
 from moespan.text.tokenizer import Tokenizer
+from moespan.units import bytes_in_words
 
 _LINE_S = 10.0
 
@@ -246,12 +247,12 @@ class _ProgressLines:
             if self._clock() < self._next_at:
                 return
             self._next_at = self._clock() + _LINE_S
-            read, total = self._read_bytes / 1e9, self._total_bytes / 1e9
+            read_bytes, total_bytes = self._read_bytes, self._total_bytes
         log.logger.info(
-            "loading: %.1f of %.1f GB are read (%.0f%%)",
-            read,
-            total,
-            100 * read / total,
+            "loading: %s of %s are read (%.0f%%)",
+            bytes_in_words(read_bytes, 1),
+            bytes_in_words(total_bytes, 1),
+            100 * read_bytes / total_bytes,
             extra={"holds_for_all_ranks": True},
         )
 

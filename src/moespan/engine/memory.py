@@ -27,6 +27,7 @@ from moespan.memory import (
 from moespan.ops import Ops
 from moespan.parallel.mesh import Mesh
 from moespan.planner.memory import RankMemory, memory_of_rank
+from moespan.units import bytes_in_words
 
 if TYPE_CHECKING:
     from moespan.engine.worker import Worker
@@ -137,12 +138,12 @@ def fitting_blocks(
     scratch = scratch_blocks(config, ops)
     blocks = counted.fitting_blocks(room, taken) + counted.scratch_blocks - scratch
     logger.debug(
-        "%.2f GB are free beside a reserve of %.2f GB; steps take %.2f GB (%s), graphs %.2f GB",
-        room / 1e9,
-        reserve / 1e9,
-        parts.activation_bytes / 1e9,
+        "%s are free beside a reserve of %s; steps take %s (%s), graphs %s",
+        bytes_in_words(room),
+        bytes_in_words(reserve),
+        bytes_in_words(parts.activation_bytes),
         counted.activations.peak_in,
-        parts.graph_bytes / 1e9,
+        bytes_in_words(parts.graph_bytes),
     )
     wanted = config.max_num_seqs * config.layout.pp * config.blocks_per_sequence
     return min(wanted, max(blocks, 0))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from moespan import files
 from moespan.checkpoint.experts import ExpertPlacement
 from moespan.config import ModelConfig
-from moespan.errors import ConfigError, shown
+from moespan.errors import ConfigError, shortened, shown
 
 _Pmf = npt.NDArray[np.float64]
 
@@ -74,7 +74,14 @@ class Routing:
         """
         if how == "uniform":
             return cls(config)
-        return cls(config, _read_counts(Path(how), config), seed, how)
+        if not Path(how).exists():
+            raise ConfigError(f"routing {shown(how)} is neither uniform nor a file")
+        return cls.of_file(how, config, seed)
+
+    @classmethod
+    def of_file(cls, path: str, config: ModelConfig, seed: int = 0) -> Routing:
+        """The same, of a file only."""
+        return cls(config, _read_counts(Path(path), config), seed, path)
 
     def busiest(self, tokens: int, held: ExpertPlacement) -> ExpertLoad:
         """The load of the busiest ep rank, the mean over all layers, if `tokens` meet experts.
@@ -211,23 +218,33 @@ def write_counts(path: Path, counts: dict[int, list[int]]) -> None:
 
 
 def _read_counts(path: Path, config: ModelConfig) -> dict[int, list[int]]:
+    def wrong(reason: str) -> ConfigError:
+        return ConfigError(
+            f"{path} is no file of expert counts: {reason}; generate --record-routing FILE writes "
+            "one"
+        )
+
     try:
-        raw = msgspec.convert(files.read_json(path), dict[str, object])
+        raw = files.read_json(path)
+    except OSError as error:
+        raise wrong(error.strerror or str(error)) from None
+    except ValueError as error:
+        raise wrong(f"it is not JSON: {shortened(error)}") from None
+    try:
+        raw = msgspec.convert(raw, dict[str, object])
         counts = msgspec.convert(raw.get("counts"), dict[int, list[int]], strict=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"routing {path} is neither uniform nor a file of counts: {error}"
-        ) from None
+    except ValueError:
+        raise wrong('it must be like {"counts": {"1": [3, 0, ...], ...}}') from None
     layers = {i for i in range(config.num_hidden_layers) if config.is_moe(i)}
     if set(counts) != layers:
         raise ConfigError(
-            f"routing {path} has counts of the layers {shown(sorted(counts))}; the model has "
+            f"{path} has counts of the layers {shown(sorted(counts))}; the model has "
             f"experts in {shown(sorted(layers))}"
         )
     for layer, found in counts.items():
         if len(found) != config.n_routed_experts or min(found) < 0 or not any(found):
             raise ConfigError(
-                f"routing {path}: layer {layer} needs {config.n_routed_experts} counts of at "
+                f"{path}: layer {layer} needs {config.n_routed_experts} counts of at "
                 "least 0, not all of them 0"
             )
     return counts

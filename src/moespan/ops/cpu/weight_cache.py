@@ -29,6 +29,7 @@ from moespan.cache_folder import CacheError, CacheFolder, LockedError, try_lock
 from moespan.checkpoint.building import Loaded
 from moespan.log import logger, once
 from moespan.ops.cpu.weight_file import Checksum, WeightWriter, read_weights
+from moespan.units import bytes_in_words
 
 _ENDING, _DRAFT_ENDING = ".weights", ".draft"
 _RECENT_S = 600
@@ -134,8 +135,8 @@ class _Keeper:
                 _make_room(folder, cache.expected_bytes, cache.limit_bytes, name)
                 _check_disk(folder, cache.expected_bytes)
                 logger.info(
-                    "%.3g GB of packed weights go to %s, for later starts",
-                    cache.expected_bytes / 1e9,
+                    "%s of packed weights go to %s, for later starts",
+                    bytes_in_words(cache.expected_bytes),
                     folder.path,
                 )
                 file = io.FileIO(descriptor, "r+", closefd=False)
@@ -205,8 +206,8 @@ def _make_room(folder: CacheFolder, num_bytes: int, limit_bytes: int, own: str) 
             room += size
     if room < num_bytes:
         raise CacheError(
-            f"{num_bytes / 1e9:.3g} GB do not fit into {folder.path} beside the files of the last "
-            f"ten minutes; raise weight_cache_gb={limit_bytes / 1e9:g}"
+            f"{bytes_in_words(num_bytes)} do not fit into {folder.path} beside the files of the "
+            f"last ten minutes; raise weight_cache_gb={limit_bytes / 1e9:g}"
         )
 
 
@@ -220,8 +221,8 @@ def _check_disk(folder: CacheFolder, num_bytes: int) -> None:
     free_bytes = status.f_bavail * status.f_frsize
     if free_bytes < num_bytes:
         raise CacheError(
-            f"the disk of {folder.path} has {free_bytes / 1e9:.3g} GB free, and they take "
-            f"{num_bytes / 1e9:.3g}; set MOESPAN_CACHE to a folder on another disk"
+            f"the disk of {folder.path} has {bytes_in_words(free_bytes)} free, and they take "
+            f"{bytes_in_words(num_bytes)}; set MOESPAN_CACHE to a folder on another disk"
         )
 
 
