@@ -185,7 +185,7 @@ def references(count: int) -> dict[str, Any]:
 
 HOSTILE = {
     "patterns that all hold at once": form(json=references(300)),
-    "terminals within terminals": form(grammar=chain(900, '({0} "b")*', "A")),
+    "terminals within terminals": form(grammar=chain(1500, '({0} "b")*', "A")),
     "repetitions of repetitions": form(regex="((((a{1,99}){1,99}){1,99}){1,99}){1,99}"),
     "brackets": form(regex="(" * 30000 + "a" + ")" * 30000),
     "lark brackets": form(grammar="start: " + "(" * 30000 + '"a"' + ")" * 30000),
@@ -363,10 +363,26 @@ def test_whatever_tokens_come_the_text_is_json_of_the_schema(
 
 
 def test_blanks_between_tokens_of_json_are_bounded(grammars: Grammars, tokenizer: Tokenizer):
+    (bracket,), (line,), (space,) = (
+        tokenizer.encode(one, add_special_tokens=False) for one in ("{", "\n", " ")
+    )
+    for blanks, is_full_for in (
+        ([space] * 2, {space, line}),
+        ([line], {line}),
+        ([line, *[space] * 32], {space, line}),
+    ):
+        matcher = grammars.matcher(form(json_object=True))
+        for token in (bracket, *blanks):
+            matcher.accept(token)
+        assert not is_full_for & set(allowed(matcher))
+
+
+@pytest.mark.parametrize("indent", [None, 2, "\t"])
+def test_json_may_be_written_as_people_do(
+    grammars: Grammars, tokenizer: Tokenizer, indent: int | str | None
+):
     matcher = grammars.matcher(form(json_object=True))
-    (bracket,) = tokenizer.encode("{", add_special_tokens=False)
-    (line,) = tokenizer.encode("\n", add_special_tokens=False)
-    matcher.accept(bracket)
-    for _ in range(32):
-        matcher.accept(line)
-    assert line not in allowed(matcher)
+    text = json.dumps({"a": [1, {"b": [True, None]}], "c": {}}, indent=indent)
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        assert token in allowed(matcher)
+        matcher.accept(token)

@@ -46,8 +46,9 @@ _NUM_TRIED_TOKENS: Final = 48
 
 _NUM_KEPT: Final = 64
 
-# Between two tokens of JSON, so that no model fills its output with blanks.
-_WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,32}"
+# Between two tokens of JSON: up to two spaces, or one line break and its indentation. Models that
+# have lost the thread fill their output with blanks or empty lines otherwise.
+_WHITESPACE: Final = r"\x20{1,2}|\x0D?\x0A(\x20{0,32}|\x09{0,16})"
 
 _KINDS: Final = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -64,7 +65,7 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, omit_de
         grammar: a context-free grammar, in llguidance's variant of Lark or in GBNF.
         json_object: any JSON object.
         disable_any_whitespace: JSON without whitespace between its tokens. Otherwise there are at
-            most 32 characters of it in one place.
+            most two spaces in one place, or a line break with at most 32 of indentation.
         strict: whether a keyword of a JSON schema that cannot be enforced is an error; otherwise it
             is left out.
     """
