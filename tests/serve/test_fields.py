@@ -189,7 +189,7 @@ def test_strict_fields_refuses_every_unknown_one():
         ("n", "2", "n='2' must be an integer"),
         ("n", [[1]], "n=[[1]] must be an integer"),
         ("temperature", 2.1, "temperature=2.1 must be within 0..2"),
-        ("temperature", -1, "temperature=-1 must be a finite number of at least 0"),
+        ("temperature", -1, "temperature=-1 must be within 0..2"),
         ("top_p", 0, "top_p=0 must be a number above 0 and at most 1"),
         ("seed", 2**63, "seed=9223372036854775808 must be"),
         ("logit_bias", {"x": 1}, "logit_bias={'x': 1} must be at most"),
@@ -227,8 +227,8 @@ def test_strict_fields_refuses_every_unknown_one():
         ("prompt", None, "prompt is missing"),
         ("prompt", [], "prompt is empty"),
         ("prompt", [[]], "prompt[0] is empty"),
-        ("prompt", [1, 512], "token id 512 is not within 0..511"),
-        ("prompt", [1, -1], "token id -1 is not within 0..511"),
+        ("prompt", [1, 512], "prompt: token id 512 is not within 0..511"),
+        ("prompt", [1, -1], "prompt: token id -1 is not within 0..511"),
     ],
 )
 def test_a_value_that_breaks_a_rule_is_named_with_the_rule(field: str, value: Any, rule: str):
@@ -264,6 +264,9 @@ def test_an_error_names_its_field():
             ({"stop": [1]}, "stop"),
             ({"prompt": 5}, "prompt"),
             ({"temperature": 3}, "temperature"),
+            ({"prompt": [1, 512]}, "prompt"),
+            ({"prompt": [[1], [512]]}, "prompt"),
+            ({"stop_token_ids": [512]}, "stop_token_ids"),
         ):
             assert error_of(await served.complete(**body))["param"] == param
         for message, param in (

@@ -7,6 +7,7 @@ holds no path of this machine and no traceback, and the whole envelope stays bel
 from __future__ import annotations
 
 import http
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ import msgspec
 from moespan import log
 from moespan.errors import EngineDeadError, MoespanError, RequestError, shortened
 from moespan.serve.inbox import CutOffError
+
+_FIELD = re.compile(r"(\w+(?:\[\d+\])?)[=:]")
+"""What a message of `RequestError` begins with, if it is about one field."""
 
 _MOST_CHARACTERS = 640  # up to 6 bytes each, as JSON
 _RETRY_DEAD_S = 5
@@ -82,8 +86,8 @@ def refusal_of(error: BaseException) -> Refusal:
     if isinstance(error, Refusal):
         return error
     if isinstance(error, RequestError):
-        name = str(error).partition("=")[0]
-        return bad(str(error), name if name.isidentifier() else None)
+        named = _FIELD.match(str(error))
+        return bad(str(error), None if named is None else named[1])
     if isinstance(error, CutOffError):
         return Refusal(
             503,

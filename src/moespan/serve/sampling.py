@@ -173,9 +173,7 @@ def _job(
 ) -> Job:
     id = f"{kind}-{secrets.token_hex(16)}"
     requests = [
-        model.prompts.request(
-            prompt, params, id=f"{id}-{number}", cache_salt=asked.cache_salt, tries_form=False
-        )[1]
+        _request(prompt, params, f"{id}-{number}", asked, model)
         for number, prompt in enumerate(encoded)
     ]
     return Job(
@@ -199,6 +197,17 @@ def _job(
         call=call,
         form=None if params.structured_outputs is None else _form_field(asked, call),
     )
+
+
+def _request(
+    prompt: Encoded, params: SamplingParams, id: str, asked: GenerationBody, model: ServedModel
+) -> Request:
+    try:
+        return model.prompts.request(
+            prompt, params, id=id, cache_salt=asked.cache_salt, tries_form=False
+        )[1]
+    except RequestError as error:  # it has the engine's name of the field
+        raise RequestError(str(error).replace("prompt_token_ids", "prompt", 1)) from None
 
 
 # Sampling parameters.
@@ -231,16 +240,21 @@ def _params(
     given["structured_outputs"] = _form(asked, call)
     if type(seed := given.get("seed")) is int and -(2**63) <= seed < 0:
         given["seed"] = seed % 2**63
+    _check_temperature(given.get("temperature", 0))
     params = SamplingParams(**given)
     if prompt_logprobs is not None:
         needed = max(prompt_logprobs, params.prompt_logprobs or 0)
         params = msgspec.structs.replace(params, prompt_logprobs=needed)
-    if params.temperature > _HIGHEST_TEMPERATURE:
+    return params
+
+
+def _check_temperature(temperature: Any) -> None:
+    """OpenAI's range, which is narrower than the engine's; `SamplingParams` checks the type."""
+    if type(temperature) in (int, float) and not 0 <= temperature <= _HIGHEST_TEMPERATURE:
         raise bad(
-            f"temperature={shown(params.temperature)} must be within 0..{_HIGHEST_TEMPERATURE}",
+            f"temperature={shown(temperature)} must be within 0..{_HIGHEST_TEMPERATURE}",
             "temperature",
         )
-    return params
 
 
 def _check_form(asked: GenerationBody) -> None:
