@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,20 @@ def test_targets_that_nothing_meets_are_exit_code_1_and_the_closest_are_shown(
     given = ["--hardware", "h100", "--devices", "2", "--rate", "5", "--tpot", "1ms@p50", "--ttft"]
     code, out, _ = run(capsys, *given, "0.01ms")
     assert code == 1
-    assert "missed     1: TTFT p90 ≤ 0.01 ms missed by" in out
+    assert re.search(r"missed     1: TTFT p90 ≤ 0.01 ms missed: [0-9.]+ ms, [0-9.,]+ times", out)
+    assert "would do   nothing tried here; allow what 1 reaches" in out
     assert "TTFT p90 ≤ 0.01 ms" in out.splitlines()[2]
+
+
+def test_a_latency_without_end_is_told_in_words_and_as_null(capsys: pytest.CaptureFixture[str]):
+    given = ["--hardware", "h100", "--devices", "1", "--rate", "1e6", "--ttft", "1s", "--fast"]
+    code, out, _ = run(capsys, *given)
+    assert code == 1 and "inf" not in out
+    assert "TTFT p90 ≤ 1.00 s is out of reach: requests come faster than they are served" in out
+    assert re.search("would do   fewer requests: about [0-9,]+ a second instead of [0-9,]+\n", out)
+    _, out, _ = run(capsys, *given, "--json", "-")
+    assert "Infinity" not in out
+    assert json.loads(out)["plans"][0]["misses"][0]["value_s"] is None
 
 
 def test_json_on_stdout_is_nothing_else(capsys: pytest.CaptureFixture[str]):
@@ -93,7 +106,7 @@ def test_a_trace_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path):
         (["--hardware", "h100", "--rate", "-1"], "rate=-1.0 must be"),
         (["--hardware", "h100", "--input", "none"], "length 'none' is not"),
         (["--hardware", "h100", "--input", "600"], "request 0 has 600 prompt"),
-        (["--hardware", "h100", "--routing", "x.json"], "routing x.json"),
+        (["--hardware", "h100", "--routing", "x.json"], "routing 'x.json' is neither"),
         (["--hardware", "h100", "--quantization", "int7"], "int7"),
         (["--hardware", "h100", "--json", "no/such/x"], "there is no folder no/such"),
         (["--hardware", "310p3"], "no operations_per_s of bfloat16"),

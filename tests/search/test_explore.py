@@ -103,7 +103,7 @@ def test_targets_that_nothing_meets_stay_as_they_are():
         assert miss["target"] == "TPOT p99 ≤ 0.5 ms" and miss["by"] > 1
         assert miss["by"] == pytest.approx(plan["tpot_s"]["p99"]["value"] / 0.0005 - 1)
     lines = list(text(said))
-    assert any(line.startswith("missed     1: TPOT p99 ≤ 0.5 ms missed by") for line in lines)
+    assert any(line.startswith("missed     1: TPOT p99 ≤ 0.5 ms missed: ") for line in lines)
 
 
 def test_too_many_requests_are_answered_with_how_many_are_possible():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from moespan.cli.flags import integers
 from moespan.cli.show import EXIT_FAILED, check_writable, say
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
             )
     found = document(answer, name, nodes=_what_if(args.what_if), explain=explain)
     if args.json == "-":
-        print(json.dumps(found))
+        print(_as_json(found))
     else:
         print(*text(found, explain=explain is not None), sep="\n")
         _write_files(args, found)
@@ -170,7 +171,7 @@ def _check_files(args: argparse.Namespace) -> None:
 
 def _write_files(args: argparse.Namespace, found: dict[str, Any]) -> None:
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Path(args.json).write_text(_as_json(found) + "\n", encoding="utf-8")
     if args.html:
         from moespan.search.pages import page
 
@@ -182,6 +183,11 @@ def _write_files(args: argparse.Namespace, found: dict[str, Any]) -> None:
     for path in (args.json, args.html, args.plot):
         if path:
             say(f"wrote {path}")
+
+
+def _as_json(found: dict[str, Any]) -> str:
+    """JSON has no infinity: a latency without end is null."""
+    return msgspec.json.format(msgspec.json.encode(found), indent=1).decode()
 
 
 def _question(args: argparse.Namespace) -> tuple[Question, str]:

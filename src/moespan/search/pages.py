@@ -9,7 +9,8 @@ from importlib import resources
 from typing import Any
 
 from moespan.planner.outcome import in_words
-from moespan.search.report import statistics_of
+from moespan.search.report import missed_in_words, statistics_of
+from moespan.units import COUNTS, scaled
 
 _GIB = 1 << 30
 _WIDTH, _HEIGHT = 720, 400
@@ -80,7 +81,7 @@ def _summary(found: dict[str, Any]) -> Iterator[str]:
     searched = found["searched"]
     for name, value in (
         ("Devices", f"{hardware['devices']} in {hardware['nodes']} nodes"),
-        ("Model", f"{model['parameters'] / 1e9:.2f} B parameters, {model['dtype']}"),
+        ("Model", f"{scaled(model['parameters'], COUNTS)} parameters, {model['dtype']}"),
         ("Load", load["name"]),
         ("Targets", targets),
         ("Routing", model["routing"]),
@@ -145,8 +146,8 @@ def _band(plan: dict[str, Any], key: str, statistic: str) -> str:
 
 def _judged(plan: dict[str, Any]) -> str:
     if plan["misses"]:
-        missed = ", ".join(f"{miss['target']} by {miss['by']:.0%}" for miss in plan["misses"])
-        return f'<span class="badge bad">misses {escape(missed)}</span>'
+        missed = "; ".join(map(missed_in_words, plan["misses"]))
+        return f'<span class="badge bad">{escape(missed)}</span>'
     if plan["at_risk"]:
         return '<span class="badge warn">at risk</span>'
     if plan["too_close"]:
@@ -344,7 +345,8 @@ def _what_if(found: dict[str, Any]) -> Iterator[str]:
             continue
         parts = []
         if one["requests_ratio"]:
-            parts.append(f"{one['requests_ratio'] - 1:+.0%} requests at these targets")
+            within = " within the targets" if found["targets"] else ""
+            parts.append(f"{one['requests_ratio'] - 1:+.0%} requests{within}")
         if tpot in one["tpot_s"]:
             parts.append(f"TPOT {tpot} of {in_words(one['tpot_s'][tpot]['value'])}")
         parts += [f"misses {miss['target']}" for miss in one["misses"]]

@@ -6,6 +6,7 @@ text, the HTML page and the picture are made of it, so that all of them say the 
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from moespan.search.explore import (
     simulated_one,
     typical_step,
 )
+from moespan.units import COUNTS, scaled
 from moespan.version import __version__
 
 VERSION = 1
@@ -314,7 +316,7 @@ def _advice(answer: Answer, swept: Sequence[Curve]) -> Iterator[str]:
     rate = question.load.rate if question.load is not None else None
     possible = capacity(question, swept)
     if rate and possible and possible < rate:
-        yield f"fewer requests: about {possible:.3g} of the {rate:.3g} requests/s"
+        yield f"fewer requests: about {_rate(possible)} a second instead of {_rate(rate)}"
     nodes = -(-space.devices // profile.devices_per_node)
     for times in (2, 3, 4, 8):
         more = replace(space, devices=space.devices * times)
@@ -327,9 +329,13 @@ def _advice(answer: Answer, swept: Sequence[Curve]) -> Iterator[str]:
             if _would_meet(replace(question, space=tried)):
                 yield f"a quantization: --quantization {quantization}"
     best = answer.found[0] if answer.found else None
-    if best is not None and question.goal == "throughput" and question.load is not None:
+    if best is not None and possible and question.load is not None and rate is None:
         demand = question.demand(best.candidate.engines)
         yield f"fewer requests at a time than {demand.concurrency or 0} an engine"
+
+
+def _rate(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _would_meet(question: Question) -> bool:
@@ -352,7 +358,7 @@ def _heading(found: dict[str, Any]) -> Iterator[str]:
     )
     yield f"hardware   {count} {hardware['title']}, {memory}; {quality}"
     yield (
-        f"model      {model['name']}, {model['dtype']}: {model['parameters'] / 1e9:.2f} B "
+        f"model      {model['name']}, {model['dtype']}: {scaled(model['parameters'], COUNTS)} "
         f"parameters, {model['kv_bytes_per_token'] / 1024:g} KiB of KV cache a token; "
         f"routing {model['routing']}"
     )
@@ -366,9 +372,14 @@ def _heading(found: dict[str, Any]) -> Iterator[str]:
         else f"{searched['simulated']} simulated ({searched['requests']} requests each)"
     )
     yield (
-        f"searched   {searched['layouts']} layouts × {searched['settings']} settings: "
+        f"searched   {_some(searched['layouts'], 'layout')} × "
+        f"{_some(searched['settings'], 'setting')}: "
         f"{searched['combinations']}; {searched['fitting']} fit; {simulated}"
     )
+
+
+def _some(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _table(found: dict[str, Any]) -> Iterator[str]:
@@ -390,16 +401,18 @@ def _table(found: dict[str, Any]) -> Iterator[str]:
     error = found["hardware"]["error"]
     memory = found["hardware"]["memory_bytes"] / _GIB
     for plan in found["plans"]:
-        mark = "" if not plan["misses"] else " ✗"
-        mark = " at risk" if plan["at_risk"] else mark
+        missed = {miss["target"].split()[0] for miss in plan["misses"]}
+        marks = {latency: " ✗" if latency in missed else "" for latency in ("TTFT", "TPOT")}
+        if plan["at_risk"]:
+            marks["TPOT"] = " at risk"
         rows.append(
             [
                 str(plan["rank"]),
                 f"{plan['engines']} × {plan['layout_text']}{_quantized(plan)}",
                 str(plan["max_num_seqs"]),
                 str(plan["max_num_batched_tokens"]),
-                _latency(plan["ttft_s"], ttft, plan["was_given_up"]),
-                _latency(plan["tpot_s"], tpot) + mark,
+                _latency(plan["ttft_s"], ttft, plan["was_given_up"]) + marks["TTFT"],
+                _latency(plan["tpot_s"], tpot) + marks["TPOT"],
                 f"{plan['tokens_per_s']:,.0f}".replace(",", " "),
                 f"{plan['tokens_per_s_per_device']:,.0f} ±{error:.0%}".replace(",", " "),
                 f"{plan['engines']} × {plan['sequences_at_once']}",
@@ -445,12 +458,9 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
     yield f"limits     1, in decode: {limits} ({plans[0]['num_sums']} collectives){too_close}"
     if not found["met"]:
         for plan in plans:
-            missed = "; ".join(
-                f"{miss['target']} missed by {miss['by']:.0%} ({in_words(miss['value_s'])})"
-                for miss in plan["misses"]
-            )
+            missed = "; ".join(map(missed_in_words, plan["misses"]))
             yield f"missed     {plan['rank']}: {missed or 'too slow to end'}"
-        for advice in found["advice"]:
+        for advice in found["advice"] or ["nothing tried here; allow what 1 reaches"]:
             yield f"would do   {advice}"
     worst = found["small_messages"]
     if worst is not None and not worst["is_same"]:
@@ -470,6 +480,16 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
     yield from _what_if_lines(found)
 
 
+def missed_in_words(miss: dict[str, Any]) -> str:
+    """A target, and by how much it is missed."""
+    target, value_s, by = miss["target"], miss["value_s"], miss["by"]
+    if not math.isfinite(value_s):
+        return f"{target} is out of reach: requests come faster than they are served"
+    if by < 1:
+        return f"{target} missed by {by:.0%}: {in_words(value_s)}"
+    return f"{target} missed: {in_words(value_s)}, {by + 1:,.3g} times as long"
+
+
 def _microseconds(worst: dict[str, Any], which: str) -> str:
     values = worst[f"{which}_us"].values()
     return f"{min(values):g} to {max(values):g} µs"
@@ -487,19 +507,16 @@ def _what_if_lines(found: dict[str, Any]) -> Iterator[str]:
             continue
         parts = []
         if other["requests_ratio"]:
-            parts.append(f"{other['requests_ratio'] - 1:+.0%} requests at these targets")
+            within = " within the targets" if found["targets"] else ""
+            parts.append(f"{other['requests_ratio'] - 1:+.0%} requests{within}")
         if tpot in other["tpot_s"]:
             parts.append(
                 f"TPOT {tpot} {in_words(now)} → {in_words(other['tpot_s'][tpot]['value'])}"
             )
-        if other["misses"]:
-            parts.append("misses " + ", ".join(miss["target"] for miss in other["misses"]))
+        missed = ", ".join(miss["target"] for miss in other["misses"])
+        still = f"; still missed: {missed}" if missed else ""
         best = f"{other['engines']} × {other['layout_text']}"
-        yield f"what if    {change}: {', or '.join(parts[:2])}{_rest(parts)} ({best})"
-
-
-def _rest(parts: list[str]) -> str:
-    return "".join(f"; {part}" for part in parts[2:])
+        yield f"what if    {change}: {', or '.join(parts)}{still} ({best})"
 
 
 def _starts(found: dict[str, Any]) -> Iterator[str]:
