@@ -290,6 +290,10 @@ class Line:
     def close(self) -> None:
         self._writer.close()
 
+    def end(self) -> None:
+        """Say that nothing more is sent."""
+        self._writer.write_eof()
+
     def reset(self) -> None:
         self._writer.transport.abort()
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import json
+import socket
 
 import pytest
 
 from moespan.serve import server as server_module
+from moespan.serve import wire
 from tests.serve.scene import (
+    Line,
     Served,
     Wired,
     envelope_of,
@@ -215,5 +220,103 @@ def test_the_bytes_of_a_stream():
         text = unchunked(body)
         assert text.startswith(b"data: {") and text.endswith(b"data: [DONE]\n\n")
         assert b"\r" not in text
+
+    play_wired(script)
+
+
+def test_a_refusal_reaches_a_client_that_still_sends():
+    """Each client reads only when its whole body is out, as most do. The answer closes."""
+
+    def client(port: int, head: bytes, kind: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.settimeout(10)
+            lines = [head, b"host: test", b"content-type: " + kind, b"connection: close"]
+            size = 3 << 20
+            sock.sendall(b"\r\n".join([*lines, b"content-length: %d" % size]) + b"\r\n\r\n")
+            for _ in range(size >> 14):
+                sock.sendall(b" " * (1 << 14))
+            sock.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+
+    async def script(served: Served, server: Wired) -> None:
+        good, form = b"application/json", b"application/x-www-form-urlencoded"
+        ask = functools.partial(asyncio.to_thread, client, server.port)
+        for head, kind, status in (
+            (b"POST /v1/completions HTTP/1.1", good, 413),
+            (b"POST /v1/completions HTTP/1.1", form, 415),
+            (b"POST /nothing HTTP/1.1", good, 404),
+        ):
+            answer = await ask(head, kind)
+            assert status_of(answer) == status
+            assert envelope_of(answer)["type"] in ("invalid_request_error", "not_found_error")
+
+    play_wired(script, max_body_mib=1)
+
+
+def test_a_refusal_of_the_key_reaches_a_client_that_still_sends():
+    async def script(served: Served, server: Wired) -> None:
+        body = b" " * (2 << 20)
+        line = await server.line()
+        request = post_bytes("/v1/completions", body, CLOSE)
+        await line.send(request[: 1 << 20])
+        await asyncio.sleep(0.05)  # the answer is out, and nobody has read it
+        await line.send(request[1 << 20 :])
+        assert status_of(await line.until_closed()) == 401
+
+    play_wired(script, api_key="secret")
+
+
+def test_a_connection_lingers_within_bounds(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wire, "_LINGER_SILENT_S", 0.2)
+    monkeypatch.setattr(wire, "_LINGER_S", 0.6)
+
+    async def drip(line: Line, every_s: float) -> float:
+        """Send on without end; returns the seconds until the server has had enough."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await line.send(post_bytes("/v1/completions", b" " * 100)[:-100].replace(b"100", b"9" * 9))
+        with contextlib.suppress(ConnectionError):
+            while loop.time() - began < 10:
+                await asyncio.sleep(every_s)
+                await line.send(b" " * 10)
+        return loop.time() - began
+
+    async def script(served: Served, server: Wired) -> None:
+        assert 0.4 < await drip(await server.line(), 0.05) < 5
+        line = await server.line()
+        await line.send(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n")
+        answer = await asyncio.wait_for(line.until_closed(), 5)
+        assert status_of(answer) == 415
+        assert served.life.num_live == 0
+
+    play_wired(script)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_only_stops_sending_gets_its_answer(stream: bool):
+    async def script(served: Served, server: Wired) -> None:
+        line = await server.line()
+        await line.send(post_bytes("/v1/completions", completion(stream=stream)))
+        line.end()
+        await asyncio.sleep(0.3)
+        assert served.life.num_live == 1
+        served.ranks.holds = False
+        answer = await asyncio.wait_for(line.until_closed(), 5)
+        going_on, _, answer = answer.partition(b"\r\n\r\n")
+        assert going_on.startswith(b"HTTP/1.1 100 ")
+        assert status_of(answer) == 200
+        assert (b"[DONE]" if stream else b'"text":" 42"') in answer
+
+    play_wired(script, holds=True)
+
+
+def test_a_probe_that_only_stops_sending_gets_its_answer():
+    async def script(served: Served, server: Wired) -> None:
+        for version in (b"1.0", b"1.1"):
+            line = await server.line()
+            await line.send(b"GET /live HTTP/" + version + b"\r\nhost: x\r\n\r\n")
+            line.end()
+            answer = await asyncio.wait_for(line.until_closed(), 5)
+            assert answer.startswith(b"HTTP/1.1 200 ")
 
     play_wired(script)

@@ -12,9 +12,6 @@ from moespan.serve.refusals import Refusal
 _MOST_HELD = 32
 """Bodies of the largest size that all requests together may hold before they are encoded."""
 
-_DISCARDED = 4
-"""How many times the limit of a body too large is still read, so that its sender sees the 413."""
-
 _RETRY_S = 2
 
 
@@ -41,7 +38,6 @@ class Intake:
             )
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._most_bytes:
-            await self._discard(request, self._most_bytes * _DISCARDED)
             raise self._too_large()
         chunks: list[bytes] = []
         held_bytes = 0
@@ -52,9 +48,6 @@ class Intake:
                 held_bytes += len(chunk)
                 self._held_bytes += len(chunk)
                 if held_bytes > self._most_bytes:
-                    chunks.clear()
-                    if has_more:
-                        await self._discard(request, self._most_bytes * _DISCARDED)
                     raise self._too_large()
                 if self._held_bytes > self._most_bytes * _MOST_HELD:
                     raise Refusal(
@@ -68,14 +61,6 @@ class Intake:
                     return b"".join(chunks)
         finally:
             self._held_bytes -= held_bytes
-
-    async def _discard(self, request: Request, most_bytes: int) -> None:
-        """Read on and keep nothing: a connection that is closed with data unread is reset, and its
-        client may never see the answer."""
-        has_more = True
-        while has_more and most_bytes > 0:
-            chunk, has_more = await _next_chunk(request)
-            most_bytes -= len(chunk)
 
     def _too_large(self) -> Refusal:
         return Refusal(

@@ -6,11 +6,21 @@
 | a client reads something within `write_timeout_s` while data waits for it | it is dropped |
 | at most `max_connections` at a time | 503 |
 | what is not HTTP, or has headers without end | 400 or 431, in the envelope of all errors |
+
+A refusal may come while the client still sends. A socket that is closed with data unread is reset,
+and the client may never see the answer. So such a connection *lingers*: it says that nothing more
+comes, reads on within bounds, and keeps nothing.
+
+A client may close its side of the connection once its request is out, and still read. To this side
+that looks like a client that has gone. The two differ when something is sent: who has gone answers
+with a reset. So the server sends `100 Continue`, which every client has to skip, and looks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import select
+import socket
 import sys
 from typing import Any
 
@@ -23,11 +33,38 @@ from moespan.serve.options import ServeOptions
 from moespan.serve.refusals import Refusal
 
 _RETRY_S = 2
-_LINGER_S = 1.0
+_LINGER_S, _LINGER_SILENT_S = 30.0, 2.0
+"""How long a connection lingers at most, and while nothing comes."""
+
+_LINGER_BODIES = 4
+"""Bytes that a connection takes while it lingers, in bodies of the largest size."""
+
+_PEER_LOOK_S = 0.1
+
+
+class _Transport:
+    """The transport as uvicorn sees it: `close` asks the protocol."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: Wire) -> None:
+        self._transport = transport
+        self._protocol = protocol
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        self._protocol.close()
+
+    def is_closing(self) -> bool:
+        return self._protocol.is_lingering or self._transport.is_closing()
 
 
 class Wire(H11Protocol):
-    """One connection."""
+    """One connection.
+
+    Attributes:
+        is_lingering: what arrives is read and dropped; see above.
+    """
 
     def __init__(
         self,
@@ -42,14 +79,20 @@ class Wire(H11Protocol):
         self._options = options
         self._reading: asyncio.TimerHandle | None = None
         self._watching: asyncio.TimerHandle | None = None
-        self._is_refused = False
+        self._socket_transport: asyncio.Transport = None  # type: ignore[assignment]
+        self.is_lingering = False
+        self._linger_until = 0.0
+        self._lingering: asyncio.TimerHandle | None = None
+        self._linger_bytes = options.max_body_mib * _LINGER_BODIES << 20
+        self._looking: asyncio.TimerHandle | None = None
         self._has_data = False  # of a request that is not complete
         self._unread_bytes = 0
         self._unread_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
-        super().connection_made(transport)
+        self._socket_transport = transport
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self._options.max_connections:
             self._refuse(
                 Refusal(
@@ -58,7 +101,8 @@ class Wire(H11Protocol):
                     "(--max-connections); try again later",
                     code="too_many_connections",
                     retry_after_s=_RETRY_S,
-                )
+                ),
+                linger_s=_LINGER_SILENT_S,
             )
             return
         self._start_reading()
@@ -68,17 +112,48 @@ class Wire(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
         self._stop_reading()
-        if self._watching is not None:
-            self._watching.cancel()
+        for timer in (self._watching, self._lingering, self._looking):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of requests."""
-        if self._is_refused:
+        if self.is_lingering:
+            self._linger_on(len(data))
             return
         self._has_data = True
         super().data_received(data)
         self._follow_reading()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more; returns whether the connection stays open."""
+        cycle = self.cycle
+        waits = cycle is not None and not (cycle.more_body or cycle.response_started)
+        if not waits or self.is_lingering or self.scheme == "https":
+            return False
+        cycle.keep_alive = False  # the answer closes the connection
+        if self.scope["method"] == "POST":  # other answers come at once
+            if self.scope["http_version"] != "1.1":  # HTTP/1.0 has no 100
+                return False
+            going_on = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+            self._socket_transport.write(self.conn.send(going_on) or b"")
+        self._look_for_peer()
+        return True
+
+    def _look_for_peer(self) -> None:
+        """Drop the connection if the client has closed it altogether."""
+        if _is_reset(self._socket_transport.get_extra_info("socket")):
+            self._socket_transport.abort()
+        else:
+            self._looking = self.loop.call_later(_PEER_LOOK_S, self._look_for_peer)
+
+    def close(self) -> None:
+        """Close, once the answer is out; linger if the request is not complete."""
+        if self.conn.their_state is h11.SEND_BODY and not self.is_lingering:
+            self._linger(_LINGER_S)
+        else:
+            self._socket_transport.close()
 
     def on_response_complete(self) -> None:
         """An answer is sent; the next request may have come already."""
@@ -146,7 +221,7 @@ class Wire(H11Protocol):
             return
         self._watching = self.loop.call_later(self._options.write_timeout_s / 4, self._watch)
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: Refusal, linger_s: float = _LINGER_S) -> None:
         """Answer without the application, and close when the client has, or soon after."""
         self._stop_reading()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is under way
@@ -166,10 +241,32 @@ class Wire(H11Protocol):
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")
-        self._is_refused = True
-        if self.transport.can_write_eof():
-            # A connection that is closed with data unread is reset, and the answer may be lost.
-            self.transport.write_eof()
-            self.loop.call_later(_LINGER_S, self.transport.close)
+        self._linger(linger_s)
+
+    # Lingering.
+
+    def _linger(self, most_s: float) -> None:
+        """Say that nothing more comes, and drop what arrives, until the client closes."""
+        self.is_lingering = True
+        self._linger_until = self.loop.time() + most_s
+        if self._socket_transport.can_write_eof():  # TLS cannot
+            self._socket_transport.write_eof()
+        self.flow.resume_reading()
+        self._linger_on(0)
+
+    def _linger_on(self, num_bytes: int) -> None:
+        self._linger_bytes -= num_bytes
+        if self._lingering is not None:
+            self._lingering.cancel()
+        left_s = min(self._linger_until - self.loop.time(), _LINGER_SILENT_S)
+        if left_s <= 0 or self._linger_bytes < 0:
+            self._socket_transport.close()
         else:
-            self.transport.close()
+            self._lingering = self.loop.call_later(left_s, self._socket_transport.close)
+
+
+def _is_reset(sock: socket.socket) -> bool:
+    """Whether the peer has closed both directions, as far as this side has heard."""
+    poll = select.poll()
+    poll.register(sock.fileno(), 0)  # POLLHUP and POLLERR are always told
+    return bool(poll.poll(0))
