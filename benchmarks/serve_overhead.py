@@ -193,8 +193,9 @@ class Clients:
 
     async def _post(self, line: str, body: bytes) -> Any:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = f"{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
-        writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+        head = f"{line} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        head += f"content-length: {len(body)}\r\ncontent-type: application/json\r\n\r\n"
+        writer.write(head.encode() + body)
         return reader, writer
 
 

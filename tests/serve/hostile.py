@@ -140,7 +140,7 @@ def _odd_heads() -> Iterator[Raw]:
         b"transfer-encoding: \x0bchunked",
         b"transfer-encoding : chunked",
     ):
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
         yield Raw(repr(line), head + line + b"\r\n\r\n" + good)
     for line in (
         b"expect: 100-continue",
@@ -269,18 +269,18 @@ def _odd_targets() -> Iterator[Raw]:
     for line in (
         b"GET /\r\n\r\n",
         b"GET / HTTP/0.9\r\n\r\n",
-        b"GET / HTTP/2.0\r\nhost: x\r\nconnection: close\r\n\r\n",
-        b"GET / HTTP/1.9\r\nhost: x\r\nconnection: close\r\n\r\n",
-        b"GET / HTTP/11111111111.1\r\nhost: x\r\n\r\n",
-        b"GET / http/1.1\r\nhost: x\r\n\r\n",
-        b"GET  / HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET / HTTP/2.0\r\nhost: localhost\r\nconnection: close\r\n\r\n",
+        b"GET / HTTP/1.9\r\nhost: localhost\r\nconnection: close\r\n\r\n",
+        b"GET / HTTP/11111111111.1\r\nhost: localhost\r\n\r\n",
+        b"GET / http/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET  / HTTP/1.1\r\nhost: localhost\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"\r\n" * 100 + b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+        b"\r\n" * 100 + b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n",
         b"\x16\x03\x01" + b"\x00" * 100 + b"\r\n\r\n",
         b"\x00" * 100 + b"\r\n\r\n",
         b"*1\r\n$4\r\nPING\r\n\r\n",
         b"SSH-2.0-x\r\n\r\n",
-        b"GET /live HTTP/1.1\nhost: x\nconnection: close\n\n",
+        b"GET /live HTTP/1.1\nhost: localhost\nconnection: close\n\n",
     ):
         yield Raw(repr(line[:40]), line)
 
@@ -309,13 +309,13 @@ def _odd_chunks() -> Iterator[Raw]:
             b"\r\n",
             b"f" * 20_000,
         ):
-            head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n".encode()
+            head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n".encode()
             head += b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
             yield Raw(f"{path}, chunks {body[:40]!r}", head + body)
 
 
 def get(
-    target: bytes, line: bytes = b"x: y", *, host: bytes = b"x", method: bytes = b"GET"
+    target: bytes, line: bytes = b"x: y", *, host: bytes = b"localhost", method: bytes = b"GET"
 ) -> bytes:
     """A request without a body."""
     head = method + b" " + target + b" HTTP/1.1\r\nhost: " + host
@@ -326,6 +326,6 @@ def post(
     path: str, body: bytes, line: bytes = b"x: y", *, kind: bytes = b"application/json"
 ) -> bytes:
     """A request with a body."""
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n".encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n".encode()
     head += b"content-type: " + kind + b"\r\n" + line
     return head + b"\r\ncontent-length: %d\r\n\r\n" % len(body) + body

@@ -186,7 +186,7 @@ class Served:
             on_end=self._end,
         )
         self.http = httpx.AsyncClient(
-            transport=httpx.ASGITransport(self.app), base_url="http://test", timeout=20
+            transport=httpx.ASGITransport(self.app), base_url="http://localhost", timeout=20
         )
 
     def _end(self, route: str, status: int) -> None:
@@ -302,7 +302,7 @@ def post_bytes(path: str, body: bytes, *headers: bytes) -> bytes:
     """A request as it goes over the wire."""
     lines = [
         b"POST " + path.encode() + b" HTTP/1.1",
-        b"host: test",
+        b"host: localhost",
         b"content-type: application/json",
         b"content-length: %d" % len(body),
         *headers,

@@ -175,10 +175,15 @@ def test_a_page_of_another_origin_cannot_post(keys: dict[str, Any]):
         async def post(**headers: str) -> httpx.Response:
             return await served.http.post("/v1/completions", json=body, headers=headers)
 
-        own = {"origin": "http://test"}
+        own = {"origin": "http://localhost"}
         assert (await post(**basic("a-secret"), **own)).status_code == 200
         assert (await post(**basic("a-secret"))).status_code == 200
-        for origin in ("http://evil.example", "null", "http://test.evil.example", "http://test:1"):
+        for origin in (
+            "http://evil.example",
+            "null",
+            "http://localhost.evil.example",
+            "http://localhost:1",
+        ):
             response = await post(**basic("a-secret"), origin=origin)
             assert response.status_code == 403
             assert error_of(response)["code"] == "foreign_origin"
@@ -192,6 +197,51 @@ def test_a_page_of_another_origin_cannot_post(keys: dict[str, Any]):
         assert response.status_code == 415
 
     play(script, **keys)
+
+
+def test_a_name_that_a_page_points_at_this_machine_is_refused():
+    """DNS rebinding, as of CVE-2024-28224 (Ollama): the page's own name, and so no other origin."""
+
+    async def script(served: Served) -> None:
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "a"):
+            for path in ("/", "/v1/models", "/metrics", "/ui/state"):
+                response = await served.http.get(f"http://{host}:8000{path}")
+                assert response.status_code == 403
+                assert error_of(response)["code"] == "foreign_host"
+            url = f"http://{host}:8000/v1/completions"
+            assert (await served.http.post(url, json={"prompt": "a"})).status_code == 403
+            assert (await served.http.get(f"http://{host}:8000/health")).status_code == 200
+        for host in ("localhost", "LOCALHOST.", "my.localhost", "127.0.0.1", "[::1]", "192.0.2.1"):
+            response = await served.http.get(f"http://{host}:8000/v1/models")
+            assert response.status_code == 200, host
+        assert served.ranks.seen == []
+
+    play(script)
+
+
+def test_names_that_are_allowed_and_servers_with_keys_take_any_name(keys: dict[str, Any]):
+    async def models(served: Served, host: str, **headers: str) -> int:
+        url = f"http://{host}:8000/v1/models"
+        return (await served.http.get(url, headers=headers)).status_code
+
+    async def listed(served: Served) -> None:
+        assert await models(served, "ai.example.org") == 200
+        assert await models(served, "ai.example.com") == 403
+
+    async def keyed(served: Served) -> None:
+        assert await models(served, "ai.example.com", **bearer("a-secret")) == 200
+        assert await models(served, "ai.example.com") == 401
+
+    async def anybody(served: Served) -> None:
+        assert await models(served, "ai.example.com") == 200
+
+    play(listed, allowed_hosts=("AI.example.org",))
+    play(keyed, **keys)
+    play(anybody, allowed_hosts=("*",))
+    play(anybody, host="0.0.0.0", allow_no_auth=True)
+    for wrong in ("http://x", "x:1", "a b", ""):
+        with pytest.raises(ConfigError, match="--allowed-hosts"):
+            ServeOptions(allowed_hosts=(wrong,))
 
 
 def test_cross_origin_calls_are_off_unless_allowed():
@@ -286,7 +336,7 @@ def test_cve_2025_59425_keys_are_compared_in_constant_time():
 def test_cve_2025_48956_headers_are_limited():
     async def script(served: Served, server: Wired) -> None:
         for size in (16 << 10, 8 << 20):
-            head = b"GET /v1/models HTTP/1.1\r\nhost: x\r\nx: " + b"y" * size + b"\r\n\r\n"
+            head = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * size + b"\r\n\r\n"
             answer = await server.ask(head)
             assert status_of(answer) == 431
             envelope_of(answer)

@@ -149,7 +149,7 @@ def test_a_certificate_makes_https(tmp_path: Path):
             trusting = ssl.create_default_context(cafile=str(cert))
             trusting.check_hostname = False
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port, ssl=trusting)
-            writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            writer.write(b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
             assert (await reader.read()).startswith(b"HTTP/1.1 200")
             writer.close()
 

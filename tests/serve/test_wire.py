@@ -23,7 +23,7 @@ from tests.serve.scene import (
 )
 
 CLOSE = b"connection: close"
-GET = b"GET /live HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"
+GET = b"GET /live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
 
 
 def completion(**body: object) -> bytes:
@@ -95,12 +95,12 @@ def test_headers_beyond_the_limit_are_answered_431():
     async def script(served: Served, server: Wired) -> None:
         for size in (17 << 10, 200 << 10, 1 << 20):
             answer = await server.ask(
-                b"GET /live HTTP/1.1\r\nhost: test\r\nx: " + b"y" * size + b"\r\n\r\n"
+                b"GET /live HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * size + b"\r\n\r\n"
             )
             assert status_of(answer) == 431, size
             assert "16384 bytes" in envelope_of(answer)["message"]
         many = b"".join(b"x%d: y\r\n" % number for number in range(3000))
-        answer = await server.ask(b"GET /live HTTP/1.1\r\nhost: test\r\n" + many + b"\r\n")
+        answer = await server.ask(b"GET /live HTTP/1.1\r\nhost: localhost\r\n" + many + b"\r\n")
         assert status_of(answer) == 431
         assert status_of(await server.ask(GET)) == 200
 
@@ -134,7 +134,7 @@ def test_a_body_beyond_the_limit_is_answered_413():
         assert "1048576 bytes" in envelope_of(answer)["message"]
         chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
         head = (
-            b"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             b"transfer-encoding: chunked\r\n\r\n"
         )
         assert status_of(await server.ask(head + chunk * 2 + b"0\r\n\r\n")) == 413
@@ -230,7 +230,7 @@ def test_a_refusal_reaches_a_client_that_still_sends():
     def client(port: int, head: bytes, kind: bytes) -> bytes:
         with socket.create_connection(("127.0.0.1", port)) as sock:
             sock.settimeout(10)
-            lines = [head, b"host: test", b"content-type: " + kind, b"connection: close"]
+            lines = [head, b"host: localhost", b"content-type: " + kind, b"connection: close"]
             size = 3 << 20
             sock.sendall(b"\r\n".join([*lines, b"content-length: %d" % size]) + b"\r\n\r\n")
             for _ in range(size >> 14):
@@ -284,7 +284,9 @@ def test_a_connection_lingers_within_bounds(monkeypatch: pytest.MonkeyPatch):
     async def script(served: Served, server: Wired) -> None:
         assert 0.4 < await drip(await server.line(), 0.05) < 5
         line = await server.line()
-        await line.send(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n")
+        await line.send(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n\r\n"
+        )
         answer = await asyncio.wait_for(line.until_closed(), 5)
         assert status_of(answer) == 415
         assert served.life.num_live == 0
@@ -314,7 +316,7 @@ def test_a_probe_that_only_stops_sending_gets_its_answer():
     async def script(served: Served, server: Wired) -> None:
         for version in (b"1.0", b"1.1"):
             line = await server.line()
-            await line.send(b"GET /live HTTP/" + version + b"\r\nhost: x\r\n\r\n")
+            await line.send(b"GET /live HTTP/" + version + b"\r\nhost: localhost\r\n\r\n")
             line.end()
             answer = await asyncio.wait_for(line.until_closed(), 5)
             assert answer.startswith(b"HTTP/1.1 200 ")

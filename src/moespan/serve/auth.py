@@ -2,6 +2,10 @@
 
 With keys, everything needs one, known or not, except the exact paths in `OPEN_PATHS`. Neither the
 Host header nor a decoded path takes part in the decision.
+
+Without keys, only this machine can reach the server, but so can the pages that its browsers show:
+a page may point a name of its own at 127.0.0.1 (DNS rebinding), and then nothing is foreign to it.
+The name stays in the Host header. So names that are not of this machine are refused.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import ipaddress
 import os
 import re
 from collections.abc import Mapping, MutableMapping
@@ -130,13 +135,15 @@ class Auth:
         self._keys = keys
         self._prefix = options.prefix.encode()
         self._origins = options.allowed_origins
+        self._is_loopback = options.is_loopback
+        self._hosts = frozenset(map(str.lower, (options.host, *options.allowed_hosts)))
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request.
 
         Raises:
-            Refusal: a 401, or a 403 for a page of another origin.
+            Refusal: a 401, or a 403 for a page of another origin or name.
         """
         headers = [(name, value) for name, value in scope["headers"]]
         credentials = [value for name, value in headers if name == b"authorization"]
@@ -150,6 +157,8 @@ class Auth:
                 code="invalid_api_key",
                 headers={"www-authenticate": 'Bearer, Basic realm="moespan", charset="UTF-8"'},
             )
+        if not self._keys and self._is_loopback and not self._is_open(scope["raw_path"]):
+            self._check_host(scope)
         if scope["method"] not in _SAFE_METHODS and not is_bearer:
             self._check_origin(headers)
         scope.setdefault("state", {})["caller"] = name
@@ -174,6 +183,28 @@ class Auth:
             return self._keys.name_of(value), False
         return None, False
 
+    def _check_host(self, scope: Scope) -> None:
+        """Refuse a name that a page may have pointed at this machine."""
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        is_tcp = scope["server"] is not None and scope["server"][1] is not None
+        if is_tcp and hosts and "*" not in self._hosts and not self._is_own(_name_in(hosts[0])):
+            raise Refusal(
+                403,
+                f"the name {shown(_name_in(hosts[0]))} in the Host header is none of this machine; "
+                "use localhost or an address, or --allowed-hosts, or a key",
+                code="foreign_host",
+            )
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a name is that of this machine, or an address."""
+        if name in self._hosts or name == "localhost" or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
     def _check_origin(self, headers: list[tuple[bytes, bytes]]) -> None:
         """Refuse what a page of another origin makes a browser send."""
         given = {name: value.decode("latin-1") for name, value in headers}
@@ -188,6 +219,13 @@ class Auth:
                 "them",
                 code="foreign_origin",
             )
+
+
+def _name_in(host: str) -> str:
+    """The name or address in a Host header, without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower().rstrip(".")
 
 
 def check_reach(options: ServeOptions, keys: Keys) -> None:

@@ -127,6 +127,12 @@ class HttpOptions:
     allowed_origins: tuple[str, ...] = option(
         (), "origins whose pages may call this server; * for all", "a web page of another host"
     )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "names in the Host header that a loopback server without a key takes beside localhost and "
+        "IP addresses; * for all",
+        "a local proxy passes the name of a public host on",
+    )
     forwarded_allow_ips: str | None = option(
         None,
         "proxies whose X-Forwarded headers are believed, separated by commas",
@@ -225,6 +231,12 @@ class HttpOptions:
             if not re.fullmatch(r"\*|https?://[^/\s]+", str(origin)):
                 raise ConfigError(
                     f"--allowed-origins {shown(origin)} must be * or like https://example.org"
+                )
+        for name in self.allowed_hosts:
+            if not re.fullmatch(r"\*|[\w.-]+", str(name)):
+                raise ConfigError(
+                    f"--allowed-hosts {shown(name)} must be * or a name without a port, like "
+                    "example.org"
                 )
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both")
