@@ -134,8 +134,8 @@ def test_a_body_beyond_the_limit_is_answered_413():
         assert "1048576 bytes" in envelope_of(answer)["message"]
         chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
         head = (
-            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-            b"transfer-encoding: chunked\r\n\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+            b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
         )
         assert status_of(await server.ask(head + chunk * 2 + b"0\r\n\r\n")) == 413
 
