@@ -6,6 +6,7 @@ import asyncio
 import sys
 from typing import Annotated
 
+from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import Field
@@ -43,6 +44,11 @@ def main(url: str, model: str, key: str) -> None:
     first, *others = calling.stream(QUESTION, max_tokens=200)
     assert sum(others, first).tool_calls[0]["args"] == call["args"]
     print("chat: a call that is demanded, whole and as a stream")
+    asked = HumanMessage(QUESTION)
+    calls = chat.bind_tools([add], tool_choice="add").invoke([asked], max_tokens=200)
+    results = [ToolMessage("1415", tool_call_id=one["id"]) for one in calls.tool_calls]
+    assert chat.bind_tools([add]).invoke([asked, calls, *results], max_tokens=8).content
+    print("chat: a call and its result sent back, as agents do")
     text = OpenAI(base_url=url, model=model, api_key=key, temperature=0, max_tokens=12)
     assert ANSWER in text.invoke(QUESTION)
     print("completion: invoke")

@@ -49,6 +49,9 @@ HONOURED: dict[str, tuple[Any, Any]] = {
 """Sampling field → a value, and what the engine gets."""
 
 
+CALL = {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"x":1}'}}
+
+
 async def ask(served: Served, route: str, **body: Any) -> httpx.Response:
     return await (served.chat(**body) if route == "chat" else served.complete(**body))
 
@@ -270,17 +273,22 @@ def test_an_error_names_its_field():
         ):
             assert error_of(await served.complete(**body))["param"] == param
         for message, param in (
-            ({"role": "tool", "content": "x"}, "messages[0].role"),
+            ({"role": "robot", "content": "x"}, "messages[0].role"),
+            ({"role": "tool"}, "messages[0].content"),
+            ({"role": "tool", "content": "x", "tool_calls": [CALL]}, "messages[0].tool_calls"),
+            ({"role": "user", "content": "x", "tool_call_id": "a"}, "messages[0].tool_call_id"),
             ({"role": "user"}, "messages[0].content"),
             ({"role": "user", "content": None}, "messages[0].content"),
             ({"content": "x"}, "messages[0]"),
             ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, ""),
-            ({"role": "user", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+            ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages[0].tool_calls"),
+            ({"role": "assistant", "tool_calls": [{}]}, "messages[0].tool_calls[0]"),
+            ({"role": "assistant", "tool_calls": 5}, "messages[0].tool_calls"),
         ):
             response = await served.post("/v1/chat/completions", messages=[message])
             error = error_of(response)
             assert response.status_code == 400
-            assert not param or error["param"] in (param, "messages[]"), error
+            assert not param or error["param"] == param, error
 
     play(script)
 
@@ -427,6 +435,38 @@ def test_messages_are_text_or_parts_and_developers_are_systems():
             "/v1/chat/completions", messages=[{**user, "weird": 1}, {**user, "weird": 2}]
         )
         assert response.headers[IGNORED] == "messages[].weird"
+
+    play(script)
+
+
+def test_calls_and_results_that_agents_send_back_become_text():
+    async def script(served: Served) -> None:
+        tokenizer = quickstart().tokenizer
+        assert tokenizer is not None
+        user = {"role": "user", "content": "hi"}
+        other = {"function": {"name": 'a"b', "arguments": {"y": [2]}}, "id": "b"}
+        messages = [
+            user,
+            {"role": "assistant", "content": None, "tool_calls": [CALL, other]},
+            {"role": "tool", "tool_call_id": "b", "content": [{"type": "text", "text": "two"}]},
+            {"role": "tool", "tool_call_id": "a", "content": "one"},
+            {"role": "assistant", "content": "So.", "function_call": {"name": "f"}},
+            {"role": "function", "name": "f", "content": ""},
+            {"role": "tool", "content": "nameless", "tool_call_id": "cut away"},
+        ]
+        for path in ("/v1/chat/completions", "/tokenize"):
+            response = await served.post(path, messages=messages)
+            assert response.status_code == 200, response.text
+            assert IGNORED not in response.headers
+        assert tokenizer.decode(served.ranks.seen[-1].prompt_token_ids) == (
+            "User: hi\n\n"
+            'Assistant: {"name":"add","arguments":{"x":1}}\n'
+            '{"name":"a\\"b","arguments":{"y":[2]}}'
+            'User: Result of a"b:\ntwo\nResult of add:\none\n\n'
+            'Assistant: So.\n{"name":"f","arguments":{}}'
+            "User: Result of f:\n\nResult:\nnameless\n\n"
+            "Assistant:"
+        )
 
     play(script)
 

@@ -54,13 +54,19 @@ def test_input_is_text_or_messages_of_text_parts():
             {"type": "reasoning", "summary": []},
             {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
             {"role": "user", "content": "c"},
+            {"type": "function_call", "call_id": "x", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "x", "output": "y"},
         ]
         response = await respond(served, input=items)
         assert response.status_code == 200, response.text
         text = tokenizer.decode(served.ranks.seen[-1].prompt_token_ids)
-        assert text == "Add.\n\nUser: a\n\nAssistant: bUser: c\n\nAssistant:"
+        assert text == "Add.\n\nUser: a\n\nAssistant: bUser: c\n\n" + (
+            'Assistant: {"name":"f","arguments":{}}User: Result of f:\ny\n\nAssistant:'
+        )
         for item in (
-            {"type": "function_call_output", "call_id": "x", "output": "y"},
+            {"type": "function_call_output", "call_id": "x", "output": 5},
+            {"type": "function_call", "call_id": "x", "name": "f"},
+            {"type": "web_search_call", "id": "x"},
             {"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]},
             {"role": "user"},
             {"content": "x"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import socket
 
@@ -240,13 +239,12 @@ def test_a_refusal_reaches_a_client_that_still_sends():
 
     async def script(served: Served, server: Wired) -> None:
         good, form = b"application/json", b"application/x-www-form-urlencoded"
-        ask = functools.partial(asyncio.to_thread, client, server.port)
         for head, kind, status in (
             (b"POST /v1/completions HTTP/1.1", good, 413),
             (b"POST /v1/completions HTTP/1.1", form, 415),
             (b"POST /nothing HTTP/1.1", good, 404),
         ):
-            answer = await ask(head, kind)
+            answer = await asyncio.to_thread(client, server.port, head, kind)
             assert status_of(answer) == status
             assert envelope_of(answer)["type"] in ("invalid_request_error", "not_found_error")
 

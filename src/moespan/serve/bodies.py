@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 
@@ -44,11 +44,36 @@ class Part(msgspec.Struct):
     text: str | None = None
 
 
+class PastFunction(msgspec.Struct):
+    """A function that was called, and its arguments: JSON as text, or an object."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class PastCall(msgspec.Struct):
+    """A call in an earlier answer."""
+
+    function: PastFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+
 class Message(msgspec.Struct):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        name: the function of a result; other messages may have one without effect.
+        tool_call_id: the call that a result is of.
+        function_call: a call in OpenAI's older form.
+    """
 
     role: str
     content: str | list[Part] | None = None
+    tool_calls: list[PastCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    function_call: PastFunction | None = None
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -276,9 +301,7 @@ _REFUSED_IN: Mapping[Any, Mapping[str, tuple[tuple[object, ...], str]]] = {
     },
 }
 
-_HARMLESS_IN_MESSAGES = frozenset(
-    {"name", "refusal", "annotations", "reasoning", "reasoning_content"}
-)
+_HARMLESS_IN_MESSAGES = frozenset({"refusal", "annotations", "reasoning", "reasoning_content"})
 """Keys that clients send back with a model's message, and that no template reads."""
 
 _RULES = {
@@ -459,15 +482,13 @@ def _check_messages(raw: msgspec.Raw, messages: list[Message], strict: bool) -> 
     ignored: dict[str, None] = {}
     for index, keys in enumerate(msgspec.json.decode(raw, type=list[dict[str, msgspec.Raw]])):
         for key, value in keys.items():
-            if key in ("role", "content") or key in _HARMLESS_IN_MESSAGES:
+            if key in Message.__struct_fields__ or key in _HARMLESS_IN_MESSAGES:
                 continue
             if bytes(value) in (b"null", b"[]", b"{}", b'""'):
                 continue
             name = f"messages[{index}].{key}"
-            if key in ("tool_calls", "function_call", "tool_call_id"):
-                raise bad(f"{shown(name)} is refused: the model was not taught tools", name)
             if key == "audio":
                 raise bad(f"{name} is refused: {_MEDIA}", name)
-            _check_no_typo(key, ("role", "content"), strict)
+            _check_no_typo(key, Message.__struct_fields__, strict)
             ignored[f"messages[].{key}"] = None
     return list(ignored)

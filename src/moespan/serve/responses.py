@@ -13,7 +13,15 @@ import msgspec
 from moespan.engine.request import OutputDelta
 from moespan.errors import shown
 from moespan.serve.answers import Answer, check_went_on
-from moespan.serve.bodies import ChatBody, Message, Part, ResponsesBody, decode
+from moespan.serve.bodies import (
+    ChatBody,
+    Message,
+    Part,
+    PastCall,
+    PastFunction,
+    ResponsesBody,
+    decode,
+)
 from moespan.serve.options import ServeOptions
 from moespan.serve.refusals import bad
 from moespan.serve.sampling import Job, job_of_chat
@@ -62,27 +70,52 @@ def _messages(asked: ResponsesBody) -> list[Message]:
         kind = item.get("type", "message")
         if kind == "reasoning":  # of an earlier answer; this model has none
             continue
-        if kind != "message":
-            raise bad(f"{name}.type={shown(kind)} is refused; messages are taken", name)
-        messages.append(_message(item, name))
+        if kind in ("function_call", "function_call_output"):
+            messages.append(_call(item, name) if kind == "function_call" else _result(item, name))
+        elif kind == "message":
+            messages.append(_message(item, name))
+        else:
+            raise bad(
+                f"{name}.type={shown(kind)} is refused; messages, calls of functions and their "
+                "results are taken",
+                name,
+            )
     return messages
 
 
+def _call(item: dict[str, Any], name: str) -> Message:
+    call = _text_field(item, "call_id", name)
+    function = PastFunction(_text_field(item, "name", name), _text_field(item, "arguments", name))
+    return Message("assistant", tool_calls=[PastCall(function, call)])
+
+
+def _result(item: dict[str, Any], name: str) -> Message:
+    call = _text_field(item, "call_id", name)
+    return Message("tool", _content(item.get("output"), f"{name}.output"), tool_call_id=call)
+
+
+def _text_field(item: dict[str, Any], key: str, name: str) -> str:
+    value = item.get(key)
+    if not isinstance(value, str):
+        raise bad(f"{name}.{key}={shown(value)} must be a string", f"{name}.{key}")
+    return value
+
+
 def _message(item: dict[str, Any], name: str) -> Message:
-    role, content = item.get("role"), item.get("content")
-    if not isinstance(role, str):
-        raise bad(f"{name}.role={shown(role)} must be a string", f"{name}.role")
+    role = _text_field(item, "role", name)
+    return Message(role, _content(item.get("content"), f"{name}.content"))
+
+
+def _content(content: Any, name: str) -> str | list[Part]:
     if isinstance(content, str):
-        return Message(role, content)
+        return content
     if not isinstance(content, list):
-        raise bad(f"{name}.content must be a string or text parts", f"{name}.content")
+        raise bad(f"{name} must be a string or text parts", name)
     for part in content:
         is_text = isinstance(part, dict) and part.get("type") in _TEXT_PARTS
         if not is_text or not isinstance(part.get("text"), str):
-            raise bad(
-                f"{name}.content has {shown(part)}; the model takes text only", f"{name}.content"
-            )
-    return Message(role, [Part("text", part["text"]) for part in content])
+            raise bad(f"{name} has {shown(part)}; the model takes text only", name)
+    return [Part("text", part["text"]) for part in content]
 
 
 def _format(text: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -23,12 +23,11 @@ from moespan.serve.bodies import (
     ChatBody,
     CompletionBody,
     GenerationBody,
-    Message,
-    Part,
     StreamOptions,
     TokenizeBody,
     decode,
 )
+from moespan.serve.history import plain_messages
 from moespan.serve.options import ServeOptions
 from moespan.serve.refusals import Refusal, bad
 from moespan.serve.served import ServedModel
@@ -40,7 +39,6 @@ _MOST_TEXT_BYTES = 1 << 20
 
 _COMPLETION_TOKENS = 16
 _HIGHEST_TEMPERATURE = 2
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,7 +419,7 @@ def chat_prompt(asked: ChatBody | TokenizeBody, model: ServedModel, may_exceed: 
         )
     try:
         text = model.prompts.chat_text(
-            [_plain(message, index) for index, message in enumerate(asked.messages or [])],
+            plain_messages(asked.messages or []),
             add_generation_prompt=asked.add_generation_prompt and not asked.continue_final_message,
             continue_final_message=asked.continue_final_message,
         )
@@ -431,37 +429,6 @@ def chat_prompt(asked: ChatBody | TokenizeBody, model: ServedModel, may_exceed: 
         log.logger.error("%s", error)  # it names files
         raise bad("the chat template cannot render these messages", "messages") from None
     return encode(text, "messages", model, add_special_tokens, may_exceed)
-
-
-def _plain(message: Message, index: int) -> dict[str, Any]:
-    """A message as the prompt's maker takes it."""
-    name = f"messages[{index}]"
-    role = _ROLES.get(message.role)
-    if role is None:
-        raise bad(
-            f"{name}.role={shown(message.role)} must be one of {', '.join(_ROLES)}", f"{name}.role"
-        )
-    if message.content is None:
-        raise bad(
-            f"{name}.content is missing; it must be a string or text parts", f"{name}.content"
-        )
-    if isinstance(message.content, str):
-        return {"role": role, "content": message.content}
-    return {
-        "role": role,
-        "content": [
-            {"type": "text", "text": _text_of(part, f"{name}.content[{number}]")}
-            for number, part in enumerate(message.content)
-        ],
-    }
-
-
-def _text_of(part: Part, name: str) -> str:
-    if part.type != "text":
-        raise bad(f"{name}.type={shown(part.type)} is refused: the model takes text only", name)
-    if part.text is None:
-        raise bad(f"{name}.text is missing; it must be a string", name)
-    return part.text
 
 
 def _fit(
