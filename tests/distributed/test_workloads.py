@@ -96,6 +96,15 @@ def random_jobs(seed: int, count: int, penalties: bool = True) -> list[Job]:
     return jobs
 
 
+def long_jobs(layout: Layout) -> list[Job]:
+    """Two requests for each replica that together outgrow its blocks, at whatever speed."""
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    return [
+        Job(Request(id=f"long-{number}", prompt_token_ids=[number] * 9, params=params), None)
+        for number in range(2 * layout.dp)
+    ]
+
+
 def run(llm: LLM, jobs: list[Job], drop: bool, at_once: int = 12) -> dict[Key, Received]:
     """Send `at_once` requests, then one more with each delta; → everything received."""
     client = llm._client
@@ -146,10 +155,10 @@ def test_mixed_workloads_give_every_request_the_tokens_of_one_rank(
 ):
     seed = VERY_DIFFERENT.index((layout, dispatch)) + len(VERY_DIFFERENT) * ahead
     # Penalties need to know the last token, so with them no plan is made ahead.
-    jobs = random_jobs(seed, count=11 + 3 * layout.dp, penalties=not ahead)
+    jobs = long_jobs(layout) + random_jobs(seed, count=11 + 3 * layout.dp, penalties=not ahead)
     expected = run(ranks.llm(model, **MANY), jobs, drop=False)
     llm = ranks.llm(model, layout, dispatch, async_scheduling=ahead, **FEW)
-    received = run(llm, jobs, drop=True, at_once=8 + 4 * layout.dp)
+    received = run(llm, jobs, drop=True, at_once=8 + 6 * layout.dp)
 
     is_dropped = {job.request.id: job.dropped_after is not None for job in jobs}
     for key, mine in received.items():
