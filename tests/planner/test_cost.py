@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from moespan.checkpoint.presets import preset
 from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.errors import ConfigError
 from moespan.planner import profile
-from moespan.planner.cost import IDLE, ReplicaStep, StepCost
+from moespan.planner.cost import IDLE, ReplicaStep, StepCost, Times
 from moespan.planner.expert_load import Routing
 from moespan.planner.profile import Collective, Figure, Operation, Profile
 from moespan.planner.work import Chunk
@@ -142,6 +143,34 @@ def test_the_leader_pays_for_the_sequences_of_all_its_replicas():
     assert many - few == pytest.approx(8 * 63 * 9.2e-6)
     cost = cost_of(H100, Layout(dp=8))
     assert cost.before_s([decode(64)] * 8) + cost.after_s([decode(64)] * 8) > many
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, ep=8, dp=8),
+        Layout(tp=2, pp=4, dp=8),
+        Layout(sp=2, ep=4, dp=4),
+        Layout(ep=6, sp=4, dp=3),
+    ],
+    ids=str,
+)
+def test_times_that_costs_share_change_none(layout: Layout):
+    times = Times()
+    few = layout.with_fewest_replicas
+    for other in (Layout(tp=2, sp=2), few, replace(layout, pp=1)):
+        shared(other, times).stages_s([decode(8)] * other.dp)
+    busy = [prefill(700), decode(3), *[decode(16)] * (layout.dp - 2)]
+    for step in ([decode(8)] * layout.dp, busy, [IDLE, *busy[1:]]):
+        assert shared(layout, times).stages_s(step) == shared(layout, Times()).stages_s(step)
+        assert shared(layout, times, worst=True).stages_s(step) > shared(layout, times).stages_s(
+            step
+        )
+
+
+def shared(layout: Layout, times: Times, *, worst: bool = False) -> StepCost:
+    config = EngineConfig("", layout, "npu", block_size=128)
+    return StepCost(A2, MODEL, config, Routing(MODEL), worst=worst, times=times)
 
 
 def test_a_figure_that_is_missing_is_named():

@@ -14,8 +14,16 @@ from moespan.errors import ConfigError, MoespanError
 from moespan.planner import profile
 from moespan.planner.expert_load import Routing
 from moespan.planner.load import drawn
+from moespan.planner.memory import MachineMemory, memory_of_rank
 from moespan.planner.outcome import Outcome, RequestTimes, Target, parse_target
-from moespan.search.candidates import Space, candidate_of, engine_sizes, layouts, parse_axes
+from moespan.search.candidates import (
+    Memories,
+    Space,
+    candidate_of,
+    engine_sizes,
+    layouts,
+    parse_axes,
+)
 from moespan.search.explore import Answer, Question, capacity, curves, explore
 from moespan.search.jobs import run_all
 from moespan.search.report import document, text
@@ -65,6 +73,20 @@ def test_what_does_not_fit_is_left_out():
     assert candidate_of(1, config, MODEL, small) is None
     fits = candidate_of(1, replace(config, layout=Layout(tp=2)), MODEL, small)
     assert fits is not None and fits.memory.total_bytes < small.device.memory_bytes.value
+
+
+def test_memory_is_counted_once_for_layouts_that_differ_in_replicas_only():
+    memories: Memories = {}
+    base = EngineConfig("", device="npu", block_size=128)
+    for layout in (Layout(tp=2, dp=dp, ep=4) for dp in (2, 4, 8)):
+        config = replace(base, layout=layout)
+        found = candidate_of(2, config, MODEL, A2, memories)
+        assert found == candidate_of(2, config, MODEL, A2)
+        machine = MachineMemory.of("npu", A2.device)
+        assert found is not None
+        one = memory_of_rank(config, MODEL, config.layout.world_size - 1, machine)
+        assert one.with_blocks(found.num_blocks) == found.memory
+    assert len(memories) == 1
 
 
 def test_the_best_ones_come_first_with_bands_around_them(answer: Answer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -63,6 +64,12 @@ class Layout:
     def with_largest_ep(self, config: ModelConfig) -> Layout:
         """This layout with the largest ep that its other axes and the model allow."""
         return replace(self, ep=max(self._usable("ep", config), default=self.ep))
+
+    @property
+    def with_fewest_replicas(self) -> Layout:
+        """This layout with only as many replicas as one set of experts needs. Its ranks hold the
+        same, send the same, and take as long."""
+        return replace(self, dp=self.ep_tp_groups // math.gcd(self.ep_tp_groups, self.sp))
 
     @property
     def sizes(self) -> dict[str, int]:

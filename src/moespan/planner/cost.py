@@ -7,15 +7,17 @@ go on beside the device as far as plans are made ahead (`moespan.search.simulate
 torch.
 
 Times are kept for a grid of sizes, dense up to 32 and then 16 to an octave, so that a simulation
-asks for most of them once.
+asks for most of them once. Costs of many layouts share the times of stages that are alike
+(`Times`): a stage's time does not depend on how many replicas there are, and stages with the same
+layers take the same.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moespan.checkpoint.experts import ExpertPlacement
@@ -25,7 +27,7 @@ from moespan.parallel.counters import Traffic
 from moespan.parallel.tokens import dispatch_of_step, tp_groups_of
 from moespan.planner.expert_load import Routing
 from moespan.planner.prices import Price, Prices
-from moespan.planner.profile import Profile
+from moespan.planner.profile import Level, Profile
 from moespan.planner.traffic import StepSize, step_traffic
 from moespan.planner.work import Chunk, RankWork, Task
 
@@ -89,12 +91,22 @@ class _Times(NamedTuple):
     kernels: float
 
 
+class Times:
+    """What costs of steps share. They have the same profile, model, routing, dtypes of activations
+    and expert placement."""
+
+    def __init__(self) -> None:
+        self.stages: dict[tuple[object, ...], _Stage] = {}
+        self.operations: dict[tuple[object, ...], tuple[_Grid, _Grid]] = {}
+
+
 class StepCost:
     """The times of an engine's steps.
 
     Args:
         ranks_per_node: ranks of all engines on one machine; None: as many as one engine has there.
         worst: take upper bounds of latencies that are guesses.
+        times: shared with the costs of other layouts; None: with none.
     """
 
     def __init__(
@@ -106,31 +118,39 @@ class StepCost:
         *,
         ranks_per_node: int | None = None,
         worst: bool = False,
+        times: Times | None = None,
     ) -> None:
-        self._profile, self._model, self._config = profile, model, config
-        self._routing, self._layout = routing, config.layout
+        self._profile, self._config, self._layout = profile, config, config.layout
         layout = config.layout
         sharers = ranks_per_node or min(layout.world_size, profile.devices_per_node)
-        self._prices = Prices(profile, config.dtype, sharers, worst=worst)
-        self._is_host = DEVICES[config.device].is_host
-        self._sizes = config.graph_sizes
-        self._held = ExpertPlacement.make(config.expert_placement, model, layout)
+        prices = Prices(profile, config.dtype, sharers, worst=worst)
         self._groups = _replica_groups(layout)
-        self._element_bytes = DTYPE_BYTES[config.dtype]
-        self._stages = [_Stage(self, stage * layout.stage_size) for stage in range(layout.pp)]
+        self._stages = _stages(times or Times(), prices, model, config, routing)
         self._hidden_s: dict[int, float] = {}
 
     def stages_s(self, step: Sequence[ReplicaStep]) -> list[float]:
         """Seconds of each stage for one step of all replicas."""
-        return [stage.seconds(step) for stage in self._stages]
+        is_decode = not any(one.chunks for one in step)
+        # Groups that compute the same take the same time, so each kind is counted once.
+        kinds: set[tuple[ReplicaStep, ...]]
+        if len(self._groups) == len(step):
+            kinds = {(one,) for one in set(step)}
+        else:
+            kinds = {tuple(step[dp] for dp in group) for group in self._groups}
+        alike = {stage: stage.seconds(kinds, is_decode) for stage in set(self._stages)}
+        return [alike[stage] for stage in self._stages]
 
     def launch_s(self, step: Sequence[ReplicaStep]) -> float:
         """Seconds that the leader spends on starting the first stage's kernels."""
-        return self._stages[0].launch_s(step)
+        return self._stages[0].launch_s(*self._first(step))
+
+    def _first(self, step: Sequence[ReplicaStep]) -> tuple[tuple[ReplicaStep, ...], bool]:
+        """Steps of the first replicas that share experts, and whether all replicas decode."""
+        return tuple(step[dp] for dp in self._groups[0]), not any(one.chunks for one in step)
 
     def lines(self, step: Sequence[ReplicaStep], stage: int = 0) -> list[Line]:
         """The parts of a step on the busiest rank of a stage, and the leader's."""
-        found = self._stages[stage].lines(step)
+        found = self._stages[stage].lines(*self._first(step))
         num_sequences = sum(one.num_sequences for one in step)
         found.append(Line("leader: plans and results", "host", 1, self.leader_s(step), "host"))
         sent = self._broadcast_s(step)
@@ -172,58 +192,119 @@ class StepCost:
         return self._hidden_s[size]
 
 
-class _Stage:
-    """The times of one stage on its busiest rank."""
+class _Kind(NamedTuple):
+    """What a stage's time depends on, beside its layout and the engine's options.
 
-    def __init__(self, cost: StepCost, rank: int) -> None:
-        self._cost, self._rank = cost, rank
-        config, layout = cost._config, cost._layout
-        self._work = RankWork(cost._model, config, layout, rank)
-        self._of_tokens = _Grid(lambda at, graph: self._sum(self._token_tasks(at), graph))
-        self._of_rows = _Grid(lambda at, graph: self._sum(self._row_tasks(at), graph))
+    Attributes:
+        num_layers, num_moe_layers: layers, and those of them with experts.
+        is_first, is_last: its place in the pipeline.
+        link: level that joins it with the next stage, and how many of the two are in one unit
+            below.
+    """
+
+    num_layers: int
+    num_moe_layers: int
+    is_first: bool
+    is_last: bool
+    link: tuple[str, int]
+
+
+def _stages(
+    times: Times, prices: Prices, model: ModelConfig, config: EngineConfig, routing: Routing
+) -> list[_Stage]:
+    """The stages of a pipeline; those that are alike are the same object."""
+    layout = config.layout
+    least = layout.with_fewest_replicas
+    link = ("", 1)
+    if layout.pp > 1:
+        level = prices.level_of(layout.stage_size + 1)
+        link = level.name, prices.inside(level, 2, layout.stage_size)
+    shared = (
+        *(least, config.quantization, config.cache_dtype, tuple(config.graph_sizes)),
+        *(config.plans_ahead, config.moe_dispatch, prices.options),
+    )
+    found = []
+    for number, layers in enumerate(layout.stages(model)):
+        num_moe = sum(map(model.is_moe, layers))
+        is_last = number == layout.pp - 1
+        kind = _Kind(len(layers), num_moe, number == 0, is_last, link)
+        key = (kind, *shared)
+        if key not in times.stages:
+            rank = number * least.stage_size
+            small = replace(config, layout=least)
+            times.stages[key] = _Stage(times, prices, model, small, routing, rank, kind)
+        found.append(times.stages[key])
+    return found
+
+
+class _Stage:
+    """The times of one stage on its busiest rank, for replicas that share experts.
+
+    Args:
+        config: with as few replicas as share experts.
+        rank: the first one of the stage.
+    """
+
+    def __init__(
+        self,
+        times: Times,
+        prices: Prices,
+        model: ModelConfig,
+        config: EngineConfig,
+        routing: Routing,
+        rank: int,
+        kind: _Kind,
+    ) -> None:
+        layout = config.layout
+        self._prices, self._model, self._config, self._layout = prices, model, config, layout
+        self._routing, self._rank, self._link = routing, rank, kind.link
+        self._is_host = DEVICES[config.device].is_host
+        self._sizes = config.graph_sizes
+        self._held = ExpertPlacement.make(config.expert_placement, model, layout)
+        self._num_sharing = len(_replica_groups(layout)[0])
+        self._element_bytes = DTYPE_BYTES[config.dtype]
+        self._work = RankWork(model, config, layout, rank)
+        key = (layout.tp, layout.sp, kind[:4], config.quantization, prices.sharers)
+        if key not in times.operations:
+            times.operations[key] = (
+                _Grid(lambda at, graph: self._sum(self._token_tasks(at), graph)),
+                _Grid(lambda at, graph: self._sum(self._row_tasks(at), graph)),
+            )
+        self._of_tokens, self._of_rows = times.operations[key]
         self._of_group: dict[tuple[int, int, int, bool], _Times] = {}
         self._experts: dict[tuple[int, bool], _Times] = {}
+        self._of_members = functools.lru_cache(maxsize=1 << 13)(self._group_s)
 
-    def seconds(self, step: Sequence[ReplicaStep]) -> float:
-        """Seconds of the slowest replica."""
-        is_decode = not any(one.chunks for one in step)
-        cost = self._cost
+    def seconds(self, groups: Iterable[tuple[ReplicaStep, ...]], is_decode: bool) -> float:
+        """Seconds of the slowest replicas, each group of which shares experts."""
         slowest = 0.0
-        # Groups that compute the same take the same time, so each kind is counted once.
-        kinds: set[tuple[ReplicaStep, ...]]
-        if len(cost._groups) == len(step):
-            kinds = {(one,) for one in set(step)}
-        else:
-            kinds = {tuple(step[dp] for dp in group) for group in cost._groups}
-        for members in kinds:
+        for members in groups:
             most = max(one.tokens for one in members)
             if not most:
                 continue
             size = self._padded(most) if is_decode else None
-            slowest = max(slowest, self._group_s(members, most, size))
+            slowest = max(slowest, self._of_members(members, most, size))
         return slowest
 
-    def launch_s(self, step: Sequence[ReplicaStep]) -> float:
-        """Seconds of the host that starts the stage's kernels in the first group of replicas."""
-        cost = self._cost
-        members = [step[dp] for dp in cost._groups[0]]
+    def launch_s(self, members: tuple[ReplicaStep, ...], is_decode: bool) -> float:
+        """Seconds of the host that starts the kernels for these replicas."""
         most = max(one.tokens for one in members)
         if not most:
             return 0.0
-        if not any(one.chunks for one in step) and self._padded(most):
-            return cost._prices.replay_s
+        if is_decode and self._padded(most):
+            return self._prices.replay_s
         if self._dispatch(most) == "all_to_all":  # the host waits in every layer
-            return self._group_s(members, most, None)
-        tokens = -(-members[0].tokens // cost._layout.sp)
+            return self._of_members(members, most, None)
+        tokens = -(-members[0].tokens // self._layout.sp)
         kernels = (
             self._of_tokens(tokens, False).kernels + self._of_rows(members[0].rows, False).kernels
         )
         kernels += self._work.num_layers * _KERNELS_BESIDE
-        return kernels * cost._prices.eager_s
+        return kernels * self._prices.eager_s
 
-    def _group_s(self, members: Sequence[ReplicaStep], most: int, size: int | None) -> float:
+    def _group_s(self, members: tuple[ReplicaStep, ...], most: int, size: int | None) -> float:
         """Seconds of the replicas that share experts, all together."""
-        cost, graph = self._cost, size is not None
+        graph = size is not None
         own = [self._own(one, size) for one in members if one.tokens or len(members) > 1]
         total = size * len(members) if size else sum(one.tokens for one in members)
         most_tokens = size or most
@@ -231,17 +312,17 @@ class _Stage:
         expert = self._expert_times(self._expert_tokens(total), graph)
         sent = self._group_times(most_tokens, total, most_rows, graph)
         device = max(one.seconds for one in own) + expert.seconds + sent.seconds
-        if cost._is_host:
+        if self._is_host:
             return device
         if graph:
-            return device + cost._prices.replay_s
+            return device + self._prices.replay_s
         kernels = max(one.kernels for one in own) + expert.kernels + sent.kernels
-        return max(device, kernels * cost._prices.eager_s)
+        return max(device, kernels * self._prices.eager_s)
 
     def _own(self, one: ReplicaStep, size: int | None) -> _Times:
         """A replica's own operations: all but experts."""
-        graph, cost = size is not None, self._cost
-        tokens = -(-(size or one.tokens) // cost._layout.sp)
+        graph = size is not None
+        tokens = -(-(size or one.tokens) // self._layout.sp)
         dense = self._of_tokens(tokens, graph)
         rows = self._of_rows(size or one.rows, graph)
         attention, layers = self._attention(one, size), self._work.num_layers
@@ -252,7 +333,7 @@ class _Stage:
 
     def _attention(self, one: ReplicaStep, size: int | None) -> _Times:
         """Attention of one layer."""
-        prices, seconds, kernels = self._cost._prices, 0.0, 0.0
+        prices, seconds, kernels = self._prices, 0.0, 0.0
         if one.sequences:
             task = self._work.attention_task(one.sequences, one.cached, ())
             context = one.cached / one.sequences
@@ -265,7 +346,7 @@ class _Stage:
         return _Times(seconds, kernels)
 
     def _attention_source(self, one: ReplicaStep, size: int | None) -> str:
-        prices, chunks = self._cost._prices, one.chunks[:1]
+        prices, chunks = self._prices, one.chunks[:1]
         if chunks:
             task = self._work.attention_task(0, 0, chunks)
             return prices.prefill_attention(task, chunks[0].new, chunks[0].context).source
@@ -273,24 +354,21 @@ class _Stage:
         context = one.cached / max(one.sequences, 1)
         return prices.decode_attention(task, one.sequences, context, size is not None).source
 
-    def lines(self, step: Sequence[ReplicaStep]) -> list[Line]:
-        """All parts of the step on the first group of replicas."""
-        cost = self._cost
-        is_decode = not any(one.chunks for one in step)
-        members = [step[dp] for dp in cost._groups[0]]
+    def lines(self, members: Sequence[ReplicaStep], is_decode: bool) -> list[Line]:
+        """All parts of the step on replicas that share experts."""
         most = max(one.tokens for one in members)
         size = self._padded(most) if is_decode else None
         graph = size is not None
         total = size * len(members) if size else sum(one.tokens for one in members)
         first = max(members, key=lambda one: one.tokens)
-        tokens = -(-(size or first.tokens) // cost._layout.sp)
+        tokens = -(-(size or first.tokens) // self._layout.sp)
         tasks = [*self._token_tasks(tokens), *self._row_tasks(size or first.rows)]
         expert = self._expert_of(self._expert_tokens(total))
         tasks += [expert] if expert else []
         found = [
             Line(task.part, "operation", task.count, task.count * price.seconds, price.source)
             for task in tasks
-            for price in [cost._prices.task(task, graph)]
+            for price in [self._prices.task(task, graph)]
         ]
         attention, layers = self._attention(first, size), self._work.num_layers
         source = self._attention_source(first, size)
@@ -298,28 +376,26 @@ class _Stage:
         for name, count, price in self._sent(size or most, total, size or first.rows, graph):
             found.append(Line(name, "collective", count, count * price.seconds, price.source))
         if graph:
-            found.append(Line("replay", "host", 1, cost._prices.replay_s, "launch.replay_us"))
+            found.append(Line("replay", "host", 1, self._prices.replay_s, "launch.replay_us"))
         return sorted(found, key=lambda line: -line.seconds)
 
     def _padded(self, tokens: int) -> int | None:
         """The size of the recorded step; None if it is not recorded (`engine.worker`)."""
-        cost = self._cost
-        size = next((one for one in cost._sizes if one >= tokens), None)
+        size = next((one for one in self._sizes if one >= tokens), None)
         if size is None or self._dispatch(size) == "all_to_all":
             return None
         return size
 
     def _dispatch(self, tokens: int) -> str:
-        cost, layout = self._cost, self._cost._layout
+        layout = self._layout
         groups = [-(-tokens // layout.sp)] * layout.ep_tp_groups
-        asked = cost._config.moe_dispatch
-        return dispatch_of_step(asked, cost._model, layout, cost._element_bytes, groups)
+        asked = self._config.moe_dispatch
+        return dispatch_of_step(asked, self._model, layout, self._element_bytes, groups)
 
     def _expert_tokens(self, total: int) -> int:
         """Tokens of one set of experts, of `total` tokens of the replicas that share it."""
-        layout = self._cost._layout
-        replicas = len(self._cost._groups[0])
-        return -(-total * layout.ep_tp_groups // (layout.sp * replicas))
+        layout = self._layout
+        return -(-total * layout.ep_tp_groups // (layout.sp * self._num_sharing))
 
     def _expert_times(self, tokens: int, graph: bool) -> _Times:
         at = _rounded(tokens)
@@ -329,7 +405,7 @@ class _Stage:
         return self._experts[at, graph]
 
     def _expert_of(self, tokens: int) -> Task | None:
-        load = self._cost._routing.busiest(tokens, self._cost._held)
+        load = self._routing.busiest(tokens, self._held)
         return self._work.expert_task(load.rows, load.met)
 
     def _group_times(self, most: int, total: int, rows: int, graph: bool) -> _Times:
@@ -347,32 +423,40 @@ class _Stage:
         self, most: int, total: int, rows: int, graph: bool
     ) -> Iterator[tuple[str, int, Price]]:
         """Name, calls and price of each collective."""
-        cost, layout = self._cost, self._cost._layout
+        prices = self._prices
         traffic = self._traffic(most, total, rows)
         for (axis, kind, module), calls in sorted(traffic.calls.items()):
-            ranks, stride = _axis(layout, axis)
+            ranks, level, inside = self._links(axis)
             message = _message_bytes(kind, ranks, traffic.sent_bytes[axis, kind, module] / calls)
-            prices = cost._prices
-            level = prices.level_of((ranks - 1) * stride + 1)
-            inside = prices.inside(level, ranks, stride)
             price = prices.collective(kind, level, ranks, message, graph, inside)
             seconds = price.seconds + prices.skew_s
             yield f"{axis} {kind} {module}", calls, Price(seconds, price.source)
         if "all_to_all" in {kind for axis, kind, _ in traffic.calls if axis == "ep"}:
             waits = self._work.num_moe_layers
-            yield "ep counts on the host", waits, Price(cost._prices.wait_s, "launch.wait_us")
+            yield "ep counts on the host", waits, Price(self._prices.wait_s, "launch.wait_us")
+
+    def _links(self, axis: str) -> tuple[int, Level, int]:
+        """Ranks that an axis joins, the outermost level that they cross, and how many of them are
+        in one unit of the level below."""
+        prices = self._prices
+        if axis == "pp":
+            name, inside = self._link
+            return 2, prices.level(name), inside
+        ranks, stride = _axis(self._layout, axis)
+        level = prices.level_of((ranks - 1) * stride + 1)
+        return ranks, level, prices.inside(level, ranks, stride)
 
     def _traffic(self, most: int, total: int, rows: int) -> Traffic:
         """Calls and bytes of the rank if the fullest replica has `most` of `total` tokens."""
-        cost, layout = self._cost, self._cost._layout
-        others = len(cost._groups[0]) - 1
+        layout = self._layout
+        others = self._num_sharing - 1
         rest = max(total - most, 0) // others if others else 0
         tokens = [most] + [min(rest, most)] * (layout.dp - 1)
-        sampled = [rows] * layout.dp if cost._config.plans_ahead else []
+        sampled = [rows] * layout.dp if self._config.plans_ahead else []
         step = StepSize(tokens, [rows] * layout.dp, num_sampled=sampled)
-        config = cost._config
+        config = self._config
         return step_traffic(
-            cost._model, layout, self._rank, config.dtype, step, config.moe_dispatch, cost._held
+            self._model, layout, self._rank, config.dtype, step, config.moe_dispatch, self._held
         )
 
     def _token_tasks(self, tokens: float) -> list[Task]:
@@ -382,7 +466,7 @@ class _Stage:
         return [one for one in self._work.dense_tasks(0, rows) if one.part in _BY_ROWS]
 
     def _sum(self, tasks: Sequence[Task], graph: bool) -> _Times:
-        prices = self._cost._prices
+        prices = self._prices
         return _Times(
             sum(task.count * prices.task(task, graph).seconds for task in tasks),
             sum(task.count * task.kernels for task in tasks),
@@ -442,7 +526,6 @@ def _axis(layout: Layout, axis: str) -> tuple[int, int]:
         "ep": (layout.ep, 1),
         "ep_fused": (layout.ep, 1),
         "ep_tp_groups": (layout.ep_tp_groups, layout.tp),
-        "pp": (2, layout.stage_size),
     }[axis]
 
 

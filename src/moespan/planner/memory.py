@@ -22,7 +22,6 @@ and how many experts of each layer an ep rank holds. Places in tp, sp and dp cha
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -51,6 +50,7 @@ from moespan.errors import ConfigError
 from moespan.parallel.buffers import hccl_bytes, largest_messages
 from moespan.planner.activations import Activations, Step, activations
 from moespan.planner.temporaries import operations_of
+from moespan.planner.work import parts_of
 
 if TYPE_CHECKING:
     from moespan.planner.profile import DeviceFigures
@@ -181,14 +181,10 @@ def rank_classes(config: EngineConfig, model: ModelConfig) -> list[RankClass]:
             ranks = [first + at for at in one_set if held[layout.ep_rank(first + at)] == counts]
             rank = min(ranks, key=lambda rank: _order(layout.coordinates(rank)))
             share = layout.stage_size // len(one_set)
-            if isinstance(config.expert_placement, str):
-                rule = config.expert_placement
-                parameters = _parameters_by_rule(
-                    model,
-                    (layout.tp, layout.ep),
-                    tuple(map(len, layout.stages(model))),
-                    (pp, rank % len(one_set)),
-                    (rule, config.quantization),
+            if isinstance(config.expert_placement, str) and model.quantization is None:
+                place_in_set = rank % len(one_set)
+                parameters = _stage_parameters(
+                    model, layout, stage, place_in_set, config.quantization
                 )
             else:
                 parameters = place(model, layout, rank, experts, config.quantization).parameters
@@ -196,23 +192,23 @@ def rank_classes(config: EngineConfig, model: ModelConfig) -> list[RankClass]:
     return found
 
 
-@functools.lru_cache(maxsize=1024)
-def _parameters_by_rule(
-    model: ModelConfig,
-    tp_and_ep: tuple[int, int],
-    pipeline_layers: tuple[int, ...],
-    at: tuple[int, int],
-    how: tuple[str, str | None],
-) -> Mapping[str, Parameter]:
-    """Parameters of the rank `at` (stage, number in its set of experts). Neither sp and dp nor the
-    engine's limits change them, so a search computes them once for many layouts."""
-    (tp, ep), (pp, number), (rule, quantization) = tp_and_ep, at, how
-    layout = Layout(
-        tp, ep, len(pipeline_layers), dp=max(ep // tp, 1), pipeline_layers=pipeline_layers
-    )
-    experts = ExpertPlacement.make(rule, model, layout)
-    rank = pp * layout.stage_size + number
-    return place(model, layout, rank, experts, quantization).parameters
+def _stage_parameters(
+    model: ModelConfig, layout: Layout, stage: range, number: int, quantization: str | None
+) -> dict[str, Parameter]:
+    """Parameters of rank `number` of those that hold one set of experts, where layers of one kind
+    are alike. They are as `place` has them, which costs more."""
+    parts = parts_of(model, layout.tp, layout.ep, number, quantization)
+    is_last = stage.stop == model.num_hidden_layers
+    found: dict[str, Parameter] = {}
+    if stage.start == 0 or (is_last and model.tie_word_embeddings):
+        found |= parts["embed"]
+    for layer in stage:
+        for part in ("attention", "moe" if model.is_moe(layer) else "dense"):
+            for name, parameter in parts[part].items():
+                found[f"layers.{layer}.{name.split('.', 2)[2]}"] = parameter
+    if is_last:
+        found |= parts["norm"] | parts["head"]
+    return found
 
 
 def _order(at: Coordinates) -> tuple[int, int]:

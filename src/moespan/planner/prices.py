@@ -83,6 +83,9 @@ class Prices:
             of a node do; their times multiply.
         worst: take the upper bounds of latencies that are guesses.
 
+    Attributes:
+        sharers: factor on times that these ranks make; 1 where they share nothing.
+
     Raises:
         ConfigError: the profile lacks a figure that every time needs.
     """
@@ -93,7 +96,8 @@ class Prices:
         self._profile, self._dtype = profile, dtype
         self._is_host = DEVICES[profile.device.kind].is_host
         shares = any(level.topology == "host" for level in profile.levels)
-        self._slower = sharers if shares else 1
+        self._slower = self.sharers = sharers if shares else 1
+        self._levels = {one.name: one for one in profile.levels}
         self._worst = worst
         self._operations: dict[tuple[object, ...], list[Operation]] = defaultdict(list)
         for one in profile.operations:
@@ -109,6 +113,15 @@ class Prices:
         self.replay_s = _value("launch.replay_us", profile.launch.replay_us, 0) * _US
         self.wait_s = _value("launch.wait_us", profile.launch.wait_us, 0) * _US
         self.skew_s = _value("launch.skew_us", profile.launch.skew_us, 0) * _US
+
+    @property
+    def options(self) -> tuple[int, bool]:
+        """What tells the prices of one profile apart."""
+        return self.sharers, self._worst
+
+    def level(self, name: str) -> Level:
+        """The level of this name."""
+        return self._levels[name]
 
     def task(self, task: Task, graph: bool) -> Price:
         """One operation, once."""

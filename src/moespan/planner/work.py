@@ -123,7 +123,7 @@ class RankWork:
         self._is_first = at.pp == 0
         self._is_last = at.pp == layout.pp - 1
         one_set = rank % max(layout.ep, layout.tp)
-        self._parts = _parts(config, layout.tp, layout.ep, one_set, engine.quantization)
+        self._parts = parts_of(config, layout.tp, layout.ep, one_set, engine.quantization)
         self.num_moe_layers = sum(config.is_moe(layer) for layer in layers)
         self._num_dense = len(layers) - self.num_moe_layers
         self.num_layers = len(layers)
@@ -308,7 +308,7 @@ def step_work(
 
 
 @functools.lru_cache(maxsize=4096)
-def _parts(
+def parts_of(
     config: ModelConfig, tp: int, ep: int, rank: int, quantization: str | None
 ) -> dict[str, dict[str, Parameter]]:
     """Kind of part → name → parameter in one layer of that kind: `embed`, `attention`, `dense`,

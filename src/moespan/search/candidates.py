@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from moespan.config import EngineConfig, Layout, ModelConfig, all_layouts
 from moespan.errors import ConfigError, LayoutError, shown
-from moespan.planner.memory import MachineMemory, RankMemory, memory_of_all
+from moespan.planner.memory import ClassMemory, MachineMemory, RankMemory, memory_of_all
 from moespan.planner.profile import Profile
 
 
@@ -126,16 +126,32 @@ def layouts(space: Space, model: ModelConfig, profile: Profile) -> list[tuple[in
     return found
 
 
+Memories = dict[EngineConfig, list[ClassMemory]]
+"""What was counted before: configuration → memory of its classes of ranks."""
+
+
 def candidate_of(
-    engines: int, config: EngineConfig, model: ModelConfig, profile: Profile
+    engines: int,
+    config: EngineConfig,
+    model: ModelConfig,
+    profile: Profile,
+    memories: Memories | None = None,
 ) -> Candidate | None:
-    """The candidate of a configuration; None if it cannot run, or does not fit into memory."""
+    """The candidate of a configuration; None if it cannot run, or does not fit into memory.
+
+    Args:
+        memories: shared by the candidates of one model and profile.
+    """
+    memories = {} if memories is None else memories
+    small = replace(config, layout=config.layout.with_fewest_replicas)
     try:
         config.check(model)
-        machine = MachineMemory.of(config.device, profile.device)
-        classes = memory_of_all(config, model, machine)
+        if small not in memories:
+            machine = MachineMemory.of(config.device, profile.device)
+            memories[small] = memory_of_all(small, model, machine)
     except (ConfigError, LayoutError):
         return None
+    classes = memories[small]
     room = memory_room(profile, config.layout.world_size, engines)
     blocks, tightest = min(
         (

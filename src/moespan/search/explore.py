@@ -9,19 +9,20 @@ profile's error: a target that is met at one end only is at risk. Imports no tor
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.errors import ConfigError
-from moespan.planner.cost import Line, ReplicaStep, StepCost
+from moespan.planner.cost import Line, ReplicaStep, StepCost, Times
 from moespan.planner.expert_load import Routing
 from moespan.planner.load import Load, drawn
 from moespan.planner.outcome import Outcome, RequestTimes, Statistic, Target
 from moespan.planner.profile import Profile
 from moespan.planner.work import Chunk
-from moespan.search.candidates import Candidate, Space, candidate_of, layouts
+from moespan.search.candidates import Candidate, Memories, Space, candidate_of, layouts
 from moespan.search.jobs import run_all
 from moespan.search.predict import Predicted, predict
 from moespan.search.screen import Demand, Estimate, Periods, Screen
@@ -48,6 +49,7 @@ class Question:
         worst: take upper bounds of latencies that are guesses.
         jobs: cores to use; None: all.
         clip_to: tokens of the longest sequence, where there is no load.
+        times, memories: what questions about the same profile, model and routing share.
     """
 
     space: Space
@@ -64,6 +66,8 @@ class Question:
     worst: bool = False
     jobs: int | None = None
     clip_to: int | None = None
+    times: Times = field(default_factory=Times, compare=False, repr=False)
+    memories: Memories = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def goal(self) -> str:
@@ -194,6 +198,7 @@ def cost_of(question: Question, candidate: Candidate) -> StepCost:
         question.routing,
         ranks_per_node=here,
         worst=question.worst,
+        times=question.times,
     )
 
 
@@ -345,13 +350,19 @@ def _estimated(
 ) -> list[Found]:
     """Estimates of the layouts `pairs` in all `settings` that fit."""
 
+    # Layouts that differ in their replicas only share most times, so one process takes them all.
+    families: dict[Layout, list[tuple[int, Layout]]] = {}
+    for engines, layout in pairs:
+        families.setdefault(layout.with_fewest_replicas, []).append((engines, layout))
+    alike = list(families.values())
+
     def estimates(part: int) -> list[tuple[Candidate, Estimate]]:
         found: list[tuple[Candidate, Estimate]] = []
-        for engines, layout in pairs[part::parts]:
+        for engines, layout in itertools.chain(*alike[part::parts]):
             found += _estimates_of(question, engines, layout, settings)
         return found
 
-    parts = min(_PARTS, len(pairs)) if len(pairs) > _FEW else 1
+    parts = min(_PARTS, len(alike)) if len(pairs) > _FEW else 1
     jobs = question.jobs if parts > 1 else 1
     answers = run_all(estimates, parts, list[tuple[Candidate, Estimate]], jobs)
     return [Found(candidate, estimate) for answer in answers for candidate, estimate in answer]
@@ -365,7 +376,9 @@ def _estimates_of(
     demand = question.demand(engines)
     for setting in settings:
         config = replace(setting, layout=layout)
-        candidate = candidate_of(engines, config, question.model, question.profile)
+        candidate = candidate_of(
+            engines, config, question.model, question.profile, question.memories
+        )
         if candidate is None:
             continue
         key = config.quantization, config.kv_cache_dtype

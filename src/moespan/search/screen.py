@@ -106,7 +106,7 @@ class Screen:
                 return at_most._replace(ttft_s=math.inf)
             if abs(wanted - sequences) < _CLOSE * sequences:
                 break
-            sequences = min(0.5 * (sequences + wanted), most)
+            sequences = min(wanted, most)
         found = self._closed(demand, max(sequences, 1e-6), sequences)
         return found._replace(tokens_per_s=demand.rate * demand.output_tokens)
 
