@@ -19,7 +19,13 @@ from moespan.errors import ConfigError
 from moespan.launch.job import Job
 from moespan.launch.ranks import RanksClient
 from moespan.machine import binding
-from moespan.machine.binding import Binding, RankBinding, binding_here, choose_binding
+from moespan.machine.binding import (
+    Binding,
+    RankBinding,
+    binding_here,
+    choose_binding,
+    cpus_beside,
+)
 from moespan.machine.topology import (
     Topology,
     format_list,
@@ -494,6 +500,14 @@ def test_without_the_right_to_set_a_policy_only_cores_are_bound(
     assert binding.apply(part) == ["memory of NUMA 0 not preferred: Operation not permitted"]
     monkeypatch.setattr(binding, "_function", lambda name: None)
     assert binding.apply(part) == ["memory of NUMA 0 not preferred: Function not implemented"]
+
+
+def test_another_process_gets_the_cores_that_no_rank_has(tmp_path: Path) -> None:
+    machine = two_sockets(tmp_path)
+    machine.add_npus([0] * 4, [f"0{bus}" for bus in range(1, 5)], numbered=True)
+    ranks = choose_binding(machine.read("npu"), 4)  # all near node 0; node 1 has no device
+    assert cpus_beside(ranks, range(32)) == set(range(16, 32))
+    assert cpus_beside(choose_binding(machine.read("cpu"), 2), range(32)) == set(range(32))
 
 
 def test_cores_that_do_not_exist_are_reported_and_not_fatal() -> None:

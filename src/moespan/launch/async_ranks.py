@@ -32,6 +32,7 @@ from moespan.launch.protocol import (
     News,
     Ready,
 )
+from moespan.machine.binding import Binding
 from moespan.parallel.beats import Place
 
 OnNews = Callable[[list[OutputDelta], Pulse], object]
@@ -53,6 +54,7 @@ class AsyncRanks:
 
     Attributes:
         info: facts about the engine.
+        binding: the cores of this node's ranks.
         pulse: the newest state of the engine; None before the first.
         has_ended_well: `close` has ended ranks that worked, on all nodes.
         heard_at: `loop.time()` of the leader's last message. While the engine runs a step the
@@ -60,6 +62,7 @@ class AsyncRanks:
     """
 
     info: EngineInfo
+    binding: Binding
 
     def __init__(self, on_news: OnNews) -> None:
         """Use `start`."""
@@ -187,6 +190,7 @@ class AsyncRanks:
         sock, _ = await self._while_alive(self._loop.sock_accept(agent.listener), agent, deadline)
         agent.listener.close()
         await self._loop.connect_accepted_socket(lambda: _Leader(self), sock)
+        self.binding = agent.job.read_binding()
         self.info = agent.with_binding(await self._while_alive(self._ready, agent, deadline))
         self._end = self._loop.create_task(self._watch(agent))
 

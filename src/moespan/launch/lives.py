@@ -17,6 +17,7 @@ Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ from moespan.errors import EngineDeadError, JobOverError, MoespanError, Unreacha
 from moespan.launch.agent_process import PROGRAM, AgentProcess
 from moespan.launch.async_ranks import AsyncRanks, OnNews
 from moespan.launch.cluster_key import keep_cluster_key
+from moespan.machine.binding import cpus_beside, keep_to
+from moespan.machine.topology import format_list
 
 _LOOK_S = 0.5  # between two looks at the agent
 _TELL_S = 15.0  # for the other nodes to come and hear that no life follows
@@ -38,7 +41,8 @@ _TELL_S = 15.0  # for the other nodes to come and hear that no life follows
 class Lives:
     """Starts the ranks of one config, again and again, on node 0.
 
-    If the nodes have no cluster key, it makes one, which holds for all lives.
+    If the nodes have no cluster key, it makes one, which holds for all lives. While ranks run, this
+    process keeps to the cores that none of them is bound to, if there are some.
     """
 
     def __init__(
@@ -47,14 +51,27 @@ class Lives:
         keep_cluster_key(nodes, log.logger.warning)
         self._config, self._nodes, self._program = config, nodes, program
         self._newest: AsyncRanks | None = None
+        self._cpus = os.sched_getaffinity(0)
 
     async def start(self, on_news: OnNews) -> AsyncRanks:
         """The next life; see `AsyncRanks.start`."""
+        self._keep_to(self._cpus)  # the ranks share the cores that they inherit
         ranks = await AsyncRanks.start(
             self._config, nodes=self._nodes, on_news=on_news, program=self._program
         )
         self._newest = ranks
+        self._keep_to(cpus_beside(ranks.binding, self._cpus))
         return ranks
+
+    def _keep_to(self, cpus: set[int]) -> None:
+        if cpus == os.sched_getaffinity(0):
+            return
+        try:
+            keep_to(cpus)
+        except OSError as error:
+            log.logger.warning("the server keeps to no cores of its own: %s", error.strerror)
+        else:
+            log.logger.info("the server runs on cores %s", format_list(sorted(cpus)))
 
     def end(self, reason: str = "") -> None:
         """No life follows. Tells the other nodes, if they wait for one, and waits until they know,

@@ -16,7 +16,7 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,8 @@ _Item = TypeVar("_Item")
 # These variables bind threads to cores by number; our mask could exclude those cores.
 _BINDS_ITSELF = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 _NPU_BINDS_ITSELF = "CPU_AFFINITY_CONF"
+
+_LEAST_BESIDE = 2  # an event loop, and the threads that encode beside it
 
 _MPOL_DEFAULT, _MPOL_PREFERRED = 0, 1
 _SYSCALLS = {
@@ -178,9 +180,7 @@ def apply(part: RankBinding) -> list[str]:
     problems = []
     if part.cpus:
         try:
-            for thread in Path("/proc/self/task").iterdir():
-                with contextlib.suppress(ProcessLookupError):  # the thread has ended
-                    os.sched_setaffinity(int(thread.name), part.cpus)
+            keep_to(part.cpus)
         except OSError as error:
             problems.append(f"cores {format_list(part.cpus)} not bound: {error.strerror}")
     if part.memory_node is not None:
@@ -194,6 +194,24 @@ def apply(part: RankBinding) -> list[str]:
         if failed:
             problems.append(f"memory of NUMA {part.memory_node} not preferred: {failed}")
     return problems
+
+
+def keep_to(cpus: Collection[int]) -> None:
+    """Let all threads of this process, and those that they start later, run on `cpus` only.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # the thread has ended
+            os.sched_setaffinity(int(thread.name), cpus)
+
+
+def cpus_beside(binding: Binding, allowed: Collection[int]) -> set[int]:
+    """The CPUs of `allowed` that no rank is bound to, for a process that works beside the ranks;
+    all of them if fewer than two are left."""
+    left = set(allowed).difference(*(rank.cpus for rank in binding.ranks))
+    return left if len(left) >= _LEAST_BESIDE else set(allowed)
 
 
 def _read_map(text: str, ranks: int, topology: Topology) -> list[list[int]]:
