@@ -12,7 +12,7 @@ from moespan.engine.questions import ExpertCounts, Question
 from moespan.engine.request import OutputDelta, Request, SamplingParams
 from moespan.errors import EngineDeadError, MoespanError
 from moespan.parallel.beats import IDLE, Place
-from moespan.serve.life import OnNews
+from moespan.serve.live_requests import OnNews
 from moespan.serve.metrics import Metrics
 
 INFO = EngineInfo(

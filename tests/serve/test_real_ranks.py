@@ -13,7 +13,8 @@ import pytest
 from moespan.config import EngineConfig, Layout
 from moespan.errors import EngineDeadError
 from moespan.launch.async_ranks import AsyncRanks
-from moespan.serve.life import Life, OnNews, State
+from moespan.serve.life import Life, State
+from moespan.serve.live_requests import OnNews
 from moespan.serve.options import LifeOptions
 from tests.launch.test_ranks import DEATH_S, FAKE_RANK, alive, descendants, request
 from tests.serve.fake_ranks import metrics

@@ -17,7 +17,8 @@ import pytest
 import moespan.serve
 from moespan.engine.request import SamplingParams
 from moespan.errors import ConfigError
-from moespan.serve.auth import KEY_VARIABLE, Keys, check_reach
+from moespan.front.api_key import API_KEY_VARIABLE
+from moespan.serve.auth import Keys, check_reach
 from moespan.serve.options import ServeOptions
 from tests.serve.scene import (
     Served,
@@ -143,10 +144,10 @@ def test_keys_are_read_again(keys: dict[str, Any], caplog: pytest.LogCaptureFixt
 
 
 def test_the_key_in_the_environment_is_taken_out_of_it(tmp_path: Path):
-    environment = {KEY_VARIABLE: "from-env", "OTHER": "1"}
+    environment = {API_KEY_VARIABLE: "from-env", "OTHER": "1"}
     keys = Keys(ServeOptions(api_key="given"), environment)
     assert environment == {"OTHER": "1"}
-    assert keys.name_of(b"from-env") == KEY_VARIABLE and keys.name_of(b"given") == "--api-key"
+    assert keys.name_of(b"from-env") == API_KEY_VARIABLE and keys.name_of(b"given") == "--api-key"
     assert not Keys(ServeOptions(), {})
     for wrong in (ServeOptions(api_key=""), ServeOptions(api_key_file=str(tmp_path / "none"))):
         with pytest.raises(ConfigError):

@@ -18,13 +18,13 @@ from moespan.cli.show import EXIT_FAILED, check_writable, say, say_start
 from moespan.cli.starting import serve_unless_first_node, start_llm
 from moespan.errors import ConfigError, RequestError, printable, shown
 from moespan.files import read_bytes
+from moespan.front.api_key import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from moespan.front.conversation import Answerer, Conversation, Ending
 
 SUMMARY = "talk with a model, here or on a server"
 
-API_KEY_VARIABLE = "MOESPAN_API_KEY"
 
 _MOST_KEY_BYTES = 4096
 _LIKE_A_SERVER = re.compile(r"[\w.-]+:\d{1,5}(/v1)?/?")

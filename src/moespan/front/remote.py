@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from moespan.errors import ConfigError, MoespanError, RequestError, shortened, shown
+from moespan.front.api_key import API_KEY_VARIABLE
 from moespan.front.conversation import Ending, Say
 
 SILENCE_S = 60.0
@@ -116,7 +117,7 @@ class ServerAnswerer:
         except _NOT_THE_PROTOCOL:
             message = response.reason
         if response.status == 401:
-            message += "; give the key with --api-key-file or MOESPAN_API_KEY"
+            message += f"; give the key with --api-key-file or {API_KEY_VARIABLE}"
         kind = RequestError if response.status in (400, 413, 429) else MoespanError
         return kind(f"{self._place} refused ({response.status}): {message}")
 

@@ -23,10 +23,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moespan import files, log
 from moespan.errors import ConfigError, shown
+from moespan.front.api_key import API_KEY_VARIABLE
 from moespan.serve.options import ServeOptions
 from moespan.serve.refusals import Refusal
-
-KEY_VARIABLE = "MOESPAN_API_KEY"
 
 OPEN_PATHS = frozenset({b"/health", b"/live", b"/ready"})
 """Raw paths that need no key."""
@@ -52,15 +51,15 @@ class Keys:
     ) -> None:
         self._file = None if options.api_key_file is None else Path(options.api_key_file)
         self._fixed: dict[str, bytes] = {}
-        if (value := environment.pop(KEY_VARIABLE, "")) != "":
-            self._fixed[KEY_VARIABLE] = value.encode("utf-8", "surrogateescape")
+        if (value := environment.pop(API_KEY_VARIABLE, "")) != "":
+            self._fixed[API_KEY_VARIABLE] = value.encode("utf-8", "surrogateescape")
         if options.api_key is not None:
             if not options.api_key:
                 raise ConfigError("--api-key is empty; give a key or leave the flag out")
             log.logger.warning(
                 "--api-key: everybody on this machine can read it in the list of processes; "
                 "--api-key-file and %s are safer",
-                KEY_VARIABLE,
+                API_KEY_VARIABLE,
             )
             self._fixed["--api-key"] = options.api_key.encode("utf-8", "surrogateescape")
         self._keys = self._read()
@@ -238,6 +237,6 @@ def check_reach(options: ServeOptions, keys: Keys) -> None:
         return
     raise ConfigError(
         f"--host {shown(options.host)} lets other machines in, and there is no key; give "
-        f"--api-key-file FILE or {KEY_VARIABLE}, or --allow-no-auth if something before this "
+        f"--api-key-file FILE or {API_KEY_VARIABLE}, or --allow-no-auth if something before this "
         "server checks who calls"
     )

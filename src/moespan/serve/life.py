@@ -1,7 +1,8 @@
 """`Life`: the engine behind the server, over all its lives.
 
-The ranks may die; the server does not. `Life` starts the ranks, hands requests over, spreads their
-deltas, fails requests that die with the ranks, starts the ranks again, and drains.
+The ranks may die; the server does not. `Life` starts the ranks, admits requests or refuses them,
+fails those that die with the ranks, starts the ranks again, and drains. `LiveRequests` has the
+requests.
 
 | state | what holds |
 |---|---|
@@ -23,16 +24,17 @@ import enum
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TypeVar
 
 from moespan import log
 from moespan.config import EngineOptions
 from moespan.engine.info import EngineInfo, Pulse
 from moespan.engine.questions import Question
 from moespan.engine.request import OutputDelta, Request
-from moespan.errors import EngineDeadError, MoespanError, RequestError
+from moespan.errors import EngineDeadError, MoespanError
 from moespan.parallel.beats import Place
 from moespan.serve.inbox import CutOffError, Inbox
+from moespan.serve.live_requests import LiveRequests, OnNews, Ranks
 from moespan.serve.metrics import Course, Metrics
 from moespan.serve.options import LifeOptions
 from moespan.serve.signs import LOOK_S, Signs
@@ -47,39 +49,6 @@ _RETRY_START_S = 10  # while no start has been measured
 
 A = TypeVar("A")
 T = TypeVar("T")
-
-OnNews = Callable[[list[OutputDelta], Pulse | None], None]
-"""Takes the deltas of a step, and the newest `Pulse` or None."""
-
-
-class Ranks(Protocol):
-    """What `Life` needs of `moespan.launch.async_ranks.AsyncRanks`."""
-
-    @property
-    def info(self) -> EngineInfo:
-        """Facts about this engine."""
-
-    def add(self, request: Request) -> None:
-        """Hand a request over; raises RequestError or EngineDeadError."""
-
-    def abort(self, request_id: str) -> None:
-        """Drop a request; raises EngineDeadError."""
-
-    async def ask(self, question: Question[A]) -> A:
-        """The engine's answer; raises RequestError or EngineDeadError."""
-
-    @property
-    def heard_at(self) -> float:
-        """Time of the leader's last word."""
-
-    def places(self) -> list[Place]:
-        """Where the ranks are, as far as that is known on this node."""
-
-    async def wait_dead(self) -> MoespanError:
-        """The cause, when the ranks have ended and all their processes have gone."""
-
-    async def close(self) -> None:
-        """End the ranks. Idempotent."""
 
 
 class State(enum.Enum):
@@ -105,13 +74,6 @@ class Unavailable(MoespanError):  # noqa: N818 (a state of the server, not a fau
     def __init__(self, status: int, code: str, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.status, self.code, self.retry_after_s = status, code, retry_after_s
-
-
-class _Live(NamedTuple):
-    """A request that the engine has not finished."""
-
-    inbox: Inbox
-    course: Course
 
 
 class Life:
@@ -144,23 +106,17 @@ class Life:
         self._options = options
         self.metrics = metrics
         self._step_timeout_s = step_timeout_s
-        self._on_end = on_end
         self.info: EngineInfo | None = None
         self.pulse: Pulse | None = None
         self.last_error: MoespanError | None = None
         self.num_restarts = 0
         self._phase = State.STARTING
-        self._ranks: Ranks | None = None
         self._signs: Signs | None = None
-        self._live: dict[str, _Live] = {}
-        self._queued: dict[str, int] = {}  # prompt tokens of live requests without a delta so far
-        self._queued_tokens = 0
+        self._requests = LiveRequests(metrics, on_end)
         self._restarts: deque[float] = deque()  # times of those within the window
         self._restart_reason = ""  # one of `metrics.RESTART_REASONS`
         self._back_at: float | None = None  # when the next life is expected to be ready
         self._start_s: float | None = None  # how long the last start took
-        self._is_empty = asyncio.Event()
-        self._is_empty.set()
         self._is_draining = asyncio.Event()
         self._is_forced = asyncio.Event()
 
@@ -194,13 +150,12 @@ class Life:
     @property
     def silence_s(self) -> float:
         """Seconds since the leader's last word; infinite while no engine runs."""
-        if self._ranks is None:
-            return math.inf
-        return asyncio.get_running_loop().time() - self._ranks.heard_at
+        ranks = self._requests.ranks
+        return math.inf if ranks is None else asyncio.get_running_loop().time() - ranks.heard_at
 
     def places(self) -> list[Place]:
         """Where the ranks are; empty while no engine runs."""
-        return [] if self._ranks is None else self._ranks.places()
+        return [] if self._requests.ranks is None else self._requests.ranks.places()
 
     @property
     def is_forced(self) -> bool:
@@ -210,17 +165,17 @@ class Life:
     @property
     def num_live(self) -> int:
         """Requests that the engine has not finished."""
-        return len(self._live)
+        return len(self._requests)
 
     @property
     def num_queued(self) -> int:
         """Requests that wait for their first delta."""
-        return len(self._queued)
+        return self._requests.num_queued
 
     @property
     def num_queued_tokens(self) -> int:
         """Prompt tokens of requests that wait for their first delta."""
-        return self._queued_tokens
+        return self._requests.num_queued_tokens
 
     def submit(self, request: Request) -> Inbox:
         """Register a request and hand it over; see `submit_all`."""
@@ -240,7 +195,10 @@ class Life:
         """
         try:
             self._check_open(requests)
-            return self._hand_over(requests, traceparent)
+            try:
+                return self._requests.hand_over(requests, traceparent)
+            except EngineDeadError:
+                raise self._away() from None
         except Unavailable as unavailable:
             self.metrics.reject(unavailable.code)
             raise
@@ -252,11 +210,12 @@ class Life:
             Unavailable: no engine runs, or it dies before it answers.
             RequestError: the engine refuses to answer.
         """
-        if self._ranks is None:
+        ranks = self._requests.ranks
+        if ranks is None:
             self._check_open([])
             raise self._away()
         try:
-            return await self._ranks.ask(question)
+            return await ranks.ask(question)
         except EngineDeadError:
             raise self._away() from None
 
@@ -273,7 +232,7 @@ class Life:
             await self._live_on(over)
         finally:
             over.cancel()
-            self._lose_all(CutOffError("the engine does not run any more"))
+            self._requests.fail(CutOffError("the engine does not run any more"))
             self._phase = State.ENDED
 
     def drain(self) -> None:
@@ -292,7 +251,7 @@ class Life:
     async def _live_on(self, over: asyncio.Task[None]) -> None:
         """One life after the other, until `over`, or until draining leaves nothing to do."""
         cause = await self._live_once(over)
-        while cause is not None and (self._live or not self._is_draining.is_set()):
+        while cause is not None and (self._requests or not self._is_draining.is_set()):
             await self._back_off(cause, over)
             if over.done():
                 return
@@ -315,8 +274,12 @@ class Life:
         is_over = False
 
         def take_in(deltas: list[OutputDelta], pulse: Pulse | None) -> None:
-            if not is_over:
-                self._take_in(deltas, pulse)
+            if is_over:
+                return
+            if pulse is not None:
+                self.pulse = pulse
+                self.metrics.pulse(pulse)
+            self._requests.take_in(deltas)
 
         ranks = await _unless(over, self._start(take_in))
         if ranks is None:
@@ -333,7 +296,7 @@ class Life:
                 self._mourn(cause)
         finally:
             is_over = True
-            self._ranks = self._signs = self.pulse = None
+            self._requests.ranks = self._signs = self.pulse = None
             self.metrics.stop()
             await ranks.close()
         return cause
@@ -345,7 +308,7 @@ class Life:
         dead = asyncio.ensure_future(ranks.wait_dead())
         try:
             while not (await asyncio.wait((dead,), timeout=LOOK_S))[0]:
-                signs.look(ranks.places(), ranks.heard_at, bool(self._live))
+                signs.look(ranks.places(), ranks.heard_at, bool(self._requests))
                 self.metrics.beats(signs.ages_s)
                 if signs.is_lost:
                     self._restart_reason = "silent"
@@ -356,10 +319,9 @@ class Life:
 
     def _resume(self, ranks: Ranks) -> None:
         """Take requests again, after those that were kept over a restart."""
-        self._ranks, self._back_at = ranks, None
+        self._requests.ranks, self._back_at = ranks, None
         with contextlib.suppress(EngineDeadError):  # `wait_dead` tells
-            for live in list(self._live.values()):
-                ranks.add(live.inbox.request)
+            self._requests.hand_over_again()
         if self._phase is not State.DRAINING:
             self._phase = State.READY
 
@@ -369,9 +331,7 @@ class Life:
         if self._phase is not State.DRAINING:
             self._phase = State.RECOVERING
         death = EngineDeadError(f"the engine has died: {cause}")
-        for live in list(self._live.values()):
-            if not (self._options.retry_unstarted and live.inbox.request.id in self._queued):
-                self._fail(live, death)
+        self._requests.fail(death, keeps_queued=self._options.retry_unstarted)
 
     def _note(self, cause: MoespanError, what: str) -> None:
         """Log, once, what ended a life: the rank, its place, and the traceback."""
@@ -412,7 +372,9 @@ class Life:
     async def _wait_until_over(self) -> None:
         """Return when a drain has ended: nothing live, out of time, or forced."""
         await self._is_draining.wait()
-        ends = [asyncio.create_task(end.wait()) for end in (self._is_empty, self._is_forced)]
+        ends = [
+            asyncio.create_task(end.wait()) for end in (self._requests.is_empty, self._is_forced)
+        ]
         try:
             await asyncio.wait(
                 ends,
@@ -422,86 +384,7 @@ class Life:
         finally:
             for task in ends:
                 task.cancel()
-        self._lose_all(CutOffError("the server ends before the request is finished"))
-
-    def _lose_all(self, death: EngineDeadError) -> None:
-        for live in list(self._live.values()):
-            self._fail(live, death)
-
-    def _fail(self, live: _Live, death: EngineDeadError) -> None:
-        self._forget(live.inbox.request.id, "error")
-        live.inbox.fail(death)
-
-    # Requests.
-
-    def _hand_over(self, requests: Sequence[Request], traceparent: str) -> list[Inbox]:
-        assert self._ranks is not None
-        inboxes: list[Inbox] = []
-        try:
-            for request in requests:
-                inboxes.append(self._register(request, traceparent))
-                self._ranks.add(request)
-        except BaseException as error:
-            for inbox in inboxes:
-                self._remove(inbox.request.id)
-                with contextlib.suppress(EngineDeadError):
-                    self._ranks.abort(inbox.request.id)
-            if isinstance(error, EngineDeadError):
-                raise self._away() from None
-            raise
-        return inboxes
-
-    def _register(self, request: Request, traceparent: str) -> Inbox:
-        if request.id in self._live:
-            raise RequestError(f"a request with the id {request.id} is running")
-        now = asyncio.get_running_loop().time()
-        inbox = Inbox(request, self._abort)
-        self._live[request.id] = _Live(inbox, Course(request, now, traceparent=traceparent))
-        num_tokens = len(request.prompt_token_ids)
-        self._queued[request.id] = num_tokens
-        self._queued_tokens += num_tokens
-        self._is_empty.clear()
-        return inbox
-
-    def _remove(self, request_id: str) -> _Live:
-        self._begin(request_id)
-        live = self._live.pop(request_id)
-        if not self._live:
-            self._is_empty.set()
-        return live
-
-    def _forget(self, request_id: str, reason: str = "") -> None:
-        """The request has ended; `reason` is that of continuations without a finish."""
-        inbox, course = self._remove(request_id)
-        now = asyncio.get_running_loop().time()
-        self.metrics.end(course, now, inbox.unfinished, reason)
-        self._on_end(course, now)
-
-    def _begin(self, request_id: str) -> None:
-        """The request does not wait any more."""
-        self._queued_tokens -= self._queued.pop(request_id, 0)
-
-    def _abort(self, inbox: Inbox) -> None:
-        self._forget(inbox.request.id, "abort")
-        if self._ranks is not None:
-            with contextlib.suppress(EngineDeadError):
-                self._ranks.abort(inbox.request.id)
-
-    def _take_in(self, deltas: list[OutputDelta], pulse: Pulse | None) -> None:
-        """Spread one word of the leader over the inboxes."""
-        now = asyncio.get_running_loop().time()
-        if pulse is not None:
-            self.pulse = pulse
-            self.metrics.pulse(pulse)
-        for delta in deltas:
-            live = self._live.get(delta.id)
-            if live is None:  # aborted meanwhile
-                continue
-            self._begin(delta.id)
-            self.metrics.take(live.course, delta, now)
-            live.inbox.put(delta)
-            if not live.inbox.is_running:
-                self._forget(delta.id)
+        self._requests.fail(CutOffError("the server ends before the request is finished"))
 
     # Admission.
 
@@ -537,11 +420,12 @@ class Life:
 
         An empty queue takes any request.
         """
-        if not self._queued:
+        if not self._requests.num_queued:
             return None
+        most_requests, most_tokens = self._options.max_queued_requests, self._most_queued_tokens
         for name, queued, more, most in (
-            ("queued requests", len(self._queued), num_requests, self._options.max_queued_requests),
-            ("queued prompt tokens", self._queued_tokens, num_tokens, self._most_queued_tokens),
+            ("queued requests", self.num_queued, num_requests, most_requests),
+            ("queued prompt tokens", self.num_queued_tokens, num_tokens, most_tokens),
         ):
             if queued + more > most:
                 return f"the queue is full: {queued} {name}, at most {most}; try again later"

@@ -13,6 +13,7 @@ from typing import Any
 
 from moespan.engine.request import MAX_LOGPROBS, MAX_N
 from moespan.errors import ConfigError, shown
+from moespan.front.api_key import API_KEY_VARIABLE
 
 
 def option(
@@ -100,7 +101,8 @@ class HttpOptions:
     )
     api_key: str | None = option(
         None,
-        "key that clients must send; `ps` shows it, so prefer --api-key-file or MOESPAN_API_KEY",
+        "key that clients must send; `ps` shows it, so prefer --api-key-file or "
+        f"{API_KEY_VARIABLE}",
         "short trials",
     )
     api_key_file: str | None = option(

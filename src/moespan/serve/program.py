@@ -22,7 +22,8 @@ from moespan.serve import mindie
 from moespan.serve.app import make_app
 from moespan.serve.auth import Keys
 from moespan.serve.expert_watch import ExpertWatch
-from moespan.serve.life import Life, OnNews, Ranks
+from moespan.serve.life import Life
+from moespan.serve.live_requests import OnNews, Ranks
 from moespan.serve.metrics import Metrics, metrics_route
 from moespan.serve.options import ServeOptions
 from moespan.serve.page import page_routes
