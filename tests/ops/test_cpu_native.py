@@ -3,6 +3,7 @@ odd remainders, many rows and few, several chunks of keys."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import shutil
@@ -339,6 +340,28 @@ def test_attention_over_several_chunks_of_keys(
     found = ops.attention(q, cache, batch, head_size**-0.5)
     double = KVCache(cache.keys.float(), cache.values.float())
     assert_close(found, REFERENCE.attention(q.float(), double, batch, head_size**-0.5))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.int8], ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (20, 20), (6, 2)])
+@pytest.mark.parametrize("head_size", [80, 128])
+def test_decoding_after_contexts_that_threads_share(
+    ops: NativeCpuOps, head_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype
+):
+    """Parts of several chunks, and one of a few tokens."""
+    context_lens, block_size = [1100, 1399, 4], 32
+    blocks = itertools.count()
+    tables = [list(itertools.islice(blocks, -(-(n + 1) // block_size))) for n in context_lens]
+    batch = AttentionBatch.build([1] * 3, context_lens, tables, block_size, torch.device("cpu"))
+    shape = (next(blocks), block_size, num_kv_heads, head_size)
+    cache = KVCache.zeros(shape, dtype, torch.device("cpu"))
+    slots = torch.arange(shape[0] * block_size, dtype=torch.int32)
+    k, v = (random(len(slots), num_kv_heads, head_size, seed=seed) for seed in (1, 2))
+    ops.write_cache(k, v, cache, slots)
+    q = random(3, num_heads, head_size, scale=4)
+    found = ops.attention(q, cache, batch, head_size**-0.5)
+    expected = REFERENCE.attention(q.float(), cache, batch, head_size**-0.5)
+    assert_close(found, expected)
 
 
 def test_scores_that_overflow_exp_do_not_overflow_attention(ops: NativeCpuOps):

@@ -1,5 +1,4 @@
-// Attention over the paged cache. decode: one query token, many heads. prefill: many query tokens,
-// one key head.
+// Attention of many query tokens over the paged cache, a key head at a time, as matrix products.
 
 #pragma once
 
@@ -19,17 +18,7 @@ inline int64_t slot_of(const int32_t* table, int64_t token, const Cache& c) {
     return table[token / c.block_size] * c.block_size + token % c.block_size;
 }
 
-// 16 elements of a cached head, as float32.
-template <class T>
-inline f32x16 load_cached(const T* p) {
-    if constexpr (sizeof(T) == 1)
-        return load_i8(p);
-    else
-        return load_bf16(p);
-}
-
-constexpr int CHUNK = 64;             // keys at a time in decode
-constexpr int KEYS = 256;             // keys at a time in prefill
+constexpr int KEYS = 256;             // keys at a time
 constexpr int MOST_HEAD_VECTORS = 16; // heads have up to 256 elements
 
 // A cached head of D elements as bfloat16: in place, or dequantised into `room`.
@@ -38,102 +27,6 @@ inline const bf16* as_bf16(const bf16* x, float, int64_t, bf16*) { return x; }
 inline const bf16* as_bf16(const int8_t* x, float scale, int64_t D, bf16* room) {
     for (int64_t d = 0; d < D; d += LANES) store_bf16(room + d, load_i8(x + d) * scale);
     return room;
-}
-
-// One query token of one sequence, and the query heads that read key heads h0 to h1.
-template <class T>
-void decode(const bf16* q, bf16* out, const Cache& c, const int32_t* table, int64_t length,
-            int64_t h0, int64_t h1, int64_t group, float scale, float* scratch) {
-    const int64_t D = c.head_size, vectors = D / LANES, heads = (h1 - h0) * group;
-    float* query = scratch;                    // [heads, D]
-    float* acc = query + heads * D;            // [heads, D]
-    float* p = acc + heads * D;                // [heads, CHUNK]
-    float* most = p + heads * CHUNK;           // [heads]
-    float* total = most + heads;               // [heads]
-    for (int64_t h = 0; h < heads; h++) {
-        const bf16* from = q + (h0 * group + h) * D;
-        for (int64_t d = 0; d < D; d += LANES) {
-            store(query + h * D + d, load_bf16(from + d) * scale);
-            store(acc + h * D + d, splat(0));
-        }
-        most[h] = -INFINITY;
-        total[h] = 0;
-    }
-    const T* keys = (const T*)c.keys;
-    const T* values = (const T*)c.values;
-    for (int64_t start = 0; start < length; start += CHUNK) {
-        const int count = (int)std::min<int64_t>(CHUNK, length - start);
-        int64_t slot[CHUNK];
-        for (int t = 0; t < count; t++) slot[t] = slot_of(table, start + t, c);
-        for (int t = 0; t < count; t++) {
-            const T* key = keys + (slot[t] * c.heads + h0) * D;
-            const char* value = (const char*)(values + (slot[t] * c.heads + h0) * D);
-            // Values are read head by head, but prefetched here in the order of memory.
-            for (int64_t b = 0; b < (h1 - h0) * D * (int64_t)sizeof(T); b += 64)
-                __builtin_prefetch(value + b, 0, 2);
-            for (int64_t h = h0; h < h1; h++, key += D)
-                for (int64_t g = 0; g < group; g++) {
-                    const int64_t i = (h - h0) * group + g;
-                    f32x16 dot[2] = {splat(0), splat(0)};
-                    for (int64_t v = 0; v < vectors; v++)
-                        dot[v & 1] += load_cached(key + v * LANES) *
-                                      load<f32x16>(query + i * D + v * LANES);
-                    float score = sum(dot[0] + dot[1]);
-                    if (sizeof(T) == 1) score *= c.key_scales[slot[t] * c.heads + h];
-                    p[i * CHUNK + t] = score;
-                }
-        }
-        for (int64_t i = 0; i < heads; i++) {
-            float* row = p + i * CHUNK;
-            for (int t = count; t < CHUNK; t++) row[t] = -INFINITY;
-            f32x16 m = load<f32x16>(row);
-            for (int t = LANES; t < CHUNK; t += LANES) m = vmax(m, load<f32x16>(row + t));
-            const float now = std::max(most[i], largest(m));
-            // The first chunk has no previous sum to rescale. Scores of -inf and NaN propagate.
-            const float shrink = most[i] == -INFINITY ? 0.0f : std::exp(most[i] - now);
-            f32x16 s = splat(0);
-            for (int t = 0; t < CHUNK; t += LANES) {
-                f32x16 e = vexp(load<f32x16>(row + t) - now);
-                store(row + t, e);
-                s += e;
-            }
-            for (int t = count; t < CHUNK; t++) row[t] = 0;
-            float partial = 0;
-            for (int t = 0; t < count; t++) partial += row[t];
-            most[i] = now;
-            total[i] = total[i] * shrink + partial;
-            f32x16 sums[MOST_HEAD_VECTORS];
-            for (int64_t v = 0; v < vectors; v++)
-                sums[v] = load<f32x16>(acc + i * D + v * LANES) * shrink;
-            const int64_t h = h0 + i / group;
-            if (vectors == 8) {
-                f32x16 a[8];
-                for (int v = 0; v < 8; v++) a[v] = sums[v];
-                for (int t = 0; t < count; t++) {
-                    const T* value = values + (slot[t] * c.heads + h) * D;
-                    float weight = row[t];
-                    if (sizeof(T) == 1) weight *= c.value_scales[slot[t] * c.heads + h];
-#pragma GCC unroll 8
-                    for (int v = 0; v < 8; v++) a[v] += load_cached(value + v * LANES) * weight;
-                }
-                for (int v = 0; v < 8; v++) sums[v] = a[v];
-            } else {
-                for (int t = 0; t < count; t++) {
-                    const T* value = values + (slot[t] * c.heads + h) * D;
-                    float weight = row[t];
-                    if (sizeof(T) == 1) weight *= c.value_scales[slot[t] * c.heads + h];
-                    for (int64_t v = 0; v < vectors; v++)
-                        sums[v] += load_cached(value + v * LANES) * weight;
-                }
-            }
-            for (int64_t v = 0; v < vectors; v++) store(acc + i * D + v * LANES, sums[v]);
-        }
-    }
-    for (int64_t i = 0; i < heads; i++) {
-        bf16* to = out + (h0 * group + i) * D;
-        for (int64_t d = 0; d < D; d += LANES)
-            store_bf16(to + d, load<f32x16>(acc + i * D + d) * (1.0f / total[i]));
-    }
 }
 
 // Keys `start` to `start + count` of one head → panels whose channels are keys. The last panel is
@@ -292,5 +185,12 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
 
 // Query rows (tokens × query heads of a key head) of one task.
 constexpr int64_t QUERY_BLOCK = 480;
+
+// What `prefill` needs for `rows` of them.
+inline int64_t prefill_bytes(int64_t rows, int64_t D) {
+    const int64_t width = ceil_div(D, PANEL) * PANEL;
+    return (KEYS * D + KEYS * width + MOST_TILE_ROWS * KEYS + rows * D) * 2 +
+           (rows * (width + 2) + MOST_TILE_ROWS * KEYS) * 4;
+}
 
 }  // namespace

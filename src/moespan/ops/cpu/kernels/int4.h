@@ -131,23 +131,6 @@ void multiply_int4(const char* p, int64_t in, const uint32_t* x, const char* nex
     }
 }
 
-// 16 pairs of bfloat16, each from two float32.
-inline u32x16 joined(f32x16 first, f32x16 second) {
-#if WIDE
-    // Interleaves the two halves of the vector.
-    alignas(64) static constexpr uint16_t TURNS[32] = {
-        0, 16, 1, 17, 2, 18, 3, 19, 4,  20, 5,  21, 6,  22, 7,  23,
-        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-    return (u32x16)_mm512_permutexvar_epi16(_mm512_load_si512(TURNS), halves);
-#else
-    u32x16 pairs;
-    for (int i = 0; i < LANES; i++)
-        pairs[i] = uint32_t(to_bf16(second[i])) << 16 | to_bf16(first[i]);
-    return pairs;
-#endif
-}
-
 // Memory of one thread for an unpacked panel.
 struct Room {
     std::vector<char> memory;

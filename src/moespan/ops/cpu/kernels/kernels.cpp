@@ -6,8 +6,8 @@
 //
 // vectors.h: vectors of 16 lanes. amx.h: matrix instructions. packing.h: how weights and
 // activations lie in memory. int4.h: weights of 4 bits. products.h: matrix products and experts.
-// attention.h: attention over the paged cache. checksum.h: checksums of weights in files.
-// shared.h: collectives between the ranks of one machine.
+// attention.h: attention of prompts. decode.h: attention of single tokens. checksum.h: checksums of
+// weights in files. shared.h: collectives between the ranks of one machine.
 
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 9
 #error "this is GCC older than 9, which lacks vector types that the kernels use; set CXX to GCC 9 or newer, or clang"
@@ -18,8 +18,8 @@
 #include <numeric>
 #include <vector>
 
-#include "attention.h"
 #include "checksum.h"
+#include "decode.h"
 #include "shared.h"
 
 extern "C" {
@@ -155,66 +155,72 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
                        int64_t num_sequences, float scale, int threads) {
     const Cache c{keys, values, key_scales, value_scales, block_size, num_kv_heads, head_size};
     const int64_t group = num_heads / num_kv_heads, stride = num_heads * head_size;
+    const Heads n{num_heads, group, head_size};
+    // Query tokens of a sequence from `first` on, for a key head; or, in decoding, a part of the
+    // context, for all heads.
     struct Task {
-        int64_t sequence, row, position, count, h0, h1, work;
+        int64_t sequence, row, first, count, kv_head, part, work;
+    };
+    // A sequence that decodes, and the first of its parts.
+    struct Whole {
+        int64_t row, part, parts;
     };
     std::vector<Task> tasks;
+    std::vector<Whole> wholes;
     const auto is_decode = [&](int64_t s) { return !BATCH_INVARIANT && query_lens[s] == 1; };
-    int64_t decodes = 0;
-    for (int64_t s = 0; s < num_sequences; s++) decodes += is_decode(s);
-    // With few sequences, threads share a sequence by heads. With many, a task takes all heads: it
-    // then reads memory in longer pieces.
-    const int64_t splits = std::clamp<int64_t>(
-        ceil_div(4 * threads, std::max<int64_t>(decodes, 1)), 1, num_kv_heads);
-    const int64_t heads_each =
-        decodes >= 4 * threads ? num_kv_heads : ceil_div(num_kv_heads, splits);
-    int64_t row = 0, most_rows = 0, most_heads = 0;
+    int64_t decoded = 0;
+    for (int64_t s = 0; s < num_sequences; s++)
+        if (is_decode(s)) decoded += context_lens[s] + 1;
+    int64_t row = 0, most_rows = 0, parts = 0;
     for (int64_t s = 0; s < num_sequences; row += query_lens[s], s++) {
         if (is_decode(s)) {
-            for (int64_t h = 0; h < num_kv_heads; h += heads_each) {
-                const int64_t h1 = std::min(num_kv_heads, h + heads_each);
-                tasks.push_back({s, row, context_lens[s], 1, h, h1,
-                                 (context_lens[s] + 1) * (h1 - h) * group});
-                most_heads = std::max(most_heads, (h1 - h) * group);
+            const int64_t tokens = context_lens[s] + 1, number = parts_of(tokens, decoded, threads);
+            wholes.push_back({row, parts, number});
+            for (int64_t i = 0; i < number; i++, parts++) {
+                const int64_t from = tokens * i / number, count = tokens * (i + 1) / number - from;
+                tasks.push_back({s, row, from, count, 0, parts, count * num_heads});
             }
             continue;
         }
         const int64_t block = std::max<int64_t>(1, QUERY_BLOCK / group);
         for (int64_t i = 0; i < query_lens[s]; i += block)
             for (int64_t h = 0; h < num_kv_heads; h++) {
-                const int64_t n = std::min(block, query_lens[s] - i);
-                tasks.push_back({s, row + i, context_lens[s] + i, n, h, h + 1,
-                                 (context_lens[s] + i + n) * n * group});
-                most_rows = std::max(most_rows, n * group);
+                const int64_t count = std::min(block, query_lens[s] - i);
+                tasks.push_back({s, row + i, context_lens[s] + i, count, h, 0,
+                                 (context_lens[s] + i + count) * count * group});
+                most_rows = std::max(most_rows, count * group);
             }
     }
     // Largest tasks first, so that no thread ends up alone with a large one.
     std::stable_sort(tasks.begin(), tasks.end(),
                      [](const Task& a, const Task& b) { return a.work > b.work; });
-    const int64_t D = head_size, width = ceil_div(D, PANEL) * PANEL;
-    const int64_t prefill_bytes =
-        (KEYS * D + KEYS * width + MOST_TILE_ROWS * KEYS + most_rows * D) * 2 +
-        (most_rows * (width + 2) + MOST_TILE_ROWS * KEYS) * 4;
-    const int64_t decode_bytes = most_heads * (2 * D + CHUNK + 2) * 4;
+    // Kept, because fresh memory comes page by page.
+    static thread_local Room kept, kept_scratch;
+    char* partials = kept.of(parts * n.partial_bytes());
+    const int64_t scratch_bytes =
+        std::max(most_rows ? prefill_bytes(most_rows, head_size) : 0, n.scratch_bytes());
+    const auto run_decode = head_size == 128 ? (is_int8 ? decode<int8_t, 128> : decode<bf16, 128>)
+                                             : (is_int8 ? decode<int8_t, 0> : decode<bf16, 0>);
+    const auto run_prefill = is_int8 ? prefill<int8_t> : prefill<bf16>;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<char> memory(std::max(prefill_bytes, decode_bytes) + 64);
-        char* scratch = (char*)(((uintptr_t)memory.data() + 63) & ~uintptr_t(63));
+        char* scratch = kept_scratch.of(scratch_bytes);
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < tasks.size(); i++) {
             const Task& t = tasks[i];
             const int32_t* table = tables + t.sequence * table_width;
             const bf16* from = q + t.row * q_stride;
-            bf16* to = out + t.row * stride;
-            if (is_decode(t.sequence)) {
-                auto run = is_int8 ? decode<int8_t> : decode<bf16>;
-                run(from, to, c, table, t.position + 1, t.h0, t.h1, group, scale, (float*)scratch);
-            } else {
-                auto run = is_int8 ? prefill<int8_t> : prefill<bf16>;
-                run(from, q_stride, to, stride, c, table, t.position, t.count, t.h0, group, scale,
-                    scratch);
-            }
+            if (is_decode(t.sequence))
+                run_decode(from, c, table, t.first, t.first + t.count, n, scale, scratch,
+                           Partial(partials + t.part * n.partial_bytes(), n));
+            else
+                run_prefill(from, q_stride, out + t.row * stride, stride, c, table, t.first, t.count,
+                            t.kv_head, group, scale, scratch);
         }
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < wholes.size(); i++)
+            combine(partials + wholes[i].part * n.partial_bytes(), wholes[i].parts, n,
+                    out + wholes[i].row * stride);
     }
 }
 

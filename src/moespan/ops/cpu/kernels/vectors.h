@@ -185,7 +185,7 @@ inline void transpose(u32x16 (&x)[LANES]) {
 // exp for arguments up to about 0: 2^n * 2^f with a polynomial for 2^f, |f| <= 1/2. Relative error
 // 2e-7.
 inline f32x16 vexp(f32x16 x) {
-    x = vmax(x, splat(-87.3f));
+    x = vmax(splat(-87.3f), x);  // NaN stays NaN
     f32x16 t = x * 1.44269504f;
     i32x16 n = round_to_int(t);
 #if WIDE
@@ -234,6 +234,141 @@ inline i32x16 dot4(i32x16 acc, const void* w, uint32_t x) {
         acc += w_j * (int32_t)(x >> 8 * j & 255);
     }
     return acc;
+#endif
+}
+
+// ---------------------------------------------------------------------------- words of 16 bits
+//
+// Two per lane: bfloat16, or int16 with sums in int32. `dot_words` adds the product of both words
+// of each lane.
+
+// The first 32 elements at `p`, or 16 and zeros; int8 become int16.
+template <bool HALF = false>
+inline u32x16 load_words(const bf16* p) {
+    u32x16 v{};
+    std::memcpy(&v, p, HALF ? 32 : 64);
+    return v;
+}
+
+template <bool HALF = false>
+inline u32x16 load_words(const int8_t* p) {
+    typedef int8_t i8x32 __attribute__((vector_size(32)));
+    typedef int16_t i16x32 __attribute__((vector_size(64)));
+    i8x32 v{};
+    std::memcpy(&v, p, HALF ? 16 : 32);
+#if WIDE
+    return (u32x16)_mm512_cvtepi8_epi16((__m256i)v);
+#else
+    return (u32x16)__builtin_convertvector(v, i16x32);
+#endif
+}
+
+inline f32x16 dot_words(f32x16 acc, u32x16 a, u32x16 b) {
+#if WIDE
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    acc += (f32x16)(a << 16) * (f32x16)(b << 16);
+    return acc + (f32x16)(a & 0xffff0000u) * (f32x16)(b & 0xffff0000u);
+#endif
+}
+
+inline i32x16 dot_words(i32x16 acc, u32x16 a, u32x16 b) {
+#if WIDE
+    return (i32x16)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#else
+    acc += ((i32x16)(a << 16) >> 16) * ((i32x16)(b << 16) >> 16);
+    return acc + ((i32x16)a >> 16) * ((i32x16)b >> 16);
+#endif
+}
+
+// Pairs of the words of a and b: `first` has half of them, `second` the others. `in_order` undoes
+// the order of both.
+inline u32x16 first_pairs(u32x16 a, u32x16 b) {
+#if WIDE
+    return (u32x16)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+#else
+    return (a & 0xffffu) | b << 16;
+#endif
+}
+
+inline u32x16 second_pairs(u32x16 a, u32x16 b) {
+#if WIDE
+    return (u32x16)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+#else
+    return a >> 16 | (b & 0xffff0000u);
+#endif
+}
+
+inline void in_order(f32x16& first, f32x16& second) {
+#if WIDE
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512 a = (__m512)first, b = (__m512)second;
+    first = (f32x16)_mm512_permutex2var_ps(a, low, b);
+    second = (f32x16)_mm512_permutex2var_ps(a, high, b);
+#else
+    float out[2 * LANES];
+    for (int i = 0; i < LANES; i++) {
+        out[2 * i] = first[i];
+        out[2 * i + 1] = second[i];
+    }
+    first = load<f32x16>(out);
+    second = load<f32x16>(out + LANES);
+#endif
+}
+
+inline f32x16 to_floats(i32x16 v) {
+#if WIDE
+    return (f32x16)_mm512_cvtepi32_ps((__m512i)v);
+#else
+    return __builtin_convertvector(v, f32x16);
+#endif
+}
+
+inline f32x16 to_floats(f32x16 v) { return v; }
+
+// Where `sums_of` expects vector `i`, whose sum becomes lane `i`.
+constexpr int place_of_sum(int i) { return WIDE ? i / 4 + i % 4 * 4 : i; }
+
+// The sums of 16 vectors.
+inline f32x16 sums_of(f32x16 (&x)[LANES]) {
+#if WIDE
+    // Sums of neighbours are made where two vectors are interleaved, so that half of the vectors
+    // are left each time.
+    __m512 v[LANES];
+    for (int i = 0; i < LANES; i++) v[i] = (__m512)x[i];
+#pragma GCC unroll 2
+    for (int half = 8; half >= 4; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            v[i] = _mm512_unpacklo_ps(v[i], v[i + half]) + _mm512_unpackhi_ps(v[i], v[i + half]);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        v[i] = _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88) +
+               _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd);
+    return (f32x16)(_mm512_shuffle_f32x4(v[0], v[1], 0x88) +
+                    _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+#else
+    f32x16 all;
+    for (int i = 0; i < LANES; i++) all[i] = sum(x[i]);
+    return all;
+#endif
+}
+
+// 16 pairs of bfloat16, each from two float32.
+inline u32x16 joined(f32x16 first, f32x16 second) {
+#if WIDE
+    // Interleaves the two halves of the vector.
+    alignas(64) static constexpr uint16_t TURNS[32] = {
+        0, 16, 1, 17, 2, 18, 3, 19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (u32x16)_mm512_permutexvar_epi16(_mm512_load_si512(TURNS), halves);
+#else
+    u32x16 pairs;
+    for (int i = 0; i < LANES; i++)
+        pairs[i] = uint32_t(to_bf16(second[i])) << 16 | to_bf16(first[i]);
+    return pairs;
 #endif
 }
 
