@@ -1,6 +1,7 @@
-"""Predicted beside measured, on this machine: memory by part, single steps, loads.
+"""Predicted beside measured, on this machine: memory by part, single steps, loads, all layouts.
 
     python benchmarks/plan_accuracy.py --device cpu --clock cpu --parts memory,steps,loads
+    python benchmarks/plan_accuracy.py --device cpu --parts order --ranks 2
 
 Every measured engine runs in a process of its own. What is predicted never comes from the run that
 it is compared with: the base is that of a tiny model, times come from a calibration, and sizes and
@@ -10,23 +11,39 @@ lengths of loads differ from those that were calibrated. README.md explains the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from moespan.checkpoint.placement import cache_heads
 from moespan.checkpoint.presets import preset
-from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.config import EngineConfig, Layout, ModelConfig, all_layouts
 from moespan.device import DEVICES
 from moespan.planner.activations import Step
+from moespan.planner.cost import ReplicaStep, StepCost
+from moespan.planner.expert_load import Routing
+from moespan.planner.load import Load, drawn
 from moespan.planner.memory import MachineMemory, RankMemory, loading_bytes, memory_of_rank
+from moespan.planner.outcome import Outcome
+from moespan.planner.profile import Profile
+from moespan.planner.profile import load as load_profile
+from moespan.planner.work import Chunk
+from moespan.search.predict import predict
+
+if TYPE_CHECKING:
+    from moespan import LLM
 
 GIB = 1 << 30
 HUGE_PAGE_BYTES = 2 << 20
@@ -245,6 +262,9 @@ STEPS: dict[str, tuple[list[int], list[int]]] = {
     "prefill 100": ([100], [0]),
     "prefill 230": ([230], [0]),
     "decode 10 after 300, prefill 150": ([1] * 10 + [150], [300] * 10 + [0]),
+    "decode 100 after 200": ([1] * 100, [200] * 100),
+    "prefill 500": ([500], [0]),
+    "prefill 1500": ([1500], [0]),
 }
 """Name → query and context lengths. Their sizes are not those that are calibrated."""
 
@@ -257,38 +277,23 @@ def step_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     from moespan.checkpoint.placement import place
     from moespan.checkpoint.random import RandomSource
     from moespan.engine.worker import Worker
-    from moespan.measure.calibrate import Calibration
-    from moespan.measure.operations import CLOCKS, timed
+    from moespan.measure.operations import timed
     from moespan.ops import ops_for
     from moespan.parallel.mesh import Mesh
-    from moespan.planner.cost import ReplicaStep, StepCost
-    from moespan.planner.expert_load import Routing
-    from moespan.planner.work import Chunk
 
-    case = Case(
-        device=args.device,
-        max_num_batched_tokens=256,
-        geometry={"num_hidden_layers": args.layers},
-    )
-    model = case.model
-    config = EngineConfig(
-        "", device=args.device, max_num_batched_tokens=256, max_num_seqs=32, max_model_len=512
-    )
-    if CLOCKS[args.clock].one_thread:
-        torch.set_num_threads(1)
+    config = _limits(args)
+    model = _model(args)
+    profile = calibrated(args, config, model)
     device, dtype = torch.device(args.device), torch.bfloat16
-    calibration = Calibration(
-        config, model, args.profile, args.seconds, args.clock, own_layout_only=True
-    )
-    profile = calibration.run()
-    seconds = profile.made.seconds if profile.made is not None else 0.0
-    print(f"calibrated in {seconds:.0f} s, {len(profile.operations)} curves")
     ops = ops_for(args.device, config)
     source = RandomSource(model, dtype, 0, device)
     weights, _ = load_weights(
         place(model, Layout(), 0), source, dtype, device, new_builder=ops.builder
     )
-    blocks = 32 * (512 // config.block_size)
+    blocks = max(
+        sum(-(-sum(one) // config.block_size) for one in zip(*lengths, strict=True))
+        for lengths in STEPS.values()
+    )
     worker = Worker(config, model, Mesh.create(Layout(), device), ops, weights, blocks)
     cost = StepCost(profile, model, config, Routing(model))
     print(f"{'step':<36}{'predicted ms':>14}{'measured ms':>14}{'p10 to p90':>18}{'error':>9}")
@@ -319,6 +324,46 @@ def step_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def _model(args: argparse.Namespace) -> ModelConfig:
+    """The geometry that is measured."""
+    return ModelConfig.from_dict(preset("16b-4l", {"num_hidden_layers": args.layers}))
+
+
+def _limits(args: argparse.Namespace, layout: Layout | None = None) -> EngineConfig:
+    """Limits of the steps that are calibrated and measured."""
+    return EngineConfig(
+        "",
+        layout or Layout(),
+        args.device,
+        block_size=DEVICES[args.device].block_size,
+        max_num_batched_tokens=args.step_tokens,
+        max_num_seqs=128,
+        max_model_len=2048,
+    )
+
+
+def calibrated(args: argparse.Namespace, config: EngineConfig, model: ModelConfig) -> Profile:
+    """The profile of an earlier call if `--reuse` is given, else of a calibration."""
+    import torch
+
+    from moespan.measure.calibrate import Calibration
+    from moespan.measure.operations import CLOCKS
+
+    if CLOCKS[args.clock].one_thread:
+        torch.set_num_threads(1)
+    if args.reuse:
+        return load_profile(str(args.profile))
+    args.profile.parent.mkdir(parents=True, exist_ok=True)
+    alone = config.layout.world_size == 1
+    calibration = Calibration(
+        config, model, args.profile, args.seconds, args.clock, own_layout_only=alone
+    )
+    profile = calibration.run()
+    seconds = profile.made.seconds if profile.made is not None else 0.0
+    print(f"calibrated in {seconds:.0f} s, {len(profile.operations)} curves", flush=True)
+    return profile
+
+
 def _plan(
     queries: list[int], contexts: list[int], block_size: int, vocab_size: int
 ) -> tuple[Any, Any]:
@@ -343,6 +388,158 @@ def _plan(
     return StepPlans.of([plan]), plan
 
 
+# Loads: an engine under arrivals, beside the simulation of the same arrivals
+
+SHARES = (0.3, 0.6, 0.8, 0.95, 1.3)
+"""Shares of the measured capacity; the last one is more than the engine can do."""
+
+STATISTICS = ("p50", "p90", "p99")
+
+
+def load_table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the capacity of one rank, then loads at shares of it; predict each."""
+    config, model = _load_config(args, Layout()), _model(args)
+    profile = calibrated(args, _limits(args), model)
+    cost = StepCost(profile, model, config, Routing(model))
+    rows: list[dict[str, Any]] = []
+    print(f"{'load':<12}{'':<16}{'predicted':>12}{'measured':>12}{'error':>9}   band")
+    with _engine(args, Layout()) as llm:
+        _run_load(args, llm, _load(args, 8, concurrency=8))  # the first steps are slower
+        full = _load(args, args.requests, concurrency=args.concurrency)
+        rate = _compared(args, llm, cost, "capacity", full, rows)
+        for share in SHARES:
+            load = _load(args, args.requests, rate=share * rate)
+            _compared(args, llm, cost, f"{share:.0%}", load, rows)
+    return rows
+
+
+def _compared(
+    args: argparse.Namespace,
+    llm: LLM,
+    cost: StepCost,
+    name: str,
+    load: Load,
+    rows: list[dict[str, Any]],
+) -> float:
+    """Print and keep a load's figures; returns the requests per second that were measured."""
+    model, config = _model(args), llm.config
+    blocks = config.num_blocks or 0
+    edges = [predict(cost, model, config, blocks, load, slower=by) for by in (1.0, 0.85, 1.15)]
+    measured = _run_load(args, llm, load)
+    figures = [("tokens/s", [one.outcome.tokens_per_s for one in edges], measured.tokens_per_s)]
+    if load.concurrency is None:
+        for latency in ("ttft_s", "tpot_s"):
+            for key in STATISTICS:
+                values = [getattr(one.outcome, latency)[key].value for one in edges]
+                real = getattr(measured, latency)[key].value
+                figures.append((f"{latency[:4].upper()} {key}", values, real))
+    for title, (value, *band), real in figures:
+        inside = "inside" if min(band) <= real <= max(band) else "outside"
+        error = f"{value / real - 1:>+9.1%}"
+        print(f"{name:<12}{title:<16}{value:>12.4g}{real:>12.4g}{error}   {inside}", flush=True)
+        rows.append({"load": name, "figure": title, "predicted": value, "measured": real})
+    return measured.requests_per_s
+
+
+def _load(
+    args: argparse.Namespace,
+    number: int,
+    *,
+    rate: float | None = None,
+    concurrency: int | None = None,
+) -> Load:
+    return drawn(
+        args.input, args.output, number, rate=rate, concurrency=concurrency, seed=3
+    ).fitting(2048, clip=True)
+
+
+def _load_config(args: argparse.Namespace, layout: Layout) -> EngineConfig:
+    return replace(_limits(args, layout), num_blocks=_LOAD_BLOCKS, **_LOAD_LIMITS)
+
+
+_LOAD_BLOCKS = 1024
+_LOAD_LIMITS: dict[str, Any] = {"max_num_seqs": 24, "max_num_batched_tokens": 256}
+
+
+@contextlib.contextmanager
+def _engine(args: argparse.Namespace, layout: Layout) -> Iterator[LLM]:
+    """An engine with random weights."""
+    from moespan import LLM
+    from moespan.front.settings import FIELD_OF_AXIS
+
+    sizes: dict[str, Any] = {FIELD_OF_AXIS[axis]: size for axis, size in layout.sizes.items()}
+    options = {**_LOAD_LIMITS, "num_blocks": _LOAD_BLOCKS, "max_model_len": 2048}
+    with tempfile.TemporaryDirectory() as folder:
+        raw = preset("16b-4l", {"num_hidden_layers": args.layers})
+        Path(folder, "config.json").write_text(json.dumps(raw))
+        with LLM(
+            folder,
+            device=args.device,
+            load_format="dummy",
+            enable_prefix_caching=False,
+            **options,
+            **sizes,
+        ) as llm:
+            yield llm
+
+
+def _run_load(args: argparse.Namespace, llm: LLM, load: Load) -> Outcome:
+    """What a load took. With `--clock cpu` time is that of this process, without idle waits, which
+    only holds where the engine runs in this process alone."""
+    from moespan.measure.under_load import LoadRun
+
+    class CpuRun(LoadRun):
+        """Jumps to the next arrival where nothing is left to compute."""
+
+        skipped_s = 0.0
+
+        def _wait_s(self, due_s: float) -> float:
+            wait_s = super()._wait_s(due_s)
+            if self._num_open or not 0 < wait_s < math.inf:
+                return wait_s
+            self.skipped_s += wait_s
+            return 0.0
+
+    if args.clock == "wall":
+        run = LoadRun(llm, load)
+    else:
+        run = jumping = CpuRun(llm, load, now=lambda: time.process_time() + jumping.skipped_s)
+    return Outcome.of(run.run(), cut_end=load.concurrency is not None)
+
+
+# The order of all layouts
+
+
+def order_table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Predicted and measured tokens/s of every layout of so many ranks, under the same load."""
+    model = _model(args)
+    layouts = all_layouts(args.ranks, model)
+    profile = calibrated(args, _limits(args, layouts[-1]), model)
+    load = _load(args, args.requests, concurrency=args.concurrency)
+    print(f"{'layout':<24}{'predicted':>12}{'measured':>12}{'error':>9}   tokens/s")
+    rows: list[dict[str, Any]] = []
+    for layout in layouts:
+        config = _load_config(args, layout)
+        cost = StepCost(profile, model, config, Routing(model), ranks_per_node=args.ranks)
+        value = predict(cost, model, config, _LOAD_BLOCKS, load).outcome.tokens_per_s
+        with _engine(args, layout) as llm:
+            _run_load(args, llm, _load(args, 4, concurrency=4))
+            real = _run_load(args, llm, load).tokens_per_s
+        error = f"{value / real - 1:>+9.1%}"
+        print(f"{layout!s:<24}{value:>12.1f}{real:>12.1f}{error}", flush=True)
+        rows.append({"layout": str(layout), "predicted": value, "measured": real})
+    values, reals = ([row[key] for row in rows] for key in ("predicted", "measured"))
+    regret = 1 - reals[values.index(max(values))] / max(reals)
+    print(f"rank correlation {rank_correlation(values, reals):.2f}, regret {regret:.1%}")
+    return rows
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's: of the places of the same items in two orders."""
+    places = [[sorted(values).index(one) for one in values] for values in (first, second)]
+    return statistics.correlation(*places)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print tables, and write the JSON file if one is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -352,6 +549,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", default="memory,steps")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--seconds", type=float, default=180.0, help="for the calibration (180)")
+    parser.add_argument("--step-tokens", type=int, default=2048, help="largest step (2048)")
+    parser.add_argument("--input", default="uniform:20:120", help="prompt tokens of loads")
+    parser.add_argument("--output", default="uniform:8:32", help="output tokens of loads")
+    parser.add_argument("--requests", type=int, default=60, help="requests of each load (60)")
+    parser.add_argument("--concurrency", type=int, default=24, help="of full engines (24)")
+    parser.add_argument("--ranks", type=int, default=2, help="for the order of layouts (2)")
+    parser.add_argument("--reuse", action="store_true", help="take the profile as it is")
     parser.add_argument("--profile", type=Path, default=Path("build/here.json"))
     parser.add_argument("--only", nargs="+", help="cases of memory with this in their names")
     parser.add_argument("--json", type=Path)
@@ -361,11 +565,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(msgspec.json.encode(run_case(msgspec.json.decode(args.one, type=Case))).decode())
         return
     report: dict[str, Any] = {}
+    tables = {
+        "memory": memory_table,
+        "steps": step_table,
+        "loads": load_table,
+        "order": order_table,
+    }
     for part in args.parts.split(","):
         print(
             f"\n{part}, {args.device}, {args.layers} layers of the 16B geometry, {args.clock} time"
         )
-        report[part] = {"memory": memory_table, "steps": step_table}[part](args)
+        report[part] = tables[part](args)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

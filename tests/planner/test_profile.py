@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from moespan.device import DEVICES
 from moespan.errors import ConfigError
 from moespan.planner import profile
+from moespan.planner.memory import MachineMemory
 from moespan.planner.profile import Figure, Profile
 
 SMALL: dict[str, Any] = {
@@ -102,6 +104,14 @@ def test_only_a_complete_calibration_counts_as_measured():
 def test_a_broken_profile_is_named(tmp_path: Path, change: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words):
         profile.load(written(tmp_path, {**SMALL, **change}))
+
+
+def test_steps_on_a_cpu_take_as_much_as_was_measured_there():
+    cpu = profile.load("epyc9004").device
+    assert MachineMemory.of("cpu", cpu).slack == DEVICES["cpu"].slack == 1.4
+    gpu = profile.load("h100").device
+    assert gpu.allocator_slack is not None
+    assert MachineMemory.of("cuda", gpu).slack == gpu.allocator_slack.value < 0.1
 
 
 def test_hardware_that_nobody_described_is_named():

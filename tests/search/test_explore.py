@@ -172,6 +172,15 @@ def test_more_devices_carry_more_requests():
     assert large == pytest.approx(2 * small, rel=0.1)
 
 
+def test_what_if_compares_the_same_settings():
+    base = question(16, fast=True, targets=(Target("tpot", "p90", 0.03),))
+    space = replace(base.space, max_num_seqs=(16, 64), max_num_batched_tokens=(512, 4096))
+    asked = replace(base, space=space)
+    found = document(explore(asked), "MODEL", nodes=[1, -1])["what_if"]
+    ratios = [one["requests_ratio"] for one in found]
+    assert ratios == pytest.approx([1.5, 0.5], rel=0.02)
+
+
 def test_targets_are_read_from_text():
     assert parse_target("tpot", "40ms@p99") == Target("tpot", "p99", 0.04)
     assert parse_target("ttft", "2s") == Target("ttft", "p90", 2.0)

@@ -30,6 +30,16 @@ class Space:
     max_num_batched_tokens: tuple[int, ...] = (1024, 2048, 4096)
     only: tuple[tuple[str, int], ...] = ()
 
+    def holds(self, one: Candidate) -> bool:
+        """Whether a candidate's settings are among those of this space."""
+        config = one.config
+        return (
+            config.quantization in self.quantizations
+            and config.kv_cache_dtype in self.kv_cache_dtypes
+            and config.max_num_seqs in self.max_num_seqs
+            and config.max_num_batched_tokens in self.max_num_batched_tokens
+        )
+
     @property
     def num_settings(self) -> int:
         """Settings of each layout."""

@@ -264,6 +264,23 @@ def _curve(question: Question, candidate: Candidate) -> Curve:
     return Curve(candidate, screen.sweep(question.demand(candidate.engines)))
 
 
+def capacity_of_all(question: Question, answer: Answer) -> float:
+    """`capacity` of the layouts of `answer` in the settings that `question` allows. Of layouts that
+    differ in their replicas only, the smallest engines stand for all: their leaders have least to
+    do."""
+    smallest: dict[tuple[object, ...], Found] = {}
+    for one in answer.screened:
+        config, layout = one.candidate.config, one.candidate.layout
+        if not question.space.holds(one.candidate):
+            continue
+        limits = config.max_num_seqs, config.max_num_batched_tokens
+        key = (*limits, layout.with_fewest_replicas, config.quantization, config.kv_cache_dtype)
+        before = smallest.get(key)
+        if before is None or layout.dp < before.candidate.layout.dp:
+            smallest[key] = one
+    return capacity(question, [_curve(question, one.candidate) for one in smallest.values()])
+
+
 def capacity(question: Question, found: Sequence[Curve]) -> float:
     """Requests per second of all devices at the targets, by mean values: the best layout's."""
     best = 0.0

@@ -25,6 +25,7 @@ from moespan.search.explore import (
     Found,
     Question,
     capacity,
+    capacity_of_all,
     cost_of,
     curves,
     explore,
@@ -78,7 +79,7 @@ def document(
         "plans": [{"rank": rank, **_plan(answer, one, model)} for rank, one in enumerate(shown, 1)],
         "points": [point for i, curve in enumerate(swept) for point in _points(i, curve)],
         "small_messages": _worst(question, best),
-        "what_if": [_what_if(question, best, swept, change) for change in nodes],
+        "what_if": [_what_if(answer, best, change) for change in nodes],
         "advice": [] if answer.met else list(_advice(answer, swept)),
     }
 
@@ -273,11 +274,9 @@ def _narrow(question: Question, best: Found) -> Space:
     )
 
 
-def _what_if(
-    question: Question, best: Found | None, swept: Sequence[Curve], change: int
-) -> dict[str, Any] | None:
+def _what_if(answer: Answer, best: Found | None, change: int) -> dict[str, Any] | None:
     """The best candidate with `change` nodes more, in the settings of `best`."""
-    profile = question.profile
+    question, profile = answer.question, answer.question.profile
     space = question.space if best is None else _narrow(question, best)
     nodes = -(-space.devices // profile.devices_per_node)
     devices = space.devices + change * profile.devices_per_node
@@ -288,7 +287,8 @@ def _what_if(
     if not found.found:
         return {"nodes": nodes + change, "devices": devices, "fits": False}
     first = found.found[0] if question.fast else simulated_one(other, found.found[0])
-    before, after = capacity(question, swept), capacity(other, curves(other, found))
+    before = capacity_of_all(replace(question, space=space), answer)
+    after = capacity_of_all(other, found)
     return {
         "nodes": nodes + change,
         "devices": devices,
