@@ -5,6 +5,9 @@
 
 Each client sends one request after the other: most read a whole stream; some disconnect in the
 middle, some do not stream, some send what must be refused. Flags after `--` go to `moespan serve`.
+Then comes the worst moment for the event loop: 64 streams run, one request brings a prompt of
+almost 8 MiB, and 500 more arrive at once. A process of its own asks `/live` all the time.
+
 The program checks that every finished answer is the one that `LLM` gives for the same prompt, that
 refusals are 4xx, and that the engine holds nothing when all clients have gone. It ends with code 1
 if a check fails. README.md explains the figures.
@@ -20,8 +23,9 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -55,9 +59,33 @@ MALFORMED = [
     b"\xff\xfe",
 ]
 
+PARAMETERS: dict[str, Any] = {"temperature": 0.8, "max_tokens": MAX_TOKENS}
+
+BURST_STREAMS, BURST_REQUESTS = 64, 500
+BURST_PROMPT_BYTES = (8 << 20) - 1000  # the body is within --max-body-mib
+
 _START_S = 120.0
 _ANSWER_S = 120.0
 _QUIET_S = 10.0
+
+PROBE = """
+import socket, sys, time
+port, pause_s = int(sys.argv[1]), 0.05
+wake_at = time.monotonic()
+while True:
+    late_s = time.monotonic() - wake_at
+    asked_at = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port)) as link:
+        link.sendall(b"GET /live HTTP/1.0\\r\\n\\r\\n")
+        while link.recv(4096):
+            pass
+    answered_at = time.monotonic()
+    print(asked_at, answered_at - asked_at, late_s, flush=True)
+    wake_at = answered_at + pause_s
+    time.sleep(pause_s)
+"""
+"""Asks `/live` twenty times a second; prints when, the seconds until the answer had come, and how
+late the process itself had been woken."""
 
 
 @dataclass
@@ -69,7 +97,6 @@ class Seen:
     faults: list[str] = field(default_factory=list)
     first_s: list[float] = field(default_factory=list)
     between_s: list[float] = field(default_factory=list)
-    live_s: list[float] = field(default_factory=list)
     front_bytes: list[int] = field(default_factory=list)
     num_tokens: int = 0
 
@@ -189,27 +216,32 @@ class Client:
             writer.close()
 
 
-PARAMETERS: dict[str, Any] = {"temperature": 0.8, "max_tokens": MAX_TOKENS}
-
-
 async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     while line := await reader.readline():
         if line := line.rstrip(b"\n"):
             yield line
 
 
-async def watch(port: int, front: int, seen: Seen) -> None:
-    """Ask `/live` ten times a second, and look at the memory of the front each second."""
-    for number in range(1_000_000):
-        asked_at = time.perf_counter()
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /live HTTP/1.0\r\n\r\n")
-        await reader.read()
-        writer.close()
-        seen.live_s.append(time.perf_counter() - asked_at)
-        if number % 10 == 0:
-            seen.front_bytes.append(resident_bytes(front))
-        await asyncio.sleep(0.1)
+async def watch(front: int, seen: Seen) -> None:
+    """Look at the memory of the front each second."""
+    while True:
+        seen.front_bytes.append(resident_bytes(front))
+        await asyncio.sleep(1)
+
+
+class Probe:
+    """The process that asks `/live`."""
+
+    def __init__(self, port: int) -> None:
+        command = [sys.executable, "-c", PROBE, str(port)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def end(self) -> list[tuple[float, float, float]]:
+        """For each answer its time, its duration, and how late the process was."""
+        self._process.terminate()
+        told, _ = self._process.communicate()
+        rows = (tuple(map(float, line.split())) for line in told.splitlines())
+        return [row for row in rows if len(row) == 3]
 
 
 def resident_bytes(pid: int) -> int:
@@ -236,10 +268,14 @@ def server(flags: Sequence[str]) -> Iterator[tuple[int, int]]:
             sys.stderr.write(line)
             if found := re.search(r"ready on http://\S+:(\d+)", line):
                 port = int(found[1])
-        with subprocess.Popen(["cat"], stdin=process.stderr, stdout=sys.stderr.fileno()):
-            yield port, process.pid
-            process.terminate()
-            process.wait(60)
+        passing_on = threading.Thread(
+            target=sys.stderr.writelines, args=(process.stderr,), daemon=True
+        )
+        passing_on.start()
+        yield port, process.pid
+        process.terminate()
+        process.wait(60)
+        passing_on.join()
     finally:
         process.kill()
         process.wait()
@@ -257,25 +293,57 @@ def expected_texts() -> dict[tuple[str, int], str]:
 
 
 async def load(
-    port: int, front: int, num_clients: int, seconds: float, seen: Seen
-) -> dict[str, float]:
-    """Run all clients; → values of `/metrics` when they have gone."""
-    expected = expected_texts()
-    watcher = asyncio.create_task(watch(port, front, seen))
-    until = asyncio.get_running_loop().time() + seconds
-    clients = [Client(port, expected, seen, random.Random(number)) for number in range(num_clients)]
+    port: int,
+    front: int,
+    expected: dict[tuple[str, int], str],
+    args: argparse.Namespace,
+    seen: Seen,
+) -> None:
+    """Run all clients, and wait until the engine holds nothing."""
+    watcher = asyncio.create_task(watch(front, seen))
+    until = asyncio.get_running_loop().time() + args.seconds
+    clients = [
+        Client(port, expected, seen, random.Random(number)) for number in range(args.clients)
+    ]
     await asyncio.gather(*(client.run(until) for client in clients))
     watcher.cancel()
     deadline = time.monotonic() + _QUIET_S
-    while True:
-        metrics = await read_metrics(port)
-        busy = {name: value for name, value in metrics.items() if name in QUIET and value}
-        if not busy:
-            return metrics
+    while busy := [name for name in QUIET if total(await read_metrics(port), name)]:
         if time.monotonic() > deadline:
-            seen.fault(f"{_QUIET_S:g} s after the last client: {busy}")
-            return metrics
+            seen.fault(f"{_QUIET_S:g} s after the last client these are not 0: {busy}")
+            return
         await asyncio.sleep(0.2)
+
+
+async def burst(port: int, seen: Seen) -> None:
+    """64 streams, one prompt of almost 8 MiB, and 500 requests at once; all are answered."""
+    large = json.dumps({"prompt": "one two " * (BURST_PROMPT_BYTES // 8)}).encode()
+    small = json.dumps({"prompt": "12+9=", "max_tokens": 1}).encode()
+    streamed = {"prompt": QUESTIONS[-1], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    streams = [
+        asyncio.create_task(_ask(port, json.dumps(streamed).encode())) for _ in range(BURST_STREAMS)
+    ]
+    await asyncio.sleep(1)
+    asked = [_ask(port, large), *(_ask(port, small) for _ in range(BURST_REQUESTS))]
+    (too_long, _), *answers = await asyncio.gather(*asked)
+    answers += await asyncio.gather(*streams)
+    if too_long != 400:
+        seen.fault(f"a prompt of {BURST_PROMPT_BYTES} bytes: status {too_long}")
+    for status, body in answers:
+        if status != 200 or b'"error"' in body:
+            seen.fault(f"in the burst: status {status}: {body[-200:]!r}")
+
+
+async def _ask(port: int, body: bytes) -> tuple[int, bytes]:
+    """Status and whole body of the answer to one completion."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        b"POST /v1/completions HTTP/1.0\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n" % len(body) + body
+    )
+    head, _, rest = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    return int(head.split()[1]), rest
 
 
 QUIET = (
@@ -287,16 +355,34 @@ QUIET = (
 """Metrics that are 0 when there is nothing to do."""
 
 
-async def read_metrics(port: int) -> dict[str, float]:
-    """Values of `/metrics` by name, summed over labels."""
+async def read_metrics(port: int) -> str:
+    """What `/metrics` says."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
     text = (await reader.read()).decode()
     writer.close()
-    values: dict[str, float] = defaultdict(float)
-    for name, value in re.findall(r"^(\w+)(?:\{.*\})? ([\d.e+-]+)$", text, re.MULTILINE):
-        values[name] += float(value)
-    return values
+    return text
+
+
+def total(metrics: str, name: str) -> float:
+    """The value of a metric, summed over labels."""
+    found = re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", metrics, re.MULTILINE)
+    return sum(map(float, found))
+
+
+def buckets_of(metrics: str, name: str) -> str:
+    """p50, p99 and the largest value of a histogram in seconds, as bounds of its buckets."""
+    found = re.findall(rf'^{name}_bucket\{{.*le="(\S+?)".*\}} (\S+)$', metrics, re.MULTILINE)
+    counts = [(float(bound), float(count)) for bound, count in found]
+    most = counts[-1][1] if counts else 0
+
+    def bound_of(share: float) -> str:
+        bound = next(bound for bound, count in counts if count >= share * most)
+        return f"{1000 * bound:g} ms"
+
+    if not most:
+        return "-"
+    return f"p50 <= {bound_of(0.5)}, p99 <= {bound_of(0.99)}, max <= {bound_of(1)}"
 
 
 def percentiles(values: list[float]) -> str:
@@ -308,13 +394,27 @@ def percentiles(values: list[float]) -> str:
     return f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {most:.0f} ms"
 
 
-def report(seen: Seen, seconds: float) -> dict[str, Any]:
+def report(
+    seen: Seen,
+    seconds: float,
+    metrics: str,
+    loaded: list[tuple[float, float, float]],
+    burst_rows: list[tuple[float, float, float]],
+) -> dict[str, Any]:
     """Print what was seen; → the same for `--json`."""
     quarter = max(len(seen.front_bytes) // 4, 1)
     early, late = (
         statistics.median(part) if part else 0
         for part in (seen.front_bytes[quarter : 2 * quarter], seen.front_bytes[-quarter:])
     )
+    server = {
+        f"{name}, in the server": buckets_of(metrics, f"moespan_{metric}_seconds")
+        for name, metric in (
+            ("to the first token", "time_to_first_token"),
+            ("between tokens", "inter_token_latency"),
+            ("delay of timers", "event_loop_lag"),
+        )
+    }
     figures = {
         "machine": machine_name("cpu"),
         "version": __version__,
@@ -323,13 +423,32 @@ def report(seen: Seen, seconds: float) -> dict[str, Any]:
         "events/s": seen.num_tokens / seconds,
         "to the first token": percentiles(seen.first_s),
         "between tokens": percentiles(seen.between_s),
-        "answer of /live": percentiles(seen.live_s),
+        **server,
+        "answer of /live": percentiles([row[1] for row in loaded]),
+        "probe woken late": percentiles([row[2] for row in loaded]),
+        "/live in the burst": percentiles([row[1] for row in burst_rows]),
+        "probe late in the burst": percentiles([row[2] for row in burst_rows]),
         "memory of the front": f"{early / 2**20:.1f} MiB early, {late / 2**20:.1f} MiB late",
         "faults": seen.faults,
     }
     for name, value in figures.items():
-        print(f"{name:<22}{value}")
+        print(f"{name:<32}{value}")
     return figures
+
+
+async def run(
+    port: int, front: int, expected: dict[tuple[str, int], str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """All clients, then the burst; → the figures."""
+    seen = Seen()
+    probe = Probe(port)
+    await load(port, front, expected, args, seen)
+    burst_at = time.monotonic()
+    metrics = await read_metrics(port)
+    await burst(port, seen)
+    rows = probe.end()
+    loaded = [row for row in rows if row[0] < burst_at]
+    return report(seen, args.seconds, metrics, loaded, [row for row in rows if row[0] >= burst_at])
 
 
 def main() -> None:
@@ -340,14 +459,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("flags", nargs="*", help="flags of `moespan serve`, after --")
     args = parser.parse_args()
-    seen = Seen()
+    expected = expected_texts()
     with server(args.flags) as (port, front):
-        asyncio.run(load(port, front, args.clients, args.seconds, seen))
-    figures = report(seen, args.seconds)
+        figures = asyncio.run(run(port, front, expected, args))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
-    sys.exit(1 if seen.faults else 0)
+    sys.exit(1 if figures["faults"] else 0)
 
 
 if __name__ == "__main__":

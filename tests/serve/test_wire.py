@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import socket
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -318,5 +320,46 @@ def test_a_probe_that_only_stops_sending_gets_its_answer():
             line.end()
             answer = await asyncio.wait_for(line.until_closed(), 5)
             assert answer.startswith(b"HTTP/1.1 200 ")
+
+    play_wired(script)
+
+
+def test_requests_that_arrive_together_begin_a_few_in_each_turn_of_the_loop():
+    begun: list[int] = []
+
+    async def script() -> None:
+        turns, loop = wire.Turns(), asyncio.get_running_loop()
+        for number in range(20):
+            turns.take(SimpleNamespace(loop=loop, begin=partial(begun.append, number)))  # type: ignore[arg-type]
+        counts = []
+        while len(begun) < 20:
+            counts.append(len(begun))
+            await asyncio.sleep(0)
+        assert counts == [0, 8, 16]
+        assert begun == list(range(20))
+        turns.take(SimpleNamespace(loop=loop, begin=partial(begun.append, 20)))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        assert begun[-1] == 20
+
+    asyncio.run(script())
+
+
+def test_a_client_that_goes_while_its_request_waits_for_its_turn_is_seen_to_go(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    waiting: list[wire.Wire] = []
+    monkeypatch.setattr(wire.Turns, "take", lambda self, one: waiting.append(one))
+
+    async def script(served: Served, server: Wired) -> None:
+        line = await server.line()
+        await line.send(post_bytes("/v1/completions", completion()))
+        while not waiting:
+            await asyncio.sleep(0.001)
+        line.close()
+        await asyncio.sleep(0.01)
+        waiting[0].begin()
+        while not served.ends:
+            await asyncio.sleep(0.001)
+        assert served.ends == [("/v1/completions", 499)]
 
     play_wired(script)

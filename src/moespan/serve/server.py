@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from moespan.errors import ConfigError
 from moespan.serve.options import ServeOptions
-from moespan.serve.wire import Wire
+from moespan.serve.wire import Turns, Wire
 
 _BACKLOG = 2048
 
@@ -118,7 +118,7 @@ class Server(uvicorn.Server):
         logging.getLogger("uvicorn").propagate = False
         if not logging.getLogger("uvicorn").handlers:
             logging.getLogger("uvicorn").addHandler(logging.NullHandler())
-        protocol: Any = functools.partial(Wire, options=options)
+        protocol: Any = functools.partial(Wire, options=options, turns=Turns())
         config = uvicorn.Config(
             app,
             http=protocol,

@@ -22,6 +22,7 @@ import asyncio
 import select
 import socket
 import sys
+from collections import deque
 from typing import Any
 
 import h11
@@ -40,6 +41,31 @@ _LINGER_BODIES = 4
 """Bytes that a connection takes while it lingers, in bodies of the largest size."""
 
 _PEER_LOOK_S = 0.1
+
+_BEGUN_AT_ONCE = 8
+
+
+class Turns:
+    """Begins a few requests in each turn of the event loop, in the order in which they came.
+
+    Otherwise hundreds that arrive together would begin in one turn, and probes would wait for all.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[Wire] = deque()
+
+    def take(self, wire: Wire) -> None:
+        """Let `wire` begin its request in a turn that is near."""
+        if not self._waiting:
+            wire.loop.call_soon(self._turn)
+        self._waiting.append(wire)
+
+    def _turn(self) -> None:
+        for _ in range(min(_BEGUN_AT_ONCE, len(self._waiting))):
+            wire = self._waiting.popleft()
+            wire.begin()
+        if self._waiting:
+            wire.loop.call_soon(self._turn)
 
 
 class _Transport:
@@ -74,9 +100,12 @@ class Wire(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
         options: ServeOptions,
+        turns: Turns,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._options = options
+        self._turns = turns
+        self._held = b""  # the first bytes of a request that waits for its turn
         self._reading: asyncio.TimerHandle | None = None
         self._watching: asyncio.TimerHandle | None = None
         self._socket_transport: asyncio.Transport = None  # type: ignore[assignment]
@@ -119,6 +148,22 @@ class Wire(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of requests."""
+        if self.conn.their_state is h11.IDLE and data.startswith(b"POST"):
+            self._has_data = True
+            self._held = data
+            self.flow.pause_reading()
+            self._turns.take(self)
+        else:
+            self._read(data)
+
+    def begin(self) -> None:
+        """The turn of this connection has come."""
+        held, self._held = self._held, b""
+        if not self._socket_transport.is_closing():
+            self.flow.resume_reading()
+            self._read(held)
+
+    def _read(self, data: bytes) -> None:
         if self.is_lingering:
             self._linger_on(len(data))
             return
