@@ -140,8 +140,7 @@ def _odd_heads() -> Iterator[Raw]:
         b"transfer-encoding: \x0bchunked",
         b"transfer-encoding : chunked",
     ):
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
-        yield Raw(repr(line), head + line + b"\r\n\r\n" + good)
+        yield Raw(repr(line), head(b"POST", b"/v1/completions", line) + good)
     for line in (
         b"expect: 100-continue",
         b"expect: a-miracle",
@@ -309,23 +308,27 @@ def _odd_chunks() -> Iterator[Raw]:
             b"\r\n",
             b"f" * 20_000,
         ):
-            head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n".encode()
-            head += b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
-            yield Raw(f"{path}, chunks {body[:40]!r}", head + body)
+            lines = b"content-type: application/json", b"transfer-encoding: chunked"
+            start = head(b"POST", path.encode(), *lines)
+            yield Raw(f"{path}, chunks {body[:40]!r}", start + body)
+
+
+def head(method: bytes, target: bytes, *lines: bytes, host: bytes = b"localhost") -> bytes:
+    """A request up to its body, after whose answer the server closes."""
+    start = method + b" " + target + b" HTTP/1.1"
+    return b"\r\n".join([start, b"host: " + host, *lines, b"connection: close", b"", b""])
 
 
 def get(
     target: bytes, line: bytes = b"x: y", *, host: bytes = b"localhost", method: bytes = b"GET"
 ) -> bytes:
     """A request without a body."""
-    head = method + b" " + target + b" HTTP/1.1\r\nhost: " + host
-    return head + b"\r\n" + line + b"\r\nconnection: close\r\n\r\n"
+    return head(method, target, line, host=host)
 
 
 def post(
     path: str, body: bytes, line: bytes = b"x: y", *, kind: bytes = b"application/json"
 ) -> bytes:
     """A request with a body."""
-    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n".encode()
-    head += b"content-type: " + kind + b"\r\n" + line
-    return head + b"\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    size = b"content-length: %d" % len(body)
+    return head(b"POST", path.encode(), b"content-type: " + kind, line, size) + body

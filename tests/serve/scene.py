@@ -314,7 +314,7 @@ class Wired:
     """A server that listens on a port of its own, in this loop."""
 
     def __init__(self, served: Served) -> None:
-        self._server = Server(served.app, served.options)
+        self._server = Server(served.app, served.options, served._end)
         self._sock = listen(served.options)
         self.port = self._sock.getsockname()[1]
         self._lines: list[Line] = []

@@ -45,6 +45,7 @@ def test_headers_that_never_end_are_answered_408_in_time():
         answer = await server.ask(b"GET /live HTTP/1.1\r\nx: ")
         assert status_of(answer) == 408
         assert "did not arrive within 0.2 s" in envelope_of(answer)["message"]
+        assert served.ends == [("other", 408)]
 
     play_wired(script, read_timeout_s=0.2)
 
@@ -122,6 +123,7 @@ def test_what_is_not_http_is_answered_400_in_the_envelope():
         ):
             answer = await server.ask(data)
             assert status_of(answer) == 400, data
+            assert served.ends.pop() == ("other", 400)
             assert envelope_of(answer)["type"] == "invalid_request_error"
 
     play_wired(script)
@@ -149,6 +151,7 @@ def test_connections_beyond_the_limit_are_answered_503():
         await asyncio.sleep(0.05)
         answer = await server.ask(b"")
         assert status_of(answer) == 503 and b"retry-after: " in answer
+        assert served.ends == [("other", 503)]
         assert envelope_of(answer)["code"] == "too_many_connections"
         for line in lines:
             line.close()

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moespan.serve.auth import OPEN_PATHS, Auth, Keys
 from moespan.serve.delivery import Delivery, ignored_header
-from moespan.serve.edge import Edge, OnEnd
+from moespan.serve.edge import OTHER, Edge, OnEnd
 from moespan.serve.health import health_routes
 from moespan.serve.intake import Intake
 from moespan.serve.life import Life
@@ -81,7 +81,7 @@ class _Routes:
         for route in self._router.routes:
             if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
                 return route.path
-        return "other"
+        return OTHER
 
 
 def _openai_routes(model: ServedModel, life: Life, options: ServeOptions) -> list[Route]:

@@ -32,6 +32,9 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
 )
 
+OTHER = "other"
+"""The route of requests that reached none."""
+
 OnEnd = Callable[[str, int], object]
 """Takes the route of a request and the status of its answer; 499 if the client has gone."""
 
@@ -87,7 +90,7 @@ class Edge:
 
     def _finish(self, scope: Scope, answer: _Answer, seconds: float) -> None:
         state = scope["state"]
-        self._on_end(state.get("route", ""), answer.status)
+        self._on_end(state.get("route", OTHER), answer.status)
         level = log.logger.info if self._options.log_requests else log.logger.debug
         level(
             "%s %s: %d in %.3f s, request %s%s",

@@ -85,7 +85,8 @@ class Program:
             open_paths=mindie.OPEN_PATHS if options.mindie_routes else frozenset(),
             on_end=metrics.answered,
         )
-        servers = [Server(app, options) for _ in self.socks]  # each counts its own connections
+        # Each counts its own connections.
+        servers = [Server(app, options, metrics.answered) for _ in self.socks]
         obey_signals(life)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.keys.reload)
         serving = [

@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from moespan.errors import ConfigError
+from moespan.serve.edge import OnEnd
 from moespan.serve.options import ServeOptions
 from moespan.serve.wire import Turns, Wire
 
@@ -109,16 +110,21 @@ def url_of(sock: socket.socket, options: ServeOptions) -> str:
 class Server(uvicorn.Server):
     """uvicorn on one socket, without signals of its own. `should_exit` ends it.
 
+    Args:
+        on_end: called for refusals that `app` does not hear of: of what is no request, or too slow.
+
     Raises:
         ConfigError: certificate or key cannot be used.
     """
 
-    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
+    def __init__(
+        self, app: ASGIApp, options: ServeOptions, on_end: OnEnd = lambda route, status: None
+    ) -> None:
         # uvicorn would write to stderr in its own form; what matters is logged by us.
         logging.getLogger("uvicorn").propagate = False
         if not logging.getLogger("uvicorn").handlers:
             logging.getLogger("uvicorn").addHandler(logging.NullHandler())
-        protocol: Any = functools.partial(Wire, options=options, turns=Turns())
+        protocol: Any = functools.partial(Wire, options=options, turns=Turns(), on_end=on_end)
         config = uvicorn.Config(
             app,
             http=protocol,

@@ -30,6 +30,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
+from moespan.serve.edge import OTHER, OnEnd
 from moespan.serve.options import ServeOptions
 from moespan.serve.refusals import Refusal
 
@@ -88,6 +89,9 @@ class _Transport:
 class Wire(H11Protocol):
     """One connection.
 
+    Args:
+        on_end: called for refusals that the application does not hear of.
+
     Attributes:
         is_lingering: what arrives is read and dropped; see above.
     """
@@ -101,9 +105,11 @@ class Wire(H11Protocol):
         *,
         options: ServeOptions,
         turns: Turns,
+        on_end: OnEnd,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._options = options
+        self._on_end = on_end
         self._turns = turns
         self._held = b""  # the first bytes of a request that waits for its turn
         self._reading: asyncio.TimerHandle | None = None
@@ -272,6 +278,8 @@ class Wire(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is under way
             self.transport.abort()
             return
+        if self.cycle is None or self.cycle.response_complete:
+            self._on_end(OTHER, refusal.status)
         body = refusal.body
         headers = [
             (b"content-type", b"application/json"),
