@@ -405,7 +405,8 @@ def load_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"{'load':<12}{'':<16}{'predicted':>12}{'measured':>12}{'error':>9}   band")
     with _engine(args, Layout()) as llm:
         _run_load(args, llm, _load(args, 8, concurrency=8))  # the first steps are slower
-        full = _load(args, args.requests, concurrency=args.concurrency)
+        number = max(args.requests, 5 * args.concurrency)
+        full = _load(args, number, concurrency=args.concurrency)
         rate = _compared(args, llm, cost, "capacity", full, rows)
         for share in SHARES:
             load = _load(args, args.requests, rate=share * rate)
@@ -553,7 +554,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", default="uniform:20:120", help="prompt tokens of loads")
     parser.add_argument("--output", default="uniform:8:32", help="output tokens of loads")
     parser.add_argument("--requests", type=int, default=60, help="requests of each load (60)")
-    parser.add_argument("--concurrency", type=int, default=24, help="of full engines (24)")
+    parser.add_argument("--concurrency", type=int, default=12, help="of full engines (12)")
     parser.add_argument("--ranks", type=int, default=2, help="for the order of layouts (2)")
     parser.add_argument("--reuse", action="store_true", help="take the profile as it is")
     parser.add_argument("--profile", type=Path, default=Path("build/here.json"))

@@ -181,6 +181,21 @@ def test_what_if_compares_the_same_settings():
     assert ratios == pytest.approx([1.5, 0.5], rel=0.02)
 
 
+def test_a_placement_is_proposed_where_counts_say_that_it_pays():
+    skewed = [1000] * 8 + [10] * 56  # all busy experts on the first ep rank
+    short, lines = replace(MODEL, num_hidden_layers=2), {}
+    for name, row in (("skewed", skewed), ("even", [100] * 64)):
+        routing = Routing(short, {1: row}, name=f"{name}.json")
+        only = (("tp", 1), ("ep", 8), ("dp", 8), ("sp", 1), ("pp", 1))
+        asked = replace(question(fast=True, only=only), model=short, routing=routing)
+        found = document(explore(asked), "MODEL")
+        lines[name] = [line for line in text(found) if line.startswith("placement")]
+        if name == "skewed":
+            assert found["placement"]["placed_s"] < 0.95 * found["placement"]["now_s"]
+    assert "--counts skewed.json -ep 8 -dp 8 --out" in lines["skewed"][0]
+    assert not lines["even"]
+
+
 def test_targets_are_read_from_text():
     assert parse_target("tpot", "40ms@p99") == Target("tpot", "p99", 0.04)
     assert parse_target("ttft", "2s") == Target("ttft", "p90", 2.0)

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     Starts nothing, reads no weights, needs no torch."""
     import msgspec
 
-    from moespan.planner.expert_balance import balanced
+    from moespan.planner.expert_balance import balanced_layers
     from moespan.planner.expert_load import Routing
     from moespan.search import heat
 
@@ -66,10 +66,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, config, model)
     routing = Routing.of_file(args.counts, model)
     counts, ep = routing.counts, config.layout.ep
-    table: ExpertTable = {
-        str(layer): [list(held) for held in balanced(row, ep, args.copies)]
-        for layer, row in counts.items()
-    }
+    table: ExpertTable = balanced_layers(counts, ep, args.copies)
     placed = replace(config, expert_placement=table)
     lines = _lines(model, counts, config, placed)
     if args.hardware is not None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -153,8 +153,13 @@ class Calibration:
             made=made,
             device=figures,
             launch=self._launch(),
-            levels=[Level(name="node", devices=max(config.layout.world_size, 1))],
+            levels=[Level(name="node", devices=config.layout.world_size, topology=self._topology)],
         )
+
+    @property
+    def _topology(self) -> Literal["host", "switch"]:
+        """Ranks on a host share its memory and its cores."""
+        return "host" if is_host(self._device) else "switch"
 
     def _floor(self) -> Figure:
         """Seconds of a product of few numbers."""
@@ -268,9 +273,11 @@ class Calibration:
         }
         last = [one for one in curves if one.kind == "all_reduce" and not one.graph][-1]
         sent = 2 * (last.ranks - 1) / last.ranks * last.bytes[-1]
+        sent *= last.ranks if host else 1  # a host's rate is that of all its ranks together
         level = Level(
             name="node",
             devices=world,
+            topology=self._topology,
             bytes_per_s=_measured(sent / (last.us[-1] * 1e-6), "the largest all-reduce"),
             latency_us=small,
         )

@@ -8,7 +8,7 @@ torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from moespan.parallel.tokens import split_evenly
 
@@ -35,6 +35,16 @@ def balanced(counts: Sequence[int], ep: int, copies: int = 0) -> Table:
     packed = _pack(counts, _num_copies(counts, ep, copies), [size + copies for size in sizes])
     found = [_search(counts, one) for one in (packed, contiguous)]
     return min(found, key=lambda table: max(rank_rows(counts, table)))
+
+
+def balanced_layers(
+    counts: Mapping[int, Sequence[int]], ep: int, copies: int = 0
+) -> dict[str, list[list[int]]]:
+    """`balanced` for each layer of `counts`, in the form of `--expert-placement`."""
+    return {
+        str(layer): [list(held) for held in balanced(row, ep, copies)]
+        for layer, row in counts.items()
+    }
 
 
 def _num_copies(counts: Sequence[int], ep: int, copies: int) -> list[int]:

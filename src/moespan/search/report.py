@@ -34,6 +34,7 @@ from moespan.search.explore import (
     simulated_one,
     typical_step,
 )
+from moespan.search.placing import proposed_placement
 from moespan.units import COUNTS, scaled
 from moespan.version import __version__
 
@@ -79,6 +80,7 @@ def document(
         "plans": [{"rank": rank, **_plan(answer, one, model)} for rank, one in enumerate(shown, 1)],
         "points": [point for i, curve in enumerate(swept) for point in _points(i, curve)],
         "small_messages": _worst(question, best),
+        "placement": None if best is None else proposed_placement(question, best),
         "what_if": [_what_if(answer, best, change) for change in nodes],
         "advice": [] if answer.met else list(_advice(answer, swept)),
     }
@@ -474,10 +476,23 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
             f"guess      small messages at {_microseconds(worst, 'worst')} instead of "
             f"{_microseconds(worst, 'usual')} leave the same layout first"
         )
+    placement = found["placement"]
+    if placement is not None:
+        now, placed = (in_words(placement[key]) for key in ("now_s", "placed_s"))
+        yield (
+            f"placement  experts placed by their counts: decode step of 1 {now} → {placed}; "
+            f"moespan experts {found['model']['name']} --counts {placement['counts']} "
+            f"{' '.join(_axes(plans[0]))} --out placement.json, then --expert-placement"
+        )
     if not found["hardware"]["is_calibrated"] or close:
         bench = f"moespan bench {found['model']['name']} {plans[0]['flags']}"
         yield f"next       calibrate, or measure: {bench}"
     yield from _what_if_lines(found)
+
+
+def _axes(plan: dict[str, Any]) -> Iterator[str]:
+    """The flags of a plan's layout."""
+    return (f"-{axis} {degree}" for axis, degree in plan["layout"].items() if degree > 1)
 
 
 def missed_in_words(miss: dict[str, Any]) -> str:
