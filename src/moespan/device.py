@@ -42,6 +42,8 @@ class Device:
             float64 and searches sorted values on a few slow cores (its AI CPU), not on its vector
             cores.
         host_cores_per_rank: fewest cores that one rank needs on the host.
+        most_rows_with_drafts: rows of a decode step up to which drafts are added
+            (`moespan.engine.drafts`); with more, products wait for arithmetic, not for weights.
         own_options: options of the engine that are refused on every device without them.
         half_options: those of `own_options` that take 16-bit dtypes only.
         timed_bytes: message sizes in bytes for which the doctor times an all-reduce.
@@ -63,6 +65,7 @@ class Device:
     draws_weights: bool = False
     samples_in_integers: bool = False
     host_cores_per_rank: int = 1
+    most_rows_with_drafts: int = 256
     own_options: tuple[str, ...] = ()
     half_options: tuple[str, ...] = ()
     timed_bytes: tuple[int, ...] = (8 << 10, 1 << 20, 64 << 20)
@@ -118,6 +121,7 @@ CPU = Device(
     base_bytes=256 << 20,
     slack=1.4,
     is_host=True,
+    most_rows_with_drafts=64,
     own_options=("batch_invariant", "weight_cache_gb"),
     timed_bytes=(8 << 10, 1 << 20, 8 << 20),
 )

@@ -154,10 +154,12 @@ def test_mixed_workloads_give_every_request_the_tokens_of_one_rank(
     ranks: Ranks, model: Path, layout: Layout, dispatch: str, ahead: bool
 ):
     seed = VERY_DIFFERENT.index((layout, dispatch)) + len(VERY_DIFFERENT) * ahead
+    drafts = 2 * (seed % 2)
     # Penalties need to know the last token, so with them no plan is made ahead.
     jobs = long_jobs(layout) + random_jobs(seed, count=11 + 3 * layout.dp, penalties=not ahead)
     expected = run(ranks.llm(model, **MANY), jobs, drop=False)
-    llm = ranks.llm(model, layout, dispatch, async_scheduling=ahead, **FEW)
+    options = {**FEW, "async_scheduling": ahead, "speculative_tokens": drafts}
+    llm = ranks.llm(model, layout, dispatch, **options)
     received = run(llm, jobs, drop=True, at_once=8 + 6 * layout.dp)
 
     is_dropped = {job.request.id: job.dropped_after is not None for job in jobs}
@@ -177,6 +179,7 @@ def test_mixed_workloads_give_every_request_the_tokens_of_one_rank(
     axes_of_tokens = {axis for axis, module in sent if module == "sampled"}
     assert axes_of_tokens == {axis for axis in ("tp", "sp") if ahead and layout.sizes[axis] > 1}
     assert stats.num_preemptions > 0
+    assert bool(drafts) == (stats.num_draft_tokens > 0)
     assert stats.num_prefix_hit_tokens > 0
     assert any(is_dropped.values()) and not all(is_dropped.values())
 

@@ -42,6 +42,7 @@ class Received:
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logits: bytes = b""
     end: str | None = None
@@ -52,6 +53,19 @@ class Received:
 
 def output_of(sequence: Sequence) -> list[int]:
     return sequence.token_ids[sequence.num_prompt_tokens :]
+
+
+class Oracle:
+    """A drafter that knows the output; some of its drafts are wrong."""
+
+    def __init__(self, rng: random.Random, prompt: list[int], output: list[int]) -> None:
+        self.rng, self.output, self.num_prompt_tokens = rng, output, len(prompt)
+        self.token_ids: list[int] = []
+
+    def draft(self, most: int, num_expected: int = 0) -> list[int]:
+        start = len(self.token_ids) - self.num_prompt_tokens + num_expected
+        right = self.output[start : start + self.rng.randrange(most + 1)]
+        return [self.rng.choice([token] * 3 + [self.rng.randrange(VOCAB)]) for token in right]
 
 
 class Bench:
@@ -67,9 +81,12 @@ class Bench:
         budget: int = 16,
         caching: bool = True,
         ahead: bool = False,
+        drafts: int = 0,
     ) -> None:
+        self.draws = random.Random(num_blocks)
         self.config = EngineConfig(
             model="",
+            speculative_tokens=min(drafts, min(max_num_seqs, budget) - 1),
             async_scheduling=ahead,
             block_size=block_size,
             max_model_len=max_model_len,
@@ -100,8 +117,26 @@ class Bench:
         self.received.update(
             (sequence, Received(request, grammar=grammar)) for sequence in sequences
         )
+        if self.config.speculative_tokens:
+            for sequence in sequences:
+                self._let_draft(sequence, request, grammar)
         self.first_of |= dict.fromkeys(sequences, sequences[0])
         return sequences
+
+    def _let_draft(self, sequence: Sequence, request: Request, grammar: bool) -> None:
+        output = expected_output(request, sequence.index, self.config.max_model_len, 0, grammar)
+        oracle = Oracle(self.draws, request.prompt_token_ids, output)
+        oracle.token_ids = sequence.token_ids
+        sequence.drafter = oracle  # type: ignore[assignment]
+
+    def context(self, plan: StepPlan, batch: list[Sequence]) -> list[list[int | None]]:
+        """The cached values of each sequence before the step, without those of its own drafts."""
+        context = self.model.context(plan)
+        return [
+            values
+            for row, values in enumerate(context)
+            if not row or batch[row] is not batch[row - 1]
+        ]
 
     @property
     def live(self) -> list[Sequence]:
@@ -147,7 +182,7 @@ class Bench:
         self.first_scheduled += sorted(s.arrival for s in new if s.index == 0)
         for sequence in new:
             self._check_waited(sequence)
-        self.flights.append((plan, batch, self.model.context(plan)))
+        self.flights.append((plan, batch, self.context(plan, batch)))
         self.num_steps += 1
         return plan
 
@@ -171,8 +206,8 @@ class Bench:
 
     def deliver(self, corrupt: AbstractSet[int] = frozenset()) -> list[SequenceUpdate]:
         """Execute the oldest plan in flight and hand back its result."""
-        plan, _, planned_context = self.flights.popleft()
-        context = self.model.context(plan)
+        plan, batch, planned_context = self.flights.popleft()
+        context = self.context(plan, batch)
         assert None not in [value for values in context for value in values]
         if not self.config.plans_ahead:
             assert context == planned_context, "the context was not computed when planned"
@@ -188,6 +223,7 @@ class Bench:
             received = self.received[update.sequence]
             assert received.end is None, "an update after the end"
             received.token_ids += update.token_ids
+            received.logprobs += update.logprobs
             received.end, received.stop_reason = update.finish_reason, update.stop_reason
             received.error = update.error
             if update.prompt is not None:
@@ -255,6 +291,8 @@ class Bench:
                 assert received.token_ids == expected, sequence
             if received.end in ("abort", "error"):
                 assert received.token_ids == expected[: len(received.token_ids)], sequence
+            self._check_logprobs(received)
+            if received.end in ("abort", "error"):
                 continue
             assert received.token_ids == expected, sequence
             assert output_of(sequence) == expected
@@ -271,6 +309,15 @@ class Bench:
             assert received.prompt_logits == b"".join(
                 s.to_bytes(8, "big", signed=True) for s in wanted
             )
+
+    def _check_logprobs(self, received: Received) -> None:
+        prompt, output = received.request.prompt_token_ids, received.token_ids
+        wanted = output if received.request.params.logprobs is not None else []
+        states = expected_states([*prompt, *output])[len(prompt) - 1 :]
+        assert received.logprobs == [
+            TokenLogprobs(token_id, float(state), [])
+            for token_id, state in zip(wanted, states, strict=False)
+        ]
 
 
 def prompt_of(n: int, seed: int = 0) -> list[int]:
@@ -511,7 +558,7 @@ def test_blocks_behind_logits_that_are_not_finite_are_not_used_again():
     bench.check_outputs()
 
 
-@pytest.mark.parametrize("work", ["sample_row", "append"])
+@pytest.mark.parametrize("work", ["sample_rows", "append"])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_fault_in_the_work_of_one_sequence_ends_that_sequence_only(
     work: str, depth: int, monkeypatch: pytest.MonkeyPatch
@@ -1260,6 +1307,7 @@ def random_request(rng: random.Random, max_model_len: int) -> tuple[list[int], d
         "stop_token_ids": rng.choice([[], [], [2], [3, 4]]),
         "prompt_logprobs": rng.choice([None, None, None, 2]),
         "prompt_logits": rng.random() < 0.1,
+        "logprobs": rng.choice([None, 0]),
         "repetition_penalty": rng.choice([1.0, 1.0, 2.0]),
         "frequency_penalty": rng.choice([0.0, 0.0, 1.0]),
         "seed": rng.choice([None, 5]),
@@ -1273,19 +1321,21 @@ def random_request(rng: random.Random, max_model_len: int) -> tuple[list[int], d
     return prompt, options
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(16))
-def test_random_schedules_give_every_request_the_output_it_gets_alone(seed, ahead):
+def test_random_schedules_give_every_request_the_output_it_gets_alone(seed, ahead, drafts):
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 4, 4, 8])
     depth = 1 + seed % 4
     bench = Bench(
         block_size=block_size,
         num_blocks=-(-32 // block_size) + rng.randrange(0, 16 // block_size),
-        max_num_seqs=rng.choice([4, 8]),
-        budget=rng.choice([4, 7, 16, 40]),
+        max_num_seqs=rng.choice([4, 8]) + 2 * drafts,
+        budget=rng.choice([4, 7, 16, 40]) + 3 * drafts,
         caching=seed % 8 != 7,
         ahead=ahead,
+        drafts=drafts,
     )
     for _ in range(4000):
         action = rng.random()
@@ -1310,6 +1360,8 @@ def test_random_schedules_give_every_request_the_output_it_gets_alone(seed, ahea
     assert bench.num_aborted_in_flight > 3
     assert sum(received.grammar for received in bench.received.values()) > 3
     assert bench.scheduler.num_preemptions > 10
+    num_refused = bench.scheduler.num_draft_tokens - bench.scheduler.num_accepted_tokens
+    assert bool(drafts) == (bench.scheduler.num_accepted_tokens > 9) == (num_refused > 3)
     assert bench.config.enable_prefix_caching == (bench.scheduler.num_prefix_hit_tokens > 100)
 
 
@@ -1324,8 +1376,9 @@ class RandomSchedules(RuleBasedStateMachine):
         depth=st.integers(1, 4),
         caching=st.booleans(),
         ahead=st.booleans(),
+        drafts=st.sampled_from([0, 0, 1, 3]),
     )
-    def start(self, block_size, spare_blocks, budget, max_num_seqs, depth, caching, ahead):
+    def start(self, block_size, spare_blocks, budget, max_num_seqs, depth, caching, ahead, drafts):
         self.depth = depth
         self.bench = Bench(
             block_size=block_size,
@@ -1335,6 +1388,7 @@ class RandomSchedules(RuleBasedStateMachine):
             budget=budget,
             caching=caching,
             ahead=ahead,
+            drafts=drafts,
         )
 
     @rule(

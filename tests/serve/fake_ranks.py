@@ -59,6 +59,9 @@ def pulse(
         num_preemptions=counts.get("preemptions", 0),
         num_prefix_queried_tokens=counts.get("queried", 0),
         num_prefix_hit_tokens=counts.get("hit", 0),
+        num_drafts=min(counts.get("drafted", 0), 1),
+        num_draft_tokens=counts.get("drafted", 0),
+        num_accepted_tokens=counts.get("accepted", 0),
     )
     return Pulse(replicas=[stats], num_steps=len(steps), steps=list(steps))
 

@@ -25,6 +25,8 @@ VLLM = {
     # Names in vllm/v1/metrics/loggers.py of vLLM, without the ending that Prometheus adds.
     *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
     *("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"),
+    *("spec_decode_num_drafts", "spec_decode_num_draft_tokens"),
+    "spec_decode_num_accepted_tokens",
     *("prompt_tokens", "generation_tokens", "request_success"),
     *("time_to_first_token_seconds", "inter_token_latency_seconds"),
     *("request_time_per_output_token_seconds", "e2e_request_latency_seconds"),
@@ -162,7 +164,7 @@ def test_the_pulse_sets_gauges_and_grows_counters_over_lives():
         await settle()
         seen.append(samples(life.metrics))
         await asyncio.sleep(2)
-        start.ranks.tell(pulse=pulse(1, 0, preemptions=2, queried=3))
+        start.ranks.tell(pulse=pulse(1, 0, preemptions=2, queried=3, drafted=9, accepted=5))
 
     values = told(script)
     first, dead = seen
@@ -180,6 +182,9 @@ def test_the_pulse_sets_gauges_and_grows_counters_over_lives():
     assert values["vllm:num_preemptions_total"] == 3
     assert values["vllm:prefix_cache_queries_total"] == 33
     assert values["vllm:prefix_cache_hits_total"] == 4
+    assert values["vllm:spec_decode_num_drafts_total"] == 1
+    assert values["vllm:spec_decode_num_draft_tokens_total"] == 9
+    assert values["vllm:spec_decode_num_accepted_tokens_total"] == 5
 
 
 def test_a_scrape_gets_text_that_prometheus_reads():

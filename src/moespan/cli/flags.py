@@ -7,6 +7,7 @@ default of its own: without it, the field keeps its default.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -21,8 +22,11 @@ from moespan.config import (
     EngineConfig,
 )
 from moespan.device import DEVICES
+from moespan.errors import shown
 from moespan.front.settings import PYTHON_ONLY, Settings
 from moespan.machine.cluster import Found, nodes_of
+
+_NUM_TOKENS = "num_speculative_tokens"
 
 
 def settings_of(args: argparse.Namespace, **defaults: Any) -> Settings:
@@ -329,6 +333,23 @@ def _add_step_flags(parser: argparse.ArgumentParser) -> None:
     )
     _add(
         parser,
+        "speculative_tokens",
+        "--speculative-tokens",
+        type=int,
+        metavar="K",
+        help="drafts of the next tokens that a step computes for a sequence, looked up in its own "
+        f"text; they change no token ({_default('speculative_tokens')})",
+    )
+    parser.add_argument(
+        "--speculative-config",
+        dest="speculative_tokens",
+        default=argparse.SUPPRESS,
+        type=_ngram_tokens,
+        metavar="JSON",
+        help='the same in vLLM\'s form: \'{"method": "ngram", "num_speculative_tokens": K}\'',
+    )
+    _add(
+        parser,
         "expert_stats",
         "--expert-stats",
         action="store_true",
@@ -471,6 +492,23 @@ def _add_node_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="without a secret: anybody who reaches --master-port may take part",
     )
+
+
+def _ngram_tokens(text: str) -> int:
+    """The number of drafts in vLLM's `--speculative-config`; how many tokens must match is found
+    by itself, so the bounds of that are taken and not used."""
+    try:
+        asked = json.loads(text)
+    except ValueError:
+        asked = None
+    if not isinstance(asked, dict) or asked.get("method") != "ngram":
+        raise argparse.ArgumentTypeError('only {"method": "ngram", ...} is known')
+    unknown = asked.keys() - {"method", _NUM_TOKENS, "prompt_lookup_max", "prompt_lookup_min"}
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{shown(min(unknown))} is not known")
+    if type(asked.get(_NUM_TOKENS)) is not int:
+        raise argparse.ArgumentTypeError(f"{_NUM_TOKENS} must be a number of tokens")
+    return int(asked[_NUM_TOKENS])
 
 
 class _RefuseRemoteCode(argparse.Action):

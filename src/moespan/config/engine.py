@@ -53,6 +53,9 @@ class EngineOptions:
         enforce_eager: never run decode steps as recorded graphs (`moespan.engine.graphs`).
         async_scheduling: plan a step while the previous one runs. None does so on devices that
             compute apart from the host. With pp > 1 each stage has a plan in flight in any case.
+        speculative_tokens: most tokens of a sequence that a step computes beside its last one, as
+            drafts of what comes next, copied from its own text (`moespan.engine.drafts`); 0 for
+            none. They never change a token.
         expert_stats: count the tokens of each expert and layer, for `LLM.expert_counts` and the
             server's heat map.
         step_timeout_s: seconds without progress of any rank after which a step counts as hanging,
@@ -93,6 +96,7 @@ class EngineOptions:
     bind: str = "auto"
     enforce_eager: bool = False
     async_scheduling: bool | None = None
+    speculative_tokens: int = 0
     expert_stats: bool = False
     step_timeout_s: float = 120.0
     npu_fused_all_reduce: int = 0
@@ -123,7 +127,11 @@ class EngineOptions:
                 f"step_timeout_s={self.step_timeout_s} must be above 0 and at most "
                 f"{COLLECTIVE_TIMEOUT_S:g}, since collectives themselves wait no longer"
             )
-        for name, unit in (("npu_fused_all_reduce", "rows"), ("npu_scatter_prefill", "tokens")):
+        for name, unit in (
+            ("npu_fused_all_reduce", "rows"),
+            ("npu_scatter_prefill", "tokens"),
+            ("speculative_tokens", "tokens"),
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be a number of {unit}, or 0")
         if self.npu_hierarchical_dispatch and self.moe_dispatch != "fused":
@@ -187,6 +195,12 @@ class EngineConfig(EngineOptions):
                 f"max_num_seqs={self.max_num_seqs} exceeds "
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: a step could not hold one "
                 "token of every sequence; lower the first or raise the second"
+            )
+        if self.speculative_tokens and self.speculative_tokens >= self.max_num_seqs:
+            raise ConfigError(
+                f"speculative_tokens={self.speculative_tokens} must be below max_num_seqs="
+                f"{self.max_num_seqs}: a step has so many rows for sequences and their drafts; "
+                "lower the first or raise the second"
             )
         if self.num_blocks is not None and self.num_blocks < self.blocks_per_sequence:
             raise ConfigError(
@@ -271,6 +285,11 @@ class EngineConfig(EngineOptions):
     def most_steps_in_flight(self) -> int:
         """Steps that are planned before the result of the oldest of them is needed."""
         return 2 if self.plans_ahead else self.layout.pp
+
+    @property
+    def most_rows_with_drafts(self) -> int:
+        """Sequences and drafts of a step, up to which drafts are added."""
+        return min(self.max_num_seqs, DEVICES[self.device].most_rows_with_drafts)
 
     @property
     def graph_sizes(self) -> list[int]:

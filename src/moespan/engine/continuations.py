@@ -51,15 +51,14 @@ class Continuations:
         live = self._live[sequence.id, sequence.index]
         finish_reason, error = update.finish_reason, update.error
         stop_reason: str | int | None = update.stop_reason
-        text = ""
+        text, num_tokens = "", len(update.token_ids)
         if live.text is not None:
-            may_stop = sequence.num_output_tokens >= sequence.params.min_tokens
             try:
-                text = live.text.push(update.token_ids, may_stop, is_last=finish_reason is not None)
+                text, num_tokens = _push(live.text, update)
             except Exception as unexpected:
                 finish_reason, error = "error", str(fault(sequence.id, unexpected))
             if live.text.stopped_by is not None:
-                finish_reason, stop_reason = "stop", live.text.stopped_by
+                finish_reason, stop_reason, error = "stop", live.text.stopped_by, None
         if finish_reason is not None:
             self.drop(sequence)
         begins = len(sequence.token_ids) - len(update.token_ids) == sequence.num_prompt_tokens
@@ -68,8 +67,8 @@ class Continuations:
             id=sequence.id,
             index=sequence.index,
             text=text,
-            token_ids=update.token_ids,
-            logprobs=update.logprobs,
+            token_ids=update.token_ids[:num_tokens],
+            logprobs=update.logprobs[:num_tokens],
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             error=error,
@@ -78,3 +77,22 @@ class Continuations:
             num_cached_tokens=sequence.num_cached_tokens,
             timing=sequence.timing() if begins else None,
         )
+
+
+def _push(stream: TextStream, update: SequenceUpdate) -> tuple[str, int]:
+    """The text of an update, and how many of its tokens there are until a stop string is complete.
+
+    Tokens of a run that was drafted come one by one, as they would come without drafts.
+    """
+    sequence, token_ids = update.sequence, update.token_ids
+    num_before, text = sequence.num_output_tokens - len(token_ids), ""
+    pieces = [[token] for token in token_ids] if sequence.params.stop and token_ids else [token_ids]
+    num_tokens = 0
+    for number, piece in enumerate(pieces, 1):
+        num_tokens += len(piece)
+        may_stop = num_before + num_tokens >= sequence.params.min_tokens
+        is_last = update.finish_reason is not None and number == len(pieces)
+        text += stream.push(piece, may_stop, is_last)
+        if stream.stopped_by is not None:
+            break
+    return text, num_tokens

@@ -55,6 +55,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         num_waiting, num_running: sequences without blocks, and with blocks.
         kv_usage: share of the blocks that live sequences use, within 0..1.
         num_free_blocks: blocks that nobody uses; some of them hold prefixes for reuse.
+        num_drafts, num_draft_tokens, num_accepted_tokens: how often a sequence had drafts in a
+            step, how many, and how many of them were right. Each right one saved its sequence a
+            step.
     """
 
     num_waiting: int
@@ -64,6 +67,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     num_preemptions: int
     num_prefix_queried_tokens: int
     num_prefix_hit_tokens: int
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @classmethod
     def of(cls, scheduler: Scheduler) -> EngineStats:
@@ -76,6 +82,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
             num_preemptions=scheduler.num_preemptions,
             num_prefix_queried_tokens=scheduler.num_prefix_queried_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            num_drafts=scheduler.num_drafts,
+            num_draft_tokens=scheduler.num_draft_tokens,
+            num_accepted_tokens=scheduler.num_accepted_tokens,
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 from moespan.engine.constraints import Constraint
@@ -50,8 +51,33 @@ class NextToken:
         if self._constraint is not None:
             self._constraint.append(token_id)
 
-    def row(self, sequence: int, position: int) -> SampleRow:
-        """How to sample the token at `position` of the output, counted from 0."""
+    def rows(self, sequence: int, position: int, drafts: list[int]) -> list[SampleRow]:
+        """How to sample the token at `position` of the output, counted from 0, and the one after
+        each draft, for the sequences of a plan from `sequence` on.
+
+        There are fewer rows if a draft cannot come, or ends the output: nothing follows it then.
+        """
+        rows = [self._row(sequence, position)]
+        if not drafts:
+            return rows
+        after = self._copy()
+        for number, draft in enumerate(drafts, 1):
+            if draft in self._ends or not rows[-1].allows(draft):
+                break
+            after.append(draft)
+            if after.error is not None or after.is_complete:
+                break
+            rows.append(after._row(sequence + number, position + number))
+        return rows
+
+    def _copy(self) -> NextToken:
+        """The same in the same state, which goes on by itself."""
+        twin = copy.copy(self)
+        twin._seen_output = Counter(self._seen_output)
+        twin._constraint = self._constraint and self._constraint.copy()
+        return twin
+
+    def _row(self, sequence: int, position: int) -> SampleRow:
         params, constraint = self._params, self._constraint
         barred = [] if position >= params.min_tokens else self._ends
         return SampleRow(

@@ -57,6 +57,8 @@ class Scheduler:
         waiting: sequences without blocks, in the order of arrival.
         running: sequences with blocks, in the order of arrival.
         num_preemptions: how often a sequence lost its blocks.
+        num_drafts, num_draft_tokens, num_accepted_tokens: how often a sequence had drafts in a
+            step, how many, and how many of them were right: each saved its sequence a step.
         num_prefix_queried_tokens: prompt tokens of the requests admitted so far.
         num_prefix_hit_tokens: those of them that the prefix cache held.
     """
@@ -83,6 +85,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.num_prefix_queried_tokens = 0
         self.num_prefix_hit_tokens = 0
         self._digests = digests or Digests(config.block_size)
@@ -147,6 +150,7 @@ class Scheduler:
                 eos_token_ids=self.eos_token_ids,
                 constraint=constraint and constraint.copy(),
                 prefix_root=root,
+                has_drafts=self.config.speculative_tokens > 0,
             )
             for index in range(params.n)
         ]
@@ -170,24 +174,40 @@ class Scheduler:
         """Plan the next step; None if nothing can go on before a result or a request comes."""
         if self._plans_ahead and not self._can_plan_ahead():
             return None
+        plan = StepPlan(
+            step=self._num_steps,
+            token_ids=[],
+            query_lens=[],
+            context_lens=[],
+            block_tables=[],
+            samples=[],
+            prompts=[],
+        )
         batch: list[Sequence] = []
-        query_lens: list[int] = []
-        samples: list[SampleRow | None] = []
-        num_tokens_left = self.config.max_num_batched_tokens
-        most_sequences = min(self.config.max_num_seqs, self._fair_share)
+        num_draft_rows = self._num_draft_rows
+        num_sequences_left = min(self.config.max_num_seqs, self._fair_share)
         for sequence in self._ready_sequences():
+            num_tokens_left = self.config.max_num_batched_tokens - len(plan.token_ids)
             num_tokens = min(sequence.num_tokens_of_next_chunk, num_tokens_left)
+            most_drafts = min(num_draft_rows, num_tokens_left - num_tokens)
             try:
-                samples.append(sequence.sample_row(len(batch), num_tokens))
+                rows = sequence.sample_rows(
+                    len(plan.query_lens), num_tokens, min(most_drafts, self._draft_slots(sequence))
+                )
             except Exception as error:
                 self._faults.append(self._fail(sequence, error))
                 continue
-            num_tokens_left -= num_tokens
-            batch.append(sequence)
-            query_lens.append(num_tokens)
-            if num_tokens_left == 0 or len(batch) == most_sequences:
+            num_draft_rows -= len(sequence.drafts)
+            num_sequences_left -= 1
+            self._extend(plan, sequence, num_tokens, rows)
+            batch += [sequence] * (1 + len(sequence.drafts))
+            if num_sequences_left == 0 or len(plan.token_ids) == self.config.max_num_batched_tokens:
                 break
-        return self._plan(batch, query_lens, samples) if batch else None
+        if not batch:
+            return None
+        self._num_steps += 1
+        self._in_flight.append((plan.step, batch))
+        return plan
 
     def take_faults(self) -> list[SequenceUpdate]:
         """The sequences that faults ended in `schedule`, since the last call."""
@@ -207,22 +227,40 @@ class Scheduler:
         samples = {r.sequence: s for r, s in zip(plan.samples, result.samples, strict=True)}
         prompts = {r.sequence: s for r, s in zip(plan.prompts, result.prompts, strict=True)}
 
-        updates = []
-        for row, sequence in enumerate(batch):
-            num_tokens, sampled = plan.query_lens[row], samples.get(row)
+        updates, end = [], 0
+        for sequence, rows in itertools.groupby(range(len(batch)), batch.__getitem__):
+            row, *draft_rows = rows
+            num_tokens = plan.query_lens[row]
+            end += num_tokens
+            run = self._run(samples, row, plan.token_ids[end : end + len(draft_rows)])
+            end += len(draft_rows)
             sequence.num_scheduled_tokens -= num_tokens
-            sequence.num_expected_tokens -= sampled is not None
+            sequence.num_expected_tokens -= bool(run)
+            if draft_rows:
+                sequence.drafts = []
             if sequence.is_finished:  # while it was in flight
                 if not sequence.in_flight:
                     self._release(sequence)
                 continue
             try:
-                update = self._advance(sequence, num_tokens, sampled, prompts.get(row))
+                update = self._advance(sequence, num_tokens, run, prompts.get(row))
             except Exception as error:
                 update = self._fail(sequence, error)
             if update is not None:
                 updates.append(update)
         return updates
+
+    def _run(self, samples: dict[int, Sampled], row: int, drafts: list[int]) -> list[Sampled]:
+        """The samples of a sequence that count: the first one, and those after right drafts."""
+        run = [samples[row]] if row in samples else []
+        for number, draft in enumerate(drafts, 1):
+            if run[-1].token_id != draft:
+                break
+            run.append(samples[row + number])
+        self.num_drafts += bool(drafts)
+        self.num_draft_tokens += len(drafts)
+        self.num_accepted_tokens += max(len(run) - 1, 0)
+        return run
 
     def finish(self, sequence: Sequence) -> None:
         """End `sequence` now, unless it has ended; no more updates come for it. If it is in flight,
@@ -358,68 +396,75 @@ class Scheduler:
             self.num_prefix_hit_tokens += sequence.num_cached_tokens
         return True
 
-    def _plan(
-        self, batch: list[Sequence], query_lens: list[int], samples: list[SampleRow | None]
-    ) -> StepPlan:
-        plan = StepPlan(
-            step=self._num_steps,
-            token_ids=[],
-            query_lens=query_lens,
-            context_lens=[s.num_computed_tokens + s.num_scheduled_tokens for s in batch],
-            block_tables=[],
-            samples=[],
-            prompts=[],
-        )
-        for row, (sequence, num_tokens) in enumerate(zip(batch, query_lens, strict=True)):
-            plan.token_ids.extend(sequence.next_tokens(num_tokens))
-            num_blocks = self.allocator.blocks_for(plan.context_lens[row] + num_tokens)
-            plan.block_tables.append(sequence.block_table[:num_blocks])
-            if (prompt := sequence.prompt_row(row, num_tokens)) is not None:
-                plan.prompts.append(prompt)
-            sequence.num_scheduled_tokens += num_tokens
-            if (sample := samples[row]) is not None:
-                sequence.sample = len(plan.samples)
-                sequence.num_expected_tokens += 1
-                plan.samples.append(sample)
-        self._num_steps += 1
-        self._in_flight.append((plan.step, batch))
-        return plan
+    @property
+    def _num_draft_rows(self) -> int:
+        """Drafts that a plan has rows for beside all sequences that may be in it."""
+        if not self.config.speculative_tokens:
+            return 0
+        num_sequences = min(len(self.running) + len(self.waiting), self._fair_share)
+        return self.config.most_rows_with_drafts - num_sequences
+
+    def _draft_slots(self, sequence: Sequence) -> int:
+        """Most drafts of a sequence for which there are slots. They get one more block only if
+        each running sequence can still have one, so that drafts preempt nobody."""
+        num_slots = len(sequence.block_table) * self.allocator.block_size
+        num_slots += self.allocator.block_size * (self.allocator.num_free > len(self.running))
+        num_slots -= sequence.num_tokens + sequence.num_expected_tokens
+        return min(self.config.speculative_tokens, num_slots)
+
+    def _extend(
+        self, plan: StepPlan, sequence: Sequence, num_tokens: int, rows: list[SampleRow]
+    ) -> None:
+        """Plan the next tokens of a sequence, and its drafts."""
+        start = sequence.num_computed_tokens + sequence.num_scheduled_tokens
+        end, drafts = start + num_tokens, sequence.drafts
+        prompt = sequence.prompt_row(len(plan.query_lens), num_tokens)
+        plan.prompts.extend([] if prompt is None else [prompt])
+        plan.token_ids.extend((*sequence.next_tokens(num_tokens), *drafts))
+        plan.query_lens.extend((num_tokens, *[1] * len(drafts)))
+        plan.context_lens.extend((start, *range(end, end + len(drafts))))
+        num_missing = self.allocator.blocks_for(end + len(drafts)) - len(sequence.block_table)
+        sequence.block_table += self.allocator.take(max(num_missing, 0)) or []
+        for length in range(end, end + len(drafts) + 1):
+            plan.block_tables.append(sequence.block_table[: self.allocator.blocks_for(length)])
+        sequence.num_scheduled_tokens += num_tokens
+        if rows:
+            sequence.sample = len(plan.samples)
+            sequence.num_expected_tokens += 1
+            plan.samples.extend(rows)
 
     def _advance(
-        self,
-        sequence: Sequence,
-        num_tokens: int,
-        sampled: Sampled | None,
-        prompt: PromptScores | None,
+        self, sequence: Sequence, num_tokens: int, run: list[Sampled], prompt: PromptScores | None
     ) -> SequenceUpdate | None:
-        """Add `num_tokens` computed tokens and their results to a sequence."""
+        """Add `num_tokens` computed tokens and their results to a sequence.
+
+        Args:
+            run: what was sampled after them, and after each draft that is right.
+        """
         sequence.num_computed_tokens += num_tokens
         if prompt is not None:
             sequence.num_reported_tokens += num_tokens
-        if sampled is not None and sampled.token_id is None:
+        taken, reason, stop_reason = sequence.take(run)
+        token_ids = [sampled.token_id for sampled in taken if sampled.token_id is not None]
+        logprobs = [sampled.logprobs for sampled in taken if sampled.logprobs is not None]
+        if len(token_ids) < len(taken):
             # The first bad position is unknown, so none of these blocks may be shared.
             self.allocator.retract(sequence.block_table)
             self.finish(sequence)
             error = f"the logits at position {sequence.num_tokens - 1} are not finite"
-            return SequenceUpdate(sequence, prompt=prompt, finish_reason="error", error=error)
+            return SequenceUpdate(sequence, token_ids, logprobs, prompt, "error", error=error)
 
         self._publish(sequence)
         if self._siblings and sequence.index == 0 and sequence.has_prompt:
             self._queue_siblings(sequence)
-        if sampled is None or sampled.token_id is None:
-            if sequence.max_output_tokens == 0 and sequence.has_prompt:
-                self.finish(sequence)
-                return SequenceUpdate(sequence, prompt=prompt, finish_reason="length")
-            return None if prompt is None else SequenceUpdate(sequence, prompt=prompt)
-        sequence.append(sampled.token_id)
-        reason, stop_reason = sequence.finish_reason()
+        if not run and sequence.max_output_tokens == 0 and sequence.has_prompt:
+            reason = "length"
+        if not run and reason is None and prompt is None:
+            return None
         if reason is not None:
             self.finish(sequence)
-        logprobs = [] if sampled.logprobs is None else [sampled.logprobs]
         problem = sequence.next_token.error if reason == "error" else None
-        return SequenceUpdate(
-            sequence, [sampled.token_id], logprobs, prompt, reason, stop_reason, problem
-        )
+        return SequenceUpdate(sequence, token_ids, logprobs, prompt, reason, stop_reason, problem)
 
     def _fail(self, sequence: Sequence, error: Exception) -> SequenceUpdate:
         """End a sequence whose own work has raised `error`; the others go on."""

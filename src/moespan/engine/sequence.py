@@ -6,9 +6,10 @@ import enum
 import time
 
 from moespan.engine.constraints import Constraint
+from moespan.engine.drafts import Drafter
 from moespan.engine.next_token import NextToken
 from moespan.engine.request import Request, Timing
-from moespan.engine.step import PromptRow, SampleRow
+from moespan.engine.step import PromptRow, Sampled, SampleRow
 
 
 class Status(enum.Enum):
@@ -32,6 +33,8 @@ class Sequence:
         num_computed_tokens: tokens in the KV cache.
         num_scheduled_tokens: further tokens that the plans in flight compute.
         num_expected_tokens: tokens that those plans sample, whose ids are not known yet.
+        drafter: drafts its next tokens; None if steps compute no drafts.
+        drafts: tokens that the last plan in flight computes beside, in case they come next.
         sample: index among the samples of the last plan that samples for this sequence.
         num_reported_tokens: prompt tokens with scores delivered, or not asked for.
         num_cached_tokens: prompt tokens that the prefix cache held at the first admission.
@@ -52,6 +55,7 @@ class Sequence:
         eos_token_ids: frozenset[int],
         prefix_root: bytes | None = None,
         constraint: Constraint | None = None,
+        has_drafts: bool = False,
     ) -> None:
         self.id = request.id
         self.index = index
@@ -68,6 +72,8 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_scheduled_tokens = 0
         self.num_expected_tokens = 0
+        self.drafter = Drafter(self.token_ids) if has_drafts else None
+        self.drafts: list[int] = []
         self.sample = 0
         # The n continuations share a prompt; the first one reports on it.
         wants_report = self.params.prompt_logprobs is not None or self.prompt_logits
@@ -113,7 +119,7 @@ class Sequence:
     @property
     def needs_result(self) -> bool:
         """Whether planning its next step needs the result of the last one."""
-        return self.params.penalizes or self.owes_report
+        return self.params.penalizes or self.owes_report or bool(self.drafts)
 
     @property
     def is_all_planned(self) -> bool:
@@ -160,6 +166,22 @@ class Sequence:
         self.token_ids.append(token_id)
         self.next_token.append(token_id)
 
+    def take(self, run: list[Sampled]) -> tuple[list[Sampled], str | None, int | None]:
+        """Add tokens that were sampled one after the other, all but the last of them computed.
+
+        Returns:
+            Those until the output ends, or until one is None, and `finish_reason` at the last.
+        """
+        for number, sampled in enumerate(run, 1):
+            if sampled.token_id is None:
+                return run[:number], None, None
+            self.num_computed_tokens += number > 1
+            self.append(sampled.token_id)
+            reason, stop_reason = self.finish_reason()
+            if reason is not None:
+                return run[:number], reason, stop_reason
+        return run, None, None
+
     @property
     def has_prompt(self) -> bool:
         """Whether its whole prompt is in the KV cache."""
@@ -184,11 +206,19 @@ class Sequence:
         known = self.token_ids[start : start + num_tokens]
         return known if len(known) == num_tokens else [*known, ~self.sample]
 
-    def sample_row(self, row: int, num_tokens: int) -> SampleRow | None:
-        """How to sample after the next `num_tokens`, if no others are left; `row` is its index."""
+    def sample_rows(self, row: int, num_tokens: int, most_drafts: int) -> list[SampleRow]:
+        """How to sample after the next `num_tokens` and each of its new `drafts`, if no other
+        tokens are left; `row` is its index."""
         if num_tokens < self.num_unplanned_tokens or self.max_output_tokens == 0:
-            return None
-        return self.next_token.row(row, self.num_output_tokens + self.num_expected_tokens)
+            return []
+        position = self.num_output_tokens + self.num_expected_tokens
+        most = min(most_drafts, self.max_output_tokens - position - 1)
+        drafts: list[int] = []
+        if self.drafter is not None and most > 0:
+            drafts = self.drafter.draft(most, self.num_expected_tokens)
+        rows = self.next_token.rows(row, position, drafts)
+        self.drafts = drafts[: len(rows) - 1]
+        return rows
 
     def prompt_row(self, row: int, num_tokens: int) -> PromptRow | None:
         """The report wanted on the next `num_tokens`, if any."""

@@ -49,6 +49,11 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     allowed: bytes | None = None
     logprobs: int | None = None
 
+    def allows(self, token_id: int) -> bool:
+        """Whether the token may be sampled."""
+        is_allowed = self.allowed is None or self.allowed[token_id // 8] >> token_id % 8 & 1
+        return bool(is_allowed) and token_id not in self.barred
+
 
 class PromptRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Report on the prompt tokens of `sequence` that this step computes.
@@ -68,6 +73,10 @@ class PromptRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """One step over a flattened batch of prefill chunks and decodes.
+
+    Each draft of a sequence's next tokens (`moespan.engine.drafts`) is a sequence of its own here:
+    of one token, at its position, in the same blocks. Within a layer a step writes all keys and
+    values before it reads any, so a draft sees the tokens before it. Nothing else knows drafts.
 
     Attributes:
         step: number of the plan, from 0.

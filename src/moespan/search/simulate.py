@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from moespan.config import EngineConfig
@@ -111,7 +112,8 @@ class _Simulation:
         slower: float,
         on_step: Callable[[Plans], None] | None,
     ) -> None:
-        self._replicas = Replicas(config, num_blocks, vocab_size)
+        # Nothing says which drafts would be right.
+        self._replicas = Replicas(replace(config, speculative_tokens=0), num_blocks, vocab_size)
         self._timer, self._load, self._slower, self._on_step = timer, load, slower, on_step
         self._vocab_size = vocab_size
         self._is_host = DEVICES[config.device].is_host

@@ -319,6 +319,15 @@ class Metrics:
             "num_prefix_hit_tokens": shared.counter(
                 "prefix_cache_hits", "Prompt tokens found in the prefix cache."
             ),
+            "num_drafts": shared.counter(
+                "spec_decode_num_drafts", "How often a sequence had drafts in a step."
+            ),
+            "num_draft_tokens": shared.counter(
+                "spec_decode_num_draft_tokens", "Drafts that steps computed."
+            ),
+            "num_accepted_tokens": shared.counter(
+                "spec_decode_num_accepted_tokens", "Drafts that were right."
+            ),
         }
         self._iteration_tokens = shared.histogram(
             "iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS
