@@ -129,6 +129,28 @@ def test_verify_takes_every_spelling(name: str, flag: str, value: str, meant: ob
     assert getattr(parse("verify", "M", "--reference", "R", flag, value), name) == meant
 
 
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}'
+
+
+@pytest.mark.parametrize("flags", [["--speculative-tokens", "4"], ["--speculative-config", NGRAM]])
+def test_drafts_are_asked_for_in_two_forms(flags: list[str]):
+    assert settings_of(parse("serve", "M", *flags)).speculative_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("4", 'only {"method": "ngram", ...} is known'),
+        ('{"method": "eagle", "num_speculative_tokens": 4}', 'only {"method": "ngram", ...}'),
+        ('{"method": "ngram"}', "num_speculative_tokens must be a number of tokens"),
+        ('{"method": "ngram", "num_speculative_tokens": 4, "model": "m"}', "'model' is not known"),
+    ],
+)
+def test_other_speculation_is_refused(cli: Cli, config: str, said: str):
+    ran = cli("serve", "M", "--speculative-config", config)
+    assert ran.code == 2 and said in ran.err
+
+
 @pytest.mark.parametrize("flag", ["-tp", "--tensor-parallel-size", "--tp-size", "--tp"])
 def test_info_takes_every_spelling(flag: str):
     assert parse("info", "M", flag, "2", "--json").tensor_parallel_size == 2

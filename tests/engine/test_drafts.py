@@ -68,7 +68,7 @@ def test_a_token_that_is_being_sampled_is_skipped_and_counts_as_a_draft():
         token_ids.append(token_ids[-8])
         drafter.draft(1)
     now = drafter.draft(5)
-    assert len(now) > 2 and drafter.draft(5, num_expected=1) == now[1:]
+    assert len(now) == 5 and drafter.draft(4, num_expected=1) == now[1:]
 
 
 @settings(deadline=None)

@@ -1291,6 +1291,152 @@ def test_a_plan_ahead_takes_no_blocks_from_sequences_in_flight():
     bench.check_outputs()
 
 
+# Drafts
+
+
+class Fixed:
+    """A drafter that always drafts the same tokens."""
+
+    def __init__(self, *drafts: int) -> None:
+        self.drafts = list(drafts)
+
+    def draft(self, most: int, num_expected: int = 0) -> list[int]:
+        return self.drafts[num_expected : num_expected + most]
+
+
+def draft(sequence: Sequence, *drafts: int) -> None:
+    """From now on, let a sequence have these drafts."""
+    sequence.drafter = Fixed(*drafts)  # type: ignore[assignment]
+
+
+def begin(bench: Bench, prompt: list[int], **options: Any) -> tuple[Sequence, list[int]]:
+    """A sequence whose first token is sampled, and the tokens that follow it."""
+    (sequence,) = bench.add(prompt, **{"ignore_eos": True, "max_tokens": 8, **options})
+    draft(sequence)
+    bench.step()
+    request = bench.received[sequence].request
+    return sequence, expected_output(request, 0, bench.config.max_model_len)[1:]
+
+
+def test_each_draft_is_a_row_of_one_token_in_the_blocks_of_its_sequence():
+    bench = Bench(drafts=3)
+    (sequence, (first, second, *_)) = begin(bench, prompt_of(6))
+    draft(sequence, first, second, second + 1)
+    last = sequence.token_ids[-1]
+    plan = bench.planned_step()
+    assert plan.is_decode
+    assert plan.token_ids == [last, first, second, second + 1]
+    assert (plan.query_lens, plan.context_lens) == ([1] * 4, [6, 7, 8, 9])
+    assert [len(table) for table in plan.block_tables] == [2, 2, 3, 3]
+    assert [(row.sequence, row.position) for row in plan.samples] == [(i, 1 + i) for i in range(4)]
+    assert sequence.num_output_tokens == 4 and sequence.num_computed_tokens == 9
+    scheduler = bench.scheduler
+    assert (scheduler.num_drafts, scheduler.num_draft_tokens) == (1, 3)
+    assert scheduler.num_accepted_tokens == 2
+    draft(sequence)
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_penalties_and_min_tokens_count_the_drafts_before():
+    bench = Bench(drafts=3)
+    sequence, following = begin(
+        bench, prompt_of(6), frequency_penalty=1.0, stop_token_ids=[7], min_tokens=3
+    )
+    draft(sequence, *[token for token in following[:2] if token != 7])
+    output = Counter(output_of(sequence))
+    rows = bench.plan().samples
+    assert [row.barred for row in rows] == [[7], [7], []][: len(rows)] and len(rows) > 1
+    for number, row in enumerate(rows):
+        assert row.seen_output == output + Counter(following[:number])
+    bench.deliver()
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_nothing_is_drafted_beyond_max_tokens_or_a_token_that_ends_the_output():
+    bench = Bench(drafts=3)
+    limited, _ = begin(bench, prompt_of(6), max_tokens=4)
+    stopped, _ = begin(bench, prompt_of(5), stop_token_ids=[9])
+    draft(limited, 4, 4, 4)  # its third token is sampled now
+    draft(stopped, 4, 9, 4)
+    plan = bench.plan()
+    assert [row.sequence for row in plan.samples] == [0, 1, 2, 3]
+    assert plan.token_ids[1] == plan.token_ids[3] == 4
+
+
+def test_a_draft_that_a_grammar_rules_out_ends_the_drafts():
+    bench = Bench(drafts=3, ahead=True)
+    (sequence,) = bench.add(prompt_of(3), grammar=True, min_tokens=8)
+    draft(sequence)
+    bench.step()
+    (row,) = bench.plan().samples
+    bench.deliver()
+    draft(sequence, EOS, 4)  # EOS may not come yet
+    assert not row.allows(EOS) and len(bench.plan().samples) == 1
+
+
+def test_drafts_take_no_rows_from_sequences_that_run_or_wait():
+    bench = Bench(drafts=3, max_num_seqs=4)
+    first, _ = begin(bench, prompt_of(3))
+    draft(first, 4, 4, 4)
+    bench.add(prompt_of(4), ignore_eos=True)
+    bench.add(prompt_of(5), ignore_eos=True)
+    assert bench.planned_step().query_lens == [1, 1, 4, 5]
+
+
+def test_drafts_preempt_nobody():
+    bench = Bench(num_blocks=8, drafts=3)
+    old, _ = begin(bench, prompt_of(12, seed=1), max_tokens=None)
+    begin(bench, prompt_of(12, seed=2), max_tokens=None)
+    draft(old, 4, 4, 4)
+    # The other sequence needs the last free block, so only two slots of its own are left.
+    assert (old.num_tokens, bench.scheduler.allocator.num_free) == (14, 1)
+    assert bench.planned_step().query_lens == [1, 1, 1, 1]
+    assert bench.scheduler.num_preemptions == 0
+    draft(old)
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_logits_that_are_not_finite_after_a_right_draft_end_the_sequence_behind_it():
+    bench = Bench(drafts=3)
+    bad, (first, *_) = begin(bench, prompt_of(6))
+    draft(bad, first, 4)
+    bench.plan()
+    (update,) = bench.deliver(corrupt={1})
+    assert (update.token_ids, update.finish_reason) == ([first], "error")
+    assert update.error == "the logits at position 7 are not finite"
+    bench.check_outputs()
+
+
+def test_logits_that_are_not_finite_after_a_wrong_draft_end_nothing():
+    bench = Bench(drafts=3)
+    good, (first, *_) = begin(bench, prompt_of(6))
+    draft(good, first + 1)
+    bench.plan()
+    (update,) = bench.deliver(corrupt={1})
+    assert update.token_ids == [first] and update.error is None
+    draft(good)
+    bench.drain()
+    bench.check_outputs()
+
+
+def test_a_plan_ahead_has_drafts_after_the_token_that_is_sampled_and_the_next_one_waits():
+    bench = Bench(drafts=3, ahead=True)
+    sequence, (first, second, third, *_) = begin(bench, prompt_of(6))
+    bench.plan()
+    draft(sequence, first, second, third)
+    assert bench.plan().token_ids == [~0, second, third]
+    bench.deliver()
+    assert bench.schedule() is None
+    (update,) = bench.deliver()
+    assert update.token_ids[:2] == [second, third] and len(update.token_ids) == 3
+    draft(sequence)
+    bench.drain(depth=2)
+    bench.check_outputs()
+
+
 # Random schedules
 
 PREFIXES = [prompt_of(n, seed=100 + n % 3) for n in (4, 8, 9, 12)]
@@ -1321,9 +1467,13 @@ def random_request(rng: random.Random, max_model_len: int) -> tuple[list[int], d
     return prompt, options
 
 
-@pytest.mark.parametrize("drafts", [0, 3])
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize(
+    ("seed", "ahead", "drafts"),
+    [
+        *((seed, ahead, 0) for seed in range(16) for ahead in (False, True)),
+        *((seed, seed // 4 % 2 == 1, 3) for seed in range(16)),
+    ],
+)
 def test_random_schedules_give_every_request_the_output_it_gets_alone(seed, ahead, drafts):
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 4, 4, 8])

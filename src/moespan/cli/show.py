@@ -124,6 +124,7 @@ def bench_table(report: dict[str, Any]) -> Iterator[str]:
         f"{report['engine_start_s']:.2f} s, first token {report['start_to_first_token_s']:.2f} s "
         f"after the start of the program, at most {bytes_in_words(report['peak_rss_bytes'])} of RAM"
     )
+    yield from _drafts(report)
     yield ""
     yield (
         f"{'phase':<9}{'size':>6}{'tokens/s':>11}{'spread':>8}{'of limit':>10}  {'bound by':<9}"
@@ -139,6 +140,11 @@ def bench_table(report: dict[str, Any]) -> Iterator[str]:
             )
 
 
+def _drafts(report: dict[str, Any]) -> Iterator[str]:
+    if report["draft_tokens"]:
+        yield f"{report['accepted_tokens']} of {report['draft_tokens']} drafts were right"
+
+
 def load_table(report: dict[str, Any]) -> Iterator[str]:
     """Lines that `bench` prints for a load."""
     layout = ", ".join(f"{axis}={n}" for axis, n in report["layout"].items() if n > 1)
@@ -150,6 +156,7 @@ def load_table(report: dict[str, Any]) -> Iterator[str]:
         f"{report['requests_per_s']:.3g} requests/s, {report['tokens_per_s']:.1f} tokens/s; "
         f"{report['prefix_hits']:.0%} of prompts in the cache, {report['preemptions']} preemptions"
     )
+    yield from _drafts(report)
     yield ""
     yield f"{'ms':<6}" + "".join(f"{name:>16}" for name in ("mean", "p50", "p90", "p95", "p99"))
     for key, name in (("ttft_s", "TTFT"), ("tpot_s", "TPOT")):

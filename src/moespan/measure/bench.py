@@ -246,6 +246,7 @@ class _Measurements:
         probes: all measurements of the limits, in their order.
         peak_bytes: peak memory of the engine on this machine.
         memory: what each rank takes, by part.
+        drafted: drafts that steps computed, and those of them that were right.
     """
 
     speeds: dict[Case, list[Speed]]
@@ -253,6 +254,7 @@ class _Measurements:
     probes: list[Limits]
     peak_bytes: int = 0
     memory: Sequence[RankMemory] = ()
+    drafted: tuple[int, int] = (0, 0)
 
 
 def _measure_all(llm: LLM, cases: list[Case], repeats: int, num_devices: int) -> _Measurements:
@@ -271,7 +273,8 @@ def _measure_all(llm: LLM, cases: list[Case], repeats: int, num_devices: int) ->
                 found.probes.append(probe())
                 found.limits[case].append(Limits.mean(*found.probes[-2:]))
         found.peak_bytes = peak_rss_bytes(without=probe.pid)
-    found.memory = llm.memory()
+    found.memory, stats = llm.memory(), llm.stats()
+    found.drafted = (stats.num_draft_tokens, stats.num_accepted_tokens)
     return found
 
 
@@ -303,6 +306,8 @@ def _report(llm: LLM, workload: Workload, found: _Measurements) -> dict[str, Any
         "weight_bytes": info.weight_bytes,
         "memory": msgspec.to_builtins(found.memory),
         "load_s": info.load_s,
+        "draft_tokens": found.drafted[0],
+        "accepted_tokens": found.drafted[1],
     }
 
 

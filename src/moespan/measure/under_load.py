@@ -112,6 +112,8 @@ def bench_load(llm: LLM, load: Load, seed: int = 0) -> dict[str, Any]:
         "tokens_per_s_per_device": outcome.tokens_per_s / config.layout.world_size,
         "preemptions": after.num_preemptions - before.num_preemptions,
         "prefix_hits": hit / queried if queried else 0.0,
+        "draft_tokens": after.num_draft_tokens - before.num_draft_tokens,
+        "accepted_tokens": after.num_accepted_tokens - before.num_accepted_tokens,
         "memory": msgspec.to_builtins(llm.memory()),
     }
 
