@@ -189,11 +189,15 @@ class Scheduler:
         for sequence in self._ready_sequences():
             num_tokens_left = self.config.max_num_batched_tokens - len(plan.token_ids)
             num_tokens = min(sequence.num_tokens_of_next_chunk, num_tokens_left)
-            most_drafts = min(num_draft_rows, num_tokens_left - num_tokens)
+            num_rows = len(plan.query_lens)
+            most_drafts = min(
+                num_draft_rows,
+                num_tokens_left - num_tokens,
+                self.config.max_num_seqs - num_rows - 1,
+                self._draft_slots(sequence),
+            )
             try:
-                rows = sequence.sample_rows(
-                    len(plan.query_lens), num_tokens, min(most_drafts, self._draft_slots(sequence))
-                )
+                rows = sequence.sample_rows(num_rows, num_tokens, most_drafts)
             except Exception as error:
                 self._faults.append(self._fail(sequence, error))
                 continue
@@ -201,7 +205,7 @@ class Scheduler:
             num_sequences_left -= 1
             self._extend(plan, sequence, num_tokens, rows)
             batch += [sequence] * (1 + len(sequence.drafts))
-            if num_sequences_left == 0 or len(plan.token_ids) == self.config.max_num_batched_tokens:
+            if num_sequences_left == 0 or self._is_full(plan):
                 break
         if not batch:
             return None
@@ -396,13 +400,21 @@ class Scheduler:
             self.num_prefix_hit_tokens += sequence.num_cached_tokens
         return True
 
+    def _is_full(self, plan: StepPlan) -> bool:
+        num_tokens, num_rows = len(plan.token_ids), len(plan.query_lens)
+        most = self.config
+        return num_tokens == most.max_num_batched_tokens or num_rows == most.max_num_seqs
+
     @property
     def _num_draft_rows(self) -> int:
-        """Drafts that a plan has rows for beside all sequences that may be in it."""
+        """Drafts that a plan has rows for beside all sequences that are likely to be in it."""
         if not self.config.speculative_tokens:
             return 0
-        num_sequences = min(len(self.running) + len(self.waiting), self._fair_share)
-        return self.config.most_rows_with_drafts - num_sequences
+        num_sequences = len(self.running)
+        if self.waiting:
+            num_blocks = self.allocator.blocks_for(self.waiting[0].num_tokens)
+            num_sequences += len(self.waiting) * (num_blocks <= self.allocator.num_free)
+        return self.config.most_rows_with_drafts - min(num_sequences, self._fair_share)
 
     def _draft_slots(self, sequence: Sequence) -> int:
         """Most drafts of a sequence for which there are slots. They get one more block only if
