@@ -187,6 +187,7 @@ def row(kind: str, batch: int, num_answer: int, rounds: dict[int, list[Round]]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="16b-4l")
+    parser.add_argument("--layers", type=int, help="of them (all)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=4, help="--speculative-tokens")
@@ -199,7 +200,8 @@ def main() -> None:
     args = parser.parse_args()
     answers: dict[int, list[int]] = {}
     with tempfile.TemporaryDirectory() as folder, given(answers):
-        Path(folder, "config.json").write_text(json.dumps(preset(args.preset, {})))
+        layers = {} if args.layers is None else {"num_hidden_layers": args.layers}
+        Path(folder, "config.json").write_text(json.dumps(preset(args.preset, layers)))
         with LLM(
             folder,
             device="cpu",
