@@ -170,3 +170,25 @@ def test_only_some_floors_ask_which_device_it_is(path: Path):
         if isinstance(operand, ast.Constant) and operand.value in ("cpu", "cuda", "npu")
     ]
     assert not compared
+
+
+CLOCK_OF_DAY = {
+    "doctor/nodes.py": "compares the clocks of nodes",
+    "ops/cpu/weight_cache.py": "the age of files",
+    "serve/sampling.py": "`created` of an answer",
+    "serve/served.py": "`created` of a model",
+    "serve/tracing.py": "when a span ended",
+}
+"""Where the clock of day is read: it may jump, so no duration is measured by it."""
+
+
+def test_durations_do_not_depend_on_the_clock_of_day():
+    readers = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Attribute(value=ast.Name("time"), attr="time" | "time_ns"):
+                    readers.add(path.relative_to(SOURCE).as_posix())
+                case ast.ImportFrom(module="time"):
+                    assert not {alias.name for alias in node.names} & {"time", "time_ns"}, path
+    assert readers == set(CLOCK_OF_DAY)

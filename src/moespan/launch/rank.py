@@ -240,7 +240,7 @@ def _failure(rank: int, error: Exception) -> Failure:
         message=str(error) if on_purpose else f"failed with {kind}: {error}",
         traceback="" if on_purpose else traceback.format_exc(),
         lost_peer=_is_lost_peer(error),
-        time_ns=time.time_ns(),
+        time_ns=time.monotonic_ns(),
     )
 
 
