@@ -21,7 +21,11 @@ THRESHOLD = 0.03
 def main(out: Path) -> None:
     """Print one line for each option, and the options to switch on."""
     codes = {one["step"]: one["exit_code"] for one in _lines(out / "summary.jsonl")}
-    rows = [_row(out, option, codes) for option in _lines(out / "options.jsonl")]
+    rows = [
+        _row(out, option, codes)
+        for option in _lines(out / "options.jsonl")
+        if any(step.startswith(f"option-{option['option']}-") for step in codes)
+    ]
     if not rows:
         print("no option was tried")
         return
@@ -48,8 +52,8 @@ def judge(gains: dict[str, float]) -> str:
 
 def _row(out: Path, option: dict[str, str], codes: dict[str, int]) -> tuple[str, ...]:
     name, how = option["option"], option["how"]
-    verified = codes.get(f"option-{name}-verify") == 0
-    head = (how, option["layout"], "yes" if verified else "NO")
+    code = codes.get(f"option-{name}-verify")
+    head = (how, option["layout"], "yes" if code == 0 else "NO" if code else "-")
     without, with_it = (
         _speeds(out / f"option-{name}-{which}.log") for which in ("without", "with")
     )
@@ -59,7 +63,9 @@ def _row(out: Path, option: dict[str, str], codes: dict[str, int]) -> tuple[str,
         if speed > 0 and phase in with_it
     }
     speeds = ", ".join(f"{phase} {gain:+.1%}" for phase, gain in gains.items()) or "-"
-    if not verified:
+    if code is None:
+        return (*head, speeds, "unknown: not verified")
+    if code:
         return (*head, speeds, f"no: see option-{name}-verify.log")
     if not gains:
         missing = "with" if without else "without"

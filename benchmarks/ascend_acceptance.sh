@@ -4,12 +4,15 @@
 #   bash benchmarks/ascend_acceptance.sh OUT                every NPU of this server
 #   NPUS=4 bash benchmarks/ascend_acceptance.sh OUT         some of them
 #   MODEL=/data/deepseek_16B bash benchmarks/ascend_acceptance.sh OUT   also the real checkpoint
+#   STEPS='^option-aiv' bash benchmarks/ascend_acceptance.sh OUT   only steps with such a name
 #   DEVICE=cpu bash benchmarks/ascend_acceptance.sh OUT     the script itself, small, without an NPU
 #
 # OUT     a folder that does not exist yet; OUT.tar.gz will hold the same
 # DEVICE  npu (default), cuda or cpu
 # NPUS    ranks to use (all that are there; on CPUs 2)
 # MODEL   folder of the 16B checkpoint, for a run with real weights
+# PRESET  geometry of the random weights that are timed: 16b, or tiny (on CPUs), timed briefly
+# STEPS   regular expression: the steps to run, such as those of one option, or one that failed
 # PYTHON  interpreter of an environment with moespan's dependencies
 #
 # Steps that fail are noted, and the others run all the same: a report with failures is the most
@@ -40,9 +43,11 @@ esac
 [ "$NPUS" -ge 1 ] || { echo "no $DEVICE device is here; NPUS=N says how many" >&2; exit 2; }
 
 failed=0
+wanted() { [ "$1" = make-checkpoint ] || [[ "$1" =~ ${STEPS:-.} ]]; }
 step() { # NAME COMMAND...: run it, keep what it says, note how it ended
     local name="$1" started seconds code verdict
     shift
+    wanted "$name" || return 0
     started=$SECONDS
     printf '%s\n' "$*" > "$OUT/$name.command"
     timeout "${STEP_S:-3600}" "$@" > "$OUT/$name.log" 2>&1 < /dev/null
@@ -66,7 +71,7 @@ step software "$PYTHON" -c 'import platform, torch; print(platform.platform(), t
 from importlib.metadata import distributions
 for name in sorted({f"{d.name}=={d.version}" for d in distributions()}): print(name)'
 moespan doctor doctor models/quickstart -tp "$NPUS" --json
-cp "$OUT/doctor.log" "$OUT/doctor.json"
+! wanted doctor || cp "$OUT/doctor.log" "$OUT/doctor.json"
 if [ "$DEVICE" = npu ]; then
     step npu-smi npu-smi info
     step npu-smi-topology npu-smi info -t topo
@@ -131,14 +136,15 @@ integers tp8-ep8 8 -tp 8 -ep 8
 moespan generate-quickstart generate models/quickstart --prompt "681+734=" "sort c y r a f w:"
 
 # How fast is it? Random weights of the 16B geometry need no file.
-if [ "$DEVICE" = cpu ]; then
-    PRESET="${PRESET:-tiny}"
+[ "$DEVICE" != cpu ] || PRESET="${PRESET:-tiny}"
+PRESET="${PRESET:-16b}"
+small=() short=(--prefill 2048 --decode-batch 1,32 --repeats 3)
+if [ "$PRESET" = tiny ]; then
     small=(--prefill 32 --decode-batch 1,4 --context 8 --decode-tokens 4 --repeats 1)
-else
-    PRESET="${PRESET:-16b}"
-    small=()
+    short=("${small[@]}")
 fi
 bench() { # NAME FLAGS...
+    wanted "bench-$PRESET-$1" || return 0
     moespan "bench-$PRESET-$1" bench --preset "$PRESET" "${@:2}" --json "${small[@]}"
     grep '^{' "$OUT/bench-$PRESET-$1.log" > "$OUT/bench-$1.json"
 }
@@ -153,16 +159,11 @@ if [ -n "${MODEL:-}" ]; then
     moespan generate-model generate "$MODEL" -tp "$NPUS" --max-tokens 64 \
         --prompt "An attention function can be described as mapping a query" "人工智能的发展"
     moespan bench-model bench "$MODEL" -tp "$NPUS" --json
-    grep '^{' "$OUT/bench-model.log" > "$OUT/bench-model.json"
+    ! wanted bench-model || grep '^{' "$OUT/bench-model.log" > "$OUT/bench-model.json"
 fi
 
 # Which options are worth switching on? Each is verified, then timed without and with it, in turns.
 help="$("$PYTHON" -m moespan bench --help 2>/dev/null)"
-if [ "$DEVICE" = cpu ]; then
-    short=("${small[@]}")
-else
-    short=(--prefill 2048 --decode-batch 1,32 --repeats 3)
-fi
 option() { # NAME RANKS "LAYOUT" "VARIABLE=VALUE... FLAGS"
     local name="$1" ranks="$2" word variables=() flags=() layout
     [ "$ranks" -le "$NPUS" ] || return 0

@@ -181,3 +181,22 @@ def test_acceptance_ends_with_the_options_to_switch_on(tmp_path: Path) -> None:
     assert table[-1] == "switch on: TASK_QUEUE_ENABLE=2; --npu-aiv"
     aiv = next(line for line in table if line.startswith("--npu-aiv"))
     assert "-tp 8" in aiv and "decode 1 +20.0%, prefill 2048 +0.0%" in aiv
+
+
+def test_acceptance_runs_only_the_steps_that_are_asked_for(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(SERVER.format(python=sys.executable))
+    python.chmod(0o755)
+    ran = accept(
+        tmp_path / "out", DEVICE="npu", NPUS="8", PYTHON=str(python), STEPS="^option-(aiv|nz-with)"
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "out/summary.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert steps == ["make-checkpoint", "option-nz-without", "option-nz-with"] + [
+        f"option-aiv-{which}" for which in ("verify", "without", "with")
+    ]
+    nz, aiv = (tmp_path / "out/options.txt").read_text().splitlines()[1:-1]
+    assert nz.endswith("unknown: not verified") and aiv.endswith("yes")

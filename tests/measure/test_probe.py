@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moespan.errors import MoespanError
-from moespan.measure.probe import Probe, last_level_cache_bytes
+from moespan.measure.probe import Probe, last_level_cache_bytes, size_for
 
 
 def test_all_caches_of_the_last_level_count_once(tmp_path: Path):
@@ -42,3 +42,10 @@ def test_a_measuring_process_that_fails_ends_in_one_error(monkeypatch: pytest.Mo
     monkeypatch.setattr("moespan.measure.probe.module_arguments", lambda _: program)
     with pytest.raises(MoespanError, match="measures the machine ended with code 3"):
         Probe("cpu", "float32")
+
+
+@pytest.mark.parametrize(
+    ("operations_per_s", "size"), [(0.4e12, 1024), (4e12, 2048), (30e12, 4096), (700e12, 8192)]
+)
+def test_a_slow_device_multiplies_small_matrices_and_a_fast_one_large(operations_per_s, size):
+    assert size_for(lambda rows: 2 * rows**3 / operations_per_s) == size

@@ -16,6 +16,7 @@ import timeit
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import msgspec
 
@@ -107,7 +108,10 @@ _LEAST_CPU_BUFFER_BYTES = 192 << 20
 _DEVICE_BUFFER_BYTES = 1 << 30
 # Tokens, inputs and outputs of the product; on a CPU the sizes of an expert's layer for a prompt.
 _CPU_PRODUCT = (256, 2048, 5632)
-_DEVICE_PRODUCT = (8192, 8192, 8192)
+# Elsewhere square matrices: a small one does not fill a fast device, a large one takes a slow or
+# emulated device many seconds.
+_DEVICE_SIZES = (1024, 2048, 4096, 8192)
+_LEAST_PRODUCT_S = 4e-3
 
 
 def last_level_cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
@@ -128,6 +132,16 @@ def _best_s(run: Callable[[], object], times: int) -> float:
     return min(timeit.repeat(run, number=1, repeat=times))
 
 
+def size_for(seconds: Callable[[int], float]) -> int:
+    """Rows of the square matrices whose product tells the speed of a device.
+
+    Args:
+        seconds: measures a product of matrices with so many rows.
+    """
+    long_enough = (size for size in _DEVICE_SIZES[:-1] if seconds(size) >= _LEAST_PRODUCT_S)
+    return next(long_enough, _DEVICE_SIZES[-1])
+
+
 def _measure(device: str, dtype: str) -> None:
     """The measuring process of `Probe`: one line of limits on stdout for each line on stdin."""
     log.keep_stdout_for_answers()
@@ -145,7 +159,6 @@ def _measure(device: str, dtype: str) -> None:
         if is_cpu
         else _DEVICE_BUFFER_BYTES
     )
-    rows, inputs, outputs = _CPU_PRODUCT if is_cpu else _DEVICE_PRODUCT
     if is_cpu:
         # Huge pages, if the system has any: with small pages a sum reads about 7 % less.
         pages = mmap.mmap(-1, buffer_bytes)
@@ -155,14 +168,20 @@ def _measure(device: str, dtype: str) -> None:
     else:
         numbers = torch.ones(buffer_bytes // 4, device=device)
     options = {"dtype": getattr(torch, dtype), "device": device}
-    tokens, weight = torch.randn(rows, inputs, **options), torch.randn(outputs, inputs, **options)
+
+    def product(rows: int, inputs: int, outputs: int) -> tuple[Any, Any, Callable[[], object]]:
+        tokens = torch.randn(rows, inputs, **options)
+        weight = torch.randn(outputs, inputs, **options)
+        return tokens, weight, lambda: torch.nn.functional.linear(tokens, weight)[0, 0].item()
 
     def read() -> None:
         numbers.sum().item()  # `item` waits for the device
 
-    def multiply() -> None:
-        torch.nn.functional.linear(tokens, weight)[0, 0].item()
-
+    if is_cpu:
+        rows, inputs, outputs = _CPU_PRODUCT
+    else:
+        rows = inputs = outputs = size_for(lambda size: _best_s(product(size, size, size)[2], 2))
+    tokens, weight, multiply = product(rows, inputs, outputs)
     products = [multiply]
     if is_cpu:
         # Some processors' instructions need the weights in another order, which `linear` makes anew
