@@ -4,7 +4,8 @@
 
 OUT holds what the script wrote: `options.jsonl`, the options that were tried; `summary.jsonl`, the
 exit code of each step; and a log of `bench --json` without and with each option. An option is worth
-switching on if it verified, and if some phase gains 3 % or more and none loses as much.
+switching on if it verified, and if some phase gains 3 % or more and none loses as much. Where the
+repeats of a phase lie further apart than 3 %, only a larger difference counts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 
 THRESHOLD = 0.03
 """Differences below this share are within the noise of two runs."""
+
+Speed = tuple[float, float]
+"""Tokens per second of a phase, and the spread of its repeats as a share of them."""
 
 
 def main(out: Path) -> None:
@@ -41,10 +45,10 @@ def main(out: Path) -> None:
     print(f"switch on: {'; '.join(worth) or 'none'}")
 
 
-def judge(gains: dict[str, float]) -> str:
-    """The advice for an option whose phases gain these shares."""
-    better = any(gain >= THRESHOLD for gain in gains.values())
-    worse = any(gain <= -THRESHOLD for gain in gains.values())
+def judge(gains: list[tuple[float, float]]) -> str:
+    """The advice for an option; of each phase the share that it gains, and its repeats' spread."""
+    better = any(gain >= max(THRESHOLD, spread) for gain, spread in gains)
+    worse = any(gain <= -max(THRESHOLD, spread) for gain, spread in gains)
     if better and worse:
         return "depends: see the speeds"
     return "yes" if better else "no"
@@ -58,11 +62,11 @@ def _row(out: Path, option: dict[str, str], codes: dict[str, int]) -> tuple[str,
         _speeds(out / f"option-{name}-{which}.log") for which in ("without", "with")
     )
     gains = {
-        phase: with_it[phase] / speed - 1
-        for phase, speed in without.items()
+        phase: (with_it[phase][0] / speed - 1, max(spread, with_it[phase][1]))
+        for phase, (speed, spread) in without.items()
         if speed > 0 and phase in with_it
     }
-    speeds = ", ".join(f"{phase} {gain:+.1%}" for phase, gain in gains.items()) or "-"
+    speeds = ", ".join(f"{phase} {gain:+.1%}" for phase, (gain, _) in gains.items()) or "-"
     if code is None:
         return (*head, speeds, "unknown: not verified")
     if code:
@@ -70,17 +74,17 @@ def _row(out: Path, option: dict[str, str], codes: dict[str, int]) -> tuple[str,
     if not gains:
         missing = "with" if without else "without"
         return (*head, speeds, f"unknown: see option-{name}-{missing}.log")
-    return (*head, speeds, judge(gains))
+    return (*head, speeds, judge(list(gains.values())))
 
 
-def _speeds(log: Path) -> dict[str, float]:
-    """Tokens per second of each phase in the last JSON line of a log; empty if there is none."""
+def _speeds(log: Path) -> dict[str, Speed]:
+    """The speed of each phase in the last JSON line of a log; empty if there is none."""
     try:
         text = log.read_text(errors="replace")
         found = [line for line in text.splitlines() if line.startswith("{")]
         record = json.loads(found[-1])
         return {
-            f"{phase} {size}": float(one["tokens_per_s"])
+            f"{phase} {size}": (float(one["tokens_per_s"]), float(one.get("spread", 0)))
             for phase in ("decode", "prefill")
             for size, one in record[phase].items()
         }

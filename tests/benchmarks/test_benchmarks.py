@@ -141,20 +141,24 @@ def test_acceptance_goes_on_after_what_fails_and_packs_it(tmp_path: Path) -> Non
 SERVER = """#!/bin/bash
 case "$*" in
     *acceptance_options.py*) exec {python} "$@" ;;
-    *--help*) echo "--enforce-eager --npu-weight-format --npu-aiv --quantization --moe-dispatch" ;;
+    *--help*)
+        echo "--enforce-eager --npu-weight-format --npu-aiv --npu-update-first"
+        echo "--quantization --moe-dispatch" ;;
     *verify*"--moe-dispatch fused"*) echo "refused"; exit 1 ;;
     *bench*)
-        decode=100 prefill=1000
+        decode=100 prefill=1000 spread=0.01
         case "$*" in
             *--enforce-eager*) decode=50 ;;
             *--npu-weight-format*) decode=101 prefill=1010 ;;
             *--npu-aiv*) decode=120 ;;
+            *--npu-update-first*) decode=105 spread=0.2 ;;
             *--quantization\\ w8a8*) decode=150 prefill=800 ;;
             *--quantization\\ int8*) echo "crashed"; exit 1 ;;
         esac
         [ "${{TASK_QUEUE_ENABLE:-}}" != 2 ] || prefill=1100
         echo "a line before"
-        echo "{{\\"decode\\": {{\\"1\\": {{\\"tokens_per_s\\": $decode}}}}," \\
+        echo "{{\\"decode\\": {{\\"1\\":" \\
+            "{{\\"tokens_per_s\\": $decode, \\"spread\\": $spread}}}}," \\
             "\\"prefill\\": {{\\"2048\\": {{\\"tokens_per_s\\": $prefill}}}}}}" ;;
 esac
 """
@@ -176,6 +180,7 @@ def test_acceptance_ends_with_the_options_to_switch_on(tmp_path: Path) -> None:
         "TASK_QUEUE_ENABLE=2": "yes",
         "--npu-weight-format nz": "no",
         "--npu-aiv": "yes",
+        "--npu-update-first": "no",
         "--moe-dispatch fused": "no: see option-fused-dispatch-verify.log",
     }
     assert table[-1] == "switch on: TASK_QUEUE_ENABLE=2; --npu-aiv"

@@ -149,6 +149,7 @@ def _measure(device: str, dtype: str) -> None:
     import torch
 
     from moespan.machine.device import choose_device
+    from moespan.memory import available_bytes
 
     choose_device(device)
     is_cpu = DEVICES[device].is_host
@@ -166,6 +167,8 @@ def _measure(device: str, dtype: str) -> None:
             pages.madvise(mmap.MADV_HUGEPAGE)
         numbers = torch.frombuffer(pages, dtype=torch.float32).fill_(1)
     else:
+        # Next to an engine, or on a small device, there may be less room.
+        buffer_bytes = min(buffer_bytes, available_bytes(torch.device(device)) // 4)
         numbers = torch.ones(buffer_bytes // 4, device=device)
     options = {"dtype": getattr(torch, dtype), "device": device}
 
