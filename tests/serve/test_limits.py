@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from moespan.serve import intake
+from moespan.serve import app, intake
 from moespan.serve.pool import Pool
 from moespan.serve.refusals import Refusal
 from tests.serve.scene import Served, Wired, error_of, events, play, play_wired, post_bytes
@@ -111,6 +111,24 @@ def test_all_bodies_together_have_a_limit(monkeypatch: pytest.MonkeyPatch):
         await asyncio.sleep(0.2)
         await lines[2].send(head + b" " * 999_999)
         answer = await lines[2].read_until(b"\r\n\r\n")
+        assert b" 429 " in answer and b"retry-after" in answer
+
+    play_wired(script, max_body_mib=1)
+
+
+def test_bodies_that_wait_for_a_thread_are_held(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(intake, "_MOST_HELD", 2)
+    encode = threading.Event()
+    monkeypatch.setattr(app, "completion_job", lambda *_: encode.wait(10))
+
+    async def script(served: Served, server: Wired) -> None:
+        request = post_bytes("/v1/completions", b" " * 1_000_000, b"connection: close")
+        lines = [await server.line() for _ in range(2)]
+        for line in lines:
+            await line.send(request)
+        await asyncio.sleep(0.2)
+        answer = await server.ask(request)
+        encode.set()
         assert b" 429 " in answer and b"retry-after" in answer
 
     play_wired(script, max_body_mib=1)

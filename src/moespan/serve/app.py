@@ -95,20 +95,21 @@ def _openai_routes(model: ServedModel, life: Life, options: ServeOptions) -> lis
 
     def generation(make_job: Callable[[bytes, ServedModel, ServeOptions], Job]) -> Handler:
         async def handle(request: Request) -> Delivery:
-            body = await intake.read(request)
-            return await deliver(await pool.run(make_job, body, model, options))
+            async with intake.body(request) as body:
+                job = await pool.run(make_job, body, model, options)
+            return await deliver(job)
 
         return handle
 
     async def response(request: Request) -> Delivery:
-        body = await intake.read(request)
-        answer = await pool.run(response_job, body, model, options)
+        async with intake.body(request) as body:
+            answer = await pool.run(response_job, body, model, options)
         return await deliver(answer.job, answer=answer, end=b"")
 
     def tokens(answer: Callable[[bytes, ServedModel, ServeOptions], Any]) -> Handler:
         async def handle(request: Request) -> Response:
-            body = await intake.read(request)
-            reply, ignored = await pool.run(answer, body, model, options)
+            async with intake.body(request) as body:
+                reply, ignored = await pool.run(answer, body, model, options)
             return _json(reply, ignored)
 
         return handle

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -114,10 +114,11 @@ class Delivery:
     async def _send_events(self, inboxes: Sequence[Inbox], stream: _Stream) -> None:
         comments = asyncio.create_task(stream.keep_busy())
         try:
-            async for number, deltas in _arrivals(inboxes):
-                events = list(self._answer.events(number, deltas))
-                if events:
-                    await stream.send(b"".join(map(self._answer.line, events)))
+            async with contextlib.aclosing(_arrivals(inboxes)) as arrivals:
+                async for number, deltas in arrivals:
+                    events = list(self._answer.events(number, deltas))
+                    if events:
+                        await stream.send(b"".join(map(self._answer.line, events)))
         finally:
             comments.cancel()
         last = self._answer.last_event()
@@ -204,7 +205,9 @@ async def _all_deltas(inbox: Inbox) -> list[OutputDelta]:
     return [joined(parts) for _, parts in sorted(deltas.items())]
 
 
-async def _arrivals(inboxes: Sequence[Inbox]) -> AsyncIterator[tuple[int, list[OutputDelta]]]:
+async def _arrivals(
+    inboxes: Sequence[Inbox],
+) -> AsyncGenerator[tuple[int, list[OutputDelta]], None]:
     """Deltas as they come, with the number of their request."""
     if len(inboxes) == 1:
         while not inboxes[0].is_finished:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
+
 from starlette.requests import Request
 
 from moespan.errors import shown
@@ -16,14 +19,16 @@ _RETRY_S = 2
 
 
 class Intake:
-    """Reads bodies, and counts the bytes that are held."""
+    """Reads bodies, and counts the bytes that are held: from the first byte until the request is
+    made of them, which may wait for a thread."""
 
     def __init__(self, options: ServeOptions) -> None:
         self._most_bytes = options.max_body_mib << 20
         self._held_bytes = 0
 
-    async def read(self, request: Request) -> bytes:
-        """The body of a request that must be JSON.
+    @contextlib.asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[bytes]:
+        """The body of a request that must be JSON, which is held meanwhile.
 
         Raises:
             Refusal: 413, 415, or 429 if all requests together are too large.
@@ -40,9 +45,9 @@ class Intake:
         if length.isdecimal() and int(length) > self._most_bytes:
             raise self._too_large()
         chunks: list[bytes] = []
-        held_bytes = 0
+        held_bytes, has_more = 0, True
         try:
-            while True:
+            while has_more:
                 chunk, has_more = await _next_chunk(request)
                 chunks.append(chunk)
                 held_bytes += len(chunk)
@@ -57,8 +62,7 @@ class Intake:
                         retry_after_s=_RETRY_S,
                         headers={"connection": "close"},
                     )
-                if not has_more:
-                    return b"".join(chunks)
+            yield b"".join(chunks)
         finally:
             self._held_bytes -= held_bytes
 

@@ -131,8 +131,8 @@ def mindie_routes(
 
     def generation(stream: bool | None, is_infer: bool) -> Callable[[HttpRequest], Awaitable[Any]]:
         async def handle(request: HttpRequest) -> Delivery:
-            body = await intake.read(request)
-            asked = await pool.run(ask, body, model, options, stream, is_infer)
+            async with intake.body(request) as body:
+                asked = await pool.run(ask, body, model, options, stream, is_infer)
             own = options
             if asked.timeout_s is not None:
                 own = dataclasses.replace(options, request_timeout_s=asked.timeout_s)
@@ -142,8 +142,8 @@ def mindie_routes(
         return handle
 
     async def tokenizer(request: HttpRequest) -> Response:
-        body = await intake.read(request)
-        reply, ignored = await pool.run(count_tokens, body, model, options)
+        async with intake.body(request) as body:
+            reply, ignored = await pool.run(count_tokens, body, model, options)
         response = JSONResponse(reply)
         if ignored:
             response.raw_headers.append(ignored_header(ignored))
