@@ -130,6 +130,9 @@ def test_bodies_that_wait_for_a_thread_are_held(monkeypatch: pytest.MonkeyPatch)
         answer = await server.ask(request)
         encode.set()
         assert b" 429 " in answer and b"retry-after" in answer
+        assert b'rejected_total{model_name="fake model",reason="queue_full"} 1.0' in (
+            served.life.metrics.render()
+        )
 
     play_wired(script, max_body_mib=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -85,8 +86,10 @@ class _Routes:
 
 
 def _openai_routes(model: ServedModel, life: Life, options: ServeOptions) -> list[Route]:
-    intake, pool = Intake(options), Pool(options.max_queued_requests)
-    forms = Pool(options.max_queued_requests, _NUM_FORMS, "the form of their output to be tried")
+    full = functools.partial(life.metrics.reject, "queue_full")
+    most = options.max_queued_requests
+    intake, pool = Intake(options, full), Pool(most, on_full=full)
+    forms = Pool(most, _NUM_FORMS, "the form of their output to be tried", on_full=full)
 
     async def deliver(job: Job, **form: Any) -> Delivery:
         if job.form is not None:

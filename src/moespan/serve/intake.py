@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.requests import Request
 
@@ -20,9 +20,14 @@ _RETRY_S = 2
 
 class Intake:
     """Reads bodies, and counts the bytes that are held: from the first byte until the request is
-    made of them, which may wait for a thread."""
+    made of them, which may wait for a thread.
 
-    def __init__(self, options: ServeOptions) -> None:
+    Args:
+        on_full: called with each 429.
+    """
+
+    def __init__(self, options: ServeOptions, on_full: Callable[[], object] = lambda: None) -> None:
+        self._on_full = on_full
         self._most_bytes = options.max_body_mib << 20
         self._held_bytes = 0
 
@@ -55,6 +60,7 @@ class Intake:
                 if held_bytes > self._most_bytes:
                     raise self._too_large()
                 if self._held_bytes > self._most_bytes * _MOST_HELD:
+                    self._on_full()
                     raise Refusal(
                         429,
                         "too many large requests arrive at once; try again later",

@@ -18,6 +18,7 @@ envelope of all other routes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -127,7 +128,8 @@ def mindie_routes(
     model: ServedModel, life: Life, metrics: Metrics, options: ServeOptions
 ) -> list[Route]:
     """The routes of this module."""
-    intake, pool = Intake(options), Pool(options.max_queued_requests)
+    full = functools.partial(metrics.reject, "queue_full")
+    intake, pool = Intake(options, full), Pool(options.max_queued_requests, on_full=full)
 
     def generation(stream: bool | None, is_infer: bool) -> Callable[[HttpRequest], Awaitable[Any]]:
         async def handle(request: HttpRequest) -> Delivery:

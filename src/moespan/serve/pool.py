@@ -31,6 +31,7 @@ class Pool:
         most_waiting: most calls that wait or run.
         num_threads: calls that run at a time.
         purpose: what requests wait for, as clients are told.
+        on_full: called with each refusal.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class Pool:
         most_waiting: int,
         num_threads: int = _NUM_THREADS,
         purpose: str = "their prompt to be encoded",
+        on_full: Callable[[], object] = lambda: None,
     ) -> None:
+        self._on_full = on_full
         self._threads = ThreadPoolExecutor(num_threads, "moespan-pool")
         self._purpose = purpose
         self._most_waiting = most_waiting
@@ -53,6 +56,7 @@ class Pool:
         """
         with self._lock:
             if self._num_waiting >= self._most_waiting:
+                self._on_full()
                 raise Refusal(
                     429,
                     f"{self._num_waiting} requests wait for {self._purpose}; try again later",
