@@ -110,6 +110,11 @@ def test_a_length_that_is_none_is_named(text: str):
         drawn(text, "8", 1)
 
 
+def test_a_load_is_named_in_plain_words():
+    assert drawn("8", "4", 3, rate=1).name == "8 tokens in, 4 out, 1 request a second (Poisson)"
+    assert drawn("8", "4", 3, rate=2.5).name.endswith("2.5 requests a second (Poisson)")
+
+
 def test_an_engine_gets_its_share():
     load = drawn("8", "8", 4000, rate=40)
     share = load.share(4, seed=1)

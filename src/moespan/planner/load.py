@@ -183,7 +183,7 @@ def drawn(
             at += draw.expovariate(rate)
     name = f"{prompt_tokens} tokens in, {output_tokens} out"
     if rate is not None:
-        name += f", {rate:g} requests a second (Poisson)"
+        name += f", {rate:g} request{'' if rate == 1 else 's'} a second (Poisson)"
     if concurrency is not None:
         name += f", {concurrency} at a time"
     return Load(_from_first(tuple(requests)), concurrency, name=name, is_poisson=rate is not None)
