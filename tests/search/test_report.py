@@ -165,6 +165,26 @@ def test_every_start_command_is_one_that_the_command_line_takes(devices: int):
             assert shlex.split(str(command))[1:] == command.arguments
 
 
+@pytest.mark.parametrize("often", [{"rate": 8.0}, {"concurrency": 6}, None], ids=str)
+def test_the_command_that_measures_has_the_share_of_one_engine(often: dict[str, Any] | None):
+    base = EngineConfig("", device="npu", block_size=128, max_model_len=2048)
+    space = Space(base, 8, max_num_seqs=(16,), only=(("tp", 4), ("ep", 1), ("dp", 1)))
+    lengths = ("lognormal:512:0.5", "32")
+    load = drawn(*lengths, 20, **often) if often else None
+    asked = Question(space, A2, MODEL, Routing(MODEL), load, lengths, fast=True, jobs=1)
+    plan = document(explore(asked), "MODEL")["plans"][0]
+    args = PARSER.parse_args(shlex.split(plan["bench"])[1:])
+    assert plan["engines"] == 2 and settings_of(args).max_num_seqs == 16
+    assert (args.input, args.output) == lengths
+    if load is not None and load.rate is not None:
+        assert args.rate == pytest.approx(load.rate / 2, rel=1e-3) and args.concurrency is None
+    else:
+        assert args.rate is None and args.concurrency == (3 if often else 16)
+    traced = document(explore(replace(asked, trace="a trace.jsonl")), "MODEL")["plans"][0]
+    args = PARSER.parse_args(shlex.split(traced["bench"])[1:])
+    assert args.load == "a trace.jsonl" and args.input is None
+
+
 def test_engines_of_one_node_get_devices_and_ports_of_their_own():
     commands = start_commands(candidate(16, Layout(tp=4)), "MODEL", A2)
     assert [command.node for command in commands] == [0, 0, 1, 1]

@@ -226,6 +226,7 @@ def _question(args: argparse.Namespace) -> tuple[Question, str]:
             args.fast,
             jobs=args.jobs,
             clip_to=space.base.max_model_len,
+            trace=args.load,
         ),
         name,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from moespan.device import DEVICES
@@ -54,6 +55,11 @@ def start_commands(candidate: Candidate, model: str, profile: Profile) -> list[C
                 environment = {variable: devices} if variable else {}
             found.append(Command(node, engine, environment, arguments))
     return found
+
+
+def bench_command(candidate: Candidate, model: str, load_flags: Sequence[str]) -> str:
+    """The command that measures one engine under its share of the load."""
+    return shlex.join(["moespan", "bench", model, *engine_flags(candidate), *load_flags])
 
 
 def engine_flags(candidate: Candidate) -> list[str]:

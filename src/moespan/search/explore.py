@@ -49,6 +49,7 @@ class Question:
         worst: take upper bounds of latencies that are guesses.
         jobs: cores to use; None: all.
         clip_to: tokens of the longest sequence, where there is no load.
+        trace: the file that the load comes from; None: lengths are drawn.
         times, memories: what questions about the same profile, model and routing share.
     """
 
@@ -66,6 +67,7 @@ class Question:
     worst: bool = False
     jobs: int | None = None
     clip_to: int | None = None
+    trace: str | None = None
     times: Times = field(default_factory=Times, compare=False, repr=False)
     memories: Memories = field(default_factory=dict, compare=False, repr=False)
 

@@ -79,8 +79,9 @@ def _summary(found: dict[str, Any]) -> Iterator[str]:
     yield f"<p>{verdict} {quality}</p><dl>"
     targets = ", ".join(found["targets"]) or "none"
     searched = found["searched"]
+    nodes = "nodes" if hardware["nodes"] > 1 else "node"
     for name, value in (
-        ("Devices", f"{hardware['devices']} in {hardware['nodes']} nodes"),
+        ("Devices", f"{hardware['devices']} in {hardware['nodes']} {nodes}"),
         ("Model", f"{scaled(model['parameters'], COUNTS)} parameters, {model['dtype']}"),
         ("Load", load["name"]),
         ("Targets", targets),
@@ -337,9 +338,9 @@ def _what_if(found: dict[str, Any]) -> Iterator[str]:
     if not others and not notes:
         return
     yield "<section><h2>What if</h2><ul>"
-    nodes, (_, tpot) = found["hardware"]["nodes"], statistics_of(found)
+    _, tpot = statistics_of(found)
     for one in others:
-        told = f"{nodes} → {one['nodes']} nodes: "
+        told = f"{one['change']}: "
         if not one["fits"]:
             yield f"<li>{told}nothing fits</li>"
             continue

@@ -18,7 +18,7 @@ from moespan.checkpoint.placement import count_parameters
 from moespan.planner.cost import Line
 from moespan.planner.outcome import Outcome, in_words
 from moespan.search.candidates import Candidate, Space
-from moespan.search.commands import engine_flags, start_commands
+from moespan.search.commands import bench_command, engine_flags, start_commands
 from moespan.search.explore import (
     Answer,
     Curve,
@@ -195,10 +195,28 @@ def _plan(answer: Answer, one: Found, model: str) -> dict[str, Any]:
         "prefill_step": [msgspec.to_builtins(line) for line in prefill],
         "num_sums": _num_sums(decode),
         "flags": shlex.join(engine_flags(candidate)),
+        "bench": bench_command(candidate, model, _load_flags(question, one)),
         "commands": [str(command) for command in commands[:_MOST_COMMANDS]],
         "num_commands": len(commands),
         "command_nodes": [command.node for command in commands[:_MOST_COMMANDS]],
     }
+
+
+def _load_flags(question: Question, one: Found) -> list[str]:
+    """The load of one engine, as `bench` takes it."""
+    load, engines = question.load, one.candidate.engines
+    if question.trace is not None:
+        found = ["--load", question.trace]
+    else:
+        found = ["--input", question.lengths[0], "--output", question.lengths[1]]
+    rate = load.rate if load is not None else None
+    if rate is not None and math.isfinite(rate):
+        return [*found, "--rate", f"{rate / engines:.4g}"]
+    assert one.predicted is not None
+    concurrency = one.predicted.concurrency or round(
+        one.estimate.sequences * one.candidate.layout.dp
+    )
+    return [*found, "--concurrency", str(max(concurrency, 1))]
 
 
 def _memory(candidate: Candidate, memory_bytes: float) -> dict[str, Any]:
@@ -284,16 +302,23 @@ def _what_if(answer: Answer, best: Found | None, change: int) -> dict[str, Any] 
     devices = space.devices + change * profile.devices_per_node
     if devices < 1:
         return None
+    is_whole = space.devices % profile.devices_per_node == 0
+    told = {
+        "nodes": nodes + change,
+        "devices": devices,
+        "change": f"{nodes} → {nodes + change} nodes"
+        if is_whole
+        else f"{space.devices} → {devices} devices",
+    }
     other = replace(question, space=replace(space, devices=devices), fast=True)
     found = explore(other)
     if not found.found:
-        return {"nodes": nodes + change, "devices": devices, "fits": False}
+        return {**told, "fits": False}
     first = found.found[0] if question.fast else simulated_one(other, found.found[0])
     before = capacity_of_all(replace(question, space=space), answer)
     after = capacity_of_all(other, found)
     return {
-        "nodes": nodes + change,
-        "devices": devices,
+        **told,
         "fits": True,
         "engines": first.candidate.engines,
         "layout_text": _layout_text(first.candidate),
@@ -485,8 +510,7 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
             f"{' '.join(_axes(plans[0]))} --out placement.json, then --expert-placement"
         )
     if not found["hardware"]["is_calibrated"] or close:
-        bench = f"moespan bench {found['model']['name']} {plans[0]['flags']}"
-        yield f"next       calibrate, or measure: {bench}"
+        yield f"next       calibrate, or measure: {plans[0]['bench']}"
     yield from _what_if_lines(found)
 
 
@@ -511,12 +535,12 @@ def _microseconds(worst: dict[str, Any], which: str) -> str:
 
 
 def _what_if_lines(found: dict[str, Any]) -> Iterator[str]:
-    nodes, (_, tpot) = found["hardware"]["nodes"], statistics_of(found)
+    _, tpot = statistics_of(found)
     now = found["plans"][0]["tpot_s"].get(tpot, {"value": 0.0})["value"]
     for other in found["what_if"]:
         if other is None:
             continue
-        change = f"{nodes} → {other['nodes']} nodes"
+        change = other["change"]
         if not other["fits"]:
             yield f"what if    {change}: nothing fits"
             continue
