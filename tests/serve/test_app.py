@@ -221,3 +221,30 @@ def test_a_whole_answer_and_a_stream_say_the_same():
         assert texts == {one["index"]: one["message"]["content"] for one in whole["choices"]}
 
     play(script, texts=["one", "二 🙂"])
+
+
+def test_requests_as_open_webui_makes_them_are_answered():
+    """As its router of OpenAI's API makes them: a conversation, and the title that it asks for."""
+
+    async def script(served: Served) -> None:
+        name = (await served.http.get("/v1/models")).json()["data"][0]["id"]
+        part = {"type": "text", "text": "12+30=", "cache_control": {"type": "ephemeral"}}
+        messages = [
+            {"role": "system", "content": "User Context:\n"},
+            {"role": "user", "content": [part]},
+        ]
+        asked = {"temperature": 0, "frequency_penalty": 0, "reasoning": {"effort": "low"}}
+        answer = await served.post(
+            "/v1/chat/completions",
+            **{"model": name, "messages": messages, "stream": True, **asked},
+            stream_options={"include_usage": True},
+        )
+        *told, usage = events(answer)
+        assert "".join(event["choices"][0]["delta"].get("content") or "" for event in told) == " 42"
+        assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 4
+        title = await served.chat("### Task:", model=name, max_completion_tokens=1000, stream=False)
+        assert title.json()["choices"][0]["message"]["content"] == " 42"
+        for one in (answer, title):
+            assert "x-moespan-ignored-fields" not in one.headers
+
+    play(script)
