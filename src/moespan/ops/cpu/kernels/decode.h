@@ -2,7 +2,7 @@
 // in the order of memory. Parts of a sequence are combined afterwards, so that threads can share it.
 //
 // Keys: for each token the dot products with the queries of 16 heads become one vector of scores.
-// So a softmax over tokens needs no sums across lanes. Values: 8 tokens of a head at a time, two
+// So a softmax over tokens needs no sums across lanes. Values: few tokens of a head at a time, two
 // of them in each dot product.
 //
 // bfloat16 is multiplied as it is, with weights rounded to bfloat16. int8 is multiplied as int16,
@@ -16,12 +16,15 @@
 
 namespace {
 
-constexpr int CHUNK = 64;             // tokens between two looks at the maximum
-constexpr int TOGETHER = 8;           // tokens whose values are read together
-constexpr int AHEAD = 8;              // tokens that the cache is asked for ahead
+constexpr int CHUNK = 256;            // tokens between two looks at the maximum; more than twice as
+                                      // many products of int16 would overflow their sum
 constexpr int WORDS = 2 * LANES;      // elements in a vector of words
 constexpr int64_t LEAST_PART = 64;    // tokens; fewer take longer to combine than they save
 constexpr int64_t MOST_PARTS = 256;   // of a sequence
+
+// Tokens whose values are read together; the cache is asked for the same number of tokens ahead.
+template <class T>
+constexpr int TOGETHER = 4 / sizeof(T);
 
 template <class T>
 using Sum = std::conditional_t<sizeof(T) == 1, i32x16, f32x16>;
@@ -71,7 +74,7 @@ void query_words(const bf16* q, const Heads& n, float scale, bf16* words, float*
 template <class T>
 inline void prefetch_head(const T* x, int64_t size) {
 #pragma GCC unroll 4
-    for (int64_t d = 0; d < size; d += 64 / sizeof(T)) __builtin_prefetch(x + d, 0, 2);
+    for (int64_t d = 0; d < size; d += 64 / sizeof(T)) __builtin_prefetch(x + d, 0, 3);
 }
 
 // The sum over 32 elements at a time of a key times a query.
@@ -87,7 +90,7 @@ inline Sum<T> dot(const T* key, const bf16* query, int64_t size) {
 
 // sums [width of up to 128 elements] + the values of pairs of tokens times their weights.
 template <class T>
-inline void weigh_values(const T* const (&values)[TOGETHER], int64_t at, int64_t size,
+inline void weigh_values(const T* const (&values)[TOGETHER<T>], int64_t at, int64_t size,
                          const uint32_t* weights, int64_t stride, float* sums) {
     constexpr int MOST = 4;
     Sum<T> acc[MOST][2];
@@ -97,7 +100,7 @@ inline void weigh_values(const T* const (&values)[TOGETHER], int64_t at, int64_t
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) acc[v][i] = load<Sum<T>>(sums + v * WORDS + i * LANES);
 #pragma GCC unroll 4
-    for (int j = 0; j < TOGETHER / 2; j++) {
+    for (int j = 0; j < TOGETHER<T> / 2; j++) {
         const u32x16 weight = u32x16{} + weights[j * stride];
         const T *x = values[2 * j] + at, *y = values[2 * j + 1] + at;
 #pragma GCC unroll 4
@@ -139,7 +142,7 @@ void weights_of(float* scores, int count, const int64_t* slots, const Cache& c, 
             }
             store(at, e);
         }
-        for (int t = count; t < ceil_div(count, TOGETHER) * TOGETHER; t++)
+        for (int t = count; t < ceil_div(count, TOGETHER<T>) * TOGETHER<T>; t++)
             store(scores + t * n.lanes + l, splat(0));
         const f32x16 factor = sizeof(T) == 1 ? largest / 32767.0f : splat(1);
         for (int t = 0; t < count; t += 2) {
@@ -153,7 +156,7 @@ void weights_of(float* scores, int count, const int64_t* slots, const Cache& c, 
                 store(pair, (u32x16)round_to_int(a * by) | (u32x16)round_to_int(b * by) << 16);
             }
         }
-        for (int t = count + count % 2; t < ceil_div(count, TOGETHER) * TOGETHER; t += 2)
+        for (int t = count + count % 2; t < ceil_div(count, TOGETHER<T>) * TOGETHER<T>; t += 2)
             store(weights + t / 2 * n.lanes + l, u32x16{});
         const f32x16 shrink = vexp(before - most);
         store(to.most + l, most);
@@ -185,12 +188,12 @@ void decode(const bf16* q, const Cache& c, const int32_t* table, int64_t first, 
     const T *keys = (const T*)c.keys, *values = (const T*)c.values;
     for (int64_t start = first; start < last; start += CHUNK) {
         const int count = (int)std::min<int64_t>(CHUNK, last - start);
-        int64_t slots[CHUNK + AHEAD];
-        for (int t = 0; t < CHUNK + AHEAD; t++)
+        int64_t slots[CHUNK + TOGETHER<T>];
+        for (int t = 0; t < std::min(count, CHUNK - TOGETHER<T>) + 2 * TOGETHER<T>; t++)
             slots[t] = slot_of(table, std::min(start + t, last - 1), c);
         for (int t = 0; t < count; t++) {
             const T* key = keys + slots[t] * row;
-            const T* next = keys + slots[t + AHEAD] * row;
+            const T* next = keys + slots[t + TOGETHER<T>] * row;
             for (int64_t l = 0; l < n.lanes; l += LANES) {
                 f32x16 x[LANES];
 #pragma GCC unroll 16
@@ -214,18 +217,18 @@ void decode(const bf16* q, const Cache& c, const int32_t* table, int64_t first, 
         }
         weights_of<T>(scores, count, slots, c, n, to, weights, factors, shrinks);
         std::memset(sums, 0, n.heads * width * sizeof(float));
-        for (int t = 0; t < count; t += TOGETHER) {
-            const T* at[TOGETHER];
-            const T* next[TOGETHER];
-            for (int j = 0; j < TOGETHER; j++) {
+        for (int t = 0; t < count; t += TOGETHER<T>) {
+            const T* at[TOGETHER<T>];
+            const T* next[TOGETHER<T>];
+            for (int j = 0; j < TOGETHER<T>; j++) {
                 at[j] = values + slots[t + j] * row;
-                next[j] = values + slots[t + AHEAD + j] * row;
+                next[j] = values + slots[t + TOGETHER<T> + j] * row;
             }
             for (int64_t h = 0; h < n.heads; h++) {
                 for (int64_t d = 0; d < size; d += 4 * WORDS)
                     weigh_values(at, head_at[h] + d, std::min<int64_t>(size - d, 4 * WORDS),
                                  weights + t / 2 * n.lanes + h, n.lanes, sums + h * width + d);
-                for (int j = 0; j < TOGETHER; j++) prefetch_head(next[j] + head_at[h], size);
+                for (int j = 0; j < TOGETHER<T>; j++) prefetch_head(next[j] + head_at[h], size);
             }
         }
         for (int64_t h = 0; h < n.heads; h++)
