@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import endurance
 import engine_overhead
 import operations
+import pipeline_idle
 
 from moespan.measure.overhead import PARTS
 from moespan.planner.work import Limits
@@ -49,6 +50,22 @@ def test_the_engines_own_cost_is_told_by_its_parts(
         (form, batch) for form in engine_overhead.FORMS for batch in (1, 3)
     ]
     assert len(lines) == 12 + len(results) + len(sampling) + len(masks)
+
+
+@pytest.mark.parametrize(("pp", "chunk", "chunks"), [(1, 40, 8), (4, 40, 8), (4, 20, 16)])
+def test_chunks_of_a_prompt_follow_each_other_through_the_stages(pp: int, chunk: int, chunks: int):
+    row = pipeline_idle.measure(pp, 1, 320, chunk)
+    assert (row.plans, row.first_token) == (chunks, pp + chunks - 1)
+    assert row.idle == pytest.approx((pp - 1) / (pp + chunks - 1))
+
+
+def test_idle_stages_are_told_for_each_size(capsys: pytest.CaptureFixture[str]):
+    sizes = "--pp 4 --prompts 1 2 --prompt-tokens 64 --chunks 8 16"
+    pipeline_idle.main(sizes.split())
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        ["4", prompts, chunk] for prompts in ("1", "2") for chunk in ("8", "16")
+    ]
 
 
 def test_many_requests_leave_memory_and_descriptors_flat(capsys: pytest.CaptureFixture[str]):

@@ -182,9 +182,24 @@ class Bench:
         self.first_scheduled += sorted(s.arrival for s in new if s.index == 0)
         for sequence in new:
             self._check_waited(sequence)
-        self.flights.append((plan, batch, self.context(plan, batch)))
+        self.flights.append((plan, batch, self._computed_context(plan, batch)))
         self.num_steps += 1
         return plan
+
+    def _computed_context(self, plan: StepPlan, batch: list[Sequence]) -> list[list[int | None]]:
+        """The cached values that are computed when the plan is made. The plans in flight compute
+        the others, each of which goes on where the previous one ends."""
+        computed = []
+        for sequence, values in zip(dict.fromkeys(batch), self.context(plan, batch), strict=True):
+            end = sequence.num_computed_tokens
+            for flight, sequences, _ in self.flights:
+                if sequence in sequences:
+                    at = sequences.index(sequence)
+                    assert flight.context_lens[at] == end
+                    end += flight.query_lens[at]
+            assert plan.context_lens[batch.index(sequence)] == end
+            computed.append(values[: sequence.num_computed_tokens])
+        return computed
 
     def _check_waited(self, sequence: Sequence) -> None:
         """A continuation is admitted only when the first one has computed the prompt, or ended."""
@@ -209,8 +224,8 @@ class Bench:
         plan, batch, planned_context = self.flights.popleft()
         context = self.context(plan, batch)
         assert None not in [value for values in context for value in values]
-        if not self.config.plans_ahead:
-            assert context == planned_context, "the context was not computed when planned"
+        for values, planned in zip(context, planned_context, strict=True):
+            assert values[: len(planned)] == planned, "the context changed after it was planned"
         corrupt = corrupt & {row.sequence for row in plan.samples}
         updates = self.scheduler.update(plan, self.model.execute(plan, corrupt))
         check_scheduler(self.scheduler)
@@ -1060,6 +1075,65 @@ def test_plans_in_flight_hold_different_sequences():
     ]
     bench.drain(depth=2)
     bench.check_outputs()
+
+
+def test_the_chunks_of_a_prompt_go_into_consecutive_plans_in_flight():
+    bench = Bench(budget=5)
+    (long,) = bench.add(prompt_of(12), ignore_eos=True, prompt_logprobs=1)
+    bench.add(prompt_of(6, seed=1), ignore_eos=True)
+    plans = [bench.plan() for _ in range(4)]
+    assert [plan.query_lens for plan in plans] == [[5], [5], [2, 3], [3]]
+    assert [plan.context_lens for plan in plans] == [[0], [5], [10, 0], [3]]
+    assert [len(plan.samples) for plan in plans] == [0, 0, 1, 1]
+    assert bench.schedule() is None  # until a token is known
+    for _ in range(3):
+        bench.deliver()
+    assert bench.plan().token_ids == [long.token_ids[-1]]
+    bench.drain(depth=4)
+    bench.check_outputs()
+
+
+def test_a_prompt_of_which_chunks_are_in_flight_is_aborted_and_then_its_blocks_are_freed():
+    bench = Bench(budget=5)
+    (sequence,) = bench.add(prompt_of(20), "a")
+    for _ in range(3):
+        bench.plan()
+    bench.abort("a")
+    assert bench.schedule() is None
+    for _ in range(2):
+        assert bench.deliver() == [] and sequence.block_table
+    assert bench.deliver() == [] and not sequence.block_table
+    bench.check_outputs()
+
+
+def test_a_prompt_with_chunks_in_flight_is_not_preempted_but_waits_until_it_can_be():
+    bench = Bench(num_blocks=8, budget=5, caching=False)
+    (old,) = bench.add(prompt_of(3, seed=1), ignore_eos=True, max_tokens=12)
+    bench.step()
+    (young,) = bench.add(prompt_of(26, seed=2), ignore_eos=True, max_tokens=2)
+    while not young.num_preemptions:
+        if bench.schedule() is None or len(bench.flights) == 3:
+            bench.deliver()
+    assert not young.in_flight and old.num_preemptions == 0
+    bench.drain(depth=3)
+    bench.check_outputs()
+
+
+def test_decodes_are_spread_over_the_plans_and_a_long_prompt_is_in_each_of_them():
+    config = EngineConfig(
+        "", Layout(pp=4), max_num_seqs=8, max_num_batched_tokens=16, max_model_len=256
+    )
+    scheduler, model = Scheduler(config, 64, VOCAB), PagedModel(config.block_size)
+    params = SamplingParams(max_tokens=99, ignore_eos=True)
+    for number in range(8):
+        scheduler.add(Request(id=str(number), prompt_token_ids=[number], params=params))
+    made = [scheduler.schedule() for _ in range(4)]
+    for plan in filter(None, made):
+        scheduler.update(plan, model.execute(plan))
+    scheduler.add(Request(id="long", prompt_token_ids=prompt_of(100), params=params))
+    sizes = [plan.query_lens for plan in (scheduler.schedule() for _ in range(4)) if plan]
+    assert [len(lengths) for lengths in sizes] == [4, 3, 3, 2]
+    assert [lengths[-1] for lengths in sizes] == [13, 14, 14, 15]
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,14 @@ All rules are first come, first served:
   and is not in flight. The preempted one waits again, keeps its output, and is recomputed. If all
   younger sequences are in flight, the older one waits for their results. It keeps its own blocks
   meanwhile, and nothing is admitted in such a step.
-- A sequence is in at most one plan in flight, and holds its blocks until the result is back.
-- With `plans_ahead` it may be in two. The second is made while the first runs, and names the
-  token that the first samples by its index. Limits of length are known ahead. If the sequence
-  turns out to have stopped, the second plan's token is dropped. If any sequence of the first plan
-  `needs_result`, the second plan waits for it, so that all sequences advance together.
+- The chunks of a prompt go into consecutive plans, which may all be in flight. The plan with the
+  last chunk samples a token, and the sequence waits for this token. A sequence holds its blocks
+  until all its results are back.
+- With `plans_ahead` a sequence may be in one more plan. This plan is made while the previous one
+  runs, and names the token that the previous one samples by its index. Limits of length are known
+  ahead. If the sequence turns out to have stopped, the second plan's token is dropped. If any
+  sequence of the first plan `needs_result`, the second plan waits for it, so that all sequences
+  advance together.
 - A sequence whose constraint `needs_tokens` is in no plan while a token of it is expected. The
   plans of others do not wait for it; but a plan ahead is made for such sequences alone only after
   the result, so that they come together in one plan.
@@ -25,8 +28,9 @@ All rules are first come, first served:
   full blocks, and compute the rest of the prompt themselves: at most one block. If the prompt
   fills no block, or the first one ends early, each computes the prompt.
 - `max_num_seqs` and `max_num_batched_tokens` bound each step; with several plans in flight, more
-  sequences run at a time. With pp stages, a plan takes at most 1/pp of the sequences, and leaves
-  as many to each plan that is still missing, so that every stage has one.
+  sequences run at a time. With pp stages, a plan takes all tokens of at most 1/pp of the
+  sequences, and leaves as many to each plan that is still missing, so that every stage has one.
+  Chunks after which more of a prompt is left do not count, since the next plan has work of them.
 
 So the oldest sequence is never preempted, and with nothing in flight it can always go on.
 """
@@ -38,6 +42,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from moespan.config import EngineConfig
 from moespan.engine.blocks import BlockAllocator
@@ -48,6 +53,22 @@ from moespan.engine.sequence import Sequence, Status
 from moespan.engine.step import PromptScores, Sampled, SampleRow, StepPlan, StepResult
 from moespan.engine.updates import SequenceUpdate
 from moespan.errors import ConfigError, MoespanError, RequestError, shown
+
+
+@dataclass
+class _Room:
+    """What a plan in the making can still take.
+
+    Attributes:
+        num_wholes: most sequences of which it takes all tokens that are left.
+    """
+
+    num_tokens: int
+    num_wholes: int
+
+    def fits(self, sequence: Sequence) -> bool:
+        """Whether the plan may take the next tokens of the sequence."""
+        return self.num_wholes > 0 or sequence.num_unplanned_tokens > self.num_tokens
 
 
 class Scheduler:
@@ -185,14 +206,14 @@ class Scheduler:
         )
         batch: list[Sequence] = []
         num_draft_rows = self._num_draft_rows
-        num_sequences_left = min(self.config.max_num_seqs, self._fair_share)
-        for sequence in self._ready_sequences():
-            num_tokens_left = self.config.max_num_batched_tokens - len(plan.token_ids)
-            num_tokens = min(sequence.num_tokens_of_next_chunk, num_tokens_left)
+        room = _Room(self.config.max_num_batched_tokens, self._fair_share)
+        for sequence in self._ready_sequences(room):
+            num_tokens = min(sequence.num_tokens_of_next_chunk, room.num_tokens)
+            is_whole = num_tokens == sequence.num_unplanned_tokens
             num_rows = len(plan.query_lens)
             most_drafts = min(
                 num_draft_rows,
-                num_tokens_left - num_tokens,
+                room.num_tokens - num_tokens,
                 self.config.max_num_seqs - num_rows - 1,
                 self._draft_slots(sequence),
             )
@@ -202,10 +223,11 @@ class Scheduler:
                 self._faults.append(self._fail(sequence, error))
                 continue
             num_draft_rows -= len(sequence.drafts)
-            num_sequences_left -= 1
+            room.num_wholes -= is_whole
             self._extend(plan, sequence, num_tokens, rows)
+            room.num_tokens = self.config.max_num_batched_tokens - len(plan.token_ids)
             batch += [sequence] * (1 + len(sequence.drafts))
-            if num_sequences_left == 0 or self._is_full(plan):
+            if self._is_full(plan):
                 break
         if not batch:
             return None
@@ -310,23 +332,29 @@ class Scheduler:
 
     @property
     def _fair_share(self) -> int:
-        """Most sequences for one plan, so that each pipeline stage gets one: its share of all
-        sequences, and of the ready ones, which the missing plans have to share."""
+        """Most sequences of which one plan takes all tokens, so that each pipeline stage gets some:
+        its share of all sequences, and of the ready ones, which the missing plans have to share."""
         pp = self.config.layout.pp
         if pp == 1:
             return self.config.max_num_seqs
-        num_ready = len(self.waiting) + sum(not s.in_flight for s in self.running)
+        num_ready = len(self.waiting) + sum(map(self._can_go_on, self.running))
         num_missing = max(pp - self.num_in_flight, 1)
         return min(-(-(len(self.running) + len(self.waiting)) // pp), -(-num_ready // num_missing))
 
-    def _ready_sequences(self) -> Iterator[Sequence]:
-        """Sequences that can go on, with the blocks they need: running ones, then waiting ones,
-        each of which is admitted when the caller reaches it."""
+    def _can_go_on(self, sequence: Sequence) -> bool:
+        """Whether a running sequence has tokens to compute that need no result."""
+        if not sequence.in_flight:
+            return True
+        if sequence.num_expected_tokens and not self._plans_ahead:
+            return False
+        return not (sequence.is_all_planned or sequence.awaits_token)
+
+    def _ready_sequences(self, room: _Room) -> Iterator[Sequence]:
+        """Sequences that can go on and that `room` fits, with the blocks they need: running ones,
+        then waiting ones, each of which is admitted when the caller reaches it."""
         num_preemptions = self.num_preemptions
         for sequence in tuple(self.running):
-            if sequence.in_flight and (
-                not self._plans_ahead or sequence.is_all_planned or sequence.awaits_token
-            ):
+            if not self._can_go_on(sequence) or not room.fits(sequence):
                 continue
             if sequence.status is Status.WAITING:  # preempted just now
                 continue
@@ -335,7 +363,7 @@ class Scheduler:
             yield sequence
         while self.waiting and self.num_preemptions == num_preemptions:
             sequence = self.waiting[0]
-            if not self._admit(sequence):
+            if not room.fits(sequence) or not self._admit(sequence):
                 return
             yield sequence
 
@@ -428,7 +456,7 @@ class Scheduler:
         self, plan: StepPlan, sequence: Sequence, num_tokens: int, rows: list[SampleRow]
     ) -> None:
         """Plan the next tokens of a sequence, and its drafts."""
-        start = sequence.num_computed_tokens + sequence.num_scheduled_tokens
+        start = sequence.num_planned_tokens
         end, drafts = start + num_tokens, sequence.drafts
         prompt = sequence.prompt_row(len(plan.query_lens), num_tokens)
         plan.prompts.extend([] if prompt is None else [prompt])

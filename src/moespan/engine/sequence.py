@@ -106,10 +106,14 @@ class Sequence:
         return self.num_tokens - self.num_prompt_tokens
 
     @property
+    def num_planned_tokens(self) -> int:
+        """Tokens that are computed or in flight."""
+        return self.num_computed_tokens + self.num_scheduled_tokens
+
+    @property
     def num_unplanned_tokens(self) -> int:
         """Tokens, expected ones included, that are neither computed nor in flight."""
-        known_or_expected = len(self.token_ids) + self.num_expected_tokens
-        return known_or_expected - self.num_computed_tokens - self.num_scheduled_tokens
+        return len(self.token_ids) + self.num_expected_tokens - self.num_planned_tokens
 
     @property
     def in_flight(self) -> bool:
@@ -126,7 +130,7 @@ class Sequence:
         """Whether it ends with the plans in flight, whatever the ids of the expected tokens."""
         if self.num_output_tokens + self.num_expected_tokens < self.max_output_tokens:
             return False
-        return self.num_computed_tokens + self.num_scheduled_tokens >= self.num_prompt_tokens
+        return self.num_planned_tokens >= self.num_prompt_tokens
 
     @property
     def awaits_token(self) -> bool:
@@ -152,8 +156,8 @@ class Sequence:
     def num_tokens_of_next_chunk(self) -> int:
         """Tokens that the next step may compute. Recomputing reported tokens after a preemption is
         a step of its own, so that each step reports on all of its tokens or on none."""
-        if self.owes_report and self.num_computed_tokens < self.num_reported_tokens:
-            return self.num_reported_tokens - self.num_computed_tokens
+        if self.owes_report and self.num_planned_tokens < self.num_reported_tokens:
+            return self.num_reported_tokens - self.num_planned_tokens
         return self.num_unplanned_tokens
 
     def timing(self) -> Timing:
@@ -202,7 +206,7 @@ class Sequence:
 
     def next_tokens(self, num_tokens: int) -> list[int]:
         """The next `num_tokens` unplanned tokens; an expected one is `~self.sample`."""
-        start = self.num_computed_tokens + self.num_scheduled_tokens
+        start = self.num_planned_tokens
         known = self.token_ids[start : start + num_tokens]
         return known if len(known) == num_tokens else [*known, ~self.sample]
 
@@ -222,7 +226,7 @@ class Sequence:
 
     def prompt_row(self, row: int, num_tokens: int) -> PromptRow | None:
         """The report wanted on the next `num_tokens`, if any."""
-        start = self.num_computed_tokens
+        start = self.num_planned_tokens
         if not self.owes_report or start < self.num_reported_tokens:
             return None
         end = start + num_tokens

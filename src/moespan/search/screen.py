@@ -138,7 +138,9 @@ class Screen:
         step_s, prefill_s = self._steps(demand, sequences)
         tokens_per_s = sequences / step_s
         chunks = self._chunks_per_prompt(demand, sequences)
-        ttft = (0.5 + self._is_ahead) * step_s + chunks * prefill_s
+        # Consecutive chunks of a prompt follow each other through the stages.
+        passes = 1 + (chunks - 1) / self._config.layout.pp
+        ttft = (0.5 + self._is_ahead) * step_s + passes * prefill_s
         if math.isfinite(wanted) and wanted > sequences:
             ttft += (wanted - sequences) * demand.output_tokens / tokens_per_s
         elif wanted > sequences:
