@@ -28,6 +28,7 @@ class NextToken:
         repeats = self._params.repetition_penalty != 1
         self._seen_prompt = sorted(set(request.prompt_token_ids)) if repeats else []
         self._seen_output: Counter[int] = Counter()
+        self._settled: SampleRow | None = None  # a row that holds for all positions from now on
 
     @property
     def needs_tokens(self) -> bool:
@@ -78,6 +79,15 @@ class NextToken:
         return twin
 
     def _row(self, sequence: int, position: int) -> SampleRow:
+        if self._settled is not None:
+            return self._settled.at(sequence, position)
+        row = self._new_row(sequence, position)
+        varies = self._params.penalizes or self._constraint is not None
+        if not varies and position >= self._params.min_tokens:
+            self._settled = row
+        return row
+
+    def _new_row(self, sequence: int, position: int) -> SampleRow:
         params, constraint = self._params, self._constraint
         barred = [] if position >= params.min_tokens else self._ends
         return SampleRow(

@@ -113,7 +113,8 @@ class Sequence:
     @property
     def num_unplanned_tokens(self) -> int:
         """Tokens, expected ones included, that are neither computed nor in flight."""
-        return len(self.token_ids) + self.num_expected_tokens - self.num_planned_tokens
+        known_or_expected = len(self.token_ids) + self.num_expected_tokens
+        return known_or_expected - self.num_computed_tokens - self.num_scheduled_tokens
 
     @property
     def in_flight(self) -> bool:
