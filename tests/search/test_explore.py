@@ -24,9 +24,11 @@ from moespan.search.candidates import (
     layouts,
     parse_axes,
 )
-from moespan.search.explore import Answer, Question, capacity, curves, explore
+from moespan.search.capacity import capacity, curves
+from moespan.search.document import document
+from moespan.search.explore import Answer, Question, explore
 from moespan.search.jobs import run_all
-from moespan.search.report import document, text
+from moespan.search.report import text
 
 MODEL = ModelConfig.from_dict(preset("16b", {}))
 A2 = profile.load("910b3")

@@ -22,9 +22,10 @@ from moespan.planner.memory import RankMemory
 from moespan.planner.outcome import Target
 from moespan.search.candidates import Candidate, Space
 from moespan.search.commands import start_commands
+from moespan.search.document import document
 from moespan.search.explore import Question, explore
 from moespan.search.pages import page
-from moespan.search.report import document, text
+from moespan.search.report import text
 from tests import tiers
 
 MODEL = ModelConfig.from_dict(preset("16b", {}))

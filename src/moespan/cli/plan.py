@@ -127,8 +127,9 @@ def run(args: argparse.Namespace) -> int:
     """Find the layouts that fit the machines and meet the targets, and rank them. The engine's own
     scheduler runs on predicted times. Nothing is started, no weights are read, no torch is needed.
     Exit code 1: no layout meets every target; the closest ones are shown."""
+    from moespan.search.document import document
     from moespan.search.explore import explore
-    from moespan.search.report import document, text
+    from moespan.search.report import text
 
     _check_files(args)
     question, name = _question(args)
