@@ -183,6 +183,13 @@ def test_what_if_compares_the_same_settings():
     assert ratios == pytest.approx([1.5, 0.5], rel=0.02)
 
 
+def test_what_if_names_nodes_or_the_devices_of_a_part_of_one():
+    for devices, words in ((8, "1 → 2 nodes"), (4, "4 → 12 devices")):
+        found = document(explore(question(devices, fast=True)), "MODEL", nodes=[1])
+        assert found["what_if"][0]["change"] == words
+        assert any(words in line for line in text(found))
+
+
 def test_a_placement_is_proposed_where_counts_say_that_it_pays():
     skewed = [1000] * 8 + [10] * 56  # all busy experts on the first ep rank
     short, lines = replace(MODEL, num_hidden_layers=2), {}
