@@ -273,7 +273,7 @@ class _Stage:
         self._of_tokens, self._of_rows = times.operations[key]
         self._of_group: dict[tuple[int, int, int, bool], _Times] = {}
         self._experts: dict[tuple[int, bool], _Times] = {}
-        self._of_members = functools.lru_cache(maxsize=1 << 13)(self._group_s)
+        self._of_members = functools.lru_cache(maxsize=1 << 9)(self._group_s)
 
     def seconds(self, groups: Iterable[tuple[ReplicaStep, ...]], is_decode: bool) -> float:
         """Seconds of the slowest replicas, each group of which shares experts."""
