@@ -58,7 +58,8 @@ make_root() {
     python3 -m pip install "${flags[@]}" --no-deps "torch==2.10.0"
     python3 -m pip install "${flags[@]}" --constraint <(grep -v '^torch' constraints.txt) \
         filelock typing-extensions sympy networkx fsspec setuptools \
-        numpy safetensors tokenizers jinja2 msgspec tqdm pytest hypothesis
+        numpy safetensors tokenizers jinja2 msgspec tqdm pytest hypothesis \
+        starlette uvicorn h11 prometheus-client httpx llguidance
     cpuinfo >"$ROOT/cpuinfo"
     touch "$ROOT/made"
 }
@@ -92,7 +93,8 @@ inside() {
         shift
         exec chroot "$root" /usr/bin/env -i HOME=/root PATH=/usr/bin:/bin TERM="${TERM:-dumb}" \
             QEMU_CPU="$QEMU_CPU" LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 \
-            PYTHONPATH=/project/src:/opt/packages \
+            PYTHONPATH=/project/src:/opt/packages OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
+            MOESPAN_BUILD_TIMEOUT="${MOESPAN_BUILD_TIMEOUT:-3600}" \
             sh -c '"'"'cd /project && exec "$@"'"'"' sh "$@"
     ' bash "$ROOT" "$@"
 }

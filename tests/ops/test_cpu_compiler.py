@@ -55,6 +55,19 @@ def test_an_old_gcc_is_refused_with_the_reason(
         library()
 
 
+def test_a_build_has_as_many_seconds_as_the_environment_says(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CXX", compiler(tmp_path, "exec sleep 60"))
+    monkeypatch.setenv("MOESPAN_BUILD_TIMEOUT", "0.2")
+    with pytest.raises(BuildError, match=r"no library after 0\.2 s; set MOESPAN_BUILD_TIMEOUT to"):
+        library()
+    for wrong in "0", "nan", "inf", "long":
+        monkeypatch.setenv("MOESPAN_BUILD_TIMEOUT", wrong)
+        with pytest.raises(BuildError, match=rf"MOESPAN_BUILD_TIMEOUT='{wrong}' is no number"):
+            library()
+
+
 # In place of the compiler: writes a file that is no library, and counts its runs.
 NO_LIBRARY = 'while [ "$1" != -o ]; do shift; done; echo no > "$2"'
 

@@ -3,13 +3,14 @@
 At first use the C++ compiler named by `CXX`, or `c++`, builds the library. `CXX` may have arguments
 (`ccache g++`, `g++ -m64`). The library goes to moespan's cache folder (`moespan.cache_folder`). Its
 name depends on source, compiler and processor, so that machines can share the folder. A build fails
-after 300 s.
+after `MOESPAN_BUILD_TIMEOUT` seconds (300), which an emulated or busy processor may need more of.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -20,12 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moespan.cache_folder import CacheError, cache_path
-from moespan.errors import shortened
+from moespan.errors import shortened, shown
 from moespan.ops.cpu.kernel_cache import KernelCache
 
 _FOLDER = Path(__file__).with_name("kernels")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
-_BUILD_TIMEOUT_S = 300
+_BUILD_TIMEOUT_S = 300.0
+_MOST_TIMEOUT_S = 86400.0
 
 
 class BuildError(CacheError):
@@ -47,14 +49,15 @@ def library(*flags: str) -> ctypes.CDLL:
     """
     command = _command(flags)
     name = _name(command)
+    timeout_s = _timeout_s()
     with KernelCache(cache_path()) as cache:
         loaded = cache.load(f"{name}.so")
         if loaded is not None:
             return loaded
-        with cache.locked(f"{name}.lock", _BUILD_TIMEOUT_S):
+        with cache.locked(f"{name}.lock", timeout_s):
             loaded = cache.load(f"{name}.so")
             if loaded is None:
-                cache.store(f"{name}.so", _build(command))
+                cache.store(f"{name}.so", _build(command, timeout_s))
                 loaded = cache.load(f"{name}.so")
     if loaded is None:
         raise BuildError(f"{cache.path} does not keep what is written to it; set MOESPAN_CACHE")
@@ -101,7 +104,21 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.split("\t")[0].strip() in names)
 
 
-def _build(command: list[str]) -> bytes:
+def _timeout_s() -> float:
+    said = os.environ.get("MOESPAN_BUILD_TIMEOUT", "").strip()
+    try:
+        timeout_s = float(said or _BUILD_TIMEOUT_S)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s <= _MOST_TIMEOUT_S:
+        raise BuildError(
+            f"MOESPAN_BUILD_TIMEOUT={shown(said)} is no number of seconds above 0 and up to "
+            f"{_MOST_TIMEOUT_S:g}; unset it for {_BUILD_TIMEOUT_S:g}"
+        )
+    return timeout_s
+
+
+def _build(command: list[str], timeout_s: float) -> bytes:
     """The library that the compiler makes."""
     try:
         with tempfile.TemporaryDirectory(prefix="moespan-") as folder:
@@ -113,11 +130,16 @@ def _build(command: list[str]) -> bytes:
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=_BUILD_TIMEOUT_S,
+                timeout=timeout_s,
             )
             if done.returncode:
                 lines = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
                 raise BuildError(f"{' '.join(command)}: {shortened(lines[0], 400)}")
             return out.read_bytes()
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise BuildError(
+            f"{' '.join(command)}: no library after {timeout_s:g} s; set MOESPAN_BUILD_TIMEOUT to "
+            "more seconds if this machine is that slow"
+        ) from None
+    except OSError as error:
         raise BuildError(f"{' '.join(command)}: {error}") from None
