@@ -31,7 +31,7 @@ main() {
             mkdir -p .pythons
             lower_bounds >.pythons/lowest.txt
             # No Triton: torch's own pin of it is older than what the kernels for CUDA need.
-            (make_environment .pythons/lowest "" .pythons/lowest.txt "$python" &&
+            (make_environment .pythons/lowest "[serve,grammar]" .pythons/lowest.txt "$python" &&
                 pip_install .pythons/lowest/bin/python --constraint .pythons/lowest.txt \
                     "${TEST_PACKAGES[@]}") || exit 1
         else
@@ -42,7 +42,7 @@ main() {
     [ ${#failed[@]} -eq 0 ] || fail "failed: ${failed[*]}"
 }
 
-TEST_PACKAGES=(pytest pytest-xdist hypothesis matplotlib ruff mypy)
+TEST_PACKAGES=(pytest pytest-xdist hypothesis matplotlib ruff mypy httpx pyyaml playwright)
 
 find_version() {
     local candidate
@@ -56,8 +56,9 @@ find_version() {
 
 # The lower bounds of what moespan needs, and the pins of what only the tests need.
 lower_bounds() {
-    sed -n '/^dependencies = \[/,/^\]/s/^ *"\(.*\)>=\(.*\)",$/\1==\2/p' pyproject.toml
-    grep -E '^(pytest|hypothesis|matplotlib|ruff|mypy)' constraints.txt
+    sed -nE '/^dependencies = \[/,/^\]/p; /^(serve|grammar) = /p' pyproject.toml |
+        grep -oE '"[^"]+>=[^"]+"' | tr -d '"' | sed 's/>=/==/'
+    grep -E '^(pytest|hypothesis|matplotlib|ruff|mypy|httpx|pyyaml|playwright)' constraints.txt
 }
 
 main "$@"

@@ -91,17 +91,33 @@ def test_each_package_has_one_pin_that_its_lower_bound_allows() -> None:
             assert numbers[0] <= numbers[1], f"{name}>={bound}, but the pin is {pins[name]}"
 
 
-def test_emulation_is_skipped_where_the_emulator_is_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["emulate.sh aarch64", "bare.sh trixie"])
+def test_another_system_is_skipped_where_its_tools_are_missing(
+    tmp_path: Path, command: str
+) -> None:
+    script, argument = command.split()
     for tool in ("bash", "dirname", "id"):
         (tmp_path / tool).symlink_to(shutil.which(tool) or "")
     done = subprocess.run(
-        [tmp_path / "bash", ROOT / "tools" / "emulate.sh", "aarch64"],
+        [tmp_path / "bash", ROOT / "tools" / script, argument],
         env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 77
     assert done.stderr.startswith("skipped: ") and done.stderr.count("\n") == 1
+
+
+def test_the_lower_bounds_of_all_that_tests_import_are_tried() -> None:
+    function = "eval \"$(sed -n '/^lower_bounds()/,/^}/p' tools/pythons.sh)\"; lower_bounds"
+    done = subprocess.run(["bash", "-c", function], cwd=ROOT, capture_output=True, text=True)
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", done.stdout, re.MULTILINE))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needed = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    extras = re.findall(r"^(?:serve|grammar) = \[(.*)\]", project, re.MULTILINE)
+    assert needed is not None and len(extras) == 2
+    bounds = re.findall(r'"([\w-]+)>=([\d.]+)"', " ".join([needed[1], *extras]))
+    assert len(bounds) >= 12 and dict(bounds).items() <= pins.items()
 
 
 def test_a_python_that_is_promised_and_missing_fails_the_run(tmp_path: Path) -> None:

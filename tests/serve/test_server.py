@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import ssl
 import stat
 import subprocess
@@ -156,6 +157,15 @@ def test_a_certificate_makes_https(tmp_path: Path):
     play(script, port=0, **paths)
     with pytest.raises(ConfigError, match="--ssl-certfile"):
         Server(lambda *_: None, ServeOptions(ssl_certfile=str(key), ssl_keyfile=str(cert)))  # type: ignore[arg-type]
+    os.mkfifo(tmp_path / "fifo")
+    for field, name, says in (
+        ("ssl_certfile", "fifo", "--ssl-certfile .*it is a FIFO"),
+        ("ssl_keyfile", "fifo", "--ssl-keyfile .*it is a FIFO"),
+        ("ssl_ca_certs", "gone.pem", "--ssl-ca-certs .*gone.pem.* cannot be read: .*No such file"),
+    ):
+        options = ServeOptions(**{**paths, field: str(tmp_path / name)})
+        with pytest.raises(ConfigError, match=says):
+            Server(lambda *_: None, options)  # type: ignore[arg-type]
 
 
 def test_a_prefix_of_a_proxy_is_taken_with_and_without():

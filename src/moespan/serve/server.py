@@ -16,7 +16,8 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, shortened
+from moespan.files import open_regular
 from moespan.serve.edge import OnEnd
 from moespan.serve.options import ServeOptions
 from moespan.serve.wire import Turns, Wire
@@ -107,6 +108,20 @@ def url_of(sock: socket.socket, options: ServeOptions) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{options.prefix}"
 
 
+def _refuse_odd_files(options: ServeOptions) -> None:
+    """OpenSSL would wait at a FIFO without end, and its errors name no file."""
+    for flag, path in (
+        ("--ssl-certfile", options.ssl_certfile),
+        ("--ssl-keyfile", options.ssl_keyfile),
+        ("--ssl-ca-certs", options.ssl_ca_certs),
+    ):
+        if path is not None:
+            try:
+                open_regular(path).close()
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{flag} {shortened(path)} cannot be read: {error}") from None
+
+
 class Server(uvicorn.Server):
     """uvicorn on one socket, without signals of its own. `should_exit` ends it.
 
@@ -120,6 +135,7 @@ class Server(uvicorn.Server):
     def __init__(
         self, app: ASGIApp, options: ServeOptions, on_end: OnEnd = lambda route, status: None
     ) -> None:
+        _refuse_odd_files(options)
         # uvicorn would write to stderr in its own form; what matters is logged by us.
         logging.getLogger("uvicorn").propagate = False
         if not logging.getLogger("uvicorn").handlers:
