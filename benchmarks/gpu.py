@@ -92,6 +92,7 @@ class Sizes:
     """Sizes to measure, with a GPU and without one."""
 
     check_tokens: tuple[int, ...]
+    check_blocks: int
     decode_batch: tuple[int, ...]
     contexts: tuple[int, ...]
     prefill: tuple[int, ...]
@@ -103,6 +104,7 @@ class Sizes:
 
 ON_A_CARD = Sizes(
     check_tokens=(1, 3, 8, 65, 257),
+    check_blocks=20,
     decode_batch=(1, 8, 32, 128, 256),
     contexts=(512, 4096),
     prefill=(512, 2048, 4096),
@@ -113,6 +115,7 @@ ON_A_CARD = Sizes(
 )
 ELSEWHERE = Sizes(
     check_tokens=(1, 5),
+    check_blocks=4,
     decode_batch=(1, 3),
     contexts=(8, 24),
     prefill=(8,),
@@ -197,9 +200,17 @@ def product_checks(
 
 
 def operation_checks(
-    ops: Ops, config: ModelConfig, dtype: torch.dtype, num_tokens: int, device: torch.device
+    ops: Ops,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    num_tokens: int,
+    most_blocks: int,
+    device: torch.device,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Results as `Inputs.both` yields them, for all other operations."""
+    """Results as `Inputs.both` yields them, for all other operations.
+
+    Contexts of attention have fewer than `most_blocks` blocks.
+    """
     inputs = Inputs(ops, dtype, device)
     draw, both = inputs.draw, inputs.both
     width, num_experts = config.hidden_size, config.n_routed_experts or 1
@@ -214,7 +225,7 @@ def operation_checks(
     head_size, block_size = config.head_dim, DEVICES["cuda"].block_size
     draws = random.Random(num_tokens)
     for name, query_lens in (("decode", [1] * num_tokens), ("mixed", [num_tokens, 1, 2])):
-        context_lens = [draws.randrange(20 * block_size) for _ in query_lens]
+        context_lens = [draws.randrange(most_blocks * block_size) for _ in query_lens]
         counts = [
             -(-(query + context) // block_size)
             for query, context in zip(query_lens, context_lens, strict=True)
@@ -265,7 +276,7 @@ def check_operations(
 
     for dtype, num_tokens in itertools.product(dtypes, sizes.check_tokens):
         row = {"dtype": str(dtype), "tokens": num_tokens}
-        for check in operation_checks(ops, config, dtype, num_tokens, device):
+        for check in operation_checks(ops, config, dtype, num_tokens, sizes.check_blocks, device):
             note(check, TOLERANCE[dtype], **row)
         for quantization in (None, *quantizations):
             limit = max(TOLERANCE[dtype], ROUNDED.get(quantization or "", 0.0))

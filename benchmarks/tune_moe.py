@@ -61,10 +61,10 @@ def candidates(kernel: str, rows: int, quick: bool) -> Iterator[dict[str, int]]:
 
 
 def measure(run: Callable[[], object], device: torch.device, times: int) -> float:
-    """Least seconds of a call; infinite for tiles that do not fit on the card."""
+    """Least seconds of `times` calls; infinite for tiles that do not fit on the card."""
     best = float("inf")
     try:
-        for _ in range(times + 2):
+        for _ in range(times):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
@@ -130,7 +130,7 @@ def tune(
                         if kernel == "gate_up" and sizes["BLOCK_M"] != current["down"]["BLOCK_M"]:
                             continue
                         current[kernel] = sizes
-                        seconds = measure(run, device, 2 if quick else 10)
+                        seconds = measure(run, device, 1 if quick else 12)
                         timed.append((seconds, json.dumps(sizes)))
                     seconds, best = min(timed)
                     current[kernel] = json.loads(best)

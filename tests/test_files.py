@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moespan.files import open_regular, parse_json, read_bytes, read_json
+from moespan.errors import MoespanError
+from moespan.files import open_regular, parse_json, read_bytes, read_json, write
 
 
 def make_socket(path: Path) -> None:
@@ -82,3 +83,8 @@ def test_what_is_not_json_of_a_bounded_size_is_refused(data: bytes, tmp_path: Pa
 def test_json_is_read(tmp_path: Path):
     (tmp_path / "file").write_text('{"a": [1, "é"]}', encoding="utf-8")
     assert read_json(tmp_path / "file") == {"a": [1, "é"]}
+
+
+def test_a_full_disk_is_named_with_its_file() -> None:
+    with pytest.raises(MoespanError, match=r"^/dev/full cannot be written: No space left on dev"):
+        write("/dev/full", "some text")

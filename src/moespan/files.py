@@ -4,8 +4,8 @@ A checkpoint from elsewhere may hold a FIFO, where a read waits without end, or 
 that never ends. `open_regular` refuses both, and never waits. `read_bytes` counts the bytes that it
 reads, because the size that the system reports may be wrong, and a file may grow.
 
-All functions raise `OSError` for a file that cannot be read, and `ValueError` for its contents. The
-caller knows what the file is, and names it. Imports no torch.
+All functions that read raise `OSError` for a file that cannot be read, and `ValueError` for its
+contents. The caller knows what the file is, and names it. `write` names its file. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import os
 import stat
 from pathlib import Path
 from typing import Any
+
+from moespan.errors import MoespanError
 
 MOST_JSON_BYTES = 4 << 20
 """Bytes of a JSON file of settings; the largest of a published model has a tenth."""
@@ -63,6 +65,18 @@ def read_bytes(path: str | Path, most_bytes: int) -> bytes:
     """
     with open_regular(path) as file:
         return read_rest(file, most_bytes)
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8.
+
+    Raises:
+        MoespanError: the file cannot be written. The system's errors of a full disk name no file.
+    """
+    try:
+        Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise MoespanError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def read_rest(file: io.FileIO, most_bytes: int) -> bytes:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import resource
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +21,8 @@ from tests.tiers import every
 
 TINY = DATA / "oracle" / "tiny"
 REFERENCE = TINY / "ref" / "ref_logits.safetensors"
+COUNTS = {layer: [90, 80, 70, 60, 50, 40, 30, 20, *[1] * 8] for layer in (1, 2, 3)}
+"""Tokens of each expert of the quickstart model."""
 MOST_SECONDS = 150
 """Far more than any of these takes, even on a machine that is busy with other tests."""
 
@@ -33,10 +39,20 @@ VERBS = {
     "doctor": "doctor --device cpu",
     "make-checkpoint": "make-checkpoint {tmp}/made",
     "quantize": "quantize {quick} {tmp}/quantized",
+    "chat": "chat {quick} --quiet --device cpu --max-tokens 2",
+    "serve": "serve {quick} --device cpu --uds {tmp}/socket",
+    "plan": (
+        "plan {quick} --hardware h100 --devices 1 --input 16 --output 4 --num-requests 20 --rate 1 "
+        "--ttft 10s --tpot 10s --max-num-seqs 4 --jobs 1 --what-if none --json {tmp}/plan"
+    ),
+    "experts": "experts {quick} -ep 2 -dp 2 --counts {tmp}/counts --out {tmp}/placement",
+    "calibrate": "calibrate --preset tiny --device cpu --seconds 1 --out {tmp}/profile",
 }
-PRINTING = {"generate", "verify", "bench", "info", "doctor", "reference"}
-WRITING = {"generate-file", "reference", "make-checkpoint", "quantize"}
-WITHOUT_TORCH = frozenset({"info", "doctor"})
+PRINTING = {"generate", "verify", "bench", "info", "doctor", "reference", "chat", "plan", "experts"}
+WRITING = {
+    *("generate-file", "reference", "make-checkpoint", "quantize", "plan", "experts", "calibrate")
+}
+WITHOUT_TORCH = frozenset({"info", "doctor", "plan", "experts"})
 
 
 @dataclass(frozen=True)
@@ -101,13 +117,15 @@ SURROUNDINGS = {
 }
 # The rows that test code of all verbs in common take only some.
 ONLY = {
+    "no stdout": EVERY - {"calibrate"},
+    "little memory": EVERY - {"serve"},
     "a home that is not there": {"generate"},
     "a full stdout": {"generate", "info"},
     "no stderr": {"generate", "info", "quantize"},
     "no streams": {"generate-file", "doctor", "make-checkpoint"},
     "no current folder": {"generate", "info"},
-    "few descriptors": EVERY - {"bench"},
-    "a full disk": WRITING,
+    "few descriptors": EVERY - {"bench", "calibrate", "chat"},
+    "a full disk": WRITING - {"calibrate"},  # whose files of its own come first
 }
 
 
@@ -136,6 +154,7 @@ def test_a_verb_works_or_says_why_not_in_one_line(tmp_path: Path, surroundings: 
 
 def run_in(broken: Broken, verb: str, folder: Path) -> tuple[int, str]:
     """Run a verb; → its exit code, and all that it says on stderr."""
+    (folder / "counts").write_text(json.dumps({"counts": COUNTS}))
     (folder / "in").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
     command = VERBS[verb].format(quick=QUICKSTART, tiny=TINY, ref=REFERENCE, tmp=folder)
     current = folder / "gone"
@@ -156,14 +175,36 @@ def run_in(broken: Broken, verb: str, folder: Path) -> tuple[int, str]:
         for limit, value in broken.limits.items():
             resource.setrlimit(limit, (value, value))
 
-    process = subprocess.run(
-        [sys.executable, "-m", "moespan", *command.split()],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,  # not a file, whose size a limit could bound
-        env=environment,
-        cwd=current,
-        timeout=MOST_SECONDS,
-        preexec_fn=prepare,
-    )
-    return process.returncode, process.stderr.decode()
+    with (
+        (folder / "in").open() as stdin,
+        subprocess.Popen(
+            [sys.executable, "-m", "moespan", *command.split()],
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,  # not a file, whose size a limit could bound
+            env=environment,
+            cwd=current,
+            preexec_fn=prepare,
+        ) as process,
+    ):
+        try:
+            if verb == "serve":
+                end_once_it_answers(process, folder / "socket")
+            said = process.communicate(timeout=MOST_SECONDS)[1].decode()
+        finally:
+            process.kill()
+    return process.returncode, said
+
+
+def end_once_it_answers(process: subprocess.Popen[bytes], path: Path) -> None:
+    """Ask the server for `/ready` until it says yes, and end it like a supervisor does."""
+    ends_at = time.monotonic() + MOST_SECONDS
+    while process.poll() is None and time.monotonic() < ends_at:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(5)
+            client.connect(str(path))
+            client.sendall(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            if client.recv(12) == b"HTTP/1.1 200":
+                process.terminate()
+                return
+        time.sleep(0.2)

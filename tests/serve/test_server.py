@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import ssl
@@ -19,7 +20,14 @@ from moespan.cli import serve as verb
 from moespan.errors import ConfigError
 from moespan.serve.openapi import document, openapi
 from moespan.serve.options import ServeOptions, flag_of, flags_table, options
-from moespan.serve.server import PortTakenError, Server, listen, listen_apart, url_of
+from moespan.serve.server import (
+    PortTakenError,
+    Server,
+    check_open_files,
+    listen,
+    listen_apart,
+    url_of,
+)
 from tests.serve.scene import Served, Wired, play, quickstart
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,3 +259,12 @@ def test_tokens_and_text_as_lm_eval_asks_for_them():
         assert response.status_code == 400 and "1048576" in response.text
 
     play(script)
+
+
+def test_a_limit_of_files_under_which_nobody_is_accepted_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for most, says in ((9, "may open 9 files, .* ulimit -n 65536"), (64, None), (-1, None)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, most=most: (most, most))
+        with pytest.raises(ConfigError, match=says) if says else contextlib.nullcontext():
+            check_open_files()

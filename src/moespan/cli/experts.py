@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moespan import files
 from moespan.cli.flags import add_model_flags, settings_of
 from moespan.cli.show import check_writable
 from moespan.config import DTYPE_BYTES, EngineConfig, ExpertTable, ModelConfig
@@ -73,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
         lines.append(_predicted(args.hardware, model, routing, config, placed))
     print("\n".join(lines))
     if args.out is not None:
-        args.out.write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=0) + b"\n")
+        files.write(args.out, msgspec.json.format(msgspec.json.encode(table), indent=0) + b"\n")
     title = f"Tokens of experts: {args.counts}"
     if args.html is not None:
-        args.html.write_text(heat.page(counts, title, lines), encoding="utf-8")
+        files.write(args.html, heat.page(counts, title, lines))
     if args.plot is not None:
         heat.plot(counts, title, args.plot)
     return 0

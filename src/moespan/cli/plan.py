@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from moespan import files
 from moespan.cli.flags import integers
 from moespan.cli.show import EXIT_FAILED, check_writable, say
 from moespan.config import DTYPE_BYTES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig, ModelConfig
@@ -172,11 +173,11 @@ def _check_files(args: argparse.Namespace) -> None:
 
 def _write_files(args: argparse.Namespace, found: dict[str, Any]) -> None:
     if args.json:
-        Path(args.json).write_text(_as_json(found) + "\n", encoding="utf-8")
+        files.write(args.json, _as_json(found) + "\n")
     if args.html:
         from moespan.search.pages import page
 
-        Path(args.html).write_text(page(found), encoding="utf-8")
+        files.write(args.html, page(found))
     if args.plot:
         from moespan.search.plot import plot
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from moespan.serve.auth import Keys, check_reach
     from moespan.serve.served import ServedModel
-    from moespan.serve.server import listen, listen_apart
+    from moespan.serve.server import check_open_files, listen, listen_apart
 
     if not hasattr(args, "model"):  # the flags of an engine have no default
         args.usage_error("the argument MODEL is required")
@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         serve_node(config, nodes, comes_back=True)
     keys = Keys(chosen)
     check_reach(chosen, keys)
+    check_open_files()
     with contextlib.ExitStack() as listening:
         socks = [listening.enter_context(listen(chosen))]
         socks += map(listening.enter_context, listen_apart(chosen))

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 
+from moespan import files
 from moespan.checkpoint.presets import preset
 from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.device import DEVICES
@@ -229,7 +230,7 @@ class Calibration:
         with tempfile.TemporaryDirectory(prefix="moespan-") as name:
             folder = Path(name)
             small = preset("tiny", {"vocab_size": max(self.model.vocab_size, 1024)})
-            (folder / "config.json").write_text(json.dumps(small))
+            files.write(folder / "config.json", json.dumps(small))
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 source = self.folder / file if self.folder is not None else None
                 if source is not None and source.exists():

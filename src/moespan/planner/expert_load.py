@@ -214,7 +214,8 @@ def _drawn_maximum(
 def write_counts(path: Path, counts: dict[int, list[int]]) -> None:
     """Write counts as `Routing.read` takes them."""
     shown = {str(layer): row for layer, row in counts.items()}
-    path.write_bytes(msgspec.json.format(msgspec.json.encode({"counts": shown}), indent=0) + b"\n")
+    text = msgspec.json.format(msgspec.json.encode({"counts": shown}), indent=0)
+    files.write(path, text + b"\n")
 
 
 def _read_counts(path: Path, config: ModelConfig) -> dict[int, list[int]]:

@@ -370,7 +370,7 @@ def save(profile: Profile, path: str | Path) -> None:
     path = Path(path)
     text = msgspec.json.format(msgspec.json.encode(profile), indent=1)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text + b"\n")
+    files.write(partial, text + b"\n")
     partial.replace(path)
 
 

@@ -426,7 +426,9 @@ def _wrong(name: str, raw: msgspec.Raw, declared: Any, error: Exception) -> Refu
 def _members(declared: Any) -> list[Any]:
     parts = getattr(declared, "__args__", ()) if "|" in str(declared) else (declared,)
     kinds = [getattr(part, "__origin__", part) for part in parts]
-    return [dict if issubclass(kind, msgspec.Struct) else kind for kind in kinds]
+    return [
+        dict if kind is not Any and issubclass(kind, msgspec.Struct) else kind for kind in kinds
+    ]
 
 
 def _check_depth(value: Any, name: str, depth: int = 1) -> None:

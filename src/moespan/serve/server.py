@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import resource
 import socket
 import ssl
 import stat
@@ -23,6 +24,7 @@ from moespan.serve.options import ServeOptions
 from moespan.serve.wire import Turns, Wire
 
 _BACKLOG = 2048
+_LEAST_FILES = 64  # 20 without any connection
 
 SHUTDOWN_S = 5
 """Seconds that clients have to read the ends of their answers when the server ends."""
@@ -41,6 +43,20 @@ def listen(options: ServeOptions) -> socket.socket:
     if options.uds is not None:
         return _listen_at_path(Path(options.uds))
     return _listen_at_port(options.host, options.port, "--port")
+
+
+def check_open_files() -> None:
+    """Refuse a limit of open files under which the server would listen and accept nobody.
+
+    Raises:
+        ConfigError: the limit is below `_LEAST_FILES`.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < _LEAST_FILES:
+        raise ConfigError(
+            f"a process may open {most} files, and a server needs {_LEAST_FILES} at least; set "
+            "ulimit -n 65536, or LimitNOFILE= of the unit"
+        )
 
 
 def listen_apart(options: ServeOptions) -> list[socket.socket]:
