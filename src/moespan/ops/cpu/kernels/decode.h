@@ -37,8 +37,7 @@ struct Heads {
 
     int64_t partial_bytes() const { return (heads * width + 2 * lanes) * sizeof(float); }
     int64_t scratch_bytes() const {
-        return lanes * width * 2 + (heads * width + 4 * lanes + 2 * CHUNK * lanes) * 4 +
-               partial_bytes();
+        return lanes * width * 2 + (heads * width + 4 * lanes + 2 * CHUNK * lanes) * 4;
     }
 };
 
