@@ -47,7 +47,7 @@ MAY_KNOW_DEVICES = {"device", "ops", "machine", "doctor"}
 
 MOST_LINES_OF_A_FUNCTION = 80
 ENGINE_CORE = ("engine", "scheduler", "sequence", "blocks", "step", "replicas", "worker")
-MOST_LINES_OF_THE_ENGINE_CORE = 1635  # 1500, drafts in plans and results, chunks in plans in flight
+MOST_LINES_OF_THE_ENGINE_CORE = 1640  # 1500, drafts in plans and results, chunks in plans in flight
 
 SAME_NAME = {
     "bench": "a verb, and what it runs",

@@ -211,12 +211,14 @@ class Scheduler:
             num_tokens = min(sequence.num_tokens_of_next_chunk, room.num_tokens)
             is_whole = num_tokens == sequence.num_unplanned_tokens
             num_rows = len(plan.query_lens)
-            most_drafts = min(
-                num_draft_rows,
-                room.num_tokens - num_tokens,
-                self.config.max_num_seqs - num_rows - 1,
-                self._draft_slots(sequence),
-            )
+            most_drafts = num_draft_rows
+            if most_drafts > 0:
+                most_drafts = min(
+                    num_draft_rows,
+                    room.num_tokens - num_tokens,
+                    self.config.max_num_seqs - num_rows - 1,
+                    self._draft_slots(sequence),
+                )
             try:
                 rows = sequence.sample_rows(num_rows, num_tokens, most_drafts)
             except Exception as error:
@@ -279,13 +281,15 @@ class Scheduler:
     def _run(self, samples: dict[int, Sampled], row: int, drafts: list[int]) -> list[Sampled]:
         """The samples of a sequence that count: the first one, and those after right drafts."""
         run = [samples[row]] if row in samples else []
+        if not drafts:
+            return run
         for number, draft in enumerate(drafts, 1):
             if run[-1].token_id != draft:
                 break
             run.append(samples[row + number])
-        self.num_drafts += bool(drafts)
+        self.num_drafts += 1
         self.num_draft_tokens += len(drafts)
-        self.num_accepted_tokens += max(len(run) - 1, 0)
+        self.num_accepted_tokens += len(run) - 1
         return run
 
     def finish(self, sequence: Sequence) -> None:
@@ -463,8 +467,9 @@ class Scheduler:
         plan.token_ids.extend((*sequence.next_tokens(num_tokens), *drafts))
         plan.query_lens.extend((num_tokens, *[1] * len(drafts)))
         plan.context_lens.extend((start, *range(end, end + len(drafts))))
-        num_missing = self.allocator.blocks_for(end + len(drafts)) - len(sequence.block_table)
-        sequence.block_table += self.allocator.take(max(num_missing, 0)) or []
+        if drafts:
+            num_missing = self.allocator.blocks_for(end + len(drafts)) - len(sequence.block_table)
+            sequence.block_table += self.allocator.take(max(num_missing, 0)) or []
         for length in range(end, end + len(drafts) + 1):
             plan.block_tables.append(sequence.block_table[: self.allocator.blocks_for(length)])
         sequence.num_scheduled_tokens += num_tokens
