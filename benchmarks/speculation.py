@@ -66,6 +66,7 @@ def make_texts(
             continue
         if kind == "edit":  # the same code, with a name that has changed and a line after each def
             code = codes[number % len(codes)].read_text()
+            code = code[code.index("    def ") :]
             edited = re.sub(r"(\n +def .*:\n)", r"\1        log.debug('called')\n", code)
             prompt, answer = words(code), words(edited.replace("num_", "count_of_"))
         elif kind == "extract":  # sentences of a page, quoted in JSON
@@ -188,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="16b-4l")
     parser.add_argument("--layers", type=int, help="of them (all)")
+    parser.add_argument("--vocab-size", type=int, help="for a smaller head (the preset's)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=4, help="--speculative-tokens")
@@ -200,8 +202,9 @@ def main() -> None:
     args = parser.parse_args()
     answers: dict[int, list[int]] = {}
     with tempfile.TemporaryDirectory() as folder, given(answers):
-        layers = {} if args.layers is None else {"num_hidden_layers": args.layers}
-        Path(folder, "config.json").write_text(json.dumps(preset(args.preset, layers)))
+        asked = {"num_hidden_layers": args.layers, "vocab_size": args.vocab_size}
+        given_sizes = {name: value for name, value in asked.items() if value is not None}
+        Path(folder, "config.json").write_text(json.dumps(preset(args.preset, given_sizes)))
         with LLM(
             folder,
             device="cpu",
