@@ -190,6 +190,13 @@ def test_what_if_names_nodes_or_the_devices_of_a_part_of_one():
         assert any(words in line for line in text(found))
 
 
+def test_a_profile_of_a_single_node_says_nothing_of_more_nodes():
+    """Such as one that `moespan calibrate` wrote."""
+    node = msgspec.structs.replace(A2, levels=A2.levels[:1])
+    asked = replace(question(8, fast=True), profile=node)
+    assert document(explore(asked), "MODEL", nodes=[1, -1])["what_if"] == [None, None]
+
+
 def test_a_placement_is_proposed_where_counts_say_that_it_pays():
     skewed = [1000] * 8 + [10] * 56  # all busy experts on the first ep rank
     short, lines = replace(MODEL, num_hidden_layers=2), {}

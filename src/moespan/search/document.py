@@ -273,12 +273,14 @@ def _narrow(question: Question, best: Found) -> Space:
 
 
 def _what_if(answer: Answer, best: Found | None, change: int) -> dict[str, Any] | None:
-    """The best candidate with `change` nodes more, in the settings of `best`."""
+    """The best candidate with `change` nodes more, in the settings of `best`; None if there are no
+    such machines, or the profile joins fewer devices, as that of a calibrated node does."""
     question, profile = answer.question, answer.question.profile
     space = question.space if best is None else _narrow(question, best)
     nodes = -(-space.devices // profile.devices_per_node)
     devices = space.devices + change * profile.devices_per_node
-    if devices < 1:
+    joined = profile.levels[-1].devices
+    if devices < 1 or (joined is not None and devices > joined):
         return None
     is_whole = space.devices % profile.devices_per_node == 0
     told = {
