@@ -5,6 +5,7 @@ Processes are forked, which is fast, but works only while this process has touch
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -88,6 +89,9 @@ def _fork(size, on_rank, timeout_s, environ_of, answers=None):
 def _main(pipe, rank, on_rank, environ):
     os.environ.update(environ)
     torch.set_num_threads(1)
+    # Each recording of a graph collects garbage. To read all objects of torch for that takes longer
+    # than to record.
+    gc.freeze()
     try:
         pipe.send(on_rank(rank))
     except Exception as error:
