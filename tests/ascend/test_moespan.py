@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tests import tiers
@@ -53,3 +56,28 @@ def test_an_old_wheel_never_writes_the_cache_in_tiles(ascend_sim):
         **OLD,
     )
     assert "PA_NZ" not in result.stdout and "\npassed" in result.stdout, result.stdout
+
+
+def test_a_profile_of_an_npu_is_measured_and_a_plan_reads_it(ascend_sim, tmp_path: Path):
+    """The way from end to end; its figures are those of this machine's processor."""
+    profile, plan = tmp_path / "npu.json", tmp_path / "plan.json"
+    small = ("--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--max-model-len", "64")
+    result = ascend_sim(
+        *("calibrate", "--preset", "tiny", "--device", "npu", "--seconds", "1"),
+        *(*small, "--out", str(profile)),
+        **SMALL,
+    )
+    assert result.returncode == 0, result.stdout
+    found = json.loads(profile.read_text())
+    assert found["device"]["kind"] == "npu" and found["made"]["machine"] == "Ascend910B3"
+    launch = {name for name, one in found["launch"].items() if one and one["from"] == "measured"}
+    assert {"node_us", "eager_us", "wait_us"} <= launch
+    assert found["host"]["step_us"]["from"] == "measured"
+    result = ascend_sim(
+        *("plan", "--preset", "tiny", "--hardware", str(profile), "--devices", "1"),
+        *("--input", "16", "--output", "4", "--rate", "1", "--num-requests", "20"),
+        *("--json", str(plan)),
+    )
+    assert result.returncode == 0, result.stdout
+    assert "1 × npu, 1.0 GiB usable" in result.stdout
+    assert json.loads(plan.read_text())

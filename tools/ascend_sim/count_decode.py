@@ -23,6 +23,11 @@ from typing import Any
 from moespan.checkpoint.presets import preset
 
 SHORT, LONG = 3, 5
+SAMPLING: dict[str, dict[str, float]] = {
+    "greedy": {"temperature": 0},
+    "temperature": {"temperature": 0.7},
+    "temperature, top_k, top_p": {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+}
 CONFIG = {
     "hidden_size": 256,
     "num_attention_heads": 2,
@@ -48,10 +53,10 @@ def main() -> None:
         print("| decode step | " + " | ".join(KINDS) + " |")
         print("|---" * (len(KINDS) + 1) + "|")
         for eager in (True, False):
-            for temperature in (0.0, 0.7):
-                job = {"folder": folder, "eager": eager, "temperature": temperature}
+            for kind, sampling in SAMPLING.items():
+                job = {"folder": folder, "eager": eager, "sampling": sampling}
                 counts = count({**job, "options": options})
-                name = f"{'eager' if eager else 'recorded'}, temperature {temperature:g}"
+                name = f"{'eager' if eager else 'recorded'}, {kind}"
                 print(f"| {name} | " + " | ".join(f"{x:g}" for x in counts.values()) + " |")
 
 
@@ -104,9 +109,7 @@ def run(job: dict[str, Any]) -> None:
         prompt = {"prompt_token_ids": [1, 2, 3]}
         for length in (2, SHORT, LONG):  # the first one records
             print(f"--- {length}", file=sys.stderr, flush=True)
-            params = SamplingParams(
-                max_tokens=length, temperature=job["temperature"], seed=1, ignore_eos=True
-            )
+            params = SamplingParams(max_tokens=length, seed=1, ignore_eos=True, **job["sampling"])
             llm.generate([prompt], params)
         print("--- end", file=sys.stderr, flush=True)
 
