@@ -1,9 +1,12 @@
 """Faults of every kind against a server of the quickstart model, and what its clients see.
 
     python benchmarks/serve_faults.py --layouts tp=2 pp=2 dp=2 --json build/serve_faults.json
+    python benchmarks/serve_faults.py --layouts --two-nodes tp=2 pp=2      # as root
 
 For each layout and each rank: SIGKILL and SIGSTOP in the middle of streams and while idle; SIGKILL
-of the agent; then SIGTERM under load, and a second SIGTERM with a stopped rank. The program checks
+of the agent; then SIGTERM under load, and a second SIGTERM with a stopped rank. `--two-nodes` puts
+one rank on each of two network namespaces, hurts the node that does not serve, and cuts the cable
+between them. The program checks
 that no stream which was cut looks finished, that health says so, that the server comes back by
 itself, and that nothing is left behind. It ends with code 1 if a check fails. README.md explains
 the figures.
@@ -13,15 +16,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +32,11 @@ from typing import Any
 
 import httpx
 
-MODEL = Path(__file__).parents[1] / "models" / "quickstart"
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models" / "quickstart"
+sys.path.insert(0, str(ROOT))
+
+from tests.launch.netns import Host, two_hosts  # noqa: E402
 
 _START_S = 120.0
 _END_S = 60.0
@@ -61,23 +68,38 @@ class Server:
     """A server in a process of its own."""
 
     def __init__(self, layout: str, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
         self.layout = layout
-        self.log = folder / "log"
+        self.folder = folder
         self.scratch = folder / "tmp"
         self.scratch.mkdir()
-        sizes = [word for part in layout.split(",") for word in part.split("=")]
-        flags = [f"-{word}" if at % 2 == 0 else word for at, word in enumerate(sizes)]
-        arguments = [str(MODEL), *flags, "--port", str(port)]
-        arguments += ["--restart-window", "1"]  # each fault is the first one
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "moespan", "serve", *arguments],
-            stderr=self.log.open("w"),
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "TMPDIR": str(self.scratch)},
+        self.process = self.start()
+        transport = httpx.AsyncHTTPTransport(uds=str(folder / "http"))  # of all network namespaces
+        self.http = httpx.AsyncClient(
+            transport=transport, base_url="http://localhost", timeout=_START_S
         )
-        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=_START_S)
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start the process that serves."""
+        return self.launch(_start_here, "log")
+
+    def launch(
+        self, start: Callable[..., subprocess.Popen[str]], log: str, *more: str
+    ) -> subprocess.Popen[str]:
+        """Run `moespan serve` by `start`, with `more` flags."""
+        sizes = [word for part in self.layout.split(",") for word in part.split("=")]
+        flags = [f"-{word}" if at % 2 == 0 else word for at, word in enumerate(sizes)]
+        flags += ["--restart-window", "1"]  # each fault is the first one
+        return start(
+            *("-m", "moespan", "serve", str(MODEL), "--uds", str(self.folder / "http")),
+            *(*flags, *more),
+            stderr=(self.folder / log).open("a"),
+            stdout=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "TMPDIR": str(self.scratch),
+                "MOESPAN_CLUSTER_KEY": "a secret of this run",
+            },
+        )
 
     async def health(self) -> str:
         """`200`, or the word of a 503; `away` if nobody answers."""
@@ -139,7 +161,7 @@ class Server:
                 )
             except (OSError, ValueError):
                 continue
-        top = self.process.pid if top is None else top
+        top = self.top if top is None else top
         found = {top}
         while more := {pid for pid, parent in parents.items() if parent in found} - found:
             found |= more
@@ -161,6 +183,57 @@ class Server:
         """The pid of the agent."""
         return next(p for p, c in self.processes().items() if "moespan.launch.agent" in c)
 
+    @property
+    def top(self) -> int:
+        """The process that faults happen below."""
+        return self.process.pid
+
+    def ends(self) -> list[subprocess.Popen[str]]:
+        """The processes that end when the server has drained."""
+        return [self.process]
+
+
+class TwoNodes(Server):
+    """A server with a node in each of two network namespaces. Faults happen on node 1."""
+
+    def __init__(self, layout: str, folder: Path, hosts: tuple[Host, Host]) -> None:
+        self.hosts = hosts
+        super().__init__(layout, folder)
+        self.start_node_1()
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start node 0, which serves."""
+        return self._start_node(0)
+
+    def start_node_1(self) -> None:
+        """Start the node that runs ranks only."""
+        self.node_1 = self._start_node(1)
+
+    def kill_node_1(self) -> None:
+        """Kill everything on node 1, as a machine that loses its power does."""
+        for pid in (*self.processes(), self.node_1.pid):
+            os.kill(pid, signal.SIGKILL)
+        self.node_1.wait()
+
+    def _start_node(self, number: int) -> subprocess.Popen[str]:
+        where = "--nnodes", "2", "--master-addr", self.hosts[0].address
+        return self.launch(
+            self.hosts[number].start, f"log{number}", *where, "--node-rank", str(number)
+        )
+
+    @property
+    def top(self) -> int:
+        """Node 1."""
+        return self.node_1.pid
+
+    def ends(self) -> list[subprocess.Popen[str]]:
+        """Both nodes."""
+        return [self.process, self.node_1]
+
+
+def _start_here(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, *arguments], text=True, **options)
+
 
 def _command(pid: int) -> str:
     try:
@@ -178,14 +251,20 @@ def _alive(pids: set[int]) -> set[int]:
     return {pid for pid in pids if Path(f"/proc/{pid}").exists() and _command(pid)}
 
 
-async def hurt(server: Server, fault: str, pid: int, sign: signal.Signals, busy: bool) -> Row:
-    """Send a signal to a process, and watch what follows."""
+async def hurt(
+    server: Server,
+    fault: str,
+    hit: Callable[[], object],
+    busy: bool,
+    repair: Callable[[], object] = lambda: None,
+) -> Row:
+    """Do something bad, watch what follows, and repair it once all are told."""
     row = Row(server.layout, f"{fault}, {'in streams' if busy else 'idle'}")
     await server.until_well()
     before = server.life()
     tasks = await server.streams() if busy else []
     began = time.monotonic()
-    os.kill(pid, sign)
+    hit()
     try:
         if busy:
             seen = await asyncio.wait_for(asyncio.gather(*tasks), 30)
@@ -196,6 +275,7 @@ async def hurt(server: Server, fault: str, pid: int, sign: signal.Signals, busy:
         else:
             row.told_s = await server.until_unwell(30)
             row.seen = await server.health()
+        repair()
         await server.until_well()
         row.back_s = time.monotonic() - began
         if left := _alive(before):
@@ -224,7 +304,8 @@ async def terminate(server: Server, twice: bool) -> Row:
         server.process.send_signal(signal.SIGTERM)
     seen = set(await asyncio.gather(*tasks))
     row.seen = ", ".join(sorted(seen))
-    code = await asyncio.to_thread(server.process.wait, _END_S)
+    codes = [await asyncio.to_thread(one.wait, _END_S) for one in server.ends()]
+    code = max(codes)
     ended_s = time.monotonic() - began
     row.seen += f"; exit code {code} after {ended_s:.1f} s"
     wrong = {
@@ -239,19 +320,20 @@ async def terminate(server: Server, twice: bool) -> Row:
 
 
 @contextmanager
-def running(layout: str) -> Iterator[Server]:
+def running(layout: str, make: Callable[[str, Path], Server] = Server) -> Iterator[Server]:
     """A server, which is gone at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(layout, Path(folder))
+        server = make(layout, Path(folder))
         try:
             yield server
         finally:
-            server.process.kill()
-            server.process.wait()
+            for process in server.ends():
+                process.kill()
+                process.wait()
 
 
 async def examine(layout: str) -> list[Row]:
-    """All faults under one layout."""
+    """All faults under one layout, on one node."""
     rows = []
     with running(layout) as server:
         await server.until_well()
@@ -259,17 +341,48 @@ async def examine(layout: str) -> list[Row]:
             for sign in (signal.SIGKILL, signal.SIGSTOP):
                 for busy in (True, False):
                     await server.until_well()
-                    pid = server.ranks()[number]
-                    rows.append(await hurt(server, f"{sign.name} rank {number}", pid, sign, busy))
+                    hit = functools.partial(os.kill, server.ranks()[number], sign)
+                    rows.append(await hurt(server, f"{sign.name} rank {number}", hit, busy))
                     show(rows[-1])
-        agent = server.agent()
-        rows.append(await hurt(server, "SIGKILL agent", agent, signal.SIGKILL, busy=True))
+        hit = functools.partial(os.kill, server.agent(), signal.SIGKILL)
+        rows.append(await hurt(server, "SIGKILL agent", hit, busy=True))
         show(rows[-1])
         rows.append(await terminate(server, twice=False))
         show(rows[-1])
     with running(layout) as server:
         rows.append(await terminate(server, twice=True))
         show(rows[-1])
+    return rows
+
+
+async def examine_two_nodes(layout: str) -> list[Row]:
+    """All faults of node 1 under one layout."""
+    rows = []
+
+    def make(layout: str, folder: Path) -> TwoNodes:
+        return TwoNodes(layout, folder, hosts)
+
+    with two_hosts() as hosts, running(layout, make) as server:
+        assert isinstance(server, TwoNodes)
+        for busy in (True, False):
+            for sign in (signal.SIGKILL, signal.SIGSTOP):
+                await server.until_well()
+                hit = functools.partial(os.kill, server.ranks()[0], sign)
+                rows.append(await hurt(server, f"{sign.name} rank 1 of node 1", hit, busy))
+                show(rows[-1])
+            restart = server.start_node_1
+            rows.append(await hurt(server, "node 1 dies", server.kill_node_1, busy, restart))
+            show(rows[-1])
+            cut, plug = hosts[0].pull_cable, hosts[0].plug_cable
+            rows.append(await hurt(server, "cable cut, then plugged", cut, busy, plug))
+            show(rows[-1])
+        rows.append(await terminate(server, twice=False))
+        show(rows[-1])
+    with two_hosts() as hosts, running(layout, make) as server:
+        rows.append(await terminate(server, twice=True))
+        show(rows[-1])
+    for row in rows:
+        row.layout += ", two nodes"
     return rows
 
 
@@ -283,11 +396,13 @@ def show(row: Row) -> None:
 def main() -> int:
     """Run all faults."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--layouts", nargs="+", default=["tp=2", "pp=2", "dp=2"])
+    parser.add_argument("--layouts", nargs="*", default=["tp=2", "pp=2", "dp=2"])
+    parser.add_argument("--two-nodes", nargs="*", default=[], metavar="LAYOUT")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     print("| layout | fault | told after | well after | clients saw | |\n|---|---|---|---|---|---|")
     rows = [row for layout in args.layouts for row in asyncio.run(examine(layout))]
+    rows += [row for layout in args.two_nodes for row in asyncio.run(examine_two_nodes(layout))]
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

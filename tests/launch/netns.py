@@ -69,6 +69,10 @@ class Host:
         """Cut the link to the other host; no process of either gets a signal."""
         self.run("ip", "link", "set", _INTERFACE, "down")
 
+    def plug_cable(self) -> None:
+        """Join the link again."""
+        self.run("ip", "link", "set", _INTERFACE, "up")
+
     def run(self, *command: str) -> str:
         """Run a command on this host; → its output."""
         return subprocess.run(
