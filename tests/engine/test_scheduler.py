@@ -170,7 +170,8 @@ class Bench:
             plan.query_lens, plan.context_lens, plan.block_tables, strict=True
         ):
             assert len(table) == scheduler.allocator.blocks_for(context + query)
-        _, batch = scheduler._in_flight[-1]
+        _, in_flight = scheduler._in_flight[-1]
+        batch = [s for s, num_drafts in in_flight for _ in range(1 + num_drafts)]  # one a row
         self._check_writes(plan, batch)
         # First come, first served: an admitted sequence is older than all waiting ones.
         admitted = waiting - set(scheduler.waiting)

@@ -86,7 +86,8 @@ def _push(stream: TextStream, update: SequenceUpdate) -> tuple[str, int]:
     """
     sequence, token_ids = update.sequence, update.token_ids
     num_before, text = sequence.num_output_tokens - len(token_ids), ""
-    pieces = [[token] for token in token_ids] if sequence.params.stop and token_ids else [token_ids]
+    is_cut = len(token_ids) > 1 and sequence.params.stop
+    pieces = [[token] for token in token_ids] if is_cut else [token_ids]
     num_tokens = 0
     for number, piece in enumerate(pieces, 1):
         num_tokens += len(piece)

@@ -48,7 +48,7 @@ from moespan.config import EngineConfig
 from moespan.engine.blocks import BlockAllocator
 from moespan.engine.constraints import Constraint
 from moespan.engine.digests import Digests
-from moespan.engine.request import Request, check_request
+from moespan.engine.request import Request, TokenLogprobs, check_request
 from moespan.engine.sequence import Sequence, Status
 from moespan.engine.step import PromptScores, Sampled, SampleRow, StepPlan, StepResult
 from moespan.engine.updates import SequenceUpdate
@@ -114,7 +114,7 @@ class Scheduler:
         self._faults: list[SequenceUpdate] = []
         self._siblings: dict[str, list[Sequence]] = {}  # by request; wait for its first sequence
         self._live: dict[str, list[Sequence]] = {}
-        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
+        self._in_flight: deque[tuple[int, list[tuple[Sequence, int]]]] = deque()  # with drafts
         self._num_arrivals = 0
         self._num_steps = 0
 
@@ -204,7 +204,7 @@ class Scheduler:
             samples=[],
             prompts=[],
         )
-        batch: list[Sequence] = []
+        batch: list[tuple[Sequence, int]] = []
         num_draft_rows = self._num_draft_rows
         room = _Room(self.config.max_num_batched_tokens, self._fair_share)
         for sequence in self._ready_sequences(room):
@@ -224,12 +224,13 @@ class Scheduler:
             except Exception as error:
                 self._faults.append(self._fail(sequence, error))
                 continue
-            num_draft_rows -= len(sequence.drafts)
+            num_drafts = len(sequence.drafts)
+            num_draft_rows -= num_drafts
             room.num_wholes -= is_whole
+            room.num_tokens -= num_tokens + num_drafts
             self._extend(plan, sequence, num_tokens, rows)
-            room.num_tokens = self.config.max_num_batched_tokens - len(plan.token_ids)
-            batch += [sequence] * (1 + len(sequence.drafts))
-            if self._is_full(plan):
+            batch.append((sequence, num_drafts))
+            if not room.num_tokens or len(plan.query_lens) == self.config.max_num_seqs:
                 break
         if not batch:
             return None
@@ -255,42 +256,41 @@ class Scheduler:
         samples = {r.sequence: s for r, s in zip(plan.samples, result.samples, strict=True)}
         prompts = {r.sequence: s for r, s in zip(plan.prompts, result.prompts, strict=True)}
 
-        updates, end = [], 0
-        for sequence, rows in itertools.groupby(range(len(batch)), batch.__getitem__):
-            row, *draft_rows = rows
+        updates: list[SequenceUpdate] = []
+        row = end = 0
+        for sequence, num_drafts in batch:
             num_tokens = plan.query_lens[row]
             end += num_tokens
-            run = self._run(samples, row, plan.token_ids[end : end + len(draft_rows)])
-            end += len(draft_rows)
+            run = [samples[row]] if row in samples else []
+            if num_drafts:
+                drafts = plan.token_ids[end : end + num_drafts]
+                run += self._after_drafts(drafts, [samples[row + i] for i in range(num_drafts + 1)])
+                sequence.drafts = []
+            prompt = prompts.get(row)
+            row += 1 + num_drafts
+            end += num_drafts
             sequence.num_scheduled_tokens -= num_tokens
             sequence.num_expected_tokens -= bool(run)
-            if draft_rows:
-                sequence.drafts = []
             if sequence.is_finished:  # while it was in flight
                 if not sequence.in_flight:
                     self._release(sequence)
                 continue
             try:
-                update = self._advance(sequence, num_tokens, run, prompts.get(row))
+                update = self._advance(sequence, num_tokens, run, prompt)
             except Exception as error:
                 update = self._fail(sequence, error)
             if update is not None:
                 updates.append(update)
         return updates
 
-    def _run(self, samples: dict[int, Sampled], row: int, drafts: list[int]) -> list[Sampled]:
-        """The samples of a sequence that count: the first one, and those after right drafts."""
-        run = [samples[row]] if row in samples else []
-        if not drafts:
-            return run
-        for number, draft in enumerate(drafts, 1):
-            if run[-1].token_id != draft:
-                break
-            run.append(samples[row + number])
+    def _after_drafts(self, drafts: list[int], samples: list[Sampled]) -> list[Sampled]:
+        """What was sampled after each right draft; `samples` has the one before the first too."""
+        come = [draft == sample.token_id for draft, sample in zip(drafts, samples, strict=False)]
+        num_right = (*come, False).index(False)
         self.num_drafts += 1
         self.num_draft_tokens += len(drafts)
-        self.num_accepted_tokens += len(run) - 1
-        return run
+        self.num_accepted_tokens += num_right
+        return samples[1 : 1 + num_right]
 
     def finish(self, sequence: Sequence) -> None:
         """End `sequence` now, unless it has ended; no more updates come for it. If it is in flight,
@@ -329,7 +329,7 @@ class Scheduler:
         if len(self._in_flight) == self.config.most_steps_in_flight:
             return False
         _, batch = self._in_flight[-1]
-        if any(s.needs_result and not s.is_finished for s in batch):
+        if any(s.needs_result and not s.is_finished for s, _ in batch):
             return False
         candidates = itertools.chain(self.running, itertools.islice(self.waiting, 1))
         return not all(s.next_token.needs_tokens or s.is_all_planned for s in candidates)
@@ -432,11 +432,6 @@ class Scheduler:
             self.num_prefix_hit_tokens += sequence.num_cached_tokens
         return True
 
-    def _is_full(self, plan: StepPlan) -> bool:
-        num_tokens, num_rows = len(plan.token_ids), len(plan.query_lens)
-        most = self.config
-        return num_tokens == most.max_num_batched_tokens or num_rows == most.max_num_seqs
-
     @property
     def _num_draft_rows(self) -> int:
         """Drafts that a plan has rows for beside all sequences that are likely to be in it."""
@@ -461,22 +456,31 @@ class Scheduler:
     ) -> None:
         """Plan the next tokens of a sequence, and its drafts."""
         start = sequence.num_planned_tokens
-        end, drafts = start + num_tokens, sequence.drafts
+        end = start + num_tokens
         prompt = sequence.prompt_row(len(plan.query_lens), num_tokens)
-        plan.prompts.extend([] if prompt is None else [prompt])
-        plan.token_ids.extend((*sequence.next_tokens(num_tokens), *drafts))
-        plan.query_lens.extend((num_tokens, *[1] * len(drafts)))
-        plan.context_lens.extend((start, *range(end, end + len(drafts))))
-        if drafts:
-            num_missing = self.allocator.blocks_for(end + len(drafts)) - len(sequence.block_table)
-            sequence.block_table += self.allocator.take(max(num_missing, 0)) or []
-        for length in range(end, end + len(drafts) + 1):
-            plan.block_tables.append(sequence.block_table[: self.allocator.blocks_for(length)])
+        if prompt is not None:
+            plan.prompts.append(prompt)
+        self._add_row(plan, sequence, sequence.next_tokens(num_tokens), start)
+        if sequence.drafts:
+            num_blocks = self.allocator.blocks_for(end + len(sequence.drafts))
+            num_missing = max(num_blocks - len(sequence.block_table), 0)
+            sequence.block_table += self.allocator.take(num_missing) or []
+            for at, draft in enumerate(sequence.drafts, end):
+                self._add_row(plan, sequence, [draft], at)
         sequence.num_scheduled_tokens += num_tokens
         if rows:
             sequence.sample = len(plan.samples)
             sequence.num_expected_tokens += 1
             plan.samples.extend(rows)
+
+    def _add_row(
+        self, plan: StepPlan, sequence: Sequence, token_ids: list[int], context_len: int
+    ) -> None:
+        num_blocks = self.allocator.blocks_for(context_len + len(token_ids))
+        plan.token_ids.extend(token_ids)
+        plan.query_lens.append(len(token_ids))
+        plan.context_lens.append(context_len)
+        plan.block_tables.append(sequence.block_table[:num_blocks])
 
     def _advance(
         self, sequence: Sequence, num_tokens: int, run: list[Sampled], prompt: PromptScores | None
@@ -489,10 +493,12 @@ class Scheduler:
         sequence.num_computed_tokens += num_tokens
         if prompt is not None:
             sequence.num_reported_tokens += num_tokens
-        taken, reason, stop_reason = sequence.take(run)
-        token_ids = [sampled.token_id for sampled in taken if sampled.token_id is not None]
-        logprobs = [sampled.logprobs for sampled in taken if sampled.logprobs is not None]
-        if len(token_ids) < len(taken):
+        token_ids, reason, stop_reason = sequence.take(run)
+        logprobs: list[TokenLogprobs] = []
+        if sequence.params.logprobs is not None:
+            taken = run[: len(token_ids)]
+            logprobs = [sampled.logprobs for sampled in taken if sampled.logprobs is not None]
+        if reason is None and len(token_ids) < len(run):
             # The first bad position is unknown, so none of these blocks may be shared.
             self.allocator.retract(sequence.block_table)
             self.finish(sequence)

@@ -171,21 +171,24 @@ class Sequence:
         self.token_ids.append(token_id)
         self.next_token.append(token_id)
 
-    def take(self, run: list[Sampled]) -> tuple[list[Sampled], str | None, int | None]:
+    def take(self, run: list[Sampled]) -> tuple[list[int], str | None, int | None]:
         """Add tokens that were sampled one after the other, all but the last of them computed.
 
         Returns:
             Those until the output ends, or until one is None, and `finish_reason` at the last.
         """
-        for number, sampled in enumerate(run, 1):
+        token_ids: list[int] = []
+        for sampled in run:
             if sampled.token_id is None:
-                return run[:number], None, None
-            self.num_computed_tokens += number > 1
+                break
+            if token_ids:
+                self.num_computed_tokens += 1
             self.append(sampled.token_id)
+            token_ids.append(sampled.token_id)
             reason, stop_reason = self.finish_reason()
             if reason is not None:
-                return run[:number], reason, stop_reason
-        return run, None, None
+                return token_ids, reason, stop_reason
+        return token_ids, None, None
 
     @property
     def has_prompt(self) -> bool:
