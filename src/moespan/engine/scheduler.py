@@ -195,15 +195,7 @@ class Scheduler:
         """Plan the next step; None if nothing can go on before a result or a request comes."""
         if self._plans_ahead and not self._can_plan_ahead():
             return None
-        plan = StepPlan(
-            step=self._num_steps,
-            token_ids=[],
-            query_lens=[],
-            context_lens=[],
-            block_tables=[],
-            samples=[],
-            prompts=[],
-        )
+        plan = StepPlan(step=self._num_steps)
         batch: list[tuple[Sequence, int]] = []
         num_draft_rows = self._num_draft_rows
         room = _Room(self.config.max_num_batched_tokens, self._fair_share)

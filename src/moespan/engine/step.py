@@ -99,11 +99,11 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """
 
     step: int
-    token_ids: list[int]
-    query_lens: list[int]
-    context_lens: list[int]
-    block_tables: list[list[int]]
-    samples: list[SampleRow]
+    token_ids: list[int] = []
+    query_lens: list[int] = []
+    context_lens: list[int] = []
+    block_tables: list[list[int]] = []
+    samples: list[SampleRow] = []
     prompts: list[PromptRow] = []
 
     @property
