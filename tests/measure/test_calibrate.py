@@ -92,8 +92,7 @@ def test_every_operation_of_a_step_is_measured(tmp_path: Path, scheme: str | Non
 def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine, said = calibrated(tmp_path / "short.json", seconds=1e-6)
     assert "s are over" in said
-    # Ranks on CPUs share memory and cores, so their times multiply.
-    assert [one.topology for one in machine.levels] == ["host"]
+    assert machine.levels == []  # one rank says nothing of links
     assert machine.made is not None and not machine.made.complete
     assert machine.host.step_us is not None and not machine.operations
 

@@ -50,6 +50,13 @@ def test_a_large_decode_step_reads_all_weights_at_the_machines_rate():
     assert seconds > weights_and_cache / 2.9e12
 
 
+def test_one_calibrated_device_has_no_links_and_the_error_says_how_to_get_some():
+    alone = changed(A2, levels=[], collectives=[])
+    assert cost_of(alone).stages_s([decode(4)]) == cost_of(A2).stages_s([decode(4)])
+    with pytest.raises(ConfigError, match=r"no links between 2 devices.*-tp 2.*910b3\+FILE"):
+        cost_of(alone, Layout(tp=2)).stages_s([decode(4)])
+
+
 def test_a_prefill_multiplies_at_the_machines_rate():
     (seconds,) = cost_of(H100, max_num_batched_tokens=4096).stages_s([prefill(4096)])
     assert seconds > 2 * 2.6e9 * 4096 / 712e12

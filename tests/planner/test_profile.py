@@ -75,6 +75,20 @@ def test_a_file_over_a_base_replaces_what_it_names_and_keeps_the_rest(tmp_path: 
     assert times["all_gather", 8, True] == [10.6]
 
 
+def test_a_file_may_be_put_over_a_built_in_profile_whose_links_it_does_not_know(tmp_path: Path):
+    base = profile.load("910b3")
+    one = written(tmp_path, {**SMALL, "device": {**SMALL["device"], "kind": "npu"}})
+    assert profile.load(one).levels == []
+    found = profile.load(f"910B3+{one}")
+    assert found.levels == base.levels and found.collectives == base.collectives
+    assert found.device.memory_bytes == Figure(value=1e9, origin="measured", n=3)
+    node = {"name": "node", "devices": 4, "topology": "ring"}
+    found = profile.load(f"910b3+{written(tmp_path, {**SMALL, 'levels': [node]})}")
+    assert [level.topology for level in found.levels] == ["ring", "switch"]
+    with pytest.raises(ConfigError, match="910b4"):
+        profile.load("910b3+910b4")
+
+
 def test_only_a_complete_calibration_counts_as_measured():
     raw = profile.load("zen4-2")
     curve = profile.Operation(op="linear", n=8, k=8, rows=[1], us=[1.0])

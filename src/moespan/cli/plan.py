@@ -41,8 +41,9 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hardware",
         required=True,
-        metavar="NAME|FILE.json",
-        help="a built-in profile (an unknown name lists them), or what `moespan calibrate` wrote",
+        metavar="NAME|FILE.json|NAME+FILE.json",
+        help="a built-in profile (an unknown name lists them), what `moespan calibrate` wrote, or "
+        "the second over the first",
     )
     many = group.add_mutually_exclusive_group()
     many.add_argument("--nodes", type=int, metavar="N", help="machines (1)")

@@ -154,7 +154,6 @@ class Calibration:
             made=made,
             device=figures,
             launch=self._launch(),
-            levels=[Level(name="node", devices=config.layout.world_size, topology=self._topology)],
         )
 
     @property

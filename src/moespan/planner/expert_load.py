@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ _Pmf = npt.NDArray[np.float64]
 _MOST_EXACT_TOKENS = 4096
 _DRAWS = 64
 _MOST_DRAWN_TOKENS = 2048
+_POOL_TOKENS = 1 << 15
 
 
 class ExpertLoad(NamedTuple):
@@ -58,6 +60,8 @@ class Routing:
         self.name = name
         self._config, self._counts, self._seed = config, counts, seed
         self._loads: dict[object, ExpertLoad] = {}
+        self._pools: dict[int, npt.NDArray[np.int32]] = {}
+        self._hits: dict[tuple[int, int], npt.NDArray[np.uint16]] = {}
 
     @property
     def counts(self) -> dict[int, list[int]]:
@@ -107,12 +111,28 @@ class Routing:
                 return ExpertLoad(load.rows, load.met)
             return uniform_maximum(tokens, experts, chosen, max(sizes), len(sizes))
         loads = [
-            _drawn_maximum(
-                tokens, counts, config.num_experts_per_tok, held.of(layer), self._seed + layer
-            )
-            for layer, counts in self._counts.items()
+            _drawn_maximum(tokens, self._hits_of(layer, tokens), held.of(layer))
+            for layer in self._counts
         ]
         return ExpertLoad(*(float(np.mean(part)) for part in zip(*loads, strict=True)))
+
+    def _hits_of(self, layer: int, tokens: int) -> npt.NDArray[np.uint16]:
+        """Tokens of each expert, `[draws, experts]`, in draws of `tokens` tokens, at most 2048.
+
+        All sizes and placements take the same tokens, so that their differences are no chance.
+        """
+        few = min(tokens, _MOST_DRAWN_TOKENS)
+        if (layer, few) not in self._hits:
+            counts = self.counts[layer]
+            if layer not in self._pools:
+                chosen = self._config.num_experts_per_tok
+                self._pools[layer] = _pool(counts, chosen, self._seed + layer)
+            draws = min(_DRAWS, _POOL_TOKENS // few)
+            experts = self._pools[layer][: draws * few].reshape(draws, -1)
+            cells = experts + np.arange(draws)[:, None] * len(counts)
+            hits = np.bincount(cells.ravel(), minlength=draws * len(counts))
+            self._hits[layer, few] = hits.reshape(draws, -1).astype(np.uint16)
+        return self._hits[layer, few]
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -182,33 +202,38 @@ def _met_pmf(tokens: int, experts: int, chosen: int, held: int) -> _Pmf:
     return pmf
 
 
-def _drawn_maximum(
-    tokens: int, counts: Sequence[int], chosen: int, held: tuple[tuple[int, ...], ...], seed: int
-) -> ExpertLoad:
-    """The same, drawn: each token takes `chosen` different experts with odds as `counts`.
-
-    A draw takes the largest keys of an exponential race. More tokens than 2048 are drawn as 2048
-    and scaled. Tokens take turns on copies of an expert.
-    """
-    few = min(tokens, _MOST_DRAWN_TOKENS)
-    random = np.random.default_rng((seed, few))
+def _pool(counts: Sequence[int], chosen: int, seed: int) -> npt.NDArray[np.int32]:
+    """The different experts that each of many tokens takes, `[tokens, chosen]`, with odds as
+    `counts`: those with the first arrivals of an exponential race."""
     odds = np.maximum(np.asarray(counts, dtype=float), 1e-9)
-    copies = [[rank for rank, own in enumerate(held) if e in own] for e in range(len(odds))]
-    draws = max(2, min(_DRAWS, (1 << 21) // (few * len(odds))))
-    rows, met = [], []
-    for _ in range(draws):
-        race = random.exponential(size=(few, len(odds))) / odds
-        taken = np.argpartition(race, chosen - 1, axis=1)[:, :chosen]
-        hits = np.bincount(taken.ravel(), minlength=len(odds))
-        of_rank, different = np.zeros(len(held)), np.zeros(len(held))
-        for expert, ranks in enumerate(copies):
-            for turn, rank in enumerate(ranks):
-                part = (hits[expert] + len(ranks) - 1 - turn) // len(ranks)
-                of_rank[rank] += part
-                different[rank] += part > 0
-        rows.append(of_rank.max())
-        met.append(different[of_rank.argmax()])
-    return ExpertLoad(float(np.mean(rows)) * tokens / few, float(np.mean(met)))
+    race = np.random.default_rng(seed).exponential(size=(_POOL_TOKENS, len(odds))) / odds
+    return np.argpartition(race, chosen - 1, axis=1)[:, :chosen].astype(np.int32)
+
+
+def _drawn_maximum(
+    tokens: int, hits: npt.NDArray[np.uint16], held: tuple[tuple[int, ...], ...]
+) -> ExpertLoad:
+    """The mean load of the busiest rank over draws, scaled to `tokens`.
+
+    Args:
+        hits: tokens of each expert in each draw. Tokens take turns on copies of an expert.
+    """
+    copies = Counter(expert for own in held for expert in own)
+    turns: Counter[int] = Counter()
+    rows, met = (np.zeros((len(hits), len(held)), dtype=np.intp) for _ in range(2))
+    for rank, own in enumerate(held):
+        experts = list(own)
+        number = np.array([copies[expert] for expert in experts])
+        turn = np.array([turns[expert] for expert in experts])
+        turns.update(experts)
+        parts = (hits[:, experts] + number - 1 - turn) // number
+        rows[:, rank], met[:, rank] = parts.sum(1), (parts > 0).sum(1)
+    busiest = rows.argmax(1)
+    draws = np.arange(len(hits))
+    few = min(tokens, _MOST_DRAWN_TOKENS)
+    return ExpertLoad(
+        float(rows[draws, busiest].mean()) * tokens / few, float(met[draws, busiest].mean())
+    )
 
 
 def write_counts(path: Path, counts: dict[int, list[int]]) -> None:

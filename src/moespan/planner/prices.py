@@ -225,8 +225,9 @@ class Prices:
             if level.devices is None or level.devices >= span:
                 return level
         raise ConfigError(
-            f"hardware {self._profile.name} joins at most {self._profile.devices_per_node} devices;"
-            " use fewer, or add a level to its profile"
+            f"hardware {self._profile.name} knows no links between {span} devices: plan fewer, "
+            f"calibrate as many ranks of a node (such as -tp {span}), or put the "
+            "measured figures over a built-in profile's links, as in --hardware 910b3+FILE.json"
         )
 
     def inside(self, level: Level, ranks: int, stride: int) -> int:

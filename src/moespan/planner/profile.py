@@ -337,13 +337,16 @@ def names() -> list[str]:
 def load(name: str) -> Profile:
     """The built-in profile `name`, or the one in a JSON file.
 
-    A file with a `base` takes from that built-in profile what it leaves out.
+    A file with a `base` takes from that built-in profile what it leaves out. `BASE+FILE.json` names
+    the base in place of the file.
 
     Raises:
         ConfigError: there is no such profile, or it breaks the format.
     """
-    path = Path(name)
     known = {key.lower(): key for key in _built_in()}
+    given, plus, file = name.partition("+")
+    is_over = bool(plus) and given.lower() in known
+    path = Path(file if is_over else name)
     if path.suffix != ".json":
         if name.lower() not in known:
             raise ConfigError(
@@ -357,7 +360,7 @@ def load(name: str) -> Profile:
         raise ConfigError(f"{path} cannot be read as a profile: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a JSON {type(raw).__name__}, not an object")
-    base = raw.get("base")
+    base = given if is_over else raw.get("base")
     if base is not None:
         if not isinstance(base, str) or base.lower() not in known:
             raise ConfigError(f"{path}: base={shown(base)} is not one of {', '.join(_built_in())}")
@@ -378,13 +381,15 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with everything that `over` has, both as JSON objects.
 
     Objects are merged key by key, figures replaced as a whole. A curve replaces the curve of the
-    same operation or collective; a list of levels replaces the whole list.
+    same operation or collective, and a level that of the same name.
     """
     result = dict(base)
     for key, value in over.items():
         before = base.get(key)
         if key in _CURVES and isinstance(value, list) and isinstance(before, list):
             result[key] = _merged_curves(key, before, value)
+        elif key == "levels" and isinstance(value, list) and isinstance(before, list):
+            result[key] = _merged_levels(before, value)
         elif isinstance(value, dict) and isinstance(before, dict) and "value" not in value:
             result[key] = merged(before, value)
         else:
@@ -396,6 +401,13 @@ _CURVES: dict[str, type[Operation] | type[Collective]] = {
     "operations": Operation,
     "collectives": Collective,
 }
+
+
+def _merged_levels(before: list[Any], over: list[Any]) -> list[Any]:
+    """The levels of `before`, from the inside outwards, with those of `over` in their places."""
+    given = {_converted(raw, Level, "levels").name: raw for raw in over}
+    merged = [given.pop(level["name"], level) for level in before]
+    return merged + list(given.values())
 
 
 def _merged_curves(kind: str, before: list[Any], over: list[Any]) -> list[Any]:

@@ -279,7 +279,7 @@ def _what_if(answer: Answer, best: Found | None, change: int) -> dict[str, Any] 
     space = question.space if best is None else _narrow(question, best)
     nodes = -(-space.devices // profile.devices_per_node)
     devices = space.devices + change * profile.devices_per_node
-    joined = profile.levels[-1].devices
+    joined = profile.levels[-1].devices if profile.levels else 1
     if devices < 1 or (joined is not None and devices > joined):
         return None
     is_whole = space.devices % profile.devices_per_node == 0
