@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
@@ -31,6 +32,7 @@ from moespan.checkpoint.placement import cache_heads
 from moespan.checkpoint.presets import preset
 from moespan.config import EngineConfig, Layout, ModelConfig, all_layouts
 from moespan.device import DEVICES
+from moespan.machine.cores import usable_cores
 from moespan.planner.activations import Step
 from moespan.planner.cost import ReplicaStep, StepCost
 from moespan.planner.expert_load import Routing
@@ -41,6 +43,7 @@ from moespan.planner.profile import Profile
 from moespan.planner.profile import load as load_profile
 from moespan.planner.work import Chunk
 from moespan.search.predict import predict
+from moespan.search.simulate import simulate
 
 if TYPE_CHECKING:
     from moespan import LLM
@@ -175,7 +178,7 @@ def in_own_process(case: Case) -> Measured:
 
 def memory_cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
     """The cases of the memory table."""
-    geometry = {"num_hidden_layers": args.layers}
+    geometry = _geometry(args)
     sizes = args.batched_tokens
     for name, layout in LAYOUTS.items():
         for tokens in sizes:
@@ -326,7 +329,12 @@ def step_table(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _model(args: argparse.Namespace) -> ModelConfig:
     """The geometry that is measured."""
-    return ModelConfig.from_dict(preset("16b-4l", {"num_hidden_layers": args.layers}))
+    return ModelConfig.from_dict(preset("16b-4l", _geometry(args)))
+
+
+def _geometry(args: argparse.Namespace) -> dict[str, int]:
+    """What differs from the preset."""
+    return {"num_hidden_layers": args.layers, **args.geometry}
 
 
 def _limits(args: argparse.Namespace, layout: Layout | None = None) -> EngineConfig:
@@ -342,8 +350,17 @@ def _limits(args: argparse.Namespace, layout: Layout | None = None) -> EngineCon
     )
 
 
-def calibrated(args: argparse.Namespace, config: EngineConfig, model: ModelConfig) -> Profile:
-    """The profile of an earlier call if `--reuse` is given, else of a calibration."""
+def calibrated(
+    args: argparse.Namespace,
+    config: EngineConfig,
+    model: ModelConfig,
+    layouts: Sequence[Layout] = (),
+) -> Profile:
+    """The profile of an earlier call if `--reuse` is given, else of a calibration.
+
+    Args:
+        layouts: whose shapes are calibrated beside the config's own.
+    """
     import torch
 
     from moespan.measure.calibrate import Calibration
@@ -354,13 +371,14 @@ def calibrated(args: argparse.Namespace, config: EngineConfig, model: ModelConfi
     if args.reuse:
         return load_profile(str(args.profile))
     args.profile.parent.mkdir(parents=True, exist_ok=True)
-    alone = config.layout.world_size == 1
     calibration = Calibration(
-        config, model, args.profile, args.seconds, args.clock, own_layout_only=alone
+        config, model, args.profile, args.seconds, args.clock, layouts=layouts
     )
     profile = calibration.run()
     seconds = profile.made.seconds if profile.made is not None else 0.0
-    print(f"calibrated in {seconds:.0f} s, {len(profile.operations)} curves", flush=True)
+    is_complete = profile.made is not None and profile.made.complete
+    missing = "" if is_complete else ", the own layout's NOT COMPLETE"
+    print(f"calibrated in {seconds:.0f} s, {len(profile.operations)} curves{missing}", flush=True)
     return profile
 
 
@@ -390,9 +408,6 @@ def _plan(
 
 # Loads: an engine under arrivals, beside the simulation of the same arrivals
 
-SHARES = (0.3, 0.6, 0.8, 0.95, 1.3)
-"""Shares of the measured capacity; the last one is more than the engine can do."""
-
 STATISTICS = ("p50", "p90", "p99")
 
 
@@ -404,11 +419,11 @@ def load_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     print(f"{'load':<12}{'':<16}{'predicted':>12}{'measured':>12}{'error':>9}   band")
     with _engine(args, Layout()) as llm:
-        _run_load(args, llm, _load(args, 8, concurrency=8))  # the first steps are slower
+        _run_load(llm, _load(args, 8, concurrency=8), args.clock)  # the first steps are slower
         number = max(args.requests, 5 * args.concurrency)
         full = _load(args, number, concurrency=args.concurrency)
         rate = _compared(args, llm, cost, "capacity", full, rows)
-        for share in SHARES:
+        for share in args.shares:
             load = _load(args, args.requests, rate=share * rate)
             _compared(args, llm, cost, f"{share:.0%}", load, rows)
     return rows
@@ -426,7 +441,7 @@ def _compared(
     model, config = _model(args), llm.config
     blocks = config.num_blocks or 0
     edges = [predict(cost, model, config, blocks, load, slower=by) for by in (1.0, 0.85, 1.15)]
-    measured = _run_load(args, llm, load)
+    measured = _run_load(llm, load, args.clock)
     figures = [("tokens/s", [one.outcome.tokens_per_s for one in edges], measured.tokens_per_s)]
     if load.concurrency is None:
         for latency in ("ttft_s", "tpot_s"):
@@ -455,7 +470,8 @@ def _load(
 
 
 def _load_config(args: argparse.Namespace, layout: Layout) -> EngineConfig:
-    return replace(_limits(args, layout), num_blocks=_LOAD_BLOCKS, **_LOAD_LIMITS)
+    limits = {**_LOAD_LIMITS, "num_blocks": _LOAD_BLOCKS, "enable_prefix_caching": False}
+    return replace(_limits(args, layout), **limits)
 
 
 _LOAD_BLOCKS = 1024
@@ -471,7 +487,7 @@ def _engine(args: argparse.Namespace, layout: Layout) -> Iterator[LLM]:
     sizes: dict[str, Any] = {FIELD_OF_AXIS[axis]: size for axis, size in layout.sizes.items()}
     options = {**_LOAD_LIMITS, "num_blocks": _LOAD_BLOCKS, "max_model_len": 2048}
     with tempfile.TemporaryDirectory() as folder:
-        raw = preset("16b-4l", {"num_hidden_layers": args.layers})
+        raw = preset("16b-4l", _geometry(args))
         Path(folder, "config.json").write_text(json.dumps(raw))
         with LLM(
             folder,
@@ -484,9 +500,9 @@ def _engine(args: argparse.Namespace, layout: Layout) -> Iterator[LLM]:
             yield llm
 
 
-def _run_load(args: argparse.Namespace, llm: LLM, load: Load) -> Outcome:
-    """What a load took. With `--clock cpu` time is that of this process, without idle waits, which
-    only holds where the engine runs in this process alone."""
+def _run_load(llm: LLM, load: Load, clock: str = "wall") -> Outcome:
+    """What a load took. With the clock `cpu` time is that of this process, without idle waits.
+    That only holds where the engine runs in this process alone."""
     from moespan.measure.under_load import LoadRun
 
     class CpuRun(LoadRun):
@@ -501,7 +517,7 @@ def _run_load(args: argparse.Namespace, llm: LLM, load: Load) -> Outcome:
             self.skipped_s += wait_s
             return 0.0
 
-    if args.clock == "wall":
+    if clock == "wall":
         run = LoadRun(llm, load)
     else:
         run = jumping = CpuRun(llm, load, now=lambda: time.process_time() + jumping.skipped_s)
@@ -512,27 +528,76 @@ def _run_load(args: argparse.Namespace, llm: LLM, load: Load) -> Outcome:
 
 
 def order_table(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Predicted and measured tokens/s of every layout of so many ranks, under the same load."""
+    """Predicted and measured tokens/s of every layout of so many ranks, under the same load.
+
+    With the clock `cpu` they are tokens per CPU second of the busiest rank, so that neighbours do
+    not count. Nor do waits between ranks then, such as the idle time of pipeline stages.
+    """
     model = _model(args)
-    layouts = all_layouts(args.ranks, model)
-    profile = calibrated(args, _limits(args, layouts[-1]), model)
+    layouts = [
+        layout
+        for layout in all_layouts(args.ranks, model)
+        if not args.layouts or str(layout) in args.layouts
+    ]
+    # Nothing is calibrated beyond the sizes of these loads, for there are many shapes.
+    limits = replace(_load_config(args, layouts[-1]), max_model_len=512)
+    profile = calibrated(args, limits, model, layouts)
+    # CPU time does not grow where ranks share cores.
+    sharers = 1 if args.clock == "cpu" else _sharers(profile, args.ranks)
     load = _load(args, args.requests, concurrency=args.concurrency)
-    print(f"{'layout':<24}{'predicted':>12}{'measured':>12}{'error':>9}   tokens/s")
+    tokens = sum(one.output_tokens for one in load.requests)
+    print(f"{'layout':<24}{'predicted':>12}{'measured':>12}{'error':>9}   tokens/s, by wall time")
     rows: list[dict[str, Any]] = []
     for layout in layouts:
         config = _load_config(args, layout)
-        cost = StepCost(profile, model, config, Routing(model), ranks_per_node=args.ranks)
-        value = predict(cost, model, config, _LOAD_BLOCKS, load).outcome.tokens_per_s
+        cost = StepCost(profile, model, config, Routing(model), ranks_per_node=sharers)
+        run = simulate(config, _LOAD_BLOCKS, model.vocab_size, cost, load)
         with _engine(args, layout) as llm:
-            _run_load(args, llm, _load(args, 4, concurrency=4))
-            real = _run_load(args, llm, load).tokens_per_s
-        error = f"{value / real - 1:>+9.1%}"
-        print(f"{layout!s:<24}{value:>12.1f}{real:>12.1f}{error}", flush=True)
+            _run_load(llm, _load(args, 4, concurrency=4))
+            before = _rank_cpu_s()
+            walled = _run_load(llm, load)
+            after = _rank_cpu_s()
+        if args.clock == "cpu":
+            value = tokens / max(one.last_s for one in run.times)
+            real = tokens / max(after[pid] - before[pid] for pid in before)
+        else:
+            value = Outcome.of(run.times, cut_end=True).tokens_per_s
+            real = walled.tokens_per_s
+        figures = f"{value:>12.1f}{real:>12.1f}{value / real - 1:>+9.1%}"
+        print(f"{layout!s:<24}{figures}{walled.tokens_per_s:>12.1f}", flush=True)
         rows.append({"layout": str(layout), "predicted": value, "measured": real})
     values, reals = ([row[key] for row in rows] for key in ("predicted", "measured"))
     regret = 1 - reals[values.index(max(values))] / max(reals)
     print(f"rank correlation {rank_correlation(values, reals):.2f}, regret {regret:.1%}")
     return rows
+
+
+def _rank_cpu_s() -> dict[int, float]:
+    """CPU seconds of each rank that descends from this process, by its pid."""
+    parents: dict[int, int] = {}
+    seconds: dict[int, float] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # the process has ended
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            pid, command = int(folder.name), (folder / "cmdline").read_bytes().split(b"\0")
+            parents[pid] = int(fields[1])
+            if command[1:3] == [b"-m", b"moespan.launch.rank"]:
+                seconds[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def is_own(pid: int) -> bool:
+        while pid in parents and pid != os.getpid():
+            pid = parents[pid]
+        return pid == os.getpid()
+
+    return {pid: value for pid, value in seconds.items() if is_own(pid)}
+
+
+def _sharers(profile: Profile, ranks: int) -> int:
+    """Ranks that share the cores that were calibrated with: with one thread of two cores, two ranks
+    share nothing."""
+    if not DEVICES[profile.device.kind].is_host:
+        return ranks
+    return max(1, -(-ranks * (profile.device.cores or 1) // usable_cores()))
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -546,6 +611,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=list(DEVICES), default="cpu")
     parser.add_argument("--layers", type=int, default=2, help="of the 16B geometry (2)")
+    parser.add_argument("--geometry", type=json.loads, default={}, help="JSON of other sizes")
     parser.add_argument("--batched-tokens", type=int, nargs="+", default=(512, 2048))
     parser.add_argument("--parts", default="memory,steps")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
@@ -554,7 +620,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", default="uniform:20:120", help="prompt tokens of loads")
     parser.add_argument("--output", default="uniform:8:32", help="output tokens of loads")
     parser.add_argument("--requests", type=int, default=60, help="requests of each load (60)")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=(0.3, 0.6, 0.8, 0.95, 1.3),
+        help="of the measured capacity, as loads; above 1 is more than the engine can do",
+    )
     parser.add_argument("--concurrency", type=int, default=12, help="of full engines (12)")
+    parser.add_argument("--layouts", nargs="+", help="only these, such as tp=2×ep=2")
     parser.add_argument("--ranks", type=int, default=2, help="for the order of layouts (2)")
     parser.add_argument("--reuse", action="store_true", help="take the profile as it is")
     parser.add_argument("--profile", type=Path, default=Path("build/here.json"))

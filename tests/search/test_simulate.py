@@ -129,6 +129,14 @@ def test_the_real_prefix_cache_finds_equal_blocks():
     assert again.ttft_s < first.ttft_s
 
 
+def test_prompts_without_known_tokens_are_not_taken_for_equal_ones():
+    load = drawn("100", "3", 20, rate=2, seed=1)
+    config = engine()
+    assert run(replace(config, enable_prefix_caching=True), Fixed(0.1), load) == run(
+        config, Fixed(0.1), load
+    )
+
+
 def test_a_hopeless_run_ends_early():
     load = drawn("4", "1", 5000, rate=100)
     found = run(engine(max_num_seqs=1), Fixed(1.0), load, give_up=lambda times: len(times) > 100)

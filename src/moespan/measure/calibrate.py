@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,7 +73,8 @@ class Calibration:
         seconds: when the last operation begins, at the latest, by the clock.
         clock: `wall`, or `cpu` for CPU time of one thread.
         folder: checkpoint with a tokenizer, for the host's cost of text; None does without text.
-        own_layout_only: leave out shapes that only other layouts have.
+        layouts: whose shapes are measured beside the config's own; None: those of tp, ep and dp
+            from 1 to 16.
     """
 
     config: EngineConfig
@@ -84,7 +85,7 @@ class Calibration:
     folder: Path | None = None
     command: str = ""
     say: Callable[[str], object] = lambda text: None
-    own_layout_only: bool = False
+    layouts: Sequence[Layout] | None = None
     _started: float = field(default_factory=time.monotonic)
     _began: float = 0.0
 
@@ -297,7 +298,7 @@ class Calibration:
         dtype = getattr(torch, self.config.dtype)
         make = Operations(ops, self.model, self._device, dtype, turn_bytes)
         self._own = list(_curves_of(self.config, self.model, [self.config.layout]))
-        layouts = [] if self.own_layout_only else _layouts(self.model)
+        layouts = _layouts(self.model) if self.layouts is None else self.layouts
         others = _curves_of(self.config, self.model, layouts)
         found: dict[tuple[Any, ...], Operation] = {}
         for curve in [*self._own, *others]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import msgspec
 
@@ -46,8 +45,6 @@ def predict(
         slower: factor on the times of stages.
         give_up: see `simulate`.
     """
-    if not load.shares_prefixes:  # the cache finds nothing, and is slow to look
-        config = replace(config, enable_prefix_caching=False)
     run = simulate(
         config, num_blocks, model.vocab_size, timer, load, slower=slower, give_up=give_up
     )

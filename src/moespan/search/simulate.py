@@ -112,15 +112,17 @@ class _Simulation:
         slower: float,
         on_step: Callable[[Plans], None] | None,
     ) -> None:
+        # Prompts without known tokens are all alike, which a cache must not find.
+        self._shares_prefixes = config.enable_prefix_caching and load.shares_prefixes
         # Nothing says which drafts would be right.
-        self._replicas = Replicas(replace(config, speculative_tokens=0), num_blocks, vocab_size)
+        config = replace(config, speculative_tokens=0, enable_prefix_caching=self._shares_prefixes)
+        self._replicas = Replicas(config, num_blocks, vocab_size)
         self._timer, self._load, self._slower, self._on_step = timer, load, slower, on_step
         self._vocab_size = vocab_size
         self._is_host = DEVICES[config.device].is_host
         self._most_in_flight = config.most_steps_in_flight
         self._free_at = [0.0] * config.layout.pp
         self._in_flight: deque[tuple[list[ReplicaStep], float]] = deque()
-        self._shares_prefixes = config.enable_prefix_caching and load.shares_prefixes
         self._now = 0.0
         self._num_steps = self._next = 0
         self._arrivals: dict[str, float] = {}
