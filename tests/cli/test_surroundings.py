@@ -40,7 +40,7 @@ VERBS = {
     "make-checkpoint": "make-checkpoint {tmp}/made",
     "quantize": "quantize {quick} {tmp}/quantized",
     "chat": "chat {quick} --quiet --device cpu --max-tokens 2",
-    "serve": "serve {quick} --device cpu --uds {tmp}/socket",
+    "serve": "serve {quick} --log-level warning --device cpu --uds {tmp}/socket",
     "plan": (
         "plan {quick} --hardware h100 --devices 1 --input 16 --output 4 --num-requests 20 --rate 1 "
         "--ttft 10s --tpot 10s --max-num-seqs 4 --jobs 1 --what-if none --json {tmp}/plan"
@@ -118,7 +118,6 @@ SURROUNDINGS = {
 # The rows that test code of all verbs in common take only some.
 ONLY = {
     "no stdout": EVERY - {"calibrate"},
-    "little memory": EVERY - {"serve"},
     "a home that is not there": {"generate"},
     "a full stdout": {"generate", "info"},
     "no stderr": {"generate", "info", "quantize"},

@@ -166,7 +166,10 @@ def test_a_certificate_makes_https(tmp_path: Path):
     with pytest.raises(ConfigError, match="--ssl-certfile"):
         Server(lambda *_: None, ServeOptions(ssl_certfile=str(key), ssl_keyfile=str(cert)))  # type: ignore[arg-type]
     os.mkfifo(tmp_path / "fifo")
+    encrypt = ["openssl", "pkey", "-aes256", "-passout", "pass:secret", "-in", str(key)]
+    subprocess.run([*encrypt, "-out", str(tmp_path / "encrypted")], check=True)
     for field, name, says in (
+        ("ssl_keyfile", "encrypted", "--ssl-keyfile .*encrypted is encrypted, .*openssl pkey"),
         ("ssl_certfile", "fifo", "--ssl-certfile .*it is a FIFO"),
         ("ssl_keyfile", "fifo", "--ssl-keyfile .*it is a FIFO"),
         ("ssl_ca_certs", "gone.pem", "--ssl-ca-certs .*gone.pem.* cannot be read: .*No such file"),

@@ -1,8 +1,7 @@
 """The agent: starts the ranks of one node through torch's elastic launcher and ends them together.
 
-Started by the front as `python -m moespan.launch.agent JOB_DIRECTORY RANKS FRONT_PID PROGRAM...`.
-RANKS is the number of ranks on this node, PROGRAM the arguments of Python in each. Exit code 0: all
-ranks ended well, on all nodes. Agents of several nodes use `meeting` and `watch`.
+Started by the front through `moespan.launch.agent_program`. Agents of several nodes use `meeting`
+and `watch`.
 
 Bounds: a dead rank is seen within `_MONITOR_S`, a stopped rank or a step that hangs within those of
 `moespan.launch.stall`. `_SETTLE_S` later all others get SIGTERM, and
@@ -15,12 +14,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -59,28 +56,25 @@ _ORPHAN_S = 3.0
 _ORPHANED = "lost its front"
 
 
-def main(argv: list[str]) -> int:
-    """Run the job to its end; if a failure ended it, write the failure for the front."""
-    directory, ranks, front_pid, *program = argv
-    job = Job(directory)
-    log.set_up()
+def main(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
+    """Run the job to its end; if a failure ended it, write the failure for the front.
+
+    Args:
+        ranks: the number of ranks on this node.
+        program: arguments of Python in each rank.
+
+    Returns:
+        The exit code of the agent: 0 if all ranks ended well, on all nodes.
+    """
     signal.signal(signal.SIGTERM, _stop)
-    job.beats().beat(int(ranks)).start_pulse()
-    threading.Thread(target=_end_with_front, args=(int(front_pid),), daemon=True).start()
+    job.beats().beat(ranks).start_pulse()
+    threading.Thread(target=_end_with_front, args=(front_pid,), daemon=True).start()
     if log.level() != "debug":
         _silence("torch.distributed.elastic")
     try:
-        return _run(job, int(ranks), int(front_pid), program)
+        return _run(job, ranks, front_pid, program)
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
-    except Exception as error:
-        message = f"the agent failed with {type(error).__name__}: {error}"
-        trace = traceback.format_exc()
-        job.write_failure(Failure(rank=None, kind="", message=message, traceback=trace))
-        return 1
-    finally:
-        if os.getppid() != int(front_pid):
-            shutil.rmtree(job.directory, ignore_errors=True)
 
 
 def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
@@ -357,10 +351,3 @@ def _end_with_front(front_pid: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(2 * _GRACE_S)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stderr.flush()
-    # A thread that hangs in the store of a lost node would crash an orderly exit of Python.
-    os._exit(code)

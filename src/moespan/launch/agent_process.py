@@ -214,7 +214,7 @@ def start_agent(job: Job, ranks: int, program: Sequence[str]) -> subprocess.Pope
     """Start the agent, which starts `ranks` ranks that run `program` in Python."""
     arguments = [str(job.directory), str(ranks), str(os.getpid()), *program]
     return subprocess.Popen(
-        [sys.executable, *module_arguments("moespan.launch.agent"), *arguments],
+        [sys.executable, *module_arguments("moespan.launch.agent_program"), *arguments],
         stdin=subprocess.DEVNULL,
         stdout=log.stderr_descriptor(),  # libraries of the ranks print there, and answers are ours
         start_new_session=True,  # only the front gets Ctrl-C of the terminal

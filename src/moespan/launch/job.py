@@ -76,7 +76,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
         """The error for the front's caller; while starting, it has the class the rank raised."""
         own_class = getattr(errors, self.kind, None)
         if not (isinstance(own_class, type) and issubclass(own_class, MoespanError)):
-            return EngineDeadError(f"{self._who} {self.message}\n{self.traceback}".rstrip())
+            return EngineDeadError(f"{self._who} {self.message}\n{self.traceback}".strip())
         is_plain = not self.node and not self.rank
         message = self.message if is_plain else f"{self._who}: {self.message}"
         return (own_class if starting else EngineDeadError)(message)

@@ -246,9 +246,8 @@ def _failure(rank: int, error: Exception) -> Failure:
 
 def _is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed because of another rank; some show it in their text only."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or any(
+    dist = sys.modules.get("torch.distributed")  # its import may be what failed
+    return (dist is not None and isinstance(error, dist.DistError)) or any(
         library in str(error).lower() for library in ("gloo", "hccl", "nccl")
     )
 

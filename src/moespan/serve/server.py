@@ -138,6 +138,23 @@ def _refuse_odd_files(options: ServeOptions) -> None:
                 raise ConfigError(f"{flag} {shortened(path)} cannot be read: {error}") from None
 
 
+def _refuse_encrypted_key(options: ServeOptions) -> None:
+    """OpenSSL would ask the terminal for the passphrase, and wait at each start."""
+    if options.ssl_certfile is None or options.ssl_keyfile is None:
+        return
+
+    def refuse() -> str:
+        raise ConfigError(
+            f"--ssl-keyfile {shortened(options.ssl_keyfile)} is encrypted, and a server cannot ask "
+            "for the passphrase; give a key without one, as openssl pkey -in KEY -out PLAIN "
+            "writes, in a file that only this user can read"
+        )
+
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+        options.ssl_certfile, options.ssl_keyfile, refuse
+    )
+
+
 class Server(uvicorn.Server):
     """uvicorn on one socket, without signals of its own. `should_exit` ends it.
 
@@ -179,6 +196,7 @@ class Server(uvicorn.Server):
             ssl_cert_reqs=ssl.CERT_NONE if options.ssl_ca_certs is None else ssl.CERT_REQUIRED,
         )
         try:
+            _refuse_encrypted_key(options)
             config.load()
         except OSError as error:  # ssl.SSLError is one
             named = f"--ssl-certfile {options.ssl_certfile}, --ssl-keyfile {options.ssl_keyfile}"
