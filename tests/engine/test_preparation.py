@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import wait
 
 import pytest
 
@@ -38,7 +39,8 @@ def test_ready_requests_come_in_the_order_of_arrival_with_their_constraints():
     assert not preparation and not list(preparation.take(may_wait=True))
     for id in "abc":
         preparation.start(request(id), seed=ord(id))
-    taken = take_all(preparation)
+    wait([one._constraint for one in preparation._waiting.values()], timeout=10)
+    taken = list(preparation.take(may_wait=True))
     assert [(one.request.id, one.seed) for one in taken] == [("a", 97), ("b", 98), ("c", 99)]
     assert all(one.constraint.allowed == bytes([8]) for one in taken)
     preparation.close()

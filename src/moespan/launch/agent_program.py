@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
 
         return agent.main(job, int(ranks), int(front_pid), program)
     except Exception as error:
-        message = f"the agent failed with {type(error).__name__}: {error}"
+        message = f"the agent failed with {type(error).__name__}: {error}".removesuffix(": ")
         trace = traceback.format_exc()
         job.write_failure(Failure(rank=None, kind="", message=message, traceback=trace))
         return 1

@@ -237,7 +237,7 @@ def _failure(rank: int, error: Exception) -> Failure:
     return Failure(
         rank=rank,
         kind=kind,
-        message=str(error) if on_purpose else f"failed with {kind}: {error}",
+        message=str(error) if on_purpose else f"failed with {kind}: {error}".removesuffix(": "),
         traceback="" if on_purpose else traceback.format_exc(),
         lost_peer=_is_lost_peer(error),
         time_ns=time.monotonic_ns(),
