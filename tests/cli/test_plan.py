@@ -26,6 +26,21 @@ def run(
     return int(ended.value.code or 0), told.out, told.err
 
 
+def run_without_lengths(
+    capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """As `run`, for loads that bring their own lengths."""
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--preset", "tiny", *QUICK[4:], *arguments])
+    told = capsys.readouterr()
+    return int(ended.value.code or 0), told.out, told.err
+
+
+def bench_line(out: str) -> str:
+    """The line with the command that measures."""
+    return next(line for line in out.splitlines() if line.startswith("next "))
+
+
 def test_a_plan_is_printed_and_written_in_every_form(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
@@ -37,7 +52,7 @@ def test_a_plan_is_printed_and_written_in_every_form(
     assert code == 0, err
     assert "NVIDIA H100" in out and "start 1    node 0: " in out
     found = json.loads(data.read_text())
-    assert found["met"] and found["load"]["rate"] == pytest.approx(5, rel=0.5)
+    assert found["met"] and found["load"]["rate"] == 5
     assert page.read_text().startswith("<!doctype html>")
 
 
@@ -48,7 +63,7 @@ def test_targets_that_nothing_meets_are_exit_code_1_and_the_closest_are_shown(
     code, out, _ = run(capsys, *given, "0.01ms")
     assert code == 1
     assert re.search(r"missed     1: TTFT p90 ≤ 0.01 ms missed: [0-9.]+ ms, [0-9.,]+ times", out)
-    assert "would do   nothing tried here; allow what 1 reaches" in out
+    assert "would do   none of the changes that were tried; relax the targets" in out
     assert "TTFT p90 ≤ 0.01 ms" in out.splitlines()[2]
 
 
@@ -84,14 +99,58 @@ def test_a_trace_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     given = ["--hardware", "h100", "--devices", "1", "--load", str(path)]
-    code, out, _ = run(capsys, *given)
+    code, out, _ = run_without_lengths(capsys, *given)
     assert code == 0 and "30 requests of load.jsonl" in out
     rows.append({"arrival_s": 9, "prompt_tokens": 600, "output_tokens": 5})
     path.write_text("\n".join(map(json.dumps, rows)))
-    code, _, err = run(capsys, *given)
+    code, _, err = run_without_lengths(capsys, *given)
     assert code == 2 and "request 30 has 600 prompt" in err and "--clip" in err
-    code, out, _ = run(capsys, *given, "--clip", "--fast")
-    assert code == 0 and "1 prompts CUT" in out
+    code, out, _ = run_without_lengths(capsys, *given, "--clip", "--fast")
+    assert code == 0 and "1 prompts CUT" in out and "--clip" in bench_line(out)
+
+
+@pytest.mark.parametrize("often", [[], ["--rate", "5"]], ids=str)
+def test_clip_cuts_lengths_that_are_given_exactly(
+    capsys: pytest.CaptureFixture[str], often: list[str]
+):
+    given = ["--hardware", "h100", "--devices", "1", "--fast", "--input", "600", *often]
+    code, out, err = run(capsys, *given, "--clip")
+    assert code == 0, err
+    assert "prompts CUT" in out and "--clip" in bench_line(out)
+    code, _, err = run(capsys, *given)
+    assert code == 2 and "--clip cuts such prompts" in err
+
+
+def test_lengths_are_refused_before_the_search_forks(capfd: pytest.CaptureFixture[str]):
+    """`capfd` sees what other processes print."""
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--preset", "16b", "--hardware", "910b3", "--jobs", "2", "--input", "0"])
+    err = capfd.readouterr().err
+    assert ended.value.code == 2 and len(err.splitlines()) == 1 and "length '0'" in err
+
+
+def test_the_dtype_is_one_that_the_device_computes(capsys: pytest.CaptureFixture[str]):
+    code, out, err = run(capsys, "--hardware", "310p3", "--devices", "1", "--fast")
+    assert code == 0, err
+    assert "float16" in bench_line(out) and "bfloat16" not in out
+
+
+def test_the_rate_is_the_one_that_was_given(capsys: pytest.CaptureFixture[str]):
+    given = ["--hardware", "h100", "--devices", "2", "--only", "tp=1 dp=1 sp=1 pp=1", "--fast"]
+    code, out, err = run(capsys, *given, "--rate", "24")
+    assert code == 0, err
+    assert bench_line(out).endswith("--rate 12")
+    _, out, _ = run(capsys, *given, "--rate", "100000", "--ttft", "1s")
+    assert "a second instead of 100,000\n" in out
+
+
+def test_a_picture_without_matplotlib_is_refused_before_the_search(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("moespan.search.explore.explore", lambda question: pytest.fail("searched"))
+    code, _, err = run(capsys, "--hardware", "h100", "--plot", str(tmp_path / "front.png"))
+    assert code == 2 and "--plot needs matplotlib" in err
 
 
 @pytest.mark.parametrize(
@@ -109,7 +168,11 @@ def test_a_trace_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path):
         (["--hardware", "h100", "--routing", "x.json"], "routing 'x.json' is neither"),
         (["--hardware", "h100", "--quantization", "int7"], "int7"),
         (["--hardware", "h100", "--json", "no/such/x"], "there is no folder no/such"),
-        (["--hardware", "310p3"], "no operations_per_s of bfloat16"),
+        (["--hardware", "310p3", "--dtype", "bfloat16"], "has figures for float16"),
+        (["--hardware", "h100", "--max-model-len", "100000"], "max_model_len=100000 exceeds"),
+        (["--hardware", "h100", "--only", "tp=3"], "--only tp=3: no layout of 1 devices"),
+        (["--hardware", "h100", "--what-if", "nodes=-5"], "--what-if nodes=-5 leaves no device"),
+        (["--hardware", "h100", "--load", "x.csv"], "leave out --input and --output"),
     ],
 )
 def test_what_cannot_be_used_is_named(

@@ -83,6 +83,7 @@ def test_a_preset_needs_no_file_and_runs_under_a_layout_as_a_table(
         ([QUICKSTART, "--prefill", "0"], "prefill=(0,)"),
         ([QUICKSTART, "--prefill", "", "--decode-batch", ""], "neither"),
         ([QUICKSTART, "--prefill", "5000"], "--max-model-len"),
+        ([QUICKSTART, "--input", "8"], "--context, --decode-tokens, --repeats measure steps"),
         (
             [QUICKSTART, "--prefill", "8", "--decode-batch", "3", "--max-num-seqs", "2"],
             "--max-num-seqs",

@@ -11,6 +11,7 @@ import pytest
 
 from moespan import LLM, SamplingParams
 from moespan.checkpoint.presets import preset
+from moespan.cli.show import load_table
 from moespan.measure.under_load import LoadRun, bench_load
 from moespan.planner import load
 
@@ -60,6 +61,12 @@ def test_a_report_has_the_figures_of_a_plan(llm: LLM) -> None:
         assert 0 < report[latency]["p50"]["value"] <= report[latency]["p99"]["value"]
     assert report["tokens_per_s"] > 0 and report["memory"][0]["weight_bytes"] > 0
     assert report["prefix_hits"] == 0
+
+
+def test_too_few_requests_have_no_interval(llm: LLM) -> None:
+    report = bench_load(llm, load.drawn("8", "4", 3, rate=100))
+    assert report["ttft_s"]["p50"]["half_width"] is None
+    assert "±" not in "\n".join(load_table(report))
 
 
 def test_a_stream_waits_as_long_as_its_source_says(llm: LLM) -> None:

@@ -120,7 +120,7 @@ def test_an_engine_gets_its_share():
     share = load.share(4, seed=1)
     assert share.rate == pytest.approx(10, rel=0.05)
     assert len(share.requests) == 4000  # any part of Poisson arrivals is Poisson
-    trace = replace(load, is_poisson=False).share(4, seed=1)
+    trace = replace(load, poisson_rate=None).share(4, seed=1)
     assert len(trace.requests) == pytest.approx(1000, rel=0.1)
     assert trace.rate == pytest.approx(10, rel=0.1)
     assert drawn("8", "8", 9, concurrency=64).share(4).concurrency == 16

@@ -229,6 +229,8 @@ def test_figures_of_an_outcome():
     assert outcome.tpot_s["mean"].value == pytest.approx(0.1)
     assert outcome.tokens_per_s == pytest.approx(10, rel=0.03)
     assert outcome.ttft_s["p50"].half_width == pytest.approx(0, abs=1e-9)
+    few = Outcome.of(times[:3])
+    assert few.ttft_s["p50"].half_width is None  # three requests have no ten batches
     with pytest.raises(ConfigError, match="no request has ended"):
         Outcome.of([])
 
@@ -236,6 +238,17 @@ def test_figures_of_an_outcome():
 def test_work_is_done_in_order_on_many_cores():
     assert run_all(lambda index: index**2, 7, int, jobs=3) == [0, 1, 4, 9, 16, 25, 36]
     assert run_all(lambda index: index, 0, int) == []
+
+
+def test_a_refusal_in_a_process_of_the_search_comes_back_as_itself(
+    capfd: pytest.CaptureFixture[str],
+):
+    def refuse(index: int) -> int:
+        raise ConfigError(f"number {index}")
+
+    with pytest.raises(ConfigError, match=r"^number 0$"):
+        run_all(refuse, 2, int, jobs=2)
+    assert not capfd.readouterr().err
 
 
 def test_a_process_of_the_search_that_dies_is_an_error(capfd: pytest.CaptureFixture[str]):

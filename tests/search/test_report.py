@@ -77,6 +77,7 @@ def test_the_text_has_a_row_for_each_plan_and_says_that_figures_are_guesses(foun
     assert any("2 → 1 nodes: -" in line for line in lines)
     assert any(line.startswith("guess      small messages") for line in lines)
     assert any("load balancer" in line for line in lines)
+    assert any("write the folder of the model for MODEL" in line for line in lines)
 
 
 def test_an_explanation_shows_memory_and_both_steps_with_their_sources(found: dict[str, Any]):
@@ -195,6 +196,9 @@ def test_engines_of_one_node_get_devices_and_ports_of_their_own():
     ] * 2
     ports = [one.arguments[one.arguments.index("--port") + 1] for one in commands]
     assert ports == ["8000", "8001", "8000", "8001"]
+    assert all("--host 0.0.0.0 --api-key-file KEYS" in str(one) for one in commands)
+    one_node = start_commands(candidate(8, Layout(tp=4)), "MODEL", A2)
+    assert not any("--host" in str(one) for one in one_node)
 
 
 def test_engines_of_several_nodes_meet_at_their_own_first_node():
@@ -202,6 +206,8 @@ def test_engines_of_several_nodes_meet_at_their_own_first_node():
     assert [(one.node, one.engine) for one in commands] == [(0, 0), (1, 0), (2, 1), (3, 1)]
     settings = [parsed(one.arguments) for one in commands]
     assert [one.master_addr for one in settings] == ["node0", "node0", "node2", "node2"]
+    hosts = ["--host 0.0.0.0 --api-key-file KEYS" in str(one) for one in commands]
+    assert hosts == [True, False, True, False]  # what a load balancer reaches
     assert [one.node_rank for one in settings] == [0, 1, 0, 1]
 
 

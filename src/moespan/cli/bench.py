@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, integers, settings_of
 from moespan.cli.show import bench_table, load_table
@@ -40,19 +41,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--decode-batch",
         type=integers,
-        default=(1, 8, 32),
         metavar="N,N,...",
         help="sequences that decode together (1,8,32)",
     )
-    group.add_argument(
-        "--context", type=int, default=128, metavar="N", help="prompt tokens of each (128)"
-    )
-    group.add_argument(
-        "--decode-tokens", type=int, default=32, metavar="N", help="timed tokens of each (32)"
-    )
-    group.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="rounds after a warm-up (5)"
-    )
+    group.add_argument("--context", type=int, metavar="N", help="prompt tokens of each (128)")
+    group.add_argument("--decode-tokens", type=int, metavar="N", help="timed tokens of each (32)")
+    group.add_argument("--repeats", type=int, metavar="N", help="rounds after a warm-up (5)")
     _add_load_flags(parser)
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
 
@@ -92,13 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     if _has_load(args):
         return _run_load(args)
-    workload = Workload(
-        Workload.prefill if args.prefill is None else args.prefill,
-        args.decode_batch,
-        args.context,
-        args.decode_tokens,
-        args.repeats,
-    )
+    workload = Workload(**_asked_steps(args))
     settings = _for_bench(settings_of(args), workload.decode_batch)
     if settings.model is None and (args.preset is None or settings.node_rank > 0):
         args.usage_error("one of the arguments MODEL --preset is required")
@@ -130,12 +118,22 @@ def _has_load(args: argparse.Namespace) -> bool:
     return any(one is not None for one in asked)
 
 
+def _asked_steps(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of steps that are given: field of `Workload` → value."""
+    fields = ("prefill", "decode_batch", "context", "decode_tokens", "repeats")
+    given = {name: getattr(args, name) for name in fields}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _run_load(args: argparse.Namespace) -> int:
     """Run a load, and print latencies and throughput."""
     from moespan.measure.bench import first_token_s
     from moespan.measure.under_load import bench_load
     from moespan.planner import load
 
+    if steps := _asked_steps(args):
+        flags = ", ".join("--" + name.replace("_", "-") for name in steps)
+        raise ConfigError(f"{flags} measure steps, not a load; leave out them or the load")
     often = {"rate": args.rate, "concurrency": args.concurrency, "seed": args.seed}
     if args.load is not None:
         if args.input is not None or args.output is not None:

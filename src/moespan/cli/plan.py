@@ -56,8 +56,8 @@ def _add_load_flags(parser: argparse.ArgumentParser) -> None:
         "Without --rate and --concurrency: as many requests as the targets allow.",
     )
     length = "N|lognormal:MEAN:SIGMA|uniform:LOW:HIGH"
-    group.add_argument("--input", default="1024", metavar=length, help="prompt tokens (1024)")
-    group.add_argument("--output", default="256", metavar=length, help="output tokens (256)")
+    group.add_argument("--input", metavar=length, help="prompt tokens (1024)")
+    group.add_argument("--output", metavar=length, help="output tokens (256)")
     group.add_argument(
         "--load",
         metavar="FILE",
@@ -129,14 +129,18 @@ def run(args: argparse.Namespace) -> int:
     """Find the layouts that fit the machines and meet the targets, and rank them. The engine's own
     scheduler runs on predicted times. Nothing is started, no weights are read, no torch is needed.
     Exit code 1: no layout meets every target; the closest ones are shown."""
+    from moespan.search.candidates import no_layout
     from moespan.search.document import document
     from moespan.search.explore import explore
     from moespan.search.report import text
 
     _check_files(args)
     question, name = _question(args)
+    what_if = _what_if(args, question)
     one_layout = _explained(args, question)
     answer, explain = explore(question), None
+    if not answer.num_layouts:
+        raise no_layout(question.space, question.model, question.profile)
     if one_layout is not None:
         explain = explore(one_layout)
         if not explain.found:
@@ -144,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--explain {shown(args.explain)}: no such layout of these devices fits the model "
                 "and the memory"
             )
-    found = document(answer, name, nodes=_what_if(args.what_if), explain=explain)
+    found = document(answer, name, nodes=what_if, explain=explain)
     if args.json == "-":
         print(_as_json(found))
     else:
@@ -158,8 +162,12 @@ def _check_files(args: argparse.Namespace) -> None:
         path = getattr(args, flag)
         if path is not None and path != "-":
             check_writable(Path(path), f"--{flag}")
-    if args.plot is not None and Path(args.plot).suffix not in (".png", ".svg"):
-        raise ConfigError(f"--plot {args.plot} must end in .png or .svg")
+    if args.plot is not None:
+        from moespan.search.plot import check_installed
+
+        if Path(args.plot).suffix not in (".png", ".svg"):
+            raise ConfigError(f"--plot {args.plot} must end in .png or .svg")
+        check_installed()
     for flag, least in (
         ("num_requests", 20),
         ("top", 1),
@@ -209,41 +217,43 @@ def _question(args: argparse.Namespace) -> tuple[Question, str]:
         for given in [getattr(args, latency)]
         if given is not None
     ]
-    load = _load(args, folder)
+    lengths = args.input or "1024", args.output or "256"
+    load = _load(args, lengths, folder)
+    # A distribution has a tail; what is given exactly is refused if it is too long.
+    clip = args.clip or (args.load is None and not all(map(str.isdecimal, lengths)))
     if load is not None:
-        # A distribution has a tail; what is given exactly is refused if it is too long.
-        is_drawn = args.load is None and not (args.input.isdecimal() and args.output.isdecimal())
-        load = load.fitting(space.base.max_model_len, args.clip or is_drawn)
-    return (
-        Question(
-            space,
-            machine,
-            model,
-            Routing.read(args.routing, model, args.seed),
-            load,
-            (args.input, args.output),
-            tuple(targets),
-            args.num_requests,
-            args.top,
-            args.seed,
-            args.fast,
-            jobs=args.jobs,
-            clip_to=space.base.max_model_len,
-            trace=args.load,
-        ),
-        name,
+        load = load.fitting(space.base.max_model_len, clip)
+    question = Question(
+        space,
+        machine,
+        model,
+        Routing.read(args.routing, model, args.seed),
+        load,
+        lengths,
+        tuple(targets),
+        args.num_requests,
+        args.top,
+        args.seed,
+        args.fast,
+        jobs=args.jobs,
+        clip_to=space.base.max_model_len,
+        clip=clip,
+        trace=args.load,
     )
+    question.demand(1)  # refuses lengths that are none, before anything is searched
+    return question, name
 
 
 def _model(args: argparse.Namespace) -> tuple[ModelConfig, str, Path | None]:
     """The model, its name for commands, and its folder if it has one."""
     from moespan.checkpoint.presets import preset
     from moespan.front.hub import resolve
+    from moespan.search.commands import MODEL_PLACE
 
     if (args.model is None) == (args.preset is None):
         args.usage_error("one of the arguments MODEL --preset is required, and not both")
     if args.preset is not None:
-        return ModelConfig.from_dict(preset(args.preset, {})), "MODEL", None
+        return ModelConfig.from_dict(preset(args.preset, {})), MODEL_PLACE, None
     folder = resolve(args.model)
     return ModelConfig.from_pretrained(folder), args.model, folder
 
@@ -256,10 +266,11 @@ def _space(args: argparse.Namespace, model: ModelConfig, machine: Profile) -> Sp
     base = EngineConfig(
         "",
         device=kind,
-        dtype=model.dtype if args.dtype == "auto" else args.dtype,
+        dtype=_dtype(args.dtype, model, machine),
         max_model_len=args.max_model_len or model.max_position_embeddings,
         block_size=DEVICES[kind].block_size,
     )
+    base.check(model)
     per_node = machine.devices_per_node
     return Space(
         base,
@@ -272,11 +283,25 @@ def _space(args: argparse.Namespace, model: ModelConfig, machine: Profile) -> Sp
     )
 
 
+def _dtype(asked: str, model: ModelConfig, machine: Profile) -> str:
+    """The dtype of the activations; `auto` is the model's, or float16 where a device computes that
+    and not the model's."""
+    rates = machine.device.operations_per_s
+    if asked == "auto":
+        return "float16" if "float16" in rates and model.dtype not in rates else model.dtype
+    if rates and asked not in rates:
+        raise ConfigError(
+            f"--dtype {asked}: {machine.title or machine.name} has figures for {', '.join(rates)} "
+            "only; use one of them"
+        )
+    return asked
+
+
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _load(args: argparse.Namespace, folder: Path | None) -> Load | None:
+def _load(args: argparse.Namespace, lengths: tuple[str, str], folder: Path | None) -> Load | None:
     """The load of all engines; None for as many requests as possible."""
     from moespan.planner import load
 
@@ -286,7 +311,9 @@ def _load(args: argparse.Namespace, folder: Path | None) -> Load | None:
             return None
         # A closed loop needs some rounds of its requests.
         number = max(args.num_requests, 6 * (args.concurrency or 0))
-        return load.drawn(args.input, args.output, number, **often, seed=args.seed)
+        return load.drawn(*lengths, number, **often, seed=args.seed)
+    if args.input is not None or args.output is not None:
+        raise ConfigError("--load brings its own lengths; leave out --input and --output")
     found = load.read(args.load, speed=args.speed, **often, seed=args.seed)
     return load.encoded(found, None if folder is None else _encoder(folder))
 
@@ -314,14 +341,16 @@ def _explained(args: argparse.Namespace, question: Question) -> Question | None:
     return replace(question, space=replace(question.space, only=whole), num_shown=1)
 
 
-def _what_if(text: str) -> list[int]:
-    """Changes of the number of nodes in a text like `nodes=+1,nodes=-1`.
+def _what_if(args: argparse.Namespace, question: Question) -> list[int]:
+    """The changes of the number of nodes that `--what-if` asks for.
 
     Raises:
-        ConfigError: `text` is not like that.
+        ConfigError: the text is not like `nodes=+1,nodes=-1`, or names more nodes fewer than there
+            are, unless it is the default.
     """
     found = []
-    for part in _names(text):
+    per_node, devices = question.profile.devices_per_node, question.space.devices
+    for part in _names(args.what_if):
         if part == "none":
             continue
         name, _, number = part.partition("=")
@@ -331,5 +360,9 @@ def _what_if(text: str) -> list[int]:
             change = 0
         if name != "nodes" or not change:
             raise ConfigError(f"--what-if {shown(part)} is not like nodes=+1")
+        if devices + change * per_node < 1 and args.what_if != _WHAT_IF:
+            raise ConfigError(
+                f"--what-if {part} leaves no device of {devices}; a node has {per_node}"
+            )
         found.append(change)
     return found

@@ -161,7 +161,8 @@ def load_table(report: dict[str, Any]) -> Iterator[str]:
     yield f"{'ms':<6}" + "".join(f"{name:>16}" for name in ("mean", "p50", "p90", "p95", "p99"))
     for key, name in (("ttft_s", "TTFT"), ("tpot_s", "TPOT")):
         cells = (
-            f"{1e3 * one['value']:.1f} ±{1e3 * one['half_width']:.1f}"
+            f"{1e3 * one['value']:.1f}"
+            + ("" if one["half_width"] is None else f" ±{1e3 * one['half_width']:.1f}")
             for one in report[key].values()
         )
         yield f"{name:<6}" + "".join(f"{cell:>16}" for cell in cells)

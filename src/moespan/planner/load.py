@@ -82,14 +82,15 @@ class Load:
             come at their arrival times.
         num_clipped: prompts that were cut.
         name: what it is, in words.
-        is_poisson: whether arrivals are independent of each other.
+        poisson_rate: requests per second that were asked for, independent of each other; None:
+            arrival times are those of a file, or do not matter.
     """
 
     requests: tuple[LoadRequest, ...]
     concurrency: int | None = None
     num_clipped: int = 0
     name: str = ""
-    is_poisson: bool = False
+    poisson_rate: float | None = None
 
     @functools.cached_property
     def mean_prompt_tokens(self) -> float:
@@ -106,6 +107,8 @@ class Load:
         """Requests per second; None if arrivals do not matter."""
         if self.concurrency is not None:
             return None
+        if self.poisson_rate is not None:
+            return self.poisson_rate
         last = self.requests[-1].arrival_s
         return (len(self.requests) - 1) / last if last > 0 else math.inf
 
@@ -120,13 +123,15 @@ class Load:
             return self
         if self.concurrency is not None:
             return replace(self, concurrency=max(1, round(self.concurrency / engines)))
-        if self.is_poisson and not self.shares_prefixes:
+        rate = self.poisson_rate and self.poisson_rate / engines
+        if rate is not None and not self.shares_prefixes:
             # A random part is Poisson again, at a lower rate; all requests may stand for it.
             slow = (replace(one, arrival_s=one.arrival_s * engines) for one in self.requests)
-            return replace(self, requests=tuple(slow))
+            return replace(self, requests=tuple(slow), poisson_rate=rate)
         draw = random.Random(f"share {seed}")
         mine = tuple(one for one in self.requests if draw.randrange(engines) == 0)
-        return replace(self, requests=_from_first(mine or self.requests[:1]))
+        requests = _from_first(mine or self.requests[:1])
+        return replace(self, requests=requests, poisson_rate=rate)
 
     def fitting(self, max_model_len: int, clip: bool) -> Load:
         """This load within sequences of `max_model_len` tokens.
@@ -186,7 +191,7 @@ def drawn(
         name += f", {rate:g} request{'' if rate == 1 else 's'} a second (Poisson)"
     if concurrency is not None:
         name += f", {concurrency} at a time"
-    return Load(_from_first(tuple(requests)), concurrency, name=name, is_poisson=rate is not None)
+    return Load(_from_first(tuple(requests)), concurrency, name=name, poisson_rate=rate)
 
 
 def distribution(text: str) -> Callable[[random.Random], int]:
@@ -256,8 +261,7 @@ def read(
     elif speed != 1:
         requests = [replace(one, arrival_s=one.arrival_s / speed) for one in requests]
     name = f"{len(requests)} requests of {path.name}"
-    is_poisson = rate is not None
-    return Load(_from_first(tuple(requests)), concurrency, name=name, is_poisson=is_poisson)
+    return Load(_from_first(tuple(requests)), concurrency, name=name, poisson_rate=rate)
 
 
 def _from_first(requests: Sequence[LoadRequest]) -> tuple[LoadRequest, ...]:

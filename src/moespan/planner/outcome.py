@@ -49,10 +49,13 @@ class RequestTimes(NamedTuple):
 
 
 class Statistic(msgspec.Struct, frozen=True):
-    """A value and the half width of its 95 % interval; both in the unit of the latency."""
+    """A value and the half width of its 95 % interval; both in the unit of the latency.
+
+    Too few requests, or an estimate, have no interval: then `half_width` is None.
+    """
 
     value: float
-    half_width: float = 0.0
+    half_width: float | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,7 +172,7 @@ def _statistics(values: Sequence[float]) -> dict[str, Statistic]:
     batches = [values[i * size : (i + 1) * size] for i in range(_BATCHES)] if size else []
     found = {}
     for name in STATISTICS:
-        half = 0.0
+        half = None
         if batches:
             parts = [_statistic(name, batch) for batch in batches]
             half = _T_95 * statistics.stdev(parts) / math.sqrt(_BATCHES)

@@ -136,6 +136,24 @@ def layouts(space: Space, model: ModelConfig, profile: Profile) -> list[tuple[in
     return found
 
 
+def no_layout(space: Space, model: ModelConfig, profile: Profile) -> LayoutError:
+    """Why `only` leaves no layout of a space, with the degrees that an axis could have."""
+    sizes = engine_sizes(space.devices, profile.devices_per_node)
+    possible = [one for size in sizes for one in all_layouts(size, model)]
+    for axis, degree in space.only:
+        usable = sorted({getattr(one, axis) for one in possible})
+        if degree not in usable:
+            return LayoutError(
+                f"--only {axis}={degree}: no layout of {space.devices} devices has it; use "
+                f"{axis}={', '.join(map(str, usable))}"
+            )
+    asked = " ".join(f"{axis}={degree}" for axis, degree in space.only)
+    return LayoutError(
+        f"--only {shown(asked)}: no layout of {space.devices} devices has all of these; leave one "
+        "out"
+    )
+
+
 Memories = dict[EngineConfig, list[ClassMemory]]
 """What was counted before: configuration → memory of its classes of ranks."""
 

@@ -12,6 +12,12 @@ from moespan.search.candidates import Candidate
 
 FIRST_PORT = 8000
 
+MODEL_PLACE = "MODEL"
+"""Stands in commands for the folder of a model that was given as a preset."""
+
+KEYS_PLACE = "KEYS"
+"""Stands in commands for the file of a server's keys."""
+
 
 class Command(NamedTuple):
     """One command.
@@ -34,8 +40,13 @@ class Command(NamedTuple):
 
 
 def start_commands(candidate: Candidate, model: str, profile: Profile) -> list[Command]:
-    """All commands, in the order of nodes and engines."""
+    """All commands, in the order of nodes and engines.
+
+    Engines on several nodes listen to the network and demand a key, so that one load balancer
+    reaches all of them.
+    """
     per_node, size = profile.devices_per_node, candidate.layout.world_size
+    is_remote = candidate.engines > 1 and candidate.engines * size > per_node
     found = []
     for engine in range(candidate.engines):
         first = engine * size
@@ -44,6 +55,8 @@ def start_commands(candidate: Candidate, model: str, profile: Profile) -> list[C
             node = first // per_node + node_rank
             arguments = ["serve", model, *engine_flags(candidate)]
             environment = {}
+            if is_remote and node_rank == 0:
+                arguments += ["--host", "0.0.0.0", "--api-key-file", KEYS_PLACE]
             if num_nodes > 1:
                 arguments += ["--nnodes", str(num_nodes), "--node-rank", str(node_rank)]
                 arguments += ["--master-addr", f"node{first // per_node}"]

@@ -187,9 +187,11 @@ def _load_flags(question: Question, one: Found) -> list[str]:
         found = ["--load", question.trace]
     else:
         found = ["--input", question.lengths[0], "--output", question.lengths[1]]
+    if (load or question.sample).num_clipped:
+        found.append("--clip")
     rate = load.rate if load is not None else None
     if rate is not None and math.isfinite(rate):
-        return [*found, "--rate", f"{rate / engines:.4g}"]
+        return [*found, "--rate", f"{rate / engines:.6g}"]
     assert one.predicted is not None
     concurrency = one.predicted.concurrency or round(
         one.estimate.sequences * one.candidate.layout.dp

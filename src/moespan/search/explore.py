@@ -49,6 +49,7 @@ class Question:
         worst: take upper bounds of latencies that are guesses.
         jobs: cores to use; None: all.
         clip_to: tokens of the longest sequence, where there is no load.
+        clip: whether longer prompts are cut there; else they are refused.
         trace: the file that the load comes from; None: lengths are drawn.
         times, memories: what questions about the same profile, model and routing share.
     """
@@ -67,6 +68,7 @@ class Question:
     worst: bool = False
     jobs: int | None = None
     clip_to: int | None = None
+    clip: bool = False
     trace: str | None = None
     times: Times = field(default_factory=Times, compare=False, repr=False)
     memories: Memories = field(default_factory=dict, compare=False, repr=False)
@@ -92,8 +94,7 @@ class Question:
         load = drawn(*self.lengths, self.num_requests, seed=self.seed)
         if self.clip_to is None:
             return load
-        # A distribution has a tail; a length that is given exactly is refused if it is too long.
-        return load.fitting(self.clip_to, clip=not all(map(str.isdecimal, self.lengths)))
+        return load.fitting(self.clip_to, self.clip)
 
 
 @dataclass
@@ -489,5 +490,7 @@ def _as_predicted(question: Question, one: Found) -> Predicted:
 
 def _overlap(one: Statistic | None, other: Statistic | None) -> bool:
     if one is None or other is None:
+        return True
+    if one.half_width is None or other.half_width is None:
         return True
     return abs(one.value - other.value) <= one.half_width + other.half_width

@@ -1,7 +1,7 @@
 """Independent pieces of work on all cores, by forked processes that answer over pipes.
 
-Nothing is pickled: answers are msgpack. A child inherits what it works on, so this must be called
-before threads exist. Imports no torch.
+Nothing is pickled: answers are msgpack, and so is the text of a refusal. A child inherits what it
+works on, so this must be called before threads exist. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from moespan.errors import MoespanError
+from moespan.errors import ConfigError, MoespanError
 from moespan.machine.cores import usable_cores
 
 T = TypeVar("T")
+
+_REFUSED = 2
+"""Exit status of a child that answers with the text of a `ConfigError`."""
 
 
 def run_all(work: Callable[[int], T], number: int, kind: Any, jobs: int | None = None) -> list[T]:
@@ -28,6 +31,7 @@ def run_all(work: Callable[[int], T], number: int, kind: Any, jobs: int | None =
         kind: the type of an answer, which msgspec can encode.
 
     Raises:
+        ConfigError: `work` raised it.
         MoespanError: a process died.
     """
     jobs = min(jobs or usable_cores(), number)
@@ -35,17 +39,22 @@ def run_all(work: Callable[[int], T], number: int, kind: Any, jobs: int | None =
         return [work(index) for index in range(number)]
     children = [_fork(work, range(job, number, jobs)) for job in range(jobs)]
     answers: dict[int, T] = {}
-    problems = []
+    problems, refusals = [], []
     for pid, pipe in children:
         with os.fdopen(pipe, "rb") as reader:
             data = reader.read()
         _, status = os.waitpid(pid, 0)
-        if status:
+        code = os.waitstatus_to_exitcode(status)
+        if code == _REFUSED:
+            refusals.append(msgspec.msgpack.decode(data, type=str))
+        elif code:
             problems.append(pid)
         else:
             answers |= msgspec.msgpack.decode(data, type=dict[int, kind])
     if problems:
         raise MoespanError("a process of the search died; its error is above")
+    if refusals:
+        raise ConfigError(refusals[0])
     return [answers[index] for index in range(number)]
 
 
@@ -64,13 +73,21 @@ def _fork(work: Callable[[int], T], mine: Sequence[int]) -> tuple[int, int]:
     status = 1
     try:
         os.close(reading)
-        data = msgspec.msgpack.encode({index: work(index) for index in mine})
+        found, answer = _answer(work, mine)
         with os.fdopen(writing, "wb") as writer:
-            writer.write(data)
-        status = 0
+            writer.write(msgspec.msgpack.encode(answer))
+        status = found
     except KeyboardInterrupt:
         pass
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def _answer(work: Callable[[int], T], mine: Sequence[int]) -> tuple[int, dict[int, T] | str]:
+    """The exit status of a child, and what it sends: its answers, or why it refuses."""
+    try:
+        return 0, {index: work(index) for index in mine}
+    except ConfigError as error:
+        return _REFUSED, str(error)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from moespan.errors import ConfigError
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Write the Pareto picture of a plan's document as .png or .svg.
+def check_installed() -> None:
+    """Raise `ConfigError` if matplotlib is not installed. Nothing is imported: the search forks
+    before threads of numerical libraries exist."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib; pip install 'moespan[bench]', or use --html")
 
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "--plot needs matplotlib; pip install 'moespan[bench]', or use --html"
-        ) from None
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Write the Pareto picture of a plan's document as .png or .svg; see `check_installed`."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
     points = found["points"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moespan.planner.outcome import in_words
+from moespan.search.commands import KEYS_PLACE, MODEL_PLACE
 from moespan.units import COUNTS, scaled
 
 _GIB = 1 << 30
@@ -146,7 +147,7 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
         for plan in plans:
             missed = "; ".join(map(missed_in_words, plan["misses"]))
             yield f"missed     {plan['rank']}: {missed or 'too slow to end'}"
-        for advice in found["advice"] or ["nothing tried here; allow what 1 reaches"]:
+        for advice in found["advice"] or [_NO_ADVICE]:
             yield f"would do   {advice}"
     worst = found["small_messages"]
     if worst is not None and not worst["is_same"]:
@@ -173,6 +174,9 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
     yield from _what_if_lines(found)
 
 
+_NO_ADVICE = "none of the changes that were tried; relax the targets to the figures of layout 1"
+
+
 def _axes(plan: dict[str, Any]) -> Iterator[str]:
     """The flags of a plan's layout."""
     return (f"-{axis} {degree}" for axis, degree in plan["layout"].items() if degree > 1)
@@ -185,7 +189,8 @@ def missed_in_words(miss: dict[str, Any]) -> str:
         return f"{target} is out of reach: requests come faster than they are served"
     if by < 1:
         return f"{target} missed by {by:.0%}: {in_words(value_s)}"
-    return f"{target} missed: {in_words(value_s)}, {by + 1:,.3g} times as long"
+    times = f"{by + 1:,.0f}" if by >= 99 else f"{by + 1:.3g}"
+    return f"{target} missed: {in_words(value_s)}, {times} times as long as allowed"
 
 
 def _microseconds(worst: dict[str, Any], which: str) -> str:
@@ -229,9 +234,18 @@ def _starts(found: dict[str, Any]) -> Iterator[str]:
     rest = plan["num_commands"] - sum(node in shown_nodes for node in nodes)
     if rest > 0:
         yield f"{'':<10} {rest} more like these; --json has the first {len(nodes)}"
+    places = [words for place, words in _PLACES.items() if place in plan["commands"][0].split()]
+    if places:
+        yield f"{'':<10} write {', and '.join(places)}"
     if plan["engines"] > 1:
         engines = plan["engines"]
         yield f"{'':<10} put a load balancer (least connections) before the {engines} engines"
+
+
+_PLACES = {
+    MODEL_PLACE: f"the folder of the model for {MODEL_PLACE}",
+    KEYS_PLACE: f"a file of API keys for {KEYS_PLACE}",
+}
 
 
 def _explanation(plan: dict[str, Any]) -> Iterator[str]:
