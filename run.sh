@@ -18,14 +18,19 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/setup.sh
-VERB=generate
+VERB=generate EXTRAS=""
 if [ "${1:-}" = serve ]; then
-    VERB=serve
+    VERB=serve EXTRAS="[serve]"
     shift
-    setup "[serve]"
-else
-    setup ""
 fi
+case "${1:-}" in
+    "" | -*) ;;
+    *)
+        say "'$1' is no flag; the checkpoint is given before: MODEL=$1 bash run.sh${EXTRAS:+ serve}"
+        exit 2
+        ;;
+esac
+setup "$EXTRAS"
 
 MODEL="${MODEL:-models/quickstart}"
 if [ -z "${TP:-}${PP:-}${SP:-}${DP:-}" ]; then

@@ -128,6 +128,16 @@ def test_each_question_is_asked_with_all_turns_before_it():
     assert conversation.messages == [{"role": "system", "content": "be brief"}]
 
 
+def test_an_empty_answer_is_kept_with_its_question():
+    class Silent:
+        def answer(self, messages, say):
+            return Ending("stop", 1)
+
+    conversation = Conversation(Silent())
+    conversation.ask("one", lambda piece: None)
+    assert [message["content"] for message in conversation.turns] == ["one", ""]
+
+
 @pytest.mark.parametrize("outcome", [KeyboardInterrupt(), MoespanError("gone")])
 def test_the_part_of_an_answer_before_its_interruption_is_kept(outcome):
     conversation = Conversation(Scripted(outcome))
@@ -139,11 +149,12 @@ def test_the_part_of_an_answer_before_its_interruption_is_kept(outcome):
 def test_an_engine_answers_line_by_line_and_the_conversation_is_saved(chat, tmp_path):
     saved = tmp_path / "talk.json"
     code, out, err = chat(
-        f"{USER}\n\n/system\n/save {saved}\n/nonsense\n/quit\nnot read\n",
+        f"{USER}\n\n/system\n/save\n/save {saved}\n/nonsense\n/quit\nnot read\n",
         QUICKSTART,
     )
     assert code == 0
     assert out.strip().endswith("1415")
+    assert "/save needs the name of a file" in err
     assert "'/nonsense' is no command" in err
     assert "tokens/s" in err
     messages = json.loads(saved.read_text())["messages"]
@@ -220,7 +231,7 @@ def test_an_error_of_the_reader_of_an_answer_is_not_blamed_on_the_server(server)
         (["http://"], "is no address"),
         (["localhost:8000"], "did you mean http://localhost:8000?"),
         (["{server}", "--served-model-name", "third"], "it has 'first', 'second'"),
-        (["{server}", "-tp", "2"], "tensor_parallel_size"),
+        (["{server}", "-tp", "2"], "--tensor-parallel-size"),
         (["{server}", "--top-p", "2"], "top_p=2.0"),
         (["{server}", "--api-key-file", "/dev/zero"], "not a regular file"),
         ([str(QUICKSTART), "--served-model-name", "a"], "goes with a server"),

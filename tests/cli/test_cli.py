@@ -140,6 +140,7 @@ def test_drafts_are_asked_for_in_two_forms(flags: list[str]):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
+        ("{bad", "'{bad' is not valid JSON"),
         ("4", 'only {"method": "ngram", ...} is known'),
         ('{"method": "eagle", "num_speculative_tokens": 4}', 'only {"method": "ngram", ...}'),
         ('{"method": "ngram"}', "num_speculative_tokens must be a number of tokens"),
@@ -732,11 +733,12 @@ WRONG_COMMANDS: list[tuple[list[object], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "says"), WRONG_COMMANDS)
-def test_a_wrong_command_shows_the_usage(cli: Cli, arguments: list[object], says: str):
+def test_a_wrong_command_is_told_in_two_lines(cli: Cli, arguments: list[object], says: str):
     ran = cli(*arguments)
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith("usage: moespan")
-    assert says in ran.err.splitlines()[-1]
+    usage, fault = ran.err.splitlines()
+    assert usage.startswith("usage: moespan") and "--help" in usage
+    assert says in fault
 
 
 SUM = ["--prompt", "1+1="]

@@ -636,6 +636,13 @@ def test_a_server_needs_its_extra_its_port_and_files(made: Made) -> None:
     assert f"port {port} is free" in findings[1].found and "4096" in findings[2].found
 
 
+@pytest.mark.parametrize("port", ["70000", "-1"])
+def test_a_port_that_cannot_be_is_refused(port: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--port", port])
+    assert ended.value.code == 2 and f"--port {port} must be within" in caplog.text
+
+
 def test_cores_and_quota(made: Made) -> None:
     made.write("sys/fs/cgroup/cpu.max", "200000 100000")
     made.write("proc/self/cgroup", "0::/\n")

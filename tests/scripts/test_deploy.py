@@ -117,6 +117,7 @@ def test_the_unit_of_systemd_fits_the_server():
     assert int(service["WatchdogSec"]) > 10
     program, *arguments = shlex.split(service["ExecStart"])
     assert Path(program).name == "moespan" and _parser().parse_args(arguments).verb == "serve"
+    assert "HUP" not in service.get("ExecReload", "") or "--api-key-file" in arguments
 
 
 # Prometheus and Grafana.

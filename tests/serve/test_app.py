@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import pytest
@@ -193,6 +194,11 @@ def test_a_request_that_takes_too_long_ends_with_an_error():
             assert response.status_code == 503
             assert error_of(response)["code"] == "request_timeout"
             assert served.life.num_live == 0
+        ended = served.life.metrics.render().decode()
+        assert 'moespan_request_success_total{finished_reason="timeout"' in ended
+        for reason, count in (("timeout", 2.0), ("abort", 0.0)):
+            found = re.search(rf'moespan_request_success_total{{.*"{reason}".*}} (.*)', ended)
+            assert found is not None and float(found[1]) == count
 
     play(script, holds=True, request_timeout_s=0.05)
 

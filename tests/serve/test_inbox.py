@@ -15,8 +15,8 @@ from tests.serve.virtual_time import run, settle
 
 def test_waiting_deltas_are_joined_for_each_continuation():
     async def work() -> None:
-        closed: list[Inbox] = []
-        inbox = Inbox(request("a", n=2), closed.append)
+        closed: list[tuple[Inbox, str]] = []
+        inbox = Inbox(request("a", n=2), lambda *end: closed.append(end))
         first = TokenLogprobs(7, -0.5, [(7, -0.5)])
         second = TokenLogprobs(8, -1.5, [(9, -0.25)])
         inbox.put(OutputDelta(id="a", index=1, text="y", token_ids=[5]))
@@ -59,7 +59,7 @@ def test_waiting_deltas_are_joined_for_each_continuation():
 
 def test_a_cancelled_wait_loses_no_delta():
     async def work() -> None:
-        inbox = Inbox(request("a"), lambda _: None)
+        inbox = Inbox(request("a"), lambda *_: None)
         waiting = asyncio.create_task(inbox.next())
         await settle()
         inbox.put(token("a", 1))
@@ -75,7 +75,7 @@ def test_a_cancelled_wait_loses_no_delta():
 
 def test_the_death_of_the_engine_comes_after_the_deltas_before_it():
     async def work() -> None:
-        inbox = Inbox(request("a"), lambda _: None)
+        inbox = Inbox(request("a"), lambda *_: None)
         inbox.put(token("a", 1))
         inbox.fail(EngineDeadError("rank 1 was killed"))
         inbox.put(token("a", 2))  # too late
@@ -90,7 +90,7 @@ def test_the_death_of_the_engine_comes_after_the_deltas_before_it():
 
 def test_a_death_after_the_finish_is_not_told():
     async def work() -> None:
-        inbox = Inbox(request("a"), lambda _: None)
+        inbox = Inbox(request("a"), lambda *_: None)
         inbox.put(token("a", end="stop"))
         inbox.fail(EngineDeadError("rank 1 was killed"))
         assert len(await inbox.next()) == 1
@@ -101,13 +101,13 @@ def test_a_death_after_the_finish_is_not_told():
 
 def test_closing_aborts_once_and_wakes_the_waiting_handler():
     async def work() -> None:
-        closed: list[Inbox] = []
-        inbox = Inbox(request("a"), closed.append)
+        closed: list[tuple[Inbox, str]] = []
+        inbox = Inbox(request("a"), lambda *end: closed.append(end))
         waiting = asyncio.create_task(inbox.next())
         await settle()
+        inbox.close("timeout")
         inbox.close()
-        inbox.close()
-        assert closed == [inbox]
+        assert closed == [(inbox, "timeout")]
         assert await waiting == [] and inbox.is_finished
         inbox.put(token("a"))
         assert await inbox.next() == []

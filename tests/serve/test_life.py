@@ -247,6 +247,21 @@ def test_the_cause_of_a_death_is_logged_once_with_its_traceback(caplog: pytest.L
     ]
 
 
+def test_a_restart_is_timed_from_the_death(caplog: pytest.LogCaptureFixture):
+    async def script(life: Life, start: FakeStart, running: asyncio.Task[None]) -> None:
+        await asyncio.sleep(100)
+        start.ranks.die()
+        await settle()
+        start.start_s = 6
+        await asyncio.sleep(0.5)
+        assert life.away_s == pytest.approx(0.5, abs=0.2)
+        await until_state(life, State.READY)
+
+    caplog.set_level("INFO", "moespan")
+    scene(script)
+    assert "the engine is ready again, after 7 s" in caplog.text  # a second of waiting, 6 to start
+
+
 def test_restarts_wait_longer_each_time_and_then_end_the_program():
     async def script(life: Life, start: FakeStart, running: asyncio.Task[None]) -> None:
         for wait_s in (1, 2, 4, 8, 16, 32, 60, 60):

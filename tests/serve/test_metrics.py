@@ -107,6 +107,7 @@ def test_a_request_leaves_its_times_and_tokens():
             "request_success_total{finished_reason=length}": 1,
             "request_success_total{finished_reason=abort}": 0,
             "request_success_total{finished_reason=error}": 0,
+            "request_success_total{finished_reason=timeout}": 0,
             "time_to_first_token_seconds_sum": 2.0,
             "time_to_first_token_seconds_count": 1,
             "inter_token_latency_seconds_sum": 0.1 + 0.6 + 0.6,

@@ -143,6 +143,11 @@ def test_keys_are_read_again(keys: dict[str, Any], caplog: pytest.LogCaptureFixt
     assert found.name_of(b"b-secret") == "bob"
 
 
+def test_a_reload_without_a_file_says_that_no_key_has_changed(caplog: pytest.LogCaptureFixture):
+    Keys(ServeOptions(), {API_KEY_VARIABLE: "a"}).reload()
+    assert "SIGHUP changes no key" in caplog.text
+
+
 def test_the_key_in_the_environment_is_taken_out_of_it(tmp_path: Path):
     environment = {API_KEY_VARIABLE: "from-env", "OTHER": "1"}
     keys = Keys(ServeOptions(api_key="given"), environment)
@@ -541,6 +546,18 @@ def test_no_client_text_reaches_the_log_unescaped(caplog: pytest.LogCaptureFixtu
         play(script, log_requests=True)
     text = "".join(record.getMessage() for record in caplog.records)
     assert "fake" in text and not [c for c in text if not c.isprintable()]
+
+
+def test_requests_are_logged_without_the_probes(caplog: pytest.LogCaptureFixture):
+    async def script(served: Served) -> None:
+        for path in ("/live", "/health", "/ready", "/ping", "/load"):
+            await served.http.get(path)
+        await served.complete()
+
+    with caplog.at_level("INFO", logger="moespan"):
+        play(script, log_requests=True)
+    told = [one.getMessage() for one in caplog.records if ", request " in one.getMessage()]
+    assert len(told) == 1 and told[0].startswith("POST /v1/completions: 200")
 
 
 def test_neither_prompts_nor_answers_nor_keys_are_logged(

@@ -54,6 +54,17 @@ def test_tools_are_taken_and_answered_in_text_unless_a_call_is_demanded():
     play(script)
 
 
+@pytest.mark.parametrize("choice", [None, "none", "auto"])
+def test_wrong_tools_are_refused_also_if_no_call_is_demanded(choice: str | None):
+    async def script(served: Served) -> None:
+        for wrong, param in (({}, "tools[0].type"), (tool("a b"), "tools[0].function.name")):
+            response = await served.chat(tools=[wrong], tool_choice=choice)
+            assert response.status_code == 400 and error_of(response)["param"] == param
+        assert (await served.chat(tools=[], tool_choice=choice)).status_code == 200
+
+    play(script)
+
+
 def test_without_the_extra_a_demanded_call_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tools, "has_grammar_extra", lambda: False)
 
@@ -84,6 +95,7 @@ def streamed(response: Any, index: int = 0) -> tuple[Any, Any, int]:
     assert choices[0]["delta"] == {"role": "assistant", "content": None}
     deltas = [choice["delta"] for choice in choices[1:]]
     assert all(set(delta) <= {"tool_calls"} for delta in deltas)
+    assert all(delta for delta in deltas[:-1]), "a piece without words before the name"
     calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
     assert all(call["index"] == 0 for call in calls)
     first, *others = calls

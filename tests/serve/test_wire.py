@@ -129,6 +129,20 @@ def test_what_is_not_http_is_answered_400_in_the_envelope():
     play_wired(script)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_request_of_two_lengths_is_refused_and_nothing_after_it_is_answered(order: int):
+    async def script(served: Served, server: Wired) -> None:
+        lengths = [b"Content-Length: 6\r\n", b"Transfer-Encoding: chunked\r\n"][::order]
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n" + b"".join(lengths)
+        answer = await server.ask(head + b"\r\n0\r\n\r\n" + GET)
+        assert status_of(answer) == 400 and answer.count(b"HTTP/1.1") == 1
+        assert "exclude each other" in envelope_of(answer)["message"]
+        assert CLOSE in answer
+        assert served.ends == [("other", 400)]
+
+    play_wired(script)
+
+
 def test_a_body_beyond_the_limit_is_answered_413():
     async def script(served: Served, server: Wired) -> None:
         body = completion(prompt="x" * (2 << 20))

@@ -134,8 +134,17 @@ def _report_unless_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells of a mistake in two lines; the usage of some verbs has fifty."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit as argparse does, without the whole usage."""
+        usage = f"usage: {self.prog} ... ({self.prog} --help shows the rest)"
+        self.exit(EXIT_REFUSED, f"{usage}\n{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="moespan", description="Runs DeepSeek-MoE under any layout. See VERB --help."
     )
     parser.add_argument("--version", action="version", version=f"moespan {__version__}")

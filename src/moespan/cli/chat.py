@@ -101,10 +101,10 @@ def _answerer(args: argparse.Namespace) -> Iterator[Answerer]:
 def _refuse_engine_flags(args: argparse.Namespace) -> None:
     given = given_fields(args).keys() - {"model"}
     if given:
-        names = ", ".join(sorted(given))
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
         raise ConfigError(
-            f"{names}: options of an engine, but MODEL={shown(args.model)} is a server, which has "
-            "its own; leave their flags out"
+            f"{flags}: of an engine, but MODEL={shown(args.model)} is a server, which has its own "
+            "options; leave these flags out"
         )
 
 
@@ -168,6 +168,8 @@ def _obey(conversation: Conversation, line: str) -> bool:
         conversation.system = rest
     elif command == "/save" and rest:
         _save(conversation, Path(rest).expanduser())
+    elif command == "/save":
+        say("not saved: /save needs the name of a file, as in /save talk.json")
     elif command == "/help":
         say(_HELP)
     else:

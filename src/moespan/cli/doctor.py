@@ -7,6 +7,7 @@ import json
 
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
 from moespan.cli.show import EXIT_FAILED
+from moespan.serve.options import ServeOptions
 
 SUMMARY = "check this machine"
 
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from moespan.doctor.host import Host
     from moespan.doctor.job_spec import JobSpec
 
+    if args.port is not None:
+        ServeOptions(port=args.port)  # has the rule for ports
     model, config, nodes = settings_of(args).resolve(to_run=False)
     job = JobSpec(
         device=config.device,

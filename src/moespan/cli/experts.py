@@ -34,7 +34,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens of each expert, as generate --record-routing writes them",
     )
     parser.add_argument(
-        "--copies", type=int, default=0, metavar="N", help="further experts on each ep rank (0)"
+        "--copies",
+        type=int,
+        default=0,
+        metavar="N",
+        help="most further experts on each ep rank (0)",
     )
     parser.add_argument(
         "--hardware", metavar="NAME|FILE.json", help="predict a decode step on this machine"

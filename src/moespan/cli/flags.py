@@ -499,8 +499,8 @@ def _ngram_tokens(text: str) -> int:
     by itself, so the bounds of that are taken and not used."""
     try:
         asked = json.loads(text)
-    except ValueError:
-        asked = None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not valid JSON: {error}") from None
     if not isinstance(asked, dict) or asked.get("method") != "ngram":
         raise argparse.ArgumentTypeError('only {"method": "ngram", ...} is known')
     unknown = asked.keys() - {"method", _NUM_TOKENS, "prompt_lookup_max", "prompt_lookup_min"}

@@ -85,9 +85,11 @@ class Conversation:
     def ask(self, question: str, say: Say) -> Ending:
         """Ask, and keep the question with its answer, or with the part before Ctrl-C.
 
-        A question that gets no answer at all is not kept. Raises what `Answerer.answer` raises.
+        An answer may be empty. A question that gets none is not kept. Raises what
+        `Answerer.answer` raises.
         """
         pieces: list[str] = []
+        ending = None
 
         def keep(piece: str) -> None:
             pieces.append(piece)
@@ -95,9 +97,10 @@ class Conversation:
 
         asked = {"role": "user", "content": question}
         try:
-            return self.answerer.answer([*self.messages, asked], keep)
+            ending = self.answerer.answer([*self.messages, asked], keep)
+            return ending
         finally:
-            if pieces:
+            if pieces or ending is not None:
                 answered = {"role": "assistant", "content": "".join(pieces).strip()}
                 self.turns += [asked, answered]
 

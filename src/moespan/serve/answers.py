@@ -174,7 +174,8 @@ class Answer:
             if self.job.is_chat and not choice.has_begun:
                 yield self._event([_role(choice)])
             choice.has_begun = True
-            yield self._event([piece])
+            if choice.call is None or not _says_nothing(piece):
+                yield self._event([piece])
 
     def _pieces(
         self, number: int, deltas: Sequence[OutputDelta]
@@ -323,6 +324,17 @@ class Answer:
             stop_reason=delta.stop_reason,
             token_ids=delta.token_ids if job.return_token_ids else UNSET,
         )
+
+
+def _says_nothing(piece: Piece) -> bool:
+    """Whether a piece of a call adds nothing, as while the name of the function is incomplete."""
+    return (
+        isinstance(piece, ChatDeltaChoice)
+        and piece.delta == ChatDelta()
+        and piece.finish_reason is None
+        and not piece.logprobs
+        and not piece.token_ids
+    )
 
 
 def _role(choice: _Choice) -> ChatDeltaChoice:

@@ -70,6 +70,10 @@ class Keys:
     def reload(self) -> None:
         """Read the file again; a file that cannot be used changes nothing."""
         if self._file is None:
+            log.logger.warning(
+                "SIGHUP changes no key: there is no --api-key-file to read again; give one, or "
+                "start the server again with the new key"
+            )
             return
         try:
             self._keys = self._read()

@@ -41,6 +41,10 @@ _HEADERS = (
 )
 
 
+class _TimedOutError(Refusal):
+    """The request took longer than `--request-timeout`."""
+
+
 class Delivery:
     """The response to a job.
 
@@ -76,6 +80,7 @@ class Delivery:
             ClientGoneError: the client has gone.
         """
         inboxes = self._life.submit_all(self._job.requests, _traceparent(scope))
+        ending = "abort"
         try:
             stream = _Stream(send, self._headers) if self._job.stream else None
             work = self._whole(inboxes, send) if stream is None else self._stream(inboxes, stream)
@@ -84,12 +89,14 @@ class Delivery:
             except ClientGoneError:
                 raise
             except Exception as error:
+                if isinstance(error, _TimedOutError):
+                    ending = "timeout"
                 if stream is None or not stream.is_started:
                     raise
                 await stream.fail(refusal_of(error))
         finally:
             for inbox in inboxes:
-                inbox.close()
+                inbox.close(ending)
             self._tell(scope)
 
     async def _whole(self, inboxes: Sequence[Inbox], send: Send) -> None:
@@ -258,7 +265,7 @@ async def _unless_gone(
         elif gone.done():
             raise ClientGoneError("the client has gone")
         else:
-            raise Refusal(
+            raise _TimedOutError(
                 503,
                 f"the request took longer than --request-timeout {timeout_s:g} s",
                 code="request_timeout",

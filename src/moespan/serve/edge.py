@@ -39,6 +39,16 @@ OnEnd = Callable[[str, int], object]
 """Takes the route of a request and the status of its answer; 499 if the client has gone."""
 
 
+_PROBES = frozenset(
+    {
+        *("/live", "/health", "/ping", "/ready", "/load", "/metrics"),
+        *("/v2/health/live", "/v2/health/ready", "/v2/models/{model:path}/ready"),
+        *("/health/timed", "/health/timed-{seconds:int}"),
+    }
+)
+"""Routes that programs ask every few seconds; --log-requests leaves them out."""
+
+
 class ClientGoneError(MoespanError):
     """The client has closed the connection; nobody reads the answer."""
 
@@ -91,7 +101,8 @@ class Edge:
     def _finish(self, scope: Scope, answer: _Answer, seconds: float) -> None:
         state = scope["state"]
         self._on_end(state.get("route", OTHER), answer.status)
-        level = log.logger.info if self._options.log_requests else log.logger.debug
+        is_told = self._options.log_requests and state.get("route") not in _PROBES
+        level = log.logger.info if is_told else log.logger.debug
         level(
             "%s %s: %d in %.3f s, request %s%s",
             scope["method"],

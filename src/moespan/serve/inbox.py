@@ -25,10 +25,11 @@ class Inbox:
     closed the inbox. Deltas that came before a death are told before the death is.
 
     Args:
-        on_close: called once if `close` comes before the engine has finished the request.
+        on_close: called once with the reason if `close` comes before the engine has finished the
+            request.
     """
 
-    def __init__(self, request: Request, on_close: Callable[[Inbox], None]) -> None:
+    def __init__(self, request: Request, on_close: Callable[[Inbox, str], None]) -> None:
         self.request = request
         self._on_close = on_close
         self._running = set(range(request.params.n))
@@ -63,15 +64,19 @@ class Inbox:
             raise self._death
         return []
 
-    def close(self) -> None:
-        """The handler wants no more; aborts the request if it is unfinished. Idempotent."""
+    def close(self, reason: str = "abort") -> None:
+        """The handler wants no more; aborts the request if it is unfinished. Idempotent.
+
+        Args:
+            reason: what metrics count unfinished continuations as, of `metrics.FINISH_REASONS`.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         self._untold.clear()
         self._wake()
         if self.is_running:
-            self._on_close(self)
+            self._on_close(self, reason)
 
     # The engine's side, for `Life`.
 

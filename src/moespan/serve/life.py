@@ -117,6 +117,7 @@ class Life:
         self._restart_reason = ""  # one of `metrics.RESTART_REASONS`
         self._back_at: float | None = None  # when the next life is expected to be ready
         self._start_s: float | None = None  # how long the last start took
+        self._away_since = asyncio.get_running_loop().time()
         self._is_draining = asyncio.Event()
         self._is_forced = asyncio.Event()
 
@@ -152,6 +153,11 @@ class Life:
         """Seconds since the leader's last word; infinite while no engine runs."""
         ranks = self._requests.ranks
         return math.inf if ranks is None else asyncio.get_running_loop().time() - ranks.heard_at
+
+    @property
+    def away_s(self) -> float:
+        """Seconds since no engine has run: since its death, or since this object was made."""
+        return asyncio.get_running_loop().time() - self._away_since
 
     def places(self) -> list[Place]:
         """Where the ranks are; empty while no engine runs."""
@@ -287,7 +293,7 @@ class Life:
         self._start_s, self.info = loop.time() - began, ranks.info
         self.metrics.start(ranks.info)
         if self.num_restarts:
-            log.logger.info("the engine is ready again, after %.0f s", self._start_s)
+            log.logger.info("the engine is ready again, after %.0f s", self.away_s)
         try:
             self._resume(ranks)
             self._restart_reason = "died"
@@ -296,6 +302,7 @@ class Life:
                 self._mourn(cause)
         finally:
             is_over = True
+            self._away_since = loop.time()
             self._requests.ranks = self._signs = self.pulse = None
             self.metrics.stop()
             await ranks.close()

@@ -158,8 +158,8 @@ class LiveRequests:
         """The request does not wait any more."""
         self.num_queued_tokens -= self._queued.pop(request_id, 0)
 
-    def _abort(self, inbox: Inbox) -> None:
-        self._forget(inbox.request.id, "abort")
+    def _abort(self, inbox: Inbox, reason: str) -> None:
+        self._forget(inbox.request.id, reason)
         self._drop(inbox.request.id)
 
     def _drop(self, request_id: str) -> None:

@@ -30,7 +30,7 @@ from moespan.version import __version__
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "abort", "error", "timeout")
 RESTART_REASONS = ("died", "silent", "start_failed")
 REJECTIONS = ("starting", "engine_dead", "draining", "queue_full")
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from moespan.engine.request import OutputDelta
-from moespan.errors import shown
+from moespan.errors import RequestError, shown
 from moespan.serve.answers import Answer, check_went_on
 from moespan.serve.bodies import decode
 from moespan.serve.delivery import Delivery, ignored_header
@@ -39,7 +40,7 @@ from moespan.serve.life import Life, State
 from moespan.serve.metrics import Metrics
 from moespan.serve.options import ServeOptions
 from moespan.serve.pool import Pool
-from moespan.serve.refusals import Refusal, bad
+from moespan.serve.refusals import Refusal, bad, refusal_of
 from moespan.serve.sampling import Job, completion_job, encode
 from moespan.serve.served import ServedModel
 from moespan.version import __version__
@@ -258,10 +259,25 @@ def ask(
     if details:
         fields["logprobs"] = 0
     fields |= {"prompt": given.inputs, "stream": given.stream if stream is None else stream}
-    job = completion_job(msgspec.json.encode(fields), model, options)
+    try:
+        job = completion_job(msgspec.json.encode(fields), model, options)
+    except (Refusal, RequestError) as error:
+        raise _renamed(refusal_of(error)) from None
     return Asked(
         dataclasses.replace(job, ignored=[*job.ignored, *ignored]), details, timeout_s, is_infer
     )
+
+
+def _renamed(refusal: Refusal) -> Refusal:
+    """A refusal of a completion in the words of the client, who sent MindIE's names."""
+    message = str(refusal)
+    for theirs, ours in (*_RENAMED.items(), ("inputs", "prompt")):
+        if ours != "prompt" or refusal.param == "prompt":  # the word is also plain English
+            message = re.sub(rf"\b{ours}\b", theirs, message, count=1)
+        if refusal.param == ours:
+            refusal.param = theirs
+    refusal.args = (message,)
+    return refusal
 
 
 def _check(parameters: dict[str, Any]) -> list[str]:

@@ -196,7 +196,9 @@ class HttpOptions:
         "something collects the log",
         choices=("text", "json"),
     )
-    log_requests: bool = option(False, "log a line for each request: ids and numbers", "to debug")
+    log_requests: bool = option(
+        False, "log a line for each request but probes: ids and numbers", "to debug"
+    )
     disable_log_requests: bool = option(
         False, "as without --log-requests", "commands written for vLLM"
     )

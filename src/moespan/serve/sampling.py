@@ -236,14 +236,22 @@ def _params(
     }
     given["max_tokens"] = _max_tokens(asked, max_tokens)
     given["structured_outputs"] = _form(asked, call)
-    if type(seed := given.get("seed")) is int and -(2**63) <= seed < 0:
-        given["seed"] = seed % 2**63
+    given["seed"] = _seed(given.get("seed"))
     _check_temperature(given.get("temperature", 0))
     params = SamplingParams(**given)
     if prompt_logprobs is not None:
         needed = max(prompt_logprobs, params.prompt_logprobs or 0)
         params = msgspec.structs.replace(params, prompt_logprobs=needed)
     return params
+
+
+def _seed(seed: Any) -> Any:
+    """Any 64-bit integer as one that the engine takes; `SamplingParams` checks the type."""
+    if type(seed) is not int:
+        return seed
+    if not -(2**63) <= seed < 2**63:
+        raise bad(f"seed={shown(seed)} must be an integer within -2**63..2**63-1", "seed")
+    return seed % 2**63
 
 
 def _check_temperature(temperature: Any) -> None:

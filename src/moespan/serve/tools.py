@@ -62,6 +62,8 @@ def demanded_call(asked: ChatBody) -> DemandedCall | None:
     """
     choice = asked.tool_choice
     if choice in (None, "none", "auto"):
+        if asked.tools:  # wrong ones are an error, whether they are called or not
+            _functions(asked.tools, choice)
         return None
     wanted = _wanted(choice)
     if not has_grammar_extra():
@@ -113,7 +115,9 @@ def _wanted(choice: str | dict[str, Any]) -> str | None:
     )
 
 
-def _functions(tools: list[dict[str, Any]], choice: str | dict[str, Any]) -> dict[str, _Function]:
+def _functions(
+    tools: list[dict[str, Any]], choice: str | dict[str, Any] | None
+) -> dict[str, _Function]:
     if not 1 <= len(tools) <= _MOST_TOOLS:
         raise bad(
             f"tools holds {len(tools)} tools; tool_choice={shown(choice)} needs 1..{_MOST_TOOLS}",

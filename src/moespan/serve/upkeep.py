@@ -39,7 +39,6 @@ class Upkeep:
         self._metrics = metrics
         self._notifier = Notifier() if notifier is None else notifier
         self._told: str | None = None  # the state that systemd knows
-        self._starting_since = asyncio.get_running_loop().time()
         self._counted = (0, 0)  # prompt and generated tokens at the last line of load
 
     async def run(self) -> None:
@@ -55,7 +54,7 @@ class Upkeep:
             self._tell_state()
             if now - line_at >= LOAD_LINE_S:
                 self._log_load(now - line_at)
-                self._log_start(now)
+                self._log_start()
                 line_at = now
             if watchdog_s is not None and now - alive_at >= watchdog_s / 3:
                 alive_at = now
@@ -72,13 +71,11 @@ class Upkeep:
         self._told = word
         self._notifier.status(f"{word}: {self._life.trouble}" if self._life.trouble else word)
 
-    def _log_start(self, now: float) -> None:
+    def _log_start(self) -> None:
         """Say that a start goes on; the leader says how much it has read."""
-        if self._life.state not in (State.STARTING, State.RECOVERING):
-            self._starting_since = now
-        else:
-            seconds = now - self._starting_since
-            log.logger.info("the engine is %s, for %.0f s", self._life.state.value, seconds)
+        state = self._life.state
+        if state in (State.STARTING, State.RECOVERING):
+            log.logger.info("the engine is %s, for %.0f s", state.value, self._life.away_s)
 
     def _tell_alive(self) -> None:
         """The watchdog hears nothing while the engine is stalled: then systemd restarts all.

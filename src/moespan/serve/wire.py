@@ -6,6 +6,7 @@
 | a client reads something within `write_timeout_s` while data waits for it | it is dropped |
 | at most `max_connections` at a time | 503 |
 | what is not HTTP, or has headers without end | 400 or 431, in the envelope of all errors |
+| a request tells its length once: `Content-Length` or `Transfer-Encoding` | 400, and it closes |
 
 A refusal may come while the client still sends. A socket that is closed with data unread is reset,
 and the client may never see the answer. So such a connection *lingers*: it says that nothing more
@@ -44,6 +45,27 @@ _LINGER_BODIES = 4
 _PEER_LOOK_S = 0.1
 
 _BEGUN_AT_ONCE = 8
+
+
+class _TwoLengthsError(h11.RemoteProtocolError):
+    """A request has `Content-Length` and `Transfer-Encoding`."""
+
+
+class _Connection(h11.Connection):
+    """h11's connection, which refuses a request of two lengths.
+
+    A proxy may go by one length and a server by the other. The client could then hide a second
+    request in the body of the first (RFC 9112, section 6.1: request smuggling).
+    """
+
+    def next_event(self) -> Any:
+        """The next event; raises `_TwoLengthsError`."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name.lower() for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:
+                raise _TwoLengthsError("Content-Length and Transfer-Encoding exclude each other")
+        return event
 
 
 class Turns:
@@ -108,6 +130,7 @@ class Wire(H11Protocol):
         on_end: OnEnd,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.conn = _Connection(h11.SERVER, options.max_header_kib << 10)
         self._options = options
         self._on_end = on_end
         self._turns = turns
@@ -214,7 +237,9 @@ class Wire(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP."""
         error = sys.exc_info()[1]
-        if getattr(error, "error_status_hint", 400) == 431:
+        if isinstance(error, _TwoLengthsError):
+            self._refuse(Refusal(400, f"{error}; send one of them"))
+        elif getattr(error, "error_status_hint", 400) == 431:
             most = self._options.max_header_kib << 10
             self._refuse(Refusal(431, f"the headers have more than {most} bytes"))
         else:
