@@ -320,7 +320,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         draw(report, args.out)
     except ImportError:
-        say('no pictures: matplotlib is not installed; pip install "moespan[bench]", then: plot')
+        say('no pictures: matplotlib is not installed; pip install ".[bench]", then: plot')
 
 
 def say(text: str) -> None:
@@ -624,7 +624,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         print(*draw(report, args.results.parent), sep="\n")
     except ImportError:
-        sys.exit('peers.py: pictures need matplotlib; pip install "moespan[bench]"')
+        sys.exit('peers.py: pictures need matplotlib; pip install ".[bench]"')
 
 
 if __name__ == "__main__":

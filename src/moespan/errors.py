@@ -56,6 +56,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def install_hint(extra: str) -> str:
+    """The command that installs an extra of this project, which no package index has."""
+    return f"pip install '.[{extra}]' in the folder of moespan's source"
+
+
 class MoespanError(Exception):
     """Base of all errors that moespan raises on purpose."""
 

@@ -414,6 +414,8 @@ def test_experts_are_placed_by_their_counts(cli: Cli, tmp_path: Path):
     ).resolve(to_run=False)[1]
     assert isinstance(config.expert_placement, dict)
     assert [len(held) for held in config.expert_placement["2"]] == [8, 8]
+    for copies, said in ((1, "0 of 6 allowed; the others"), (2, "12 of 12 allowed\n")):
+        assert f"copies of experts: {said}" in cli(*arguments, "--copies", copies).out
     for more, said in (
         (["-ep", 1], "ep=1"),
         (["--copies", 9], "--copies 9"),

@@ -627,7 +627,7 @@ def test_a_server_needs_its_extra_its_port_and_files(made: Made) -> None:
         port = taken.getsockname()[1]
         job = replace(npu_job(), port=port)
         lacking, busy = of(made.examine(job), "serving", report.PROBLEM)
-        assert "uvicorn" in lacking.found and "moespan[serve]" in lacking.fix
+        assert "uvicorn" in lacking.found and "pip install '.[serve]'" in lacking.fix
         assert f"port {port} is in use" in busy.found
     made.packages |= dict.fromkeys(serving.EXTRA, "1.0")
     made.write("proc/self/limits", LIMITS.format(files=4096))

@@ -86,5 +86,5 @@ def test_a_failed_download_is_one_line(clients: Path):
 
 def test_without_a_client_the_way_to_get_one_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "moespan\[hub\]"'):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[hub\]'"):
         resolve("org/name")

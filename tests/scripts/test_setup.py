@@ -361,3 +361,11 @@ def test_an_index_that_does_not_answer_costs_seconds(tmp_path: Path) -> None:
         started = time.monotonic()
         assert folder.setup().returncode == 0
         assert time.monotonic() - started < 60  # pip itself would wait for minutes
+
+
+@pytest.mark.parametrize("verb", [[], ["serve"]])
+def test_a_model_after_the_script_is_refused_with_the_way_to_name_it(verb: list[str]):
+    command = ["bash", str(ROOT / "run.sh"), *verb, "models/quickstart"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert f"MODEL=models/quickstart {' '.join(['bash run.sh', *verb])}" in ran.stderr

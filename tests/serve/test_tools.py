@@ -18,7 +18,7 @@ from moespan.serve.tools import CallPieces, DemandedCall, demanded_call
 from moespan.text.grammar import GrammarChecker, StructuredOutputsParams, has_grammar_extra
 from tests.serve.scene import QUICKSTART, Served, error_of, events, play
 
-needs_extra = pytest.mark.skipif(not has_grammar_extra(), reason="needs moespan[grammar]")
+needs_extra = pytest.mark.skipif(not has_grammar_extra(), reason="needs the extra grammar")
 
 NUMBER = {"type": "integer", "minimum": 0, "maximum": 999}
 NUMBERS = {"first": NUMBER, "second": NUMBER}
@@ -72,7 +72,7 @@ def test_without_the_extra_a_demanded_call_is_refused(monkeypatch: pytest.Monkey
         for choice in ("required", named()):
             response = await served.chat(tools=[tool()], tool_choice=choice)
             assert response.status_code == 400
-            assert "moespan[grammar]" in error_of(response)["message"]
+            assert "pip install '.[grammar]'" in error_of(response)["message"]
             assert error_of(response)["param"] == "tool_choice"
 
     play(script)

@@ -92,7 +92,7 @@ def test_a_request_becomes_a_span_with_its_parts():
 
 @pytest.mark.skipif(HAS_OTEL, reason="the extra is here")
 def test_without_the_extra_the_flag_says_what_to_install():
-    with pytest.raises(ConfigError, match=r"pip install 'moespan\[otel\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[otel\]'"):
         Tracing.to("http://127.0.0.1:9/v1/traces", "fake")
 
 

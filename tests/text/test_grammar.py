@@ -249,7 +249,7 @@ def test_without_the_extra_the_error_names_it(
     monkeypatch: pytest.MonkeyPatch, checker: GrammarChecker, tokenizer: Tokenizer
 ):
     monkeypatch.setattr(grammar, "has_grammar_extra", lambda: False)
-    with pytest.raises(RequestError, match=r"pip install 'moespan\[grammar\]'"):
+    with pytest.raises(RequestError, match=r"pip install '\.\[grammar\]'"):
         checker.check(form(regex="a"))
     assert Grammars.of(tokenizer, VOCAB, [EOS]) is None
 

@@ -25,7 +25,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="FILE.json", help="the profile to write"
     )
     group.add_argument(
-        "--seconds", type=float, default=180.0, metavar="S", help="time for all of it (180)"
+        "--seconds",
+        type=float,
+        default=180.0,
+        metavar="S",
+        help="begin no operation later than this; all else is measured in any case (180)",
     )
     group.add_argument(
         "--clock",

@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     table: ExpertTable = balanced_layers(counts, ep, args.copies)
     placed = replace(config, expert_placement=table)
     lines = _lines(model, counts, config, placed)
+    if args.copies:
+        lines.append(_copies_line(table, model, ep, args.copies))
     if args.hardware is not None:
         lines.append(_predicted(args.hardware, model, routing, config, placed))
     print("\n".join(lines))
@@ -126,6 +128,15 @@ def _lines(
             f"rank, {bytes_in_words(mean)} on average"
         )
     return lines
+
+
+def _copies_line(table: ExpertTable, model: ModelConfig, ep: int, copies: int) -> str:
+    """How many of the copies that `--copies` allows the placement has."""
+    experts = model.n_routed_experts or 0
+    made = sum(sum(map(len, layer)) - experts for layer in table.values())
+    allowed = copies * ep * len(table)
+    why = "" if made == allowed else "; the others would not take a row from the busiest rank"
+    return f"copies of experts: {made} of {allowed} allowed{why}"
 
 
 def _predicted(

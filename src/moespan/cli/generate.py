@@ -62,7 +62,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_flags(parser, "defaults for lines that do not set them")
     group = parser.add_argument_group("outputs")
-    form = parser.add_argument_group("form of the answers (needs moespan[grammar])")
+    form = parser.add_argument_group("form of the answers (needs the extra grammar)")
     form = form.add_mutually_exclusive_group()
     form.add_argument("--json-schema", type=Path, metavar="FILE", help="JSON of this schema")
     form.add_argument("--regex", metavar="REGEX", help="text that matches as a whole")

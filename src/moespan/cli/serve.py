@@ -12,7 +12,7 @@ from typing import Any
 from moespan import log
 from moespan.cli.flags import add_print_env_flag, add_settings_flags, settings_of
 from moespan.config import EngineConfig, ModelConfig
-from moespan.errors import ConfigError, MoespanError
+from moespan.errors import ConfigError, MoespanError, install_hint
 from moespan.front.start import warn_if_tp_crosses_nodes
 from moespan.planner.memory import fit
 from moespan.serve.options import ServeOptions, default_text, flag_of, options
@@ -151,6 +151,5 @@ def _check_extra() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"serving needs {', '.join(missing)}; run {sys.executable} -m pip install "
-            "'moespan[serve]'"
+            f"serving needs {', '.join(missing)}; run {sys.executable} -m {install_hint('serve')}"
         )

@@ -9,6 +9,7 @@ from moespan.doctor.host import Host
 from moespan.doctor.host_checks import open_files
 from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding, ok, problem, skipped, warning
+from moespan.errors import install_hint
 
 EXTRA = ("starlette", "uvicorn", "h11", "prometheus-client")
 """Packages of the extra `serve`."""
@@ -19,10 +20,10 @@ _LEAST_FILES = 8192  # 4096 connections, and everything else
 def serving(host: Host, job: JobSpec) -> Iterator[Finding]:
     missing = ", ".join(name for name in EXTRA if name not in host.packages)
     if missing and job.port is None:
-        yield skipped(f"no server here: {missing} missing (pip install 'moespan[serve]')")
+        yield skipped(f"no server here: {missing} missing ({install_hint('serve')})")
         return
     if missing:
-        yield problem(f"moespan serve needs {missing}", "pip install 'moespan[serve]'")
+        yield problem(f"moespan serve needs {missing}", install_hint("serve"))
     else:
         yield ok(", ".join(f"{name} {host.packages[name]}" for name in EXTRA))
     if job.port is None:

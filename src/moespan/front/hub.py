@@ -6,7 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, install_hint
 
 # Weights, configs and tokenizer; never code.
 _FILES = ["*.safetensors", "*.json", "*.jinja"]
@@ -37,7 +37,7 @@ def resolve(model: str) -> Path:
     if not clients:
         raise ConfigError(
             f"{model} is not a folder here, and no hub client is installed to download it; give a "
-            'checkpoint folder, or pip install "moespan[hub]"'
+            f"checkpoint folder, or {install_hint('hub')}"
         )
     if os.environ.get("MOESPAN_USE_MODELSCOPE") == "1" and "modelscope" in clients:
         clients = ["modelscope"]

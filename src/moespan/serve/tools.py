@@ -12,7 +12,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from moespan.errors import RequestError, shown
+from moespan.errors import RequestError, install_hint, shown
 from moespan.serve.bodies import ChatBody
 from moespan.serve.refusals import Refusal, bad
 from moespan.serve.replies import CalledFunction, ChatDelta, ToolCallDelta
@@ -69,7 +69,7 @@ def demanded_call(asked: ChatBody) -> DemandedCall | None:
     if not has_grammar_extra():
         raise bad(
             f"tool_choice={shown(choice)} needs llguidance, because the model was not taught to "
-            "call tools; the operator installs it with pip install 'moespan[grammar]'",
+            f"call tools; the operator installs it with {install_hint('grammar')}",
             "tool_choice",
         )
     functions = _functions(asked.tools or [], choice)

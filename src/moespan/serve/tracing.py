@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, install_hint
 from moespan.serve.metrics import Course
 from moespan.version import __version__
 
@@ -62,7 +62,7 @@ class Tracing:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError:
             raise ConfigError(
-                "--otlp-traces-endpoint needs OpenTelemetry; pip install 'moespan[otel]'"
+                f"--otlp-traces-endpoint needs OpenTelemetry; {install_hint('otel')}"
             ) from None
         resource = Resource.create({"service.name": "moespan", "service.version": __version__})
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)

@@ -1,6 +1,6 @@
 """Grammars that outputs follow: what a user asks for, its check, and its state at each token.
 
-llguidance (the extra `moespan[grammar]`) compiles a grammar and says which tokens may come next. It
+llguidance (the extra `grammar`) compiles a grammar and says which tokens may come next. It
 gets the bytes of each token from the checkpoint's `Tokenizer`, and reads no file.
 
 A grammar comes from anybody. Some take minutes to compile, or crash the process. So the front tries
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
-from moespan.errors import RequestError, shortened, shown
+from moespan.errors import RequestError, install_hint, shortened, shown
 from moespan.text.child import Answer, Child
 from moespan.text.tokenizer import Tokenizer
 
@@ -216,7 +216,7 @@ def require_grammar_extra() -> None:
     if not has_grammar_extra():
         raise RequestError(
             "structured outputs need llguidance, which is not installed; "
-            "pip install 'moespan[grammar]' and start again"
+            f"{install_hint('grammar')}, and start again"
         )
 
 
