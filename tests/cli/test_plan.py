@@ -107,6 +107,8 @@ def test_a_trace_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert code == 2 and "request 30 has 600 prompt" in err and "--clip" in err
     code, out, _ = run_without_lengths(capsys, *given, "--clip", "--fast")
     assert code == 0 and "1 prompts CUT" in out and "--clip" in bench_line(out)
+    _, out, _ = run_without_lengths(capsys, *given, "--clip", "--fast", "--speed", "2")
+    assert bench_line(out).endswith("load.jsonl --clip --speed 2")  # not drawn arrivals
 
 
 @pytest.mark.parametrize("often", [[], ["--rate", "5"]], ids=str)
@@ -144,6 +146,20 @@ def test_the_rate_is_the_one_that_was_given(capsys: pytest.CaptureFixture[str]):
     assert "a second instead of 100,000\n" in out
 
 
+def test_more_devices_than_a_plan_takes_are_refused(capsys: pytest.CaptureFixture[str]):
+    code, _, err = run(capsys, "--hardware", "910b3", "--nodes", "1000000", "--fast")
+    assert code == 2 and "--nodes: 8,000,000 devices exceed the 16,384 of the largest plan" in err
+
+
+def test_a_long_search_tells_what_it_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("moespan.cli.plan._TOLD_EVERY_S", 0.0)
+    code, _, err = run(capsys, "--hardware", "h100", "--devices", "1", "--rate", "5")
+    assert code == 0
+    assert "s: estimating 1 layouts\n" in err and re.search(r"s: simulating \d+ layouts\n", err)
+
+
 def test_a_picture_without_matplotlib_is_refused_before_the_search(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -172,6 +188,7 @@ def test_a_picture_without_matplotlib_is_refused_before_the_search(
         (["--hardware", "h100", "--max-model-len", "100000"], "max_model_len=100000 exceeds"),
         (["--hardware", "h100", "--only", "tp=3"], "--only tp=3: no layout of 1 devices"),
         (["--hardware", "h100", "--what-if", "nodes=-5"], "--what-if nodes=-5 leaves no device"),
+        (["--hardware", "h100", "--what-if", "nodes=+9000"], "72,001 devices exceed the 16,384"),
         (["--hardware", "h100", "--load", "x.csv"], "leave out --input and --output"),
     ],
 )

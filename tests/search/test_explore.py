@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from moespan.planner.expert_load import Routing
 from moespan.planner.load import drawn
 from moespan.planner.memory import MachineMemory, memory_of_rank
 from moespan.planner.outcome import Outcome, RequestTimes, Target, parse_target
+from moespan.planner.work import RankWork
 from moespan.search.candidates import (
     Memories,
     Space,
@@ -197,6 +200,38 @@ def test_a_profile_of_a_single_node_says_nothing_of_more_nodes():
     assert document(explore(asked), "MODEL", nodes=[1, -1])["what_if"] == [None, None]
 
 
+def test_a_layout_counts_as_calibrated_only_where_its_own_parts_were_measured():
+    """A device over a base knows its operations, and no collectives."""
+    small = replace(MODEL, num_hidden_layers=2)
+    curves = [one for tp in (1, 2) for one in curves_of(small, Layout(tp=tp))]
+    host = profile.HostFigures(step_us=profile.Figure(value=50.0, origin="measured"))
+    made = msgspec.structs.replace(A2, made=profile.Made(), operations=curves, host=host)
+    for tp, error in ((1, 0.15), (2, 0.4)):
+        only = (("tp", tp), ("ep", 1), ("pp", 1), ("sp", 1), ("dp", 1))
+        asked = replace(question(fast=True, only=only), model=small, profile=made)
+        found = document(explore(asked), "MODEL")
+        assert found["hardware"]["error"] == found["plans"][0]["error"] == error
+        (first, *_) = text(found)
+        if tp == 1:
+            assert "calibrated; ±15% is expected, not promised" in first
+        else:
+            assert "PARTLY CALIBRATED (±40%), no curve of tp all_reduce" in first
+
+
+def curves_of(model: ModelConfig, layout: Layout) -> Iterator[profile.Operation]:
+    """A curve for each operation of a layout."""
+    work = RankWork(model, EngineConfig("", layout, "npu"))
+    experts = work.expert_task(6, 6)
+    assert experts is not None
+    for task in (*work.dense_tasks(1, 1), work.attention_task(1, 10, ()), experts):
+        phases = ("_decode", "_prefill") if task.op == "attention" else ("",)
+        for phase in phases:
+            shape: dict[str, Any] = dict(task.shape)
+            yield profile.Operation(
+                op=task.op + phase, rows=[1, 4096], us=[5.0, 50.0], met=6, **shape
+            )
+
+
 def test_a_placement_is_proposed_where_counts_say_that_it_pays():
     skewed = [1000] * 8 + [10] * 56  # all busy experts on the first ep rank
     short, lines = replace(MODEL, num_hidden_layers=2), {}
@@ -233,6 +268,15 @@ def test_figures_of_an_outcome():
     assert few.ttft_s["p50"].half_width is None  # three requests have no ten batches
     with pytest.raises(ConfigError, match="no request has ended"):
         Outcome.of([])
+
+
+def test_who_waits_for_a_search_is_told_what_it_does():
+    told: list[str] = []
+    explore(question(fast=True, tell=told.append))
+    assert set(told) == {"estimating 30 layouts"}
+    calls: list[int] = []
+    run_all(lambda index: time.sleep(1.5), 2, None, jobs=2, waiting=lambda: calls.append(1))
+    assert calls  # also while other processes work
 
 
 def test_work_is_done_in_order_on_many_cores():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,9 +240,27 @@ def _question(args: argparse.Namespace) -> tuple[Question, str]:
         clip_to=space.base.max_model_len,
         clip=clip,
         trace=args.load,
+        speed=args.speed,
+        tell=_Progress().tell,
     )
     question.demand(1)  # refuses lengths that are none, before anything is searched
     return question, name
+
+
+class _Progress:
+    """Tells a person every ten seconds what a long search does."""
+
+    def __init__(self) -> None:
+        self._started = self._told = time.monotonic()
+
+    def tell(self, doing: str) -> None:
+        now = time.monotonic()
+        if now - self._told >= _TOLD_EVERY_S:
+            self._told = now
+            say(f"{now - self._started:.0f} s: {doing}")
+
+
+_TOLD_EVERY_S = 10.0
 
 
 def _model(args: argparse.Namespace) -> tuple[ModelConfig, str, Path | None]:
@@ -272,15 +291,29 @@ def _space(args: argparse.Namespace, model: ModelConfig, machine: Profile) -> Sp
     )
     base.check(model)
     per_node = machine.devices_per_node
+    devices = args.devices if args.devices is not None else (args.nodes or 1) * per_node
+    _check_number(devices, "--nodes" if args.devices is None else "--devices")
     return Space(
         base,
-        args.devices if args.devices is not None else (args.nodes or 1) * per_node,
+        devices,
         tuple(None if name == "none" else name for name in _names(args.quantization)),
         tuple(_names(args.kv_cache_dtype)),
         args.max_num_seqs,
         args.max_num_batched_tokens,
         parse_axes(args.only) if args.only else (),
     )
+
+
+_MOST_DEVICES = 16384
+
+
+def _check_number(devices: int, flag: str) -> None:
+    """Raise `ConfigError` if a search over so many devices would take hours."""
+    if devices > _MOST_DEVICES:
+        raise ConfigError(
+            f"{flag}: {devices:,} devices exceed the {_MOST_DEVICES:,} of the largest plan; plan a "
+            "part of them with its share of the load"
+        )
 
 
 def _dtype(asked: str, model: ModelConfig, machine: Profile) -> str:
@@ -360,6 +393,7 @@ def _what_if(args: argparse.Namespace, question: Question) -> list[int]:
             change = 0
         if name != "nodes" or not change:
             raise ConfigError(f"--what-if {shown(part)} is not like nodes=+1")
+        _check_number(devices + change * per_node, f"--what-if {part}")
         if devices + change * per_node < 1 and args.what_if != _WHAT_IF:
             raise ConfigError(
                 f"--what-if {part} leaves no device of {devices}; a node has {per_node}"

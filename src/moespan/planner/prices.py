@@ -33,6 +33,13 @@ OTHER_LATENCY = 0.7
 to 8 H100s (AIConfigurator's tables of NCCL 2.29)."""
 
 
+BY_RATES = "floor + max(bytes/rate, operations/rate)"
+"""Source of an operation's time without a measured curve."""
+
+BY_LINKS = "latency + bytes/rate"
+"""Source of a collective's time without a measured curve."""
+
+
 class Price(NamedTuple):
     """Seconds on the device, and where the figure comes from."""
 
@@ -162,7 +169,7 @@ class Prices:
             return Price(_between(points, ranks), source or "measured")
         latency = self._latency_s(kind, level, ranks, graph)
         sent = sent_bytes(kind, ranks, int(num_bytes))
-        return Price(latency + self._sending_s(level, ranks, sent, inside), "latency + bytes/rate")
+        return Price(latency + self._sending_s(level, ranks, sent, inside), BY_LINKS)
 
     def _from_curve(
         self, one: Collective, kind: str, level: Level, num_bytes: float, inside: int
@@ -291,7 +298,7 @@ class Prices:
         computing = task.work.operations / self._rate_of(task)
         floors = task.products * self._floor_s + (task.kernels - task.products) * self._row_s
         seconds = floors + max(reading, computing) * self._slower
-        return Price(seconds, "floor + max(bytes/rate, operations/rate)")
+        return Price(seconds, BY_RATES)
 
     def _rate_of(self, task: Task) -> float:
         rates = self._profile.device.operations_per_s

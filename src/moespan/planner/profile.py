@@ -27,7 +27,7 @@ SCHEMA = 1
 
 Origin = Literal["vendor", "measured", "derived", "guess"]
 
-_WORST_ERROR, _CALIBRATED_ERROR = 0.4, 0.15
+WORST_ERROR, _CALIBRATED_ERROR = 0.4, 0.15
 
 _MOST_BYTES = 16 << 20
 
@@ -298,17 +298,17 @@ class Profile(_Strict, frozen=True, kw_only=True):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether operations and host were measured, and collectives if there is a network."""
-        has_links = bool(self.collectives) or self.devices_per_node == 1
+        """Whether operations and host were measured to the end. Which curves a layout needs beside
+        them, `moespan.search.explore.unmeasured` knows."""
         is_complete = self.made is None or self.made.complete
-        return bool(self.operations and self.host.step_us and has_links and is_complete)
+        return bool(self.operations and self.host.step_us and is_complete)
 
     @property
     def relative_error(self) -> float:
-        """Relative error of a step's time: 40 %, or 15 % if everything is measured."""
+        """Relative error of a step's time: 40 %, or 15 % if it is calibrated."""
         if self.error is not None:
             return self.error.value
-        return _CALIBRATED_ERROR if self.is_calibrated else _WORST_ERROR
+        return _CALIBRATED_ERROR if self.is_calibrated else WORST_ERROR
 
     def leaves(self) -> Iterator[tuple[str, str, str]]:
         """Path, origin and source of every figure and curve."""

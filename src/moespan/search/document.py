@@ -27,9 +27,11 @@ from moespan.search.explore import (
     cost_of,
     explore,
     prefill_step,
+    relative_error,
     shares,
     simulated_one,
     typical_step,
+    unmeasured,
 )
 from moespan.search.placing import proposed_placement
 from moespan.version import __version__
@@ -57,7 +59,7 @@ def document(
     return {
         "version": VERSION,
         "moespan": __version__,
-        "hardware": _hardware(question),
+        "hardware": _hardware(question, best),
         "model": _model(question, model),
         "load": _load(question),
         "targets": [str(target) for target in question.targets],
@@ -81,9 +83,10 @@ def document(
     }
 
 
-def _hardware(question: Question) -> dict[str, Any]:
+def _hardware(question: Question, best: Found | None) -> dict[str, Any]:
     profile = question.profile
     per_node, devices = profile.devices_per_node, question.space.devices
+    missing = [] if best is None else unmeasured(question, best)
     origins: dict[str, int] = {}
     for _, origin, _ in profile.leaves():
         origins[origin] = origins.get(origin, 0) + 1
@@ -94,8 +97,10 @@ def _hardware(question: Question) -> dict[str, Any]:
         "devices_per_node": per_node,
         "nodes": -(-devices // per_node),
         "memory_bytes": profile.device.memory_bytes.value,
-        "error": profile.relative_error,
-        "is_calibrated": profile.is_calibrated,
+        "error": profile.relative_error if best is None else relative_error(question, best),
+        "is_calibrated": profile.is_calibrated and not missing,
+        "was_calibrated": profile.made is not None,
+        "unmeasured": missing,
         "origins": origins,
         "figures": [list(leaf) for leaf in profile.leaves()],
     }
@@ -166,6 +171,7 @@ def _plan(answer: Answer, one: Found, model: str) -> dict[str, Any]:
             for value in [target.of(one.outcome)]
             if value is not None and target.missed_by(one.outcome) > 0
         ],
+        "error": relative_error(question, one),
         "too_close": answer.too_close(one),
         "memory": _memory(candidate, question.profile.device.memory_bytes.value),
         "limits": shares(decode),
@@ -190,6 +196,8 @@ def _load_flags(question: Question, one: Found) -> list[str]:
     if (load or question.sample).num_clipped:
         found.append("--clip")
     rate = load.rate if load is not None else None
+    if load is not None and rate is not None and load.poisson_rate is None and engines == 1:
+        return [*found, *([] if question.speed == 1 else ["--speed", f"{question.speed:g}"])]
     if rate is not None and math.isfinite(rate):
         return [*found, "--rate", f"{rate / engines:.6g}"]
     assert one.predicted is not None
@@ -293,6 +301,7 @@ def _what_if(answer: Answer, best: Found | None, change: int) -> dict[str, Any] 
         else f"{space.devices} → {devices} devices",
     }
     other = replace(question, space=replace(space, devices=devices), fast=True)
+    question.tell(f"what if {told['change']}")
     found = explore(other)
     if not found.found:
         return {**told, "fits": False}

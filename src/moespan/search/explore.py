@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ from moespan.planner.cost import Line, ReplicaStep, StepCost, Times
 from moespan.planner.expert_load import Routing
 from moespan.planner.load import Load, drawn
 from moespan.planner.outcome import Outcome, RequestTimes, Statistic, Target
-from moespan.planner.profile import Profile
+from moespan.planner.prices import BY_LINKS, BY_RATES
+from moespan.planner.profile import WORST_ERROR, Profile
 from moespan.planner.work import Chunk
 from moespan.search.candidates import Candidate, Memories, Space, candidate_of, layouts
 from moespan.search.jobs import run_all
@@ -51,6 +52,8 @@ class Question:
         clip_to: tokens of the longest sequence, where there is no load.
         clip: whether longer prompts are cut there; else they are refused.
         trace: the file that the load comes from; None: lengths are drawn.
+        speed: how much faster than in that file requests come.
+        tell: called about once a second with what is being done.
         times, memories: what questions about the same profile, model and routing share.
     """
 
@@ -70,6 +73,8 @@ class Question:
     clip_to: int | None = None
     clip: bool = False
     trace: str | None = None
+    speed: float = 1.0
+    tell: Callable[[str], None] = field(default=lambda doing: None, compare=False, repr=False)
     times: Times = field(default_factory=Times, compare=False, repr=False)
     memories: Memories = field(default_factory=dict, compare=False, repr=False)
 
@@ -213,7 +218,8 @@ def explore(question: Question) -> Answer:
         for one in chosen:
             one.predicted = _as_predicted(question, one)
     else:
-        for one, predicted in zip(chosen, _simulated(question, chosen, 1.0), strict=True):
+        simulated = _simulated(question, chosen, [1.0] * len(chosen))
+        for one, predicted in zip(chosen, simulated, strict=True):
             one.predicted = predicted
     found = sorted(chosen, key=lambda one: _rank(question, one))
     answer = Answer(
@@ -252,6 +258,30 @@ def prefill_step(question: Question, one: Found) -> list[ReplicaStep]:
     prompt = ReplicaStep(tokens, 1, 0, 0, (Chunk(tokens, 0),))
     idle = ReplicaStep(0, 0, 0, 0)
     return [prompt, *[idle] * (one.candidate.layout.dp - 1)]
+
+
+def unmeasured(question: Question, one: Found) -> list[str]:
+    """Parts of a candidate's steps that come from rates and latencies instead of measured curves,
+    the longest first. Parts that take 2 % of both steps or less together do not count."""
+    cost = cost_of(question, one.candidate)
+    lines = [
+        *cost.lines(typical_step(question, one)),
+        *cost.lines(prefill_step(question, one)),
+    ]
+    lines.sort(key=lambda line: -line.seconds)
+    by_formula = [line for line in lines if line.source in (BY_RATES, BY_LINKS)]
+    if sum(line.seconds for line in by_formula) <= 0.02 * sum(line.seconds for line in lines):
+        return []
+    return list(dict.fromkeys(line.part for line in by_formula))
+
+
+def relative_error(question: Question, one: Found) -> float:
+    """Relative error of a candidate's times: that of the profile, if it measured what the candidate
+    needs."""
+    profile = question.profile
+    if profile.error is None and profile.is_calibrated and unmeasured(question, one):
+        return WORST_ERROR
+    return profile.relative_error
 
 
 def shares(lines: Sequence[Line]) -> dict[str, float]:
@@ -321,7 +351,13 @@ def _estimated(
 
     parts = min(_PARTS, len(alike)) if len(pairs) > _FEW else 1
     jobs = question.jobs if parts > 1 else 1
-    answers = run_all(estimates, parts, list[tuple[Candidate, Estimate]], jobs)
+    answers = run_all(
+        estimates,
+        parts,
+        list[tuple[Candidate, Estimate]],
+        jobs,
+        waiting=lambda: question.tell(f"estimating {len(pairs)} layouts"),
+    )
     return [Found(candidate, estimate) for answer in answers for candidate, estimate in answer]
 
 
@@ -414,12 +450,16 @@ def _rank(question: Question, one: Found) -> tuple[float, ...]:
     return excess, worst, tpot
 
 
-def _simulated(question: Question, found: Sequence[Found], slower: float) -> list[Predicted]:
+def _simulated(
+    question: Question, found: Sequence[Found], slower: Sequence[float]
+) -> list[Predicted]:
+    """Simulations of `found`, each with its factor on times."""
     return run_all(
-        lambda index: _simulate(question, found[index], slower),
+        lambda index: _simulate(question, found[index], slower[index]),
         len(found),
         Predicted,
         question.jobs,
+        waiting=lambda: question.tell(f"simulating {len(found)} layouts"),
     )
 
 
@@ -459,9 +499,9 @@ def _is_hopeless(targets: Sequence[Target], times: list[RequestTimes]) -> bool:
 
 
 def _add_bands(question: Question, found: Sequence[Found]) -> None:
-    error = question.profile.relative_error
-    slow = _simulated(question, found, 1 + error)
-    fast = _simulated(question, found, 1 - error)
+    errors = [relative_error(question, one) for one in found]
+    slow = _simulated(question, found, [1 + error for error in errors])
+    fast = _simulated(question, found, [1 - error for error in errors])
     for one, longer, shorter in zip(found, slow, fast, strict=True):
         one.slow, one.fast = longer, shorter
 

@@ -7,6 +7,7 @@ works on, so this must be called before threads exist. Imports no torch.
 from __future__ import annotations
 
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -20,15 +21,24 @@ from moespan.machine.cores import usable_cores
 
 T = TypeVar("T")
 
+_TOLD_EVERY_S, _READ_BYTES = 1.0, 1 << 20
+
 _REFUSED = 2
 """Exit status of a child that answers with the text of a `ConfigError`."""
 
 
-def run_all(work: Callable[[int], T], number: int, kind: Any, jobs: int | None = None) -> list[T]:
+def run_all(
+    work: Callable[[int], T],
+    number: int,
+    kind: Any,
+    jobs: int | None = None,
+    waiting: Callable[[], None] = lambda: None,
+) -> list[T]:
     """`[work(0), ..., work(number - 1)]`, on `jobs` cores (None: on those that this process has).
 
     Args:
         kind: the type of an answer, which msgspec can encode.
+        waiting: called before each piece of work here, or each second while others work.
 
     Raises:
         ConfigError: `work` raised it.
@@ -36,13 +46,12 @@ def run_all(work: Callable[[int], T], number: int, kind: Any, jobs: int | None =
     """
     jobs = min(jobs or usable_cores(), number)
     if jobs <= 1:
-        return [work(index) for index in range(number)]
+        return [_here(work, index, waiting) for index in range(number)]
     children = [_fork(work, range(job, number, jobs)) for job in range(jobs)]
     answers: dict[int, T] = {}
     problems, refusals = [], []
     for pid, pipe in children:
-        with os.fdopen(pipe, "rb") as reader:
-            data = reader.read()
+        data = _read(pipe, waiting)
         _, status = os.waitpid(pid, 0)
         code = os.waitstatus_to_exitcode(status)
         if code == _REFUSED:
@@ -56,6 +65,24 @@ def run_all(work: Callable[[int], T], number: int, kind: Any, jobs: int | None =
     if refusals:
         raise ConfigError(refusals[0])
     return [answers[index] for index in range(number)]
+
+
+def _here(work: Callable[[int], T], index: int, waiting: Callable[[], None]) -> T:
+    waiting()
+    return work(index)
+
+
+def _read(pipe: int, waiting: Callable[[], None]) -> bytes:
+    """All that a child sends until it closes the pipe."""
+    data = bytearray()
+    with os.fdopen(pipe, "rb", buffering=0) as reader:
+        while True:
+            while not select.select([reader], [], [], _TOLD_EVERY_S)[0]:
+                waiting()
+            part = reader.read(_READ_BYTES)
+            if not part:
+                return bytes(data)
+            data += part
 
 
 def _fork(work: Callable[[int], T], mine: Sequence[int]) -> tuple[int, int]:

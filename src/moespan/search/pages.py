@@ -66,11 +66,11 @@ def _body(found: dict[str, Any], title: str) -> Iterator[str]:
 def _summary(found: dict[str, Any]) -> Iterator[str]:
     hardware, model, load = found["hardware"], found["model"], found["load"]
     error = f"±{hardware['error']:.0%}"
-    quality = (
-        f'<span class="badge good">calibrated, {error}</span>'
-        if hardware["is_calibrated"]
-        else f'<span class="badge warn">vendor figures and guesses, {error}</span>'
-    )
+    quality = f'<span class="badge warn">vendor figures and guesses, {error}</span>'
+    if hardware["was_calibrated"]:
+        quality = f'<span class="badge warn">partly calibrated, {error}</span>'
+    if hardware["is_calibrated"]:
+        quality = f'<span class="badge good">calibrated, {error} is expected</span>'
     verdict = (
         '<span class="badge good">every target is met</span>'
         if found["met"]

@@ -36,14 +36,7 @@ def _heading(found: dict[str, Any]) -> Iterator[str]:
     if hardware["devices"] % hardware["devices_per_node"] == 0 and hardware["nodes"] > 1:
         count = f"{hardware['nodes']} × {hardware['devices_per_node']}"
     memory = f"{hardware['memory_bytes'] / _GIB:.1f} GiB usable"
-    error = f"±{hardware['error']:.0%}"
-    quality = (
-        f"calibrated ({error})"
-        if hardware["is_calibrated"]
-        else f"VENDOR FIGURES AND GUESSES ({error}): `moespan calibrate` on one node makes this "
-        "±15%"
-    )
-    yield f"hardware   {count} {hardware['title']}, {memory}; {quality}"
+    yield f"hardware   {count} {hardware['title']}, {memory}; {_quality(hardware)}"
     yield (
         f"model      {model['name']}, {model['dtype']}: {scaled(model['parameters'], COUNTS)} "
         f"parameters, {model['kv_bytes_per_token'] / 1024:g} KiB of KV cache a token; "
@@ -63,6 +56,25 @@ def _heading(found: dict[str, Any]) -> Iterator[str]:
         f"{_some(searched['settings'], 'setting')}: "
         f"{searched['combinations']}; {searched['fitting']} fit; {simulated}"
     )
+
+
+def _quality(hardware: dict[str, Any]) -> str:
+    """What the figures are worth."""
+    error = f"±{hardware['error']:.0%}"
+    if hardware["is_calibrated"]:
+        return f"calibrated; {error} is expected, not promised"
+    if not hardware["was_calibrated"]:
+        return (
+            f"VENDOR FIGURES AND GUESSES ({error}): `moespan calibrate` on one node measures its "
+            "part"
+        )
+    parts = hardware["unmeasured"]
+    more = f" and {len(parts) - _MOST_PARTS} more" if len(parts) > _MOST_PARTS else ""
+    missing = f"no curve of {', '.join(parts[:_MOST_PARTS])}{more}" if parts else "it was cut short"
+    return f"PARTLY CALIBRATED ({error}), {missing}: calibrate longer, with the flags of the layout"
+
+
+_MOST_PARTS = 3
 
 
 def _some(number: int, noun: str) -> str:
@@ -85,7 +97,6 @@ def _table(found: dict[str, Any]) -> Iterator[str]:
             "tightest rank",
         ]
     ]
-    error = found["hardware"]["error"]
     memory = found["hardware"]["memory_bytes"] / _GIB
     for plan in found["plans"]:
         missed = {miss["target"].split()[0] for miss in plan["misses"]}
@@ -101,7 +112,7 @@ def _table(found: dict[str, Any]) -> Iterator[str]:
                 _latency(plan["ttft_s"], ttft, plan["was_given_up"]) + marks["TTFT"],
                 _latency(plan["tpot_s"], tpot) + marks["TPOT"],
                 f"{plan['tokens_per_s']:,.0f}".replace(",", " "),
-                f"{plan['tokens_per_s_per_device']:,.0f} ±{error:.0%}".replace(",", " "),
+                f"{plan['tokens_per_s_per_device']:,.0f} ±{plan['error']:.0%}".replace(",", " "),
                 f"{plan['engines']} × {plan['sequences_at_once']}",
                 f"{plan['memory']['taken_bytes'] / _GIB:.1f} of {memory:.1f} GiB",
             ]
