@@ -308,7 +308,8 @@ _MOST_DEVICES = 16384
 
 
 def _check_number(devices: int, flag: str) -> None:
-    """Raise `ConfigError` if a search over so many devices would take hours."""
+    """Raise `ConfigError` for more devices than a plan takes. The most take about a minute with
+    `--fast` on two cores."""
     if devices > _MOST_DEVICES:
         raise ConfigError(
             f"{flag}: {devices:,} devices exceed the {_MOST_DEVICES:,} of the largest plan; plan a "
