@@ -6,14 +6,14 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, install_hint
 
 
 def check_installed() -> None:
     """Raise `ConfigError` if matplotlib is not installed. Nothing is imported: the search forks
     before threads of numerical libraries exist."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib; pip install 'moespan[bench]', or use --html")
+        raise ConfigError(f"--plot needs matplotlib; {install_hint('bench')}, or use --html")
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
