@@ -23,6 +23,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -235,13 +236,17 @@ class Probe:
 
     def __init__(self, port: int) -> None:
         command = [sys.executable, "-c", PROBE, str(port)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        # A file, because a pipe that nobody reads would stop the process once it is full.
+        self._told = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in `end`
+        self._process = subprocess.Popen(command, stdout=self._told)
 
     def end(self) -> list[tuple[float, float, float]]:
         """For each answer its time, its duration, and how late the process was."""
         self._process.terminate()
-        told, _ = self._process.communicate()
-        rows = (tuple(map(float, line.split())) for line in told.splitlines())
+        self._process.wait()
+        with self._told:
+            self._told.seek(0)
+            rows = [tuple(map(float, line.split())) for line in self._told]
         return [row for row in rows if len(row) == 3]
 
 

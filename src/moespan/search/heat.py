@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from moespan.errors import ConfigError
+from moespan.errors import ConfigError, install_hint
 
 Counts = Mapping[int, Sequence[int]]
 
@@ -57,7 +57,7 @@ def plot(counts: Counts, title: str, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError(
-            "--plot needs matplotlib; pip install 'moespan[bench]', or use --html"
+            f"--plot needs matplotlib; {install_hint('bench')}, or use --html"
         ) from None
     figure = Figure(figsize=(10, 2.5 + 0.15 * len(counts)), layout="constrained")
     axes = figure.add_subplot()
