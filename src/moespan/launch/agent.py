@@ -52,6 +52,8 @@ _MONITOR_S = 0.1
 _SETTLE_S = 0.3
 _GRACE_S = 3.0
 _ORPHAN_S = 3.0
+_REPARENT_S = 0.05
+"""The kernel closes the links of a killed front a little before its children get another parent."""
 
 _ORPHANED = "lost its front"
 
@@ -198,7 +200,7 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
             own_failure = self._stall()
             if own_failure is None:
                 return RunResult(state=WorkerState.HEALTHY)
-        elif os.getppid() != self._front_pid:  # to the ranks this is an orderly end
+        elif self._front_has_died():  # to the ranks this is an orderly end
             own_failure = Failure(rank=None, kind="", message=_ORPHANED)
         else:
             own_failure = self._stall_seen_elsewhere()
@@ -206,6 +208,12 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         self._shutdown()
         self.failure = self._peers.first_cause()
         return super()._monitor_workers(worker_group)
+
+    def _front_has_died(self) -> bool:
+        deadline = time.monotonic() + _REPARENT_S
+        while os.getppid() == self._front_pid and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return os.getppid() != self._front_pid
 
     def _exit_barrier(self) -> None:
         """Nothing: torch would wait minutes for the other nodes, and `_peers` has bounds."""
