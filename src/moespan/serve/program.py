@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,10 @@ from moespan.serve.tracing import Tracing
 from moespan.serve.upkeep import Upkeep, obey_signals
 
 _LOOK_S = 0.05
+_SWITCH_S = 0.0005
+"""After what time a thread that runs Python code lets another one run, by default 5 ms. The loop
+waits so long at each of its system calls while the pool's threads decode and encode."""
+
 _LAST_BYTES_S, _FORCED_BYTES_S = 10.0, 1.0
 """How long clients may take to read the end of their answers when no rank is left."""
 
@@ -63,6 +68,7 @@ class Program:
         Raises:
             MoespanError: the engine cannot start, or died too often.
         """
+        sys.setswitchinterval(_SWITCH_S)
         asyncio.run(self._run())
 
     async def _run(self) -> None:
