@@ -9,7 +9,7 @@
 #   bash test.sh tests/engine -x     arguments go to pytest; folders and files that are named
 #                                    run in one process
 #
-# Two quiet cores take about 9 minutes for everything, 1.5 minutes for --fast.
+# Two quiet cores take about 11 minutes for everything, 2 minutes for --fast.
 set -euo pipefail
 cd "$(dirname "$0")"
 
