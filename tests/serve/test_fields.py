@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import h11
 import httpx
 import pytest
 
@@ -19,6 +20,7 @@ from moespan.serve.bodies import (
     ResponsesBody,
     TokenizeBody,
 )
+from moespan.serve.delivery import ignored_header
 from moespan.text.grammar import StructuredOutputsParams
 from tests.serve.scene import MAX_MODEL_LEN, Served, error_of, play, quickstart
 
@@ -136,6 +138,14 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(route: str):
         assert served.life.num_live == 0
 
     play(script)
+
+
+@pytest.mark.parametrize("name", ["", " ", " a ", "a\tb", "\x7f", "\x00", "ö", "\u2028", "a, "])
+def test_a_header_can_name_any_field(name: str):
+    header = ignored_header([name, "x" * 40] * 16 + [name])
+    response = h11.Response(status_code=200, headers=[header])
+    assert response.headers[0] == header
+    assert h11.Response(status_code=200, headers=[ignored_header(["a", name])])
 
 
 def test_unknown_fields_are_named_in_a_header():

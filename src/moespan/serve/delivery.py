@@ -198,7 +198,8 @@ def _traceparent(scope: Scope) -> str:
 
 def ignored_header(names: Sequence[str]) -> tuple[bytes, bytes]:
     """The header that names fields without effect; logs them, too, the first time."""
-    text = ", ".join(shortened(name) for name in names[:32])[:1024]
+    # Blanks at the ends of a header's value are illegal, and a name may be blank.
+    text = ", ".join(shortened(name).strip() or "''" for name in names[:32])[:1024].strip()
     log.once(f"fields without effect in requests: {shortened(text, 200)}")
     return b"x-moespan-ignored-fields", text.encode("ascii", "replace")
 
