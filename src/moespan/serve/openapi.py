@@ -24,7 +24,7 @@ _POSTS: Mapping[str, tuple[type[Any], tuple[type[Any], ...]]] = {
 }
 """Route → its body; its answer, and the event of its stream if that differs."""
 
-_STREAMED = ("/v1/completions", "/v1/chat/completions")
+_STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 
 _GETS: Mapping[str, type[Any] | None] = {
     "/v1/models": replies.ModelList,
@@ -56,9 +56,10 @@ def openapi() -> dict[str, Any]:
     error = {"description": "An error.", "content": _json(refs[replies.Error])}
     paths: dict[str, Any] = {}
     for path, (body, answers) in _POSTS.items():
-        content = _json(refs[answers[0]] if answers else {"type": "object"})
+        forms = [refs[answer] for answer in answers] or [{"type": "object"}]
+        content = _json(forms[0])
         if path in _STREAMED:
-            content["text/event-stream"] = {"schema": refs[answers[-1]]}
+            content["text/event-stream"] = {"schema": _event(forms[-1])}
         paths[path] = {
             "post": {
                 "requestBody": {"required": True, "content": _json(refs[body])},
@@ -90,6 +91,12 @@ def openapi() -> dict[str, Any]:
         },
         "security": [{}, {"bearer": []}, {"basic": []}],
     }
+
+
+def _event(data: dict[str, Any]) -> dict[str, Any]:
+    """One event of a stream; the last one has `[DONE]` in place of JSON, except for responses."""
+    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    return {"type": "object", "properties": {"data": text}}
 
 
 def _json(schema: Any) -> dict[str, Any]:
