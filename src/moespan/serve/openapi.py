@@ -94,9 +94,9 @@ def openapi() -> dict[str, Any]:
 
 
 def _event(data: dict[str, Any]) -> dict[str, Any]:
-    """One event of a stream; the last one has `[DONE]` in place of JSON, except for responses."""
+    """One event of a stream: JSON, or `[DONE]` at the end."""
     text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
-    return {"type": "object", "properties": {"data": text}}
+    return {"type": "object", "properties": {"data": {"anyOf": [{"const": "[DONE]"}, text]}}}
 
 
 def _json(schema: Any) -> dict[str, Any]:
