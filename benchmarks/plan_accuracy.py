@@ -333,7 +333,7 @@ def _model(args: argparse.Namespace) -> ModelConfig:
 
 
 def _geometry(args: argparse.Namespace) -> dict[str, int]:
-    """What differs from the preset."""
+    """The values of the config that differ from the preset."""
     return {"num_hidden_layers": args.layers, **args.geometry}
 
 
@@ -501,7 +501,7 @@ def _engine(args: argparse.Namespace, layout: Layout) -> Iterator[LLM]:
 
 
 def _run_load(llm: LLM, load: Load, clock: str = "wall") -> Outcome:
-    """What a load took. With the clock `cpu` time is that of this process, without idle waits.
+    """A load, measured. With the clock `cpu`, time is that of this process, without idle waits.
     That only holds where the engine runs in this process alone."""
     from moespan.measure.under_load import LoadRun
 

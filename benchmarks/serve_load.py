@@ -360,7 +360,7 @@ QUIET = (
 
 
 async def read_metrics(port: int) -> str:
-    """What `/metrics` says."""
+    """The text of `/metrics`."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
     text = (await reader.read()).decode()

@@ -51,7 +51,7 @@ class Drafter:
             return []
         count = min(self._num_likely - num_expected, most)
         start, length = self._source + num_expected, len(self._token_ids)
-        # What follows the end of the text is the repetition that is being drafted.
+        # Beyond the end of the text, the repetition that is being drafted goes on.
         period = length - self._source
         return [
             self._token_ids[at if at < length else at - period * ((at - self._source) // period)]

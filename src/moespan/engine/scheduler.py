@@ -57,7 +57,7 @@ from moespan.errors import ConfigError, MoespanError, RequestError, shown
 
 @dataclass
 class _Room:
-    """What a plan in the making can still take.
+    """The room that is left in a plan in the making.
 
     Attributes:
         num_wholes: most sequences of which it takes all tokens that are left.
@@ -276,7 +276,7 @@ class Scheduler:
         return updates
 
     def _after_drafts(self, drafts: list[int], samples: list[Sampled]) -> list[Sampled]:
-        """What was sampled after each right draft; `samples` has the one before the first too."""
+        """The samples after right drafts. `samples` begins with the one before the first draft."""
         come = [draft == sample.token_id for draft, sample in zip(drafts, samples, strict=False)]
         num_right = (*come, False).index(False)
         self.num_drafts += 1

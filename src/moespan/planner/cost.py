@@ -92,8 +92,8 @@ class _Times(NamedTuple):
 
 
 class Times:
-    """What costs of steps share. They have the same profile, model, routing, dtypes of activations
-    and expert placement."""
+    """Times that several costs of steps share, which have the same profile, model, routing, dtype
+    of activations, and expert placement."""
 
     def __init__(self) -> None:
         self.stages: dict[tuple[object, ...], _Stage] = {}
@@ -193,7 +193,7 @@ class StepCost:
 
 
 class _Kind(NamedTuple):
-    """What a stage's time depends on, beside its layout and the engine's options.
+    """The properties of a stage that its time depends on, beside layout and options of the engine.
 
     Attributes:
         num_layers, num_moe_layers: layers, and those of them with experts.

@@ -123,7 +123,7 @@ class Prices:
 
     @property
     def options(self) -> tuple[int, bool]:
-        """What tells the prices of one profile apart."""
+        """A key that differs between unequal prices of one profile."""
         return self.sharers, self._worst
 
     def level(self, name: str) -> Level:

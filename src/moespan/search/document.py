@@ -326,7 +326,7 @@ def _what_if(answer: Answer, best: Found | None, change: int) -> dict[str, Any] 
 
 
 def _advice(answer: Answer, swept: Sequence[Curve]) -> Iterator[str]:
-    """What would meet the targets that no candidate meets, by mean values."""
+    """The changes that would meet the targets that no candidate meets, by mean values."""
     question = answer.question
     profile, space = question.profile, question.space
     if answer.found:

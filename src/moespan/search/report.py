@@ -59,7 +59,7 @@ def _heading(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _quality(hardware: dict[str, Any]) -> str:
-    """What the figures are worth."""
+    """The origin of the figures, and their error."""
     error = f"±{hardware['error']:.0%}"
     if hardware["is_calibrated"]:
         return f"calibrated; {error} is expected, not promised"

@@ -31,7 +31,7 @@ _RESULTS = ("tool", "function")
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """What the chat template gets.
+    """The messages that the chat template gets.
 
     Raises:
         Refusal: a 400 that names the message.

@@ -232,7 +232,7 @@ class CallPieces:
         self._num_told = 0
 
     def push(self, text: str, is_last: bool) -> ChatDelta:
-        """What a text adds to the call; nothing as long as the name is not complete.
+        """The part of the call that a text adds; none as long as the name is not complete.
 
         Args:
             is_last: whether no more text comes.
