@@ -117,6 +117,14 @@ inline void weigh_values(const T* const (&values)[TOGETHER<T>], int64_t at, int6
         for (int i = 0; i < 2; i++) store(sums + v * WORDS + i * LANES, acc[v][i]);
 }
 
+// Values of the heads from `first` on, times the scales that a token has for its key heads.
+inline f32x16 scaled(f32x16 x, const float* scales, const Heads& n, int64_t first) {
+    if (n.group == 1 && first + LANES <= n.heads) return x * load<f32x16>(scales + first);
+    for (int64_t i = 0; i < LANES && first + i < n.heads; i++)
+        x[i] *= scales[(first + i) / n.group];
+    return x;
+}
+
 // The scores [tokens, lanes] of a chunk become its weights, pairs of words [tokens / 2, lanes].
 // The result of the chunk has to be multiplied by `factors`, the previous one by `shrinks`.
 template <class T>
@@ -131,12 +139,7 @@ void weights_of(float* scores, int count, const int64_t* slots, const Cache& c, 
             f32x16 e = vexp(load<f32x16>(at) - most);
             total += e;
             if constexpr (sizeof(T) == 1) {
-                const float* scale = c.value_scales + slots[t] * c.heads;
-                if (n.group == 1 && l + LANES <= n.heads)
-                    e *= load<f32x16>(scale + l);
-                else
-                    for (int64_t i = 0; i < LANES && l + i < n.heads; i++)
-                        e[i] *= scale[(l + i) / n.group];
+                e = scaled(e, c.value_scales + slots[t] * c.heads, n, l);
                 largest = vmax(largest, e);
             }
             store(at, e);
@@ -203,14 +206,8 @@ void decode(const bf16* q, const Cache& c, const int32_t* table, int64_t first, 
                         to_floats(dot(key + at, query + (l + i) * width, size));
                 }
                 f32x16 score = sums_of(x) * load<f32x16>(query_factors + l);
-                if constexpr (sizeof(T) == 1) {
-                    const float* scale = c.key_scales + slots[t] * c.heads;
-                    if (n.group == 1 && l + LANES <= n.heads)
-                        score *= load<f32x16>(scale + l);
-                    else
-                        for (int64_t i = 0; i < LANES && l + i < n.heads; i++)
-                            score[i] *= scale[(l + i) / n.group];
-                }
+                if constexpr (sizeof(T) == 1)
+                    score = scaled(score, c.key_scales + slots[t] * c.heads, n, l);
                 store(scores + t * n.lanes + l, score);
             }
         }
