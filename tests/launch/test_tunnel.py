@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import socket
@@ -321,3 +322,15 @@ def test_closing_ends_all_threads(ends: Ends) -> None:
     for sock in socks:
         assert receive(sock, 1) == b""
         sock.close()
+
+
+def test_closing_while_connections_end_leaves_no_connection_open() -> None:
+    for _ in range(10):
+        with contextlib.closing(Ends()) as ends, contextlib.ExitStack() as clients:
+            for _ in range(20):
+                sock = clients.enter_context(ends.connect())
+                sock.sendall(b"x")
+                assert receive(sock, 1) == b"x"
+            ends.door.close()  # while the gate takes all connections apart
+            ends.gate.close()
+        gc.collect()  # warns of each connection that nobody closed, and a warning fails the test

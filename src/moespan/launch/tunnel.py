@@ -18,7 +18,8 @@ counts the frames, and k = HMAC(key, direction g d). So no frame can be forged, 
 left out, or taken from another connection. A wrong one ends the connection that brought it, and
 nothing else. The data themselves are not encrypted.
 
-All of it runs in one thread with an event loop. Bounds: a handshake takes `_HANDSHAKE_S` at most.
+All of it runs in one thread with an event loop. Bounds: connecting and the handshake take
+`_HANDSHAKE_S` each at most.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import hmac
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, NamedTuple
 
 from moespan.errors import MeetingError
@@ -42,6 +43,7 @@ _LENGTH_BYTES = 4
 _LARGEST_FRAME = 1 << 20
 _READ_BYTES = 64 << 10
 _HANDSHAKE_S = 5.0
+_CANCEL_S = 1.0
 _MOST_STRANGERS = 16  # that are shown to the user
 
 # Before Python 3.11, asyncio has a TimeoutError of its own. `close` cancels.
@@ -86,10 +88,12 @@ class _Tunnel:
         self._loop.run_forever()
         if self._server is not None:
             self._server.close()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.wait(tasks) if tasks else asyncio.sleep(0))
+        # Again, as `asyncio.wait_for` may swallow a cancellation before Python 3.12.
+        while tasks := asyncio.all_tasks(self._loop):
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.wait(tasks, timeout=_CANCEL_S))
+        self._loop.run_until_complete(asyncio.sleep(0))  # closed connections leave their sockets
         self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -99,17 +103,19 @@ class _Tunnel:
     async def _listen(self, listener: socket.socket) -> None:
         self._server = await asyncio.start_server(self._accept, sock=listener)
 
-    async def _accept(self, reader: _Reader, writer: _Writer) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)  # the loop itself keeps weak references only
-        try:
-            # An error ends this connection only, whatever the peer is.
-            with contextlib.suppress(OSError, EOFError, *_ENDED):
-                await self._connected(reader, writer)
-        finally:
+    def _accept(self, reader: _Reader, writer: _Writer) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
             self._connections.discard(task)
             writer.close()
+
+        task = self._loop.create_task(self._serve_one(reader, writer))
+        self._connections.add(task)  # the loop itself keeps weak references only
+        task.add_done_callback(ended)  # runs also where the task is cancelled before its start
+
+    async def _serve_one(self, reader: _Reader, writer: _Writer) -> None:
+        # An error ends this connection only, whatever the peer is.
+        with contextlib.suppress(OSError, EOFError, *_ENDED):
+            await self._connected(reader, writer)
 
     async def _connected(self, reader: _Reader, writer: _Writer) -> None:
         raise NotImplementedError
@@ -140,7 +146,8 @@ class Gate(_Tunnel):
     async def _connected(self, reader: _Reader, writer: _Writer) -> None:
         link = await asyncio.wait_for(self._greet(reader, writer), _HANDSHAKE_S)
         if link is not None:
-            await _join(link, *await asyncio.open_connection(*self._store))
+            async with _opened(self._store) as store:
+                await _join(link, *store)
 
     async def _greet(self, reader: _Reader, writer: _Writer) -> _Link | None:
         gate = secrets.token_bytes(_NONCE_BYTES)
@@ -187,8 +194,8 @@ class Door(_Tunnel):
         """
 
         async def knock() -> None:
-            link = await asyncio.wait_for(self._dial(), _HANDSHAKE_S)
-            link.writer.close()
+            async with _opened(self._gate) as gate:
+                await asyncio.wait_for(self._greet(*gate), _HANDSHAKE_S)
 
         try:
             self._run(knock())
@@ -197,26 +204,22 @@ class Door(_Tunnel):
 
     async def _connected(self, reader: _Reader, writer: _Writer) -> None:
         with contextlib.suppress(NotTheGateError, MeetingError):
-            link = await asyncio.wait_for(self._dial(), _HANDSHAKE_S)
-            await _join(link, reader, writer)
+            async with _opened(self._gate) as gate:
+                link = await asyncio.wait_for(self._greet(*gate), _HANDSHAKE_S)
+                await _join(link, reader, writer)
 
-    async def _dial(self) -> _Link:
-        reader, writer = await asyncio.open_connection(*self._gate)
-        try:
-            if await reader.readexactly(len(_MAGIC)) != _MAGIC:
-                raise NotTheGateError("another protocol")
-            door = secrets.token_bytes(_NONCE_BYTES)
-            nonces = await reader.readexactly(_NONCE_BYTES) + door
-            writer.write(door + _tag(self._key, b"door", nonces))
-            answer = await reader.readexactly(1)
-            if answer == _REFUSED:
-                raise MeetingError("node 0 has another cluster key than this node")
-            proof = await reader.readexactly(_TAG_BYTES)
-            if not hmac.compare_digest(proof, _tag(self._key, b"gate", nonces)):
-                raise MeetingError("what answers there does not know the cluster key")
-        except BaseException:
-            writer.close()
-            raise
+    async def _greet(self, reader: _Reader, writer: _Writer) -> _Link:
+        if await reader.readexactly(len(_MAGIC)) != _MAGIC:
+            raise NotTheGateError("another protocol")
+        door = secrets.token_bytes(_NONCE_BYTES)
+        nonces = await reader.readexactly(_NONCE_BYTES) + door
+        writer.write(door + _tag(self._key, b"door", nonces))
+        answer = await reader.readexactly(1)
+        if answer == _REFUSED:
+            raise MeetingError("node 0 has another cluster key than this node")
+        proof = await reader.readexactly(_TAG_BYTES)
+        if not hmac.compare_digest(proof, _tag(self._key, b"gate", nonces)):
+            raise MeetingError("what answers there does not know the cluster key")
         sending, receiving = (_tag(self._key, way, nonces) for way in (b"outward", b"inward"))
         return _Link(reader, writer, sending, receiving)
 
@@ -227,6 +230,16 @@ def loopback_listener() -> socket.socket:
     listener.bind(("127.0.0.1", 0))
     listener.listen(socket.SOMAXCONN)
     return listener
+
+
+@contextlib.asynccontextmanager
+async def _opened(address: tuple[str, int]) -> AsyncIterator[tuple[_Reader, _Writer]]:
+    """A connection to `address`, which is closed in every case."""
+    reader, writer = await asyncio.wait_for(asyncio.open_connection(*address), _HANDSHAKE_S)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
 
 
 async def _join(link: _Link, reader: _Reader, writer: _Writer) -> None:
@@ -243,8 +256,6 @@ async def _join(link: _Link, reader: _Reader, writer: _Writer) -> None:
         for way in ways:
             way.cancel()
         await asyncio.gather(*ways, return_exceptions=True)
-        link.writer.close()
-        writer.close()
 
 
 async def _outward(reader: _Reader, link: _Link) -> None:
