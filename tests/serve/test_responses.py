@@ -147,3 +147,23 @@ def test_a_schema_in_text_format_holds_the_output():
         assert response.status_code == 400
 
     play(script)
+
+
+def test_tools_are_taken_if_they_are_right_and_answered_in_text():
+    function = {"type": "function", "name": "add", "parameters": {"type": "object"}}
+
+    async def script(served: Served) -> None:
+        right = [function, {"type": "web_search"}]
+        answer = (await respond(served, tools=right)).json()
+        assert answer["tools"] == right and answer["output"][0]["type"] == "message"
+        for wrong, param in (
+            ([function] * 129, "tools"),
+            ([{}], "tools[0].type"),
+            ([function, {"type": "function"}], "tools[1].name"),
+            ([{**function, "name": "a b"}], "tools[0].name"),
+            ([{**function, "parameters": []}], "tools[0].parameters"),
+        ):
+            response = await respond(served, tools=wrong)
+            assert response.status_code == 400 and error_of(response)["param"] == param
+
+    play(script)

@@ -26,6 +26,7 @@ from moespan.serve.options import ServeOptions
 from moespan.serve.refusals import bad
 from moespan.serve.sampling import Job, job_of_chat
 from moespan.serve.served import ServedModel
+from moespan.serve.tools import check_uncalled
 
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
@@ -47,6 +48,7 @@ def response_job(body: bytes, model: ServedModel, options: ServeOptions) -> Resp
             "/v1/chat/completions answers with calls",
             "tool_choice",
         )
+    check_uncalled(asked.tools or [])
     chat = ChatBody(
         messages=_messages(asked),
         model=asked.model,

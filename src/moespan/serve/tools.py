@@ -91,6 +91,24 @@ def demanded_call(asked: ChatBody) -> DemandedCall | None:
     return DemandedCall(wanted, form)
 
 
+def check_uncalled(tools: list[dict[str, Any]]) -> None:
+    """Refuse wrong tools of `/v1/responses`, where a function's fields stand in the tool itself.
+
+    Tools of other kinds, which a service of its own would run (`web_search`), are never called.
+
+    Raises:
+        Refusal: a 400.
+    """
+    if len(tools) > _MOST_TOOLS:
+        raise bad(f"tools holds {len(tools)} tools; at most {_MOST_TOOLS} are taken", "tools")
+    for number, tool in enumerate(tools):
+        where = f"tools[{number}]"
+        if not isinstance(tool.get("type"), str):
+            raise bad(f"{where}.type={shown(tool.get('type'))} must be a string", f"{where}.type")
+        if tool["type"] == "function":
+            _function(tool, where)
+
+
 def about_form(error: RequestError, field: str) -> Refusal:
     """The 400 for a form that cannot be used, with the field that asked for it."""
     message = str(error)
@@ -125,7 +143,7 @@ def _functions(
         )
     functions: dict[str, _Function] = {}
     for number, tool in enumerate(tools):
-        function = _function(tool, f"tools[{number}]")
+        function = _function_of(tool, f"tools[{number}]")
         if function.name in functions:
             raise bad(
                 f"tools[{number}].function.name={shown(function.name)} is there twice; each tool "
@@ -136,13 +154,17 @@ def _functions(
     return functions
 
 
-def _function(tool: dict[str, Any], where: str) -> _Function:
+def _function_of(tool: dict[str, Any], where: str) -> _Function:
     if tool.get("type") != "function":
         raise bad(f"{where}.type={shown(tool.get('type'))} must be function", f"{where}.type")
     where = f"{where}.function"
     function = tool.get("function")
     if not isinstance(function, dict):
         raise bad(f"{where}={shown(function)} must be an object with a name", where)
+    return _function(function, where)
+
+
+def _function(function: dict[str, Any], where: str) -> _Function:
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise bad(
