@@ -417,12 +417,7 @@ class Bench:
         if batch * blocks > self.num_blocks:
             return None
         draw = random.Random(batch)
-        rows = [
-            SampleRow(
-                sequence=i, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0, position=0
-            )
-            for i in range(batch)
-        ]
+        row = SampleRow(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
         seconds = []
         # The first call compiles kernels and records a graph; the second may still warm up.
         for number in range(2 + self.sizes.repeats):
@@ -432,7 +427,9 @@ class Bench:
                 query_lens=[new] * batch,
                 context_lens=[context] * batch,
                 block_tables=[list(range(i * blocks, (i + 1) * blocks)) for i in range(batch)],
-                samples=rows,
+                sampled=list(range(batch)),
+                positions=[0] * batch,
+                samples=[row] * batch,
             )
             message = StepPlans.of([plan])
             _wait(self.device)

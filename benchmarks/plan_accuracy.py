@@ -394,14 +394,16 @@ def _plan(
         count = -(-(query + context) // block_size)
         tables.append(list(range(first, first + count)))
         first += count
-    row: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 1}
+    row = SampleRow(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=1)
     plan = StepPlan(
         step=0,
         token_ids=draw.choices(range(vocab_size), k=sum(queries)),
         query_lens=queries,
         context_lens=contexts,
         block_tables=tables,
-        samples=[SampleRow(sequence=at, position=0, **row) for at in range(len(queries))],
+        sampled=list(range(len(queries))),
+        positions=[0] * len(queries),
+        samples=[row] * len(queries),
     )
     return StepPlans.of([plan]), plan
 

@@ -96,8 +96,8 @@ def given(answers: dict[int, list[int]]) -> Iterator[None]:
         def wait(self) -> list[Sampled]:
             sampled = super().wait()
             return [
-                replaced(one, token_id=answers[row.seed][row.position]) if answers else one
-                for one, row in zip(sampled, self._rows, strict=True)
+                replaced(one, token_id=answers[row.seed][position]) if answers else one
+                for one, row, position in zip(sampled, self._rows, self._positions, strict=True)
             ]
 
     with mock.patch.object(results, "Sampling", Given):

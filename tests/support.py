@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,10 +158,18 @@ def execute(worker: Worker, plan: StepPlan) -> StepResult:
     return pending.wait()
 
 
-def greedy_row(sequence: int, **settings: Any) -> SampleRow:
+def greedy_row(**settings: Any) -> SampleRow:
     """Sample greedily unless `settings` say otherwise."""
-    neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0, "position": 0}
-    return SampleRow(sequence=sequence, **{**neutral, **settings})
+    neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0}
+    return SampleRow(**{**neutral, **settings})
+
+
+def sampling_of(sequences: Iterable[int], *rows: SampleRow) -> dict[str, Any]:
+    """The fields of a plan that samples the first token after `sequences`, greedily or as `rows`
+    say."""
+    sampled = list(sequences)
+    samples = list(rows) or [greedy_row()] * len(sampled)
+    return {"sampled": sampled, "positions": [0] * len(sampled), "samples": samples}
 
 
 @dataclass
@@ -208,7 +216,7 @@ def run_prompts(
         if not unfinished:
             return runs
         chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
-        query_lens, samples, prompt_rows, token_ids = [], [], [], []
+        query_lens, sampled, prompt_rows, token_ids = [], [], [], []
         for at, run in enumerate(chosen):
             left = len(run.token_ids) - run.num_computed
             query_lens.append(rng.randint(1, min(left, most_chunk)))
@@ -219,15 +227,15 @@ def run_prompts(
             if run.num_computed < run.prompt_len:
                 prompt_rows.append(PromptRow(sequence=at, targets=[], logprobs=None, logits=True))
             if end == len(run.token_ids):
-                samples.append(greedy_row(at))
+                sampled.append(at)
         plan = StepPlan(
             step=step,
             token_ids=token_ids,
             query_lens=query_lens,
             context_lens=[run.num_computed for run in chosen],
             block_tables=[list(run.block_table) for run in chosen],
-            samples=samples,
             prompts=prompt_rows,
+            **sampling_of(sampled),
         )
         result = execute(worker, plan)
         step += 1
@@ -236,11 +244,11 @@ def run_prompts(
             chosen[row.sequence].rows.append(logits.reshape(query_lens[row.sequence], -1))
         for run, query_len in zip(chosen, query_lens, strict=True):
             run.num_computed += query_len
-        for sample, sampled in zip(samples, result.samples, strict=True):
-            run = chosen[sample.sequence]
-            assert sampled.token_id is not None
+        for at, sample in zip(sampled, result.samples, strict=True):
+            run = chosen[at]
+            assert sample.token_id is not None
             if run.num_computed < run.prompt_len + num_generated:
-                run.token_ids.append(sampled.token_id)
+                run.token_ids.append(sample.token_id)
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, relative: float) -> None:

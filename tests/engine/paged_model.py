@@ -28,10 +28,10 @@ def read(state: int, value: int) -> int:
     return hash((state, value, 2))
 
 
-def sample(state: int, row: SampleRow) -> int:
+def sample(state: int, row: SampleRow, position: int) -> int:
     """The token that the model draws."""
     seen = (tuple(row.seen_prompt), tuple(sorted(row.seen_output.items())))
-    draw = hash((state, row.seed, row.position, seen))
+    draw = hash((state, row.seed, position, seen))
     allowed = [token_id for token_id in range(VOCAB) if may_come(token_id, row)]
     return allowed[draw % len(allowed)]
 
@@ -86,8 +86,8 @@ def constraint_of(request: Request, grammar: bool) -> Constraint | None:
     return Constraint(request.params, VOCAB, frozenset({EOS}), runs(request), matcher)
 
 
-def sampled(state: int, row: SampleRow) -> Sampled:
-    token_id = sample(state, row)
+def sampled(state: int, row: SampleRow, position: int) -> Sampled:
+    token_id = sample(state, row, position)
     logprobs = None if row.logprobs is None else TokenLogprobs(token_id, float(state), [])
     return Sampled(token_id, logprobs)
 
@@ -130,19 +130,17 @@ def expected_output(
     while len(output) < most:
         repeats = params.repetition_penalty != 1
         row = SampleRow(
-            sequence=0,
             temperature=1,
             top_p=1,
             top_k=0,
             min_p=0,
             seed=first_seed + index,
-            position=len(output),
             seen_prompt=sorted(set(request.prompt_token_ids)) if repeats else [],
             seen_output=Counter(output) if params.penalizes else {},
             allowed=as_mask(allowed_after(request, output, grammar)),
         )
         state = expected_states(request.prompt_token_ids + output)[-1]
-        output.append(sample(state, row))
+        output.append(sample(state, row, len(output)))
         if output[-1] in eos + params.stop_token_ids:
             break
         try:
@@ -191,12 +189,13 @@ class PagedModel:
             states.append(mine)
             start += query_len
         assert start == len(plan.token_ids)
-        last = [states[row.sequence][-1] for row in plan.samples]
-        self.sampled = [sample(*pair) for pair in zip(last, plan.samples, strict=True)]
+        last = [states[sequence][-1] for sequence in plan.sampled]
+        asked = list(zip(last, plan.samples, plan.positions, strict=True))
+        self.sampled = [sample(*one) for one in asked]
         return StepResult(
             samples=[
-                Sampled(None) if row.sequence in corrupt else sampled(state, row)
-                for state, row in zip(last, plan.samples, strict=True)
+                Sampled(None) if sequence in corrupt else sampled(*one)
+                for sequence, one in zip(plan.sampled, asked, strict=True)
             ],
             prompts=[
                 PromptScores(

@@ -22,7 +22,7 @@ from moespan.ops import AttentionBatch, CpuOps, KVCache, Replay
 from moespan.ops.npu.ops import plain_decode
 from moespan.parallel.counters import Traffic
 from tests.engine.test_worker import plan
-from tests.support import Oracle, execute, greedy_row, make_worker, run_prompts
+from tests.support import Oracle, execute, greedy_row, make_worker, run_prompts, sampling_of
 
 
 class RecordingOps(CpuOps):
@@ -83,7 +83,7 @@ def decode(num_sequences: int, context_len: int) -> StepPlan:
     return plan(
         [[(7 * i + context_len) % 60] for i in range(num_sequences)],
         [context_len] * num_sequences,
-        samples=[greedy_row(i, logprobs=3) for i in reversed(range(num_sequences))],
+        **sampling_of(reversed(range(num_sequences)), *[greedy_row(logprobs=3)] * num_sequences),
     )
 
 

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from moespan.device import CPU, DEVICES
 from moespan.engine import sampler
-from moespan.engine.sampler import sample, token_logprobs
-from moespan.engine.step import SampleRow
-from tests.support import greedy_row
+from moespan.engine.sampler import token_logprobs
+from moespan.engine.step import Sampled, SampleRow
 
 # 99.9 % quantile of the chi-square distribution, by degrees of freedom.
 CHI_SQUARE = {5: 20.5, 8: 26.1}
@@ -42,9 +41,20 @@ float64_only = pytest.mark.parametrize("in_integers", [False], indirect=True, sc
 integers_only = pytest.mark.parametrize("in_integers", [True], indirect=True, scope="module")
 
 
-def row(**settings: Any) -> SampleRow:
+class Draw(SampleRow, frozen=True, array_like=True, kw_only=True):
+    """A row, and the position at which it samples."""
+
+    position: int = 0
+
+
+def row(**settings: Any) -> Draw:
     """A draw at temperature 1 from the whole distribution, unless `settings` say otherwise."""
-    return greedy_row(0, **{"temperature": 1.0, **settings})
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0}
+    return Draw(**{**neutral, **settings})
+
+
+def sample(logits: Tensor, rows: list[Draw]) -> list[Sampled]:
+    return sampler.sample(logits, list(rows), [each.position for each in rows])
 
 
 def choose(logits: Tensor | list[float], **settings: Any) -> int | None:
@@ -52,7 +62,7 @@ def choose(logits: Tensor | list[float], **settings: Any) -> int | None:
     return sampled.token_id
 
 
-def draws(logits: list[float], rows: list[SampleRow]) -> list[int]:
+def draws(logits: list[float], rows: list[Draw]) -> list[int]:
     """One token for each of `rows`, all from the same logits."""
     sampled = sample(torch.tensor(logits).expand(len(rows), -1), rows)
     tokens = [entry.token_id for entry in sampled]
@@ -146,7 +156,7 @@ def test_top_p_applies_to_the_mass_that_top_k_leaves():
     assert set(tokens) == {0}
 
 
-def kept_in_order(logits: Tensor, each: SampleRow) -> tuple[np.ndarray, np.ndarray]:
+def kept_in_order(logits: Tensor, each: Draw) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of float32 logits [V] in order, 0 where a token is not kept, and their ids."""
     temperature = max(each.temperature, 1e-6)
     ordered, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
@@ -163,7 +173,7 @@ def kept_in_order(logits: Tensor, each: SampleRow) -> tuple[np.ndarray, np.ndarr
     return kept, order.numpy()
 
 
-def full_sort_draw(logits: Tensor, each: SampleRow) -> int:
+def full_sort_draw(logits: Tensor, each: Draw) -> int:
     """The token of a truncated draw from float32 logits [V], by sorting the whole vocabulary."""
     kept, order = kept_in_order(logits, each)
     mass = kept.cumsum()
@@ -348,7 +358,7 @@ def test_log_probabilities_are_those_without_a_mask():
         assert [token for token, _ in sampled.logprobs.top] == [0]
 
 
-def random_row(rng: random.Random, vocab_size: int) -> SampleRow:
+def random_row(rng: random.Random, vocab_size: int) -> Draw:
     def some_tokens(most: int) -> list[int]:
         return rng.sample(range(vocab_size), rng.randint(0, min(most, vocab_size)))
 
@@ -390,7 +400,7 @@ def test_other_seeds_and_positions_give_other_tokens():
     assert first != draws(flat, [row(seed=2, position=i) for i in range(20)])
 
 
-def naive_adjusted(logits: list[float], each: SampleRow) -> list[float]:
+def naive_adjusted(logits: list[float], each: Draw) -> list[float]:
     adjusted = list(logits)
     for token, bias in each.logit_bias.items():
         adjusted[token] += bias
@@ -421,10 +431,8 @@ def test_bias_penalties_bars_and_masks_change_the_logits_by_their_formula():
     assert sum(ours != before for ours, before in zip(tokens, plain, strict=True)) > 100
 
 
-def as_settings(each: SampleRow) -> dict[str, Any]:
-    settings = {name: getattr(each, name) for name in each.__struct_fields__}
-    del settings["sequence"]
-    return settings
+def as_settings(each: Draw) -> dict[str, Any]:
+    return {name: getattr(each, name) for name in each.__struct_fields__}
 
 
 @pytest.mark.parametrize(

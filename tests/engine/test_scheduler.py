@@ -171,7 +171,7 @@ class Bench:
         ):
             assert len(table) == scheduler.allocator.blocks_for(context + query)
         _, in_flight = scheduler._in_flight[-1]
-        batch = [s for s, num_drafts in in_flight for _ in range(1 + num_drafts)]  # one a row
+        batch = [s for s, _, num_samples in in_flight for _ in range(num_samples or 1)]  # one a row
         self._check_writes(plan, batch)
         # First come, first served: an admitted sequence is older than all waiting ones.
         admitted = waiting - set(scheduler.waiting)
@@ -227,7 +227,7 @@ class Bench:
         assert None not in [value for values in context for value in values]
         for values, planned in zip(context, planned_context, strict=True):
             assert values[: len(planned)] == planned, "the context changed after it was planned"
-        corrupt = corrupt & {row.sequence for row in plan.samples}
+        corrupt = corrupt & set(plan.sampled)
         updates = self.scheduler.update(plan, self.model.execute(plan, corrupt))
         check_scheduler(self.scheduler)
         self.take_in(updates)
@@ -383,7 +383,7 @@ def test_prefill_chunks_and_decodes_share_a_step_and_the_running_ones_come_first
     bench.add(prompt_of(9))
     plan = bench.planned_step()
     assert (plan.query_lens, plan.context_lens) == ([1, 5], [2, 0])
-    assert [row.sequence for row in plan.samples] == [0]
+    assert plan.sampled == [0]
     assert bench.planned_step().query_lens == [1, 4]
 
 
@@ -412,15 +412,16 @@ def test_a_sample_row_carries_the_sampling_parameters():
         "logit_bias": {4: 1.5},
     }  # fmt: skip
     bench.add([1, 2], **options)
-    row = bench.plan().samples[0]
+    plan = bench.plan()
+    row = plan.samples[0]
     assert {name: getattr(row, name) for name in options} == options
-    assert (row.position, row.barred, row.seen_prompt, row.seen_output) == (0, [], [], {})
+    assert (plan.positions, row.barred, row.seen_prompt, row.seen_output) == ([0], [], [], {})
 
 
 def test_the_position_of_a_sample_counts_the_output():
     bench = Bench()
     bench.add([1, 2], ignore_eos=True, max_tokens=3)
-    assert [bench.planned_step().samples[0].position for _ in range(3)] == [0, 1, 2]
+    assert [bench.planned_step().positions for _ in range(3)] == [[0], [1], [2]]
 
 
 def test_seen_tokens_are_sent_only_to_penalties_that_need_them():
@@ -1204,7 +1205,7 @@ def test_a_plan_ahead_names_the_token_that_the_last_plan_samples():
     assert len(first.samples) == 2
     # The first sequence ends with its token; the other's has index 1.
     assert (second.token_ids, second.query_lens, second.context_lens) == ([~1], [1], [4])
-    assert [row.position for row in second.samples] == [1]
+    assert second.positions == [1]
     assert bench.schedule() is None  # two are in flight
     bench.deliver()
     assert bench.plan().token_ids == [~0]
@@ -1403,7 +1404,7 @@ def test_each_draft_is_a_row_of_one_token_in_the_blocks_of_its_sequence():
     assert plan.token_ids == [last, first, second, second + 1]
     assert (plan.query_lens, plan.context_lens) == ([1] * 4, [6, 7, 8, 9])
     assert [len(table) for table in plan.block_tables] == [2, 2, 3, 3]
-    assert [(row.sequence, row.position) for row in plan.samples] == [(i, 1 + i) for i in range(4)]
+    assert (plan.sampled, plan.positions) == ([0, 1, 2, 3], [1, 2, 3, 4])
     assert sequence.num_output_tokens == 4 and sequence.num_computed_tokens == 9
     scheduler = bench.scheduler
     assert (scheduler.num_drafts, scheduler.num_draft_tokens) == (1, 3)
@@ -1436,7 +1437,7 @@ def test_nothing_is_drafted_beyond_max_tokens_or_a_token_that_ends_the_output():
     draft(limited, 4, 4, 4)  # its third token is sampled now
     draft(stopped, 4, 9, 4)
     plan = bench.plan()
-    assert [row.sequence for row in plan.samples] == [0, 1, 2, 3]
+    assert plan.sampled == [0, 1, 2, 3]
     assert plan.token_ids[1] == plan.token_ids[3] == 4
 
 

@@ -13,7 +13,7 @@ from moespan.checkpoint.random import RandomSource
 from moespan.config import ModelConfig
 from moespan.engine.step import PromptRow, PromptScores, StepPlan, StepResult
 from moespan.engine.worker import Worker
-from tests.support import execute, geometry, greedy_row, make_worker
+from tests.support import execute, geometry, greedy_row, make_worker, sampling_of
 
 CONFIG = ModelConfig.from_dict(geometry())
 TOKENS = [(5 * i + 2) % CONFIG.vocab_size for i in range(14)]
@@ -32,7 +32,7 @@ def plan(token_ids: list[list[int]], context_lens: list[int], **rest: Any) -> St
         token_ids=[token for ids in token_ids for token in ids],
         query_lens=[len(ids) for ids in token_ids],
         context_lens=context_lens,
-        **{"block_tables": tables, "samples": [], "prompts": [], **rest},
+        **{"block_tables": tables, "prompts": [], **rest},
     )
 
 
@@ -61,7 +61,7 @@ def test_samples_follow_the_last_query_token_of_their_sequence(worker: Worker):
     step = plan(
         [TOKENS[:5], TOKENS[5:6], TOKENS[6:]],
         [0, 0, 0],
-        samples=[greedy_row(2), greedy_row(0)],
+        **sampling_of([2, 0]),
         prompts=[report(0), report(2)],
     )
     result = execute(worker, step)
@@ -118,9 +118,10 @@ def test_a_decoded_plan_means_the_same(worker: Worker):
     step = plan(
         [TOKENS[:4], TOKENS[4:]],
         [0, 0],
-        samples=[
+        prompts=[report(0, targets=TOKENS[1:5], logprobs=1)],
+        **sampling_of(
+            [1],
             greedy_row(
-                1,
                 temperature=0.7,
                 seed=2**62,
                 top_k=9,
@@ -129,9 +130,8 @@ def test_a_decoded_plan_means_the_same(worker: Worker):
                 frequency_penalty=0.5,
                 logit_bias={7: 1.5},
                 barred=[3],
-            )
-        ],
-        prompts=[report(0, targets=TOKENS[1:5], logprobs=1)],
+            ),
+        ),
     )
     message = msgspec.msgpack.encode(step)
     travelled = msgspec.msgpack.decode(message, type=StepPlan)
@@ -148,18 +148,19 @@ def test_a_sequence_that_is_not_finite_fails_alone():
     poison = 60
     assert worker.model.embed is not None
     worker.model.embed[poison] = torch.nan
-    lonely = execute(worker, plan([TOKENS], [0], samples=[greedy_row(0, logprobs=2)])).samples
+    told = greedy_row(logprobs=2)
+    lonely = execute(worker, plan([TOKENS], [0], **sampling_of([0], told))).samples
     step = plan(
         [TOKENS[:6], [4, poison, 5], TOKENS],
         [0, 0, 0],
-        samples=[greedy_row(0), greedy_row(1, logprobs=2), greedy_row(2, logprobs=2)],
+        **sampling_of([0, 1, 2], greedy_row(), told, told),
     )
     before, poisoned, after = execute(worker, step).samples
     assert before.token_id is not None
     assert (poisoned.token_id, poisoned.logprobs) == (None, None)
     assert after.token_id == lonely[0].token_id
     # All sequences decode together, beside the poisoned cache.
-    step = plan([[7], [8], [9]], [6, 3, 14], samples=[greedy_row(0), greedy_row(1), greedy_row(2)])
+    step = plan([[7], [8], [9]], [6, 3, 14], **sampling_of([0, 1, 2]))
     tokens = [sample.token_id for sample in execute(worker, step).samples]
     assert tokens[1] is None
     expected = [whole_prompt_logits(ids)[-1].argmax() for ids in ([*TOKENS[:6], 7], [*TOKENS, 9])]

@@ -114,7 +114,9 @@ def run_step(
                 list(range(start, start + count))
                 for start, count in zip(starts, needed, strict=True)
             ],
-            samples=[SampleRow(sequence=at % 4, position=0, **row) for at in range(rows)],
+            sampled=[at % 4 for at in range(rows)],
+            positions=[0] * rows,
+            samples=[SampleRow(**row)] * rows,
         )
         plans = StepPlans.of([plan] * config.layout.dp)
         known = [tensor for weight in weights.values() for tensor in _tensors(weight)]

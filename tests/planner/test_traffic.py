@@ -24,7 +24,7 @@ from moespan.parallel.counters import sent_bytes
 from moespan.parallel.tokens import choose_dispatch, mean_ranks_met
 from moespan.planner.traffic import StepSize, step_traffic
 from tests import tiers
-from tests.support import geometry, greedy_row
+from tests.support import geometry, sampling_of
 
 RANKS = 8
 # Grouped keys, and sizes that no number of ranks divides: vocabulary, widths, experts.
@@ -151,8 +151,8 @@ def _plan(step: int, query_lens: list[int], rng: random.Random) -> StepPlan | No
         query_lens=query_lens,
         context_lens=[rng.randrange(4) for _ in query_lens],
         block_tables=[blocks[5 * i : 5 * i + 5] for i in range(num_sequences)],
-        samples=[greedy_row(i) for i in range(num_sequences) if i % 3 != 1],
         prompts=[PromptRow(sequence=i, targets=[], logprobs=None, logits=True) for i in (0,)],
+        **sampling_of(i for i in range(num_sequences) if i % 3 != 1),
     )
 
 

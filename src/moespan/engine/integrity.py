@@ -14,7 +14,7 @@ from moespan.engine.scheduler import Scheduler
 
 def check_scheduler(scheduler: Scheduler) -> None:
     """No block is leaked or misused, and every sequence waits in its place."""
-    in_flight = (sequence for _, batch in scheduler._in_flight for sequence, _ in batch)
+    in_flight = (sequence for _, batch in scheduler._in_flight for sequence, *_ in batch)
     returning = dict.fromkeys(sequence for sequence in in_flight if sequence.is_finished)
     check_blocks(scheduler.allocator, (s.block_table for s in (*scheduler.running, *returning)))
     problems = []

@@ -13,6 +13,10 @@ from moespan.engine.step import SampleRow
 class NextToken:
     """Makes the sample rows of one continuation.
 
+    Attributes:
+        settled: the row of all positions from now on; None if it may change.
+        reads_tokens: whether `append` has anything to do.
+
     Args:
         ends: token ids that end the continuation.
         constraint: what it may say; None if anything.
@@ -28,7 +32,8 @@ class NextToken:
         repeats = self._params.repetition_penalty != 1
         self._seen_prompt = sorted(set(request.prompt_token_ids)) if repeats else []
         self._seen_output: Counter[int] = Counter()
-        self._settled: SampleRow | None = None  # a row that holds for all positions from now on
+        self.settled: SampleRow | None = None
+        self.reads_tokens = self._params.penalizes or constraint is not None
 
     @property
     def needs_tokens(self) -> bool:
@@ -52,13 +57,13 @@ class NextToken:
         if self._constraint is not None:
             self._constraint.append(token_id)
 
-    def rows(self, sequence: int, position: int, drafts: list[int]) -> list[SampleRow]:
+    def rows(self, position: int, drafts: list[int]) -> list[SampleRow]:
         """How to sample the token at `position` of the output, counted from 0, and the one after
-        each draft, for the sequences of a plan from `sequence` on.
+        each draft.
 
         There are fewer rows if a draft cannot come, or ends the output: nothing follows it then.
         """
-        rows = [self._row(sequence, position)]
+        rows = [self.settled or self._row(position)]
         if not drafts:
             return rows
         after = self._copy()
@@ -68,7 +73,7 @@ class NextToken:
             after.append(draft)
             if after.error is not None or after.is_complete:
                 break
-            rows.append(after._row(sequence + number, position + number))
+            rows.append(after.settled or after._row(position + number))
         return rows
 
     def _copy(self) -> NextToken:
@@ -78,26 +83,15 @@ class NextToken:
         twin._constraint = self._constraint and self._constraint.copy()
         return twin
 
-    def _row(self, sequence: int, position: int) -> SampleRow:
-        if self._settled is not None:
-            return self._settled.at(sequence, position)
-        row = self._new_row(sequence, position)
-        varies = self._params.penalizes or self._constraint is not None
-        if not varies and position >= self._params.min_tokens:
-            self._settled = row
-        return row
-
-    def _new_row(self, sequence: int, position: int) -> SampleRow:
+    def _row(self, position: int) -> SampleRow:
         params, constraint = self._params, self._constraint
         barred = [] if position >= params.min_tokens else self._ends
-        return SampleRow(
-            sequence=sequence,
+        row = SampleRow(
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
             min_p=params.min_p,
             seed=self._seed,
-            position=position,
             repetition_penalty=params.repetition_penalty,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
@@ -108,3 +102,6 @@ class NextToken:
             allowed=None if constraint is None else constraint.allowed,
             logprobs=params.logprobs,
         )
+        if not self.reads_tokens and position >= params.min_tokens:
+            self.settled = row
+        return row

@@ -112,7 +112,8 @@ class Replicas:
             if plan is not None and result is not None:
                 updates += scheduler.update(plan, result)
         for update in updates:
-            self._forget_if_done(update.sequence.id)
+            if update.finish_reason is not None:
+                self._forget_if_done(update.sequence.id)
         return updates
 
     @property

@@ -29,7 +29,7 @@ class Pending:
     def __init__(self, logits: Tensor, plan: StepPlan, beat: Beat) -> None:
         self._plan = plan
         self._beat = beat
-        self.sampling = Sampling(logits[: len(plan.samples)], plan.samples)
+        self.sampling = Sampling(logits[: len(plan.samples)], plan.samples, plan.positions)
         self._prompt_logits = logits[len(plan.samples) :] if plan.prompts else None
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
@@ -73,7 +73,7 @@ _decode_result = msgspec.msgpack.Decoder(StepResult).decode
 def logit_rows(plan: StepPlan) -> list[int]:
     """Query tokens whose logits the plan needs: the sampling rows, then all rows of each prompt."""
     ends = list(accumulate(plan.query_lens))
-    rows = [ends[row.sequence] - 1 for row in plan.samples]
+    rows = [ends[sequence] - 1 for sequence in plan.sampled]
     for prompt in plan.prompts:
         end = ends[prompt.sequence]
         rows += range(end - plan.query_lens[prompt.sequence], end)

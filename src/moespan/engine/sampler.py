@@ -1,4 +1,4 @@
-"""From logits to tokens. Every draw is a pure function of its row, its seed and its position.
+"""From logits to tokens. Every draw is a pure function of its row and its position.
 
 One uniform number, made from seed and position, picks from the cumulative distribution. So a seeded
 request whose logits do not change gets the same tokens in any batch. In float32 they change by less
@@ -34,8 +34,9 @@ _FIRST_CANDIDATES, _GROWTH = 256, 32
 # device looks for the best tokens only, instead of sorting the vocabulary.
 _WHOLE_WEIGHT, _MOST_BEST = 1 << 30, 1024
 
-_Method = Callable[[Tensor, list[SampleRow]], Tensor]
-"""Chooses a token for each row of float32 logits [R, V], which may be overwritten → [R]."""
+_Method = Callable[[Tensor, list[SampleRow], list[float]], Tensor]
+"""Chooses a token for each row of float32 logits [R, V], which may be overwritten → [R]. The last
+argument is the uniform number of each row; greedy rows have none."""
 
 
 class Sampling:
@@ -49,13 +50,14 @@ class Sampling:
         logits: [R, V] in the activations' dtype; results computed from them are float32. The next
             work on the device may overwrite them.
         rows: how to sample each of the R rows.
+        positions: tokens that were generated before each.
     """
 
-    def __init__(self, logits: Tensor, rows: list[SampleRow]) -> None:
-        self._rows = rows
+    def __init__(self, logits: Tensor, rows: list[SampleRow], positions: list[int]) -> None:
+        self._rows, self._positions = rows, positions
         # Faster than argmax on CPUs, and also takes the first of equal logits.
         largest, best = logits.max(-1)
-        self.token_ids = _choose(logits, best.int(), rows)
+        self.token_ids = _choose(logits, best.int(), rows, positions)
         # The largest and smallest logit show any Inf or NaN of a row, without a copy of the row.
         finite = largest.isfinite() & logits.amin(-1).isfinite()
         chosen = torch.stack([self.token_ids, finite.int()])
@@ -85,9 +87,9 @@ class Sampling:
         ]
 
 
-def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
+def sample(logits: Tensor, rows: list[SampleRow], positions: list[int]) -> list[Sampled]:
     """Choose one token for each row of logits [R, V], and wait for the tokens."""
-    return Sampling(logits, rows).wait()
+    return Sampling(logits, rows, positions).wait()
 
 
 def fill_in(token_ids: Tensor, sampled: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def fill_in(token_ids: Tensor, sampled: Tensor) -> Tensor:
     return torch.where(token_ids < 0, sampled.index_select(0, places), token_ids)
 
 
-def _choose(logits: Tensor, best: Tensor, rows: list[SampleRow]) -> Tensor:
+def _choose(logits: Tensor, best: Tensor, rows: list[SampleRow], positions: list[int]) -> Tensor:
     """The tokens of all rows, int32 [R]; the host does not wait for them.
 
     Args:
@@ -115,7 +117,8 @@ def _choose(logits: Tensor, best: Tensor, rows: list[SampleRow]) -> Tensor:
         at, chosen = _tensor(numbers, torch.int64, logits), [rows[i] for i in numbers]
         copied = logits.index_select(0, at).float()
         _adjust(copied, chosen)
-        best[at] = choose(copied, chosen).int()
+        uniforms = [_uniform(rows[i].seed, positions[i]) for i in numbers if rows[i].temperature]
+        best[at] = choose(copied, chosen, uniforms).int()
     return best
 
 
@@ -211,7 +214,7 @@ def _entries(
     return (at[0], at[1]), numbers
 
 
-def _take_best(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+def _take_best(logits: Tensor, rows: list[SampleRow], uniforms: list[float]) -> Tensor:
     """The best token of each row of float32 logits [R, V] → int64 [R]."""
     return logits.max(-1).indices
 
@@ -226,17 +229,17 @@ def _integer_draw(row: SampleRow) -> _Method:
     return _draw_of_best if 0 < row.top_k <= _MOST_BEST else _draw_of_sorted
 
 
-def _draw(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+def _draw(logits: Tensor, rows: list[SampleRow], uniforms: list[float]) -> Tensor:
     """Draw from all tokens of each row of float32 logits [R, V], overwritten → int64 [R]."""
     cumulative = _probabilities(logits, rows).cumsum(-1, dtype=torch.float64)
-    return _invert(cumulative, _uniforms(logits, rows) * cumulative[:, -1:])
+    return _invert(cumulative, _uniforms(uniforms, logits) * cumulative[:, -1:])
 
 
 def _is_truncated(row: SampleRow) -> bool:
     return row.top_p < 1 or row.min_p > 0 or row.top_k > 0
 
 
-def _draw_truncated(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+def _draw_truncated(logits: Tensor, rows: list[SampleRow], uniforms: list[float]) -> Tensor:
     """Draw from the tokens that min_p and top_k leave, and then top_p, of each row of float32
     logits [R, V], overwritten → int64 [R]."""
     vocab_size = logits.shape[-1]
@@ -245,7 +248,7 @@ def _draw_truncated(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     return _draw_from_best(
         num_candidates,
         _probabilities(logits, rows),
-        _uniforms(logits, rows),
+        _uniforms(uniforms, logits),
         _column([row.top_k if row.top_k > 0 else vocab_size for row in rows], logits),
         _column([row.min_p for row in rows], logits),
         _column([row.top_p if row.top_p < 1 else 2.0 for row in rows], logits),
@@ -296,30 +299,30 @@ def _draw_from_best(
     return tokens
 
 
-def _draw_of_best(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+def _draw_of_best(logits: Tensor, rows: list[SampleRow], uniforms: list[float]) -> Tensor:
     """`_draw_in_integers` from the tokens that top_k, at most 1024, and then min_p and top_p
     leave."""
     probabilities = _probabilities(logits, rows)
     count = min(max(row.top_k for row in rows), logits.shape[-1])
     best = probabilities.topk(count).values
-    return _pick(_weights(_kept(probabilities, best, rows)), rows)
+    return _pick(_weights(_kept(probabilities, best, rows)), uniforms)
 
 
-def _draw_of_sorted(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+def _draw_of_sorted(logits: Tensor, rows: list[SampleRow], uniforms: list[float]) -> Tensor:
     """`_draw_in_integers` from the tokens that min_p and top_k leave, and then top_p."""
     probabilities = _probabilities(logits, rows)
     ordered = probabilities.sort(dim=-1, descending=True).values
-    return _pick(_weights(_kept(probabilities, ordered, rows)), rows)
+    return _pick(_weights(_kept(probabilities, ordered, rows)), uniforms)
 
 
-def _draw_in_integers(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+def _draw_in_integers(logits: Tensor, rows: list[SampleRow], uniforms: list[float]) -> Tensor:
     """Draw from all tokens of each row of float32 logits [R, V], overwritten → int32 [R].
 
     No operation here falls to an NPU's AI CPU, as running sums of float64 and searches in sorted
     values would. A token of probability below 2⁻³¹ is never drawn; the probabilities of all tokens
     together are off by about 2⁻³⁰ · V at most.
     """
-    return _pick(_weights(_probabilities(logits, rows)), rows)
+    return _pick(_weights(_probabilities(logits, rows)), uniforms)
 
 
 def _kept(probabilities: Tensor, best: Tensor, rows: list[SampleRow]) -> Tensor:
@@ -367,14 +370,14 @@ def _weights(probabilities: Tensor) -> Tensor:
     return (probabilities * _WHOLE_WEIGHT).round_().int()
 
 
-def _pick(weights: Tensor, rows: list[SampleRow]) -> Tensor:
+def _pick(weights: Tensor, uniforms: list[float]) -> Tensor:
     """Draw an index of each row in proportion to its weights, int32 [R, V] → int32 [R].
 
     The weights of a row sum to about 2³⁰. The first 31 bits of its uniform number, modulo the sum,
     are the target: two numbers lead to each target, and one or three to a few, if the sum is off.
     """
     sums = weights.cumsum(-1, dtype=torch.int32)
-    drawn = [int(_uniform(row.seed, row.position) * (1 << 31)) for row in rows]
+    drawn = [int(uniform * (1 << 31)) for uniform in uniforms]
     targets = _tensor(drawn, torch.int32, weights)[:, None] % sums[:, -1:].clamp(min=1)
     # The first running sum above the target: a token of weight 0 is never picked. One exists unless
     # the probabilities are NaN.
@@ -401,11 +404,9 @@ def _probabilities(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     return logits.div_(_column(temperatures, logits)).softmax(-1)
 
 
-def _uniforms(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+def _uniforms(uniforms: list[float], like: Tensor) -> Tensor:
     """The uniform number of each row, float64 [R, 1]."""
-    return _tensor([_uniform(row.seed, row.position) for row in rows], torch.float64, logits)[
-        :, None
-    ]
+    return _tensor(uniforms, torch.float64, like)[:, None]
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:

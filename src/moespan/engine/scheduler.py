@@ -71,6 +71,10 @@ class _Room:
         return self.num_wholes > 0 or sequence.num_unplanned_tokens > self.num_tokens
 
 
+_Planned = tuple[Sequence, int, int]
+"""A sequence in a plan, its tokens there, and its samples: one after them, one for each draft."""
+
+
 class Scheduler:
     """Makes the plans of steps; any number may be in flight.
 
@@ -114,7 +118,7 @@ class Scheduler:
         self._faults: list[SequenceUpdate] = []
         self._siblings: dict[str, list[Sequence]] = {}  # by request; wait for its first sequence
         self._live: dict[str, list[Sequence]] = {}
-        self._in_flight: deque[tuple[int, list[tuple[Sequence, int]]]] = deque()  # with drafts
+        self._in_flight: deque[tuple[int, list[_Planned]]] = deque()
         self._num_arrivals = 0
         self._num_steps = 0
 
@@ -196,32 +200,26 @@ class Scheduler:
         if self._plans_ahead and not self._can_plan_ahead():
             return None
         plan = StepPlan(step=self._num_steps)
-        batch: list[tuple[Sequence, int]] = []
+        batch: list[_Planned] = []
         num_draft_rows = self._num_draft_rows
         room = _Room(self.config.max_num_batched_tokens, self._fair_share)
         for sequence in self._ready_sequences(room):
-            num_tokens = min(sequence.num_tokens_of_next_chunk, room.num_tokens)
-            is_whole = num_tokens == sequence.num_unplanned_tokens
-            num_rows = len(plan.query_lens)
+            num_tokens, is_whole = sequence.next_chunk(room.num_tokens)
             most_drafts = num_draft_rows
             if most_drafts > 0:
-                most_drafts = min(
-                    num_draft_rows,
-                    room.num_tokens - num_tokens,
-                    self.config.max_num_seqs - num_rows - 1,
-                    self._draft_slots(sequence),
-                )
+                num_others = self.config.max_num_seqs - len(plan.query_lens) - 1
+                num_slots = self._num_draft_slots(sequence)
+                most_drafts = min(most_drafts, num_others, num_slots, room.num_tokens - num_tokens)
             try:
-                rows = sequence.sample_rows(num_rows, num_tokens, most_drafts)
+                rows = sequence.sample_rows(most_drafts) if is_whole else []
             except Exception as error:
                 self._faults.append(self._fail(sequence, error))
                 continue
-            num_drafts = len(sequence.drafts)
-            num_draft_rows -= num_drafts
-            room.num_wholes -= is_whole
-            room.num_tokens -= num_tokens + num_drafts
             self._extend(plan, sequence, num_tokens, rows)
-            batch.append((sequence, num_drafts))
+            batch.append((sequence, num_tokens, len(rows)))
+            num_draft_rows -= len(sequence.drafts)
+            room.num_wholes -= is_whole
+            room.num_tokens -= num_tokens + len(sequence.drafts)
             if not room.num_tokens or len(plan.query_lens) == self.config.max_num_seqs:
                 break
         if not batch:
@@ -245,25 +243,22 @@ class Scheduler:
             steps = [step for step, _ in self._in_flight]
             raise MoespanError(f"the result of step {plan.step} is not due; in flight: {steps}")
         _, batch = self._in_flight.popleft()
-        samples = {r.sequence: s for r, s in zip(plan.samples, result.samples, strict=True)}
         prompts = {r.sequence: s for r, s in zip(plan.prompts, result.prompts, strict=True)}
 
         updates: list[SequenceUpdate] = []
-        row = end = 0
-        for sequence, num_drafts in batch:
-            num_tokens = plan.query_lens[row]
-            end += num_tokens
-            run = [samples[row]] if row in samples else []
-            if num_drafts:
-                drafts = plan.token_ids[end : end + num_drafts]
-                run += self._after_drafts(drafts, [samples[row + i] for i in range(num_drafts + 1)])
+        row = at = 0
+        for sequence, num_tokens, num_samples in batch:
+            run = result.samples[at : at + num_samples]
+            at += num_samples
+            if num_samples > 1:
+                run = self._until_wrong(sequence.drafts, run)
                 sequence.drafts = []
-            prompt = prompts.get(row)
-            row += 1 + num_drafts
-            end += num_drafts
+            prompt = prompts.get(row) if prompts else None
+            row += num_samples or 1
             sequence.num_scheduled_tokens -= num_tokens
-            sequence.num_expected_tokens -= bool(run)
-            if sequence.is_finished:  # while it was in flight
+            if num_samples:
+                sequence.num_expected_tokens -= 1
+            if sequence.status is Status.FINISHED:  # while it was in flight
                 if not sequence.in_flight:
                     self._release(sequence)
                 continue
@@ -275,14 +270,14 @@ class Scheduler:
                 updates.append(update)
         return updates
 
-    def _after_drafts(self, drafts: list[int], samples: list[Sampled]) -> list[Sampled]:
-        """The samples after right drafts. `samples` begins with the one before the first draft."""
+    def _until_wrong(self, drafts: list[int], samples: list[Sampled]) -> list[Sampled]:
+        """The sample before the first draft, and those after right drafts."""
         come = [draft == sample.token_id for draft, sample in zip(drafts, samples, strict=False)]
         num_right = (*come, False).index(False)
         self.num_drafts += 1
         self.num_draft_tokens += len(drafts)
         self.num_accepted_tokens += num_right
-        return samples[1 : 1 + num_right]
+        return samples[: 1 + num_right]
 
     def finish(self, sequence: Sequence) -> None:
         """End `sequence` now, unless it has ended; no more updates come for it. If it is in flight,
@@ -321,7 +316,7 @@ class Scheduler:
         if len(self._in_flight) == self.config.most_steps_in_flight:
             return False
         _, batch = self._in_flight[-1]
-        if any(s.needs_result and not s.is_finished for s, _ in batch):
+        if any(s.needs_result and not s.is_finished for s, *_ in batch):
             return False
         candidates = itertools.chain(self.running, itertools.islice(self.waiting, 1))
         return not all(s.next_token.needs_tokens or s.is_all_planned for s in candidates)
@@ -348,13 +343,17 @@ class Scheduler:
     def _ready_sequences(self, room: _Room) -> Iterator[Sequence]:
         """Sequences that can go on and that `room` fits, with the blocks they need: running ones,
         then waiting ones, each of which is admitted when the caller reaches it."""
-        num_preemptions = self.num_preemptions
+        num_preemptions, block_size = self.num_preemptions, self.allocator.block_size
         for sequence in tuple(self.running):
-            if not self._can_go_on(sequence) or not room.fits(sequence):
+            if sequence.in_flight and not self._can_go_on(sequence):
+                continue
+            if room.num_wholes <= 0 and not room.fits(sequence):
                 continue
             if sequence.status is Status.WAITING:  # preempted just now
                 continue
-            if not self._make_room(sequence):
+            num_tokens = len(sequence.token_ids) + sequence.num_expected_tokens
+            has_room = num_tokens <= len(sequence.block_table) * block_size
+            if not has_room and not self._make_room(sequence, num_tokens):
                 return
             yield sequence
         while self.waiting and self.num_preemptions == num_preemptions:
@@ -363,13 +362,12 @@ class Scheduler:
                 return
             yield sequence
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Take the blocks of all tokens of a running sequence, preempting younger ones."""
-        num_tokens = sequence.num_tokens + sequence.num_expected_tokens
         while len(sequence.block_table) < self.allocator.blocks_for(num_tokens):
             block = self.allocator.take(1)
             if block is not None:
-                sequence.block_table += block
+                sequence.block_table = sequence.block_table + block
             elif not self._preempt_younger_than(sequence):
                 return False
         return True
@@ -435,7 +433,7 @@ class Scheduler:
             num_sequences += len(self.waiting) * (num_blocks <= self.allocator.num_free)
         return self.config.most_rows_with_drafts - min(num_sequences, self._fair_share)
 
-    def _draft_slots(self, sequence: Sequence) -> int:
+    def _num_draft_slots(self, sequence: Sequence) -> int:
         """Most drafts of a sequence for which there are slots. They get one more block only if
         each running sequence can still have one, so that drafts preempt nobody."""
         num_slots = len(sequence.block_table) * self.allocator.block_size
@@ -447,32 +445,35 @@ class Scheduler:
         self, plan: StepPlan, sequence: Sequence, num_tokens: int, rows: list[SampleRow]
     ) -> None:
         """Plan the next tokens of a sequence, and its drafts."""
-        start = sequence.num_planned_tokens
-        end = start + num_tokens
-        prompt = sequence.prompt_row(len(plan.query_lens), num_tokens)
-        if prompt is not None:
-            plan.prompts.append(prompt)
+        row, start = len(plan.query_lens), sequence.num_planned_tokens
+        if sequence.owes_report:
+            plan.prompts.extend(sequence.prompt_rows(row, num_tokens))
         self._add_row(plan, sequence, sequence.next_tokens(num_tokens), start)
         if sequence.drafts:
+            end = start + num_tokens
             num_blocks = self.allocator.blocks_for(end + len(sequence.drafts))
             num_missing = max(num_blocks - len(sequence.block_table), 0)
-            sequence.block_table += self.allocator.take(num_missing) or []
+            sequence.block_table = sequence.block_table + (self.allocator.take(num_missing) or [])
             for at, draft in enumerate(sequence.drafts, end):
                 self._add_row(plan, sequence, [draft], at)
         sequence.num_scheduled_tokens += num_tokens
         if rows:
+            position = sequence.next_position
             sequence.sample = len(plan.samples)
             sequence.num_expected_tokens += 1
+            plan.sampled.extend(range(row, row + len(rows)))
+            plan.positions.extend(range(position, position + len(rows)))
             plan.samples.extend(rows)
 
     def _add_row(
         self, plan: StepPlan, sequence: Sequence, token_ids: list[int], context_len: int
     ) -> None:
-        num_blocks = self.allocator.blocks_for(context_len + len(token_ids))
+        table, num_tokens = sequence.block_table, context_len + len(token_ids)
+        num_blocks = -(-num_tokens // self.allocator.block_size)
         plan.token_ids.extend(token_ids)
         plan.query_lens.append(len(token_ids))
         plan.context_lens.append(context_len)
-        plan.block_tables.append(sequence.block_table[:num_blocks])
+        plan.block_tables.append(table if len(table) == num_blocks else table[:num_blocks])
 
     def _advance(
         self, sequence: Sequence, num_tokens: int, run: list[Sampled], prompt: PromptScores | None
@@ -497,7 +498,9 @@ class Scheduler:
             error = f"the logits at position {sequence.num_tokens - 1} are not finite"
             return SequenceUpdate(sequence, token_ids, logprobs, prompt, "error", error=error)
 
-        self._publish(sequence)
+        num_full_blocks = sequence.num_computed_tokens // self.allocator.block_size
+        if num_full_blocks > sequence.num_published_blocks:
+            self._publish(sequence, num_full_blocks)
         if self._siblings and sequence.index == 0 and sequence.has_prompt:
             self._queue_siblings(sequence)
         if not run and sequence.max_output_tokens == 0 and sequence.has_prompt:
@@ -514,12 +517,9 @@ class Scheduler:
         self.finish(sequence)
         return SequenceUpdate.of_fault(sequence, error)
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Let other sequences share the full blocks that are computed."""
+    def _publish(self, sequence: Sequence, end: int) -> None:
+        """Let other sequences share the blocks up to `end`, which are computed and full."""
         start = sequence.num_published_blocks
-        end = sequence.num_computed_tokens // self.allocator.block_size
-        if start == end:
-            return
         self._extend_digests(sequence)
         new = zip(sequence.block_table[start:end], sequence.block_digests[start:end], strict=False)
         for block, digest in new:

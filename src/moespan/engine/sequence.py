@@ -38,7 +38,8 @@ class Sequence:
         sample: index among the samples of the last plan that samples for this sequence.
         num_reported_tokens: prompt tokens with scores delivered, or not asked for.
         num_cached_tokens: prompt tokens that the prefix cache held at the first admission.
-        block_table: blocks of the KV cache, in the order of the tokens.
+        block_table: blocks of the KV cache, in the order of the tokens. Plans share the list, so it
+            is replaced, not changed.
         prefix_root: root of the digests; None if nobody may share the blocks.
         block_digests: digests of the full blocks, which name them in the prefix cache.
         num_published_blocks: blocks that the prefix cache knows.
@@ -86,8 +87,9 @@ class Sequence:
         self.num_published_blocks = 0
 
         self.seed = seed
-        ends = {*self.eos_token_ids, *self.params.stop_token_ids}
-        self.next_token = NextToken(request, seed, ends, constraint)
+        self._ends = {*self.eos_token_ids, *self.params.stop_token_ids}
+        self._most_tokens = self.num_prompt_tokens + max_output_tokens
+        self.next_token = NextToken(request, seed, self._ends, constraint)
 
     def __repr__(self) -> str:
         return (
@@ -153,23 +155,23 @@ class Sequence:
         """Tokens that may come from the prefix cache: not the last, and none to be reported on."""
         return self.num_reported_tokens if self.owes_report else self.num_tokens - 1
 
-    @property
-    def num_tokens_of_next_chunk(self) -> int:
-        """Tokens that the next step may compute. Recomputing reported tokens after a preemption is
-        a step of its own, so that each step reports on all of its tokens or on none."""
+    def next_chunk(self, most: int) -> tuple[int, bool]:
+        """How many of its tokens the next step computes, and whether no others are left then.
+
+        Recomputing reported tokens after a preemption is a step of its own, so that each step
+        reports on all of its tokens or on none.
+        """
+        num_tokens = num_unplanned = self.num_unplanned_tokens
         if self.owes_report and self.num_planned_tokens < self.num_reported_tokens:
-            return self.num_reported_tokens - self.num_planned_tokens
-        return self.num_unplanned_tokens
+            num_tokens = self.num_reported_tokens - self.num_planned_tokens
+        if num_tokens > most:
+            num_tokens = most
+        return num_tokens, num_tokens == num_unplanned
 
     def timing(self) -> Timing:
         """Its durations, at the time of its first token or of its end."""
         queued_s = self.admitted_at - self.arrived_at
         return Timing(queued_s, time.monotonic() - self.admitted_at)
-
-    def append(self, token_id: int) -> None:
-        """Add a generated token."""
-        self.token_ids.append(token_id)
-        self.next_token.append(token_id)
 
     def take(self, run: list[Sampled]) -> tuple[list[int], str | None, int | None]:
         """Add tokens that were sampled one after the other, all but the last of them computed.
@@ -183,60 +185,67 @@ class Sequence:
                 break
             if token_ids:
                 self.num_computed_tokens += 1
-            self.append(sampled.token_id)
             token_ids.append(sampled.token_id)
-            reason, stop_reason = self.finish_reason()
+            reason, stop_reason = self.append(sampled.token_id)
             if reason is not None:
                 return token_ids, reason, stop_reason
         return token_ids, None, None
+
+    def append(self, token_id: int) -> tuple[str | None, int | None]:
+        """Add a generated token; → the finish reason if it is the last one, and the stop token id
+        that caused it."""
+        self.token_ids.append(token_id)
+        if self.next_token.reads_tokens:
+            self.next_token.append(token_id)
+        if token_id in self._ends:
+            return "stop", None if token_id in self.eos_token_ids else token_id
+        if self.next_token.is_complete:
+            return "stop", None
+        if len(self.token_ids) >= self._most_tokens:
+            return "length", None
+        return (None if self.next_token.error is None else "error"), None
 
     @property
     def has_prompt(self) -> bool:
         """Whether its whole prompt is in the KV cache."""
         return self.num_computed_tokens >= self.num_prompt_tokens
 
-    def finish_reason(self) -> tuple[str | None, int | None]:
-        """Finish reason at the last token, or None, and the stop token id that caused it."""
-        token_id = self.token_ids[-1]
-        if token_id in self.eos_token_ids:
-            return "stop", None
-        if token_id in self.params.stop_token_ids:
-            return "stop", token_id
-        if self.next_token.is_complete:
-            return "stop", None
-        if self.num_output_tokens >= self.max_output_tokens:
-            return "length", None
-        return (None if self.next_token.error is None else "error"), None
-
     def next_tokens(self, num_tokens: int) -> list[int]:
         """The next `num_tokens` unplanned tokens; an expected one is `~self.sample`."""
-        start = self.num_planned_tokens
+        start = self.num_computed_tokens + self.num_scheduled_tokens
         known = self.token_ids[start : start + num_tokens]
         return known if len(known) == num_tokens else [*known, ~self.sample]
 
-    def sample_rows(self, row: int, num_tokens: int, most_drafts: int) -> list[SampleRow]:
-        """How to sample after the next `num_tokens` and each of its new `drafts`, if no other
-        tokens are left; `row` is its index."""
-        if num_tokens < self.num_unplanned_tokens or self.max_output_tokens == 0:
+    @property
+    def next_position(self) -> int:
+        """Place in the output of the next token that is sampled, from 0."""
+        return len(self.token_ids) - self.num_prompt_tokens + self.num_expected_tokens
+
+    def sample_rows(self, most_drafts: int) -> list[SampleRow]:
+        """How to sample after all of its tokens, and after each of its new `drafts`."""
+        if most_drafts <= 0 and self.next_token.settled is not None:
+            return [self.next_token.settled]
+        if self.max_output_tokens == 0:
             return []
-        position = self.num_output_tokens + self.num_expected_tokens
-        most = min(most_drafts, self.max_output_tokens - position - 1)
+        position = self.next_position
         drafts: list[int] = []
-        if self.drafter is not None and most > 0:
+        if self.drafter is not None and most_drafts > 0:
+            most = min(most_drafts, self.max_output_tokens - position - 1)
             drafts = self.drafter.draft(most, self.num_expected_tokens)
-        rows = self.next_token.rows(row, position, drafts)
+        rows = self.next_token.rows(position, drafts)
         self.drafts = drafts[: len(rows) - 1]
         return rows
 
-    def prompt_row(self, row: int, num_tokens: int) -> PromptRow | None:
-        """The report wanted on the next `num_tokens`, if any."""
+    def prompt_rows(self, row: int, num_tokens: int) -> list[PromptRow]:
+        """The report that it owes on the next `num_tokens`, unless they were reported on."""
         start = self.num_planned_tokens
-        if not self.owes_report or start < self.num_reported_tokens:
-            return None
-        end = start + num_tokens
-        return PromptRow(
-            sequence=row,
-            targets=self.token_ids[start + 1 : end + 1],
-            logprobs=self.params.prompt_logprobs,
-            logits=self.prompt_logits,
-        )
+        if start < self.num_reported_tokens:
+            return []
+        return [
+            PromptRow(
+                sequence=row,
+                targets=self.token_ids[start + 1 : start + num_tokens + 1],
+                logprobs=self.params.prompt_logprobs,
+                logits=self.prompt_logits,
+            )
+        ]

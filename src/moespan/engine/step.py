@@ -6,25 +6,21 @@ no positions and no cache slots, because they follow from its other fields.
 
 from __future__ import annotations
 
-import copy
 from typing import Literal
 
 import msgspec
-from msgspec.structs import force_setattr
 
 from moespan.config import EngineConfig
 from moespan.engine.request import TokenLogprobs
 
 
 class SampleRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """Sample one token after the last query token of `sequence`.
+    """How to sample one token. Most sequences say the same at each step, with the same object.
 
-    A row holds everything that sampling needs, so ranks keep no state of requests.
+    A row and its position are everything that sampling needs, so ranks keep no state of requests.
 
     Attributes:
-        sequence: index into the plan's sequences.
-        seed, position: the draw is a pure function of these two; `position` is the number of
-            tokens generated before.
+        seed: the draw is a pure function of it and of the position.
         seen_prompt: distinct prompt token ids; empty without a repetition penalty.
         seen_output: output token id -> count; empty without any penalty.
         logit_bias: token id -> number to add.
@@ -34,13 +30,11 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         logprobs: number of best tokens to report; None for no log probabilities.
     """
 
-    sequence: int
     temperature: float
     top_p: float
     top_k: int
     min_p: float
     seed: int
-    position: int
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -55,13 +49,6 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         """Whether the token may be sampled."""
         is_allowed = self.allowed is None or self.allowed[token_id // 8] >> token_id % 8 & 1
         return bool(is_allowed) and token_id not in self.barred
-
-    def at(self, sequence: int, position: int) -> SampleRow:
-        """The row with another `sequence` and `position`, in a sixth of the time of a new row."""
-        row = copy.copy(self)
-        force_setattr(row, "sequence", sequence)
-        force_setattr(row, "position", position)
-        return row
 
 
 class PromptRow(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -94,7 +81,9 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         query_lens: query tokens of each sequence [S]; their sum is T.
         context_lens: tokens of each sequence in the cache before this step [S].
         block_tables: cache blocks of each sequence, enough for context and query [S][blocks].
-        samples: sequences that get a token.
+        sampled: sequences that get a token after their last query token, as indices [R].
+        positions: tokens generated before each of these tokens [R].
+        samples: how to sample each of them [R].
         prompts: sequences whose prompt is reported on.
     """
 
@@ -103,6 +92,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     query_lens: list[int] = []
     context_lens: list[int] = []
     block_tables: list[list[int]] = []
+    sampled: list[int] = []
+    positions: list[int] = []
     samples: list[SampleRow] = []
     prompts: list[PromptRow] = []
 

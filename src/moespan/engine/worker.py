@@ -25,9 +25,7 @@ from moespan.parallel.pipeline import StageLink
 from moespan.parallel.tokens import split_evenly, tp_group_tokens
 from moespan.planner.memory import RankMemory
 
-_EMPTY_PLAN = StepPlan(
-    step=0, token_ids=[], query_lens=[], context_lens=[], block_tables=[], samples=[]
-)
+_EMPTY_PLAN = StepPlan(step=0)
 
 
 class Worker:
@@ -116,7 +114,7 @@ class Worker:
         if not self.mesh.is_speaker:
             return None
         if size:
-            out = self._rows(out, [row.sequence for row in plan.samples])
+            out = self._rows(out, plan.sampled)
         pending = Pending(out, plan, self.mesh.beat)
         self._sampled = pending.sampling.token_ids
         return pending

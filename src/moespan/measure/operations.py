@@ -181,9 +181,8 @@ class Operations:
 
     def _sample(self, shape: Mapping[str, int], scheme: str | None, rows: int) -> Run:
         logits = self._values(rows, shape["n"])
-        row = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 1}
-        asked = [SampleRow(sequence=at, position=0, **row) for at in range(rows)]  # type: ignore[arg-type]
-        return lambda: Sampling(logits, asked)
+        row = SampleRow(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=1)
+        return lambda: Sampling(logits, [row] * rows, [0] * rows)
 
     def _values(self, rows: int, width: int) -> Tensor:
         return torch.randn(rows, width, device=self._device).to(self._dtype)

@@ -22,7 +22,15 @@ from moespan.ops import AttentionBatch, ops_for
 from moespan.ops.npu.ops import NpuOps
 from moespan.parallel.mesh import Mesh
 from tests.ascend.inside.layer import needs_cache_mode
-from tests.support import Oracle, execute, geometry, greedy_row, make_worker, run_prompts
+from tests.support import (
+    Oracle,
+    execute,
+    geometry,
+    greedy_row,
+    make_worker,
+    run_prompts,
+    sampling_of,
+)
 
 NPU = torch.device("npu", 0)
 # Heads of 128 and experts of 64, which the fused kernels take.
@@ -91,7 +99,7 @@ def decode(context_lens: list[int], **settings: Any) -> StepPlan:
         query_lens=[1] * count,
         context_lens=context_lens,
         block_tables=[[3 * i, 3 * i + 1, 3 * i + 2] for i in range(count)],
-        samples=[greedy_row(i, **settings) for i in range(count)],
+        **sampling_of(range(count), *[greedy_row(**settings)] * count),
     )
 
 
