@@ -59,7 +59,7 @@ DEEDS = {
     "eat": eat,
 }
 HEARTBEAT, CLOSE = -1, -2
-ANSWER_S = 0.5
+ANSWER_S = 1.5
 """How long an answer to `Traffic` takes."""
 
 

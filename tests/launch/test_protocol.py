@@ -110,7 +110,7 @@ def test_receive_returns_nothing_when_nothing_comes_in_time(ends: Ends) -> None:
     started = time.monotonic()
     assert ends[0].receive(0) == []
     assert ends[0].receive(0.25) == []
-    assert 0.2 < time.monotonic() - started < 2
+    assert 0.2 < time.monotonic() - started < 10
 
 
 def test_a_message_larger_than_the_socket_does_not_block_its_sender(ends: Ends) -> None:

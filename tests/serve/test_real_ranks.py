@@ -61,7 +61,7 @@ def test_the_engine_lives_again_after_a_death_and_ends_with_a_stopped_rank(
         began = time.monotonic()
         with pytest.raises(EngineDeadError, match="rank 1 was killed by SIGKILL"):
             await dying.next()
-        assert time.monotonic() - began < 2 * DEATH_S  # on a busy machine
+        assert time.monotonic() - began < DEATH_S
         await until(life, State.READY, 60)
         assert not alive(first), "processes of the first life are left"
         assert await answers(life, "one") == [3, 1, 4]
