@@ -19,6 +19,7 @@ import asyncio
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,8 @@ class Server:
         sizes = [word for part in self.layout.split(",") for word in part.split("=")]
         flags = [f"-{word}" if at % 2 == 0 else word for at, word in enumerate(sizes)]
         flags += ["--restart-window", "1"]  # each fault is the first one
+        scratch = self.scratch / log
+        scratch.mkdir(exist_ok=True)
         return start(
             *("-m", "moespan", "serve", str(MODEL), "--uds", str(self.folder / "http")),
             *(*flags, *more),
@@ -96,7 +99,7 @@ class Server:
             stdout=subprocess.DEVNULL,
             env={
                 **os.environ,
-                "TMPDIR": str(self.scratch),
+                "TMPDIR": str(scratch),
                 "MOESPAN_CLUSTER_KEY": "a secret of this run",
             },
         )
@@ -210,10 +213,11 @@ class TwoNodes(Server):
         self.node_1 = self._start_node(1)
 
     def kill_node_1(self) -> None:
-        """Kill everything on node 1, as a machine that loses its power does."""
+        """Kill everything on node 1, as a machine that loses its power does, with its files."""
         for pid in (*self.processes(), self.node_1.pid):
             os.kill(pid, signal.SIGKILL)
         self.node_1.wait()
+        shutil.rmtree(self.scratch / "log1")
 
     def _start_node(self, number: int) -> subprocess.Popen[str]:
         where = "--nnodes", "2", "--master-addr", self.hosts[0].address
@@ -313,7 +317,7 @@ async def terminate(server: Server, twice: bool) -> Row:
         f"exit code {code}": code != 0,
         f"{ended_s:.1f} s": twice and ended_s > _FORCED_S,
         "processes are left": bool(_alive(below)),
-        "files are left": any(server.scratch.iterdir()),
+        "files are left": any(server.scratch.glob("*/*")),
     }
     row.problem = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
     return row

@@ -67,52 +67,92 @@ def load_weights(
             those that are rounded, and scales.
     """
     started = time.perf_counter()
-    builders = {
-        name: new_builder(name, parameter, dtype, device)
-        for name, parameter in placement.parameters.items()
-    }
-    cut = _CutRows(placement.cut_rows)
-    not_finite: set[str] = set()
-
-    def fill(pieces: list[Piece]) -> int:
-        read_bytes = 0
-        for piece, values in source.read(pieces):
-            if check_finite and values.is_floating_point():
-                # torch has no isfinite for 8-bit floats.
-                checked = values.float() if values.itemsize == 1 else values
-                if not checked.isfinite().all():
-                    not_finite.add(piece.tensor)
-            try:
-                if piece.tensor in placement.cut_rows:
-                    cut.add(piece, values)
-                else:
-                    builders[piece.parameter].put(piece, values)
-            except NotFiniteError:
-                not_finite.add(piece.tensor)
-            num_bytes = values.numel() * values.element_size()
-            read_bytes += num_bytes
-            progress(num_bytes)
-        return read_bytes
-
-    def fill_cut(maxima: dict[str, Tensor]) -> None:
-        piece, values = cut.pop()
-        rows = maxima[piece.tensor][piece.tensor_index[0]]
-        builders[piece.parameter].put(piece, values, rows)
-
+    filling = _Filling(placement, source, dtype, device, new_builder, check_finite, progress)
     with ThreadPoolExecutor(threads or min(8, torch.get_num_threads())) as pool:
-        read_bytes = sum(pool.map(fill, source.batches(placement.pieces)))
-        if not_finite:
-            raise not_finite_error(not_finite)
+        read_bytes = filling.read(pool)
         if placement.cut_rows:
-            maxima = cut.split(maximum_over_tp(cut.maxima))
-            list(pool.map(fill_cut, [maxima] * len(cut)))
+            filling.fill_cut_rows(pool, maximum_over_tp)
     weights: Loaded = {}
+    builders = filling.builders
     while builders:  # `finish` may copy: one at a time, so that only one parameter exists twice
         name, builder = builders.popitem()
         weights[name] = keep(name, builder.finish())
         del builder
     held_bytes = placement.num_bytes(str(dtype).removeprefix("torch."))
     return weights, LoadReport(read_bytes, held_bytes, time.perf_counter() - started)
+
+
+class _Filling:
+    """The builders of all parameters, and how they get their pieces. See `load_weights`.
+
+    Attributes:
+        builders: name of a parameter → its builder.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        source: Source,
+        dtype: torch.dtype,
+        device: torch.device,
+        new_builder: NewBuilder,
+        check_finite: bool,
+        progress: Callable[[int], object],
+    ) -> None:
+        self._placement = placement
+        self._source = source
+        self._check_finite = check_finite
+        self._progress = progress
+        self._cut = _CutRows(placement.cut_rows)
+        self._not_finite: set[str] = set()
+        self.builders = {
+            name: new_builder(name, parameter, dtype, device)
+            for name, parameter in placement.parameters.items()
+        }
+
+    def read(self, pool: ThreadPoolExecutor) -> int:
+        """Read all pieces, and put them into their builders or keep them; → the bytes read."""
+        read_bytes = sum(pool.map(self._read, self._source.batches(self._placement.pieces)))
+        if self._not_finite:
+            raise not_finite_error(self._not_finite)
+        return read_bytes
+
+    def fill_cut_rows(
+        self, pool: ThreadPoolExecutor, maximum_over_tp: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Put the parts of rows that were kept into their builders."""
+        maxima = self._cut.split(maximum_over_tp(self._cut.maxima))
+        list(pool.map(self._fill_cut, [maxima] * len(self._cut)))
+
+    def _read(self, pieces: list[Piece]) -> int:
+        read_bytes = 0
+        for piece, values in self._source.read(pieces):
+            if not self._put(piece, values):
+                self._not_finite.add(piece.tensor)
+            num_bytes = values.numel() * values.element_size()
+            read_bytes += num_bytes
+            self._progress(num_bytes)
+        return read_bytes
+
+    def _put(self, piece: Piece, values: Tensor) -> bool:
+        """Hand a slice on; → whether it is finite as far as that was looked for."""
+        try:
+            if piece.tensor in self._placement.cut_rows:
+                self._cut.add(piece, values)
+            else:
+                self.builders[piece.parameter].put(piece, values)
+        except NotFiniteError:
+            return False
+        if not self._check_finite or not values.is_floating_point():
+            return True
+        # torch has no isfinite for 8-bit floats.
+        checked = values.float() if values.itemsize == 1 else values
+        return bool(checked.isfinite().all())
+
+    def _fill_cut(self, maxima: dict[str, Tensor]) -> None:
+        piece, values = self._cut.pop()
+        rows = maxima[piece.tensor][piece.tensor_index[0]]
+        self.builders[piece.parameter].put(piece, values, rows)
 
 
 def not_finite_error(tensors: Iterable[str]) -> CheckpointError:

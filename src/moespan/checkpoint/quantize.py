@@ -65,30 +65,57 @@ def quantize_checkpoint(
         raise ConfigError(f"{target} exists; choose another folder")
     if not target.parent.is_dir():
         raise ConfigError(f"there is no folder {target.parent}; make it first")
-    source = SafetensorsSource(folder, config)
-    own, stored = SCHEMES[scheme], QuantizationConfig.of(scheme)
-    if config.tie_word_embeddings:
-        stored = stored.with_ignored_head()
-    dtype = getattr(torch, own.storage)
-    placement = place(config, Layout(), 0, quantization=scheme)
-    pieces = {piece.tensor: piece for piece in placement.pieces}
-    is_quantized = {
-        name: placement.parameters[piece.parameter].is_quantized
-        and stored.holds(name.removesuffix(".weight"))
-        for name, piece in pieces.items()
-    }
+    parts = _Rounded(folder, config, scheme)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write_shards(partial, parts.sizes, parts.make, progress)
+        _copy_others(folder, partial)
+        raw = read_json(folder / "config.json")
+        write_json(partial / "config.json", {**raw, "quantization_config": parts.stored.to_dict()})
+        partial.chmod(0o755)  # mkdtemp lets only the owner in
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
-    def make(name: str) -> dict[str, Tensor]:
-        ((_, values),) = source.read([pieces[name]])
-        if not is_quantized[name]:
+
+class _Rounded:
+    """The tensors of a quantised checkpoint, each made from one of the given checkpoint.
+
+    Attributes:
+        stored: what `config.json` says of them.
+        sizes: bytes of what `make` returns for each tensor of the given checkpoint.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, scheme: str) -> None:
+        self._source = SafetensorsSource(folder, config)
+        self._scheme = SCHEMES[scheme]
+        self.stored = QuantizationConfig.of(scheme)
+        if config.tie_word_embeddings:
+            self.stored = self.stored.with_ignored_head()
+        placement = place(config, Layout(), 0, quantization=scheme)
+        self._pieces = {piece.tensor: piece for piece in placement.pieces}
+        self._is_quantized = {
+            name: placement.parameters[piece.parameter].is_quantized
+            and self.stored.holds(name.removesuffix(".weight"))
+            for name, piece in self._pieces.items()
+        }
+        self.sizes = {name: self._num_bytes(name) for name in self._pieces}
+
+    def make(self, name: str) -> dict[str, Tensor]:
+        """What is stored for one tensor of the given checkpoint."""
+        ((_, values),) = self._source.read([self._pieces[name]])
+        if not self._is_quantized[name]:
             if not values.isfinite().all():
                 raise not_finite_error([name])
             return {name: values}
+        group_size = self._scheme.group_size
+        dtype = getattr(torch, self._scheme.storage)
         try:
-            rounded, scales = quantize(values, dtype=dtype, group_size=own.group_size)
+            rounded, scales = quantize(values, dtype=dtype, group_size=group_size)
         except NotFiniteError:
             raise not_finite_error([name]) from None
-        if own.group_size is None:
+        if group_size is None:
             return {name: rounded, name + SCALE_SUFFIX: scales[:, None]}
         return {
             name + PACKED_SUFFIX: rounded,
@@ -96,23 +123,11 @@ def quantize_checkpoint(
             name + SHAPE_SUFFIX: torch.tensor(values.shape),
         }
 
-    sizes = {
-        name: piece.num_rows * own.row_bytes(piece.num_elements // piece.num_rows)
-        if is_quantized[name]
-        else source.num_bytes(piece)
-        for name, piece in pieces.items()
-    }
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        write_shards(partial, sizes, make, progress)
-        _copy_others(folder, partial)
-        raw = read_json(folder / "config.json")
-        write_json(partial / "config.json", {**raw, "quantization_config": stored.to_dict()})
-        partial.chmod(0o755)  # mkdtemp lets only the owner in
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    def _num_bytes(self, name: str) -> int:
+        piece = self._pieces[name]
+        if not self._is_quantized[name]:
+            return self._source.num_bytes(piece)
+        return piece.num_rows * self._scheme.row_bytes(piece.num_elements // piece.num_rows)
 
 
 def _copy_others(folder: Path, target: Path) -> None:

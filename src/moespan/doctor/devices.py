@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from moespan.device import DEVICES
 from moespan.doctor import ascend_tools
@@ -41,74 +43,29 @@ def links(host: Host, job: JobSpec) -> Iterator[Finding]:
     if job.device != "npu":
         yield skipped("the job has no NPUs")
         return
-    must = problem if job.nodes.nnodes > 1 else warning
-    only = "" if job.nodes.nnodes > 1 else " (needed between servers only)"
-    configured = parse_key_values(host.read("/etc/hccn.conf"))
-    addresses = {key: value for key, value in configured.items() if key.startswith("address_")}
-    doubled = {value for value in addresses.values() if list(addresses.values()).count(value) > 1}
-    if doubled:
-        yield must(
-            f"/etc/hccn.conf gives several NPUs the address {', '.join(sorted(doubled))}{only}",
-            "hccn_tool -i N -ip -s address A netmask M, with another A for each NPU",
-        )
-    smi = npu_smi(host)
-    count = len(smi.npus) if smi and smi.npus else len(host.glob("/dev/davinci[0-9]*"))
+    yield from _address_file(host, job)
     if host.ask("hccn_tool") is None:
         yield skipped(
             "hccn_tool was not found: in a container mount /usr/local/Ascend/driver/tools"
         )
         return
+    smi = npu_smi(host)
+    count = len(smi.npus) if smi and smi.npus else len(host.glob("/dev/davinci[0-9]*"))
     if not count:
         yield skipped("this machine has no NPUs")
-    values: dict[str, list[str]] = {"link": [], "tls": [], "net_health": [], "address": []}
+        return
+    ports = []
     for npu in range(count):
-        for query, parse in (
-            ("link", ascend_tools.parse_link),
-            ("tls", ascend_tools.parse_tls),
-            ("net_health", ascend_tools.parse_net_health),
-            ("ip", lambda text: ascend_tools.parse_ip(text)[0]),
-        ):
-            answer = host.ask("hccn_tool", "-i", str(npu), f"-{query}", "-g")
-            if answer is None or answer.code is None:
-                yield must(
-                    f"hccn_tool -i {npu} -{query} -g did not answer within {host.command_s:g} s",
-                    "the NPU's network firmware hangs: see dmesg",
-                )
-                return
-            values["address" if query == "ip" else query].append(parse(answer.text))
-    down = [npu for npu, state in enumerate(values["link"]) if state == "DOWN"]
-    if down:
-        yield must(
-            f"the RoCE link of NPU {format_list(down)} is down{only}",
-            "check cable, transceiver and switch port: hccn_tool -i N -optical -g, -lldp -g",
-        )
-    unwell = [
-        f"{npu}: {health}"
-        for npu, health in enumerate(values["net_health"])
-        if health and health.lower() not in ("success", "init")
-    ]
-    if unwell:
-        yield must(
-            f"the network health of NPUs is bad: {', '.join(unwell)}{only}",
-            "hccn_tool -i N -netdetect -g must show an address that answers: "
-            "hccn_tool -i N -ping -g address A",
-        )
-    if len({one for one in values["tls"] if one}) > 1:
-        yield must(
-            f"TLS is on for some NPUs and off for others: {' '.join(values['tls'])}{only}",
-            "for i in 0 1 ...; do hccn_tool -i $i -tls -s enable 0; done, on every server",
-        )
-    nameless = [npu for npu, address in enumerate(values["address"]) if not address]
-    if nameless and count:
-        yield must(
-            f"NPU {format_list(nameless)} has no network address{only}",
-            "hccn_tool -i N -ip -s address A netmask M, with all NPUs of a server in one subnet",
-        )
-    if count and not (down or unwell or nameless):
-        tls = {"0": "off", "1": "on"}.get(values["tls"][0], "not known")
+        port = _port(host, job, npu)
+        if isinstance(port, Finding):
+            yield port
+            return
+        ports.append(port)
+    yield from _port_faults(ports, job)
+    if all(port.is_usable for port in ports):
+        tls = {"0": "off", "1": "on"}.get(ports[0].tls, "not known")
         yield ok(
-            f"{count} RoCE links up, TLS {tls}, addresses {values['address'][0]} to "
-            f"{values['address'][-1]}"
+            f"{count} RoCE links up, TLS {tls}, addresses {ports[0].address} to {ports[-1].address}"
         )
         if job.nodes.nnodes > 1:
             yield skipped(
@@ -116,6 +73,94 @@ def links(host: Host, job: JobSpec) -> Iterator[Finding]:
                 "-ping -g address A, where A is an address of the other server; TLS must be the "
                 "same there"
             )
+
+
+@dataclass(frozen=True)
+class _Port:
+    """What hccn_tool says of an NPU's network port; an empty text is not known."""
+
+    link: str
+    tls: str
+    health: str
+    address: str
+
+    @property
+    def is_unwell(self) -> bool:
+        return self.health.lower() not in ("", "success", "init")
+
+    @property
+    def is_usable(self) -> bool:
+        return self.link != "DOWN" and not self.is_unwell and self.address != ""
+
+
+def _link_fault(job: JobSpec, found: str, remedy: str) -> Finding:
+    """A fault of the links, which a job on one server does without."""
+    if job.nodes.nnodes > 1:
+        return problem(found, remedy)
+    return warning(f"{found} (needed between servers only)", remedy)
+
+
+def _address_file(host: Host, job: JobSpec) -> Iterator[Finding]:
+    configured = parse_key_values(host.read("/etc/hccn.conf"))
+    addresses = Counter(value for key, value in configured.items() if key.startswith("address_"))
+    doubled = sorted(address for address, times in addresses.items() if times > 1)
+    if doubled:
+        yield _link_fault(
+            job,
+            f"/etc/hccn.conf gives several NPUs the address {', '.join(doubled)}",
+            "hccn_tool -i N -ip -s address A netmask M, with another A for each NPU",
+        )
+
+
+def _port(host: Host, job: JobSpec, npu: int) -> _Port | Finding:
+    """The port of one NPU, or the finding that it does not answer."""
+    texts = {}
+    for query in ("link", "tls", "net_health", "ip"):
+        answer = host.ask("hccn_tool", "-i", str(npu), f"-{query}", "-g")
+        if answer is None or answer.code is None:
+            return _link_fault(
+                job,
+                f"hccn_tool -i {npu} -{query} -g did not answer within {host.command_s:g} s",
+                "the NPU's network firmware hangs: see dmesg",
+            )
+        texts[query] = answer.text
+    return _Port(
+        link=ascend_tools.parse_link(texts["link"]),
+        tls=ascend_tools.parse_tls(texts["tls"]),
+        health=ascend_tools.parse_net_health(texts["net_health"]),
+        address=ascend_tools.parse_ip(texts["ip"])[0],
+    )
+
+
+def _port_faults(ports: list[_Port], job: JobSpec) -> Iterator[Finding]:
+    down = [npu for npu, port in enumerate(ports) if port.link == "DOWN"]
+    if down:
+        yield _link_fault(
+            job,
+            f"the RoCE link of NPU {format_list(down)} is down",
+            "check cable, transceiver and switch port: hccn_tool -i N -optical -g, -lldp -g",
+        )
+    unwell = [f"{npu}: {port.health}" for npu, port in enumerate(ports) if port.is_unwell]
+    if unwell:
+        yield _link_fault(
+            job,
+            f"the network health of NPUs is bad: {', '.join(unwell)}",
+            "hccn_tool -i N -netdetect -g must show an address that answers: "
+            "hccn_tool -i N -ping -g address A",
+        )
+    if len({port.tls for port in ports if port.tls}) > 1:
+        yield _link_fault(
+            job,
+            f"TLS is on for some NPUs and off for others: {' '.join(port.tls for port in ports)}",
+            "for i in 0 1 ...; do hccn_tool -i $i -tls -s enable 0; done, on every server",
+        )
+    nameless = [npu for npu, port in enumerate(ports) if not port.address]
+    if nameless:
+        yield _link_fault(
+            job,
+            f"NPU {format_list(nameless)} has no network address",
+            "hccn_tool -i N -ip -s address A netmask M, with all NPUs of a server in one subnet",
+        )
 
 
 def _npus(host: Host, job: JobSpec) -> Iterator[Finding]:
