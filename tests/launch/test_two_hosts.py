@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from moespan.config.nodes import Nodes
 from tests.launch.netns import Host, two_hosts
 from tests.support import DATA
 
 ORACLE = DATA / "oracle" / "tiny"
 DEATH_S = 20.0  # the promise is 10 s, on a machine that is not busy
-SILENCE_S = 10.0
+SILENCE_S = Nodes().silence_s
 PORT = "29500"
 ENVIRONMENT = {**os.environ, "MOESPAN_CLUSTER_KEY": "a secret of the tests"}
 
@@ -82,7 +83,10 @@ def cut_the_cable(folder: Path) -> None:
         found = ends(fronts, SILENCE_S + DEATH_S)
         for (code, words), other in zip(found, (1, 0), strict=True):
             name = f"node {other} ({hosts[other].address})"
-            assert (code, words) == (1, f"moespan: {name} has not been heard from for 10 s")
+            assert (code, words) == (
+                1,
+                f"moespan: {name} has not been heard from for {SILENCE_S:g} s",
+            )
         assert [host.processes() for host in hosts] == [[], []]
     assert (folder / "answers.jsonl").read_text().endswith("}\n")
 

@@ -36,7 +36,7 @@ class Nodes:
     master_addr: str = "127.0.0.1"
     master_port: int = 29500
     join_timeout_s: float = 300.0
-    silence_s: float = 10.0
+    silence_s: float = 8.0
     cluster_key_file: str | None = None
     no_cluster_key: bool = False
 
