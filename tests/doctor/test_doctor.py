@@ -29,7 +29,7 @@ from moespan.doctor.job_spec import JobSpec
 from moespan.doctor.report import Finding
 from moespan.doctor.variables import contradictions
 from moespan.machine.cann import parse_key_values, parse_version_cfg
-from moespan.measure.collectives import KINDS, Timing, Wanted, measure
+from moespan.measure.collectives import KINDS, WAITS, Timing, Wanted, measure
 from moespan.parallel.counters import sent_bytes
 from moespan.planner.memory import fit
 from tests.support import QUICKSTART
@@ -851,9 +851,11 @@ def test_a_collective_in_one_shot_is_marked() -> None:
 
 @pytest.mark.slow
 def test_collectives_of_real_ranks() -> None:
-    wanted = Wanted(kinds=KINDS, message_bytes=(4 << 10, 64 << 10), plans_bytes=(256, 20_000))
+    sizes, plans = (4 << 10, 64 << 10), (256, 20_000)
+    wanted = Wanted(kinds=KINDS, message_bytes=sizes, plans_bytes=plans, clock="cpu", waits=True)
     timings = measure(config_of(Layout(tp=2, pp=2), "cpu"), wanted)
-    *found, first, second = timings
+    *found, first, second, waits = timings
+    assert (waits.axis, waits.ranks) == (WAITS, 2) and waits.median_s >= 0
     assert [(one.axis, one.kind, one.message_bytes) for one in found] == [
         (axis, kind, size) for axis in ("tp", "pp") for kind in KINDS for size in (4096, 65536)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from moespan.checkpoint.presets import preset
 from moespan.config import EngineConfig, Layout, ModelConfig
-from moespan.measure import calibrate, operations
+from moespan.measure import calibrate, collectives, operations
 from moespan.measure.calibrate import Calibration
+from moespan.measure.collectives import Timing
 from moespan.planner import profile
 from moespan.planner.cost import ReplicaStep, StepCost
 from moespan.planner.expert_load import Routing
@@ -75,6 +77,9 @@ def test_every_operation_of_a_step_is_measured(tmp_path: Path, scheme: str | Non
     machine, _ = calibrated(tmp_path / "here.json", config, clock="cpu")
     assert machine.made is not None and machine.made.complete and machine.made.clock == "cpu"
     assert machine.host.step_us is not None and machine.host.sequence_us is not None
+    launch = machine.launch
+    assert launch.step_us is not None and launch.step_us.value > 0
+    assert launch.layer_us is not None and launch.layer_us.value > 0
     measured = {"moespan calibrate"}
     steps = ([ReplicaStep(4, 4, 4, 400)], [ReplicaStep(33, 2, 1, 100, (Chunk(32, 0),))])
     for step in steps:
@@ -86,6 +91,31 @@ def test_every_operation_of_a_step_is_measured(tmp_path: Path, scheme: str | Non
             other = EngineConfig("", layout, max_num_batched_tokens=32, max_num_seqs=4)
             whole = [ReplicaStep(4, 4, 4, 400)] * layout.dp
             assert sources(machine, other, whole) == measured
+
+
+@pytest.mark.usefixtures("fast")
+def test_collectives_are_timed_by_the_calibrations_clock_alone_and_after_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measure(config: EngineConfig, wanted: collectives.Wanted) -> list[Timing]:
+        asked.append(wanted)
+        one = Timing(axis="tp", ranks=2, message_bytes=4096, median_s=5e-5, bus_bytes_per_s=1e9)
+        plans = msgspec.structs.replace(one, axis="control", kind="broadcast")
+        waits = msgspec.structs.replace(one, axis=collectives.WAITS, median_s=7e-5)
+        return [one, plans, waits]
+
+    monkeypatch.setattr(collectives, "measure", measure)
+    monkeypatch.setattr(Calibration, "_measure_operations", lambda self: None)
+    config = replace(CONFIG, layout=Layout(tp=2))
+    machine, _ = calibrated(tmp_path / "two.json", config, clock="cpu")
+    assert [(one.clock, one.waits) for one in asked] == [("cpu", True)]
+    assert machine.launch.skew_us is not None
+    assert machine.launch.skew_us.value == pytest.approx(70)
+    cost = StepCost(machine, TINY, replace(config, max_num_seqs=1), Routing(TINY))
+    sums = [line for line in cost.lines([ReplicaStep(1, 1, 1, 100)]) if "all_reduce" in line.part]
+    assert sums and all(line.seconds == pytest.approx(line.count * 120e-6) for line in sums)
 
 
 @pytest.mark.usefixtures("fast")

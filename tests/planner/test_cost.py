@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from moespan.checkpoint.presets import preset
@@ -143,6 +144,26 @@ def test_ranks_of_a_host_share_its_memory():
     half = cost_of(host, Layout(tp=2)).stages_s([decode(4)])[0]
     # Two ranks read half of the weights each, at half of the rate each.
     assert half > 0.95 * one
+
+
+def test_python_between_operations_counts_where_the_host_computes():
+    def more(machine: Profile, layout: Layout) -> float:
+        figures = {name: Figure(value=us, origin="measured") for name, us in PYTHON_US.items()}
+        launch = msgspec.structs.replace(machine.launch, **figures)
+        before, after = (
+            cost_of(one, layout).stages_s([decode(4)])[0]
+            for one in (machine, changed(machine, launch=launch))
+        )
+        return after - before
+
+    host = profile.load("zen4-2")
+    assert more(host, Layout()) == pytest.approx(100e-6 + 28 * 10e-6)
+    assert more(H100, Layout()) == 0
+    one_core = changed(host, device=msgspec.structs.replace(host.device, cores=1))
+    assert more(one_core, Layout(tp=2)) == pytest.approx(2 * (100e-6 + 28 * 10e-6))
+
+
+PYTHON_US = {"step_us": 100.0, "layer_us": 10.0}
 
 
 def test_the_leader_pays_for_the_sequences_of_all_its_replicas():

@@ -26,7 +26,15 @@ from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.device import DEVICES
 from moespan.errors import LayoutError
 from moespan.measure import collectives, overhead
-from moespan.measure.operations import CLOCKS, Operations, Times, in_graph, synchronizer, timed
+from moespan.measure.operations import (
+    CLOCKS,
+    Operations,
+    Sweep,
+    Times,
+    in_graph,
+    synchronizer,
+    timed,
+)
 from moespan.measure.probe import Probe, last_level_cache_bytes, machine_name
 from moespan.memory import allocated_bytes, available_bytes, is_host
 from moespan.ops import Ops, ops_for
@@ -56,6 +64,12 @@ _BATCHES = (1, 64)
 # A curve ends where one call takes longer.
 _LONGEST_CALL_S = 1.0
 _LEAST_TURN_BYTES = 128 << 20
+# Caches larger than this belong to many cores, of which a rank has a part.
+_MOST_SWEPT_BYTES = 64 << 20
+# Layers of the small networks whose own Python is measured.
+_FEW_LAYERS, _MANY_LAYERS = 2, 6
+# Calls of an operation after a sweep, at most.
+_SWEPT_CALLS = 9
 
 
 class _OutOfTimeError(Exception):
@@ -95,6 +109,10 @@ class Calibration:
         self._began = CLOCKS[self.clock].now()
         if CLOCKS[self.clock].one_thread:
             torch.set_num_threads(1)
+        self._sweep: Sweep | None = None
+        if is_host(self._device):
+            swept = min(last_level_cache_bytes(), _MOST_SWEPT_BYTES)
+            self._sweep = Sweep(swept, self.clock)
         self.profile = self._first()
         parts = (self._measure_host, self._measure_collectives, self._measure_operations)
         try:
@@ -205,31 +223,58 @@ class Calibration:
         )
 
     def _measure_host(self) -> None:
-        """The leader's own work: what a decode step takes beside its network and sampling."""
+        """The leader's own work: what a decode step takes beside its network and sampling. Where
+        the host computes, also the Python of a network of few layers, and of one of many."""
         self.say("the leader's work on the host")
-        now_ns = CLOCKS[self.clock].now_ns
-        source = "moespan.measure.overhead, greedy"
-        with self._text_model() as folder:
-            totals = {}
-            for batch in _BATCHES:
-                parts = overhead.measure(
-                    folder, batch, context=128, num_steps=40, warmup=10, now_ns=now_ns
-                )
-                totals[batch] = parts["total"] - parts["sample"]
         few, many = _BATCHES
+        source = "moespan.measure.overhead, greedy"
+        parts = {batch: self._overhead(batch, _FEW_LAYERS) for batch in _BATCHES}
+        step_us = 0.0  # of every rank, not of the leader
+        if self._sweep is not None:
+            short_us, long_us = (
+                one.get(overhead.NETWORK, 0.0)
+                for one in (parts[few], self._overhead(few, _MANY_LAYERS))
+            )
+            layer_us = max(long_us - short_us, 0.0) / (_MANY_LAYERS - _FEW_LAYERS)
+            step_us = max(short_us - _FEW_LAYERS * layer_us, 0.0) + parts[few]["inputs"]
+            launch = msgspec.structs.replace(
+                self.profile.launch,
+                step_us=_measured(step_us, source),
+                layer_us=_measured(layer_us, source),
+            )
+            self.profile = msgspec.structs.replace(self.profile, launch=launch)
+        totals = {
+            batch: one["total"] - one["sample"] - one.get(overhead.NETWORK, 0.0)
+            for batch, one in parts.items()
+        }
         each = max(totals[many] - totals[few], 0.0) / (many - few)
+        taken_us = few * each + (parts[few]["inputs"] if self._sweep is not None else 0.0)
         host = HostFigures(
-            step_us=_measured(max(totals[few] - few * each, 0.0), source),
+            step_us=_measured(max(totals[few] - taken_us, 0.0), source),
             sequence_us=_measured(each, source),
         )
         self.profile = msgspec.structs.replace(self.profile, host=host)
 
+    def _overhead(self, batch: int, layers: int) -> dict[str, float]:
+        """Microseconds of the parts of a decode step of `batch` sequences."""
+        with self._text_model(layers) as folder:
+            return overhead.measure(
+                folder,
+                batch,
+                context=128,
+                num_steps=40,
+                warmup=10,
+                now_ns=CLOCKS[self.clock].now_ns,
+                sweep=self._sweep,
+            )
+
     @contextmanager
-    def _text_model(self) -> Iterator[Path]:
+    def _text_model(self, layers: int) -> Iterator[Path]:
         """A folder with a small geometry, and the model's tokenizer if there is one."""
         with tempfile.TemporaryDirectory(prefix="moespan-") as name:
             folder = Path(name)
-            small = preset("tiny", {"vocab_size": max(self.model.vocab_size, 1024)})
+            vocabulary = max(self.model.vocab_size, 1024)
+            small = preset("tiny", {"vocab_size": vocabulary, "num_hidden_layers": layers})
             files.write(folder / "config.json", json.dumps(small))
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 source = self.folder / file if self.folder is not None else None
@@ -244,6 +289,7 @@ class Calibration:
         if world > 1 and world not in sizes:
             sizes.append(world)
         curves: list[Collective] = []
+        waits: list[collectives.Timing] = []
         plans: list[tuple[int, list[float]]] = []
         host = DEVICES[self.config.device].is_host
         wanted = collectives.Wanted(
@@ -251,6 +297,8 @@ class Calibration:
             message_bytes=_MESSAGES[:6] if host else _MESSAGES,
             graphs=True,
             plans_bytes=_PLANS,
+            clock=self.clock,
+            waits=True,
         )
         for ranks in sizes:
             self.say(f"collectives over {ranks} ranks")
@@ -258,6 +306,7 @@ class Calibration:
             config = replace(self.config, model="", layout=Layout(tp=ranks))
             timings = collectives.measure(config, wanted)
             curves += _curves([one for one in timings if one.axis == "tp"])
+            waits += [one for one in timings if one.axis == collectives.WAITS]
             plans.append((ranks, [one.median_s * 1e6 for one in timings if one.axis == "control"]))
         if not curves:
             return
@@ -282,8 +331,14 @@ class Calibration:
             bytes_per_s=_measured(sent / (last.us[-1] * 1e-6), "the largest all-reduce"),
             latency_us=small,
         )
+        launch = self.profile.launch
+        if waits:
+            source = f"a collective after work, over {waits[-1].ranks} ranks"
+            skew_us = _measured(waits[-1].median_s * 1e6, source)
+            launch = msgspec.structs.replace(launch, skew_us=skew_us)
         self.profile = msgspec.structs.replace(
             self.profile,
+            launch=launch,
             collectives=curves,
             levels=[level],
             host=msgspec.structs.replace(self.profile.host, broadcast=table),
@@ -329,7 +384,8 @@ class Calibration:
                     yield _with(curve, eager, False)
                 raise _OutOfTimeError
             run = make.run(curve.op, shape, curve.scheme, rows)
-            times = timed(run, self._device, clock=self.clock)
+            most = 25 if self._sweep is None else _SWEPT_CALLS
+            times = timed(run, self._device, clock=self.clock, most=most, sweep=self._sweep)
             eager.append((rows, times))
             if rows <= self.config.max_num_seqs and (replay := in_graph(ops, run, calls)):
                 each = timed(replay, self._device, clock=self.clock)

@@ -12,7 +12,6 @@ import shutil
 import signal
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +33,14 @@ if TYPE_CHECKING:
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 """Collectives that can be timed, as `moespan.parallel.counters` names them."""
 
+WAITS = "waits"
+"""Axis of the timing that says what a collective takes longer after work than alone."""
+
 _RESULTS, _WANTED = "collectives.json", "wanted.json"
 _WARMUP, _REPEATS = 3, 9
+_WAITS_BYTES = 16 << 10
+# Read before a collective that is timed after work.
+_LEAST_WORK_BYTES, _MOST_WORK_BYTES, _TURNS = 8 << 20, 64 << 20, 40
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,19 +51,23 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         message_bytes: sizes; None is the device's own.
         graphs: time recorded collectives, too, where the device records them.
         plans_bytes: sizes of the leader's broadcast on the CPU.
+        clock: one of `moespan.measure.operations.CLOCKS`.
+        waits: time what a collective of tp takes longer when ranks come to it from their work.
     """
 
     kinds: tuple[str, ...] = ("all_reduce",)
     message_bytes: tuple[int, ...] | None = None
     graphs: bool = False
     plans_bytes: tuple[int, ...] = ()
+    clock: str = "wall"
+    waits: bool = False
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """The time of one collective.
 
     Attributes:
-        axis: `tp`, `sp`, ...; `control` for the leader's broadcast.
+        axis: `tp`, `sp`, ...; `control` for the leader's broadcast; `WAITS`.
         ranks: number of ranks of the axis, n.
         message_bytes: as `sent_bytes` means them.
         median_s, p10_s, p90_s: of the calls, on the slowest rank.
@@ -124,7 +133,7 @@ def _play(job: Job, rank: int, _: Beat) -> None:
     wanted = msgspec.json.decode((job.directory / _WANTED).read_bytes(), type=Wanted)
     device = init_distributed(config.device, job.store_path)
     mesh = make_mesh(config, device)
-    clock = _Clock(config, mesh)
+    clock = _Clock(config, mesh, wanted.clock)
     timings = []
     sizes = wanted.message_bytes or DEVICES[device.type].timed_bytes
     for name in ("tp", "sp", "pp", "ep", "ep_tp_groups"):
@@ -133,6 +142,8 @@ def _play(job: Job, rank: int, _: Beat) -> None:
             for message_bytes in sizes:
                 timings += clock.time(axis, kind, message_bytes, wanted.graphs)
     timings += [clock.time_plans(size) for size in wanted.plans_bytes]
+    if wanted.waits and mesh.tp.size > 1:
+        timings.append(clock.time_waits(mesh.tp))
     if rank == 0:
         (job.directory / _RESULTS).write_bytes(msgspec.json.encode(timings))
     mesh.close()
@@ -142,11 +153,16 @@ def _play(job: Job, rank: int, _: Beat) -> None:
 class _Clock:
     """Times calls that all ranks make together."""
 
-    def __init__(self, config: EngineConfig, mesh: Mesh) -> None:
-        from moespan.measure.operations import synchronizer
+    def __init__(self, config: EngineConfig, mesh: Mesh, clock: str) -> None:
+        import torch
+
+        from moespan.measure.operations import CLOCKS, synchronizer
 
         self._config, self._mesh = config, mesh
         self._synchronize = synchronizer(mesh.device)
+        self._now = CLOCKS[clock].now
+        if CLOCKS[clock].one_thread:
+            torch.set_num_threads(1)
 
     def time(self, axis: Axis, kind: str, message_bytes: int, graphs: bool) -> list[Timing]:
         """Eager calls, and recorded ones with `graphs`."""
@@ -189,6 +205,38 @@ class _Clock:
             bus_bytes_per_s=num_bytes / statistics.median(seconds),
         )
 
+    def time_waits(self, axis: Axis) -> Timing:
+        """What an all-reduce takes longer after work than alone, the mean over ranks: they do not
+        come at the same time, and find their caches cold. The work reads as much memory as caches
+        hold, as operations do."""
+        import torch
+        import torch.distributed as dist
+
+        from moespan.measure.probe import last_level_cache_bytes
+
+        reduce, _ = _call(axis, "all_reduce", _WAITS_BYTES, self._mesh.device)
+        size = min(max(last_level_cache_bytes(), _LEAST_WORK_BYTES), _MOST_WORK_BYTES)
+        numbers = torch.ones(size // 4, device=self._mesh.device)
+        alone = statistics.median(self._slowest(reduce))
+        seconds = []
+        for _ in range(_WARMUP + _TURNS):
+            numbers.sum()
+            self._synchronize()
+            started = self._now()
+            reduce()
+            self._synchronize()
+            seconds.append(self._now() - started)
+        total = torch.tensor(seconds[_WARMUP:], dtype=torch.float64)
+        dist.all_reduce(total)
+        after_work = float(total.median()) / dist.get_world_size()
+        return Timing(
+            axis=WAITS,
+            ranks=axis.size,
+            message_bytes=_WAITS_BYTES,
+            median_s=max(after_work - alone, 0.0),
+            bus_bytes_per_s=0.0,
+        )
+
     def _slowest(self, run: Callable[[], object]) -> list[float]:
         """Seconds of each call on the rank that was slowest in it."""
         import torch
@@ -198,11 +246,11 @@ class _Clock:
         for turn in range(_WARMUP + _REPEATS):
             self._synchronize()
             dist.barrier()
-            started = time.perf_counter()
+            started = self._now()
             run()
             self._synchronize()
             if turn >= _WARMUP:
-                seconds.append(time.perf_counter() - started)
+                seconds.append(self._now() - started)
         slowest = torch.tensor(seconds, dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         return [float(one) for one in slowest]

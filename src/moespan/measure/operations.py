@@ -7,6 +7,7 @@ the limits of the machine. Weights are used in turn, several copies of them, mor
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,8 @@ TURN_BYTES = 1 << 30
 # Random numbers that a matrix repeats.
 _DRAWN = 1 << 22
 _MOST_COPIES = 64
+# A sweep that takes so many times the quickest one was disturbed.
+_SLOW_SWEEP = 1.25
 
 
 class Operations:
@@ -182,6 +185,8 @@ class Operations:
     def _sample(self, shape: Mapping[str, int], scheme: str | None, rows: int) -> Run:
         logits = self._values(rows, shape["n"])
         row = SampleRow(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=1)
+        if is_host(self._device):  # elsewhere results are waited for while the next step runs
+            return lambda: Sampling(logits, [row] * rows, [0] * rows).wait()
         return lambda: Sampling(logits, [row] * rows, [0] * rows)
 
     def _values(self, rows: int, width: int) -> Tensor:
@@ -260,6 +265,35 @@ CLOCKS = {
 """By name. CPU time of one thread repeats on a machine with busy neighbours."""
 
 
+class Sweep:
+    """Reads as much memory of the host as caches hold, which the rest of a step does between two
+    calls of an operation: weights, inputs and code then come from memory again.
+
+    The time that a sweep takes also tells whether other processes disturb the machine.
+
+    Args:
+        num_bytes: bytes to read.
+        clock: one of `CLOCKS`.
+
+    Attributes:
+        least_s: seconds of the quickest sweep.
+    """
+
+    def __init__(self, num_bytes: int, clock: str = "wall") -> None:
+        self._numbers = torch.ones(max(num_bytes // 4, 1))
+        self._now = CLOCKS[clock].now
+        self.least_s = math.inf
+        self()
+
+    def __call__(self) -> float:
+        """Seconds that reading took."""
+        started = self._now()
+        self._numbers.sum()
+        seconds = self._now() - started
+        self.least_s = min(self.least_s, seconds)
+        return seconds
+
+
 def timed(
     run: Run,
     device: torch.device,
@@ -268,20 +302,34 @@ def timed(
     least: int = 3,
     most: int = 25,
     seconds: float = 0.05,
+    sweep: Sweep | None = None,
 ) -> Times:
     """The times of a call, after one that warms up: `least` calls, and up to `most` until they
-    have taken `seconds`."""
+    have taken `seconds`.
+
+    With a `sweep` each call finds cold caches. Calls whose sweep was slow do not count, as long as
+    there are `least` others among twice as many tries.
+    """
     now, synchronize = CLOCKS[clock].now, synchronizer(device)
     with torch.inference_mode():
         run()
         synchronize()
-        taken: list[float] = []
-        while len(taken) < least or (sum(taken) < seconds and len(taken) < most):
+        taken: list[tuple[float, float]] = []  # of the sweep, and of the call after it
+        counted: list[float] = []
+        tries = most if sweep is None else 2 * most
+        while len(taken) < tries and (
+            len(counted) < least or (sum(counted) < seconds and len(counted) < most)
+        ):
+            before_s = sweep() if sweep is not None else 0.0
             started = now()
             run()
             synchronize()
-            taken.append(now() - started)
-    return Times(tuple(taken))
+            taken.append((before_s, now() - started))
+            limit_s = _SLOW_SWEEP * sweep.least_s if sweep is not None else math.inf
+            counted = [call_s for sweep_s, call_s in taken if sweep_s <= limit_s]
+    if len(counted) < least:
+        counted = [call_s for _, call_s in sorted(taken)[:least]]
+    return Times(tuple(counted))
 
 
 def in_graph(ops: Ops, run: Run, calls: int = 8) -> Run | None:

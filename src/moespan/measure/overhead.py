@@ -1,8 +1,9 @@
 """Host time of the engine itself in a decode step, without the model.
 
 The engine, its worker, and the socket to a front are the real ones. Only the network is replaced,
-by a function that returns fixed logits. `moespan.measure.calibrate` takes the terms of a profile
-from it, and `benchmarks/engine_overhead.py` prints the parts.
+by a function that returns fixed logits; or the network is real, and its operations do not count.
+`moespan.measure.calibrate` takes the terms of a profile from it, and
+`benchmarks/engine_overhead.py` prints the parts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,13 @@ from moespan.parallel.mesh import Mesh
 
 PARTS = ("schedule", "encode", "inputs", "sample", "update", "deltas", "front")
 """Parts of a decode step on the host."""
+
+NETWORK = "network"
+"""The part of the network's own Python, between its operations, where the network is real."""
+
+_OPERATIONS = "operations"
+_NORMS, _PRODUCTS = ("rms_norm", "add_rms_norm"), ("linear", "mlp", "route", "experts")
+_CALIBRATED = (*_NORMS, *_PRODUCTS, "rope_to_cache", "attention")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True, seed=1)
 
@@ -70,6 +78,7 @@ def measure(
     num_steps: int = 60,
     warmup: int = 20,
     now_ns: Callable[[], int] = time.perf_counter_ns,
+    sweep: Callable[[], object] | None = None,
 ) -> dict[str, float]:
     """Mean microseconds of each of `PARTS`, of the `rest`, and of the `total` of a decode step,
     over the faster half of `num_steps`.
@@ -77,9 +86,15 @@ def measure(
     Args:
         model: folder with a config and, for the cost of text, a tokenizer. No weights are read.
         context: prompt tokens of each of `batch_size` sequences.
+        sweep: makes the network a real one of random weights, and is called after each of its
+            operations, so that the engine's code is as cold as it is beside large weights. The
+            time of operations and sweeps does not count; `NETWORK` is a further part.
     """
     engine = _build(model, batch_size, context, warmup + num_steps + 1)
     clock = Clock(now_ns)
+    parts = PARTS if sweep is None else (*PARTS, NETWORK)
+    if sweep is None:
+        _replace_network(engine, batch_size)
     here, there = socket.socketpair()
     to_front: Connection[Any] = Connection(here, FromLeader)
     front: Connection[Any] = Connection(there, FromLeader)
@@ -94,12 +109,15 @@ def measure(
         prompt = [2 + (number * 7 + at * 3) % 500 for at in range(context)]
         engine.add(Request(id=str(number), prompt_token_ids=prompt, params=params))
     steps: list[Counter[str]] = []
-    with _watched(clock, engine):
+    with ExitStack() as stack:
+        stack.enter_context(_watched(clock, engine))
+        if sweep is not None:
+            stack.enter_context(_watched_network(clock, engine, sweep))
         while engine.has_unfinished:
             clock.spent_ns = Counter()
             started = now_ns()
             tell(engine.step())
-            clock.spent_ns["total"] = now_ns() - started
+            clock.spent_ns["total"] = now_ns() - started - clock.spent_ns.pop(_OPERATIONS, 0)
             steps.append(clock.spent_ns)
     engine.close()
     to_front.close()
@@ -108,14 +126,14 @@ def measure(
     # Other processes only add time, so the faster half shows the engine's own.
     measured = sorted(measured, key=lambda step: step["total"])[: max(num_steps // 2, 1)]
     mean_us = {
-        part: statistics.fmean(step[part] for step in measured) / 1e3 for part in (*PARTS, "total")
+        part: statistics.fmean(step[part] for step in measured) / 1e3 for part in (*parts, "total")
     }
     total = mean_us.pop("total")
     return {**mean_us, "rest": total - sum(mean_us.values()), "total": total}
 
 
 def _build(model: Path, batch_size: int, context: int, num_steps: int) -> Engine:
-    """An engine on one rank whose network always returns the same logits."""
+    """An engine on one rank with random weights."""
     config = EngineConfig(
         str(model),
         Layout(),
@@ -126,7 +144,11 @@ def _build(model: Path, batch_size: int, context: int, num_steps: int) -> Engine
         max_num_batched_tokens=batch_size * context,
         enable_prefix_caching=True,
     )
-    engine = build_leader(config, Mesh.create(Layout(), torch.device("cpu")))
+    return build_leader(config, Mesh.create(Layout(), torch.device("cpu")))
+
+
+def _replace_network(engine: Engine, batch_size: int) -> None:
+    """Let the network always return the same logits."""
     vocab_size = engine._worker.model.vocab_size
     logits = torch.randn(batch_size, vocab_size, generator=torch.Generator().manual_seed(0))
 
@@ -134,7 +156,6 @@ def _build(model: Path, batch_size: int, context: int, num_steps: int) -> Engine
         return logits[: len(rows)]
 
     engine._worker.model = network  # type: ignore[assignment]
-    return engine
 
 
 @contextmanager
@@ -157,6 +178,29 @@ def _watched(clock: Clock, engine: Engine) -> Iterator[None]:
             if isinstance(owner, type) and hasattr(function, "__self__"):
                 timed = staticmethod(timed)  # a class method that is bound already
             stack.enter_context(_replaced(owner, name, timed))
+        yield
+
+
+@contextmanager
+def _watched_network(clock: Clock, engine: Engine, sweep: Callable[[], object]) -> Iterator[None]:
+    """Time the real network, with its operations and a sweep after each as a part of its own."""
+    model = engine._worker.model
+
+    def swept(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = operation(*args, **kwargs)
+            sweep()
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for name in _CALIBRATED:
+            operation = swept(getattr(model.ops, name))
+            stack.enter_context(_replaced(model.ops, name, clock.timed(_OPERATIONS, operation)))
+        network: Any = clock.timed(NETWORK, model)
+        network.vocab_size, network.counter = model.vocab_size, model.counter
+        stack.enter_context(_replaced(engine._worker, "model", network))
         yield
 
 

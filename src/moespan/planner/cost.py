@@ -313,7 +313,7 @@ class _Stage:
         sent = self._group_times(most_tokens, total, most_rows, graph)
         device = max(one.seconds for one in own) + expert.seconds + sent.seconds
         if self._is_host:
-            return device
+            return device + self._host_s
         if graph:
             return device + self._prices.replay_s
         kernels = max(one.kernels for one in own) + expert.kernels + sent.kernels
@@ -375,9 +375,19 @@ class _Stage:
         found.append(Line("attention", "operation", layers, layers * attention.seconds, source))
         for name, count, price in self._sent(size or most, total, size or first.rows, graph):
             found.append(Line(name, "collective", count, count * price.seconds, price.source))
+        if self._host_s:
+            found.append(Line("between operations", "host", 1, self._host_s, "launch.layer_us"))
         if graph:
             found.append(Line("replay", "host", 1, self._prices.replay_s, "launch.replay_us"))
         return sorted(found, key=lambda line: -line.seconds)
+
+    @property
+    def _host_s(self) -> float:
+        """Seconds of a step between its operations, where the host computes."""
+        if not self._is_host:
+            return 0.0
+        prices = self._prices
+        return (prices.step_s + self._work.num_layers * prices.layer_s) * prices.sharers
 
     def _padded(self, tokens: int) -> int | None:
         """The size of the recorded step; None if it is not recorded (`engine.worker`)."""

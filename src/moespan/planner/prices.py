@@ -119,6 +119,8 @@ class Prices:
         self.eager_s = _value("launch.eager_us", profile.launch.eager_us, 0) * _US
         self.replay_s = _value("launch.replay_us", profile.launch.replay_us, 0) * _US
         self.wait_s = _value("launch.wait_us", profile.launch.wait_us, 0) * _US
+        self.step_s = _value("launch.step_us", profile.launch.step_us, 0) * _US
+        self.layer_s = _value("launch.layer_us", profile.launch.layer_us, 0) * _US
         self.skew_s = _value("launch.skew_us", profile.launch.skew_us, 0) * _US
 
     @property

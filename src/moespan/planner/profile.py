@@ -176,6 +176,8 @@ class Launch(_Strict, frozen=True, kw_only=True):
         node_us: one kernel inside a graph.
         wait_us: the host learns a number from the device.
         skew_us: waiting for the slowest rank in one collective.
+        step_us, layer_us: a rank's own Python for a step and for each layer, beside its operations,
+            where the host computes. Elsewhere `eager_us` of each kernel has it.
     """
 
     eager_us: Figure | None = None
@@ -183,6 +185,8 @@ class Launch(_Strict, frozen=True, kw_only=True):
     node_us: Figure | None = None
     wait_us: Figure | None = None
     skew_us: Figure | None = None
+    step_us: Figure | None = None
+    layer_us: Figure | None = None
 
 
 class Level(_Strict, frozen=True, kw_only=True):
