@@ -28,7 +28,7 @@ from moespan.engine.constraints import Constraint
 from moespan.engine.sampler import sample
 from moespan.engine.step import SampleRow
 from moespan.measure import overhead
-from moespan.measure.overhead import PARTS
+from moespan.measure.overhead import LEADING, PARTS
 from moespan.measure.probe import machine_name
 
 MODEL = Path(__file__).parents[1] / "models" / "quickstart"
@@ -65,7 +65,9 @@ FORMS = {
 }
 
 
-def measure(batch_size: int, sampling: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    batch_size: int, sampling: str, num_replicas: int, args: argparse.Namespace
+) -> dict[str, Any]:
     """Microseconds of each part of a decode step and of the whole."""
     params = SamplingParams(max_tokens=None, ignore_eos=True, seed=1, **SAMPLINGS[sampling])
     parts = overhead.measure(
@@ -75,9 +77,19 @@ def measure(batch_size: int, sampling: str, args: argparse.Namespace) -> dict[st
         context=args.context,
         num_steps=args.steps,
         warmup=args.warmup,
+        now_ns=time.thread_time_ns,  # other programs disturb it less than the wall clock
+        num_replicas=num_replicas,
     )
-    total = parts.pop("total")
-    return {"batch": batch_size, "sampling": sampling, "total_us": total, "parts_us": parts}
+    leading = sum(parts[part] for part in LEADING) / (batch_size * num_replicas)
+    return {
+        "batch": batch_size,
+        "replicas": num_replicas,
+        "sampling": sampling,
+        "total_us": parts.pop("total"),
+        "front_us": parts.pop("front"),
+        "leader_us_per_sequence": leading,
+        "parts_us": parts,
+    }
 
 
 def language_logits(num_rows: int, vocab_size: int) -> torch.Tensor:
@@ -195,9 +207,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "versions": {"moespan": __version__, "torch": torch.__version__},
         "context": args.context,
         "results": [
-            measure(batch_size, sampling, args)
-            for sampling in args.sampling
-            for batch_size in args.batch_sizes
+            *(
+                measure(batch_size, sampling, 1, args)
+                for sampling in args.sampling
+                for batch_size in args.batch_sizes
+            ),
+            *(measure(max(args.batch_sizes), "greedy", dp, args) for dp in args.replicas),
         ],
         "vocab_size": args.vocab_size,
         "sampling": run_sampling(args),
@@ -207,14 +222,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> Iterator[str]:
     """The report, line by line."""
-    yield f"µs per decode step without the model, context {report['context']}"
+    yield f"µs of CPU time per decode step without the model, context {report['context']}"
     yield f"{report['machine']}, {report['cores']} cores"
     yield ""
     names = (*PARTS, "rest")
-    yield f"{'sampling':<9}{'batch':>5}" + "".join(f"{name:>10}" for name in names) + "     total"
+    ends = ("total", "front", "each")
+    yield f"{'sampling':<9}{'dp':>3}{'batch':>6}" + "".join(f"{one:>9}" for one in (*names, *ends))
     for row in report["results"]:
-        parts = "".join(f"{row['parts_us'][name]:>10.0f}" for name in names)
-        yield f"{row['sampling']:<9}{row['batch']:>5}{parts}{row['total_us']:>10.0f}"
+        told = [*(row["parts_us"][name] for name in names), row["total_us"], row["front_us"]]
+        columns = "".join(f"{figure:>9.0f}" for figure in told)
+        each = row["leader_us_per_sequence"]
+        yield f"{row['sampling']:<9}{row['replicas']:>3}{row['batch']:>6}{columns}{each:>9.2f}"
     yield ""
     yield f"ms from bfloat16 logits of {report['vocab_size']} words to ids"
     yield ""
@@ -235,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--replicas", type=int, nargs="*", default=[8], help="dp of further rows")
     parser.add_argument("--sampling", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS))
     parser.add_argument("--context", type=int, default=384, help="prompt tokens before decoding")
     parser.add_argument("--steps", type=int, default=60, help="measured ones")

@@ -28,23 +28,29 @@ def test_the_engines_own_cost_is_told_by_its_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     file = tmp_path / "engine.json"
-    sizes = "--batch-sizes 1 3 --context 8 --steps 4 --warmup 1 --vocab-size 400 --repetitions 2"
+    sizes = (
+        "--batch-sizes 1 3 --replicas 2 --context 8 --steps 4 --warmup 1 --vocab-size 400 "
+        "--repetitions 2"
+    )
     engine_overhead.main([*sizes.split(), "--json", str(file)])
     report = json.loads(file.read_text())
     results, sampling = report["results"], report["sampling"]
-    assert [(row["sampling"], row["batch"]) for row in results] == [
-        (sampling, batch) for sampling in ("greedy", "drawn", "penalty") for batch in (1, 3)
+    assert [(row["sampling"], row["replicas"], row["batch"]) for row in results] == [
+        *((sampling, 1, batch) for sampling in ("greedy", "drawn", "penalty") for batch in (1, 3)),
+        ("greedy", 2, 3),
     ]
     for row in results:
         assert sum(row["parts_us"].values()) == pytest.approx(row["total_us"])
-        assert min(row["parts_us"].values()) > 0
+        assert min(row["front_us"], row["leader_us_per_sequence"], *row["parts_us"].values()) > 0
     assert [(row["way"], row["logits"], row["batch"]) for row in sampling] == [
         *((way, "zipf", batch) for way in engine_overhead.WAYS for batch in (1, 3)),
         *(("top_p 0.95", "flat", batch) for batch in (1, 3)),
     ]
     assert min(row["ms"] for row in sampling) > 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3].split() == ["sampling", "batch", *PARTS, "rest", "total"]
+    assert lines[3].split() == [
+        *("sampling", "dp", "batch", *PARTS, "rest", "total", "front", "each")
+    ]
     masks = report["masks"]
     assert [(row["form"], row["batch"]) for row in masks] == [
         (form, batch) for form in engine_overhead.FORMS for batch in (1, 3)

@@ -111,7 +111,7 @@ def interrupt_at(
         ("_broadcast", 3),
         ("_collect", 1),
         ("_collect", 4),
-        ("_delta", 7),
+        ("_deltas", 7),
         ("abort", 1),
     ],
 )
@@ -139,7 +139,7 @@ def test_an_interrupt_ends_only_its_own_stream(llm: LLM, monkeypatch: pytest.Mon
     assert texts == {"1415", "42"}
 
 
-@pytest.mark.parametrize("name", ["_broadcast", "_collect", "_delta"])
+@pytest.mark.parametrize("name", ["_broadcast", "_collect", "_deltas"])
 def test_a_step_that_is_cut_ends_the_engine_by_name(monkeypatch: pytest.MonkeyPatch, name: str):
     with LLM(str(QUICKSTART), device="cpu", max_num_seqs=4) as llm:
         with monkeypatch.context() as patch:
@@ -154,7 +154,7 @@ def test_a_step_that_is_cut_ends_the_engine_by_name(monkeypatch: pytest.MonkeyPa
     llm.close()
 
 
-@pytest.mark.parametrize("name", ["_broadcast", "_collect", "_delta"])
+@pytest.mark.parametrize("name", ["_broadcast", "_collect", "_deltas"])
 def test_any_other_error_in_a_step_ends_the_engine_by_name(
     monkeypatch: pytest.MonkeyPatch, name: str
 ):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moespan.config import EngineConfig, Layout
+from moespan.engine.drafts import DraftCounts
 from moespan.engine.integrity import check_scheduler
 from moespan.engine.request import Request, SamplingParams, TokenLogprobs
 from moespan.engine.scheduler import Scheduler
@@ -1407,8 +1408,7 @@ def test_each_draft_is_a_row_of_one_token_in_the_blocks_of_its_sequence():
     assert (plan.sampled, plan.positions) == ([0, 1, 2, 3], [1, 2, 3, 4])
     assert sequence.num_output_tokens == 4 and sequence.num_computed_tokens == 9
     scheduler = bench.scheduler
-    assert (scheduler.num_drafts, scheduler.num_draft_tokens) == (1, 3)
-    assert scheduler.num_accepted_tokens == 2
+    assert scheduler.draft_counts == DraftCounts(num_drafts=1, num_tokens=3, num_accepted=2)
     draft(sequence)
     bench.drain()
     bench.check_outputs()
@@ -1586,8 +1586,9 @@ def test_random_schedules_give_every_request_the_output_it_gets_alone(seed, ahea
     assert bench.num_aborted_in_flight > 3
     assert sum(received.grammar for received in bench.received.values()) > 3
     assert bench.scheduler.num_preemptions > 10
-    num_refused = bench.scheduler.num_draft_tokens - bench.scheduler.num_accepted_tokens
-    assert bool(drafts) == (bench.scheduler.num_accepted_tokens > 9) == (num_refused > 3)
+    counts = bench.scheduler.draft_counts
+    num_refused = counts.num_tokens - counts.num_accepted
+    assert bool(drafts) == (counts.num_accepted > 9) == (num_refused > 3)
     assert bench.config.enable_prefix_caching == (bench.scheduler.num_prefix_hit_tokens > 100)
 
 

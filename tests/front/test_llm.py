@@ -21,6 +21,7 @@ from moespan.engine.results import Pending
 from moespan.engine.text import TextStream
 from moespan.engine.worker import Worker
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError
+from moespan.text.tokenizer import IncrementalDetokenizer
 from tests.support import QUICKSTART, Oracle, altered_checkpoint, write_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -715,6 +716,26 @@ def test_a_fault_in_the_text_of_one_request_ends_that_request_only(
     assert bad.error == "the engine failed at this request with ZeroDivisionError"
     assert {one.finish_reason for one in bad.outputs} == {"error"}
     assert "a secret" in caplog.text
+    assert_idle(llm)
+
+
+def test_a_fault_in_a_text_without_stop_strings_ends_that_request_only(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+):
+    push = IncrementalDetokenizer.push
+
+    def fail(self: IncrementalDetokenizer, token_ids: list[int]) -> str:
+        if not self._skip_special_tokens:
+            raise ZeroDivisionError("a secret")
+        return push(self, token_ids)
+
+    monkeypatch.setattr(IncrementalDetokenizer, "push", fail)
+    bad = greedy(max_tokens=400, ignore_eos=True, n=2, skip_special_tokens=False)
+    first, last = llm.generate(["12+30=", "20+10="], [bad, greedy(max_tokens=4)])
+    assert [one.error for one in first.outputs] == [
+        "the engine failed at this request with ZeroDivisionError"
+    ] * 2
+    assert last.outputs[0].text == text_of(llm.generate("20+10=", greedy(max_tokens=4)))[0]
     assert_idle(llm)
 
 

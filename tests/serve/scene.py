@@ -119,7 +119,7 @@ class ScriptedRanks(FakeRanks):
                     OutputDelta(
                         id=request.id,
                         index=index,
-                        text=new,
+                        text=new if params.stop else "",
                         token_ids=[token],
                         logprobs=[]
                         if params.logprobs is None
@@ -165,9 +165,9 @@ class Served:
         self.options = options
         self.start = start
         counted = metrics()
-        self.life = Life(start, options, counted)
-        self.ends: list[tuple[str, int]] = []
         served = quickstart(**model)
+        self.life = Life(start, options, counted, served.tokenizer)
+        self.ends: list[tuple[str, int]] = []
         self.app = make_app(
             served,
             self.life,

@@ -11,6 +11,9 @@ pure functions of logits, seed and position (`moespan.engine.sampler`), so draft
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from moespan.engine.step import Sampled
 
 _NUM_MATCHED = 2
 # Token ids of a key are this far apart; a larger vocabulary only finds false matches, and false
@@ -22,6 +25,30 @@ _RATE, _FIRST_SHARE = 0.1, 0.4
 # A draft is worth its row if it is accepted more often than not: at batch 1, a second row of a
 # mixture of experts reads half as many bytes again (docs/speculation.md).
 _LEAST_CHANCE = 0.5
+
+
+@dataclass
+class DraftCounts:
+    """What became of the drafts of all sequences.
+
+    Attributes:
+        num_drafts: how often a sequence had drafts in a step.
+        num_tokens: drafted tokens.
+        num_accepted: those that were right: each saved its sequence a step.
+    """
+
+    num_drafts: int = 0
+    num_tokens: int = 0
+    num_accepted: int = 0
+
+    def until_wrong(self, drafts: list[int], samples: list[Sampled]) -> list[Sampled]:
+        """Of the samples before and after each draft, those up to the first wrong draft."""
+        come = [draft == sample.token_id for draft, sample in zip(drafts, samples, strict=False)]
+        num_right = (*come, False).index(False)
+        self.num_drafts += 1
+        self.num_tokens += len(drafts)
+        self.num_accepted += num_right
+        return samples[: 1 + num_right]
 
 
 class Drafter:

@@ -1,7 +1,7 @@
 """The engine on the leader, which owns the requests.
 
-It makes the plans, broadcasts them to all ranks, and turns sampled tokens into text. The other
-ranks run `moespan.engine.build.follow`.
+It makes the plans, broadcasts them to all ranks, and tells what was sampled. The other ranks run
+`moespan.engine.build.follow`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Engine:
             self._admit_prepared(may_wait=not self._kept and not self._replicas.has_unfinished)
             while self._replicas.num_in_flight < self._most_in_flight:
                 plans = self._replicas.schedule()
-                self._kept += [self._delta(update) for update in self._replicas.take_faults()]
+                self._kept += self._deltas(self._replicas.take_faults())
                 if plans is None:
                     break
                 message = StepPlans.of([without_masks(plan) for plan in plans])
@@ -224,7 +224,7 @@ class Engine:
         """Take in the results of the oldest step in flight, and keep their deltas."""
         results = self._collect()
         self._pace.end()
-        self._kept += [self._delta(update) for update in self._replicas.update(results)]
+        self._kept += self._deltas(self._replicas.update(results))
 
     def _broadcast(self, message: FromLeader) -> None:
         kind = str(message.__struct_config__.tag)
@@ -235,8 +235,9 @@ class Engine:
         own = self._own_results.popleft()
         return collect_results(self._mesh, self._replicas.oldest_in_flight, own)
 
-    def _delta(self, update: SequenceUpdate) -> OutputDelta:
-        delta = self._live.delta(update)
-        if delta.finish_reason is not None:  # a stop string may have ended it
-            self._replicas.finish(update.sequence)
-        return delta
+    def _deltas(self, updates: list[SequenceUpdate]) -> list[OutputDelta]:
+        deltas = [self._live.delta(update) for update in updates]
+        for update, delta in zip(updates, deltas, strict=True):
+            if delta.finish_reason is not None:  # a stop string may have ended it
+                self._replicas.finish(update.sequence)
+        return deltas

@@ -82,9 +82,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
             num_preemptions=scheduler.num_preemptions,
             num_prefix_queried_tokens=scheduler.num_prefix_queried_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
-            num_drafts=scheduler.num_drafts,
-            num_draft_tokens=scheduler.num_draft_tokens,
-            num_accepted_tokens=scheduler.num_accepted_tokens,
+            num_drafts=scheduler.draft_counts.num_drafts,
+            num_draft_tokens=scheduler.draft_counts.num_tokens,
+            num_accepted_tokens=scheduler.draft_counts.num_accepted,
         )
 
     @classmethod

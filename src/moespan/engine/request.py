@@ -368,11 +368,12 @@ class Timing(msgspec.Struct, frozen=True, array_like=True):
     prefill_s: float
 
 
-class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class OutputDelta(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """The additions of one step to continuation `index` of request `id`.
 
     Attributes:
-        text: newly completed text, in whole characters.
+        text: newly completed text, in whole characters. The leader leaves it empty, unless the
+            request has stop strings: the front makes it (`moespan.front.live_texts`).
         token_ids: newly generated tokens.
         logprobs: one entry for each of `token_ids`, if requested.
         finish_reason: None while running, then `stop`, `length`, `abort` or `error`.
@@ -381,8 +382,8 @@ class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         prompt_logprobs: log probabilities for the prompt positions of this step, if requested; the
             entry for position p + 1 comes with position p.
         prompt_logits: float32 rows [positions, vocabulary] as bytes, if requested.
-        num_cached_tokens: prompt tokens that the prefix cache held.
-        timing: with the first token, or with the end of a continuation that has none.
+        num_cached_tokens: prompt tokens that the prefix cache held, and
+        timing: both with the first token, or with the end of a continuation that has none.
     """
 
     id: str

@@ -48,6 +48,7 @@ from moespan.config import EngineConfig
 from moespan.engine.blocks import BlockAllocator
 from moespan.engine.constraints import Constraint
 from moespan.engine.digests import Digests
+from moespan.engine.drafts import DraftCounts
 from moespan.engine.request import Request, TokenLogprobs, check_request
 from moespan.engine.sequence import Sequence, Status
 from moespan.engine.step import PromptScores, Sampled, SampleRow, StepPlan, StepResult
@@ -82,8 +83,7 @@ class Scheduler:
         waiting: sequences without blocks, in the order of arrival.
         running: sequences with blocks, in the order of arrival.
         num_preemptions: how often a sequence lost its blocks.
-        num_drafts, num_draft_tokens, num_accepted_tokens: how often a sequence had drafts in a
-            step, how many, and how many of them were right: each saved its sequence a step.
+        draft_counts: how many drafts there were, and how many of them were right.
         num_prefix_queried_tokens: prompt tokens of the requests admitted so far.
         num_prefix_hit_tokens: those of them that the prefix cache held.
     """
@@ -110,7 +110,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.draft_counts = DraftCounts()
         self.num_prefix_queried_tokens = 0
         self.num_prefix_hit_tokens = 0
         self._digests = digests or Digests(config.block_size)
@@ -201,15 +201,15 @@ class Scheduler:
             return None
         plan = StepPlan(step=self._num_steps)
         batch: list[_Planned] = []
-        num_draft_rows = self._num_draft_rows
+        num_draft_rows, most_rows = self._num_draft_rows, self.config.max_num_seqs
         room = _Room(self.config.max_num_batched_tokens, self._fair_share)
         for sequence in self._ready_sequences(room):
             num_tokens, is_whole = sequence.next_chunk(room.num_tokens)
             most_drafts = num_draft_rows
             if most_drafts > 0:
-                num_others = self.config.max_num_seqs - len(plan.query_lens) - 1
+                num_left = most_rows - len(plan.query_lens) - 1
                 num_slots = self._num_draft_slots(sequence)
-                most_drafts = min(most_drafts, num_others, num_slots, room.num_tokens - num_tokens)
+                most_drafts = min(most_drafts, num_left, num_slots, room.num_tokens - num_tokens)
             try:
                 rows = sequence.sample_rows(most_drafts) if is_whole else []
             except Exception as error:
@@ -217,10 +217,11 @@ class Scheduler:
                 continue
             self._extend(plan, sequence, num_tokens, rows)
             batch.append((sequence, num_tokens, len(rows)))
-            num_draft_rows -= len(sequence.drafts)
+            num_drafts = len(sequence.drafts)
+            num_draft_rows -= num_drafts
             room.num_wholes -= is_whole
-            room.num_tokens -= num_tokens + len(sequence.drafts)
-            if not room.num_tokens or len(plan.query_lens) == self.config.max_num_seqs:
+            room.num_tokens -= num_tokens + num_drafts
+            if not room.num_tokens or len(plan.query_lens) == most_rows:
                 break
         if not batch:
             return None
@@ -251,7 +252,7 @@ class Scheduler:
             run = result.samples[at : at + num_samples]
             at += num_samples
             if num_samples > 1:
-                run = self._until_wrong(sequence.drafts, run)
+                run = self.draft_counts.until_wrong(sequence.drafts, run)
                 sequence.drafts = []
             prompt = prompts.get(row) if prompts else None
             row += num_samples or 1
@@ -269,15 +270,6 @@ class Scheduler:
             if update is not None:
                 updates.append(update)
         return updates
-
-    def _until_wrong(self, drafts: list[int], samples: list[Sampled]) -> list[Sampled]:
-        """The sample before the first draft, and those after right drafts."""
-        come = [draft == sample.token_id for draft, sample in zip(drafts, samples, strict=False)]
-        num_right = (*come, False).index(False)
-        self.num_drafts += 1
-        self.num_draft_tokens += len(drafts)
-        self.num_accepted_tokens += num_right
-        return samples[: 1 + num_right]
 
     def finish(self, sequence: Sequence) -> None:
         """End `sequence` now, unless it has ended; no more updates come for it. If it is in flight,
@@ -445,33 +437,46 @@ class Scheduler:
         self, plan: StepPlan, sequence: Sequence, num_tokens: int, rows: list[SampleRow]
     ) -> None:
         """Plan the next tokens of a sequence, and its drafts."""
-        row, start = len(plan.query_lens), sequence.num_planned_tokens
-        if sequence.owes_report:
-            plan.prompts.extend(sequence.prompt_rows(row, num_tokens))
-        self._add_row(plan, sequence, sequence.next_tokens(num_tokens), start)
-        if sequence.drafts:
+        start = sequence.num_computed_tokens + sequence.num_scheduled_tokens
+        if sequence.num_reported_tokens < sequence.num_prompt_tokens:
+            plan.prompts.extend(sequence.prompt_rows(len(plan.query_lens), num_tokens))
+        token_ids = sequence.token_ids[start : start + num_tokens]
+        if len(token_ids) < num_tokens:
+            token_ids.append(~sequence.sample)
+        sequence.num_scheduled_tokens += num_tokens
+        if not rows:
+            self._add_row(plan, sequence, token_ids, start)
+            return
+        position = sequence.next_position
+        sequence.sample = len(plan.samples)
+        sequence.num_expected_tokens += 1
+        self._add_row(plan, sequence, token_ids, start, rows[0], position)
+        if len(rows) > 1:
             end = start + num_tokens
             num_blocks = self.allocator.blocks_for(end + len(sequence.drafts))
             num_missing = max(num_blocks - len(sequence.block_table), 0)
             sequence.block_table = sequence.block_table + (self.allocator.take(num_missing) or [])
-            for at, draft in enumerate(sequence.drafts, end):
-                self._add_row(plan, sequence, [draft], at)
-        sequence.num_scheduled_tokens += num_tokens
-        if rows:
-            position = sequence.next_position
-            sequence.sample = len(plan.samples)
-            sequence.num_expected_tokens += 1
-            plan.sampled.extend(range(row, row + len(rows)))
-            plan.positions.extend(range(position, position + len(rows)))
-            plan.samples.extend(rows)
+            for number, draft in enumerate(sequence.drafts):
+                sample, at = rows[1 + number], end + number
+                self._add_row(plan, sequence, [draft], at, sample, position + 1 + number)
 
     def _add_row(
-        self, plan: StepPlan, sequence: Sequence, token_ids: list[int], context_len: int
+        self,
+        plan: StepPlan,
+        sequence: Sequence,
+        token_ids: list[int],
+        context_len: int,
+        sample: SampleRow | None = None,
+        position: int = 0,
     ) -> None:
-        table, num_tokens = sequence.block_table, context_len + len(token_ids)
-        num_blocks = -(-num_tokens // self.allocator.block_size)
+        if sample is not None:
+            plan.sampled.append(len(plan.query_lens))
+            plan.positions.append(position)
+            plan.samples.append(sample)
+        num_tokens, table = len(token_ids), sequence.block_table
+        num_blocks = -(-(context_len + num_tokens) // self.allocator.block_size)
         plan.token_ids.extend(token_ids)
-        plan.query_lens.append(len(token_ids))
+        plan.query_lens.append(num_tokens)
         plan.context_lens.append(context_len)
         plan.block_tables.append(table if len(table) == num_blocks else table[:num_blocks])
 

@@ -161,9 +161,10 @@ class Sequence:
         Recomputing reported tokens after a preemption is a step of its own, so that each step
         reports on all of its tokens or on none.
         """
-        num_tokens = num_unplanned = self.num_unplanned_tokens
-        if self.owes_report and self.num_planned_tokens < self.num_reported_tokens:
-            num_tokens = self.num_reported_tokens - self.num_planned_tokens
+        start = self.num_computed_tokens + self.num_scheduled_tokens
+        num_tokens = num_unplanned = len(self.token_ids) + self.num_expected_tokens - start
+        if start < self.num_reported_tokens < self.num_prompt_tokens:
+            num_tokens = self.num_reported_tokens - start
         if num_tokens > most:
             num_tokens = most
         return num_tokens, num_tokens == num_unplanned
@@ -199,22 +200,17 @@ class Sequence:
             self.next_token.append(token_id)
         if token_id in self._ends:
             return "stop", None if token_id in self.eos_token_ids else token_id
-        if self.next_token.is_complete:
+        if self.next_token.reads_tokens and self.next_token.is_complete:
             return "stop", None
         if len(self.token_ids) >= self._most_tokens:
             return "length", None
-        return (None if self.next_token.error is None else "error"), None
+        is_stuck = self.next_token.reads_tokens and self.next_token.error is not None
+        return ("error" if is_stuck else None), None
 
     @property
     def has_prompt(self) -> bool:
         """Whether its whole prompt is in the KV cache."""
         return self.num_computed_tokens >= self.num_prompt_tokens
-
-    def next_tokens(self, num_tokens: int) -> list[int]:
-        """The next `num_tokens` unplanned tokens; an expected one is `~self.sample`."""
-        start = self.num_computed_tokens + self.num_scheduled_tokens
-        known = self.token_ids[start : start + num_tokens]
-        return known if len(known) == num_tokens else [*known, ~self.sample]
 
     @property
     def next_position(self) -> int:

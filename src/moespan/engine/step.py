@@ -158,7 +158,7 @@ FromLeader = StepPlans | Heartbeat | Report | Close
 """Everything that the leader broadcasts; each rank takes the messages in their order."""
 
 
-class Sampled(msgspec.Struct, frozen=True, array_like=True):
+class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Result of a `SampleRow`; `token_id` is None if its logits were not all finite."""
 
     token_id: int | None

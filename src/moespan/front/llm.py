@@ -22,6 +22,7 @@ from moespan.engine.interrupts import hold_interrupts
 from moespan.engine.questions import ExpertCounts, Memory, Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams, refusal
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError, shown
+from moespan.front.live_texts import LiveTexts
 from moespan.front.outputs import RequestOutput
 from moespan.front.prompts import Encoded, Message, Prompt, Prompts
 from moespan.front.settings import FIELD_OF_AXIS, Settings, check
@@ -119,6 +120,7 @@ class LLM:
         self._prompts = Prompts(self.tokenizer, self.config.max_model_len, model_config.vocab_size)
         self._client = connect(self.config, nodes)
         self._live: dict[str, RequestOutput] = {}
+        self._texts = LiveTexts(self.tokenizer, self._client.abort)
 
     @property
     def info(self) -> EngineInfo:
@@ -222,6 +224,7 @@ class LLM:
                     for text, request in new:
                         output = RequestOutput.begin(request, text)
                         mine[request.id] = self._live[request.id] = output
+                        self._texts.begin(request)
                     self._add([request for _, request in new])
                 if not mine:
                     if wait_s is None:
@@ -230,11 +233,12 @@ class LLM:
                     continue
                 finished = [output for output in mine.values() if output.finished]
                 for output in finished:
-                    del mine[output.request_id], self._live[output.request_id]
+                    del mine[output.request_id]
+                    self._forget(output.request_id)
                     yield output
                 if not finished:
                     with hold_interrupts():
-                        deltas = self._client.receive(wait_s)
+                        deltas = self._texts.complete(self._client.receive(wait_s))
                         self._take_in(deltas)
                     if observe is not None:
                         for delta in deltas:
@@ -243,7 +247,7 @@ class LLM:
         finally:
             with hold_interrupts():
                 for request_id in mine:
-                    self._live.pop(request_id, None)
+                    self._forget(request_id)
                     with contextlib.suppress(EngineDeadError):
                         self._client.abort(request_id)
 
@@ -332,6 +336,10 @@ class LLM:
             half = len(requests) // 2
             self._add(requests[:half])
             self._add(requests[half:])
+
+    def _forget(self, request_id: str) -> None:
+        self._live.pop(request_id, None)
+        self._texts.drop(request_id)
 
     def _take_in(self, deltas: list[OutputDelta]) -> None:
         for delta in deltas:

@@ -38,6 +38,7 @@ from moespan.serve.live_requests import LiveRequests, OnNews, Ranks
 from moespan.serve.metrics import Course, Metrics
 from moespan.serve.options import LifeOptions
 from moespan.serve.signs import LOOK_S, Signs
+from moespan.text.tokenizer import Tokenizer
 
 CACHES_QUEUED = 16
 """Default of `max_queued_tokens`, in KV caches."""
@@ -83,6 +84,7 @@ class Life:
         start: starts the ranks; may be cancelled. Every delta and pulse of these ranks goes to its
             argument, on the event loop.
         metrics: hears of requests and of the engine.
+        tokenizer: makes the texts of outputs; None makes none.
         step_timeout_s: that of the engine.
         on_end: called with each request that has ended, and the time.
 
@@ -99,6 +101,7 @@ class Life:
         start: Callable[[OnNews], Awaitable[Ranks]],
         options: LifeOptions,
         metrics: Metrics,
+        tokenizer: Tokenizer | None = None,
         step_timeout_s: float = EngineOptions.step_timeout_s,
         on_end: Callable[[Course, float], object] = lambda course, now: None,
     ) -> None:
@@ -112,7 +115,7 @@ class Life:
         self.num_restarts = 0
         self._phase = State.STARTING
         self._signs: Signs | None = None
-        self._requests = LiveRequests(metrics, on_end)
+        self._requests = LiveRequests(metrics, tokenizer, on_end)
         self._restarts: deque[float] = deque()  # times of those within the window
         self._restart_reason = ""  # one of `metrics.RESTART_REASONS`
         self._back_at: float | None = None  # when the next life is expected to be ready

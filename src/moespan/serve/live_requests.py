@@ -15,9 +15,11 @@ from moespan.engine.info import EngineInfo, Pulse
 from moespan.engine.questions import Question
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
+from moespan.front.live_texts import LiveTexts
 from moespan.parallel.beats import Place
 from moespan.serve.inbox import Inbox
 from moespan.serve.metrics import Course, Metrics
+from moespan.text.tokenizer import Tokenizer
 
 A = TypeVar("A")
 
@@ -67,6 +69,7 @@ class LiveRequests:
 
     Args:
         metrics: hears of each request.
+        tokenizer: makes the texts; None makes none.
         on_end: called with each request that has ended, and the time.
 
     Attributes:
@@ -75,8 +78,14 @@ class LiveRequests:
         is_empty: set while there is no request.
     """
 
-    def __init__(self, metrics: Metrics, on_end: Callable[[Course, float], object]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        tokenizer: Tokenizer | None,
+        on_end: Callable[[Course, float], object],
+    ) -> None:
         self._metrics = metrics
+        self._texts = LiveTexts(tokenizer, self._drop)
         self._on_end = on_end
         self.ranks: Ranks | None = None
         self._live: dict[str, _Live] = {}
@@ -120,7 +129,7 @@ class LiveRequests:
     def take_in(self, deltas: list[OutputDelta]) -> None:
         """Spread one word of the leader over the inboxes."""
         now = asyncio.get_running_loop().time()
-        for delta in deltas:
+        for delta in self._texts.complete(deltas):
             live = self._live.get(delta.id)
             if live is None:  # aborted meanwhile
                 continue
@@ -148,6 +157,7 @@ class LiveRequests:
         now = asyncio.get_running_loop().time()
         inbox = Inbox(request, self._abort)
         self._live[request.id] = _Live(inbox, Course(request, now, traceparent=traceparent))
+        self._texts.begin(request)
         num_tokens = len(request.prompt_token_ids)
         self._queued[request.id] = num_tokens
         self.num_queued_tokens += num_tokens
@@ -177,6 +187,7 @@ class LiveRequests:
 
     def _remove(self, request_id: str) -> _Live:
         self._begin(request_id)
+        self._texts.drop(request_id)
         live = self._live.pop(request_id)
         if not self._live:
             self.is_empty.set()

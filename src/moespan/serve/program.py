@@ -8,6 +8,7 @@ once; SIGHUP reads the keys again.
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import sys
@@ -69,6 +70,8 @@ class Program:
             MoespanError: the engine cannot start, or died too often.
         """
         sys.setswitchinterval(_SWITCH_S)
+        gc.collect()
+        gc.freeze()  # else each full collection looks at all modules, and streams wait 12 ms for it
         asyncio.run(self._run())
 
     async def _run(self) -> None:
@@ -76,11 +79,8 @@ class Program:
         metrics = Metrics(
             self.model.names[0], self.config, alias_vllm=options.metrics_alias == "vllm"
         )
-        timeout_s = self.config.step_timeout_s
-        if self.tracing is None:
-            life = Life(self.start, options, metrics, timeout_s)
-        else:
-            life = Life(self.start, options, metrics, timeout_s, on_end=self.tracing.tell)
+        given = self.start, options, metrics, self.model.tokenizer, self.config.step_timeout_s
+        life = Life(*given) if self.tracing is None else Life(*given, on_end=self.tracing.tell)
         watch = ExpertWatch(life, metrics) if self.config.expert_stats else None
         app = make_app(
             self.model,
