@@ -468,3 +468,33 @@ client = RanksClient(EngineConfig("fake", Layout(tp=2)), program=[sys.argv[1]])
 print("ready", flush=True)
 time.sleep(60)
 """
+
+
+def test_memory_that_a_ranks_threads_freed_goes_back_to_the_system() -> None:
+    code = """
+import ctypes, threading
+from moespan.launch.rank import _allocate_from_one_arena
+if ARENA: _allocate_from_one_arena()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+library.malloc.argtypes, library.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+def load():
+    library.free(library.malloc(30 << 20))  # the library then keeps up to 60 MiB at hand
+    pieces = [library.malloc(100_000) for _ in range(500)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, 100_000)
+    for piece in pieces:
+        library.free(piece)
+def resident_kib():
+    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
+before = resident_kib()
+thread = threading.Thread(target=load)
+thread.start(); thread.join()
+library.malloc_trim(0)
+print(resident_kib() - before)
+"""
+    grown = [
+        int(subprocess.check_output([sys.executable, "-c", f"ARENA = {one}\n{code}"]))
+        for one in (True, False)
+    ]
+    assert grown[0] < 4 << 10 < 16 << 10 < grown[1]

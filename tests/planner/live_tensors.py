@@ -123,8 +123,9 @@ def run_step(
         known += [tensor for cache in worker.caches for tensor in cache.tensors]
         rope = worker.model.rope
         with LiveTensors([*known, rope.cos, rope.sin]) as live:
-            pending = worker.execute(plans, plan)
-        del pending
+            for _ in range(config.layout.pp + 1):  # plans that other stages still work on
+                pending = worker.execute(plans, plan)
+                del pending
         buffers = getattr(ops, "_buffers", {}).values()
         return live.peak_bytes, sum(map(len, buffers))
 

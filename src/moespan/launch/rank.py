@@ -13,6 +13,7 @@ front hears from the leader at least every `PULSE_S` between two steps.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_S = 5.0
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _M_ARENA_MAX = 1, -8
 
 
 class LeaderEngine(Protocol):
@@ -117,6 +118,7 @@ def as_rank(run: Callable[[Job, int, Beat], None]) -> None:
     """
     directory, agent_pid = sys.argv[1:3]
     _die_with_parent(int(agent_pid))
+    _allocate_from_one_arena()
     log.set_up()
     job, rank = Job(directory), int(os.environ["RANK"])
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -260,6 +262,13 @@ def _die_with_parent(parent_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # the parent died before this call
         os._exit(1)
+
+
+def _allocate_from_one_arena() -> None:
+    """Let all threads share the C library's first arena. What threads that load weights have freed
+    on top of another one, up to 64 MiB, would never go back to the system."""
+    with contextlib.suppress(AttributeError):  # a C library without arenas
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,8 @@ class _Counts:
         if self._at.pp > 0:
             live.take(self.hidden_bytes)  # received from the previous stage
         is_last = self._at.pp == self._layout.pp - 1
+        if not is_last:
+            live.take(self._layout.pp * self._sent_bytes)  # until the next stage has received them
         with live.frame():
             self._network()
             if is_last:
@@ -131,6 +133,12 @@ class _Counts:
             live.take(self._logit_bytes)
             if self._at.tp == 0:
                 self.ops.sampling(self.rows, self._model.vocab_size, self._sampling)
+
+    @property
+    def _sent_bytes(self) -> int:
+        """What the rank sends of a step's hidden state to the next stage."""
+        elements = self.held * self._model.hidden_size
+        return -(-elements // self._layout.tp) * self._element
 
     def _network(self) -> None:
         """Leaves x and the residual of the last layer."""
