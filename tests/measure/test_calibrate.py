@@ -116,6 +116,7 @@ def test_collectives_are_timed_by_the_calibrations_clock_alone_and_after_work(
     cost = StepCost(machine, TINY, replace(config, max_num_seqs=1), Routing(TINY))
     sums = [line for line in cost.lines([ReplicaStep(1, 1, 1, 100)]) if "all_reduce" in line.part]
     assert sums and all(line.seconds == pytest.approx(line.count * 120e-6) for line in sums)
+    assert [one.skew_us for one in machine.collectives] == [pytest.approx(70)]
 
 
 @pytest.mark.usefixtures("fast")

@@ -83,6 +83,16 @@ def test_a_step_ends_with_its_slowest_replica():
     assert cost.stages_s([IDLE] * 4) == [0.0]
 
 
+def test_a_replica_with_less_to_compute_waits_for_the_others():
+    step = [decode(8), prefill(4096)]
+    for layout in (Layout(dp=2), Layout(dp=2, ep=2)):
+        cost = cost_of(H100, layout)
+        ((few,), (many,)) = (cost.computing_s(step, replica) for replica in (0, 1))
+        assert few < 0.9 * many
+        assert cost.stages_s(step) == [pytest.approx(many)]
+    assert cost_of(H100, Layout(dp=2)).computing_s([IDLE, decode(8)], 0) == [0.0]
+
+
 def test_replicas_that_share_experts_pay_for_all_tokens():
     cost = cost_of(H100, Layout(dp=4, ep=4))
     one, all_of_them = cost.stages_s([prefill(512)] + [IDLE] * 3), cost.stages_s([prefill(512)] * 4)
@@ -136,6 +146,10 @@ def test_a_measured_collective_comes_first():
     cost = cost_of(changed(H100, collectives=[link]), Layout(tp=8))
     sums = [line for line in cost.lines([decode(1)]) if line.part == "tp all_reduce attention"]
     assert sums[0].seconds == pytest.approx(28 * 102e-6)  # with 2 us of skew
+    link = msgspec.structs.replace(link, skew_us=50.0)
+    cost = cost_of(changed(H100, collectives=[link]), Layout(tp=8))
+    sums = [line for line in cost.lines([decode(1)]) if line.part == "tp all_reduce attention"]
+    assert sums[0].seconds == pytest.approx(28 * 150e-6)  # its own wait
 
 
 def test_ranks_of_a_host_share_its_memory():

@@ -305,8 +305,8 @@ class Calibration:
             # Heads of the real model need not be divisible: nothing but messages is made.
             config = replace(self.config, model="", layout=Layout(tp=ranks))
             timings = collectives.measure(config, wanted)
-            curves += _curves([one for one in timings if one.axis == "tp"])
-            waits += [one for one in timings if one.axis == collectives.WAITS]
+            waits = [one for one in timings if one.axis == collectives.WAITS]
+            curves += _curves([one for one in timings if one.axis == "tp"], waits)
             plans.append((ranks, [one.median_s * 1e6 for one in timings if one.axis == "control"]))
         if not curves:
             return
@@ -333,8 +333,9 @@ class Calibration:
         )
         launch = self.profile.launch
         if waits:
-            source = f"a collective after work, over {waits[-1].ranks} ranks"
-            skew_us = _measured(waits[-1].median_s * 1e6, source)
+            most = waits[0]  # an all-reduce over the most ranks
+            source = f"an all-reduce after work, over {most.ranks} ranks"
+            skew_us = _measured(most.median_s * 1e6, source)
             launch = msgspec.structs.replace(launch, skew_us=skew_us)
         self.profile = msgspec.structs.replace(
             self.profile,
@@ -475,7 +476,11 @@ def _with(curve: Operation, points: list[tuple[int, Times]], graph: bool) -> Ope
     )
 
 
-def _curves(timings: list[collectives.Timing]) -> Iterator[Collective]:
+def _curves(
+    timings: list[collectives.Timing], waits: list[collectives.Timing]
+) -> Iterator[Collective]:
+    """The curves of collectives over so many ranks, with what they take longer after work."""
+    skews = {one.kind: one.median_s * 1e6 for one in waits}
     keys = dict.fromkeys((one.kind, one.ranks, one.graph) for one in timings)
     for kind, ranks, graph in keys:
         mine = [one for one in timings if (one.kind, one.ranks, one.graph) == (kind, ranks, graph)]
@@ -484,6 +489,7 @@ def _curves(timings: list[collectives.Timing]) -> Iterator[Collective]:
             level="node",
             ranks=ranks,
             graph=graph,
+            skew_us=None if graph else skews.get(kind),
             bytes=[one.message_bytes for one in mine],
             us=[one.median_s * 1e6 for one in mine],
             p10_us=[one.p10_s * 1e6 for one in mine],

@@ -34,7 +34,7 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"
 """Collectives that can be timed, as `moespan.parallel.counters` names them."""
 
 WAITS = "waits"
-"""Axis of the timing that says what a collective takes longer after work than alone."""
+"""Axis of the timings that say what a collective takes longer after work than alone."""
 
 _RESULTS, _WANTED = "collectives.json", "wanted.json"
 _WARMUP, _REPEATS = 3, 9
@@ -52,7 +52,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         graphs: time recorded collectives, too, where the device records them.
         plans_bytes: sizes of the leader's broadcast on the CPU.
         clock: one of `moespan.measure.operations.CLOCKS`.
-        waits: time what a collective of tp takes longer when ranks come to it from their work.
+        waits: time what collectives of tp take longer when ranks come to them from their work.
     """
 
     kinds: tuple[str, ...] = ("all_reduce",)
@@ -143,7 +143,7 @@ def _play(job: Job, rank: int, _: Beat) -> None:
                 timings += clock.time(axis, kind, message_bytes, wanted.graphs)
     timings += [clock.time_plans(size) for size in wanted.plans_bytes]
     if wanted.waits and mesh.tp.size > 1:
-        timings.append(clock.time_waits(mesh.tp))
+        timings += [clock.time_waits(mesh.tp, kind) for kind in wanted.kinds]
     if rank == 0:
         (job.directory / _RESULTS).write_bytes(msgspec.json.encode(timings))
     mesh.close()
@@ -205,8 +205,8 @@ class _Clock:
             bus_bytes_per_s=num_bytes / statistics.median(seconds),
         )
 
-    def time_waits(self, axis: Axis) -> Timing:
-        """What an all-reduce takes longer after work than alone, the mean over ranks: they do not
+    def time_waits(self, axis: Axis, kind: str) -> Timing:
+        """What a collective takes longer after work than alone, the mean over ranks: they do not
         come at the same time, and find their caches cold. The work reads as much memory as caches
         hold, as operations do."""
         import torch
@@ -214,16 +214,16 @@ class _Clock:
 
         from moespan.measure.probe import last_level_cache_bytes
 
-        reduce, _ = _call(axis, "all_reduce", _WAITS_BYTES, self._mesh.device)
+        run, _ = _call(axis, kind, _WAITS_BYTES, self._mesh.device)
         size = min(max(last_level_cache_bytes(), _LEAST_WORK_BYTES), _MOST_WORK_BYTES)
         numbers = torch.ones(size // 4, device=self._mesh.device)
-        alone = statistics.median(self._slowest(reduce))
+        alone = statistics.median(self._slowest(run))
         seconds = []
         for _ in range(_WARMUP + _TURNS):
             numbers.sum()
             self._synchronize()
             started = self._now()
-            reduce()
+            run()
             self._synchronize()
             seconds.append(self._now() - started)
         total = torch.tensor(seconds[_WARMUP:], dtype=torch.float64)
@@ -231,6 +231,7 @@ class _Clock:
         after_work = float(total.median()) / dist.get_world_size()
         return Timing(
             axis=WAITS,
+            kind=kind,
             ranks=axis.size,
             message_bytes=_WAITS_BYTES,
             median_s=max(after_work - alone, 0.0),

@@ -140,6 +140,16 @@ class StepCost:
         alike = {stage: stage.seconds(kinds, is_decode) for stage in set(self._stages)}
         return [alike[stage] for stage in self._stages]
 
+    def computing_s(self, step: Sequence[ReplicaStep], replica: int) -> list[float]:
+        """Seconds of each stage's busiest rank of one replica for a step, without its waits for
+        replicas that have more to compute."""
+        group = next(group for group in self._groups if replica in group)
+        members = tuple(step[dp] for dp in group)
+        is_decode = not any(one.chunks for one in step)
+        own = group.index(replica)
+        alike = {stage: stage.computing_s(members, own, is_decode) for stage in set(self._stages)}
+        return [alike[stage] for stage in self._stages]
+
     def launch_s(self, step: Sequence[ReplicaStep]) -> float:
         """Seconds that the leader spends on starting the first stage's kernels."""
         return self._stages[0].launch_s(*self._first(step))
@@ -286,6 +296,12 @@ class _Stage:
             slowest = max(slowest, self._of_members(members, most, size))
         return slowest
 
+    def computing_s(self, members: tuple[ReplicaStep, ...], replica: int, is_decode: bool) -> float:
+        """Seconds of member `replica` of those that share experts."""
+        most = max(one.tokens for one in members)
+        size = self._padded(most) if is_decode else None
+        return self._group_s(members, most, size, replica) if most else 0.0
+
     def launch_s(self, members: tuple[ReplicaStep, ...], is_decode: bool) -> float:
         """Seconds of the host that starts the kernels for these replicas."""
         most = max(one.tokens for one in members)
@@ -302,10 +318,17 @@ class _Stage:
         kernels += self._work.num_layers * _KERNELS_BESIDE
         return kernels * self._prices.eager_s
 
-    def _group_s(self, members: tuple[ReplicaStep, ...], most: int, size: int | None) -> float:
-        """Seconds of the replicas that share experts, all together."""
+    def _group_s(
+        self,
+        members: tuple[ReplicaStep, ...],
+        most: int,
+        size: int | None,
+        replica: int | None = None,
+    ) -> float:
+        """Seconds of the replicas that share experts, all together, or of one without waits."""
         graph = size is not None
-        own = [self._own(one, size) for one in members if one.tokens or len(members) > 1]
+        counted = members if replica is None else members[replica : replica + 1]
+        own = [self._own(one, size) for one in counted if one.tokens or len(members) > 1]
         total = size * len(members) if size else sum(one.tokens for one in members)
         most_tokens = size or most
         most_rows = size or max(one.rows for one in members)
@@ -439,8 +462,7 @@ class _Stage:
             ranks, level, inside = self._links(axis)
             message = _message_bytes(kind, ranks, traffic.sent_bytes[axis, kind, module] / calls)
             price = prices.collective(kind, level, ranks, message, graph, inside)
-            seconds = price.seconds + prices.skew_s
-            yield f"{axis} {kind} {module}", calls, Price(seconds, price.source)
+            yield f"{axis} {kind} {module}", calls, price
         if "all_to_all" in {kind for axis, kind, _ in traffic.calls if axis == "ep"}:
             waits = self._work.num_moe_layers
             yield "ep counts on the host", waits, Price(self._prices.wait_s, "launch.wait_us")

@@ -121,7 +121,7 @@ class Prices:
         self.wait_s = _value("launch.wait_us", profile.launch.wait_us, 0) * _US
         self.step_s = _value("launch.step_us", profile.launch.step_us, 0) * _US
         self.layer_s = _value("launch.layer_us", profile.launch.layer_us, 0) * _US
-        self.skew_s = _value("launch.skew_us", profile.launch.skew_us, 0) * _US
+        self._skew_s = _value("launch.skew_us", profile.launch.skew_us, 0) * _US
 
     @property
     def options(self) -> tuple[int, bool]:
@@ -151,7 +151,8 @@ class Prices:
     def collective(
         self, kind: str, level: Level, ranks: int, num_bytes: float, graph: bool, inside: int = 1
     ) -> Price:
-        """One collective of `num_bytes`, as `sent_bytes` means them.
+        """One collective of `num_bytes`, as `sent_bytes` means them, with the wait for the slowest
+        rank.
 
         Args:
             level: the outermost level that its ranks cross.
@@ -171,19 +172,23 @@ class Prices:
             return Price(_between(points, ranks), source or "measured")
         latency = self._latency_s(kind, level, ranks, graph)
         sent = sent_bytes(kind, ranks, int(num_bytes))
-        return Price(latency + self._sending_s(level, ranks, sent, inside), BY_LINKS)
+        seconds = latency + self._sending_s(level, ranks, sent, inside) + self._skew_s
+        return Price(seconds, BY_LINKS)
 
     def _from_curve(
         self, one: Collective, kind: str, level: Level, num_bytes: float, inside: int
     ) -> float:
-        """Seconds on a measured curve; beyond its end further bytes go at the rate of the links."""
+        """Seconds on a measured curve, and of the wait; beyond the curve's end further bytes go at
+        the rate of the links."""
+        skew_s = self._skew_s if one.skew_us is None else one.skew_us * _US
         if num_bytes <= one.bytes[-1]:
-            return _Curve(one.bytes, one.us, one.source).seconds(num_bytes)
+            return skew_s + _Curve(one.bytes, one.us, one.source).seconds(num_bytes)
+        base_s = skew_s + one.us[-1] * _US
         further = sent_bytes(kind, one.ranks, int(num_bytes - one.bytes[-1]))
         if len(one.bytes) > 1 and one.us[-1] > one.us[-2]:
             rate = (one.bytes[-1] - one.bytes[-2]) / ((one.us[-1] - one.us[-2]) * _US)
-            return one.us[-1] * _US + (num_bytes - one.bytes[-1]) / rate
-        return one.us[-1] * _US + self._sending_s(level, one.ranks, further, inside)
+            return base_s + (num_bytes - one.bytes[-1]) / rate
+        return base_s + self._sending_s(level, one.ranks, further, inside)
 
     def _latency_s(self, kind: str, level: Level, ranks: int, graph: bool) -> float:
         known: Mapping[int, Figure] = level.latency_us

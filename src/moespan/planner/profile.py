@@ -225,6 +225,7 @@ class Collective(_Strict, frozen=True, kw_only=True, rename={"origin": "from"}):
         bytes: the message, `num_bytes` of `sent_bytes`.
         us: time of the slowest rank, the median over calls.
         graph: whether it was recorded in a graph.
+        skew_us: what it takes longer after work, of a small message; None is `Launch.skew_us`.
     """
 
     kind: str
@@ -233,6 +234,7 @@ class Collective(_Strict, frozen=True, kw_only=True, rename={"origin": "from"}):
     bytes: list[int]
     us: list[float]
     graph: bool = False
+    skew_us: float | None = None
     origin: Origin = "measured"
     source: str = ""
     p10_us: list[float] = []
