@@ -854,7 +854,7 @@ def test_collectives_of_real_ranks() -> None:
     sizes, plans = (4 << 10, 64 << 10), (256, 20_000)
     wanted = Wanted(kinds=KINDS, message_bytes=sizes, plans_bytes=plans, clock="cpu", waits=True)
     timings = measure(config_of(Layout(tp=2, pp=2), "cpu"), wanted)
-    *found, first, second = [one for one in timings if one.axis != WAITS]
+    *found, first, second, result = [one for one in timings if one.axis != WAITS]
     waits = [one for one in timings if one.axis == WAITS]
     assert [(one.kind, one.ranks) for one in waits] == [(kind, 2) for kind in KINDS]
     assert [(one.axis, one.kind, one.message_bytes) for one in found] == [
@@ -864,7 +864,8 @@ def test_collectives_of_real_ranks() -> None:
         sent = sent_bytes(one.kind, 2, one.message_bytes)
         assert one.bus_bytes_per_s == pytest.approx(sent / one.median_s)
         assert 0 < one.p10_s <= one.median_s <= one.p90_s
-    assert [(one.axis, one.ranks) for one in (first, second)] == [("control", 4)] * 2
+    assert [(one.axis, one.ranks) for one in (first, second, result)] == [("control", 4)] * 3
+    assert result.kind == "send" and result.median_s > 0
 
 
 def test_collectives_without_an_axis_or_with_nodes() -> None:

@@ -104,7 +104,8 @@ def test_collectives_are_timed_by_the_calibrations_clock_alone_and_after_work(
         one = Timing(axis="tp", ranks=2, message_bytes=4096, median_s=5e-5, bus_bytes_per_s=1e9)
         plans = msgspec.structs.replace(one, axis="control", kind="broadcast")
         waits = msgspec.structs.replace(one, axis=collectives.WAITS, median_s=7e-5)
-        return [one, plans, waits]
+        results = msgspec.structs.replace(plans, kind="send", median_s=9e-5)
+        return [one, plans, results, waits]
 
     monkeypatch.setattr(collectives, "measure", measure)
     monkeypatch.setattr(Calibration, "_measure_operations", lambda self: None)
@@ -116,6 +117,7 @@ def test_collectives_are_timed_by_the_calibrations_clock_alone_and_after_work(
     cost = StepCost(machine, TINY, replace(config, max_num_seqs=1), Routing(TINY))
     sums = [line for line in cost.lines([ReplicaStep(1, 1, 1, 100)]) if "all_reduce" in line.part]
     assert sums and all(line.seconds == pytest.approx(line.count * 120e-6) for line in sums)
+    assert machine.host.result_us is not None and machine.host.result_us.value == pytest.approx(90)
     assert [one.skew_us for one in machine.collectives] == [pytest.approx(70)]
 
 

@@ -307,7 +307,10 @@ class Calibration:
             timings = collectives.measure(config, wanted)
             waits = [one for one in timings if one.axis == collectives.WAITS]
             curves += _curves([one for one in timings if one.axis == "tp"], waits)
-            plans.append((ranks, [one.median_s * 1e6 for one in timings if one.axis == "control"]))
+            control = [one for one in timings if one.axis == "control"]
+            times = [one.median_s * 1e6 for one in control if one.kind == "broadcast"]
+            plans.append((ranks, times))
+            results = [one for one in control if one.kind == "send"]
         if not curves:
             return
         table = Broadcast(
@@ -342,7 +345,11 @@ class Calibration:
             launch=launch,
             collectives=curves,
             levels=[level],
-            host=msgspec.structs.replace(self.profile.host, broadcast=table),
+            host=msgspec.structs.replace(
+                self.profile.host,
+                broadcast=table,
+                result_us=_measured(results[-1].median_s * 1e6, "a message of 256 bytes"),
+            ),
         )
 
     def _measure_operations(self) -> None:

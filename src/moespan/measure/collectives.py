@@ -38,7 +38,7 @@ WAITS = "waits"
 
 _RESULTS, _WANTED = "collectives.json", "wanted.json"
 _WARMUP, _REPEATS = 3, 9
-_WAITS_BYTES = 16 << 10
+_WAITS_BYTES, _RESULT_BYTES = 16 << 10, 256
 # Read before a collective that is timed after work.
 _LEAST_WORK_BYTES, _MOST_WORK_BYTES, _TURNS = 8 << 20, 64 << 20, 40
 
@@ -142,6 +142,8 @@ def _play(job: Job, rank: int, _: Beat) -> None:
             for message_bytes in sizes:
                 timings += clock.time(axis, kind, message_bytes, wanted.graphs)
     timings += [clock.time_plans(size) for size in wanted.plans_bytes]
+    if wanted.plans_bytes and config.layout.world_size > 1:
+        timings.append(clock.time_results())
     if wanted.waits and mesh.tp.size > 1:
         timings += [clock.time_waits(mesh.tp, kind) for kind in wanted.kinds]
     if rank == 0:
@@ -203,6 +205,27 @@ class _Clock:
             message_bytes=num_bytes,
             median_s=statistics.median(seconds),
             bus_bytes_per_s=num_bytes / statistics.median(seconds),
+        )
+
+    def time_results(self) -> Timing:
+        """The last rank's results on their way to the leader."""
+        control, message = self._mesh.control, bytes(_RESULT_BYTES)
+        ranks = self._mesh.layout.world_size
+
+        def run() -> None:
+            if self._mesh.is_leader:
+                control.receive(ranks - 1)
+            elif self._mesh.rank == ranks - 1:
+                control.send(message, "result")
+
+        median_s = statistics.median(self._slowest(run))
+        return Timing(
+            axis="control",
+            kind="send",
+            ranks=ranks,
+            message_bytes=_RESULT_BYTES,
+            median_s=median_s,
+            bus_bytes_per_s=_RESULT_BYTES / median_s,
         )
 
     def time_waits(self, axis: Axis, kind: str) -> Timing:

@@ -141,14 +141,29 @@ class StepCost:
         return [alike[stage] for stage in self._stages]
 
     def computing_s(self, step: Sequence[ReplicaStep], replica: int) -> list[float]:
-        """Seconds of each stage's busiest rank of one replica for a step, without its waits for
-        replicas that have more to compute."""
+        """Seconds that a rank of one replica computes in each stage for a step, without its waits
+        for ranks and replicas that have more to compute."""
         group = next(group for group in self._groups if replica in group)
         members = tuple(step[dp] for dp in group)
         is_decode = not any(one.chunks for one in step)
         own = group.index(replica)
         alike = {stage: stage.computing_s(members, own, is_decode) for stage in set(self._stages)}
-        return [alike[stage] for stage in self._stages]
+        found = [alike[stage] for stage in self._stages]
+        for stage, is_leader in enumerate(self._is_leader(replica)):
+            found[stage] += 0.0 if is_leader else self._broadcast_s(step)
+        if not self._is_leader(replica)[-1]:
+            found[-1] += self._result_s
+        return found
+
+    def _is_leader(self, replica: int) -> list[bool]:
+        """For each stage of a replica whether its first rank is the leader."""
+        return [(replica, stage) == (0, 0) for stage in range(self._layout.pp)]
+
+    @property
+    def _result_s(self) -> float:
+        """Seconds for one replica's results from another rank."""
+        figure = self._profile.host.result_us
+        return figure.value * 1e-6 if figure else 0.0
 
     def launch_s(self, step: Sequence[ReplicaStep]) -> float:
         """Seconds that the leader spends on starting the first stage's kernels."""
@@ -182,7 +197,8 @@ class StepCost:
 
     def after_s(self, step: Sequence[ReplicaStep]) -> float:
         """Seconds of the leader to take in a step's results."""
-        return (1 - BEFORE_SHARE) * self.leader_s(step)
+        sent = sum(bool(one.tokens) and not self._is_leader(at)[-1] for at, one in enumerate(step))
+        return (1 - BEFORE_SHARE) * self.leader_s(step) + sent * self._result_s
 
     def _broadcast_s(self, step: Sequence[ReplicaStep]) -> float:
         if self._layout.world_size == 1 or self._profile.host.broadcast is None:
@@ -282,7 +298,7 @@ class _Stage:
             )
         self._of_tokens, self._of_rows = times.operations[key]
         self._of_group: dict[tuple[int, int, int, bool], _Times] = {}
-        self._experts: dict[tuple[int, bool], _Times] = {}
+        self._experts: dict[tuple[int, bool, bool], _Times] = {}
         self._of_members = functools.lru_cache(maxsize=1 << 9)(self._group_s)
 
     def seconds(self, groups: Iterable[tuple[ReplicaStep, ...]], is_decode: bool) -> float:
@@ -332,7 +348,7 @@ class _Stage:
         total = size * len(members) if size else sum(one.tokens for one in members)
         most_tokens = size or most
         most_rows = size or max(one.rows for one in members)
-        expert = self._expert_times(self._expert_tokens(total), graph)
+        expert = self._expert_times(self._expert_tokens(total), graph, replica is not None)
         sent = self._group_times(most_tokens, total, most_rows, graph)
         device = max(one.seconds for one in own) + expert.seconds + sent.seconds
         if self._is_host:
@@ -430,15 +446,17 @@ class _Stage:
         layout = self._layout
         return -(-total * layout.ep_tp_groups // (layout.sp * self._num_sharing))
 
-    def _expert_times(self, tokens: int, graph: bool) -> _Times:
-        at = _rounded(tokens)
-        if (at, graph) not in self._experts:
-            task = self._expert_of(at)
-            self._experts[at, graph] = self._sum([task] if task else [], graph)
-        return self._experts[at, graph]
+    def _expert_times(self, tokens: int, graph: bool, mean: bool = False) -> _Times:
+        """Experts of all layers on the busiest rank of each layer, or on the mean rank."""
+        key = _rounded(tokens), graph, mean
+        if key not in self._experts:
+            task = self._expert_of(key[0], mean)
+            self._experts[key] = self._sum([task] if task else [], graph)
+        return self._experts[key]
 
-    def _expert_of(self, tokens: int) -> Task | None:
-        load = self._routing.busiest(tokens, self._held)
+    def _expert_of(self, tokens: int, mean: bool = False) -> Task | None:
+        load_of = self._routing.mean if mean else self._routing.busiest
+        load = load_of(tokens, self._held)
         return self._work.expert_task(load.rows, load.met)
 
     def _group_times(self, most: int, total: int, rows: int, graph: bool) -> _Times:

@@ -99,6 +99,16 @@ class Routing:
             self._loads[key] = self._busiest(tokens, held)
         return self._loads[key]
 
+    def mean(self, tokens: int, held: ExpertPlacement) -> ExpertLoad:
+        """The mean load of a rank in one layer, if routing is uniform; by counts the load of the
+        busiest rank, which is about the same one in all steps."""
+        config = self._config
+        if tokens <= 0 or not config.n_routed_experts or self._counts is not None:
+            return self.busiest(tokens, held)
+        most = max(len(experts) for experts in held.default)
+        experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+        return uniform_maximum(tokens, experts, chosen, min(most, experts), 1)
+
     def _busiest(self, tokens: int, held: ExpertPlacement) -> ExpertLoad:
         config = self._config
         if self._counts is None:

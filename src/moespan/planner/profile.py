@@ -259,11 +259,13 @@ class Broadcast(_Strict, frozen=True, kw_only=True, rename={"origin": "from"}):
 
 class HostFigures(_Strict, frozen=True, kw_only=True):
     """The leader's work for one step: `step_us`, and `sequence_us` for each sequence of all its
-    replicas; `broadcast` sends the plans."""
+    replicas; `broadcast` sends the plans, and `result_us` takes one replica's results from another
+    rank."""
 
     step_us: Figure | None = None
     sequence_us: Figure | None = None
     broadcast: Broadcast | None = None
+    result_us: Figure | None = None
 
 
 class RoutingFigures(_Strict, frozen=True, kw_only=True, rename={"origin": "from"}):
