@@ -20,12 +20,14 @@ constexpr int64_t SUMS_BYTES = 1 << 20;
 // From this many elements on, a result is written past the caches.
 constexpr int64_t LARGE_RESULT = 1 << 20;
 constexpr int64_t MOST_TILE_ROWS = 2 * AMX_ROWS;
-constexpr int64_t PREFETCH_BYTES = 4096;
+// How far ahead a single tile prefetches its panel.
+constexpr int64_t prefetch_bytes(int kind) { return kind == INT4 ? 6144 : 4096; }
+// The tiles of dot products that prefetch the next panel.
+constexpr int64_t MOST_PREFETCHING_TILES = 4;
 // Two panels of up to this many bytes fit into the second-level cache beside the rows.
 constexpr int64_t NEXT_PANEL_BYTES = 160 << 10;
-// Up to this many tiles read a panel of 4-bit integers directly. For more it is unpacked to
-// bfloat16.
-constexpr int64_t MOST_INT4_TILES = BATCH_INVARIANT ? 0 : 2;
+// Up to this many rows read a panel of 4-bit integers directly. For more it is unpacked to bfloat16.
+constexpr int64_t MOST_INT4_ROWS = BATCH_INVARIANT ? 0 : 8;
 
 // ------------------------------------------------------------------------------------------ tiles
 
@@ -196,31 +198,40 @@ inline void multiply(AmxShapes& shapes, const Tile& t, const Matrix& w, int64_t 
                    ld);
 }
 
+// What to prefetch during tile `i` of `count` tiles that a panel is multiplied with. A single tile is
+// limited by memory, and prefetches its own panel a little ahead. More tiles have time to prefetch
+// the next panel, if the second-level cache has room for both: the first few of them, or with matrix
+// instructions all.
+template <int KIND>
+inline Prefetch prefetch_of(const Tile& t, int64_t i, int64_t count, const Matrix& w,
+                            int64_t panel) {
+    const int64_t bytes = panel_bytes(KIND, w.in);
+    if (count == 1 || (i == 0 && bytes > NEXT_PANEL_BYTES))
+        return {w.panel(KIND, panel) + prefetch_bytes(KIND), 128};
+    const int64_t parts = t.is_amx ? count : std::min(count, MOST_PREFETCHING_TILES);
+    if (i >= parts || bytes > NEXT_PANEL_BYTES) return {w.panel(KIND, panel), 0};
+    return {w.panel(KIND, panel + 1) + bytes * i / parts, ceil_div(128, parts)};
+}
+
 // `count` tiles of an input times one panel. `emit(row, channels 0-15, channels 16-31)` gets the
-// results of each row. A single tile is limited by memory, and prefetches its own panel a little
-// ahead. A few tiles have time to prefetch the next panel, if the second-level cache has room for
-// both. Many tiles of dot products do not wait for memory; matrix instructions always do.
-template <int KIND, class Emit>
+// results of each row. An unpacked panel is in a cache already, and alone.
+template <int KIND, bool UNPACKED = false, class Emit>
 inline void tiles_times_panel(AmxShapes& shapes, Room& room, const Matrix& w, int64_t panel,
                               const Input& input, const Tile* tiles, int64_t count, Emit emit) {
     if constexpr (KIND == INT4) {
-        if (tiles->is_amx || count > MOST_INT4_TILES) {
+        const int64_t rows = tiles[count - 1].row + tiles[count - 1].rows - tiles->row;
+        if (tiles->is_amx || rows > MOST_INT4_ROWS) {
             char* unpacked = room.of(panel_bytes(BF16, w.in));
             unpack_int4_panel(w.panel(INT4, panel), w.in, unpacked);
             const Matrix one{unpacked, nullptr, nullptr, w.in};
-            return tiles_times_panel<BF16>(shapes, room, one, 0, input, tiles, count, emit);
+            return tiles_times_panel<BF16, true>(shapes, room, one, 0, input, tiles, count, emit);
         }
     }
-    const int64_t bytes = panel_bytes(KIND, w.in);
-    const char *at = w.panel(KIND, panel), *next = w.panel(KIND, panel + 1);
     alignas(64) float out[MOST_TILE_ROWS * PANEL];
     for (int64_t i = 0; i < count; i++) {
         const Tile& t = tiles[i];
-        Prefetch ahead{at, 0};
-        if (count == 1 || (i == 0 && bytes > NEXT_PANEL_BYTES))
-            ahead = {at + PREFETCH_BYTES, 128};
-        else if ((count <= 4 || t.is_amx) && bytes <= NEXT_PANEL_BYTES)
-            ahead = {next + bytes * i / count, ceil_div(128, count)};
+        const Prefetch ahead = UNPACKED ? Prefetch{w.panels, 0}
+                                        : prefetch_of<KIND>(t, i, count, w, panel);
         multiply<KIND>(shapes, t, w, panel, input, ahead, out, PANEL);
         for (int64_t r = 0; r < t.rows; r++)
             emit(t.row + r, load<f32x16>(out + r * PANEL), load<f32x16>(out + r * PANEL + LANES));
