@@ -71,7 +71,10 @@ class NativeCpuOps(CpuOps):
             function.restype = None
         self._kernels = kernels
         self._flags = flags
-        self._buffers: dict[str, Tensor] = {}
+        # The memory of each buffer, its bytes, and its address.
+        self._buffers: dict[str, tuple[Tensor, int, int]] = {}
+        # Expert 0 for each token of the last MLP.
+        self._only_expert = torch.zeros((1, 1), dtype=torch.int32)
 
     def builder(
         self, name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
@@ -324,8 +327,9 @@ class NativeCpuOps(CpuOps):
         """[T, H] → [T, H]: computed as one expert that every token chooses."""
         if not _are_packed(gate_up, down):
             return super().mlp(x, gate_up, down)
-        only_expert = torch.zeros((len(x), 1), dtype=torch.int32)
-        return self._experts(x, None, only_expert, gate_up, down, 0)
+        if len(self._only_expert) != len(x):
+            self._only_expert = torch.zeros((len(x), 1), dtype=torch.int32)
+        return self._experts(x, None, self._only_expert, gate_up, down, 0)
 
     def experts(self, x: Tensor, weights: Tensor, physical_ids: Tensor, bank: ExpertBank) -> Tensor:
         """[T, H] → [T, H]. Reads the weights of chosen experts only, each once."""
@@ -386,10 +390,11 @@ class NativeCpuOps(CpuOps):
         The memory is kept between calls. Fresh memory of this size comes page by page, which takes
         longer than some of the work done in it. `zeros` allocates large pages.
         """
-        buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < num_bytes:
-            buffer = self._buffers[name] = zeros((num_bytes,), torch.uint8, torch.device("cpu"))
-        return int(buffer.data_ptr())
+        kept = self._buffers.get(name)
+        if kept is None or kept[1] < num_bytes:
+            memory = zeros((num_bytes,), torch.uint8, torch.device("cpu"))
+            kept = self._buffers[name] = memory, num_bytes, memory.data_ptr()
+        return kept[2]
 
 
 def _are_packed(gate_up: Weight, down: Weight) -> bool:

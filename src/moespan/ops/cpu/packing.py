@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ class PackedWeight:
     scales: Tensor | None = None
     sums: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def pointers(self) -> tuple[int, int | None, int | None]:
         """Addresses of panels, scales and sums."""
         scales, sums = (
