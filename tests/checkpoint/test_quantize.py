@@ -105,8 +105,9 @@ def test_integers_can_be_run_with_activations_rounded_or_not(tmp_path: Path):
         qkv = weights["layers.0.attention.qkv"]
         assert isinstance(qkv, QuantizedWeight)
         assert qkv.activation_bits == bits
-        # The file holds the head as floats. With int8 the head is rounded while loading.
-        assert placement.parameters["head"].is_quantized == (scheme == "int8")
+        # The file holds the head as floats, which are rounded while loading.
+        head = placement.parameters["head"].scheme
+        assert head is not None and (head.dtype, head.activation_bits) == ("int8", 16)
 
 
 def test_8_bit_integers_are_in_the_form_that_others_read(tmp_path: Path):

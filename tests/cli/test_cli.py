@@ -629,7 +629,7 @@ def test_info_on_the_16b_model(cli: Cli, sixteen_b: Path):
     facts = {name: value.strip() for name, value in facts.items()}
     assert facts["parameters"] == "16.376 B total, 2.83 B active for one token"
     assert facts["weights"] == (
-        "65.50 GB float32, 32.75 GB bfloat16, 32.75 GB float16, 16.63 GB int8, 16.84 GB w8a8, "
+        "65.50 GB float32, 32.75 GB bfloat16, 32.75 GB float16, 16.63 GB int8, 16.63 GB w8a8, "
         "16.84 GB fp8, 9.62 GB int4"
     )
     assert facts["KV cache per token"] == (

@@ -33,7 +33,8 @@ def test_the_16b_model_in_numbers():
     assert (found.parameters, found.active_parameters) == (total, active)
     assert (round(total / 1e9, 1), round(active / 1e9, 1)) == (16.4, 2.8)
     assert found.bytes["float32"] == 2 * found.bytes["bfloat16"] == 4 * total
-    assert found.bytes["int4"] < found.bytes["int8"] == found.bytes["w8a8"] - 102400 * (2048 - 4)
+    assert found.bytes["int4"] < found.bytes["int8"] == found.bytes["w8a8"]
+    assert found.bytes["fp8"] == found.bytes["w8a8"] + 102400 * (2048 - 4)
     assert found.kv_bytes_per_token["bfloat16"] == 2 * 28 * 2048 * 2
     assert found.kv_bytes_per_token["int8"] == 2 * 28 * (2048 + 16 * 4)
     assert found.pipeline_layers == [28] and found.quantization is None

@@ -32,9 +32,9 @@ projections, cut as the rows of qkv and out.
 Fewer KV heads than tp ranks are replicated: each rank holds the one head that its queries read. sp
 and dp cut no weights, but the KV cache is split by heads over tp·sp.
 
-Every matrix but embed and router may have 8 or 4 bits; head keeps its floats where activations are
-rounded. A rank then holds its slice of the matrix and that slice's scales. Every layout computes
-with the same numbers:
+Every matrix but embed and router may have 8 or 4 bits; head keeps its floats with `fp8`. A rank
+then holds its slice of the matrix and that slice's scales. Every layout computes with the same
+numbers:
 
 - 8 bits: a scale belongs to a whole row of the checkpoint's tensor, wherever its columns are cut.
   A matrix (out, in) has (out) scales.

@@ -62,7 +62,7 @@ class Scheme:
 
 SCHEMES = {
     "int8": Scheme("int8", 16, "int-quantized", "int"),
-    "w8a8": Scheme("int8", 8, "int-quantized", "int"),
+    "w8a8": Scheme("int8", 8, "int-quantized", "int", head="int8"),
     "fp8": Scheme("float8_e4m3fn", 8, "float-quantized", "float"),
     "int4": Scheme("int4", 16, "pack-quantized", "int", weight_bits=4, group_size=32, head="int8"),
 }

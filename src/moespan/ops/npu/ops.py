@@ -342,7 +342,7 @@ class NpuOps(ReferenceOps):
 
     def _prepare_integers(self, name: str, weight: QuantizedWeight) -> IntegerMatrix:
         matrix = IntegerMatrix.of(weight)
-        if not self._is_tiled:
+        if not self._is_tiled or name == "head":
             return matrix
         if not matrix.rounds:
             raise ConfigError(
