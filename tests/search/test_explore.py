@@ -27,9 +27,9 @@ from moespan.search.candidates import (
     layouts,
     parse_axes,
 )
-from moespan.search.capacity import capacity, curves
+from moespan.search.capacity import capacity
 from moespan.search.document import document
-from moespan.search.explore import Answer, Question, explore
+from moespan.search.explore import Answer, Question, explore, simulated_one
 from moespan.search.jobs import run_all
 from moespan.search.report import text
 
@@ -119,6 +119,34 @@ def test_the_same_question_gets_the_same_bytes_on_any_number_of_cores(answer: An
     assert first == second
 
 
+def test_the_smallest_engines_stand_for_all_that_differ_in_replicas():
+    asked = question(16, rate=16.0, fast=True, targets=(Target("tpot", "p99", 0.05),))
+    every, some = (explore(replace(asked, smallest=one)) for one in (False, True))
+    assert some.found[0] == every.found[0]
+    assert some.num_combinations < every.num_combinations
+    layouts_of = [(one.candidate.engines, one.candidate.layout) for one in every.screened]
+    assert any(engines == 1 and layout.dp > 1 for engines, layout in layouts_of)
+
+
+def test_no_engine_goes_without_a_request():
+    load = drawn("512", "32", 120, concurrency=4)
+    found = explore(replace(question(16, fast=True), load=load))
+    assert max(one.candidate.engines for one in found.screened) == 4
+
+
+def test_a_simulation_is_long_enough_for_what_it_holds(answer: Answer):
+    asked = question(64, rate=None, targets=(Target("tpot", "p99", 0.05),), only=(("tp", 1),))
+    dp = replace(asked, space=replace(asked.space, only=(("tp", 1), ("dp", 64), ("pp", 1))))
+    one = explore(replace(dp, fast=True)).found[0]
+    simulated = simulated_one(dp, one).predicted
+    assert simulated is not None and one.estimate.sequences == 64
+    assert simulated.num_replicas == 6  # 400 sequences and 64 in a replica
+    assert simulated.concurrency == 64 * 64
+    assert simulated.outcome.num_requests >= 2 * 6 * 64
+    for rank in answer.found:
+        assert rank.predicted and rank.predicted.num_replicas == rank.candidate.layout.dp
+
+
 def test_targets_that_nothing_meets_stay_as_they_are():
     asked = question(targets=(Target("tpot", "p99", 0.0005), Target("ttft", "p90", 1.0)))
     found = explore(asked)
@@ -171,7 +199,7 @@ def test_dear_small_messages_change_the_answer():
 def test_more_devices_carry_more_requests():
     targets = (Target("tpot", "p90", 0.03),)
     small, large = (
-        capacity(asked, curves(asked, explore(asked)))
+        capacity(asked, [one.candidate for one in explore(asked).screened])
         for asked in (question(n, fast=True, targets=targets) for n in (8, 16))
     )
     assert large == pytest.approx(2 * small, rel=0.1)
@@ -270,10 +298,18 @@ def test_figures_of_an_outcome():
         Outcome.of([])
 
 
+def test_requests_count_once_the_engine_has_filled():
+    # Each takes ten seconds, and one comes each second: ten fill the engine.
+    times = [RequestTimes(at, at + 1.0, at + 10.0, 10) for at in map(float, range(60))]
+    assert Outcome.of(times).num_requests == 50
+    # All at once: there is nothing to fill.
+    assert Outcome.of([RequestTimes(0.0, 1.0, 10.0, 10)] * 60).num_requests == 54
+
+
 def test_who_waits_for_a_search_is_told_what_it_does():
     told: list[str] = []
     explore(question(fast=True, tell=told.append))
-    assert set(told) == {"estimating 30 layouts"}
+    assert set(told) == {"estimating 16 layouts"}
     calls: list[int] = []
     run_all(lambda index: time.sleep(1.5), 2, None, jobs=2, waiting=lambda: calls.append(1))
     assert calls  # also while other processes work

@@ -13,12 +13,14 @@ import msgspec
 import pytest
 
 from moespan import LLM, SamplingParams
-from moespan.config import EngineConfig, Layout
+from moespan.checkpoint.presets import preset
+from moespan.config import EngineConfig, Layout, ModelConfig
 from moespan.engine.replicas import Replicas
 from moespan.planner.cost import ReplicaStep
 from moespan.planner.load import Load, LoadRequest, drawn
 from moespan.planner.outcome import Outcome
 from moespan.planner.work import Chunk
+from moespan.search.predict import predict
 from moespan.search.simulate import Plans, Run, shape, simulate
 from tests.support import QUICKSTART
 
@@ -154,6 +156,31 @@ def test_the_simulations_own_time_is_not_in_its_clock(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(slow, "stages_s", stages_s)
     assert run(engine(), slow, load) == quick
+
+
+class ByTokens(Fixed):
+    """Steps that take longer with more tokens in the fullest replica."""
+
+    def stages_s(self, step: Sequence[ReplicaStep]) -> list[float]:
+        return [0.01 + 1e-4 * max(one.tokens for one in step)]
+
+
+@pytest.mark.parametrize("often", [{"rate": 60.0}, {"concurrency": 64}], ids=str)
+def test_some_replicas_stand_for_all(often: dict[str, Any]):
+    load = drawn("lognormal:100:0.6", "uniform:2:60", 1500, **often)
+    config = engine(layout=Layout(dp=8), max_model_len=1024)
+    model = ModelConfig.from_dict(preset("tiny", {}))
+    whole = predict(ByTokens(0), model, config, 512, load)
+    some = predict(ByTokens(0), model, config, 512, load.share(4), num_replicas=2)
+    assert (whole.num_replicas, some.num_replicas) == (8, 2)
+    assert some.concurrency == whole.concurrency == often.get("concurrency")
+    assert some.outcome.tokens_per_s == pytest.approx(whole.outcome.tokens_per_s, rel=0.05)
+    for statistic in ("mean", "p90"):
+        tpots = (one.outcome.tpot_s[statistic].value for one in (some, whole))
+        assert next(tpots) == pytest.approx(next(tpots), rel=0.1)
+    # Two replicas alone wait for each other only.
+    alone = predict(ByTokens(0), model, replace(config, layout=Layout(dp=2)), 512, load.share(4))
+    assert alone.outcome.tpot_s["mean"].value < 0.95 * some.outcome.tpot_s["mean"].value
 
 
 class Recorded:

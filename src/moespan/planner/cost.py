@@ -344,7 +344,7 @@ class _Stage:
         """Seconds of the replicas that share experts, all together, or of one without waits."""
         graph = size is not None
         counted = members if replica is None else members[replica : replica + 1]
-        own = [self._own(one, size) for one in counted if one.tokens or len(members) > 1]
+        own = [self._own(one, size) for one in set(counted) if one.tokens or len(members) > 1]
         total = size * len(members) if size else sum(one.tokens for one in members)
         most_tokens = size or most
         most_rows = size or max(one.rows for one in members)
@@ -448,7 +448,7 @@ class _Stage:
 
     def _expert_times(self, tokens: int, graph: bool, mean: bool = False) -> _Times:
         """Experts of all layers on the busiest rank of each layer, or on the mean rank."""
-        key = _rounded(tokens), graph, mean
+        key = rounded(tokens), graph, mean
         if key not in self._experts:
             task = self._expert_of(key[0], mean)
             self._experts[key] = self._sum([task] if task else [], graph)
@@ -461,7 +461,7 @@ class _Stage:
 
     def _group_times(self, most: int, total: int, rows: int, graph: bool) -> _Times:
         """All collectives of a step."""
-        key = _rounded(most), _rounded(total), _rounded(rows), graph
+        key = rounded(most), rounded(total), rounded(rows), graph
         if key not in self._of_group:
             seconds = kernels = 0.0
             for _, count, price in self._sent(*key):
@@ -530,7 +530,7 @@ _BY_ROWS = ("head", "sample")
 _GRID_BITS = 4
 
 
-def _rounded(at: int) -> int:
+def rounded(at: int) -> int:
     """`at`, or the next multiple of 1/16 of the power of two below it."""
     step = 1 << max(at.bit_length() - 1 - _GRID_BITS, 0)
     return -(-at // step) * step

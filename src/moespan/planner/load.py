@@ -117,7 +117,7 @@ class Load:
         """Whether a prefix cache may find anything."""
         return any(one.blocks or one.prompt is not None for one in self.requests)
 
-    def share(self, engines: int, seed: int = 0) -> Load:
+    def share(self, engines: float, seed: int = 0) -> Load:
         """The part that one of `engines` engines gets if each request goes to any of them."""
         if engines == 1:
             return self
@@ -129,9 +129,19 @@ class Load:
             slow = (replace(one, arrival_s=one.arrival_s * engines) for one in self.requests)
             return replace(self, requests=tuple(slow), poisson_rate=rate)
         draw = random.Random(f"share {seed}")
-        mine = tuple(one for one in self.requests if draw.randrange(engines) == 0)
+        mine = tuple(one for one in self.requests if draw.random() * engines < 1)
         requests = _from_first(mine or self.requests[:1])
         return replace(self, requests=requests, poisson_rate=rate)
+
+    def extended(self, number: int) -> Load:
+        """This load with `number` requests: the first ones, or all again after the last one."""
+        found = list(self.requests[:number])
+        while len(found) < number:
+            rate = self.rate
+            first = found[-1].arrival_s + (1 / rate if rate else 0.0)
+            again = self.requests[: number - len(found)]
+            found += [replace(one, arrival_s=first + one.arrival_s) for one in again]
+        return replace(self, requests=tuple(found))
 
     def fitting(self, max_model_len: int, clip: bool) -> Load:
         """This load within sequences of `max_model_len` tokens.

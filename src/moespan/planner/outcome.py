@@ -6,8 +6,9 @@ that a plan and a measurement can be laid side by side. Imports no torch.
 - TTFT: from the arrival of a request to its first token.
 - TPOT: (last token - first token) / (tokens - 1), of requests with more than one token.
 
-The first requests are the warm-up and do not count. Intervals come from the means of batches of
-consecutive requests (95 %, Student's t).
+The requests of the first mean latency, and of the first tenth, are the warm-up and do not count:
+the engine fills meanwhile. Intervals come from the means of batches of consecutive requests (95 %,
+Student's t).
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         """
         if not times:
             raise ConfigError("no request has ended; there is nothing to report")
-        counted = times[int(WARM_UP_SHARE * len(times)) :]
+        counted = times[_warm_up(times) :]
         began = counted[0].arrival_s
         ended = max(one.last_s for one in times)
         if cut_end and times[-1].arrival_s > began:
@@ -163,6 +164,17 @@ def in_words(seconds: float) -> str:
 def percentile(values: Sequence[float], share: float) -> float:
     """Smallest of `values` such that at least `share` of all values are not larger."""
     return sorted(values)[max(math.ceil(share * len(values)), 1) - 1]
+
+
+def _warm_up(times: Sequence[RequestTimes]) -> int:
+    """How many requests come while the engine fills: those of the first mean latency, and the first
+    tenth at least. Where more than half of all come by then, there is no steady state to wait for.
+    """
+    least = int(WARM_UP_SHARE * len(times))
+    latency_s = statistics.fmean(one.last_s - one.arrival_s for one in times)
+    filled_s = times[0].arrival_s + latency_s
+    early = sum(one.arrival_s < filled_s for one in times)
+    return max(least, early) if 2 * early <= len(times) else least
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Statistic]:

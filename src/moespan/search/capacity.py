@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from moespan.search.candidates import Candidate
@@ -42,8 +42,12 @@ def _limits(one: Found) -> tuple[int, int]:
 
 
 def _curve(question: Question, candidate: Candidate) -> Curve:
-    screen = Screen(cost_of(question, candidate), candidate.config, candidate.num_blocks)
-    return Curve(candidate, screen.sweep(question.demand(candidate.engines)))
+    sweep = _screen(question, candidate).sweep(question.demand(candidate.engines))
+    return Curve(candidate, [*sweep][::-1])
+
+
+def _screen(question: Question, candidate: Candidate) -> Screen:
+    return Screen(cost_of(question, candidate), candidate.config, candidate.num_blocks)
 
 
 def capacity_of_all(question: Question, answer: Answer) -> float:
@@ -60,14 +64,15 @@ def capacity_of_all(question: Question, answer: Answer) -> float:
         before = smallest.get(key)
         if before is None or layout.dp < before.candidate.layout.dp:
             smallest[key] = one
-    return capacity(question, [_curve(question, one.candidate) for one in smallest.values()])
+    return capacity(question, [one.candidate for one in smallest.values()])
 
 
-def capacity(question: Question, found: Sequence[Curve]) -> float:
+def capacity(question: Question, candidates: Iterable[Candidate]) -> float:
     """Requests per second of all devices at the targets, by mean values: the best layout's."""
     best = 0.0
-    for curve in found:
-        fitting = [one for one in curve.estimates if one.excess(question.targets) <= 0]
-        rate = max((one.tokens_per_s for one in fitting), default=0.0)
-        best = max(best, curve.candidate.engines * rate)
+    for one in candidates:
+        demand = question.demand(one.engines)
+        found = _screen(question, one).capacity(demand, question.targets)
+        if found.excess(question.targets) <= 0:
+            best = max(best, one.engines * found.tokens_per_s)
     return best / question.demand(1).output_tokens

@@ -249,7 +249,8 @@ def _worst(question: Question, best: Found | None) -> dict[str, Any] | None:
     levels = question.profile.levels
     if question.worst or best is None or not any(level.worst_latency_us for level in levels):
         return None
-    other = explore(replace(question, space=_narrow(question, best), worst=True, fast=True))
+    space = _narrow(question, best)
+    other = explore(replace(question, space=space, worst=True, fast=True, smallest=True))
     if not other.found:
         return None
     first = other.found[0]
@@ -300,7 +301,7 @@ def _what_if(answer: Answer, best: Found | None, change: int) -> dict[str, Any] 
         if is_whole
         else f"{space.devices} → {devices} devices",
     }
-    other = replace(question, space=replace(space, devices=devices), fast=True)
+    other = replace(question, space=replace(space, devices=devices), fast=True, smallest=True)
     question.tell(f"what if {told['change']}")
     found = explore(other)
     if not found.found:
@@ -332,7 +333,7 @@ def _advice(answer: Answer, swept: Sequence[Curve]) -> Iterator[str]:
     if answer.found:
         space = _narrow(question, answer.found[0])
     rate = question.load.rate if question.load is not None else None
-    possible = capacity(question, swept)
+    possible = capacity(question, [curve.candidate for curve in swept])
     if rate and possible and possible < rate:
         yield f"fewer requests: about {_rate(possible)} a second instead of {_rate(rate)}"
     nodes = -(-space.devices // profile.devices_per_node)
@@ -357,5 +358,5 @@ def _rate(number: float) -> str:
 
 
 def _would_meet(question: Question) -> bool:
-    found = explore(replace(question, fast=True))
+    found = explore(replace(question, fast=True, smallest=True))
     return any(one.estimate.excess(question.targets) <= 0 for one in found.found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -32,7 +33,7 @@ NEAR_FRONT = 0.15
 MOST_SIMULATED = 16
 _HOPELESS = 5.0
 _LEAST_COUNTED = 200
-_ROUNDS, _LEAST_OF_A_TRACE = 6, 4000
+_ROUNDS, _MOST_SEQUENCES, _LEAST_OF_A_TRACE = 4, 400, 4000
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Question:
         num_shown: candidates that are shown, and simulated three times.
         fast: estimate only; simulate nothing.
         worst: take upper bounds of latencies that are guesses.
+        smallest: of layouts that differ in their replicas only, estimate the smallest engines only.
         jobs: cores to use; None: all.
         clip_to: tokens of the longest sequence, where there is no load.
         clip: whether longer prompts are cut there; else they are refused.
@@ -69,6 +71,7 @@ class Question:
     seed: int = 0
     fast: bool = False
     worst: bool = False
+    smallest: bool = False
     jobs: int | None = None
     clip_to: int | None = None
     clip: bool = False
@@ -82,6 +85,12 @@ class Question:
     def goal(self) -> str:
         """What is best: `latency` at a given rate, else `throughput`."""
         return "latency" if self.load is not None and self.load.rate is not None else "throughput"
+
+    @property
+    def most_engines(self) -> float:
+        """Engines that have a request each."""
+        concurrency = self.load.concurrency if self.load is not None else None
+        return math.inf if concurrency is None else concurrency
 
     def demand(self, engines: int) -> Demand:
         """The means of one engine's load."""
@@ -306,29 +315,54 @@ class _Screened(NamedTuple):
 
 
 def _screened(question: Question) -> _Screened:
-    """Estimates of all that fits. Where combinations are very many, all layouts get the middle
-    setting, and only the best ones the others."""
-    space = question.space
-    pairs = layouts(space, question.model, question.profile)
-    settings = list(space.settings(Layout()))
+    """Estimates of what fits.
+
+    Layouts that differ in their replicas only are a family. A replica does the same in all of them,
+    and waits for fewer others in the smallest engines, whose leaders have least to do. So these
+    stand for their family first, and only the best families are looked at as a whole.
+    """
+    pairs = [
+        (engines, layout)
+        for engines, layout in layouts(question.space, question.model, question.profile)
+        if engines <= question.most_engines
+    ]
+    settings = list(question.space.settings(Layout()))
     if not settings:
         raise ConfigError("each of --max-num-seqs exceeds each of --max-num-batched-tokens")
-    if len(pairs) * len(settings) <= _MOST_COMBINATIONS:
-        found = _estimated(question, pairs, settings)
-        number = len(pairs) * len(settings)
-    else:
-        middle = settings[len(settings) // 2]
-        found = _estimated(question, pairs, [middle])
-        found.sort(key=lambda one: _estimated_rank(question, one))
-        best = [(one.candidate.engines, one.candidate.layout) for one in found[:_MOST_PAIRS]]
-        others = [one for one in settings if one != middle]
-        found += _estimated(question, best, others)
-        number = len(pairs) + len(best) * len(others)
+    smallest: dict[Layout, tuple[int, Layout]] = {}
+    for pair in pairs:  # the smallest engines come first
+        smallest.setdefault(pair[1].with_fewest_replicas, pair)
+    found, number = _in_settings(question, list(smallest.values()), settings)
+    if not question.smallest:
+        near = _near_front(question, found)
+        families = dict.fromkeys(one.candidate.layout.with_fewest_replicas for one in near)
+        best = set(itertools.islice(families, _MOST_FAMILIES))
+        first = set(smallest.values())
+        others = [one for one in pairs if one[1].with_fewest_replicas in best and one not in first]
+        if others:
+            found += _estimated(question, others, settings)
+            number += len(others) * len(settings)
     found.sort(key=lambda one: _estimated_rank(question, one))
     return _Screened(found, len(pairs), number)
 
 
-_MOST_COMBINATIONS, _MOST_PAIRS = 6000, 64
+def _in_settings(
+    question: Question, pairs: Sequence[tuple[int, Layout]], settings: Sequence[EngineConfig]
+) -> tuple[list[Found], int]:
+    """Estimates of `pairs`, and how many combinations were tried. Where there are very many, all
+    layouts get the middle setting, and only the best ones the others."""
+    if len(pairs) * len(settings) <= _MOST_COMBINATIONS:
+        return _estimated(question, pairs, settings), len(pairs) * len(settings)
+    middle = settings[len(settings) // 2]
+    found = _estimated(question, pairs, [middle])
+    found.sort(key=lambda one: _estimated_rank(question, one))
+    best = [(one.candidate.engines, one.candidate.layout) for one in found[:_MOST_PAIRS]]
+    others = [one for one in settings if one != middle]
+    found += _estimated(question, best, others)
+    return found, len(pairs) + len(best) * len(others)
+
+
+_MOST_COMBINATIONS, _MOST_PAIRS, _MOST_FAMILIES = 6000, 64, 12
 _PARTS, _FEW = 32, 24
 
 
@@ -391,23 +425,27 @@ def _estimates_of(
 
 
 def _promising(question: Question, screened: Sequence[Found]) -> list[Found]:
-    """The Pareto front of the estimates, what is near it, and the best ranks, one setting of each
-    layout first."""
-    front = _front([_position(question, one) for one in screened])
-    near = [
-        one for one in screened if any(_is_near(_position(question, one), point) for point in front)
-    ]
-    # Ranks come first: the front also has ends that no target asks for.
-    ordered = sorted(near, key=lambda one: _estimated_rank(question, one))
+    """What to simulate: of what is near the front the best ones, one setting of each layout
+    first."""
     first_of_layout: list[Found] = []
     others: list[Found] = []
     seen = set()
-    for one in ordered:
+    for one in _near_front(question, screened):
         key = one.candidate.engines, one.candidate.layout
         (others if key in seen else first_of_layout).append(one)
         seen.add(key)
     half = MOST_SIMULATED * 2 // 3
     return [*first_of_layout[:half], *others][:MOST_SIMULATED]
+
+
+def _near_front(question: Question, screened: Sequence[Found]) -> list[Found]:
+    """The Pareto front of the estimates and what is near it, the best ranks first: the front also
+    has ends that no target asks for."""
+    front = _front([_position(question, one) for one in screened])
+    near = [
+        one for one in screened if any(_is_near(_position(question, one), point) for point in front)
+    ]
+    return sorted(near, key=lambda one: _estimated_rank(question, one))
 
 
 def _position(question: Question, one: Found) -> tuple[float, float, float]:
@@ -464,30 +502,40 @@ def _simulated(
 
 
 def _simulate(question: Question, one: Found, slower: float) -> Predicted:
+    replicas = _replicas_to_simulate(question, one)
     return predict(
         cost_of(question, one.candidate),
         question.model,
         one.candidate.config,
         one.candidate.num_blocks,
-        _load_of_engine(question, one),
+        _load_of_replicas(question, one, replicas),
         slower=slower,
         give_up=functools.partial(_is_hopeless, question.targets),
+        num_replicas=replicas,
     )
 
 
-def _load_of_engine(question: Question, one: Found) -> Load:
-    """The load of one engine; with a drawn load it has as many requests as were asked for."""
-    engines = one.candidate.engines
-    load = question.load
-    if load is None:
-        layout = one.candidate.layout
-        number = max(1, round(one.estimate.sequences * layout.dp))
-        sample = question.sample
-        repeats = -(-4 * number // len(sample.requests))
-        return replace(sample, requests=sample.requests * max(repeats, 1), concurrency=number)
-    share = load.share(engines, question.seed)
-    most = max(question.num_requests, _ROUNDS * (share.concurrency or 0), _LEAST_OF_A_TRACE)
-    return replace(share, requests=share.requests[:most])
+def _replicas_to_simulate(question: Question, one: Found) -> int:
+    """So many that they hold enough sequences together; all of them where prompts may share
+    prefixes, because then it matters which replica takes a request."""
+    replicas = one.candidate.layout.dp
+    if question.load is not None and question.load.shares_prefixes:
+        return replicas
+    return min(replicas, max(1, int(_MOST_SEQUENCES / max(one.estimate.sequences, 1.0))))
+
+
+def _load_of_replicas(question: Question, one: Found, replicas: int) -> Load:
+    """The load of `replicas` replicas of one engine, long enough for some mean latencies."""
+    part = one.candidate.engines * one.candidate.layout.dp / replicas
+    sequences = one.estimate.sequences * replicas
+    if question.load is None:
+        share = replace(question.sample, concurrency=max(1, round(sequences)))
+    else:
+        share = question.load.share(part, question.seed)
+    most = max(question.num_requests, math.ceil(_ROUNDS * (share.concurrency or sequences)))
+    if question.trace is not None:
+        return replace(share, requests=share.requests[: max(most, _LEAST_OF_A_TRACE)])
+    return share.extended(most)
 
 
 def _is_hopeless(targets: Sequence[Target], times: list[RequestTimes]) -> bool:

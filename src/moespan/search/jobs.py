@@ -6,6 +6,7 @@ works on, so this must be called before threads exist. Imports no torch.
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import sys
@@ -99,6 +100,7 @@ def _fork(work: Callable[[int], T], mine: Sequence[int]) -> tuple[int, int]:
         return pid, reading
     status = 1
     try:
+        gc.disable()  # a child is short-lived, and makes many objects without cycles
         os.close(reading)
         found, answer = _answer(work, mine)
         with os.fdopen(writing, "wb") as writer:

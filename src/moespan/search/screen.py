@@ -9,12 +9,12 @@ chooses what to simulate. Imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from moespan.config import EngineConfig
 from moespan.device import DEVICES
-from moespan.planner.cost import ReplicaStep, StepCost
+from moespan.planner.cost import ReplicaStep, StepCost, rounded
 from moespan.planner.outcome import Target
 from moespan.planner.work import Chunk
 
@@ -111,16 +111,23 @@ class Screen:
         return found._replace(tokens_per_s=demand.rate * demand.output_tokens)
 
     def capacity(self, demand: Demand, targets: Sequence[Target]) -> Estimate:
-        """The engine with as many sequences as the targets allow."""
-        tried = self.sweep(demand)
-        fitting = [one for one in tried if one.excess(targets) <= 0]
-        return max(fitting or tried[:1], key=lambda one: one.tokens_per_s)
+        """The engine with as many sequences as the targets allow; with the fewest if they allow
+        none."""
+        best = None
+        for found in self.sweep(demand):
+            if found.excess(targets) > 0:
+                continue
+            if best is not None and found.tokens_per_s <= best.tokens_per_s:
+                break  # fewer sequences give less
+            best = found
+        return best or found
 
-    def sweep(self, demand: Demand) -> list[Estimate]:
-        """The engine with ever more sequences, up to as many as it takes."""
+    def sweep(self, demand: Demand) -> Iterator[Estimate]:
+        """The engine with ever fewer sequences, from as many as it takes."""
         most = self.most_sequences(demand)
         tries = [2.0**power for power in range(15) if 2.0**power < most]
-        return [self._closed(demand, sequences, sequences) for sequences in [*tries, most]]
+        for sequences in [most, *reversed(tries)]:
+            yield self._closed(demand, sequences, sequences)
 
     def most_sequences(self, demand: Demand) -> float:
         """Most sequences that decode in a replica at a time: by its limits, by the blocks that they
@@ -158,8 +165,9 @@ class Screen:
         config = self._config
         per_plan = max(sequences / config.layout.pp, 1e-6)
         context = demand.prompt_tokens + demand.output_tokens / 2
-        decode_s = self._period(per_plan, context)
-        room = max(config.max_num_batched_tokens - per_plan, 1.0)
+        number = rounded(max(round(per_plan), 1))
+        decode_s = self._period(number, context)
+        room = max(config.max_num_batched_tokens - number, 1)
         tokens = per_plan * demand.prompt_tokens / demand.output_tokens
         size = min(max(demand.prompt_tokens, tokens), room)
         chunk = Chunk(max(round(size), 1), max(demand.prompt_tokens - size, 0.0) / 2)
@@ -167,14 +175,13 @@ class Screen:
         share = min(tokens / size, 1.0)
         any_share = 1 - (1 - share) ** config.layout.dp
         busy = max(round(share * config.layout.dp / max(any_share, 1e-9)), 1)
-        mixed_s = self._period(per_plan, context, chunk, busy)
+        mixed_s = self._period(number, context, chunk, busy)
         return (1 - any_share) * decode_s + any_share * mixed_s, mixed_s
 
     def _period(
-        self, sequences: float, context: float, chunk: Chunk | None = None, busy: int = 0
+        self, number: int, context: float, chunk: Chunk | None = None, busy: int = 0
     ) -> float:
         """Seconds between two plans of the same sequences, if `busy` replicas compute a prompt."""
-        number = max(round(sequences), 1)
         key = number, int(number * context), chunk, busy
         if key not in self._periods:
             self._periods[key] = self._computed_period(*key)

@@ -12,6 +12,7 @@ engine's host time does. Imports no torch.
 from __future__ import annotations
 
 import functools
+import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ Plans = list[StepPlan | None]
 
 _SAMPLED = Sampled(1)
 _CHECKED_EVERY = 64
+_REMEMBERED = 64
 
 
 class StepTimer(Protocol):
@@ -84,19 +86,43 @@ def simulate(
     slower: float = 1.0,
     give_up: Callable[[list[RequestTimes]], bool] | None = None,
     on_step: Callable[[Plans], None] | None = None,
+    num_others: int = 0,
 ) -> Run:
     """Run `load` on an engine of `config` with `num_blocks` blocks of KV cache.
 
     Args:
+        timer: takes the steps of all replicas, with those of `num_others`.
         slower: factor on the times of stages.
         give_up: asked now and then with the times so far; True ends the run.
         on_step: called with the plans of each step.
+        num_others: replicas of the engine beside those of `config`, which are not simulated: each
+            computes in a step what a simulated one did in one of the last steps, by chance.
 
     Raises:
         ConfigError: `num_blocks` cannot hold one sequence.
         RequestError: a request is too long for the engine.
     """
-    return _Simulation(config, num_blocks, vocab_size, timer, load, slower, on_step).run(give_up)
+    others = _Others(num_others)
+    return _Simulation(config, num_blocks, vocab_size, timer, load, slower, on_step, others).run(
+        give_up
+    )
+
+
+class _Others:
+    """What replicas compute that are not simulated. Replicas are alike and take requests by
+    themselves, so that one does at any time what another one does at another time."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._past: deque[ReplicaStep] = deque(maxlen=_REMEMBERED)
+        self._draw = random.Random("replicas")
+
+    def beside(self, step: list[ReplicaStep]) -> list[ReplicaStep]:
+        """The steps of all replicas, if the simulated ones compute `step`."""
+        if not self._number:
+            return step
+        self._past.extend(step)
+        return step + self._draw.choices(self._past, k=self._number)
 
 
 class _Simulation:
@@ -111,6 +137,7 @@ class _Simulation:
         load: Load,
         slower: float,
         on_step: Callable[[Plans], None] | None,
+        others: _Others,
     ) -> None:
         # Prompts without known tokens are all alike, which a cache must not find.
         self._shares_prefixes = config.enable_prefix_caching and load.shares_prefixes
@@ -118,7 +145,7 @@ class _Simulation:
         config = replace(config, speculative_tokens=0, enable_prefix_caching=self._shares_prefixes)
         self._replicas = Replicas(config, num_blocks, vocab_size)
         self._timer, self._load, self._slower, self._on_step = timer, load, slower, on_step
-        self._vocab_size = vocab_size
+        self._vocab_size, self._others = vocab_size, others
         self._is_host = DEVICES[config.device].is_host
         self._most_in_flight = config.most_steps_in_flight
         self._free_at = [0.0] * config.layout.pp
@@ -184,7 +211,7 @@ class _Simulation:
         if self._on_step:
             self._on_step(plans)
         self._num_steps += 1
-        step = [IDLE if plan is None else shape(plan) for plan in plans]
+        step = self._others.beside([IDLE if plan is None else shape(plan) for plan in plans])
         self._now += self._timer.before_s(step)
         at = self._now
         for stage, seconds in enumerate(self._timer.stages_s(step)):
