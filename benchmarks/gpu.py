@@ -6,7 +6,8 @@
 The parts run in this order while time is left: every operation against the reference, on new random
 inputs, with uninitialised memory poisoned; `verify` on the small checkpoints of the tests; the
 limits of the card; decode and prefill of the model with random weights, drawn on the card; the same
-through the scheduler; transformers, if it is installed. A short table comes last.
+through the scheduler; transformers, if it is installed. Lines come as they are measured, and all of
+them once more as a table.
 
 A decode or prefill is one step of a worker: the leader's message, the graph or the kernels, and
 sampling, up to the token on the host. Its limit is the longer of two times: that of the bytes to be
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from old_triton import read_scalars
 from poison import Poisoned
 from torch import Tensor
 
@@ -369,6 +371,34 @@ class Row:
         return step_work(config, engine, self.batch, self.new, self.context)
 
 
+class Rows:
+    """The figures so far, each told as it comes.
+
+    Args:
+        limits: of the card; None if they could not be measured.
+    """
+
+    def __init__(self, config: ModelConfig, engine: EngineConfig, limits: Limits | None) -> None:
+        self._config, self._engine, self._limits = config, engine, limits
+        self.entries: list[dict[str, Any]] = []
+
+    def add(self, row: Row) -> None:
+        """Take in a figure."""
+        entry = {**asdict(row), "tokens_per_s": row.tokens_per_s}
+        if self._limits is not None:
+            work = row.work(self._config, self._engine)
+            least_s = work.least_s(self._limits)
+            entry |= {
+                "limit_tokens_per_s": row.batch * row.new / least_s,
+                "bound": work.bound(self._limits),
+                "reached": least_s / row.seconds if row.seconds else None,
+                "operations": work.operations,
+                "bytes": work.num_bytes,
+            }
+        self.entries.append(entry)
+        _tell(row_line(entry))
+
+
 class Bench:
     """The model with random weights, and the times of its steps."""
 
@@ -574,6 +604,7 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
         "machine": machine_name(args.device),
         "versions": {"moespan": __version__, "torch": torch.__version__, **_versions()},
         "skipped": [],
+        "failed": [],
     }
 
     def part(name: str, needs_s: float, make: Callable[[], Any]) -> Any:
@@ -581,13 +612,14 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
         if clock.left_s() < (needs_s if on_a_card else 0):
             report["skipped"].append(f"{name}: {clock.left_s():.0f} s were left")
             return None
-        print(f"{name} ...", file=sys.stderr, flush=True)
+        _tell(f"{name} ...")
         started = time.perf_counter()
         try:
             report[name] = make()
         except Exception as error:  # the other parts are still useful
-            report["skipped"].append(f"{name}: {type(error).__name__}: {error}"[:500])
+            report["failed"].append(f"{name}: {type(error).__name__}: {error}"[:500])
             report[name] = None
+            _tell(f"FAILED {report['failed'][-1]}")
         report.setdefault("seconds", {})[name] = time.perf_counter() - started
         return report[name]
 
@@ -604,32 +636,36 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
         with torch.inference_mode():
             return check_operations(ops, config, dtypes, quantizations, sizes, device)
 
-    part("operations", 60, checks)
-    part("verify", 60, lambda: verify_oracles(args))
+    for name, check in (("operations", checks), ("verify", lambda: verify_oracles(args))):
+        part(name, 60, check)
+        _tell(*check_lines(name, report.get(name)))
     dtype = getattr(torch, args.dtype)
     limits = part("limits", 10, lambda: asdict_limits(measure_limits(device, dtype, sizes)))
+    if limits:
+        _tell(limits_line(limits))
     bench = Bench(folder, config, args, sizes)
     report["load_s"] = bench.loaded.seconds
-    rows: list[Row] = []
+    rows = Rows(config, bench.config, Limits(**limits) if limits else None)
+    _tell(HEADING)
 
     def figures() -> int:
         for context in sizes.contexts:
             for batch in sizes.decode_batch:
                 if clock.left_s() < 60 and on_a_card:
-                    rows.append(Row("moespan", "decode", batch, context, 1, None, "no time left"))
+                    rows.add(Row("moespan", "decode", batch, context, 1, None, "no time left"))
                     continue
                 seconds = bench.step(batch, context, 1)
                 note = "" if seconds else "cache does not fit"
-                rows.append(Row("moespan", "decode", batch, context, 1, seconds, note))
+                rows.add(Row("moespan", "decode", batch, context, 1, seconds, note))
         for length in sizes.prefill:
-            rows.append(Row("moespan", "prefill", 1, 0, length, bench.step(1, 0, length)))
-        return len(rows)
+            rows.add(Row("moespan", "prefill", 1, 0, length, bench.step(1, 0, length)))
+        return len(rows.entries)
 
     def through_engine() -> int:
         for batch in sizes.engine_batch:
             context = sizes.contexts[0]
             seconds = bench.through_the_engine(batch, context)
-            rows.append(Row("with scheduler", "decode", batch, context, 1, seconds))
+            rows.add(Row("with scheduler", "decode", batch, context, 1, seconds))
         return len(sizes.engine_batch)
 
     part("moespan", 60, figures)
@@ -637,7 +673,6 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
     if bench.worker.graphs is not None:
         graphs = bench.worker.graphs
         report["graphs"] = {"recorded": graphs.num_recorded, "memory_bytes": graphs.memory_bytes}
-    engine_config = bench.config
     bench.close()
     gc.collect()
     if on_a_card:
@@ -646,24 +681,16 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
         report["skipped"].append("transformers: not installed")
     else:
         part("transformers", 75, lambda: _peer(config, dtype, device, sizes, clock, rows))
-    report["rows"] = []
-    for row in rows:
-        entry = {**asdict(row), "tokens_per_s": row.tokens_per_s}
-        if limits:
-            work, measured = row.work(config, engine_config), Limits(**limits)
-            least_s = work.least_s(measured)
-            entry |= {
-                "limit_tokens_per_s": row.batch * row.new / least_s,
-                "bound": work.bound(measured),
-                "reached": least_s / row.seconds if row.seconds else None,
-                "operations": work.operations,
-                "bytes": work.num_bytes,
-            }
-        report["rows"].append(entry)
-    report["passed"] = all(
+    report["rows"] = rows.entries
+    report["passed"] = not report["failed"] and all(
         entry["passed"] for name in ("operations", "verify") for entry in report.get(name) or []
     )
     return report
+
+
+def _tell(*lines: str) -> None:
+    """What is known so far, so that nothing is lost if the command is cut short."""
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def asdict_limits(limits: Limits) -> dict[str, float]:
@@ -680,13 +707,13 @@ def _peer(
     device: torch.device,
     sizes: Sizes,
     clock: Clock,
-    rows: list[Row],
+    rows: Rows,
 ) -> int:
     """Rows of transformers: prefill, decode, then compiled decode, while time is left."""
     peer = Transformers(config, dtype, device)
-    before = len(rows)
+    before = len(rows.entries)
     for length in sizes.prefill:
-        rows.append(Row("transformers", "prefill", 1, 0, length, peer.prefill(length)))
+        rows.add(Row("transformers", "prefill", 1, 0, length, peer.prefill(length)))
     ways = {"transformers": None, "transformers, static": "static"}
     for name, cache in ways.items():
         for context in sizes.contexts[: 1 if cache else None]:
@@ -697,8 +724,8 @@ def _peer(
                     seconds, note = peer.decode(batch, context, cache), ""
                 except torch.OutOfMemoryError:
                     seconds, note = None, "out of memory"
-                rows.append(Row(name, "decode", batch, context, 1, seconds, note))
-    return len(rows) - before
+                rows.add(Row(name, "decode", batch, context, 1, seconds, note))
+    return len(rows.entries) - before
 
 
 def _versions() -> dict[str, str]:
@@ -716,33 +743,50 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     weights = report["quantization"] or report["dtype"]
     yield f"{report['model']}, {weights}, {report['machine']}: {versions}"
     for name in ("operations", "verify"):
-        entries = report.get(name) or []
-        failed = [entry for entry in entries if not entry["passed"]]
-        yield f"{name}: {len(entries) - len(failed)} of {len(entries)} passed"
-        for entry in failed:
-            yield "  FAILED " + ", ".join(f"{key}={value}" for key, value in entry.items())
+        yield from check_lines(name, report.get(name))
     if report.get("limits"):
-        bandwidth, rate = report["limits"].values()
-        yield f"limits: {bandwidth / 1e9:.0f} GB/s copied, {rate / 1e12:.1f} TFLOP/s"
+        yield limits_line(report["limits"])
+    for failed in report["failed"]:
+        yield f"FAILED {failed}"
     for skipped in report["skipped"]:
         yield f"skipped: {skipped}"
-    yield (
-        f"{'engine':<21}{'phase':<8}{'batch':>6}{'context':>8}{'new':>6}{'ms':>10}{'tokens/s':>10}"
-        f"{'limit':>10}{'reached':>9}  bound by"
+    yield HEADING
+    yield from map(row_line, report["rows"])
+
+
+HEADING = (
+    f"{'engine':<21}{'phase':<8}{'batch':>6}{'context':>8}{'new':>6}{'ms':>10}{'tokens/s':>10}"
+    f"{'limit':>10}{'reached':>9}  bound by"
+)
+
+
+def check_lines(name: str, entries: list[dict[str, Any]] | None) -> Iterator[str]:
+    """How many checks passed, and each that did not."""
+    entries = entries or []
+    failed = [entry for entry in entries if not entry["passed"]]
+    yield f"{name}: {len(entries) - len(failed)} of {len(entries)} passed"
+    for entry in failed:
+        yield "  FAILED " + ", ".join(f"{key}={value}" for key, value in entry.items())
+
+
+def limits_line(limits: dict[str, float]) -> str:
+    """The limits of the card."""
+    bandwidth, rate = limits.values()
+    return f"limits: {bandwidth / 1e9:.0f} GB/s copied, {rate / 1e12:.1f} TFLOP/s"
+
+
+def row_line(row: dict[str, Any]) -> str:
+    """One figure as a line of the table."""
+    start = (
+        f"{row['engine']:<21}{row['phase']:<8}{row['batch']:>6}{row['context']:>8}{row['new']:>6}"
     )
-    for row in report["rows"]:
-        start = (
-            f"{row['engine']:<21}{row['phase']:<8}{row['batch']:>6}{row['context']:>8}"
-            f"{row['new']:>6}"
-        )
-        if row["seconds"] is None:
-            yield f"{start}  {row['note']}"
-            continue
-        yield (
-            f"{start}{1e3 * row['seconds']:>10.3f}{row['tokens_per_s']:>10.0f}"
-            f"{row.get('limit_tokens_per_s', 0):>10.0f}{row.get('reached', 0):>9.1%}"
-            f"  {row.get('bound', '')}"
-        )
+    if row["seconds"] is None:
+        return f"{start}  {row['note']}"
+    return (
+        f"{start}{1e3 * row['seconds']:>10.3f}{row['tokens_per_s']:>10.0f}"
+        f"{row.get('limit_tokens_per_s', 0):>10.0f}{row.get('reached', 0):>9.1%}"
+        f"  {row.get('bound', '')}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -761,6 +805,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+        read_scalars()
     elif not torch.cuda.is_available():
         parser.error("torch finds no CUDA device; --device cpu --preset tiny tries the script out")
     with tempfile.TemporaryDirectory() as folder:

@@ -48,8 +48,27 @@ def test_one_command_checks_and_measures(
         ("with scheduler", "decode", 2, 1),
     ]
     assert all(row["reached"] > 0 and row["limit_tokens_per_s"] > 0 for row in report["rows"])
-    lines = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
     assert [line.split()[0] for line in lines[-4:]] == ["moespan"] * 3 + ["with"]
+    assert set(lines[1:]) - set(told.err.splitlines()) == {"skipped: transformers: not installed"}
+
+
+def test_a_part_that_breaks_off_fails_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    small(monkeypatch)
+
+    def broken(*args: object) -> list[object]:
+        raise ZeroDivisionError("in a kernel")
+
+    monkeypatch.setattr(gpu, "check_operations", broken)
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--preset", "tiny"])
+    told = capsys.readouterr()
+    line = "FAILED operations: ZeroDivisionError: in a kernel"
+    assert line in told.err.splitlines() and line in told.out.splitlines()
+    assert "moespan" in told.out.splitlines()[-2], "the other parts were made"
 
 
 def test_a_wrong_operation_fails_the_command(

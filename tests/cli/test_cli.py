@@ -129,7 +129,7 @@ def test_verify_takes_every_spelling(name: str, flag: str, value: str, meant: ob
     assert getattr(parse("verify", "M", "--reference", "R", flag, value), name) == meant
 
 
-NGRAM = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}'
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2}'
 
 
 @pytest.mark.parametrize("flags", [["--speculative-tokens", "4"], ["--speculative-config", NGRAM]])
@@ -145,6 +145,10 @@ def test_drafts_are_asked_for_in_two_forms(flags: list[str]):
         ('{"method": "eagle", "num_speculative_tokens": 4}', 'only {"method": "ngram", ...}'),
         ('{"method": "ngram"}', "num_speculative_tokens must be a number of tokens"),
         ('{"method": "ngram", "num_speculative_tokens": 4, "model": "m"}', "'model' is not known"),
+        (
+            '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 3}',
+            "prompt_lookup_min=3 is refused: drafts follow the last 2 tokens",
+        ),
     ],
 )
 def test_other_speculation_is_refused(cli: Cli, config: str, said: str):

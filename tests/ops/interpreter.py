@@ -7,11 +7,17 @@ and treats their NaN as a number.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+# The scripts find each other where they lie, as when they are run.
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from old_triton import read_scalars
 
 _WIDER = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -21,6 +27,7 @@ def fix_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    read_scalars()
     builder = interpreter.InterpreterBuilder
     convert, create_dot, cast = interpreter._convert_float, builder.create_dot, builder.cast_impl
 

@@ -22,11 +22,13 @@ from moespan.config import (
     EngineConfig,
 )
 from moespan.device import DEVICES
+from moespan.engine.drafts import NUM_MATCHED
 from moespan.errors import shown
 from moespan.front.settings import PYTHON_ONLY, Settings
 from moespan.machine.cluster import Found, nodes_of
 
 _NUM_TOKENS = "num_speculative_tokens"
+_LOOKUP_MIN, _LOOKUP_MAX = "prompt_lookup_min", "prompt_lookup_max"
 
 
 def settings_of(args: argparse.Namespace, **defaults: Any) -> Settings:
@@ -495,17 +497,22 @@ def _add_node_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _ngram_tokens(text: str) -> int:
-    """The number of drafts in vLLM's `--speculative-config`; how many tokens must match is found
-    by itself, so the bounds of that are taken and not used."""
+    """The number of drafts in vLLM's `--speculative-config`."""
     try:
         asked = json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not valid JSON: {error}") from None
     if not isinstance(asked, dict) or asked.get("method") != "ngram":
         raise argparse.ArgumentTypeError('only {"method": "ngram", ...} is known')
-    unknown = asked.keys() - {"method", _NUM_TOKENS, "prompt_lookup_max", "prompt_lookup_min"}
+    unknown = asked.keys() - {"method", _NUM_TOKENS, _LOOKUP_MIN, _LOOKUP_MAX}
     if unknown:
         raise argparse.ArgumentTypeError(f"{shown(min(unknown))} is not known")
+    for name in asked.keys() & {_LOOKUP_MIN, _LOOKUP_MAX}:
+        if asked[name] != NUM_MATCHED:
+            raise argparse.ArgumentTypeError(
+                f"{name}={shown(asked[name])} is refused: drafts follow the last {NUM_MATCHED} "
+                f"tokens, neither more nor fewer; leave {name} out. It would change no token"
+            )
     if type(asked.get(_NUM_TOKENS)) is not int:
         raise argparse.ArgumentTypeError(f"{_NUM_TOKENS} must be a number of tokens")
     return int(asked[_NUM_TOKENS])

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 from moespan.engine.step import Sampled
 
-_NUM_MATCHED = 2
+NUM_MATCHED = 2
+"""Number of last tokens that must have occurred before."""
+
 # Token ids of a key are this far apart; a larger vocabulary only finds false matches, and false
 # drafts.
 _TOKEN_BITS = 20
-_KEY_MASK = (1 << _NUM_MATCHED * _TOKEN_BITS) - 1
+_KEY_MASK = (1 << NUM_MATCHED * _TOKEN_BITS) - 1
 # How much the last looked-up token counts in the share of right ones, and the share before any.
 _RATE, _FIRST_SHARE = 0.1, 0.4
 # A draft is worth its row if it is accepted more often than not: at batch 1, a second row of a
