@@ -421,7 +421,7 @@ def test_a_program_that_hangs_costs_its_time_limit_only(made: Made, tool: str) -
     [
         ({}, "problem", "not installed"),
         ({"torch": "2.8.0", "torch-npu": "2.9.0"}, "problem", "built for torch 2.9.0"),
-        ({"torch": "2.7.1", "torch-npu": "2.7.1.post4"}, "problem", "needs CANN 9.0.0, not 9.1.0"),
+        ({"torch": "2.8.0", "torch-npu": "2.8.0.post4"}, "problem", "needs CANN 9.0.0, not 9.1.0"),
         ({"torch": "2.9.0", "torch-npu": "2.9.0"}, "problem", "not in the compatibility table"),
         ({"torch": "2.13.0", "torch-npu": "2.13.0"}, "warning", "newer than the compatibility"),
         ({"torch": "2.9.0", "torch-npu": "2.9.0.post8"}, "ok", "CANN 9.1.0"),

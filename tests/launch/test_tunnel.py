@@ -117,7 +117,6 @@ def test_a_store_works_through_the_door() -> None:
         master_listen_fd=inside.detach(),
         wait_for_workers=False,
         timeout=timeout,
-        use_libuv=False,
     )
     listener = loopback_listener()
     point = listener.getsockname()

@@ -268,7 +268,7 @@ def test_a_named_environment_without_the_dependencies(folder: Folder) -> None:
     subprocess.run([REAL, "-m", "venv", "--without-pip", folder.path / "bare"], check=True)
     python = str(folder.path / "bare" / "bin" / "python")
     assert_one_line(
-        folder.setup(PYTHON=python), "lacks torch>=2.7, numpy", f"run: {python} -m pip install ."
+        folder.setup(PYTHON=python), "lacks torch>=2.8, numpy", f"run: {python} -m pip install ."
     )
     assert_one_line(folder.setup("[dev]", PYTHON=python), "pytest", 'pip install ".[dev]"')
 

@@ -356,8 +356,6 @@ class _Meeting:
             master_listen_fd=None if listener is None else listener.detach(),
             wait_for_workers=False,
             timeout=timedelta(seconds=self._nodes.silence_s),
-            # Torch 2.7's other server takes no socket that listens already.
-            use_libuv=False,
         )
 
     def _refused(self, address: str) -> None:

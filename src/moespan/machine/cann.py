@@ -2,7 +2,9 @@
 
 `TORCH_NPU_OF_CANN` is the only table. The start of an engine, `moespan doctor`, docs/ascend.md and
 the stand-in for NPUs read it. It is COMPATIBILITY.md of torch_npu's repository, as of August 2026,
-without the releases of CANN that cannot run moespan:
+without torch_npu 2.7.1, whose torch hangs at times where a process group ends
+(https://github.com/pytorch/pytorch/pull/154976), and without the releases of CANN that cannot run
+moespan:
 
 - 8.3.RC1: its attention takes sequences of several lengths over a paged cache in bfloat16 only, in
   blocks of 128, and not in a recorded graph.
@@ -34,12 +36,12 @@ from moespan.errors import ConfigError
 from moespan.log import once
 
 TORCH_NPU_OF_CANN = {
-    "9.1.0": ("2.12.0", "2.11.0", "2.10.0.post4", "2.9.0.post6", "2.7.1.post8"),
-    "9.0.0": ("2.9.0.post2", "2.8.0.post4", "2.7.1.post4"),
+    "9.1.0": ("2.12.0", "2.11.0", "2.10.0.post4", "2.9.0.post6"),
+    "9.0.0": ("2.9.0.post2", "2.8.0.post4"),
 }
 LEAST_CANN = "9.0.0"
 RECOMMENDED_CANN, RECOMMENDED_TORCH_NPU = "9.1.0", "2.10.0.post4"
-LEAST_TORCH = "2.7"
+LEAST_TORCH = "2.8"
 
 TRY_ANYWAY = "MOESPAN_UNSUPPORTED_CANN"
 
