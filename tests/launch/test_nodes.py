@@ -20,17 +20,19 @@ from typing import Any
 import msgspec
 import pytest
 from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from moespan import LLM, cli
 from moespan.config import EngineConfig, Layout, Nodes
 from moespan.errors import ConfigError, LayoutError, MeetingError
 from moespan.front.start import warn_if_tp_crosses_nodes
-from moespan.launch import meeting, watch
-from moespan.launch.job import Failure
+from moespan.launch import agent, meeting, watch
+from moespan.launch.job import Failure, Job
 from moespan.launch.meeting import Met, facts, meet
 from moespan.launch.tunnel import Door
 from moespan.launch.watch import NoPeers, Watch, write_first_statuses
 from moespan.machine.interfaces import interface_of, interface_towards, interfaces
+from moespan.parallel.beats import Beats
 from tests.support import DATA
 
 FAKE_NODE = str(Path(__file__).with_name("fake_node.py"))
@@ -522,7 +524,18 @@ def test_the_end_of_the_store_is_the_end_of_node_0(trio: Trio) -> None:
     assert trio.causes(1) == ["node 0 (10.0.0.1) has gone: its agent closed the connection"]
 
 
+def test_once_the_end_is_announced_it_is_no_failure_to_miss_a_peer(trio: Trio) -> None:
+    trio.watches[0].announce()
+    trio.watches[0].report(None)
+    trio.watches[1].report(MISSED)
+    trio.cables[2].cut = True
+    assert trio.causes(0, 1) == ["None"] * 2
+    trio.watches[1].report(KILLED)
+    assert trio.causes(1) == ["node 1, rank 5 was killed by SIGKILL"]
+
+
 def test_ranks_that_run_on_after_node_0_ended_well_are_named(trio: Trio) -> None:
+    trio.watches[0].announce()
     for node in (0, 2):
         trio.watches[node].report(None)
     trio.watches[0].close()
@@ -531,6 +544,21 @@ def test_ranks_that_run_on_after_node_0_ended_well_are_named(trio: Trio) -> None
     trio.watches[1].report(None)
     (cause,) = trio.causes(1)
     assert cause == "node 1 (10.0.0.2) has ranks that run on 1 s after those of node 0 ended"
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_signal_after_the_front_has_announced_the_end_is_no_failure(
+    announced: bool, trio: Trio, tmp_path: Path
+) -> None:
+    monitored = Job(tmp_path)
+    (tmp_path / "beats").write_bytes(bytes(Beats.size_bytes(1)))
+    if announced:
+        monitored.beats().announce_end()
+    refused = contextlib.nullcontext() if announced else pytest.raises(SignalException)
+    with refused, agent._reported_to_peers(trio.watches[0], os.getppid(), monitored):
+        raise SignalException("stopped", signal.SIGTERM)
+    trio.watches[1].report(MISSED)
+    assert trio.causes(1) == ["None" if announced else "node 0 was ended by SIGTERM"]
 
 
 def test_one_node_has_only_its_own_failures() -> None:

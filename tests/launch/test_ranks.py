@@ -21,7 +21,7 @@ from moespan.engine.questions import Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams
 from moespan.errors import CheckpointError, EngineDeadError, RequestError
 from moespan.launch import stall
-from moespan.launch.job import Failure
+from moespan.launch.job import FRONT_DIED, Failure
 from moespan.launch.ranks import RanksClient
 
 FAKE_RANK = str(Path(__file__).with_name("fake_rank.py"))
@@ -370,6 +370,13 @@ def test_ranks_die_with_a_killed_front_and_its_directory_is_removed(tmp_path: Pa
     front.stdout.close()
     assert wait_until_gone(processes, DEATH_S) == set()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_end_of_the_front_that_it_does_not_announce_counts_as_its_death() -> None:
+    with start(ranks=1) as client:
+        client._connection.close()
+        assert client._agent.wait(DEATH_S) == 1
+        assert client._agent.job.read_failure() == FRONT_DIED
 
 
 def test_ranks_die_with_a_killed_agent() -> None:

@@ -18,10 +18,18 @@ from moespan.parallel.mesh import Axis
 
 @pytest.fixture
 def beats(tmp_path: Path) -> Beats:
-    """Records of two ranks and their agent."""
+    """Records of two ranks, their agent and their front."""
     path = tmp_path / "beats"
-    path.write_bytes(bytes(Beats.size_bytes(3)))
+    path.write_bytes(bytes(Beats.size_bytes(4)))
     return Beats(path)
+
+
+def test_the_front_announces_its_end_in_a_record_of_its_own(beats: Beats) -> None:
+    for at in range(3):
+        beats.beat(at).ending()
+    assert not beats.end_is_announced
+    beats.announce_end()
+    assert beats.end_is_announced
 
 
 def test_a_place_is_read_as_it_was_written(beats: Beats) -> None:

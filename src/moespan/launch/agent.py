@@ -39,7 +39,7 @@ from moespan.config import EngineConfig, Nodes
 from moespan.errors import ConfigError, MeetingError
 from moespan.launch.cluster_key import cluster_key
 from moespan.launch.fate import OomKills, is_stopped, signal_name
-from moespan.launch.job import STACK_SIGNAL, Failure, Job
+from moespan.launch.job import FRONT_DIED, STACK_SIGNAL, Failure, Job
 from moespan.launch.stall import StallWatch
 from moespan.launch.watch import NoPeers, Peers
 from moespan.log import logger
@@ -52,10 +52,6 @@ _MONITOR_S = 0.1
 _SETTLE_S = 0.3
 _GRACE_S = 3.0
 _ORPHAN_S = 3.0
-_REPARENT_S = 0.05
-"""The kernel closes the links of a killed front a little before its children get another parent."""
-
-_ORPHANED = "lost its front"
 
 
 def main(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
@@ -91,18 +87,19 @@ def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
     except (ConfigError, MeetingError) as error:
         job.write_failure(Failure(rank=None, kind=type(error).__name__, message=str(error)))
         return 1
-    with _reported_to_peers(peers, front_pid):
+    with _reported_to_peers(peers, front_pid, job):
         stalls = StallWatch(
             config.step_timeout_s,
             range(nodes.node_rank * ranks, (nodes.node_rank + 1) * ranks),
             nodes.nnodes,
         )
-        agent = _Agent(job, nodes, peers, master, ranks, stalls, front_pid, program)
+        agent = _Agent(job, nodes, peers, master, ranks, stalls, program)
         agent.run()
         if agent.failure is None:
             return 0
         job.write_failure(agent.failure)
         return 1
+    return 0  # by a signal, after the front had announced the end
 
 
 def _meet(
@@ -139,14 +136,20 @@ def _say_over(nodes: Nodes, reason: str) -> None:
 
 
 @contextlib.contextmanager
-def _reported_to_peers(peers: Peers, front_pid: int) -> Iterator[None]:
-    """Leave the other nodes only when they know the end of this one, even if by a signal."""
+def _reported_to_peers(peers: Peers, front_pid: int, job: Job) -> Iterator[None]:
+    """Leave the other nodes only when they know the end of this one, even if by a signal.
+
+    A signal after the front has announced the end only makes the end quicker.
+    """
     try:
         yield
     except SignalException as stopped:
+        if job.beats().end_is_announced:
+            peers.announce()
+            return peers.report(None)
+        end = f"was ended by {signal_name(int(stopped.sigval))}"
         is_orphan = os.getppid() != front_pid
-        end = _ORPHANED if is_orphan else f"was ended by {signal_name(int(stopped.sigval))}"
-        peers.report(Failure(rank=None, kind="", message=end))
+        peers.report(FRONT_DIED if is_orphan else Failure(rank=None, kind="", message=end))
         raise
     finally:
         peers.close()
@@ -167,7 +170,6 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         master: RendezvousStoreInfo,
         ranks: int,
         stalls: StallWatch,
-        front_pid: int,
         program: list[str],
     ) -> None:
         spec = WorkerSpec(
@@ -187,10 +189,11 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         self._stalls = stalls
         self._oom_kills = OomKills()
         self._shown: list[Place] = []  # of other nodes, to the front
-        self._front_pid = front_pid
         self.failure: Failure | None = None
 
     def _monitor_workers(self, worker_group: Any) -> Any:
+        if self._beats.end_is_announced:
+            self._peers.announce()
         ends = self._ends().values()
         own_failure = None
         if any(ends):
@@ -200,20 +203,12 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
             own_failure = self._stall()
             if own_failure is None:
                 return RunResult(state=WorkerState.HEALTHY)
-        elif self._front_has_died():  # to the ranks this is an orderly end
-            own_failure = Failure(rank=None, kind="", message=_ORPHANED)
         else:
             own_failure = self._stall_seen_elsewhere()
         self._peers.report(own_failure)
         self._shutdown()
         self.failure = self._peers.first_cause()
         return super()._monitor_workers(worker_group)
-
-    def _front_has_died(self) -> bool:
-        deadline = time.monotonic() + _REPARENT_S
-        while os.getppid() == self._front_pid and time.monotonic() < deadline:
-            time.sleep(0.005)
-        return os.getppid() != self._front_pid
 
     def _exit_barrier(self) -> None:
         """Nothing: torch would wait minutes for the other nodes, and `_peers` has bounds."""

@@ -148,6 +148,11 @@ class AgentProcess:
             )
         return _error(self.job, code, starting, self._oom_kills)
 
+    def announce_end(self) -> None:
+        """Say that the front ends on purpose. It must come before the socket to the leader closes:
+        an end of the front without this word counts as its death, on all nodes."""
+        self._beats.announce_end()
+
     def end(self, timeout_s: float = _CLOSE_S + _TERMINATE_S) -> int:
         """Wait for the orderly end that closing the socket has started, then use force.
 

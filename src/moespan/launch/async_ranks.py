@@ -167,6 +167,8 @@ class AsyncRanks:
     async def close(self, timeout_s: float = 12.0) -> None:
         """End all ranks within `timeout_s`, and remove their folder. Idempotent."""
         until = self._loop.time() + timeout_s
+        if self._agent is not None:
+            self._agent.announce_end()
         self._lose(EngineDeadError("the engine is closed"))
         if self._agent is not None:
             self.has_ended_well = await asyncio.to_thread(self._agent.end, timeout_s) == 0

@@ -87,6 +87,9 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
         return ", ".join(filter(None, (self.node, rank)))
 
 
+FRONT_DIED = Failure(rank=None, kind="", message="lost its front")
+
+
 class Job:
     """The directory of one job and the files in it. Only its owner may enter it (0700)."""
 
@@ -119,7 +122,7 @@ class Job:
         mine = range(node_rank * ranks, (node_rank + 1) * ranks)
         sizes = {self._failure_path(rank): _RECORD_BYTES for rank in (None, *mine)}
         sizes |= {self.stack_path(rank): _RECORD_BYTES for rank in mine}
-        sizes[self._beats_path] = Beats.size_bytes(ranks + 1)
+        sizes[self._beats_path] = Beats.size_bytes(ranks + 2)
         for path, size_bytes in sizes.items():
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
@@ -128,7 +131,7 @@ class Job:
                 os.close(descriptor)
 
     def beats(self) -> Beats:
-        """The beats of the ranks of this node, by local rank, and then of the agent."""
+        """The beats of the ranks of this node, by local rank, then of the agent and the front."""
         return Beats(self._beats_path)
 
     def read_config(self) -> EngineConfig:

@@ -34,7 +34,7 @@ from moespan.engine.questions import Question
 from moespan.engine.request import OutputDelta, Request, refusal
 from moespan.errors import MoespanError, RequestError
 from moespan.launch.fate import start_ticks
-from moespan.launch.job import STACK_SIGNAL, Failure, Job
+from moespan.launch.job import FRONT_DIED, STACK_SIGNAL, Failure, Job
 from moespan.launch.protocol import (
     Abort,
     Add,
@@ -168,6 +168,8 @@ def _run(
         beat.ending()
         engine.close(config)
     dist.destroy_process_group()
+    if rank == 0 and not job.beats().end_is_announced:
+        raise PeerGoneError
 
 
 def serve_front(
@@ -238,6 +240,8 @@ def _handle(
 
 
 def _failure(rank: int, error: Exception) -> Failure:
+    if isinstance(error, PeerGoneError):
+        return FRONT_DIED
     on_purpose = isinstance(error, MoespanError)
     kind = type(error).__name__
     return Failure(

@@ -96,6 +96,7 @@ class RanksClient:
             sock = self._accept_leader(deadline)
             self._connection: Connection[FromLeader] = Connection(sock, FromLeader)
             cleanup.callback(self._connection.close)
+            cleanup.callback(self._agent.announce_end)
             self.info = self._wait_until_ready(deadline)
         except BaseException:
             self.close()

@@ -44,6 +44,7 @@ class Status(msgspec.Struct, frozen=True):
         failure: the cause, if it happened on this node.
         order: position of this end among the ends of all nodes.
         may_leave: the node needs nothing more from the others.
+        announced: the front has announced the end of the job. Only node 0 learns that.
         places: where its ranks are in their work.
     """
 
@@ -52,6 +53,7 @@ class Status(msgspec.Struct, frozen=True):
     failure: Failure | None = None
     order: int = 0
     may_leave: bool = False
+    announced: bool = False
     places: list[Place] = []
 
 
@@ -69,6 +71,9 @@ class Peers(Protocol):
 
     def failures(self) -> list[Failure]:
         """The failures that other nodes have reported."""
+
+    def announce(self) -> None:
+        """Publish, on node 0, that the front has announced the end of the job. Does not wait."""
 
     def report(self, failure: Failure | None) -> None:
         """Publish, once, that the ranks here ended, and the failure here, if any. Does not wait."""
@@ -100,6 +105,9 @@ class NoPeers:
     def failures(self) -> list[Failure]:
         """There are no other nodes."""
         return []
+
+    def announce(self) -> None:
+        """Nobody else wants to know."""
 
     def report(self, failure: Failure | None) -> None:
         """Keep the failure."""
@@ -168,6 +176,12 @@ class Watch:
         statuses = [self._statuses[node] for node in self._others]
         return [status.failure for status in statuses if status.failure is not None]
 
+    def announce(self) -> None:
+        """Publish, on node 0, that the front has announced the end of the job. Does not wait."""
+        if not self._own.announced:
+            self._own = msgspec.structs.replace(self._own, announced=True)
+            self._wake.set()
+
     def report(self, failure: Failure | None) -> None:
         """Publish, once, that the ranks here ended, and the failure here, if any. Does not wait."""
         if failure is not None:
@@ -175,7 +189,7 @@ class Watch:
             failure = msgspec.structs.replace(failure, node=node)
         else:
             failure = self._missing(self._nodes.silence_s)
-        self._own = Status(ended=True, failure=failure)
+        self._own = msgspec.structs.replace(self._own, ended=True, failure=failure)
         self._wake.set()
 
     def first_cause(self) -> Failure | None:
@@ -185,16 +199,16 @@ class Watch:
         peers. Among equals, the earliest counts. If several nodes report the same failure, as of a
         step that hangs, their stacks are put together.
         """
-        if not self._own.failure and not self._has_failed():
+        if not self._has_failed():
             # Ranks end well when the front closes, and also when it dies; node 0 knows which.
-            _wait(_ENDS_S, lambda: self._has_failed() or self._is_accounted_for(0))
-            if self._has_ended_well():
-                return None
+            _wait(
+                _ENDS_S,
+                lambda: self._ends_well() or self._has_failed() or self._is_accounted_for(0),
+            )
+        if self._ends_well():
+            return None
         _wait(_ENDS_S, lambda: all(map(self._is_accounted_for, range(self._nodes.nnodes))))
-        statuses = list(self._statuses)
-        if not statuses[self._nodes.node_rank].ended:  # the store no longer took it
-            statuses[self._nodes.node_rank] = self._own
-        failures = [(status.order, status.failure) for status in statuses if status.failure]
+        failures = self._failures()
         if not failures:
             return None
         _, first = min(
@@ -241,7 +255,7 @@ class Watch:
                 own = self._own
                 if own.ended and not order:
                     order = self._store.add("ends", 1)
-                may_leave = own.may_leave or self._has_ended_well()
+                may_leave = own.may_leave or self._ends_well()
                 status = msgspec.structs.replace(
                     own, beat=beat, order=order, may_leave=may_leave, places=self._places
                 )
@@ -271,22 +285,38 @@ class Watch:
 
     def _missing(self, limit_s: float) -> Failure | None:
         """The first lost node, or this one if the others have ended long ago."""
-        if not self._has_ended_well():
+        if not self._ends_well():
             lost = ((node, self._absence(node, limit_s)) for node in self._others)
             return next((self._node_failure(node, how) for node, how in lost if how), None)
         if self._own.ended or time.monotonic() - self._changed_at[0] < self._nodes.silence_s:
             return None
-        return self._node_failure(
-            self._nodes.node_rank,
-            f"has ranks that run on {self._nodes.silence_s:g} s after those of node 0 ended",
-        )
+        message = f"has ranks that run on {self._nodes.silence_s:g} s after those of node 0 ended"
+        failure = self._node_failure(self._nodes.node_rank, message)
+        return msgspec.structs.replace(failure, lost_peer=False)
+
+    def _known(self) -> list[Status]:
+        """The statuses of all nodes; this node's own is the newest, even if the store lacks it."""
+        statuses, at = list(self._statuses), self._nodes.node_rank
+        statuses[at] = msgspec.structs.replace(self._own, order=statuses[at].order)
+        return statuses
+
+    def _failures(self) -> list[tuple[int, Failure]]:
+        """All failures, each with the order of its end. Whoever only misses a peer does not fail
+        once the end is announced: that peer may have ended first."""
+        known = self._known()
+        failures = ((status.order, status.failure) for status in known)
+        return [
+            (order, failure)
+            for order, failure in failures
+            if failure and not (failure.lost_peer and known[0].announced)
+        ]
 
     def _has_failed(self) -> bool:
-        return any(status.failure for status in self._statuses)
+        return bool(self._failures())
 
-    def _has_ended_well(self) -> bool:
-        """Whether node 0, which has the front, reports a good end. It may leave with the store."""
-        return self._statuses[0].ended and not self._has_failed()
+    def _ends_well(self) -> bool:
+        """Whether the front has announced the end. Node 0 may then leave with the store."""
+        return self._known()[0].announced and not self._has_failed()
 
     def _node_failure(self, node: int, message: str) -> Failure:
         name = f"node {node} ({self._addresses[node]})"

@@ -1,8 +1,8 @@
 """The beats of ranks: where each rank is in its work, readable from outside its process.
 
-A file holds one record for each rank and one for the agent. Every process maps the file into its
-memory, so a write is a store without a system call, and a reader needs no help from the writer: it
-also sees where a process is that is stopped, or hangs inside foreign code.
+A file holds one record for each rank, then one for the agent and one for the front. Every process
+maps the file into its memory, so a write is a store without a system call, and a reader needs no
+help from the writer: it also sees where a process is that is stopped, or hangs inside foreign code.
 
 A record holds two independent signs of life:
 
@@ -225,6 +225,19 @@ class Beats:
     def beat(self, index: int) -> Beat:
         """The writer of one record."""
         return Beat(self._view[index * _RECORD_BYTES : (index + 1) * _RECORD_BYTES])
+
+    def announce_end(self) -> None:
+        """The front ends on purpose, and with it the ranks."""
+        self.beat(self._front).ending()
+
+    @property
+    def end_is_announced(self) -> bool:
+        """Whether the front has called `announce_end`. A front that goes without it has died."""
+        return self.place(self._front, 0).state == ENDING
+
+    @property
+    def _front(self) -> int:
+        return len(self._map) // _RECORD_BYTES - 1
 
     def alive(self, index: int) -> int:
         """The counter `alive` of one record."""
