@@ -18,7 +18,7 @@ inline int64_t slot_of(const int32_t* table, int64_t token, const Cache& c) {
     return table[token / c.block_size] * c.block_size + token % c.block_size;
 }
 
-constexpr int KEYS = 256;             // keys at a time
+constexpr int KEYS = 256;             // keys at a time, a multiple of PANEL
 constexpr int MOST_HEAD_VECTORS = 16; // heads have up to 256 elements
 
 // A cached head of D elements as bfloat16: in place, or dequantised into `room`.
@@ -35,15 +35,34 @@ template <class T>
 void pack_keys(const T* keys, const Cache& c, const int32_t* table, int64_t start, int64_t count,
                int64_t head, bf16* packed) {
     const int64_t D = c.head_size;
-    for (int64_t t = 0; t < ceil_div(count, PANEL) * PANEL; t++) {
-        uint32_t* to = (uint32_t*)packed + t / PANEL * (D / 2) * PANEL + t % PANEL;
-        alignas(64) bf16 room[MOST_HEAD_VECTORS * LANES] = {};
-        const bf16* key = room;
-        if (t < count) {
-            const int64_t at = slot_of(table, start + t, c) * c.heads + head;
-            key = as_bf16(keys + at * D, sizeof(T) == 1 ? c.key_scales[at] : 1, D, room);
+    alignas(64) bf16 room[LANES][MOST_HEAD_VECTORS * LANES];
+    for (int64_t t = 0; t < ceil_div(count, PANEL) * PANEL; t += LANES) {
+        const char* from[LANES];
+        for (int i = 0; i < LANES; i++) {
+            from[i] = (const char*)room[i];
+            if (t + i >= count) {
+                std::memset(room[i], 0, D * sizeof(bf16));
+                continue;
+            }
+            const int64_t at = slot_of(table, start + t + i, c) * c.heads + head;
+            from[i] = (const char*)as_bf16(keys + at * D, sizeof(T) == 1 ? c.key_scales[at] : 1, D,
+                                           room[i]);
         }
-        for (int64_t d = 0; d < D / 2; d++) std::memcpy(to + d * PANEL, key + 2 * d, 4);
+        uint32_t* to = (uint32_t*)packed + t / PANEL * (D / 2) * PANEL + t % PANEL;
+        pack_words(LANES, D / 2, PANEL, to, [&](int64_t i) { return from[i]; });
+    }
+}
+
+// Asks for keys and values `start` to `start + count` of one head.
+template <class T>
+void prefetch_heads(const Cache& c, const int32_t* table, int64_t start, int64_t count,
+                    int64_t head) {
+    for (int64_t t = start; t < start + count; t++) {
+        const int64_t at = (slot_of(table, t, c) * c.heads + head) * c.head_size * sizeof(T);
+        for (int64_t b = 0; b < c.head_size * (int64_t)sizeof(T); b += 64) {
+            __builtin_prefetch((const char*)c.keys + at + b, 0, 2);
+            __builtin_prefetch((const char*)c.values + at + b, 0, 2);
+        }
     }
 }
 
@@ -123,12 +142,16 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
     const T* values = (const T*)c.values;
     const int64_t length = position + count;
     AmxShapes shapes;
+    // Each tile asks for a part of the next block of keys, whose heads lie far apart in memory.
+    const int64_t ahead = ceil_div(KEYS, tiles.size());
     for (int64_t start = 0; start < length; start += KEYS) {
         const int64_t here = std::min<int64_t>(KEYS, length - start);
         pack_keys(keys, c, table, start, here, kv_head, packed_keys);
         pack_values(values, c, table, start, here, kv_head, packed_values);
         for (const Tile& tile : tiles) {
             const int64_t r0 = tile.row, n = tile.rows;
+            const int64_t next = start + KEYS + (&tile - tiles.data()) * ahead;
+            prefetch_heads<T>(c, table, next, std::min(ahead, length - next), kv_head);
             // Keys of this block that the last query of the tile sees, rounded up to whole panels.
             const int64_t last = position + (r0 + n - 1) / group + 1 - start;
             if (last <= 0) continue;
@@ -183,8 +206,8 @@ void prefill(const bf16* q, int64_t q_stride, bf16* out, int64_t stride, const C
     }
 }
 
-// Query rows (tokens × query heads of a key head) of one task.
-constexpr int64_t QUERY_BLOCK = 480;
+// Most query rows (tokens × query heads of a key head) of one task.
+constexpr int64_t QUERY_BLOCK = 576;
 
 // What `prefill` needs for `rows` of them.
 inline int64_t prefill_bytes(int64_t rows, int64_t D) {

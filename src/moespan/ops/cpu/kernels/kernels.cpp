@@ -182,7 +182,10 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
             }
             continue;
         }
-        const int64_t block = std::max<int64_t>(1, QUERY_BLOCK / group);
+        // Blocks of about the same size, since each of them packs all keys before its end.
+        const int64_t most = std::max<int64_t>(1, QUERY_BLOCK / group);
+        const int64_t number = std::max<int64_t>(1, ceil_div(query_lens[s], most));
+        const int64_t block = ceil_div(query_lens[s], number);
         for (int64_t i = 0; i < query_lens[s]; i += block)
             for (int64_t h = 0; h < num_kv_heads; h++) {
                 const int64_t count = std::min(block, query_lens[s] - i);

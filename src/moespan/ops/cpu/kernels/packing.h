@@ -187,26 +187,42 @@ float quantize_row(const bf16* x, int64_t n, uint8_t* out) {
     return std::isfinite(amax) ? scale : NAN;
 }
 
+// The rows of one plane of a tile for dot products: 4 bytes of each in turn. Steps are `step` words
+// apart.
+template <class RowAt>
+void pack_words(int64_t rows, int64_t words, int64_t step, uint32_t* to, RowAt row_at) {
+    int64_t k = 0;
+    for (; k + LANES <= words; k += LANES) {
+        u32x16 block[LANES] = {};
+        for (int64_t r = 0; r < rows; r++) block[r] = load<u32x16>(row_at(r) + 4 * k);
+        transpose(block);
+        for (int i = 0; i < LANES; i++) store_lanes(to + (k + i) * step, block[i], rows);
+    }
+    for (; k < words; k++)
+        for (int64_t r = 0; r < rows; r++)
+            std::memcpy(to + k * step + r, row_at(r) + 4 * k, sizeof *to);
+}
+
 // Packs one tile with `in` elements a row; row r begins at `row_at(r)`. Quantised rows are as
 // quantize_row wrote them.
 template <int KIND, class RowAt>
 void pack_tile(const Tile& t, int64_t in, char* packed, RowAt row_at) {
     constexpr int PLANES = planes<KIND>();
-    const int64_t plane_bytes = in * (KIND == BF16 ? 2 : 1), steps = plane_bytes / 4;
+    const int64_t plane_bytes = in * (KIND == BF16 ? 2 : 1), rows = t.rows;
     char* to = packed + t.row * row_bytes<KIND>(in);
-    for (int64_t r = 0; r < t.rows; r++) {
-        const char* from = (const char*)row_at(t.row + r);
-        for (int plane = 0; plane < PLANES; plane++, from += plane_bytes) {
-            if (t.is_amx) {
-                char* chunks = to + plane * t.rows * plane_bytes;
-                for (int64_t k = 0; k < plane_bytes; k += AMX_BYTES) {
-                    const int64_t bytes = std::min(AMX_BYTES, plane_bytes - k);
-                    std::memcpy(chunks + t.rows * k + r * bytes, from + k, bytes);
-                }
-            } else {
-                for (int64_t k = 0; k < steps; k++)
-                    std::memcpy(to + ((k * PLANES + plane) * t.rows + r) * 4, from + k * 4, 4);
-            }
+    const char* from[2 * AMX_ROWS];
+    for (int64_t r = 0; r < rows; r++) from[r] = (const char*)row_at(t.row + r);
+    for (int plane = 0; plane < PLANES; plane++) {
+        const int64_t at = plane * plane_bytes;
+        if (!t.is_amx) {
+            pack_words(rows, plane_bytes / 4, PLANES * rows, (uint32_t*)to + plane * rows,
+                       [&](int64_t r) { return from[r] + at; });
+            continue;
+        }
+        for (int64_t k = 0; k < plane_bytes; k += AMX_BYTES) {
+            const int64_t bytes = std::min(AMX_BYTES, plane_bytes - k);
+            for (int64_t r = 0; r < rows; r++)
+                std::memcpy(to + rows * (at + k) + r * bytes, from[r] + at + k, bytes);
         }
     }
 }

@@ -157,6 +157,15 @@ inline u8x16 low_bytes(i32x16 v) {
 #endif
 }
 
+// Stores the first `count` lanes.
+inline void store_lanes(void* p, u32x16 v, int64_t count) {
+#if WIDE
+    _mm512_mask_storeu_epi32(p, (__mmask16)((1u << count) - 1), (__m512i)v);
+#else
+    std::memcpy(p, &v, count * sizeof(uint32_t));
+#endif
+}
+
 // Transposes a square of 16 × 16.
 inline void transpose(u32x16 (&x)[LANES]) {
 #if WIDE
