@@ -16,6 +16,9 @@ T = TypeVar("T")
 
 ALL = os.environ.get("MOESPAN_TEST_ALL") == "1"
 
+PATIENCE = float(os.environ.get("MOESPAN_TEST_PATIENCE", "1"))
+"""How many times the usual a script of the server's tests may take; more on emulated machines."""
+
 SLOW = (
     "tests/ascend/",
     "tests/distributed/",

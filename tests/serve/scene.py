@@ -25,6 +25,7 @@ from moespan.serve.options import ServeOptions
 from moespan.serve.page import page_routes
 from moespan.serve.served import ServedModel
 from moespan.serve.server import Server, listen
+from tests import tiers
 from tests.serve.fake_ranks import INFO, FakeRanks, FakeStart, metrics
 
 QUICKSTART = "models/quickstart"
@@ -232,7 +233,7 @@ def play(
         while served.life.state is State.STARTING:
             await asyncio.sleep(0)
         try:
-            await asyncio.wait_for(script(served), 30)
+            await asyncio.wait_for(script(served), 30 * tiers.PATIENCE)
             assert served.life.num_live == 0, "a request is left"
         finally:
             served.life.force()
