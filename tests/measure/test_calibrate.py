@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,15 @@ import msgspec
 import pytest
 
 from moespan.checkpoint.presets import preset
-from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
+from moespan.errors import MeetingError
 from moespan.measure import calibrate, collectives, operations
 from moespan.measure.calibrate import Calibration
 from moespan.measure.collectives import Timing
 from moespan.planner import profile
 from moespan.planner.cost import ReplicaStep, StepCost
 from moespan.planner.expert_load import Routing
+from moespan.planner.prices import Prices
 from moespan.planner.profile import Figure, Level, Profile
 from moespan.planner.work import Chunk, Limits
 
@@ -136,3 +140,96 @@ def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     machine, said = calibrated(tmp_path / "cut.json")
     assert "interrupted" in said and machine.made is not None and not machine.made.complete
     assert machine.host.step_us is not None
+
+
+def test_two_nodes_measure_what_joins_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_MESSAGES", (4096, 16384))
+    monkeypatch.setattr(calibrate, "_PLANS", (256, 4096))
+    monkeypatch.setattr(calibrate, "Probe", FixedProbe)
+    monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 1 << 20)
+    for part in ("_measure_host", "_measure_operations"):
+        monkeypatch.setattr(Calibration, part, lambda self: None)
+    config = replace(CONFIG, layout=Layout(dp=2))
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    first, second = (
+        Nodes(nnodes=2, node_rank=rank, master_port=port, no_cluster_key=True, join_timeout_s=60)
+        for rank in range(2)
+    )
+    other = Calibration(config, TINY, tmp_path / "other.json", nodes=second)
+    with ThreadPoolExecutor(1) as pool:
+        assisted = pool.submit(other.assist)
+        machine, said = calibrated(tmp_path / "nodes.json", config, nodes=first)
+        assisted.result()
+    assert "collectives over 2 ranks of 2 nodes" in said
+    assert not (tmp_path / "other.json").exists()  # node 0 writes
+    (level,) = machine.levels
+    assert level.name == "cluster" and level.bytes_per_s and level.bytes_per_s.origin == "measured"
+    assert {one.level for one in machine.collectives} == {"cluster"}
+    assert {one.kind for one in machine.collectives} == set(collectives.KINDS)
+    assert all(one.ranks == 2 and one.bytes == [4096, 16384] for one in machine.collectives)
+    assert machine.host.broadcast is not None and machine.host.broadcast.ranks == [2]
+
+
+def test_ranks_of_nodes_are_measured_one_of_each_and_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[int, list[tuple[Layout, tuple[str, ...], int]]] = {0: [], 1: []}
+
+    def measure(
+        config: EngineConfig, wanted: collectives.Wanted, nodes: Nodes | None = None
+    ) -> list[Timing]:
+        nodes = nodes or Nodes()
+        asked[nodes.node_rank].append((config.layout, wanted.axes, nodes.nnodes))
+        if nodes.node_rank:
+            return []
+        axis = wanted.axes[0]
+        ranks = getattr(config.layout, axis)
+        us = 50e-6 * ranks * nodes.nnodes
+        sums = Timing(axis=axis, ranks=ranks, message_bytes=4096, median_s=us, bus_bytes_per_s=1.0)
+        plans = [
+            msgspec.structs.replace(sums, axis="control", kind=kind, ranks=config.layout.world_size)
+            for kind in ["broadcast"] * len(wanted.plans_bytes) + ["send"]
+            if wanted.plans_bytes
+        ]
+        waits = msgspec.structs.replace(sums, axis=collectives.WAITS)
+        return [sums, *plans, *[waits] * wanted.waits]
+
+    monkeypatch.setattr(collectives, "measure", measure)
+    for part in ("_measure_host", "_measure_operations"):
+        monkeypatch.setattr(Calibration, part, lambda self: None)
+    monkeypatch.setattr(calibrate, "Probe", FixedProbe)
+    config = replace(CONFIG, layout=Layout(tp=2, dp=2))
+    machine, _ = calibrated(tmp_path / "four.json", config, nodes=Nodes(nnodes=2))
+    between = [(Layout(sp=2, tp=2), ("sp",), 2), (Layout(tp=4), ("tp",), 2)]
+    assert asked[0][:2] == between and [one[0] for one in asked[0][2:]] == [Layout(tp=2)]
+    Calibration(config, TINY, tmp_path / "x", nodes=Nodes(nnodes=2, node_rank=1)).assist()
+    assert asked[1] == between
+    assert [(one.name, one.devices) for one in machine.levels] == [("node", 2), ("cluster", None)]
+    assert machine.devices_per_node == 2
+    assert machine.host.broadcast is not None and machine.host.broadcast.ranks == [2, 4]
+    prices = Prices(machine, "bfloat16")
+    cluster = prices.level_of(4)
+    times = [
+        prices.collective("all_reduce", cluster, ranks, 4096, False, 2).seconds
+        for ranks in (2, 4, 8)
+    ]
+    assert times[:2] == pytest.approx([600e-6, 800e-6])  # with what they take after work
+    assert times[2] > times[1]  # more nodes than were measured
+
+
+def test_a_lost_node_leaves_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: Any, **__: Any) -> list[Timing]:
+        raise MeetingError("node 1 is missing")
+
+    monkeypatch.setattr(collectives, "measure", measure)
+    monkeypatch.setattr(calibrate, "Probe", FixedProbe)
+    out = tmp_path / "lost.json"
+    config = replace(CONFIG, layout=Layout(dp=2))
+    with pytest.raises(MeetingError, match="node 1 is missing"):
+        Calibration(config, TINY, out, nodes=Nodes(nnodes=2)).run()
+    machine = profile.load(str(out))
+    assert machine.made is not None and not machine.made.complete

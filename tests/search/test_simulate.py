@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -15,7 +17,12 @@ import pytest
 from moespan import LLM, SamplingParams
 from moespan.checkpoint.presets import preset
 from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.engine.engine import Engine
+from moespan.engine.info import EngineInfo
 from moespan.engine.replicas import Replicas
+from moespan.engine.request import Request
+from moespan.engine.step import Sampled, StepResult
+from moespan.engine.worker import Worker
 from moespan.planner.cost import ReplicaStep
 from moespan.planner.load import Load, LoadRequest, drawn
 from moespan.planner.outcome import Outcome
@@ -184,25 +191,25 @@ def test_some_replicas_stand_for_all(often: dict[str, Any]):
 
 
 class Recorded:
-    """The steps of a real run: their plans, and when each began and ended."""
+    """The steps of a real run: their plans, and how many were in flight."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, on_plans: Callable[[Plans], None] | None = None
+    ) -> None:
         self.plans: list[Plans] = []
-        self.ended_s: list[float] = []
-        schedule, update = Replicas.schedule, Replicas.update
+        self.most_in_flight = 0
+        schedule = Replicas.schedule
 
         def noted_schedule(replicas: Replicas) -> Plans | None:
             plans = schedule(replicas)
             if plans is not None:
                 self.plans.append(plans)
+                self.most_in_flight = max(self.most_in_flight, replicas.num_in_flight)
+                if on_plans:
+                    on_plans(plans)
             return plans
 
-        def noted_update(replicas: Replicas, results: Any) -> Any:
-            self.ended_s.append(time.perf_counter())
-            return update(replicas, results)
-
         monkeypatch.setattr(Replicas, "schedule", noted_schedule)
-        monkeypatch.setattr(Replicas, "update", noted_update)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -228,6 +235,85 @@ def test_a_recorded_run_replays_to_the_same_plans(monkeypatch: pytest.MonkeyPatc
     simulate(config, 24, VOCABULARY, Fixed(0.01), Load(requests), on_step=replayed.append)
     assert len(replayed) == len(recorded.plans) > 10
     assert list(map(shapes, replayed)) == list(map(shapes, recorded.plans))
+
+
+class OtherRanks:
+    """Ranks of another machine, as the leader's control has them: each replica's speaker answers
+    its plans in their order, with as many tokens as they sample."""
+
+    def __init__(self, dp: int) -> None:
+        self.rank, self.at, self.control = 0, SimpleNamespace(dp=0), self
+        self.mesh = self
+        self.speakers = list(range(1, dp + 1))
+        self._due: dict[int, deque[bytes]] = {speaker: deque() for speaker in self.speakers}
+
+    def broadcast(self, message: bytes, kind: str) -> None:
+        pass
+
+    def answer(self, plans: Plans) -> None:
+        for speaker, plan in zip(self.speakers, plans, strict=True):
+            if plan is not None:
+                result = StepResult([Sampled(1)] * len(plan.samples), [])
+                self._due[speaker].append(msgspec.msgpack.encode(result))
+
+    def receive(self, speaker: int) -> bytes:
+        return self._due[speaker].popleft()
+
+    def execute(self, message: Any, own: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize("at_once", [30, 4], ids=["all at once", "a closed loop"])
+@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(pp=3), Layout(dp=2), Layout(pp=2, dp=2)])
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+def test_the_loop_is_that_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch, device: str, layout: Layout, at_once: int
+):
+    # Prompts of up to three chunks flow through the stages; blocks are so few that some wait.
+    config = engine(device, layout=layout, max_num_batched_tokens=48, max_model_len=160)
+    model = ModelConfig.from_dict(preset("tiny", {"vocab_size": VOCABULARY}))
+    requests = tuple(
+        LoadRequest(0.0, 3 + 17 * number % 120, 1 + number % 9) for number in range(30)
+    )
+    ranks = OtherRanks(layout.dp)
+    info = EngineInfo(
+        model="",
+        layout=layout,
+        device=device,
+        dtype="float32",
+        cache_dtype="float32",
+        max_model_len=160,
+        num_blocks=40,
+        block_size=8,
+        load_s=0.0,
+        read_bytes=0,
+        weight_bytes=0,
+    )
+    real = Engine(config, model, cast(Worker, ranks), None, info)
+    recorded = Recorded(monkeypatch, ranks.answer)
+    waiting = deque(
+        Request(
+            id=str(number),
+            prompt_token_ids=[1] * one.prompt_tokens,
+            params=SamplingParams(temperature=0, max_tokens=one.output_tokens, ignore_eos=True),
+        )
+        for number, one in enumerate(requests)
+    )
+    for _ in range(at_once):
+        real.add(waiting.popleft())
+    while real.has_unfinished:
+        for delta in real.step():
+            if delta.finish_reason is not None and waiting:
+                real.add(waiting.popleft())
+    monkeypatch.undo()
+    replayed: list[Plans] = []
+    load = Load(requests, concurrency=at_once)
+    timer = Fixed(0.01, layout.pp)
+    simulate(config, 40, VOCABULARY, timer, load, on_step=replayed.append)
+    assert len(recorded.plans) > 20
+    assert list(map(shapes, replayed)) == list(map(shapes, recorded.plans))
+    if layout.pp > 1:
+        assert recorded.most_in_flight == layout.pp
 
 
 def shapes(plans: Plans) -> list[Any]:

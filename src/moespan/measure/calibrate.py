@@ -22,9 +22,9 @@ import torch
 
 from moespan import files
 from moespan.checkpoint.presets import preset
-from moespan.config import EngineConfig, Layout, ModelConfig
+from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
 from moespan.device import DEVICES
-from moespan.errors import LayoutError
+from moespan.errors import LayoutError, MoespanError
 from moespan.measure import collectives, overhead
 from moespan.measure.operations import (
     CLOCKS,
@@ -38,13 +38,13 @@ from moespan.measure.operations import (
 from moespan.measure.probe import Probe, last_level_cache_bytes, machine_name
 from moespan.memory import allocated_bytes, available_bytes, is_host
 from moespan.ops import Ops, ops_for
+from moespan.parallel.counters import sent_bytes
 from moespan.planner.profile import (
     SCHEMA,
     Broadcast,
     Collective,
     DeviceFigures,
     Figure,
-    HostFigures,
     Launch,
     Level,
     Made,
@@ -87,6 +87,8 @@ class Calibration:
         seconds: when the last operation begins, at the latest, by the clock.
         clock: `wall`, or `cpu` for CPU time of one thread.
         folder: checkpoint with a tokenizer, for the host's cost of text; None does without text.
+        nodes: the machines that share the ranks of the config's layout; each has its own
+            calibration, of which those of other nodes than node 0 only `assist`.
         layouts: whose shapes are measured beside the config's own; None: those of tp, ep and dp
             from 1 to 16.
     """
@@ -99,6 +101,7 @@ class Calibration:
     folder: Path | None = None
     command: str = ""
     say: Callable[[str], object] = lambda text: None
+    nodes: Nodes = field(default_factory=Nodes)
     layouts: Sequence[Layout] | None = None
     _started: float = field(default_factory=time.monotonic)
     _began: float = 0.0
@@ -114,7 +117,9 @@ class Calibration:
             swept = min(last_level_cache_bytes(), _MOST_SWEPT_BYTES)
             self._sweep = Sweep(swept, self.clock)
         self.profile = self._first()
-        parts = (self._measure_host, self._measure_collectives, self._measure_operations)
+        parts = [self._measure_host, self._measure_collectives, self._measure_operations]
+        if self.nodes.nnodes > 1:  # the other nodes are free then
+            parts.insert(0, self._measure_between_nodes)
         try:
             for part in parts:
                 part()
@@ -126,7 +131,14 @@ class Calibration:
         except _OutOfTimeError:
             self.say(f"{self.seconds:g} s are over: {self.out} keeps what was measured")
             self._save(complete=self._has_all_of_own_layout)
+        except MoespanError:
+            self._save(complete=False)
+            raise
         return self.profile
+
+    def assist(self) -> None:
+        """Run this node's ranks of the collectives between nodes, on a node other than node 0."""
+        self._timings_between_nodes()
 
     def _save(self, complete: bool) -> None:
         made = self.profile.made
@@ -249,7 +261,8 @@ class Calibration:
         }
         each = max(totals[many] - totals[few], 0.0) / (many - few)
         taken_us = few * each + (parts[few]["inputs"] if self._sweep is not None else 0.0)
-        host = HostFigures(
+        host = msgspec.structs.replace(
+            self.profile.host,
             step_us=_measured(max(totals[few] - taken_us, 0.0), source),
             sequence_us=_measured(each, source),
         )
@@ -282,17 +295,38 @@ class Calibration:
                     (folder / file).symlink_to(source.resolve())
             yield folder
 
-    def _measure_collectives(self) -> None:
-        """Every kind over 2, 4, 8, ... ranks of this machine, and the broadcast of plans."""
-        world = self.config.layout.world_size
-        sizes = [size for size in (2, 4, 8, 16, 32) if size <= world and world % size == 0]
-        if world > 1 and world not in sizes:
-            sizes.append(world)
-        curves: list[Collective] = []
-        waits: list[collectives.Timing] = []
-        plans: list[tuple[int, list[float]]] = []
+    def _measure_between_nodes(self) -> None:
+        """The level `cluster`: one rank of each node, and all ranks."""
+        timings = self._timings_between_nodes()
+        axes = [one for one in timings if one.axis in ("tp", "sp")]
+        waits = [one for one in timings if one.axis == collectives.WAITS]
+        curves = list(_curves(axes, waits, "cluster"))
+        # Of one rank a node all bytes go between nodes, and all ranks of a node send at once.
+        rate = _rate([one for one in curves if one.ranks == self.nodes.nnodes])
+        self._keep_links(curves, timings, Level(name="cluster", bytes_per_s=rate))
+
+    def _timings_between_nodes(self) -> list[collectives.Timing]:
+        nodes, ranks = self.nodes, self.nodes.ranks_per_node(self.config.layout)
+        parts = [("tp", Layout(tp=nodes.nnodes * ranks))]
+        if ranks > 1:
+            parts.insert(0, ("sp", Layout(sp=nodes.nnodes, tp=ranks)))
+        found = []
+        for axis, layout in parts:
+            self.say(f"collectives over {getattr(layout, axis)} ranks of {nodes.nnodes} nodes")
+            is_whole = axis == "tp"
+            plans = _PLANS if is_whole else ()
+            wanted = msgspec.structs.replace(
+                self._wanted, axes=(axis,), plans_bytes=plans, waits=is_whole
+            )
+            # Heads of the real model need not be divisible: nothing but messages is made.
+            config = replace(self.config, model="", layout=layout)
+            found += collectives.measure(config, wanted, nodes=nodes)
+        return found
+
+    @property
+    def _wanted(self) -> collectives.Wanted:
         host = DEVICES[self.config.device].is_host
-        wanted = collectives.Wanted(
+        return collectives.Wanted(
             kinds=collectives.KINDS,
             message_bytes=_MESSAGES[:6] if host else _MESSAGES,
             graphs=True,
@@ -300,54 +334,67 @@ class Calibration:
             clock=self.clock,
             waits=True,
         )
+
+    def _measure_collectives(self) -> None:
+        """Every kind over 2, 4, 8, ... ranks of this machine, and the broadcast of plans."""
+        world = self.nodes.ranks_per_node(self.config.layout)
+        sizes = [size for size in (2, 4, 8, 16, 32) if size <= world and world % size == 0]
+        if world > 1 and world not in sizes:
+            sizes.append(world)
+        curves: list[Collective] = []
+        timings: list[collectives.Timing] = []
         for ranks in sizes:
             self.say(f"collectives over {ranks} ranks")
-            # Heads of the real model need not be divisible: nothing but messages is made.
             config = replace(self.config, model="", layout=Layout(tp=ranks))
-            timings = collectives.measure(config, wanted)
-            waits = [one for one in timings if one.axis == collectives.WAITS]
-            curves += _curves([one for one in timings if one.axis == "tp"], waits)
-            control = [one for one in timings if one.axis == "control"]
-            times = [one.median_s * 1e6 for one in control if one.kind == "broadcast"]
-            plans.append((ranks, times))
-            results = [one for one in control if one.kind == "send"]
+            found = collectives.measure(config, self._wanted)
+            waits = [one for one in found if one.axis == collectives.WAITS]
+            curves += _curves([one for one in found if one.axis == "tp"], waits, "node")
+            timings += found
         if not curves:
             return
-        table = Broadcast(
-            ranks=[ranks for ranks, _ in plans],
-            bytes=list(_PLANS),
-            us=[us for _, us in plans],
-            source="moespan.measure.collectives",
+        most = waits[0]  # an all-reduce over the most ranks
+        source = f"an all-reduce after work, over {most.ranks} ranks"
+        skew_us = _measured(most.median_s * 1e6, source)
+        launch = msgspec.structs.replace(self.profile.launch, skew_us=skew_us)
+        self.profile = msgspec.structs.replace(self.profile, launch=launch)
+        # A host's rate is that of all its ranks together.
+        sharers = world if self._topology == "host" else 1
+        level = Level(
+            name="node",
+            devices=world,
+            topology=self._topology,
+            bytes_per_s=_rate(curves, sharers),
         )
+        self._keep_links(curves, timings, level)
+
+    def _keep_links(
+        self, curves: list[Collective], timings: list[collectives.Timing], level: Level
+    ) -> None:
+        """Add a level, its curves, and the leader's messages over its ranks to the profile."""
+        profile, host = self.profile, self.profile.host
         small = {
             one.ranks: _measured(one.us[0], "all-reduce of 4 KiB")
             for one in curves
             if one.kind == "all_reduce" and not one.graph
         }
-        last = [one for one in curves if one.kind == "all_reduce" and not one.graph][-1]
-        sent = 2 * (last.ranks - 1) / last.ranks * last.bytes[-1]
-        sent *= last.ranks if host else 1  # a host's rate is that of all its ranks together
-        level = Level(
-            name="node",
-            devices=world,
-            topology=self._topology,
-            bytes_per_s=_measured(sent / (last.us[-1] * 1e-6), "the largest all-reduce"),
-            latency_us=small,
-        )
-        launch = self.profile.launch
-        if waits:
-            most = waits[0]  # an all-reduce over the most ranks
-            source = f"an all-reduce after work, over {most.ranks} ranks"
-            skew_us = _measured(most.median_s * 1e6, source)
-            launch = msgspec.structs.replace(launch, skew_us=skew_us)
+        rows = dict(_rows(host.broadcast)) if host.broadcast else {}
+        control = [one for one in timings if one.axis == "control"]
+        for ranks in dict.fromkeys(one.ranks for one in control):
+            sent = [one for one in control if one.ranks == ranks and one.kind == "broadcast"]
+            rows[ranks] = [one.median_s * 1e6 for one in sent]
+        results = [one for one in control if one.kind == "send"]
         self.profile = msgspec.structs.replace(
-            self.profile,
-            launch=launch,
-            collectives=curves,
-            levels=[level],
+            profile,
+            collectives=[*curves, *profile.collectives],
+            levels=[msgspec.structs.replace(level, latency_us=small), *profile.levels],
             host=msgspec.structs.replace(
-                self.profile.host,
-                broadcast=table,
+                host,
+                broadcast=Broadcast(
+                    ranks=sorted(rows),
+                    bytes=list(_PLANS),
+                    us=[rows[ranks] for ranks in sorted(rows)],
+                    source="moespan.measure.collectives",
+                ),
                 result_us=_measured(results[-1].median_s * 1e6, "a message of 256 bytes"),
             ),
         )
@@ -483,8 +530,19 @@ def _with(curve: Operation, points: list[tuple[int, Times]], graph: bool) -> Ope
     )
 
 
+def _rows(table: Broadcast) -> Iterator[tuple[int, list[float]]]:
+    return zip(table.ranks, table.us, strict=True)
+
+
+def _rate(curves: list[Collective], sharers: int = 1) -> Figure:
+    """Bytes per second that a rank sends in the largest all-reduce, times `sharers`."""
+    last = [one for one in curves if one.kind == "all_reduce" and not one.graph][-1]
+    sent = sharers * sent_bytes(last.kind, last.ranks, last.bytes[-1])
+    return _measured(sent / (last.us[-1] * 1e-6), "the largest all-reduce")
+
+
 def _curves(
-    timings: list[collectives.Timing], waits: list[collectives.Timing]
+    timings: list[collectives.Timing], waits: list[collectives.Timing], level: str
 ) -> Iterator[Collective]:
     """The curves of collectives over so many ranks, with what they take longer after work."""
     skews = {one.kind: one.median_s * 1e6 for one in waits}
@@ -493,7 +551,7 @@ def _curves(
         mine = [one for one in timings if (one.kind, one.ranks, one.graph) == (kind, ranks, graph)]
         yield Collective(
             kind=kind,
-            level="node",
+            level=level,
             ranks=ranks,
             graph=graph,
             skew_us=None if graph else skews.get(kind),

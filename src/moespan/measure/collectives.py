@@ -50,6 +50,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         kinds: some of `KINDS`.
         message_bytes: sizes; None is the device's own.
         graphs: time recorded collectives, too, where the device records them.
+        axes: axes over which they are timed, as far as these have several ranks.
         plans_bytes: sizes of the leader's broadcast on the CPU.
         clock: one of `moespan.measure.operations.CLOCKS`.
         waits: time what collectives of tp take longer when ranks come to them from their work.
@@ -58,6 +59,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     kinds: tuple[str, ...] = ("all_reduce",)
     message_bytes: tuple[int, ...] | None = None
     graphs: bool = False
+    axes: tuple[str, ...] = ("tp", "sp", "pp", "ep", "ep_tp_groups")
     plans_bytes: tuple[int, ...] = ()
     clock: str = "wall"
     waits: bool = False
@@ -89,20 +91,34 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure(
-    config: EngineConfig, wanted: Wanted | None = None, timeout_s: float = 300.0
+    config: EngineConfig,
+    wanted: Wanted | None = None,
+    timeout_s: float = 300.0,
+    nodes: Nodes | None = None,
 ) -> list[Timing]:
     """Start the ranks of `config`'s layout on its device, time them, and end them.
 
+    Args:
+        nodes: the machines that share the ranks; each of them calls this, and node 0 gets the
+            timings. None: this machine has all ranks.
+
     Raises:
+        MeetingError: the nodes did not come together.
         MoespanError: the error of a rank, or `timeout_s` is over.
     """
-    job = Job.create(config, Nodes())
+    nodes = nodes or Nodes()
+    job = Job.create(config, nodes)
     (job.directory / _WANTED).write_bytes(msgspec.json.encode(wanted or Wanted()))
-    agent = start_agent(job, config.layout.world_size, module_arguments(__name__))
+    ranks = nodes.ranks_per_node(config.layout)
+    agent = start_agent(job, ranks, module_arguments(__name__))
+    if nodes.nnodes > 1:
+        timeout_s += nodes.join_timeout_s
     try:
         code = agent.wait(timeout_s)
         if failure := job.read_failure():
             raise failure.to_error(starting=True)
+        if nodes.node_rank > 0 and not code:
+            return []
         results = job.directory / _RESULTS
         if code or not results.exists():
             raise EngineDeadError(f"the agent that watches the ranks ended with exit code {code}")
@@ -131,12 +147,14 @@ def _play(job: Job, rank: int, _: Beat) -> None:
 
     config = job.read_config()
     wanted = msgspec.json.decode((job.directory / _WANTED).read_bytes(), type=Wanted)
-    device = init_distributed(config.device, job.store_path)
+    # Ranks of many nodes find each other through the agents' store, which the environment names.
+    store_path = job.store_path if job.read_nodes().nnodes == 1 else None
+    device = init_distributed(config.device, store_path)
     mesh = make_mesh(config, device)
     clock = _Clock(config, mesh, wanted.clock)
     timings = []
     sizes = wanted.message_bytes or DEVICES[device.type].timed_bytes
-    for name in ("tp", "sp", "pp", "ep", "ep_tp_groups"):
+    for name in wanted.axes:
         axis = getattr(mesh, name)
         for kind in wanted.kinds if axis.size > 1 else ():
             for message_bytes in sizes:

@@ -169,7 +169,12 @@ class Prices:
                 for one in curves
             ]
             source = next((one.source for one in curves if one.ranks == ranks), curves[0].source)
-            return Price(_between(points, ranks), source or "measured")
+            most = max(one.ranks for one in curves)
+            further = 0.0
+            if ranks > most:  # more ranks than were measured take longer by what latencies grow
+                further = self._latency_s(kind, level, ranks, graph)
+                further -= self._latency_s(kind, level, most, graph)
+            return Price(_between(points, ranks) + further, source or "measured")
         latency = self._latency_s(kind, level, ranks, graph)
         sent = sent_bytes(kind, ranks, int(num_bytes))
         seconds = latency + self._sending_s(level, ranks, sent, inside) + self._skew_s
