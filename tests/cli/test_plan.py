@@ -87,7 +87,7 @@ def test_json_on_stdout_is_nothing_else(capsys: pytest.CaptureFixture[str]):
 def test_one_layout_is_explained(capsys: pytest.CaptureFixture[str]):
     given = ["--hardware", "h100", "--devices", "2", "--fast", "--explain"]
     code, out, _ = run(capsys, *given, "tp=2")
-    assert code == 0 and "1 × tp=2" in out and "memory of the tightest rank" in out
+    assert code == 0 and "1 × tp=2" in out and "memory, GiB" in out
     code, _, err = run(capsys, *given, "tp=16")
     assert code == 2 and "no such layout" in err
 
@@ -109,6 +109,14 @@ def test_a_trace_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert code == 0 and "1 prompts CUT" in out and "--clip" in bench_line(out)
     _, out, _ = run_without_lengths(capsys, *given, "--clip", "--fast", "--speed", "2")
     assert bench_line(out).endswith("load.jsonl --clip --speed 2")  # not drawn arrivals
+
+
+def test_a_profile_of_another_version_warns(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    made = {"schema": 1, "name": "old", "base": "h100", "made": {"moespan": "0.0.1"}}
+    (tmp_path / "old.json").write_text(json.dumps(made))
+    given = ["--hardware", str(tmp_path / "old.json"), "--devices", "1", "--fast"]
+    code, _, err = run(capsys, *given)
+    assert code == 0 and err.count("measured with moespan 0.0.1, and this is") == 1
 
 
 @pytest.mark.parametrize("often", [[], ["--rate", "5"]], ids=str)

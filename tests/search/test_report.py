@@ -17,7 +17,7 @@ from moespan.cli.flags import settings_of
 from moespan.config import EngineConfig, Layout, ModelConfig, all_layouts
 from moespan.planner import profile
 from moespan.planner.expert_load import Routing
-from moespan.planner.load import drawn
+from moespan.planner.load import Load, LoadRequest, drawn
 from moespan.planner.memory import RankMemory
 from moespan.planner.outcome import Target
 from moespan.search.candidates import Candidate, Space
@@ -76,6 +76,11 @@ def test_the_text_has_a_row_for_each_plan_and_says_that_figures_are_guesses(foun
     assert any("2 → 3 nodes: +" in line for line in lines)
     assert any("2 → 1 nodes: -" in line for line in lines)
     assert any(line.startswith("guess      small messages") for line in lines)
+    bands = [line for line in lines if ", at times ±40%: TTFT p90 " in line]
+    assert len(bands) == len(rows) and all(line.count(" to ") == 2 for line in bands)
+    close = [plan for plan in found["plans"] if plan["too_close"]]
+    for plan in close:  # the runs that would decide
+        assert f"           and {plan['rank']}: {plan['bench']}" in lines
     assert any("load balancer" in line for line in lines)
     assert any("write the folder of the model for MODEL" in line for line in lines)
 
@@ -83,11 +88,27 @@ def test_the_text_has_a_row_for_each_plan_and_says_that_figures_are_guesses(foun
 def test_an_explanation_shows_memory_and_both_steps_with_their_sources(found: dict[str, Any]):
     lines = list(text(found, explain=True))
     whole = "\n".join(lines)
-    for words in ("memory of the tightest rank", "communicator", "a decode step", "a prefill step"):
+    for words in ("memory, GiB", "communicator", "a decode step", "a prefill step"):
         assert words in whole
     parts = [line for line in lines if " × " in line and " µs " in line]
     assert len(parts) > 30
     assert all(line.rstrip()[-1].isalnum() or line.rstrip()[-1] in ')"' for line in parts)
+
+
+def test_an_explanation_has_the_memory_of_every_class_of_ranks():
+    base = EngineConfig("", device="npu", block_size=128)
+    only = (("tp", 2), ("ep", 1), ("pp", 4), ("dp", 1))
+    space = Space(base, 8, max_num_seqs=(64,), max_num_batched_tokens=(2048,), only=only)
+    load = drawn("512", "24", 40, rate=4)
+    asked = Question(space, A2, MODEL, Routing(MODEL), load, fast=True, jobs=1)
+    said = document(explore(asked), "MODEL")
+    classes = said["plans"][0]["classes"]
+    assert {one["stage"] for one in classes} == {0, 1, 2, 3}
+    assert sum(one["ranks"] for one in classes) == 8
+    tightest = said["plans"][0]["memory"]["taken_bytes"]
+    assert max(one["taken_bytes"] for one in classes) == tightest
+    (titles,) = (line for line in text(said, explain=True) if "stage 3, " in line)
+    assert titles.count("stage ") == len(classes)
 
 
 def test_nothing_that_fits_is_said_in_every_form(found: dict[str, Any]):
@@ -187,6 +208,22 @@ def test_the_command_that_measures_has_the_share_of_one_engine(often: dict[str, 
     assert args.load == "a trace.jsonl" and args.input is None
 
 
+def test_engines_get_the_arrivals_of_a_trace_itself():
+    base = EngineConfig("", device="npu", block_size=128, max_model_len=2048)
+    space = Space(base, 8, max_num_seqs=(16,), only=(("tp", 4), ("ep", 1), ("dp", 1)))
+    bursts = Load(tuple(LoadRequest(float(at // 10), 100, 8) for at in range(200)), name="bursts")
+    asked = Question(space, A2, MODEL, Routing(MODEL), bursts, fast=True, jobs=1)
+    asked = replace(asked, trace="trace.jsonl", speed=2.0, seed=3)
+    plan = document(explore(asked), "MODEL")["plans"][0]
+    args = PARSER.parse_args(shlex.split(plan["bench"])[1:])
+    assert plan["engines"] == args.share == 2
+    assert (args.load, args.speed, args.seed) == ("trace.jsonl", 2.0, 3)
+    assert args.rate is None and args.concurrency is None
+    part = bursts.share(args.share, args.seed)
+    assert 70 < len(part.requests) < 130
+    assert {one.arrival_s for one in part.requests} <= set(map(float, range(20)))
+
+
 def test_engines_of_one_node_get_devices_and_ports_of_their_own():
     commands = start_commands(candidate(16, Layout(tp=4)), "MODEL", A2)
     assert [command.node for command in commands] == [0, 0, 1, 1]
@@ -206,8 +243,12 @@ def test_engines_of_several_nodes_meet_at_their_own_first_node():
     assert [(one.node, one.engine) for one in commands] == [(0, 0), (1, 0), (2, 1), (3, 1)]
     settings = [parsed(one.arguments) for one in commands]
     assert [one.master_addr for one in settings] == ["node0", "node0", "node2", "node2"]
-    hosts = ["--host 0.0.0.0 --api-key-file KEYS" in str(one) for one in commands]
-    assert hosts == [True, False, True, False]  # what a load balancer reaches
+    for some, reached in (
+        (commands, [True, False, True, False]),
+        (start_commands(candidate(16, Layout(tp=8, dp=2)), "MODEL", A2), [True, False]),
+    ):  # what a load balancer reaches, or users of one engine
+        hosts = ["--host 0.0.0.0 --api-key-file KEYS" in str(one) for one in some]
+        assert hosts == reached
     assert [one.node_rank for one in settings] == [0, 1, 0, 1]
 
 

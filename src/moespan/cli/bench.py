@@ -75,6 +75,13 @@ def _add_load_flags(parser: argparse.ArgumentParser) -> None:
         "--speed", type=float, default=1.0, metavar="X", help="a trace X times as fast (1)"
     )
     group.add_argument("--clip", action="store_true", help="cut prompts that are too long")
+    group.add_argument(
+        "--share",
+        type=int,
+        default=1,
+        metavar="N",
+        help="one of N parts of the load, drawn by chance: what one of N engines gets (1)",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the load (0)")
 
 
@@ -134,6 +141,8 @@ def _run_load(args: argparse.Namespace) -> int:
     if steps := _asked_steps(args):
         flags = ", ".join("--" + name.replace("_", "-") for name in steps)
         raise ConfigError(f"{flags} measure steps, not a load; leave out them or the load")
+    if args.share < 1:
+        raise ConfigError(f"--share {args.share} must be at least 1")
     often = {"rate": args.rate, "concurrency": args.concurrency, "seed": args.seed}
     if args.load is not None:
         if args.input is not None or args.output is not None:
@@ -153,7 +162,7 @@ def _run_load(args: argparse.Namespace) -> int:
         llm = stack.enter_context(start_llm(settings))
         tokenizer = llm.tokenizer
         asked = load.encoded(asked, None if tokenizer is None else tokenizer.encode)
-        asked = asked.fitting(llm.config.max_model_len, args.clip)
+        asked = asked.fitting(llm.config.max_model_len, args.clip).share(args.share, args.seed)
         first_token_s(llm)
         report = bench_load(llm, asked, args.seed)
     if args.preset is not None:

@@ -15,6 +15,8 @@ from moespan.cli.show import EXIT_FAILED, check_writable, say
 from moespan.config import DTYPE_BYTES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig, ModelConfig
 from moespan.device import DEVICES
 from moespan.errors import ConfigError, shown
+from moespan.log import logger
+from moespan.version import __version__
 
 if TYPE_CHECKING:
     from moespan.planner.load import Load
@@ -211,6 +213,11 @@ def _question(args: argparse.Namespace) -> tuple[Question, str]:
 
     model, name, folder = _model(args)
     machine = profile.load(args.hardware)
+    if machine.made is not None and machine.made.moespan not in ("", __version__):
+        logger.warning(
+            f"{args.hardware} was measured with moespan {machine.made.moespan}, and this is "
+            f"{__version__}: calibrate again if steps have become faster or slower"
+        )
     space = _space(args, model, machine)
     targets = [
         parse_target(latency, given)

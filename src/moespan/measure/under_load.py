@@ -96,7 +96,8 @@ def bench_load(llm: LLM, load: Load, seed: int = 0) -> dict[str, Any]:
         MoespanError: a request failed.
     """
     before = llm.stats()
-    outcome = Outcome.of(LoadRun(llm, load, seed).run())
+    times = LoadRun(llm, load, seed).run()
+    outcome = Outcome.of(times, cut_end=load.concurrency is not None)
     after = llm.stats()
     queried = after.num_prefix_queried_tokens - before.num_prefix_queried_tokens
     hit = after.num_prefix_hit_tokens - before.num_prefix_hit_tokens

@@ -121,17 +121,18 @@ class Load:
         """The part that one of `engines` engines gets if each request goes to any of them."""
         if engines == 1:
             return self
+        name = f"{self.name}, one of {engines:g} parts"
         if self.concurrency is not None:
-            return replace(self, concurrency=max(1, round(self.concurrency / engines)))
+            return replace(self, concurrency=max(1, round(self.concurrency / engines)), name=name)
         rate = self.poisson_rate and self.poisson_rate / engines
         if rate is not None and not self.shares_prefixes:
             # A random part is Poisson again, at a lower rate; all requests may stand for it.
             slow = (replace(one, arrival_s=one.arrival_s * engines) for one in self.requests)
-            return replace(self, requests=tuple(slow), poisson_rate=rate)
+            return replace(self, requests=tuple(slow), poisson_rate=rate, name=name)
         draw = random.Random(f"share {seed}")
         mine = tuple(one for one in self.requests if draw.random() * engines < 1)
         requests = _from_first(mine or self.requests[:1])
-        return replace(self, requests=requests, poisson_rate=rate)
+        return replace(self, requests=requests, poisson_rate=rate, name=name)
 
     def extended(self, number: int) -> Load:
         """This load with `number` requests: the first ones, or all again after the last one."""

@@ -42,11 +42,11 @@ class Command(NamedTuple):
 def start_commands(candidate: Candidate, model: str, profile: Profile) -> list[Command]:
     """All commands, in the order of nodes and engines.
 
-    Engines on several nodes listen to the network and demand a key, so that one load balancer
-    reaches all of them.
+    A job on several nodes listens to the network and demands a key: a load balancer or a user that
+    asks it may be on another machine.
     """
     per_node, size = profile.devices_per_node, candidate.layout.world_size
-    is_remote = candidate.engines > 1 and candidate.engines * size > per_node
+    is_remote = candidate.engines * size > per_node
     found = []
     for engine in range(candidate.engines):
         first = engine * size

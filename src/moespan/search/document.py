@@ -16,6 +16,7 @@ import msgspec
 
 from moespan.checkpoint.placement import count_parameters
 from moespan.planner.cost import Line
+from moespan.planner.memory import MachineMemory, RankMemory, memory_of_all
 from moespan.planner.outcome import Outcome
 from moespan.search.candidates import Candidate, Space
 from moespan.search.capacity import Curve, capacity, capacity_of_all, curves
@@ -158,7 +159,11 @@ def _plan(answer: Answer, one: Found, model: str) -> dict[str, Any]:
         "tokens_per_s": one.tokens_per_s,
         "tokens_per_s_per_device": one.tokens_per_device,
         "requests_per_s": candidate.engines * one.outcome.requests_per_s,
-        "band": [_figures(edge.outcome) for edge in (one.fast, one.slow) if edge is not None],
+        "band": [
+            {**_figures(edge.outcome), "was_given_up": edge.outcome.is_cut}
+            for edge in (one.fast, one.slow)
+            if edge is not None
+        ],
         "is_estimate": predicted.is_estimate,
         "concurrency": predicted.concurrency,
         "preemptions": predicted.num_preemptions,
@@ -173,7 +178,8 @@ def _plan(answer: Answer, one: Found, model: str) -> dict[str, Any]:
         ],
         "error": relative_error(question, one),
         "too_close": answer.too_close(one),
-        "memory": _memory(candidate, question.profile.device.memory_bytes.value),
+        "memory": _memory(candidate.memory, question.profile.device.memory_bytes.value),
+        "classes": _classes(question, candidate),
         "limits": shares(decode),
         "decode_step": [msgspec.to_builtins(line) for line in decode],
         "prefill_step": [msgspec.to_builtins(line) for line in prefill],
@@ -196,8 +202,11 @@ def _load_flags(question: Question, one: Found) -> list[str]:
     if (load or question.sample).num_clipped:
         found.append("--clip")
     rate = load.rate if load is not None else None
-    if load is not None and rate is not None and load.poisson_rate is None and engines == 1:
-        return [*found, *([] if question.speed == 1 else ["--speed", f"{question.speed:g}"])]
+    if load is not None and rate is not None and load.poisson_rate is None:
+        # The arrivals of the trace itself: the very part that was simulated.
+        found += [] if question.speed == 1 else ["--speed", f"{question.speed:g}"]
+        found += [] if engines == 1 else ["--share", str(engines)]
+        return [*found, *([] if question.seed == 0 else ["--seed", str(question.seed)])]
     if rate is not None and math.isfinite(rate):
         return [*found, "--rate", f"{rate / engines:.6g}"]
     assert one.predicted is not None
@@ -207,9 +216,23 @@ def _load_flags(question: Question, one: Found) -> list[str]:
     return [*found, "--concurrency", str(max(concurrency, 1))]
 
 
-def _memory(candidate: Candidate, memory_bytes: float) -> dict[str, Any]:
-    """Bytes of each part on the tightest rank."""
-    memory = candidate.memory
+def _classes(question: Question, candidate: Candidate) -> list[dict[str, Any]]:
+    """Bytes of each part on every class of ranks that are alike; replicas are."""
+    config = replace(candidate.config, layout=candidate.layout.with_fewest_replicas)
+    machine = MachineMemory.of(config.device, question.profile.device)
+    memory_bytes = question.profile.device.memory_bytes.value
+    return [
+        {
+            "stage": one.one.rank // config.layout.stage_size,
+            "ranks": one.one.num_ranks * candidate.layout.dp // config.layout.dp,
+            **_memory(one.with_blocks(candidate.num_blocks), memory_bytes),
+        }
+        for one in question.memories.get(config) or memory_of_all(config, question.model, machine)
+    ]
+
+
+def _memory(memory: RankMemory, memory_bytes: float) -> dict[str, Any]:
+    """Bytes of each part."""
     parts = msgspec.to_builtins(memory)
     del parts["touched_bytes"]
     taken = memory.total_bytes

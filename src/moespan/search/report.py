@@ -154,6 +154,7 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
     close = [str(plan["rank"]) for plan in plans if plan["too_close"]]
     too_close = f".  {', '.join(close)}: too close to call with 1" if close else ""
     yield f"limits     1, in decode: {limits} ({plans[0]['num_sums']} collectives){too_close}"
+    yield from _bands(found)
     if not found["met"]:
         for plan in plans:
             missed = "; ".join(map(missed_in_words, plan["misses"]))
@@ -182,7 +183,25 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
         )
     if not found["hardware"]["is_calibrated"] or close:
         yield f"next       calibrate, or measure: {plans[0]['bench']}"
+        for plan in plans:
+            if plan["too_close"]:
+                yield f"{'':<10} and {plan['rank']}: {plan['bench']}"
     yield from _what_if_lines(found)
+
+
+def _bands(found: dict[str, Any]) -> Iterator[str]:
+    """Latencies with times that are shorter and longer by the profile's error."""
+    statistics = dict(zip(("ttft_s", "tpot_s"), statistics_of(found), strict=True))
+    label = "band"
+    for plan in found["plans"]:
+        parts = []
+        for key, statistic in statistics.items():
+            values = [_latency(edge[key], statistic, edge["was_given_up"]) for edge in plan["band"]]
+            parts += [f"{key[:4].upper()} {statistic} {' to '.join(values)}"] if values else []
+        if parts:
+            error = f"{plan['error']:.0%}"
+            yield f"{label:<10} {plan['rank']}, at times ±{error}: {', '.join(parts)}"
+            label = ""
 
 
 _NO_ADVICE = "none of the changes that were tried; relax the targets to the figures of layout 1"
@@ -261,9 +280,12 @@ _PLACES = {
 
 def _explanation(plan: dict[str, Any]) -> Iterator[str]:
     yield ""
-    yield "memory of the tightest rank"
-    for name, num_bytes in plan["memory"].items():
-        yield f"  {name.removesuffix('_bytes'):<22}{num_bytes / _GIB:>9.2f} GiB"
+    classes = plan["classes"]
+    yield "memory, GiB" if len(classes) == 1 else "memory of each class of ranks, GiB"
+    yield "  " + " " * 22 + "".join(_class_title(one).rjust(20) for one in classes)
+    for name in plan["memory"]:
+        cells = "".join(f"{one[name] / _GIB:>20.2f}" for one in classes)
+        yield f"  {name.removesuffix('_bytes'):<22}{cells}"
     for key, title in (("decode_step", "a decode step"), ("prefill_step", "a prefill step")):
         lines = plan[key]
         total = sum(line["seconds"] for line in lines)
@@ -273,3 +295,7 @@ def _explanation(plan: dict[str, Any]) -> Iterator[str]:
             each_us = line["seconds"] / line["count"] * 1e6
             name = f"  {line['part']:<36}{line['count']:>5} × {each_us:>9.1f} µs"
             yield f"{name} {line['seconds'] * 1e3:>9.3f} ms  {line['source']}"
+
+
+def _class_title(one: dict[str, Any]) -> str:
+    return f"stage {one['stage']}, {_some(one['ranks'], 'rank')}"
