@@ -241,7 +241,6 @@ class Calibration:
         few, many = _BATCHES
         source = "moespan.measure.overhead, greedy"
         parts = {batch: self._overhead(batch, _FEW_LAYERS) for batch in _BATCHES}
-        step_us = 0.0  # of every rank, not of the leader
         if self._sweep is not None:
             short_us, long_us = (
                 one.get(overhead.NETWORK, 0.0)

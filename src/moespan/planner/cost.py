@@ -35,6 +35,9 @@ BEFORE_SHARE = 0.5
 """Share of the leader's work that comes before a step (plans, inputs); the rest takes in results.
 `benchmarks/engine_overhead.py`: 40 to 60 %."""
 
+_LEADER = 0, 0
+"""Replica and stage of the rank that leads."""
+
 _SEQUENCE_BYTES, _BLOCK_BYTES, _TOKEN_BYTES = 40, 3, 3
 """Bytes of a plan for a sequence, for each of its blocks, and for a token, in msgpack."""
 
@@ -149,15 +152,12 @@ class StepCost:
         own = group.index(replica)
         alike = {stage: stage.computing_s(members, own, is_decode) for stage in set(self._stages)}
         found = [alike[stage] for stage in self._stages]
-        for stage, is_leader in enumerate(self._is_leader(replica)):
-            found[stage] += 0.0 if is_leader else self._broadcast_s(step)
-        if not self._is_leader(replica)[-1]:
+        places = [(replica, stage) for stage in range(self._layout.pp)]
+        for stage, place in enumerate(places):
+            found[stage] += 0.0 if place == _LEADER else self._broadcast_s(step)
+        if places[-1] != _LEADER:
             found[-1] += self._result_s
         return found
-
-    def _is_leader(self, replica: int) -> list[bool]:
-        """For each stage of a replica whether its first rank is the leader."""
-        return [(replica, stage) == (0, 0) for stage in range(self._layout.pp)]
 
     @property
     def _result_s(self) -> float:
@@ -197,8 +197,11 @@ class StepCost:
 
     def after_s(self, step: Sequence[ReplicaStep]) -> float:
         """Seconds of the leader to take in a step's results."""
-        sent = sum(bool(one.tokens) and not self._is_leader(at)[-1] for at, one in enumerate(step))
-        return (1 - BEFORE_SHARE) * self.leader_s(step) + sent * self._result_s
+        own_s = (1 - BEFORE_SHARE) * self.leader_s(step)
+        if not self._result_s:
+            return own_s
+        senders = step if self._layout.pp > 1 else step[1:]
+        return own_s + self._result_s * sum(one.tokens > 0 for one in senders)
 
     def _broadcast_s(self, step: Sequence[ReplicaStep]) -> float:
         if self._layout.world_size == 1 or self._profile.host.broadcast is None:
