@@ -266,6 +266,15 @@ class TestNpuOpsOfIntegers(QuantizedContract):
                 ops, "layers.0.attention", out=QuantizedWeight(weight.values, weight.scales)
             )
 
+    def test_a_head_of_integers_stays_in_rows(self):
+        x = self.random(3, 64, dtype=torch.bfloat16)
+        weight = self.quantized(self.random(32, 64), "int8")
+        ops = NpuOps(options=EngineOptions(npu_weight_format="nz"))
+        parts = self.to(weight.values, weight.scales)
+        head = ops.prepare("head", QuantizedWeight(*parts, activation_bits=16))
+        expected = REFERENCE.linear(x, weight)
+        self.assert_close(ops.linear(*self.to(x), head), expected, x.dtype, "int8")
+
 
 class TestNpuOpsOfA310P(TestNpuOps):
     """The code for a 310P, which uses fewer operators, on a device that has all of them."""
