@@ -132,6 +132,10 @@ def test_no_engine_goes_without_a_request():
     load = drawn("512", "32", 120, concurrency=4)
     found = explore(replace(question(16, fast=True), load=load))
     assert max(one.candidate.engines for one in found.screened) == 4
+    # Twelve devices of nodes of eight are three engines at least.
+    one = drawn("512", "32", 120, concurrency=1)
+    found = explore(replace(question(12, fast=True), load=one))
+    assert {each.candidate.engines for each in found.screened} == {3}
 
 
 def test_a_simulation_is_long_enough_for_what_it_holds():

@@ -321,11 +321,10 @@ def _screened(question: Question) -> _Screened:
     and waits for fewer others in the smallest engines, whose leaders have least to do. So these
     stand for their family first, and only the best families are looked at as a whole.
     """
-    pairs = [
-        (engines, layout)
-        for engines, layout in layouts(question.space, question.model, question.profile)
-        if engines <= question.most_engines
-    ]
+    pairs = layouts(question.space, question.model, question.profile)
+    fewest = min((engines for engines, _ in pairs), default=0)
+    most = max(fewest, question.most_engines)
+    pairs = [(engines, layout) for engines, layout in pairs if engines <= most]
     settings = list(question.space.settings(Layout()))
     if not settings:
         raise ConfigError("each of --max-num-seqs exceeds each of --max-num-batched-tokens")
