@@ -88,6 +88,8 @@ class _Tunnel:
         self._loop.run_forever()
         if self._server is not None:
             self._server.close()
+        # A socket that asyncio has just accepted has an owner from the next turn on.
+        self._loop.run_until_complete(asyncio.sleep(0))
         # Again, as `asyncio.wait_for` may swallow a cancellation before Python 3.12.
         while tasks := asyncio.all_tasks(self._loop):
             for task in tasks:
