@@ -360,8 +360,8 @@ def test_a_taken_port_is_an_error_on_both_sides(answer: bytes) -> None:
             with contextlib.suppress(OSError):
                 while True:
                     connected, _ = foreign.accept()
-                    connected.sendall(answer)
                     kept.append(connected)
+                    connected.sendall(answer)
 
         kept: list[socket.socket] = []
         threading.Thread(target=serve, daemon=True).start()

@@ -149,8 +149,8 @@ def test_what_is_no_gate_is_named(answer: bytes, monkeypatch: pytest.MonkeyPatch
 
         def serve() -> None:
             connected, _ = foreign.accept()
-            connected.sendall(answer)
             kept.append(connected)
+            connected.sendall(answer)
 
         kept: list[socket.socket] = []
         threading.Thread(target=serve, daemon=True).start()
@@ -168,10 +168,10 @@ def test_a_gate_that_does_not_know_the_key_is_found_out() -> None:
 
         def serve() -> None:
             connected, _ = forger.accept()
+            kept.append(connected)
             connected.sendall(b"moespan1" + bytes(32))
             receive(connected, 64)
             connected.sendall(b"\1" + bytes(32))
-            kept.append(connected)
 
         kept: list[socket.socket] = []
         threading.Thread(target=serve, daemon=True).start()
