@@ -102,18 +102,26 @@ def test_every_setting_has_a_reason() -> None:
 def test_cpu_and_cuda_get_what_their_backends_read() -> None:
     assert values(Layout(tp=2), "cpu", Machine(threads=(4, 4))) == {
         "OMP_NUM_THREADS": "4",
+        "OMP_WAIT_POLICY": "passive",
         "GLOO_SOCKET_IFNAME": "lo",
     }
     assert values(Layout(tp=2), "cuda", Machine()) == {
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }
-    assert values(Layout(), "cpu", Machine()) == {}
+    assert values(Layout(), "cpu", Machine()) == {"OMP_WAIT_POLICY": "passive"}
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
+def test_whoever_says_how_threads_wait_is_obeyed(name: str) -> None:
+    found = settings(Layout(), "cpu", Machine(), user={name: "1"})
+    assert (found[name].value, found[name].set_by) == ("1", "you")
+    assert found["OMP_WAIT_POLICY"].value in (None, "1")
 
 
 def test_torch_npu_beside_another_device_is_not_loaded() -> None:
     machine = Machine(has_torch_npu=True)
-    assert values(Layout(), "cpu", machine) == {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    assert values(Layout(), "cpu", machine)["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
     assert values(Layout(), "npu", machine)["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
 
 
@@ -259,7 +267,8 @@ def test_variables_that_exclude_ours_leave_them_unset() -> None:
 
 def test_other_variables_of_the_user_are_shown_if_they_concern_us() -> None:
     found = settings(Layout(), "cpu", Machine(), {"HCCL_ALGO": "x", "HOME": "/", "MY_KEY": "y"})
-    assert found == {"HCCL_ALGO": Setting(name="HCCL_ALGO", value="x", set_by="you")}
+    assert found.keys() == {"OMP_WAIT_POLICY", "HCCL_ALGO"}
+    assert found["HCCL_ALGO"] == Setting(name="HCCL_ALGO", value="x", set_by="you")
 
 
 def test_only_our_own_settings_are_applied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,9 @@ _SHOWN = (
     "CPU_AFFINITY_CONF",
     "CUDA_",
     "GLOO_",
+    "GOMP_",
     "HCCL_",
+    "KMP_",
     "LD_PRELOAD",
     "MULTI_STREAM_",
     "NCCL_",
@@ -179,6 +181,17 @@ def _wishes(
                 per_rank=len(threads) > 1,
             ),
             (),
+        )
+    if config.device == "cpu":
+        yield (
+            ours(
+                "OMP_WAIT_POLICY",
+                "passive",
+                "threads that wait leave their core to those that they wait for; on cores with "
+                "other work a step takes many times as long if they spin",
+                "docs/performance.md",
+            ),
+            ("GOMP_SPINCOUNT", "KMP_BLOCKTIME"),
         )
     if many_ranks and machine.interface:
         is_alone = machine.nnodes == 1
