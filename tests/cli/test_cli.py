@@ -321,6 +321,16 @@ def test_prompts_come_through_pipes(
     assert "1 of 3 lines failed" in ran.err
 
 
+@pytest.mark.parametrize("words", [("generate", "--input", "-"), ("chat",)])
+def test_a_closed_standard_input_is_named(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+):
+    monkeypatch.setattr(sys, "stdin", None)
+    ran = cli(words[0], QUICKSTART, *words[1:], "--quiet")
+    assert ran.code == 2
+    assert "standard input, which is closed" in ran.err
+
+
 def test_without_a_tokenizer_token_ids_are_printed(cli: Cli, tmp_path: Path):
     input_path = tmp_path / "input.jsonl"
     input_path.write_text('{"prompt": [3, 1, 4]}\n')
@@ -786,6 +796,10 @@ WRONG_INPUT: list[tuple[str, str]] = [
     ("generate {quick} {sum} --num-blocks 3", "num_blocks=3 of 32 tokens cannot hold one"),
     ("generate {quick} --prompt 1+1= {long}", "prompt 1: the prompt has"),
     ("generate {quick} {sum} --output {tmp}/o", "--output and --resume go with --input"),
+    ("generate {quick} {sum} --logprobs 3", "--logprobs and --prompt-logprobs go with --json"),
+    ("generate {quick} --input {tmp}/none --output /proc/x", "/proc cannot be written; give a"),
+    ("quantize {quick} /proc/x", "/proc cannot be written: "),
+    ("calibrate --preset tiny --out /proc/x", "/proc cannot be written; give a file elsewhere"),
     ("generate {quick} {sum} --resume", "--output and --resume go with --input"),
     ("generate {quick} --input {tmp}/none", "--input {tmp}/none is not a file, a pipe or -"),
     ("generate {quick} --input {tmp}", "--input {tmp} is not a file, a pipe or -"),

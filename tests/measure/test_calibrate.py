@@ -14,7 +14,7 @@ import pytest
 
 from moespan.checkpoint.presets import preset
 from moespan.config import EngineConfig, Layout, ModelConfig, Nodes
-from moespan.errors import MeetingError
+from moespan.errors import MeetingError, MoespanError
 from moespan.measure import calibrate, collectives, operations
 from moespan.measure.calibrate import Calibration
 from moespan.measure.collectives import Timing
@@ -140,6 +140,14 @@ def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     machine, said = calibrated(tmp_path / "cut.json")
     assert "interrupted" in said and machine.made is not None and not machine.made.complete
     assert machine.host.step_us is not None
+
+
+def test_an_earlier_profile_stays_if_no_curve_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "earlier.json"
+    path.write_text("{}")
+    with pytest.raises(MoespanError, match=r"earlier\.json stays as it was"):
+        calibrated(path, seconds=1e-6)
+    assert path.read_text() == "{}"
 
 
 def test_two_nodes_measure_what_joins_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,8 +51,8 @@ def quantize_checkpoint(
         progress: called with the bytes of each shard written.
 
     Raises:
-        ConfigError: `target` exists, the checkpoint is quantised already, or its rows are not whole
-            groups of the scheme.
+        ConfigError: `target` exists or cannot be made, the checkpoint is quantised already, or its
+            rows are not whole groups of the scheme.
         CheckpointError: the checkpoint is not complete, or holds NaN or Inf.
     """
     config = ModelConfig.from_pretrained(folder)
@@ -66,7 +66,12 @@ def quantize_checkpoint(
     if not target.parent.is_dir():
         raise ConfigError(f"there is no folder {target.parent}; make it first")
     parts = _Rounded(folder, config, scheme)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ConfigError(
+            f"{target.parent} cannot be written: {error.strerror}; choose another folder"
+        ) from None
     try:
         write_shards(partial, parts.sizes, parts.make, progress)
         _copy_others(folder, partial)

@@ -140,7 +140,7 @@ def _run_load(args: argparse.Namespace) -> int:
 
     if steps := _asked_steps(args):
         flags = ", ".join("--" + name.replace("_", "-") for name in steps)
-        raise ConfigError(f"{flags} measure steps, not a load; leave out them or the load")
+        raise ConfigError(f"{flags} measure steps, not a load; give either these flags or a load")
     if args.share < 1:
         raise ConfigError(f"--share {args.share} must be at least 1")
     often = {"rate": args.rate, "concurrency": args.concurrency, "seed": args.seed}

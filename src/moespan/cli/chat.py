@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     """Talk with a model in the terminal. MODEL is a checkpoint, or the address of a server."""
     from moespan.front.conversation import Conversation
 
+    if sys.stdin is None:
+        raise ConfigError("chat reads standard input, which is closed; use a terminal")
     with _answerer(args) as answerer:
         if not args.quiet and sys.stdin.isatty():
             say("/help shows the commands")

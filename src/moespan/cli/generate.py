@@ -92,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         return _answer_file(args, settings, params)
     if args.output is not None or args.resume:
         raise ConfigError("--output and --resume go with --input FILE.jsonl")
+    if not args.json and (args.logprobs is not None or args.prompt_logprobs is not None):
+        raise ConfigError("--logprobs and --prompt-logprobs go with --json or --input FILE.jsonl")
     return _answer_prompts(args, settings, sampling)
 
 
@@ -232,6 +234,8 @@ def _input(path: Path) -> Iterator[tuple[BinaryIO, int | None]]:
         ConfigError: it is something else.
     """
     if str(path) == "-":
+        if sys.stdin is None:
+            raise ConfigError("--input - reads standard input, which is closed; give a file")
         yield sys.stdin.buffer, None
         return
     if path.is_fifo():

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,15 @@ def check_writable(path: Path, flag: str) -> None:
     if not path.parent.is_dir():
         raise ConfigError(f"{flag} {path}: there is no folder {path.parent}; make it first")
     place = path if path.exists() else path.parent
-    if not os.access(place, os.W_OK):
+    try:
+        if place == path:
+            is_writable = os.access(path, os.W_OK)
+        else:  # some folders take no file although their mode says so, as those of /proc
+            with tempfile.TemporaryFile(dir=place):
+                is_writable = True
+    except OSError:
+        is_writable = False
+    if not is_writable:
         raise ConfigError(f"{flag} {path}: {place} cannot be written; give a file elsewhere")
 
 

@@ -422,7 +422,8 @@ def _listen(nodes: Nodes) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise MeetingError(
                 f"port {nodes.master_port} of {nodes.master_addr} is taken by another program; "
-                "give all nodes another master_port"
+                "give all nodes another master_port, or this node its own node_rank if node 0 of "
+                "this job runs here"
             ) from None
         if error.errno == errno.EADDRNOTAVAIL:
             own = ", ".join(f"{address} ({name})" for name, address in interfaces())

@@ -112,6 +112,7 @@ class Calibration:
         self._began = CLOCKS[self.clock].now()
         if CLOCKS[self.clock].one_thread:
             torch.set_num_threads(1)
+        self._was_there = self.out.exists()
         self._sweep: Sweep | None = None
         if is_host(self._device):
             swept = min(last_level_cache_bytes(), _MOST_SWEPT_BYTES)
@@ -127,22 +128,31 @@ class Calibration:
             self._save(complete=True)
         except KeyboardInterrupt:
             self._save(complete=False)
-            self.say(f"interrupted: {self.out} keeps what was measured")
+            self.say("interrupted: what was measured is kept")
         except _OutOfTimeError:
-            self.say(f"{self.seconds:g} s are over: {self.out} keeps what was measured")
+            self.say(f"{self.seconds:g} s are over: what was measured is kept")
             self._save(complete=self._has_all_of_own_layout)
         except MoespanError:
             self._save(complete=False)
             raise
+        if self._keeps_earlier:
+            raise MoespanError(f"no curve was measured in time; {self.out} stays as it was")
         return self.profile
 
     def assist(self) -> None:
         """Run this node's ranks of the collectives between nodes, on a node other than node 0."""
         self._timings_between_nodes()
 
+    @property
+    def _keeps_earlier(self) -> bool:
+        """Whether a file that was there before is worth more than what was measured so far."""
+        return self._was_there and not (self.profile.operations or self.profile.collectives)
+
     def _save(self, complete: bool) -> None:
         made = self.profile.made
         assert made is not None
+        if self._keeps_earlier:
+            return
         seconds = time.monotonic() - self._started
         made = msgspec.structs.replace(made, seconds=round(seconds, 1), complete=complete)
         self.profile = msgspec.structs.replace(self.profile, made=made)
