@@ -247,7 +247,7 @@ def test_norms_router_and_embedding_stay_floats_and_activations_are_rounded_by_t
         for name in weights
         if name.rpartition(".")[2] in modules
     }
-    assert bits == expected | ({"head": 16} if scheme in ("int8", "int4") else {})
+    assert bits == expected | ({} if scheme == "fp8" else {"head": 16})
     assert scheme != "int4" or weights["head"].values.dtype == torch.int8
 
 

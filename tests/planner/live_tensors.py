@@ -127,7 +127,7 @@ def run_step(
                 pending = worker.execute(plans, plan)
                 del pending
         buffers = getattr(ops, "_buffers", {}).values()
-        return live.peak_bytes, sum(map(len, buffers))
+        return live.peak_bytes, sum(num_bytes for _, num_bytes, _ in buffers)
 
 
 def _tensors(weight: Any) -> list[Tensor]:
