@@ -53,13 +53,17 @@ PARTS=(tests/model tests/checkpoint tests/serve tests/engine tests/text tests/fr
 # torch: nobody has waited for their ends. The pages need a browser.
 TOO_SLOW=(tests/engine/test_drafts.py tests/engine/test_scheduler.py tests/ops/test_cpu_plain.py
     tests/serve/test_page.py)
+# QEMU's own memory counts, and limits of memory do not bind what it emulates.
+BY_MEMORY=(
+    tests/text/test_chat_template.py::test_hostile_templates_cost_some_tens_of_megabytes_at_most
+    tests/text/test_chat_template.py::test_after_a_broken_limit_the_next_conversation_is_served)
 
 # Runs each part by itself, so that all are seen and one that fails can be run again alone.
 fast_tier() {
     local part failed=()
     for part in "${PARTS[@]}"; do
         inside python3 -m pytest -q -p no:cacheprovider -m "not slow" \
-            "${TOO_SLOW[@]/#/--ignore=}" "$part" || failed+=("$part")
+            "${TOO_SLOW[@]/#/--ignore=}" "${BY_MEMORY[@]/#/--deselect=}" "$part" || failed+=("$part")
     done
     [ ${#failed[@]} -eq 0 ] || {
         echo "failed: ${failed[*]}" >&2
@@ -83,6 +87,8 @@ make_root() {
         filelock typing-extensions sympy networkx fsspec setuptools \
         numpy safetensors tokenizers jinja2 msgspec tqdm pytest hypothesis \
         starlette uvicorn h11 prometheus-client httpx llguidance
+    # Not by PYTHONPATH, which some tests set anew.
+    echo /opt/packages >"$ROOT/usr/lib/python3/dist-packages/packages.pth"
     cpuinfo >"$ROOT/cpuinfo"
     touch "$ROOT/made"
 }
@@ -116,7 +122,7 @@ inside() {
         shift
         exec chroot "$root" /usr/bin/env -i HOME=/root PATH=/usr/bin:/bin TERM="${TERM:-dumb}" \
             QEMU_CPU="$QEMU_CPU" LC_ALL=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 \
-            PYTHONPATH=/project/src:/opt/packages OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
+            PYTHONPATH=/project/src OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
             MOESPAN_BUILD_TIMEOUT="${MOESPAN_BUILD_TIMEOUT:-3600}" MOESPAN_TEST_PATIENCE=20 \
             sh -c '"'"'cd /project && exec "$@"'"'"' sh "$@"
     ' bash "$ROOT" "$@"
