@@ -56,16 +56,17 @@ def check_writable(path: Path, flag: str) -> None:
     if not path.parent.is_dir():
         raise ConfigError(f"{flag} {path}: there is no folder {path.parent}; make it first")
     place = path if path.exists() else path.parent
-    try:
-        if place == path:
-            is_writable = os.access(path, os.W_OK)
-        else:  # some folders take no file although their mode says so, as those of /proc
-            with tempfile.TemporaryFile(dir=place):
-                is_writable = True
-    except OSError:
-        is_writable = False
-    if not is_writable:
+    if not (os.access(path, os.W_OK) if place == path else _takes_files(place)):
         raise ConfigError(f"{flag} {path}: {place} cannot be written; give a file elsewhere")
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether a file can be made in `folder`. Folders of /proc take none, whatever their mode."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def progress_bytes(total_bytes: int) -> tqdm[Any]:
