@@ -689,7 +689,7 @@ def run(args: argparse.Namespace, folder: str, clock: Clock) -> dict[str, Any]:
 
 
 def _tell(*lines: str) -> None:
-    """What is known so far, so that nothing is lost if the command is cut short."""
+    """Print the figures known so far, so that nothing is lost if the command is cut short."""
     print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 

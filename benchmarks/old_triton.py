@@ -1,4 +1,4 @@
-"""What the interpreter of Triton 3.6 needs to run with NumPy 2.4."""
+"""Mends for the interpreter of Triton 3.6, so that it runs with NumPy 2.4."""
 
 from __future__ import annotations
 

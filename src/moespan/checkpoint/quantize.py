@@ -108,7 +108,7 @@ class _Rounded:
         self.sizes = {name: self._num_bytes(name) for name in self._pieces}
 
     def make(self, name: str) -> dict[str, Tensor]:
-        """What is stored for one tensor of the given checkpoint."""
+        """The tensors that stand for one tensor of the given checkpoint."""
         ((_, values),) = self._source.read([self._pieces[name]])
         if not self._is_quantized[name]:
             if not values.isfinite().all():

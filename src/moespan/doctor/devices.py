@@ -77,7 +77,7 @@ def links(host: Host, job: JobSpec) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class _Port:
-    """What hccn_tool says of an NPU's network port; an empty text is not known."""
+    """The state of an NPU's network port, by hccn_tool; an empty text is not known."""
 
     link: str
     tls: str

@@ -31,7 +31,7 @@ _LEAST_CHANCE = 0.5
 
 @dataclass
 class DraftCounts:
-    """What became of the drafts of all sequences.
+    """How many drafts all sequences had, and how many were right.
 
     Attributes:
         num_drafts: how often a sequence had drafts in a step.
@@ -44,7 +44,7 @@ class DraftCounts:
     num_accepted: int = 0
 
     def until_wrong(self, drafts: list[int], samples: list[Sampled]) -> list[Sampled]:
-        """Of the samples before and after each draft, those up to the first wrong draft."""
+        """The samples up to the first wrong draft; each draft has one before and one after it."""
         come = [draft == sample.token_id for draft, sample in zip(drafts, samples, strict=False)]
         num_right = (*come, False).index(False)
         self.num_drafts += 1

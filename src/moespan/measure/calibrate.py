@@ -310,7 +310,7 @@ class Calibration:
         axes = [one for one in timings if one.axis in ("tp", "sp")]
         waits = [one for one in timings if one.axis == collectives.WAITS]
         curves = list(_curves(axes, waits, "cluster"))
-        # Of one rank a node all bytes go between nodes, and all ranks of a node send at once.
+        # With one rank on each node all bytes cross nodes, and all ranks of a node send at once.
         rate = _rate([one for one in curves if one.ranks == self.nodes.nnodes])
         self._keep_links(curves, timings, Level(name="cluster", bytes_per_s=rate))
 

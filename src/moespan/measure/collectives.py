@@ -247,7 +247,7 @@ class _Clock:
         )
 
     def time_waits(self, axis: Axis, kind: str) -> Timing:
-        """What a collective takes longer after work than alone, the mean over ranks: they do not
+        """The extra time of a collective after work, the mean over ranks: they do not
         come at the same time, and find their caches cold. The work reads as much memory as caches
         hold, as operations do."""
         import torch
