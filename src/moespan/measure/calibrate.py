@@ -128,9 +128,9 @@ class Calibration:
             self._save(complete=True)
         except KeyboardInterrupt:
             self._save(complete=False)
-            self.say("interrupted: what was measured is kept")
+            self.say("interrupted")
         except _OutOfTimeError:
-            self.say(f"{self.seconds:g} s are over: what was measured is kept")
+            self.say(f"{self.seconds:g} s are over")
             self._save(complete=self._has_all_of_own_layout)
         except MoespanError:
             self._save(complete=False)
