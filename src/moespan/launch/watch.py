@@ -226,6 +226,8 @@ class Watch:
 
     def close(self) -> None:
         """Stay until the others have read this node's status, `_LEAVE_S` at most."""
+        if self._is_over:
+            return
         self._own = leaving = msgspec.structs.replace(self._own, may_leave=True)
         self._wake.set()
         _wait(
