@@ -258,6 +258,17 @@ class LlamaCpp:
                     pending[number] = [token]
         return times
 
+    def logits(self, prompt: list[int]) -> Any:
+        """The logits, float32 [T, V], of all T tokens of a prompt of `MAX_TOKENS_PER_STEP` at
+        most."""
+        self._prepare(1, len(prompt))
+        for position, token in enumerate(prompt):
+            self._put(position, token, position, 0, wants_logits=True)
+        self._batch.n_tokens = len(prompt)
+        if self._lib.llama_decode(self._context, self._batch) != 0:
+            raise ValueError("llama_decode failed")
+        return self._numpy.stack([self._row(row) for row in range(len(prompt))])
+
     def _prepare(self, num_sequences: int, longest: int) -> None:
         """Make an empty context for so many sequences."""
         shape = (num_sequences, -(-longest // 256) * 256)
@@ -281,9 +292,12 @@ class LlamaCpp:
         batch.n_seq_id[at], batch.seq_id[at][0] = 1, number
 
     def _best(self, row: int) -> int:
+        return int(self._row(row).argmax())
+
+    def _row(self, row: int) -> Any:
+        """The logits [V] of one token of the last step."""
         logits = self._lib.llama_get_logits_ith(self._context, row)
-        array = self._numpy.ctypeslib.as_array(logits, shape=(self._vocab_size,))
-        return int(array.argmax())
+        return self._numpy.ctypeslib.as_array(logits, shape=(self._vocab_size,)).copy()
 
 
 class Vllm:

@@ -4,13 +4,15 @@
     python benchmarks/peer_formats.py w8a8 CHECKPOINT OUT_FOLDER
 
 `peers.py run` calls it in the virtual environment of the engine in question. It imports nothing of
-moespan; it needs torch and safetensors, and for GGUF the `gguf` package.
+moespan; it needs torch and safetensors, and for GGUF the packages `gguf` and `llama-cpp-python`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
+import importlib.util
 import json
 import math
 import shutil
@@ -27,7 +29,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_0-pure")
+"""Types of a GGUF file. `q4_0` is what `llama-quantize` writes by that name: its head has 6 bits
+(8 if the hidden size is no multiple of 256). In `q4_0-pure` (`--pure`) the head has 4 bits, too."""
 
 Read = Callable[[str], Tensor]
 """A tensor of the checkpoint by its Hugging Face name."""
@@ -144,9 +148,8 @@ def write_gguf(source: Path, target: Path, kind: str) -> None:
             raise ValueError(f"{key}={config[key]!r}: llama.cpp's graph only knows {wanted!r}")
     writer = gguf.GGUFWriter(str(target), "deepseek")
     _write_header(writer, config, source.name)
-    types = gguf.GGMLQuantizationType
     entries = list(gguf_entries(config, checkpoint_reader(source)))
-    of_entry = [types.F32 if entry.keeps_f32 else types[kind.upper()] for entry in entries]
+    of_entry = [gguf.GGMLQuantizationType[entry_type(entry, kind)] for entry in entries]
     for entry, its_type in zip(entries, of_entry, strict=True):
         block, block_bytes = gguf.GGML_QUANT_SIZES[its_type]
         num_bytes = math.prod(entry.shape) // block * block_bytes
@@ -159,6 +162,15 @@ def write_gguf(source: Path, target: Path, kind: str) -> None:
     for entry, its_type in zip(entries, of_entry, strict=True):
         writer.write_tensor_data(_ggml_bytes(entry.read(), its_type))
     writer.close()
+
+
+def entry_type(entry: Entry, kind: str) -> str:
+    """The ggml type of one tensor in a file of type `kind` (`GGUF_TYPES`)."""
+    if entry.keeps_f32:
+        return "F32"
+    if kind == "q4_0" and entry.name == "output.weight":
+        return "Q8_0" if entry.shape[-1] % 256 else "Q6_K"
+    return kind.removesuffix("-pure").upper()
 
 
 def _write_header(writer: Any, config: dict[str, Any], name: str) -> None:
@@ -203,9 +215,36 @@ def _ggml_bytes(tensor: Tensor, its_type: Any) -> NDArray[Any]:
         return tensor.bfloat16().contiguous().view(torch.uint8).numpy()  # type: ignore[no-any-return]
     rows = tensor.reshape(-1, tensor.shape[-1])
     at_once = max(1, _ELEMENTS_AT_ONCE // rows.shape[1])
-    parts = [gguf.quants.quantize(part.float().numpy(), its_type) for part in rows.split(at_once)]
-    packed: NDArray[Any] = np.concatenate(parts)
+    packed = np.concatenate([_quantized(part.float(), its_type) for part in rows.split(at_once)])
     return packed.reshape(*tensor.shape[:-1], packed.shape[-1])
+
+
+def _quantized(rows: Tensor, its_type: Any) -> NDArray[Any]:
+    """float32 rows [R, C] as bytes [R, B] of a ggml type, by ggml's own routine."""
+    import gguf
+
+    block, block_bytes = gguf.GGML_QUANT_SIZES[its_type]
+    num_rows, columns = rows.shape
+    packed = np.empty((num_rows, columns // block * block_bytes), np.uint8)
+    size, of_rows = ctypes.c_int64, rows.contiguous()
+    _ggml().ggml_quantize_chunk(
+        ctypes.c_int(its_type),
+        ctypes.c_void_p(of_rows.data_ptr()),
+        packed.ctypes.data_as(ctypes.c_void_p),
+        size(0),
+        size(num_rows),
+        size(columns),
+        ctypes.c_void_p(),
+    )
+    return packed
+
+
+@functools.cache
+def _ggml() -> ctypes.CDLL:
+    """The library in which llama-cpp-python has ggml's quantisation."""
+    package = importlib.util.find_spec("llama_cpp")
+    assert package is not None and package.origin is not None
+    return ctypes.CDLL(str(Path(package.origin).parent / "lib" / "libggml-base.so"))
 
 
 def write_w8a8(source: Path, target: Path) -> None:

@@ -87,6 +87,7 @@ PEERS = {
     "llama.cpp": Peer("llama.cpp", "llama.cpp", model="bf16"),
     "llama.cpp-q8_0": Peer("llama.cpp", "llama.cpp", 8, "q8_0"),
     "llama.cpp-q4_0": Peer("llama.cpp", "llama.cpp", 4, "q4_0"),
+    "llama.cpp-q4_0-pure": Peer("llama.cpp", "llama.cpp", 4, "q4_0-pure"),
     "vllm": Peer("vllm", "vllm"),
     "vllm-zentorch": Peer("vllm", "zentorch"),
     "vllm-zentorch-w8a8": Peer("vllm", "zentorch", 8, "w8a8"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.support import DATA, QUICKSTART
 
 # The scripts find each other where they lie, as when they are run.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import peer_divergence
 import peer_formats
 import peer_report
 import peers
@@ -275,6 +277,26 @@ def test_a_gguf_file_holds_every_tensor_of_the_checkpoint_once():
     index = json.loads((TINY / "model.safetensors.index.json").read_text())
     assert sorted(used) == sorted(index["weight_map"])
     assert {"token_embd.weight", "blk.1.ffn_down_exps.weight", "output.weight"} <= names
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden", "head"),
+    [("q4_0", 2048, "Q6_K"), ("q4_0", 128, "Q8_0"), ("q4_0-pure", 2048, "Q4_0")],
+)
+def test_a_file_of_4_bits_has_the_head_that_llama_cpp_gives_it(kind: str, hidden: int, head: str):
+    config = {**json.loads((TINY / "config.json").read_text()), "hidden_size": hidden}
+    entries = peer_formats.gguf_entries(config, peer_formats.checkpoint_reader(TINY))
+    types = {entry.name: peer_formats.entry_type(entry, kind) for entry in entries}
+    assert types.pop("output.weight") == head
+    assert types["output_norm.weight"] == types["blk.1.ffn_gate_inp.weight"] == "F32"
+    assert types["token_embd.weight"] == types["blk.1.ffn_down_exps.weight"] == "Q4_0"
+
+
+def test_divergence_is_the_reference_s_mean_of_differences_of_log_probabilities():
+    logits = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    other = torch.tensor([[math.log(3.0), 0.0], [5.0, 5.0]])
+    found = peer_divergence.divergences(logits, other)
+    assert found.tolist() == pytest.approx([0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(2), 0.0])
 
 
 def test_halves_become_neighbours_head_by_head():
