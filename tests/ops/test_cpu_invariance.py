@@ -99,14 +99,20 @@ def test_mlp_whose_second_sum_is_long(ops: NativeCpuOps, sizes: list[int]) -> No
 
 @some
 @given(sizes=cuts)
-def test_norms_and_routers(ops: NativeCpuOps, sizes: list[int]) -> None:
+def test_norms(ops: NativeCpuOps, sizes: list[int]) -> None:
     x, residual, weight = random(ROWS, 64), random(ROWS, 64, seed=1), random(64)
-    router = ops.prepare("mlp.router", torch.randn(70, 64, generator=torch.Generator()))
-    assert isinstance(router, Tensor)
     assert_independent(
         lambda rows: ops.add_rms_norm(x[rows], residual[rows], weight, 1e-6)[0], sizes
     )
-    assert_independent(lambda rows: ops.route(x[rows], router, 6, True)[0], sizes)
+
+
+@pytest.mark.parametrize("is_bfloat16", [False, True])
+@some
+@given(sizes=cuts)
+def test_routers(ops: NativeCpuOps, is_bfloat16: bool, sizes: list[int]) -> None:
+    x, router = random(ROWS, 64), torch.randn(70, 64, generator=torch.Generator())
+    prepared = ops.prepare("mlp.router", router.bfloat16().float() if is_bfloat16 else router)
+    assert_independent(lambda rows: ops.route(x[rows], prepared, 6, True)[0], sizes)
 
 
 @pytest.mark.parametrize("is_int8", [False, True])

@@ -386,12 +386,37 @@ def test_swiglu_of_large_and_small_values(ops: NativeCpuOps):
     assert_close(ops.mlp(x, *packed), REFERENCE.mlp(x, gate_up, down))
 
 
+@pytest.mark.parametrize("is_bfloat16", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 9, 300])
 @pytest.mark.parametrize("num_experts", [3, 64, 70])
-def test_routing(ops: NativeCpuOps, num_experts: int):
-    x, router = random(9, 48), torch.randn(num_experts, 48, generator=torch.Generator())
+def test_routing(ops: NativeCpuOps, num_experts: int, num_tokens: int, is_bfloat16: bool):
+    x, router = random(num_tokens, 48), torch.randn(num_experts, 48, generator=torch.Generator())
+    router = router.bfloat16().float() if is_bfloat16 else router
     prepared = ops.prepare("layers.1.mlp.router", router)
+    assert isinstance(prepared, PackedWeight) == is_bfloat16
     for renormalize in (False, True):
         weights, chosen = ops.route(x, prepared, 2, renormalize)
         expected, expected_chosen = REFERENCE.route(x, router, 2, renormalize)
         assert torch.equal(chosen.long(), expected_chosen)
         torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [0.1, 0.125])  # the second is one of bfloat16
+@pytest.mark.parametrize("num_experts", [3, 16, 70])
+def test_of_experts_that_are_equally_likely_the_first_are_chosen(
+    ops: NativeCpuOps, num_experts: int, number: float
+):
+    router = ops.prepare("router", torch.full((num_experts, 48), number))
+    weights, chosen = ops.route(random(5, 48), router, 3, False)
+    assert chosen.tolist() == [[0, 1, 2]] * 5
+    torch.testing.assert_close(weights, torch.full((5, 3), 1 / num_experts))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("num_experts", [3, 70])
+def test_experts_of_tokens_that_are_no_numbers_exist(
+    ops: NativeCpuOps, num_experts: int, number: float
+):
+    router = ops.prepare("router", random(num_experts, 48).float())
+    _, chosen = ops.route(torch.full((5, 48), number, dtype=BF16), router, 3, True)
+    assert chosen.min() >= 0 and chosen.max() < num_experts

@@ -86,7 +86,8 @@ class Operations:
     def _route(self, shape: Mapping[str, int], scheme: str | None, rows: int) -> Run:
         number, hidden = shape["n"], shape["k"]
         chosen = min(self._model.num_experts_per_tok, number)
-        router = self._ops.prepare("router", torch.randn(number, hidden, device=self._device))
+        values = torch.randn(number, hidden, device=self._device)
+        router = self._ops.prepare("router", values.bfloat16().float())  # as checkpoints have it
         x = self._values(rows, hidden)
         return lambda: self._ops.route(x, router, chosen, False)
 

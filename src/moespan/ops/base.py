@@ -219,8 +219,8 @@ class Ops(Protocol):
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
         """Lay out a whole parameter, named as in the placement table, as these kernels read it.
 
-        Called once for a parameter, whose memory may be reused for the result. Embeddings, norms,
-        biases and routers stay tensors. Only `linear`, `mlp` and `experts` read the others.
+        Called once for a parameter, whose memory may be reused for the result. Embeddings, norms
+        and biases stay tensors. Only `linear`, `mlp`, `experts` and `route` read the others.
         """
 
     def new_cache(
@@ -316,7 +316,7 @@ class Ops(Protocol):
         """
 
     def route(
-        self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
+        self, x: Tensor, router: Weight, num_chosen: int, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
         """x [T, H] → weights float32 [T, K] and expert numbers, integers [T, K].
 

@@ -280,6 +280,8 @@ class NativeOperations(PlainOperations):
 
     def route(self, rows: int, hidden: int, experts: int, chosen: int) -> int:
         """float32 [T, K], int32 [T, K]."""
+        self._keep("logits", 4 * rows * experts)
+        self._keep("packed", 2 * rows * hidden)
         return self.live.take(8 * rows * chosen)
 
     def experts(self, rows: int, chosen: int, gate_up: Matrix, down: Matrix, met: float = 1) -> int:

@@ -42,7 +42,7 @@ _SIGNATURES = {
     "rms_norm": "pppnnfppi",
     "rope": "pnnnnppi",
     "write_cache": "pnnnnpppi",
-    "route": "ppnnnnippi",
+    "route": "ipnnpnnippipp",
 }
 _TYPES = {"p": c_void_p, "n": c_int64, "i": c_int, "f": c_float}
 
@@ -120,14 +120,15 @@ class NativeCpuOps(CpuOps):
         return checksum.value
 
     def prepare(self, name: str, weight: Tensor | QuantizedWeight) -> Weight:
-        """The parameter packed, if it is a matrix; the router with transposed memory."""
+        """The parameter packed, if it is a matrix, or a router that bfloat16 holds exactly; any
+        other router with transposed memory."""
         if isinstance(weight, QuantizedWeight):
             if weight.group_size == INT4_GROUP and is_matrix(name):
                 return self._pack_int4(weight, leaf(name) == "gate_up")
             values, scales, bits = weight.values, weight.scales, weight.activation_bits
         else:
             if leaf(name) == "router":
-                return weight.t().contiguous().t()
+                return self._prepare_router(weight)
             values, scales, bits = weight, None, None
         packer = self._packer(name, tuple(values.shape), values.dtype, bits)
         if packer is None:
@@ -152,6 +153,16 @@ class NativeCpuOps(CpuOps):
             return None
         is_gate_up = leaf(name) == "gate_up"
         return PackedBuilder(self._kernels, shape, bits, is_gate_up)
+
+    def _prepare_router(self, router: Tensor) -> Weight:
+        """The router packed as bfloat16, if it was made from bfloat16: products of two bfloat16
+        are exact in float32, in which they are summed."""
+        rounded = router.bfloat16()
+        if router.shape[1] % 2 or not torch.equal(rounded.float(), router):
+            return router.t().contiguous().t()
+        packer = PackedBuilder(self._kernels, tuple(router.shape), None, is_gate_up=False)
+        packer.put_all(rounded, None)
+        return packer.finish()
 
     def _pack_int4(self, weight: QuantizedWeight, is_gate_up: bool) -> PackedWeight:
         values = weight.values.contiguous()
@@ -301,25 +312,31 @@ class NativeCpuOps(CpuOps):
         return out
 
     def route(
-        self, x: Tensor, router: Tensor, num_chosen: int, renormalize: bool
+        self, x: Tensor, router: Weight, num_chosen: int, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
         """[T, H] → float32 [T, K], int32 [T, K]."""
-        transposed = router.t()
-        if not transposed.is_contiguous():
+        is_packed = isinstance(router, PackedWeight)
+        if not is_packed and not router.t().is_contiguous():
             return super().route(x, router, num_chosen, renormalize)
         x = x.contiguous()
-        weights = torch.empty((len(x), num_chosen), dtype=torch.float32)
-        chosen = torch.empty((len(x), num_chosen), dtype=torch.int32)
+        num_tokens, hidden_size = x.shape
+        num_experts = router.out if is_packed else len(router)
+        weights = torch.empty((num_tokens, num_chosen), dtype=torch.float32)
+        chosen = torch.empty((num_tokens, num_chosen), dtype=torch.int32)
         self._kernels.moespan_route(
+            is_packed,
             x.data_ptr(),
-            transposed.data_ptr(),
-            *x.shape,
-            len(router),
+            num_tokens,
+            hidden_size,
+            router.pointers[0] if is_packed else router.data_ptr(),
+            num_experts,
             num_chosen,
             renormalize,
             weights.data_ptr(),
             chosen.data_ptr(),
             torch.get_num_threads(),
+            self._buffer("logits", 4 * num_tokens * num_experts),
+            self._buffer("packed", 2 * num_tokens * hidden_size),
         )
         return weights, chosen
 

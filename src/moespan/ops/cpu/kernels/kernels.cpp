@@ -6,8 +6,8 @@
 //
 // vectors.h: vectors of 16 lanes. amx.h: matrix instructions. packing.h: how weights and
 // activations lie in memory. int4.h: weights of 4 bits. products.h: matrix products and experts.
-// attention.h: attention of prompts. decode.h: attention of single tokens. checksum.h: checksums of
-// weights in files. shared.h: collectives between the ranks of one machine.
+// routing.h: the choice of experts. attention.h: attention of prompts. decode.h: attention of single
+// tokens. checksum.h: checksums of weights in files. shared.h: collectives between the ranks of one machine.
 
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 9
 #error "this is GCC older than 9, which lacks vector types that the kernels use; set CXX to GCC 9 or newer, or clang"
@@ -20,6 +20,7 @@
 
 #include "checksum.h"
 #include "decode.h"
+#include "routing.h"
 #include "shared.h"
 
 extern "C" {
@@ -116,10 +117,10 @@ void moespan_linear(int kind, const bf16* x, int64_t rows, int64_t in, int64_t o
                     bf16* y, int threads, void* packed, float* row_scales, uint8_t* integers) {
     const Matrix w{(const char*)panels, scales, sums, in};
     const Scratch s{(char*)packed, row_scales, integers, nullptr, nullptr};
-    auto run = kind == BF16   ? linear<BF16>
-               : kind == W8A8 ? linear<W8A8>
-               : kind == INT4 ? linear<INT4>
-                              : linear<W8A16>;
+    auto run = kind == BF16   ? linear<BF16, bf16>
+               : kind == W8A8 ? linear<W8A8, bf16>
+               : kind == INT4 ? linear<INT4, bf16>
+                              : linear<W8A16, bf16>;
     run(x, rows, w, out, bias, y, threads, s);
 }
 
@@ -300,59 +301,25 @@ void moespan_write_cache(const bf16* x, int64_t tokens, int64_t heads, int64_t h
     }
 }
 
-// See `Ops.route`. The router is transposed: float32 [H, experts].
-void moespan_route(const bf16* x, const float* router, int64_t tokens, int64_t H, int64_t experts,
-                   int64_t chosen, int renormalize, float* weights, int32_t* ids, int threads) {
-    constexpr int TOKENS = 4, VECTORS = 4;
-#pragma omp parallel num_threads(tokens > 4 ? threads : 1)
+// See `Ops.route`. The router is float32 and transposed, [H, experts], or packed as a matrix of
+// bfloat16, whose products with bfloat16 are exact in float32. Scratch: logits [tokens, experts];
+// for a packed router packed [tokens, H].
+void moespan_route(int is_packed, const bf16* x, int64_t tokens, int64_t H, const void* router,
+                   int64_t experts, int64_t chosen, int renormalize, float* weights, int32_t* ids,
+                   int threads, float* logits, void* packed) {
+    if (tokens <= 4) threads = 1;
+    if (is_packed)
+        linear<BF16>(x, tokens, Matrix{(const char*)router, nullptr, nullptr, H}, experts, nullptr,
+                     logits, threads, Scratch{(char*)packed, nullptr, nullptr, nullptr, nullptr});
+    else
+        router_logits(x, (const float*)router, tokens, H, experts, logits, threads);
+#pragma omp parallel num_threads(threads)
     {
-        std::vector<float> logits(TOKENS * experts), floats(TOKENS * H);
+        std::vector<f32x16> room(ceil_div(experts, LANES));
 #pragma omp for schedule(static)
-        for (int64_t t0 = 0; t0 < tokens; t0 += TOKENS) {
-            const int n = (int)std::min<int64_t>(TOKENS, tokens - t0);
-            for (int t = 0; t < n; t++)
-                for (int64_t k = 0; k < H; k++) floats[t * H + k] = to_float(x[(t0 + t) * H + k]);
-            int64_t e0 = 0;
-            for (; e0 + LANES * VECTORS <= experts; e0 += LANES * VECTORS) {
-                f32x16 acc[TOKENS][VECTORS] = {};
-                for (int64_t k = 0; k < H; k++)
-#pragma GCC unroll 4
-                    for (int v = 0; v < VECTORS; v++) {
-                        f32x16 w = load<f32x16>(router + k * experts + e0 + v * LANES);
-#pragma GCC unroll 4
-                        for (int t = 0; t < TOKENS; t++) acc[t][v] += w * floats[t * H + k];
-                    }
-                for (int t = 0; t < n; t++)
-                    for (int v = 0; v < VECTORS; v++)
-                        store(&logits[t * experts + e0 + v * LANES], acc[t][v]);
-            }
-            for (; e0 < experts; e0++)
-                for (int t = 0; t < n; t++) {
-                    float s = 0;
-                    for (int64_t k = 0; k < H; k++)
-                        s += to_float(x[(t0 + t) * H + k]) * router[k * experts + e0];
-                    logits[t * experts + e0] = s;
-                }
-            for (int t = 0; t < n; t++) {
-                float* row = &logits[t * experts];
-                float most = row[0], total = 0, kept = 0;
-                for (int64_t e = 1; e < experts; e++) most = std::max(most, row[e]);
-                for (int64_t e = 0; e < experts; e++) total += row[e] = std::exp(row[e] - most);
-                float* w = weights + (t0 + t) * chosen;
-                int32_t* to = ids + (t0 + t) * chosen;
-                for (int64_t c = 0; c < chosen; c++) {
-                    int64_t best = 0;
-                    for (int64_t e = 1; e < experts; e++)
-                        if (row[e] > row[best]) best = e;
-                    w[c] = row[best] / total;
-                    kept += w[c];
-                    to[c] = (int32_t)best;
-                    row[best] = -1;
-                }
-                for (int64_t c = 0; renormalize && chosen > 1 && c < chosen; c++)
-                    w[c] /= kept + 1e-20f;
-            }
-        }
+        for (int64_t t = 0; t < tokens; t++)
+            choose(logits + t * experts, experts, chosen, renormalize, room.data(),
+                   weights + t * chosen, ids + t * chosen);
     }
 }
 

@@ -246,6 +246,10 @@ inline void store_some(bf16* p, f32x16 v, int64_t count) {
     }
 }
 
+inline void store_some(float* p, f32x16 v, int64_t count) {
+    std::memcpy(p, &v, std::min<int64_t>(count, LANES) * sizeof(float));
+}
+
 // Panels that a thread takes at a time: few enough to balance the threads, enough to read memory in
 // long runs.
 inline int64_t panels_at_once(int64_t panels, int threads) {
@@ -304,8 +308,9 @@ void pack_rows(const bf16* x, int64_t rows, int64_t in, const std::vector<Tile>&
         });
 }
 
-template <int KIND>
-void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf16* bias, bf16* y,
+// `Result` is bf16 or float.
+template <int KIND, class Result>
+void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf16* bias, Result* y,
             int threads, const Scratch& s) {
     const int64_t panels = ceil_div(out, PANEL), step = panels_at_once(panels, threads);
     std::vector<Tile> tiles;
@@ -319,7 +324,8 @@ void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf1
     const Input input{s.packed, s.scales, row_bytes<ROWS>(w.in)};
     // A normal store first reads the old contents of a line. A result that does not stay in the
     // caches anyway gains nothing from that.
-    const bool past_caches = AMX && rows * out >= LARGE_RESULT && out % PANEL == 0 &&
+    const bool past_caches = AMX && sizeof(Result) == sizeof(bf16) &&
+                             rows * out >= LARGE_RESULT && out % PANEL == 0 &&
                              (uintptr_t)y % (PANEL * sizeof(bf16)) == 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -337,11 +343,11 @@ void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf1
                 tiles_times_panel<KIND>(
                     shapes, room, w, p, input, &tiles[item.first], item.last - item.first,
                     [&](int64_t row, f32x16 a, f32x16 b) {
-                        bf16* to = y + row * out + channel;
+                        Result* to = y + row * out + channel;
                         a += load<f32x16>(added);
                         b += load<f32x16>(added + LANES);
                         if (past_caches) {
-                            store_past_caches(to, a, b);
+                            store_past_caches((bf16*)to, a, b);
                             return;
                         }
                         store_some(to, a, left);

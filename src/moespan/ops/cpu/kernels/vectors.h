@@ -137,6 +137,17 @@ inline float largest(f32x16 v) {
 #endif
 }
 
+// A bit for each lane of a comparison.
+inline unsigned lanes_of(i32x16 v) {
+#if WIDE
+    return _mm512_movepi32_mask((__m512i)v);
+#else
+    unsigned mask = 0;
+    for (int i = 0; i < LANES; i++) mask |= (v[i] & 1u) << i;
+    return mask;
+#endif
+}
+
 inline f32x16 absolute(f32x16 v) { return (f32x16)((u32x16)v & 0x7fffffffu); }
 
 inline i32x16 round_to_int(f32x16 v) {
