@@ -36,7 +36,7 @@ from moespan.parallel.beats import Beats
 from tests.support import DATA
 
 FAKE_NODE = str(Path(__file__).with_name("fake_node.py"))
-DEATH_S = 20.0  # the promise is 10 s, on a machine that is not busy
+DEATH_S = 30.0  # the promise is 10 s, on a machine that is not busy
 SILENCE_S = 3.0
 FACTS = {"torch": "1", "tp": "4"}
 KEY = b"k" * 32
@@ -563,6 +563,23 @@ def test_a_signal_after_the_front_has_announced_the_end_is_no_failure(
     assert trio.causes(1) == ["None" if announced else "node 0 was ended by SIGTERM"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_inside_a_destructor_ends_the_agent_at_its_next_look() -> None:
+    class Destroyed:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    stop = agent._Stop()
+    stop.check()
+    before = signal.signal(signal.SIGTERM, stop.take)
+    try:
+        Destroyed()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SignalException):
+        stop.check()
+
+
 def test_one_node_has_only_its_own_failures() -> None:
     alone = NoPeers()
     alone.report(KILLED)
@@ -659,8 +676,8 @@ def children(pid: int) -> list[int]:
 def wait_until_gone(pids: list[int], limit_s: float = DEATH_S) -> None:
     """Wait until all of them have ended."""
     deadline = time.monotonic() + limit_s
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline
+    while left := [pid for pid in pids if is_alive(pid)]:
+        assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
 

@@ -25,7 +25,7 @@ from moespan.launch.job import FRONT_DIED, Failure
 from moespan.launch.ranks import RanksClient
 
 FAKE_RANK = str(Path(__file__).with_name("fake_rank.py"))
-DEATH_S = 20.0  # the promise is 10 s, on a machine that is not busy
+DEATH_S = 30.0  # the promise is 10 s, on a machine that is not busy
 ANSWER_S = 1.5  # of the fake engine, to `Traffic`
 
 

@@ -64,18 +64,19 @@ def main(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
     Returns:
         The exit code of the agent: 0 if all ranks ended well, on all nodes.
     """
-    signal.signal(signal.SIGTERM, _stop)
+    stop = _Stop()
+    signal.signal(signal.SIGTERM, stop.take)
     job.beats().beat(ranks).start_pulse()
     threading.Thread(target=_end_with_front, args=(front_pid,), daemon=True).start()
     if log.level() != "debug":
         _silence("torch.distributed.elastic")
     try:
-        return _run(job, ranks, front_pid, program)
+        return _run(job, ranks, front_pid, program, stop)
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
 
 
-def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
+def _run(job: Job, ranks: int, front_pid: int, program: list[str], stop: _Stop) -> int:
     nodes, config = job.read_nodes(), job.read_config()
     try:
         if (over := job.read_over()) is not None:
@@ -93,7 +94,7 @@ def _run(job: Job, ranks: int, front_pid: int, program: list[str]) -> int:
             range(nodes.node_rank * ranks, (nodes.node_rank + 1) * ranks),
             nodes.nnodes,
         )
-        agent = _Agent(job, nodes, peers, master, ranks, stalls, program)
+        agent = _Agent(job, nodes, peers, master, ranks, stalls, stop, program)
         agent.run()
         if agent.failure is None:
             return 0
@@ -170,6 +171,7 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         master: RendezvousStoreInfo,
         ranks: int,
         stalls: StallWatch,
+        stop: _Stop,
         program: list[str],
     ) -> None:
         spec = WorkerSpec(
@@ -187,11 +189,13 @@ class _Agent(LocalElasticAgent):  # type: ignore[misc]  # torch is not typed
         self._first_rank = nodes.node_rank * ranks
         self._beats = job.beats()
         self._stalls = stalls
+        self._stop = stop
         self._oom_kills = OomKills()
         self._shown: list[Place] = []  # of other nodes, to the front
         self.failure: Failure | None = None
 
     def _monitor_workers(self, worker_group: Any) -> Any:
+        self._stop.check()
         if self._beats.end_is_announced:
             self._peers.announce()
         ends = self._ends().values()
@@ -331,9 +335,24 @@ class _Rendezvous(RendezvousHandler):  # type: ignore[misc]  # torch is not type
         return True
 
 
-def _stop(number: int, _: FrameType | None) -> None:
-    """End as torch's agent does, even before it exists."""
-    raise SignalException("stopped", signal.Signals(number))
+class _Stop:
+    """The end by a signal, as torch's agent does it, even before that agent exists.
+
+    Python drops an exception that a signal raises inside a destructor. So `check` raises it again.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+
+    def take(self, number: int, _: FrameType | None) -> None:
+        """The handler of the signal."""
+        self._number = number
+        self.check()
+
+    def check(self) -> None:
+        """Raise `SignalException` if the signal has come."""
+        if self._number is not None:
+            raise SignalException("stopped", signal.Signals(self._number))
 
 
 def _silence(name: str) -> None:
