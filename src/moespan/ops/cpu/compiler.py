@@ -25,7 +25,7 @@ from moespan.errors import shortened, shown
 from moespan.ops.cpu.kernel_cache import KernelCache
 
 _FOLDER = Path(__file__).with_name("kernels")
-_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-pthread", "-fPIC", "-shared", "-w"]
 _BUILD_TIMEOUT_S = 300.0
 _MOST_TIMEOUT_S = 86400.0
 
@@ -37,8 +37,7 @@ class BuildError(CacheError):
 def library(*flags: str) -> ctypes.CDLL:
     """Load the library, and build it first if it is missing or damaged.
 
-    Torch must have been imported before: the library uses its OpenMP. Among ranks that start
-    together, one builds and the others wait.
+    Among ranks that start together, one builds and the others wait.
 
     Args:
         flags: further compiler flags, such as `-march=x86-64-v3` for an older processor.

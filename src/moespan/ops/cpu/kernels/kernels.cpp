@@ -7,13 +7,12 @@
 // vectors.h: vectors of 16 lanes. amx.h: matrix instructions. packing.h: how weights and
 // activations lie in memory. int4.h: weights of 4 bits. products.h: matrix products and experts.
 // routing.h: the choice of experts. attention.h: attention of prompts. decode.h: attention of single
-// tokens. checksum.h: checksums of weights in files. shared.h: collectives between the ranks of one machine.
+// tokens. checksum.h: checksums of weights in files. team.h: threads. shared.h: collectives between
+// the ranks of one machine.
 
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 9
 #error "this is GCC older than 9, which lacks vector types that the kernels use; set CXX to GCC 9 or newer, or clang"
 #endif
-
-#include <omp.h>
 
 #include <numeric>
 #include <vector>
@@ -52,12 +51,13 @@ void moespan_pack(const void* from, int64_t stride, int64_t bytes, int64_t first
 void moespan_pack_int4(const uint32_t* integers, const bf16* scales, char* to, int64_t count,
                        int64_t out, int64_t in, int gate_up, int threads) {
     const int64_t panels = gate_up ? ceil_div(out / 2, LANES) : ceil_div(out, PANEL);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count * panels; i++) {
-        const int64_t m = i / panels, p = i % panels;
-        pack_int4_panel(integers + m * out * (in / 8), scales + m * out * (in / GROUP),
-                        to + i * panel_bytes(INT4, in), p, out, in, gate_up);
-    }
+    together(threads, [&](Team& team) {
+        team.share(count * panels, [&](int64_t i) {
+            const int64_t m = i / panels, p = i % panels;
+            pack_int4_panel(integers + m * out * (in / 8), scales + m * out * (in / GROUP),
+                            to + i * panel_bytes(INT4, in), p, out, in, gate_up);
+        });
+    });
 }
 
 // Rounds rows [rows, n], `stride` elements apart, to int8 `to` [rows, n] with scales [rows].
@@ -75,15 +75,17 @@ void moespan_checksum(const void* data, int64_t bytes, int threads, uint64_t* ch
                       int* error) {
     const int64_t chunks = ceil_div(bytes, CHECKED_CHUNK);
     std::vector<uint64_t> parts(chunks);
-    int failed = 0;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : failed)
-    for (int64_t c = 0; c < chunks; c++) {
-        const char* at = (const char*)data + c * CHECKED_CHUNK;
-        const int64_t count = std::min(CHECKED_CHUNK, bytes - c * CHECKED_CHUNK);
-        const int found = ask_for_pages(at, count);
-        failed = std::max(failed, found);
-        if (!found) parts[c] = chunk_checksum(at, count);
-    }
+    std::atomic<int> failed{0};
+    together(threads, [&](Team& team) {
+        team.each(chunks, [&](int64_t c) {
+            const char* at = (const char*)data + c * CHECKED_CHUNK;
+            const int64_t count = std::min(CHECKED_CHUNK, bytes - c * CHECKED_CHUNK);
+            if (const int found = ask_for_pages(at, count))
+                failed = found;
+            else
+                parts[c] = chunk_checksum(at, count);
+        });
+    });
     *error = failed;
     *checksum = 0;
     for (uint64_t part : parts) *checksum = mixed(*checksum, part);
@@ -206,11 +208,9 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
     const auto run_decode = head_size == 128 ? (is_int8 ? decode<int8_t, 128> : decode<bf16, 128>)
                                              : (is_int8 ? decode<int8_t, 0> : decode<bf16, 0>);
     const auto run_prefill = is_int8 ? prefill<int8_t> : prefill<bf16>;
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team& team) {
         char* scratch = kept_scratch.of(scratch_bytes);
-#pragma omp for schedule(dynamic, 1)
-        for (size_t i = 0; i < tasks.size(); i++) {
+        team.each(tasks.size(), [&](int64_t i) {
             const Task& t = tasks[i];
             const int32_t* table = tables + t.sequence * table_width;
             const bf16* from = q + t.row * q_stride;
@@ -220,19 +220,20 @@ void moespan_attention(const bf16* q, int64_t q_stride, bf16* out, int64_t num_h
             else
                 run_prefill(from, q_stride, out + t.row * stride, stride, c, table, t.first, t.count,
                             t.kv_head, group, scale, scratch);
-        }
-#pragma omp for schedule(static)
-        for (size_t i = 0; i < wholes.size(); i++)
+        });
+        if (wholes.empty()) return;
+        team.barrier();
+        team.share(wholes.size(), [&](int64_t i) {
             combine(partials + wholes[i].part * n.partial_bytes(), wholes[i].parts, n,
                     out + wholes[i].row * stride);
-    }
+        });
+    });
 }
 
 // `residual` may be null. Else `total` gets x + residual, rounded, and the norm is of `total`.
 void moespan_rms_norm(const bf16* x, const bf16* residual, const bf16* weight, int64_t rows,
                       int64_t width, float eps, bf16* total, bf16* y, int threads) {
-#pragma omp parallel for num_threads(rows > 4 ? threads : 1) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
+    const auto of_row = [&](int64_t r) {
         const bf16* from = x + r * width;
         f32x16 squares = splat(0);
         if (residual) {
@@ -252,7 +253,8 @@ void moespan_rms_norm(const bf16* x, const bf16* residual, const bf16* weight, i
             store_bf16(rounded, load_bf16(from + i) * factor);
             store_bf16(y + r * width + i, load_bf16(rounded) * load_bf16(weight + i));
         }
-    }
+    };
+    together(rows > 4 ? threads : 1, [&](Team& team) { team.share(rows, of_row); });
 }
 
 // Rotates the first `rotated` of the `heads` heads of each token in place, in the half-split form.
@@ -260,8 +262,7 @@ void moespan_rms_norm(const bf16* x, const bf16* residual, const bf16* weight, i
 void moespan_rope(bf16* qkv, int64_t tokens, int64_t heads, int64_t rotated, int64_t head_size,
                   const float* cos, const float* sin, int threads) {
     const int64_t half = head_size / 2;
-#pragma omp parallel for num_threads(tokens > 8 ? threads : 1) schedule(static)
-    for (int64_t t = 0; t < tokens; t++)
+    const auto of_token = [&](int64_t t) {
         for (int64_t h = 0; h < rotated; h++) {
             bf16* a = qkv + (t * heads + h) * head_size;
             bf16* b = a + half;
@@ -273,6 +274,8 @@ void moespan_rope(bf16* qkv, int64_t tokens, int64_t heads, int64_t rotated, int
                 store_bf16(b + i, second * c + first * s);
             }
         }
+    };
+    together(tokens > 8 ? threads : 1, [&](Team& team) { team.share(tokens, of_token); });
 }
 
 // Stores k or v [T, KV, D], tokens `stride` elements apart, at slots of a cache: unchanged, or,
@@ -280,13 +283,12 @@ void moespan_rope(bf16* qkv, int64_t tokens, int64_t heads, int64_t rotated, int
 void moespan_write_cache(const bf16* x, int64_t tokens, int64_t heads, int64_t head_size,
                          int64_t stride, const int32_t* slots, void* cache, float* scales,
                          int threads) {
-#pragma omp parallel for num_threads(tokens > 8 ? threads : 1) schedule(static)
-    for (int64_t t = 0; t < tokens; t++) {
+    const auto of_token = [&](int64_t t) {
         const bf16* from = x + t * stride;
         const int64_t to = int64_t(slots[t]) * heads;
         if (!scales) {
             std::memcpy((bf16*)cache + to * head_size, from, heads * head_size * sizeof(bf16));
-            continue;
+            return;
         }
         for (int64_t h = 0; h < heads; h++, from += head_size) {
             float most = 0;
@@ -298,7 +300,8 @@ void moespan_write_cache(const bf16* x, int64_t tokens, int64_t heads, int64_t h
             for (int64_t d = 0; d < head_size; d++)
                 out[d] = most > 0 ? int8_t(std::nearbyintf(to_float(from[d]) / scale)) : 0;
         }
-    }
+    };
+    together(tokens > 8 ? threads : 1, [&](Team& team) { team.share(tokens, of_token); });
 }
 
 // See `Ops.route`. The router is float32 and transposed, [H, experts], or packed as a matrix of
@@ -313,14 +316,13 @@ void moespan_route(int is_packed, const bf16* x, int64_t tokens, int64_t H, cons
                      logits, threads, Scratch{(char*)packed, nullptr, nullptr, nullptr, nullptr});
     else
         router_logits(x, (const float*)router, tokens, H, experts, logits, threads);
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team& team) {
         std::vector<f32x16> room(ceil_div(experts, LANES));
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++)
+        team.share(tokens, [&](int64_t t) {
             choose(logits + t * experts, experts, chosen, renormalize, room.data(),
                    weights + t * chosen, ids + t * chosen);
-    }
+        });
+    });
 }
 
 }  // extern "C"

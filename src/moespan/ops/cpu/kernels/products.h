@@ -2,11 +2,10 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include <vector>
 
 #include "int4.h"
+#include "team.h"
 
 namespace {
 
@@ -288,24 +287,26 @@ struct Scratch {
     float* sums;
 };
 
-// Packs the rows of x [rows, in] into `tiles`. To be called inside a parallel region.
+// Packs the rows of x [rows, in] into `tiles`, which are complete when all threads return.
 template <int KIND>
-void pack_rows(const bf16* x, int64_t rows, int64_t in, const std::vector<Tile>& tiles,
-               const Scratch& s) {
+void pack_rows(Team& team, const bf16* x, int64_t rows, int64_t in,
+               const std::vector<Tile>& tiles, const Scratch& s) {
     if constexpr (KIND != BF16) {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++)
+        team.share(rows, [&](int64_t r) {
             s.scales[r] =
                 quantize_row<planes<KIND>()>(x + r * in, in, s.integers + r * in * planes<KIND>());
+        });
+        team.barrier();
     }
-#pragma omp for schedule(static)
-    for (size_t i = 0; i < tiles.size(); i++)
+    team.share(tiles.size(), [&](int64_t i) {
         pack_tile<KIND>(tiles[i], in, s.packed, [&](int64_t r) -> const void* {
             if constexpr (KIND == BF16)
                 return x + r * in;
             else
                 return s.integers + r * in * planes<KIND>();
         });
+    });
+    team.barrier();
 }
 
 // `Result` is bf16 or float.
@@ -327,13 +328,11 @@ void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf1
     const bool past_caches = AMX && sizeof(Result) == sizeof(bf16) &&
                              rows * out >= LARGE_RESULT && out % PANEL == 0 &&
                              (uintptr_t)y % (PANEL * sizeof(bf16)) == 0;
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team& team) {
         AmxShapes shapes;
         Room room;
-        pack_rows<ROWS>(x, rows, w.in, tiles, s);
-#pragma omp for schedule(dynamic, 1)
-        for (size_t i = 0; i < items.size(); i++) {
+        pack_rows<ROWS>(team, x, rows, w.in, tiles, s);
+        team.each(items.size(), [&](int64_t i) {
             const Item& item = items[i];
             for (int64_t p = item.panel; p < item.panel + item.panels; p++) {
                 const int64_t channel = p * PANEL, left = out - channel;
@@ -355,8 +354,8 @@ void linear(const bf16* x, int64_t rows, const Matrix& w, int64_t out, const bf1
                     });
             }
             if (past_caches) finish_past_caches();
-        }
-    }
+        });
+    });
 }
 
 // Pairs of token and expert, sorted by expert: rows `ends[e]` to `ends[e + 1]` belong to expert e.
@@ -426,25 +425,25 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights,
                             1, 8);
     const Input input{s.packed, s.scales, row_bytes<ROWS>(H)};
     std::vector<float> token_scales(ROWS == BF16 ? 0 : tokens);
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team& team) {
         AmxShapes shapes;
         Room room;
         if constexpr (ROWS != BF16) {
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < tokens; t++)
+            team.share(tokens, [&](int64_t t) {
                 token_scales[t] = quantize_row<PLANES>(x + t * H, H, s.integers + t * H * PLANES);
+            });
+            team.barrier();
         }
-#pragma omp for schedule(static)
-        for (size_t i = 0; i < tiles.size(); i++)
+        team.share(tiles.size(), [&](int64_t i) {
             pack_tile<ROWS>(tiles[i], H, s.packed, [&](int64_t r) -> const void* {
                 const int64_t token = groups.pair_of[r] / chosen;
                 if constexpr (ROWS == BF16) return x + token * H;
                 s.scales[r] = token_scales[token];
                 return s.integers + token * H * PLANES;
             });
-#pragma omp for schedule(dynamic, 1)
-        for (size_t i = 0; i < items.size(); i++) {
+        });
+        team.barrier();
+        team.each(items.size(), [&](int64_t i) {
             const Item& item = items[i];
             const Matrix w = gate_up.expert(tiles[item.first].matrix, KIND);
             for (int64_t p = item.panel; p < item.panel + item.panels; p++)
@@ -454,10 +453,11 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights,
                                             store_some(s.hidden + row * width + p * LANES,
                                                        silu(gate) * up, width - p * LANES);
                                         });
-        }
-        pack_rows<ROWS>(s.hidden, rows, width, tiles, s);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t p0 = 0; p0 < down_panels; p0 += down_step) {
+        });
+        team.barrier();
+        pack_rows<ROWS>(team, s.hidden, rows, width, tiles, s);
+        team.each(ceil_div(down_panels, down_step), [&](int64_t part_of_down) {
+            const int64_t p0 = part_of_down * down_step;
             const int64_t p1 = std::min(down_panels, p0 + down_step);
             const int64_t from = p0 * PANEL, to = std::min(H, p1 * PANEL), ld = (p1 - p0) * PANEL;
             float* sums = s.sums + tokens * from;
@@ -482,8 +482,8 @@ void experts(const bf16* x, int64_t tokens, int64_t H, const float* weights,
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t c = from; c < to; c += LANES)
                     store_some(y + t * H + c, load<f32x16>(sums + t * ld + c - from), to - c);
-        }
-    }
+        });
+    });
 }
 
 }  // namespace

@@ -10,11 +10,10 @@ namespace {
 inline void router_logits(const bf16* x, const float* router, int64_t tokens, int64_t H,
                           int64_t experts, float* logits, int threads) {
     constexpr int TOKENS = 4, VECTORS = 4;
-#pragma omp parallel num_threads(threads)
-    {
+    together(threads, [&](Team& team) {
         std::vector<float> floats(TOKENS * H);
-#pragma omp for schedule(static)
-        for (int64_t t0 = 0; t0 < tokens; t0 += TOKENS) {
+        team.share(ceil_div(tokens, TOKENS), [&](int64_t group) {
+            const int64_t t0 = group * TOKENS;
             const int n = (int)std::min<int64_t>(TOKENS, tokens - t0);
             for (int t = 0; t < n; t++)
                 for (int64_t k = 0; k < H; k++) floats[t * H + k] = to_float(x[(t0 + t) * H + k]);
@@ -38,8 +37,8 @@ inline void router_logits(const bf16* x, const float* router, int64_t tokens, in
                     for (int64_t k = 0; k < H; k++) s += floats[t * H + k] * router[k * experts + e0];
                     logits[(t0 + t) * experts + e0] = s;
                 }
-        }
-    }
+        });
+    });
 }
 
 // The first of the vectors' lanes that holds `value`; 0 if none does, as where all are NaN.

@@ -17,15 +17,9 @@
 #pragma once
 
 #include <cerrno>
-#include <ctime>
-#include <linux/futex.h>
 #include <sched.h>
-#include <signal.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include <atomic>
-
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -40,20 +34,6 @@ struct SharedLine {
     std::atomic<uint32_t> reached;
     int32_t pid;
 };
-
-inline int64_t now_ns() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1'000'000'000 + t.tv_nsec;
-}
-
-inline void pause_core() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("isb" ::: "memory");
-#endif
-}
 
 // One rank's end. `late` becomes the first rank that did not come; nothing is done from then on.
 struct Party {
@@ -114,9 +94,11 @@ struct Party {
 template <class F>
 void in_pieces(int64_t bytes, int threads, F f) {
     const int64_t pieces = ceil_div(bytes, PIECE_BYTES);
-#pragma omp parallel for num_threads(threads) schedule(static) if (pieces > 1 && threads > 1)
-    for (int64_t i = 0; i < pieces; i++)
-        f(i * PIECE_BYTES, std::min(PIECE_BYTES, bytes - i * PIECE_BYTES));
+    together(pieces > 1 ? threads : 1, [&](Team& team) {
+        team.share(pieces, [&](int64_t i) {
+            f(i * PIECE_BYTES, std::min(PIECE_BYTES, bytes - i * PIECE_BYTES));
+        });
+    });
 }
 
 inline void copy(char* to, const char* from, int64_t bytes, int threads) {
