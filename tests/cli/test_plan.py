@@ -92,6 +92,23 @@ def test_one_layout_is_explained(capsys: pytest.CaptureFixture[str]):
     assert code == 2 and "no such layout" in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--speed", "2"], "--speed 2 is for the arrival times of a trace; give --load FILE"),
+        (
+            ["--quantization", "int8,foo"],
+            "--quantization='foo' is not one of none, int8, w8a8, fp8, int4",
+        ),
+    ],
+)
+def test_a_flag_that_would_have_no_effect_is_refused(
+    capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+):
+    code, _, err = run(capsys, "--hardware", "h100", "--devices", "1", *flags)
+    assert code == 2 and says in err
+
+
 def test_a_trace_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     path = tmp_path / "load.jsonl"
     rows = [

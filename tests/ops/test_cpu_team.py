@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +85,7 @@ def test_a_forked_process_gets_threads_of_its_own(threads: Callable[[int], None]
     expected = run()
     child = os.fork()
     if not child:
+        signal.alarm(60)  # so that a child that hangs ends
         os._exit(0 if all_equal(run(), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert all_equal(run(), expected)

@@ -6,6 +6,7 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,14 @@ def test_speed_compresses_arrivals(tmp_path: Path):
     path = written(tmp_path, AZURE)
     slow, fast = read(path), read(path, speed=2)
     assert [one.arrival_s / 2 for one in slow.requests] == [one.arrival_s for one in fast.requests]
+
+
+@pytest.mark.parametrize("instead", [{"rate": 2.0}, {"concurrency": 3}])
+def test_a_speed_is_refused_where_arrival_times_do_not_count(
+    tmp_path: Path, instead: dict[str, Any]
+):
+    with pytest.raises(ConfigError, match="--speed 2 is for the arrival times of a trace"):
+        read(written(tmp_path, AZURE), speed=2, **instead)
 
 
 def test_equal_blocks_of_mooncake_are_equal_tokens(tmp_path: Path):

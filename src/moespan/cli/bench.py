@@ -71,9 +71,7 @@ def _add_load_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-requests", type=int, default=100, metavar="N", help="drawn requests (100)"
     )
-    group.add_argument(
-        "--speed", type=float, default=1.0, metavar="X", help="a trace X times as fast (1)"
-    )
+    group.add_argument("--speed", type=float, metavar="X", help="a trace X times as fast (1)")
     group.add_argument("--clip", action="store_true", help="cut prompts that are too long")
     group.add_argument(
         "--share",
@@ -151,6 +149,7 @@ def _run_load(args: argparse.Namespace) -> int:
     elif args.num_requests < 1:
         raise ConfigError(f"--num-requests {args.num_requests} must be at least 1")
     else:
+        load.refuse_speed(args.speed)
         asked = load.drawn(args.input or "1024", args.output or "256", args.num_requests, **often)
     settings = settings_of(args)
     if settings.model is None and (args.preset is None or settings.node_rank > 0):

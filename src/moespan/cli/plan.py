@@ -13,6 +13,7 @@ from moespan import files
 from moespan.cli.flags import integers
 from moespan.cli.show import EXIT_FAILED, check_writable, say
 from moespan.config import DTYPE_BYTES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig, ModelConfig
+from moespan.config.engine import check_choice
 from moespan.device import DEVICES
 from moespan.errors import ConfigError, shown
 from moespan.log import logger
@@ -66,7 +67,7 @@ def _add_load_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="requests of a trace instead: CSV of Azure's traces, JSON Lines of Mooncake's or ours",
     )
-    group.add_argument("--speed", type=float, default=1.0, metavar="X", help="FILE X times as fast")
+    group.add_argument("--speed", type=float, metavar="X", help="FILE X times as fast (1)")
     group.add_argument("--clip", action="store_true", help="cut prompts that are too long")
     often = group.add_mutually_exclusive_group()
     often.add_argument("--rate", type=float, metavar="R", help="requests per second, Poisson")
@@ -247,7 +248,7 @@ def _question(args: argparse.Namespace) -> tuple[Question, str]:
         clip_to=space.base.max_model_len,
         clip=clip,
         trace=args.load,
-        speed=args.speed,
+        speed=args.speed or 1.0,
         tell=_Progress().tell,
     )
     question.demand(1)  # refuses lengths that are none, before anything is searched
@@ -300,10 +301,13 @@ def _space(args: argparse.Namespace, model: ModelConfig, machine: Profile) -> Sp
     per_node = machine.devices_per_node
     devices = args.devices if args.devices is not None else (args.nodes or 1) * per_node
     _check_number(devices, "--nodes" if args.devices is None else "--devices")
+    schemes = _names(args.quantization)
+    for name in schemes:
+        check_choice("--quantization", name, ("none", *QUANTIZATIONS))
     return Space(
         base,
         devices,
-        tuple(None if name == "none" else name for name in _names(args.quantization)),
+        tuple(None if name == "none" else name for name in schemes),
         tuple(_names(args.kv_cache_dtype)),
         args.max_num_seqs,
         args.max_num_batched_tokens,
@@ -348,6 +352,7 @@ def _load(args: argparse.Namespace, lengths: tuple[str, str], folder: Path | Non
 
     often = {"rate": args.rate, "concurrency": args.concurrency}
     if args.load is None:
+        load.refuse_speed(args.speed)
         if args.rate is None and args.concurrency is None:
             return None
         # A closed loop needs some rounds of its requests.

@@ -237,7 +237,7 @@ def distribution(text: str) -> Callable[[random.Random], int]:
 def read(
     path: str | Path,
     *,
-    speed: float = 1.0,
+    speed: float | None = None,
     rate: float | None = None,
     concurrency: int | None = None,
     seed: int = 0,
@@ -245,7 +245,7 @@ def read(
     """The load in a file.
 
     Args:
-        speed: arrival times are divided by this.
+        speed: arrival times are divided by this (1).
         rate: Poisson arrivals of so many requests per second instead of the file's.
         concurrency: so many requests at any time, whatever the arrival times.
 
@@ -253,6 +253,9 @@ def read(
         ConfigError: the file cannot be read, or a line of it is not a request.
     """
     path = Path(path)
+    if rate is not None or concurrency is not None:
+        refuse_speed(speed)
+    speed = 1.0 if speed is None else speed
     if not 0 < speed < math.inf:
         raise ConfigError(f"speed={speed} must be a number above 0")
     try:
@@ -273,6 +276,15 @@ def read(
         requests = [replace(one, arrival_s=one.arrival_s / speed) for one in requests]
     name = f"{len(requests)} requests of {path.name}"
     return Load(_from_first(tuple(requests)), concurrency, name=name, poisson_rate=rate)
+
+
+def refuse_speed(speed: float | None) -> None:
+    """Raise `ConfigError` if a speed is given, where no arrival times of a file count."""
+    if speed is not None:
+        raise ConfigError(
+            f"--speed {speed:g} is for the arrival times of a trace; give --load FILE without "
+            "--rate and --concurrency, or leave --speed out"
+        )
 
 
 def _from_first(requests: Sequence[LoadRequest]) -> tuple[LoadRequest, ...]:
