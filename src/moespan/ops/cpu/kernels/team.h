@@ -2,16 +2,17 @@
 //
 // A call takes some dozens of microseconds, and so does the gap between two calls. A thread that
 // sleeps takes as long to wake up. So threads wait busily for a while, but only where the cores are
-// theirs: a busy thread that other programs interrupt is one that they hold up, and that holds up
-// others. Where that happens, threads sleep at once for the next 500 calls, and for longer each
-// time that it happens again. OpenMP's threads know one way of waiting for the whole program.
+// theirs. Where other programs want them, a thread that waits busily uses up the time in which it
+// could have computed, and is then held up itself. So where threads have to wait for their core,
+// they sleep at once in the next 500 calls, and in twice as many each time that it happens again.
+// OpenMP's threads know one way of waiting for the whole program.
 
 #pragma once
 
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -19,14 +20,15 @@
 #include <atomic>
 #include <climits>
 #include <cstdint>
+#include <cstdlib>
 #include <ctime>
 
 namespace {
 
 constexpr int64_t BUSY_NS = 100'000;         // of waiting before a thread sleeps
 constexpr int SHORT_SPINS = 64;              // about a microsecond, which is always spent busily
-constexpr int CALLS_OF_A_LOOK = 64;          // between two looks for interruptions
-constexpr int64_t MOST_INTERRUPTIONS = 6;    // of all threads in that time, where cores are theirs
+constexpr int CALLS_OF_A_LOOK = 64;          // between two looks at how long cores were missing
+constexpr double MOST_MISSING = 0.1;         // of the time, where the cores are a team's own
 constexpr int64_t LEAST_SLEEPY_CALLS = 512, MOST_SLEEPY_CALLS = 65536;
 constexpr int MOST_THREADS = 1024;
 constexpr int64_t TEAM_LINE = 128;           // two cache lines, which processors fetch together
@@ -45,10 +47,15 @@ inline void pause_core() {
 #endif
 }
 
-// How often the system has taken the core from this thread for another one.
-inline int64_t interruptions() {
-    rusage used;
-    return getrusage(RUSAGE_THREAD, &used) ? 0 : used.ru_nivcsw;
+// Nanoseconds in which this thread could have run, and others had its core; -1 if nobody knows.
+inline int64_t missing_ns() {
+    char text[96] = {};
+    const int file = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+    const ssize_t count = file < 0 ? -1 : read(file, text, sizeof text - 1);
+    if (file >= 0) close(file);
+    char* second = text;
+    if (count > 0) strtoll(text, &second, 10);  // the time in which it ran
+    return second == text ? -1 : strtoll(second, nullptr, 10);
 }
 
 // A number that threads wait for.
@@ -94,7 +101,7 @@ class Crew {
     Signal passed;                    // number of barriers
     alignas(TEAM_LINE) std::atomic<int64_t> next{0};  // of the current loop
     alignas(TEAM_LINE) std::atomic<int> arrived{0};   // at the next barrier
-    std::atomic<bool> is_busy{true};  // whether threads wait busily
+    std::atomic<bool> is_busy{missing_ns() >= 0};  // whether threads wait busily
 
     // The crew of this process; a child after a fork has no threads, and gets one of its own.
     static Crew& here() {
@@ -125,14 +132,13 @@ class Crew {
     void (*body_)(void*, Team&) = nullptr;
     void* argument_ = nullptr;
     int threads_ = 0;                 // beside those that call
-    // Of the threads' looks for interruptions.
-    alignas(TEAM_LINE) std::atomic<int64_t> seen_{0};
-    int64_t calls_ = 0, sleepy_calls_ = LEAST_SLEEPY_CALLS, awake_at_ = 0;
+    alignas(TEAM_LINE) std::atomic<int64_t> missing_{0};  // nanoseconds of all threads since `since_`
+    int64_t since_ = now_ns(), calls_ = 0, sleepy_calls_ = LEAST_SLEEPY_CALLS, awake_at_ = 0;
 
     void start(int threads);
     void work(int thread);
     void decide();
-    static void look(int64_t calls, std::atomic<int64_t>& seen);
+    void look(int64_t calls);
 
     struct Start {
         Crew* crew;
@@ -173,32 +179,32 @@ class Team {
     Crew* crew_;
 };
 
-// Every `CALLS_OF_A_LOOK` calls, adds how often this thread was interrupted meanwhile.
-inline void Crew::look(int64_t calls, std::atomic<int64_t>& seen) {
-    static thread_local int64_t last = interruptions();
+// Every `CALLS_OF_A_LOOK` calls, adds how long this thread's core was missing meanwhile.
+inline void Crew::look(int64_t calls) {
+    static thread_local int64_t last = missing_ns();
     if (calls % CALLS_OF_A_LOOK) return;
-    const int64_t now = interruptions();
-    seen.fetch_add(now - last, std::memory_order_relaxed);
+    const int64_t now = missing_ns();
+    missing_.fetch_add(now - last, std::memory_order_relaxed);
     last = now;
 }
 
 // Chooses how threads wait from now on.
 inline void Crew::decide() {
-    look(++calls_, seen_);
-    if (calls_ < awake_at_) return;
-    if (!is_busy.load(std::memory_order_relaxed)) {
-        is_busy.store(true, std::memory_order_relaxed);
-        seen_.store(0, std::memory_order_relaxed);
-        return;
-    }
-    if (calls_ % CALLS_OF_A_LOOK) return;
-    if (seen_.exchange(0, std::memory_order_relaxed) <= MOST_INTERRUPTIONS) {
+    look(++calls_);
+    if (calls_ % CALLS_OF_A_LOOK || calls_ < awake_at_) return;
+    const bool was_busy = is_busy.load(std::memory_order_relaxed);
+    const int64_t now = now_ns(), missing = missing_.exchange(0, std::memory_order_relaxed);
+    const bool are_ours = missing <= MOST_MISSING * (now - since_);
+    since_ = now;
+    if (!was_busy) {  // they have slept long enough, and try again
+        is_busy.store(missing_ns() >= 0, std::memory_order_relaxed);
+    } else if (are_ours) {
         sleepy_calls_ = std::max(sleepy_calls_ / 2, LEAST_SLEEPY_CALLS);
-        return;
+    } else {
+        is_busy.store(false, std::memory_order_relaxed);
+        awake_at_ = calls_ + sleepy_calls_;
+        sleepy_calls_ = std::min(2 * sleepy_calls_, MOST_SLEEPY_CALLS);
     }
-    is_busy.store(false, std::memory_order_relaxed);
-    awake_at_ = calls_ + sleepy_calls_;
-    sleepy_calls_ = std::min(2 * sleepy_calls_, MOST_SLEEPY_CALLS);
 }
 
 inline void Crew::work(int thread) {
@@ -209,7 +215,7 @@ inline void Crew::work(int thread) {
         if (thread >= size) continue;
         Team team(this, thread, size);
         body_(argument_, team);
-        look(++calls, seen_);
+        look(++calls);
         if (int(done_.value.fetch_add(1)) + 2 == size) done_.wake();
     }
 }
