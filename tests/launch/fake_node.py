@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -26,6 +27,8 @@ PROGRAM = [str(Path(__file__).with_name("fake_rank.py"))]
 
 
 def main() -> None:
+    # Python ignores the signal if whoever started it does, as shells do for programs behind `&`.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     nodes = msgspec.json.decode(sys.argv[1], type=Nodes)
     config = EngineConfig(
         sys.argv[3] if len(sys.argv) > 3 else "fake", Layout(int(sys.argv[2])), step_timeout_s=3.0

@@ -132,7 +132,7 @@ class Crew {
     void (*body_)(void*, Team&) = nullptr;
     void* argument_ = nullptr;
     int threads_ = 0;                 // beside those that call
-    alignas(TEAM_LINE) std::atomic<int64_t> missing_{0};  // nanoseconds of all threads since `since_`
+    alignas(TEAM_LINE) std::atomic<int64_t> missing_{0};  // most nanoseconds of a thread since `since_`
     int64_t since_ = now_ns(), calls_ = 0, sleepy_calls_ = LEAST_SLEEPY_CALLS, awake_at_ = 0;
 
     void start(int threads);
@@ -155,8 +155,7 @@ class Team {
 
     // Until all threads are here.
     void barrier() {
-        if (size > 1)
-            crew_->barrier(size);
+        if (size > 1) crew_->barrier(size);
     }
 
     // f(i) for i < n: each by the thread that is free first. A barrier must separate two loops.
@@ -179,13 +178,14 @@ class Team {
     Crew* crew_;
 };
 
-// Every `CALLS_OF_A_LOOK` calls, adds how long this thread's core was missing meanwhile.
+// Every `CALLS_OF_A_LOOK` calls, tells how long this thread's core was missing meanwhile.
 inline void Crew::look(int64_t calls) {
     static thread_local int64_t last = missing_ns();
     if (calls % CALLS_OF_A_LOOK) return;
-    const int64_t now = missing_ns();
-    missing_.fetch_add(now - last, std::memory_order_relaxed);
+    const int64_t now = missing_ns(), own = now - last;
     last = now;
+    for (int64_t most = missing_.load(std::memory_order_relaxed); most < own;)
+        if (missing_.compare_exchange_weak(most, own, std::memory_order_relaxed)) break;
 }
 
 // Chooses how threads wait from now on.
