@@ -17,6 +17,7 @@ FLOORS = (
     "version",
     "errors",
     "units",
+    "forks",
     "files",
     "cache_folder",
     "log",

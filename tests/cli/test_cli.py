@@ -919,3 +919,12 @@ def test_what_a_library_writes_to_stdout_is_not_among_the_answers(tmp_path: Path
     assert ran.returncode == 0
     assert json.loads(ran.stdout)["model"] == str(QUICKSTART)
     assert "[Gloo] noise" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [["--speed", "2"], ["--clip"], ["--share", "2"], ["--num-requests", "5"]]
+)
+def test_flags_of_a_load_are_refused_where_steps_are_measured(cli: Cli, flags: list[str]) -> None:
+    ran = cli("bench", QUICKSTART, *flags)
+    assert ran.code == 2
+    assert f"{flags[0]} without a load has no effect; add --load, --rate" in ran.err

@@ -95,6 +95,7 @@ def test_one_layout_is_explained(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        (["--max-model-len", "0"], "max_model_len=0 must be at least 1"),
         (["--speed", "2"], "--speed 2 is for the arrival times of a trace; give --load FILE"),
         (
             ["--quantization", "int8,foo"],
@@ -102,7 +103,7 @@ def test_one_layout_is_explained(capsys: pytest.CaptureFixture[str]):
         ),
     ],
 )
-def test_a_flag_that_would_have_no_effect_is_refused(
+def test_a_flag_that_has_no_effect_or_is_impossible_is_refused(
     capsys: pytest.CaptureFixture[str], flags: list[str], says: str
 ):
     code, _, err = run(capsys, "--hardware", "h100", "--devices", "1", *flags)

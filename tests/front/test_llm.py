@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -815,3 +818,17 @@ def test_a_bad_variable_of_another_device_is_ignored(monkeypatch: pytest.MonkeyP
     with LLM(str(QUICKSTART), device="cpu") as llm:
         (output,) = llm.generate(["2+2="], SamplingParams(temperature=0, max_tokens=1))
     assert output.error is None
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_an_engine_is_refused_and_left_alone_in_a_forked_process(llm: LLM) -> None:
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # so that a child that hangs ends
+        with contextlib.suppress(EngineDeadError):
+            llm.generate("1+1=", GREEDY)
+            os._exit(1)
+        llm.close()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert text_of(llm.generate("1+1=", GREEDY))

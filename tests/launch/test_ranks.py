@@ -219,6 +219,18 @@ def test_a_refused_question_raises_and_the_engine_goes_on(client: RanksClient) -
     assert client.ask(Stats()).num_waiting == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_that_closes_its_copy_leaves_the_ranks_alone(client: RanksClient) -> None:
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # so that a child that hangs ends
+        client.close()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    client.add(request("after"))
+    assert client.receive(30) == [echo("after")]
+
+
 def test_only_the_owner_may_enter_the_jobs_directory(client: RanksClient) -> None:
     assert stat.S_IMODE(client._agent.job.directory.stat().st_mode) == 0o700
 

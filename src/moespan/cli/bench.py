@@ -19,6 +19,8 @@ from moespan.config import EngineConfig
 from moespan.errors import ConfigError
 from moespan.front.settings import Settings
 
+_NUM_REQUESTS = 100
+
 SUMMARY = "measure speed against the machine's limits"
 
 
@@ -69,14 +71,13 @@ def _add_load_flags(parser: argparse.ArgumentParser) -> None:
     often.add_argument("--rate", type=float, metavar="R", help="requests per second, Poisson")
     often.add_argument("--concurrency", type=int, metavar="N", help="requests at any time")
     group.add_argument(
-        "--num-requests", type=int, default=100, metavar="N", help="drawn requests (100)"
+        "--num-requests", type=int, metavar="N", help=f"drawn requests ({_NUM_REQUESTS})"
     )
     group.add_argument("--speed", type=float, metavar="X", help="a trace X times as fast (1)")
     group.add_argument("--clip", action="store_true", help="cut prompts that are too long")
     group.add_argument(
         "--share",
         type=int,
-        default=1,
         metavar="N",
         help="one of N parts of the load, drawn by chance: what one of N engines gets (1)",
     )
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
     if _has_load(args):
         return _run_load(args)
+    _refuse_flags_of_a_load(args)
     workload = Workload(**_asked_steps(args))
     settings = _for_bench(settings_of(args), workload.decode_batch)
     if settings.model is None and (args.preset is None or settings.node_rank > 0):
@@ -123,6 +125,15 @@ def _has_load(args: argparse.Namespace) -> bool:
     return any(one is not None for one in asked)
 
 
+def _refuse_flags_of_a_load(args: argparse.Namespace) -> None:
+    fields = ("num_requests", "speed", "clip", "share")
+    if given := ["--" + name.replace("_", "-") for name in fields if getattr(args, name)]:
+        raise ConfigError(
+            f"{', '.join(given)} without a load has no effect; add --load, --rate, --concurrency, "
+            "--input or --output, or leave it out"
+        )
+
+
 def _asked_steps(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of steps that are given: field of `Workload` → value."""
     fields = ("prefill", "decode_batch", "context", "decode_tokens", "repeats")
@@ -139,18 +150,20 @@ def _run_load(args: argparse.Namespace) -> int:
     if steps := _asked_steps(args):
         flags = ", ".join("--" + name.replace("_", "-") for name in steps)
         raise ConfigError(f"{flags} measure steps, not a load; give either these flags or a load")
-    if args.share < 1:
-        raise ConfigError(f"--share {args.share} must be at least 1")
+    share = 1 if args.share is None else args.share
+    num_requests = _NUM_REQUESTS if args.num_requests is None else args.num_requests
+    if share < 1:
+        raise ConfigError(f"--share {share} must be at least 1")
     often = {"rate": args.rate, "concurrency": args.concurrency, "seed": args.seed}
     if args.load is not None:
         if args.input is not None or args.output is not None:
             raise ConfigError("--load brings its own lengths; leave out --input and --output")
         asked = load.read(args.load, speed=args.speed, **often)
-    elif args.num_requests < 1:
-        raise ConfigError(f"--num-requests {args.num_requests} must be at least 1")
+    elif num_requests < 1:
+        raise ConfigError(f"--num-requests {num_requests} must be at least 1")
     else:
         load.refuse_speed(args.speed)
-        asked = load.drawn(args.input or "1024", args.output or "256", args.num_requests, **often)
+        asked = load.drawn(args.input or "1024", args.output or "256", num_requests, **often)
     settings = settings_of(args)
     if settings.model is None and (args.preset is None or settings.node_rank > 0):
         args.usage_error("one of the arguments MODEL --preset is required")
@@ -161,7 +174,7 @@ def _run_load(args: argparse.Namespace) -> int:
         llm = stack.enter_context(start_llm(settings))
         tokenizer = llm.tokenizer
         asked = load.encoded(asked, None if tokenizer is None else tokenizer.encode)
-        asked = asked.fitting(llm.config.max_model_len, args.clip).share(args.share, args.seed)
+        asked = asked.fitting(llm.config.max_model_len, args.clip).share(share, args.seed)
         first_token_s(llm)
         report = bench_load(llm, asked, args.seed)
     if args.preset is not None:

@@ -294,7 +294,9 @@ def _space(args: argparse.Namespace, model: ModelConfig, machine: Profile) -> Sp
         "",
         device=kind,
         dtype=_dtype(args.dtype, model, machine),
-        max_model_len=args.max_model_len or model.max_position_embeddings,
+        max_model_len=(
+            model.max_position_embeddings if args.max_model_len is None else args.max_model_len
+        ),
         block_size=DEVICES[kind].block_size,
     )
     base.check(model)

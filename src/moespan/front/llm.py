@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from tqdm import tqdm
 
 from moespan.config import Layout
+from moespan.engine.client import EngineClient
 from moespan.engine.interrupts import hold_interrupts
 from moespan.engine.questions import ExpertCounts, Memory, Stats, Trace, Traffic
 from moespan.engine.request import OutputDelta, Request, SamplingParams, refusal
 from moespan.errors import ConfigError, EngineDeadError, LayoutError, RequestError, shown
+from moespan.forks import Owner
 from moespan.front.live_texts import LiveTexts
 from moespan.front.outputs import RequestOutput
 from moespan.front.prompts import Encoded, Message, Prompt, Prompts
@@ -118,7 +120,8 @@ class LLM:
         self.model_config = model_config
         self.tokenizer = Tokenizer.from_pretrained(self.config.model)
         self._prompts = Prompts(self.tokenizer, self.config.max_model_len, model_config.vocab_size)
-        self._client = connect(self.config, nodes)
+        self._owner = Owner()
+        self._connected = connect(self.config, nodes)
         self._live: dict[str, RequestOutput] = {}
         self._texts = LiveTexts(self.tokenizer, self._client.abort)
 
@@ -300,8 +303,9 @@ class LLM:
         return self._client.ask(Trace(token_ids))
 
     def close(self) -> None:
-        """Stop the engine and its ranks. Idempotent."""
-        self._client.close()
+        """Stop the engine and its ranks. Idempotent. Does nothing in a fork of their process."""
+        if self._owner.is_here:
+            self._connected.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -313,6 +317,11 @@ class LLM:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def _client(self) -> EngineClient:
+        self._owner.check()
+        return self._connected
 
     @property
     def _num_wanted(self) -> int:

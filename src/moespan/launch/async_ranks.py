@@ -20,6 +20,7 @@ from moespan.engine.info import EngineInfo, Pulse
 from moespan.engine.questions import A, AnyQuestion, Question
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
+from moespan.forks import only_here
 from moespan.launch.agent_process import PROGRAM, START_TIMEOUT_S, AgentProcess
 from moespan.launch.protocol import (
     Abort,
@@ -69,7 +70,7 @@ class AsyncRanks:
         self._loop = asyncio.get_running_loop()
         self._on_news = on_news
         self._cleanup = contextlib.ExitStack()
-        self._finalizer = weakref.finalize(self, self._cleanup.close)
+        self._finalizer = weakref.finalize(self, only_here(self._cleanup.close))
         self._framing: Framing[FromLeader] = Framing(FromLeader)
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._lost: asyncio.Future[None] = self._loop.create_future()

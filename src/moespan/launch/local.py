@@ -14,6 +14,7 @@ from moespan.config import EngineConfig
 from moespan.engine.build import build_leader, follow
 from moespan.engine.client import LocalClient
 from moespan.engine.engine import Engine
+from moespan.forks import only_here
 from moespan.launch.distributed import init_distributed, make_mesh
 from moespan.machine.binding import bind, binding_here
 from moespan.machine.cores import usable_cores
@@ -44,7 +45,7 @@ def join(config: EngineConfig) -> LocalClient:
         config, lambda config: _build(config, device, lines), on_close=dist.destroy_process_group
     )
     # A program that ends without closing must release the followers.
-    atexit.register(client.close)
+    atexit.register(only_here(client.close))
     return client
 
 

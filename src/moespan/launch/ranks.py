@@ -23,6 +23,7 @@ from moespan.engine.interrupts import hold_interrupts
 from moespan.engine.questions import A, AnyQuestion, Question
 from moespan.engine.request import OutputDelta, Request
 from moespan.errors import EngineDeadError, MoespanError, RequestError
+from moespan.forks import only_here
 from moespan.launch.agent_process import PROGRAM, START_TIMEOUT_S, AgentProcess
 from moespan.launch.protocol import (
     Abort,
@@ -83,7 +84,7 @@ class RanksClient:
         """
         deadline = time.monotonic() + (start_timeout_s or START_TIMEOUT_S)
         cleanup = contextlib.ExitStack()
-        self._finalizer = weakref.finalize(self, cleanup.close)
+        self._finalizer = weakref.finalize(self, only_here(cleanup.close))
         self._death: MoespanError | None = None
         self._numbers = itertools.count()
         # The waiting threads share the next three attributes, under the lock of `_arrived`.
