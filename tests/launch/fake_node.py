@@ -80,7 +80,8 @@ async def lead_life(lives: Lives, lines: asyncio.Queue[str]) -> bool:
 
     ranks = await lives.start(hear)
     dead = asyncio.ensure_future(ranks.wait_dead())
-    while len(ranks.places()) < 2:  # those of the other node come from its agent
+    # The place of the other node's rank comes from its agent, later than the leader's word.
+    while sum(place.is_ready for place in ranks.places()) < 2:
         await asyncio.sleep(0.1)
     print("ready", flush=True)
     while not dead.done():
