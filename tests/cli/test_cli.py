@@ -922,7 +922,7 @@ def test_what_a_library_writes_to_stdout_is_not_among_the_answers(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "flags", [["--speed", "2"], ["--clip"], ["--share", "2"], ["--num-requests", "5"]]
+    "flags", [["--speed", "2"], ["--clip"], ["--share", "0"], ["--num-requests", "5"]]
 )
 def test_flags_of_a_load_are_refused_where_steps_are_measured(cli: Cli, flags: list[str]) -> None:
     ran = cli("bench", QUICKSTART, *flags)

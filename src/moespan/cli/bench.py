@@ -126,8 +126,9 @@ def _has_load(args: argparse.Namespace) -> bool:
 
 
 def _refuse_flags_of_a_load(args: argparse.Namespace) -> None:
-    fields = ("num_requests", "speed", "clip", "share")
-    if given := ["--" + name.replace("_", "-") for name in fields if getattr(args, name)]:
+    values = {name: getattr(args, name) for name in ("num_requests", "speed", "share")}
+    names = [name for name, value in values.items() if value is not None] + ["clip"] * args.clip
+    if given := ["--" + name.replace("_", "-") for name in names]:
         raise ConfigError(
             f"{', '.join(given)} without a load has no effect; add --load, --rate, --concurrency, "
             "--input or --output, or leave it out"
