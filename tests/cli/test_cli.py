@@ -928,3 +928,9 @@ def test_flags_of_a_load_are_refused_where_steps_are_measured(cli: Cli, flags: l
     ran = cli("bench", QUICKSTART, *flags)
     assert ran.code == 2
     assert f"{flags[0]} without a load has no effect; add --load, --rate" in ran.err
+
+
+def test_a_trace_has_its_own_number_of_requests(cli: Cli) -> None:
+    ran = cli("bench", QUICKSTART, "--load", "trace.csv", "--num-requests", "5")
+    assert ran.code == 2
+    assert "--load brings its own requests; leave out --num-requests" in ran.err

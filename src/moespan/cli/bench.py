@@ -159,6 +159,8 @@ def _run_load(args: argparse.Namespace) -> int:
     if args.load is not None:
         if args.input is not None or args.output is not None:
             raise ConfigError("--load brings its own lengths; leave out --input and --output")
+        if args.num_requests is not None:
+            raise ConfigError("--load brings its own requests; leave out --num-requests")
         asked = load.read(args.load, speed=args.speed, **often)
     elif num_requests < 1:
         raise ConfigError(f"--num-requests {num_requests} must be at least 1")
